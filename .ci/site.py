@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {
     "README.md": "index.md",
-    "docs/README.md": "house.md",
+    "docs/README.md": "structure.md",
     "CONTRIBUTING.md": "how.md",
     "CHANGELOG.md": "changes.md",
 }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import simulator
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.errors import InputError
 
 

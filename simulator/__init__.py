@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from simulator._version import __version__
 
 if TYPE_CHECKING:
-    from simulator.cost.gemm import gemm_time
     from simulator.engines.engine import list_engines, load_engine
     from simulator.errors import InputError
     from simulator.hardware.library import list_hardware, load_hardware
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
     from simulator.predict.waterfall import Step, waterfall
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
-    from simulator.uncertainty.intervals import cost
+    from simulator.uncertainty.intervals import workload_time
+    from simulator.uncertainty.operators import gemm_time
     from simulator.workload import Workload
     from simulator.workload_batch import memory
 
@@ -42,8 +42,8 @@ _HOME = {
     "InputError": "errors",
     "list_engines": "engines.engine",
     "load_engine": "engines.engine",
-    "cost": "uncertainty.intervals",
-    "gemm_time": "cost.gemm",
+    "workload_time": "uncertainty.intervals",
+    "gemm_time": "uncertainty.operators",
     "HardwareProfile": "hardware.profile",
     "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",
@@ -79,7 +79,6 @@ __all__ = [
     "Step",
     "Workload",
     "__version__",
-    "cost",
     "gemm_time",
     "list_engines",
     "list_hardware",
@@ -95,6 +94,7 @@ __all__ = [
     "speedups",
     "table",
     "waterfall",
+    "workload_time",
 ]
 
 

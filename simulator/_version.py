@@ -1,3 +1,3 @@
-"""One place for the version."""
+"""Define the version."""
 
 __version__ = "0.2.0"

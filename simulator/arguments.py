@@ -1,8 +1,7 @@
-"""Arguments of the Python interface as they come: checked, and refused in one line that says which, what was expected
-and what came.
+"""Check arguments of the Python interface; an error is one line: argument, expected value, given value.
 
-Use :func:`array` for numbers that broadcast, :func:`together` to bring them to one shape, :func:`number` and
-:func:`whole` for one number, :func:`flag`, :func:`text` and :func:`instance` for the rest.
+Use :func:`array` for numbers that broadcast, :func:`together` to broadcast arrays, :func:`number` and :func:`whole` for
+one number, :func:`flag`, :func:`text` and :func:`instance` for other values.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, and what a message calls them."""
+    """Numbers from ``low`` to ``high``, with their description in messages."""
 
     low: float
     high: float
-    says: str
+    expected: str
     whole: bool = False
 
     def holds(self, values: Any) -> Any:
-        """Which of some numbers are right; NaN never is."""
+        """Return which numbers are in the range; NaN never is."""
         inside = (values >= self.low) & (values <= self.high)
         return inside & (np.rint(values) == values) if self.whole else inside
 
 
 MOST = 2.0**53
-"""Above, float64 does not tell whole numbers apart."""
+"""Largest whole number up to which float64 is exact."""
 
 COUNT = Range(1.0, MOST, "whole numbers from 1 up", whole=True)
 SIZE = Range(0.0, MOST, "whole numbers from 0 up", whole=True)
@@ -49,7 +48,7 @@ LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
 
 
 def array(name: str, value: Any, right: Range) -> FloatArray:
-    """Numbers as float64, of the shape they have; truth values, text and what is not real are none.
+    """Return numbers as float64 with their shape; truth values, text and complex numbers are rejected.
 
     >>> array("m", [1, 2048], COUNT)
     array([1.000e+00, 2.048e+03])
@@ -70,14 +69,14 @@ def array(name: str, value: Any, right: Range) -> FloatArray:
 
 
 def truths(name: str, value: Any) -> NDArray[np.bool_]:
-    """Truth values, of the shape they have."""
+    """Return truth values with their shape."""
     if (given := plain(value)).dtype != np.bool_:
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return given
 
 
 def plain(value: Any) -> NDArray[Any]:
-    """A value as an array; of objects where it is none, such as lists of several lengths."""
+    """Return a value as an array; for lists of unequal lengths, an array of None."""
     try:
         return np.asarray(value)
     except ValueError:
@@ -85,7 +84,7 @@ def plain(value: Any) -> NDArray[Any]:
 
 
 def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
-    """Arrays brought to one shape.
+    """Broadcast arrays to one shape.
 
     >>> together(m=np.zeros(2), n=np.zeros(3))
     Traceback (most recent call last):
@@ -100,7 +99,7 @@ def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def number(name: str, value: Any, right: Range) -> float:
-    """One number.
+    """Return one number.
 
     >>> number("level", float("nan"), LEVEL)
     Traceback (most recent call last):
@@ -114,7 +113,7 @@ def number(name: str, value: Any, right: Range) -> float:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number as an int; None for all else, truth values too.
+    """Return a whole number as an int; None for other values, also truth values.
 
     >>> whole(np.int64(3)), whole(2.5), whole("8"), whole(True)
     (3, None, None, None)
@@ -126,28 +125,28 @@ def whole(value: Any) -> int | None:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or false."""
+    """Return a truth value."""
     if not isinstance(value, bool | np.bool_):
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
-    """A name."""
+    """Return a name."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected a name, got {shown(value)}")
     return value
 
 
 def instance(name: str, value: Any, kind: type[T], made_by: str) -> T:
-    """A value of a class of this project, made by some function."""
+    """Return a value of a class of this project, which the function ``made_by`` makes."""
     if not isinstance(value, kind):
         raise InputError(f"{name}: expected a {kind.__name__} (see {made_by}), got {type(value).__name__}")
     return value
 
 
 def listed(name: str, values: Any) -> list[Any]:
-    """An argument that takes several values; one text is no list of its letters.
+    """Return a list of several values; a text is not a list of its letters.
 
     >>> listed("batch", "12")
     Traceback (most recent call last):
@@ -160,9 +159,9 @@ def listed(name: str, values: Any) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it."""
+    """Return a value as messages quote it."""
     return one_line(repr(value), 60)
 
 
 def _wrong(name: str, right: Range, value: Any) -> InputError:
-    return InputError(f"{name}: expected {right.says}, got {shown(value)}")
+    return InputError(f"{name}: expected {right.expected}, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""Types of arrays, named once for all packages."""
+"""Types of arrays, for all packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = NDArray[Any]
 """An array of any type: numbers in float32 or float64, codes, names."""
 
 FloatArray = NDArray[np.float64]
-"""Numbers; SI units where a name does not say otherwise."""
+"""Numbers in SI units, unless a name states another unit."""
 
 IndexArray = NDArray[np.intp]
 """Indices into the rows of another array."""

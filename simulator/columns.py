@@ -1,7 +1,7 @@
-"""A frozen table of equal-length columns, declared once: the base of workloads and of measured records.
+"""Provide a frozen table of equal-length columns, the base of workloads and of measured records.
 
 A subclass is a frozen dataclass (``eq=False``) whose first fields are ``name: Array = column(dtype, default)``; other
-fields hold for all rows. Columns of names are stored as codes, indices into ``CODES[column]``.
+fields apply to all rows. Columns of names are stored as codes, indices into ``CODES[column]``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ T = TypeVar("T", bound="Table")
 
 
 def column(dtype: type, default: Any) -> Any:
-    """A field of a table: its NumPy type, and the value of a row that does not say."""
+    """Declare a column: its NumPy type, and its default value."""
     return field(metadata={"column": (dtype, default)})
 
 
 class Table(Displayed):
-    """Columns of equal length, read-only, of the types declared.
+    """Read-only columns of equal length with declared types.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Table(Displayed):
     ([1, 0], [1.0, 2.0], True)
     """
 
-    SCHEMA: ClassVar[Mapping[str, tuple[type, Any]]]  # column -> its type and default, from the declaration
+    SCHEMA: ClassVar[Mapping[str, tuple[type, Any]]]  # column -> declared type and default
     CODES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    TITLE: ClassVar[str] = ""  # what the errors call the table
+    TITLE: ClassVar[str] = ""  # name of the table in errors
 
     def __init_subclass__(cls) -> None:
         declared = {n: f.metadata for n, f in vars(cls).items() if isinstance(f, Field) and "column" in f.metadata}
@@ -58,7 +58,7 @@ class Table(Displayed):
             values: Array = np.asarray(given, dtype=dtype)
             if values.shape != (size,):
                 raise InputError(f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}")
-            values = values.view()  # so that the caller's own array stays writable
+            values = values.view()  # the caller's array stays writable
             values.flags.writeable = False
             object.__setattr__(self, name, values)
 
@@ -69,12 +69,12 @@ class Table(Displayed):
         return f"{len(self):,} rows"
 
     def _columns(self) -> Mapping[str, Any]:
-        """Codes as the names they stand for, -1 as none."""
+        """Return columns with names instead of codes; the code -1 is ""."""
         held = {name: getattr(self, name) for name in self.SCHEMA}
         return held | {name: np.array([*names, ""], dtype=object)[held[name]] for name, names in self.CODES.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Columns as lists, codes as the names they stand for, and what holds for all rows."""
+        """Return columns as lists, with names instead of codes, and the fields of all rows."""
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         return dict(as_plain({**shared, **self._columns()}))
 
@@ -91,7 +91,7 @@ class Table(Displayed):
 
     @classmethod
     def _of(cls: type[T], values: Mapping[str, Any]) -> T:
-        """A table of all its fields' values, unchecked: of columns that come from checked ones."""
+        """Return a table of all field values without checks, for columns derived from checked columns."""
         for name in cls.SCHEMA:
             values[name].flags.writeable = False
         out = object.__new__(cls)
@@ -100,7 +100,7 @@ class Table(Displayed):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """``values`` of the column ``name`` as numbers, names as codes; a subclass may check their range too."""
+        """Return ``values`` of the column ``name`` as numbers or codes; subclasses can also check their range."""
         given = plain(values)
         return encode(name, given, cls.CODES) if given.dtype.kind in "UOT" else given
 
@@ -111,8 +111,10 @@ class Table(Displayed):
 
     @classmethod
     def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
-        """A table of columns: scalars broadcast, what is not given takes its default; ``others`` hold for all rows.
-        ``size`` is the number of rows, if left out that of the longest column."""
+        """Return a table of columns; scalars broadcast, missing columns have their default.
+
+        ``others`` are fields of all rows. ``size`` is the number of rows, by default that of the longest column.
+        """
         cls._known(columns)
         if size is None:
             size = max((plain(values).size for values in columns.values()), default=0)
@@ -124,8 +126,7 @@ class Table(Displayed):
 
     @classmethod
     def filled(cls: type[T], *others: Any, size: int, **columns: Any) -> T:
-        """A table of ``size`` rows of ``columns`` that were computed, not given by a person: numbers and codes,
-        unchecked; ``others`` hold for all rows."""
+        """Return a table of ``size`` rows of computed columns, without checks; ``others`` are fields of all rows."""
         full = []
         for name, (dtype, default) in cls.SCHEMA.items():
             whole: Array = np.empty(size, dtype)
@@ -135,8 +136,10 @@ class Table(Displayed):
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
-        """A table of ``rows``, mappings from column to value; names are allowed where the column has codes. ``others``
-        hold for all rows."""
+        """Return a table of ``rows``, mappings from column to value; columns with codes accept names.
+
+        ``others`` are fields of all rows.
+        """
         rows = list(rows)
         names = {name: None for row in rows for name in row}
         cls._known(names)
@@ -148,28 +151,27 @@ class Table(Displayed):
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Rows of several tables, ``parts``, one after the other; what holds for all rows is the first's unless one of
-        ``others``."""
+        """Return the rows of the tables ``parts`` in order; fields of all rows are ``others``, else the first's."""
         tables = [vars(part) for part in parts]
         columns = {name: np.concatenate([table[name] for table in tables]) for name in cls.SCHEMA}
         return cls._of({**tables[0], **columns, **others})
 
     def take(self: T, index: Array) -> T:
-        """Rows chosen by a mask or an index array."""
+        """Return the rows selected by a mask or an index array."""
         values = vars(self)
         return self._of({**values, **{name: values[name][index] for name in self.SCHEMA}})
 
     def replace(self: T, **changes: Any) -> T:
-        """A copy with ``changes``: of some columns (scalars broadcast), or of what holds for all rows."""
+        """Return a copy with ``changes``: of columns (scalars broadcast) or of fields of all rows."""
         shape = (len(self),)
         for name in changes.keys() & self.SCHEMA.keys():
             given = changes[name]
-            if not isinstance(given, np.ndarray):  # as a person gives it; arrays are computed from columns
+            if not isinstance(given, np.ndarray):  # from a user; arrays are computed from columns
                 given = self.coerced(name, given)
             values: Array = np.asarray(given, dtype=self.SCHEMA[name][0])
             if values.shape not in ((), (1,), shape):
                 raise InputError(f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}")
-            # a view, so that the caller's own array stays writable
+            # a view, so the caller's array stays writable
             changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
         if extra := changes.keys() - vars(self).keys():
             raise InputError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
@@ -177,7 +179,7 @@ class Table(Displayed):
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
-    """Codes of a column given as names."""
+    """Return the codes of a column of names."""
     names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
     return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
 

@@ -1,7 +1,7 @@
-"""How what people hold shows itself: as plain values, as a data frame, in a notebook, and in three lines at a prompt.
+"""Display returned objects: as plain values, as a data frame, in a notebook, and in three lines at a prompt.
 
-A class derives from :class:`Displayed` and says in ``_title`` what it is; what else is shown follows from its fields. A
-dataclass is declared with ``repr=False``, or it would write a ``repr`` of its own.
+A class derives from :class:`Displayed` and describes itself in ``_title``; its fields define the rest. A dataclass must
+be declared with ``repr=False``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     import pandas
 
 MOST_ROWS = 20
-"""Rows of a long table that a notebook shows; a data frame has all."""
+"""Rows of a long table in a notebook; a data frame has all rows."""
 
 MOST_LETTERS = 320
-"""Of a ``repr``: three lines of a terminal."""
+"""Largest length of a ``repr``, three lines of a terminal."""
 
-GAIN, LOSS, WHOLE, PROMISE = "#009E73", "#D55E00", "#3B8FD0", "#8C8C8C"
-"""Colours of bars, to be told apart by the colour-blind and on white as on black."""
+GAIN, LOSS, WHOLE, NEUTRAL = "#009E73", "#D55E00", "#3B8FD0", "#8C8C8C"
+"""Colours of bars, distinct for colour-blind readers, on white and on black."""
 
-_WIDTH, _HEIGHT = 220, 14  # of a bar, pixels
+_WIDTH, _HEIGHT = 220, 14  # pixels of a bar
 
 _UNITS: Mapping[str, Callable[[float], str]] = {
     "flop_per_s": partial(rate, unit="FLOP/s"),
@@ -39,11 +39,11 @@ _UNITS: Mapping[str, Callable[[float], str]] = {
     "bytes": size,
     "_s|seconds": seconds,
 }
-"""What ends a name, or its part before a dot -> how people read such a value; the first that fits."""
+"""End of a name, or of its part before a dot -> format of the value; the first match is used."""
 
 
 class Displayed:
-    """Base of what people hold.
+    """Base class of returned objects.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True, repr=False)
@@ -61,27 +61,29 @@ class Displayed:
     """
 
     def _title(self) -> str:
-        """What it is, in one line."""
+        """Return a description in one line."""
         raise NotImplementedError
 
     def _columns(self) -> Mapping[str, Any]:
-        """Columns of equal length, of its data frame: here its fields, one row."""
+        """Return the columns of the data frame: by default one row of the fields."""
         return {name: [value] for name, value in self.to_dict().items()}
 
     def _html(self) -> str:
-        """What a notebook shows below the title: a row of columns as names and values, more rows as a table."""
+        """Return the HTML below the title: names and values of one row, or a table of several rows."""
         columns = self._columns()
         if all(len(column) == 1 for column in columns.values()):
             return facts_html({name: column[0] for name, column in columns.items()})
         return table_html(columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as plain Python values: numbers in SI, arrays as lists."""
+        """Return the fields as plain Python values: numbers in SI units, arrays as lists."""
         return dict(as_plain(self))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A ``pandas.DataFrame``, numbers in SI: a row for each of what it is a table of, one row for a single thing.
-        InputError where pandas is not installed."""
+        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table.
+
+        Raises InputError if pandas is not installed.
+        """
         try:
             import pandas
         except ImportError:
@@ -97,13 +99,13 @@ class Displayed:
 
 
 def as_plain(value: Any) -> Any:
-    """Dictionaries, lists, numbers and texts, however deep; of a dataclass, the fields that its ``repr`` may show.
+    """Return a value as nested dictionaries, lists, numbers and texts; of a dataclass, the fields with ``repr``.
 
     >>> from pathlib import PurePosixPath
     >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a")})
     {'sizes': [1, 2], 'file': 'a'}
     """
-    if hasattr(value, "tolist"):  # of NumPy, which this module does not import: a list of commands needs none
+    if hasattr(value, "tolist"):  # of NumPy, which is not imported here: simple commands need none
         return value.tolist()
     if isinstance(value, str | int | float | None):
         return value
@@ -115,7 +117,7 @@ def as_plain(value: Any) -> Any:
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as columns, by the names of all of them; None where a row has no such value.
+    """Return rows as columns of all their names; missing values are None.
 
     >>> by_column([{"a": 1}, {"a": 2, "b": 3}])
     {'a': [1, 2], 'b': [None, 3]}
@@ -125,7 +127,7 @@ def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def cell(name: str, value: Any) -> str:
-    """A value for people, by the unit that ends its name.
+    """Return a value as text, by the unit at the end of its name.
 
     >>> cell("dense_s", 0.0123), cell("total_bytes", 2**30), cell("peak_flop_per_s.bf16", 9.9e14), cell("ttft_s", None)
     ('12.3 ms', '1.00 GiB', '990 TFLOP/s', '')
@@ -143,14 +145,14 @@ def cell(name: str, value: Any) -> str:
 
 
 def facts_html(facts: Mapping[str, Any]) -> str:
-    """Names and values below one another; what is empty is left out."""
+    """Return names and values as HTML, without empty values."""
     shown = {name: cell(name, as_plain(value)) for name, value in facts.items()}
     rows = (f"<tr><th>{escape(name)}<td>{escape(text)}" for name, text in shown.items() if text)
     return f"<table>{''.join(rows)}</table>"
 
 
 def table_html(columns: Mapping[str, Any], most: int = MOST_ROWS) -> str:
-    """Columns of equal length as a table, the rows after the first few counted.
+    """Return columns of equal length as an HTML table of the first rows, with the number of further rows.
 
     >>> table_html({"m": [1, 8], "time_s": [1e-6, 2e-6]}, most=1)
     '<table><tr><th>m<th>time_s<tr><td>1<td>1.00&nbsp;us</table><i>and 1 more row</i>'
@@ -164,25 +166,25 @@ def table_html(columns: Mapping[str, Any], most: int = MOST_ROWS) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """A cell of a table that may be wide, on one line."""
+    """Return a cell on one line, for wide tables."""
     return escape(text).replace(" ", "&nbsp;")
 
 
 def items_html(lines: Iterable[str]) -> str:
-    """Lines as a list, nothing where there are none."""
+    """Return lines as an HTML list, or ""."""
     items = "".join(f"<li>{escape(line)}" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
 
 def bars_html(steps: Sequence[tuple[str, float]], interval: tuple[float, float] | None = None) -> str:
-    """A waterfall of speedups: the first and the last value reached stand on 1, bars between lead from one to the next.
+    """Return a waterfall of speedups as HTML: first and last bar start at 1, the others connect consecutive values.
 
     Parameters
     ----------
     steps : sequence of (name, speedup)
         The nominal speedup, and the speedup after each step.
     interval : (lower, upper), optional
-        Of the last.
+        Interval of the last speedup.
 
     >>> page = bars_html([("nominal", 1.33), ("bytes", 1.2)], (1.1, 1.3))
     >>> page.count("<svg"), "<td>x0.902" in page, "predicted<td><td>1.20 (1.10-1.30)" in page
@@ -198,24 +200,24 @@ def bars_html(steps: Sequence[tuple[str, float]], interval: tuple[float, float] 
     def bar(before: float, after: float, color: str, whisker: tuple[float, float] | None = None) -> str:
         left, right = sorted((x(before), x(after)))
         drawn = f'<rect x="{left:.1f}" y="2" width="{max(right - left, 1.0):.1f}" height="10" fill="{color}"/>'
-        drawn += f'<path d="M{x(1.0):.1f} 0V14" stroke="{PROMISE}"/>'  # no gain, no loss
+        drawn += f'<path d="M{x(1.0):.1f} 0V14" stroke="{NEUTRAL}"/>'  # mark at 1
         if whisker:
             a, b = map(x, whisker)
             drawn += f'<path d="M{a:.1f} 7H{b:.1f}M{a:.1f} 4V10M{b:.1f} 4V10" stroke="currentColor"/>'
         return f'<svg width="{_WIDTH}" height="{_HEIGHT}" aria-hidden="true">{drawn}</svg>'
 
-    rows = [(names[0], "", f"{values[0]:.2f}", bar(1.0, values[0], PROMISE))]
+    rows = [(names[0], "", f"{values[0]:.2f}", bar(1.0, values[0], NEUTRAL))]
     for name, before, after in zip(names[1:], values, values[1:]):
-        color = PROMISE if abs(after / before - 1.0) < 5e-4 else GAIN if after > before else LOSS
+        color = NEUTRAL if abs(after / before - 1.0) < 5e-4 else GAIN if after > before else LOSS
         rows.append((name, f"x{after / before:.3f}", f"{after:.2f}", bar(before, after, color)))
-    sure = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
-    rows.append(("predicted", "", f"{values[-1]:.2f}{sure}", bar(1.0, values[-1], WHOLE, interval)))
+    ends_text = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
+    rows.append(("predicted", "", f"{values[-1]:.2f}{ends_text}", bar(1.0, values[-1], WHOLE, interval)))
     cells = (f"<tr><th>{escape(name)}<td>{factor}<td>{value}<td>{drawn}" for name, factor, value, drawn in rows)
     return f"<table><tr><th>step<th>factor<th>speedup<th>{''.join(cells)}</table>"
 
 
 def few(names: Iterable[str], most: int = 4) -> str:
-    """Names, the first few of many, each once.
+    """Return the first few distinct names as text, with the number of further names.
 
     >>> few("abcabc", 2), few("ab")
     ('a, b and 1 more', 'a, b')

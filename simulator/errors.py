@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line that says what is wrong, where, and what would be right."""
+"""Errors that a user can fix: one line with the place, the expected value and the given value."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input from a person. The command line prints its one line and exits with 2.
+    """Invalid input from a user; the command line prints its one line and exits with status 2.
 
-    Messages quote what came in, whatever it is: each is made one line of printable characters.
+    Parameters
+    ----------
+    message : str
+        Text of the error. It becomes one line of printable characters, as it can quote any input.
 
+    Examples
+    --------
     >>> import simulator
     >>> try:
     ...     simulator.load_hardware("h10_sxm")
@@ -24,8 +29,10 @@ class InputError(ValueError):
 
 
 def one_line(text: str, most: int = 4000) -> str:
-    """A text as one line that any terminal can show: blanks for line ends and tabs, escapes for what is not printable,
-    its middle left out where it is long.
+    """Return a text as one printable line of at most ``most`` characters.
+
+    Blanks replace line ends and tabs, escapes replace other unprintable characters. The middle of a long text is
+    omitted.
 
     >>> one_line("a\\tb\\u202e"), one_line("x" * 100, 20)
     ('a b\\\\u202e', 'xxxxxxxx ... xxxxxxx')
@@ -42,21 +49,21 @@ def _cut(text: str, most: int) -> str:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = ()) -> InputError:
-    """The error for a name that is not among the known ones, with the closest of them; ``listed`` are those told as
-    known where others are but further names of theirs.
+    """Return the error for a name that is not one of ``choices``, with the closest names.
+
+    ``listed`` replaces ``choices`` in the list of known names, if choices contain aliases.
 
     >>> str(unknown("GPU", "h10", ["h100", "a100"]))
     "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
     """
-    known, said = sorted(choices), one_line(str(name), 80)
-    close = difflib.get_close_matches(said.lower(), known, n=3, cutoff=0.5)
+    known, given = sorted(choices), one_line(str(name), 80)
+    close = difflib.get_close_matches(given.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return InputError(f"{kind} {said!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
+    return InputError(f"{kind} {given!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:
-    """The error where a package of an optional extra is not installed; the extra comes from a checkout, as no package
-    index has prunesim.
+    """Return the error for a missing package of an optional extra; extras are installed from a checkout.
 
     >>> print(needs_extra("the page", "explore", "dash"))
     the page needs the extra "explore" (dash is not installed): in the checkout of prunesim, pip install -e ".[explore]"

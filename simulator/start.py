@@ -1,6 +1,4 @@
-"""The start of the program: signals are answered in one line from the first moment on, before anything large is
-imported and after everything is done.
-"""
+"""Start the program: signals end it with one line from the first moment, also during imports and at the end."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def start(program: str) -> None:
-    """Import a module that has ``run``, let it run the command line, and end with the status that it returns."""
+    """Import a module with a function ``run``, run the command line, and exit with the returned status."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with that stream closed
+        if getattr(sys, name) is None:  # the stream was closed at the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the program
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
+            stream.reconfigure(errors="replace")  # unprintable characters must not fail
     try:
         answered = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as under nohup
         if answered:
@@ -37,20 +35,20 @@ def start(program: str) -> None:
             signal.signal(signal.SIGINT, _leave)
     except KeyboardInterrupt:
         _leave()
-    if status == INTERRUPTED:  # of a Ctrl-C inside compiled text, Python would make a death by signal
+    if status == INTERRUPTED:  # after Ctrl-C, Python can end by signal instead
         atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
 
 
 def _leave(*_: object) -> NoReturn:
-    """End at once: during imports, where an exception could be swallowed or lost, there is nothing to tidy up."""
+    """Exit immediately: an exception during imports could be lost, and there is nothing to clean up."""
     os.write(2, b"prunesim: interrupted\n")
     os._exit(INTERRUPTED)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but inside an import, whose own callbacks would swallow it, only when that is done."""
+    """Raise KeyboardInterrupt; during an import, whose callbacks would swallow it, try again later."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             again = threading.Timer(0.02, os.kill, (os.getpid(), number))
@@ -62,7 +60,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
-    """End by way of an exception, so that workers end and what is half done is tidied up; a second signal kills."""
+    """Raise SystemExit, so workers end and partial files are removed; a second signal kills the process."""
     signal.signal(number, signal.SIG_DFL)
     os.write(2, b"prunesim: terminated\n")
     raise SystemExit(TERMINATED)

@@ -1,9 +1,8 @@
-"""Text with a unit to an SI number and back. Prefixes live at the edges only: in profiles, tables and on the command
-line.
+"""Convert text with a unit to an SI number and back. Prefixes occur only in profiles, tables and on the command line.
 
 Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` 52,428,800.
-Arithmetic is done in decimal and rounded once, so what :func:`format_quantity` writes, :func:`parse_quantity` reads
-back to the same float.
+Arithmetic is decimal and rounds once, so :func:`parse_quantity` reads the text of :func:`format_quantity` back to the
+same float.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SMALL = {"": 0, "m": -3, "u": -6, "n": -9, "p": -12}
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5}
 
 # fmt: off
-_DIMENSIONS = {  # SI unit: powers of ten of its prefixes, whether it has binary ones, what it measures, an example
+_DIMENSIONS = {  # SI unit -> powers of ten of its prefixes, whether it has binary prefixes, meaning, example
     "B": (_LARGE, True, "an amount of bytes", "50 MiB"),
     "B/s": (_LARGE, True, "a bandwidth", "3.35 TB/s"),
     "FLOP/s": (_LARGE, False, "a compute rate", "989.4 TFLOP/s"),
@@ -44,10 +43,10 @@ def _sizes(unit: str) -> dict[str, Decimal]:
 
 
 UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({unit: _sizes(unit) for unit in _DIMENSIONS})
-"""SI unit -> the units a text may carry, each with its size in that SI unit."""
+"""SI unit -> the accepted units of a text, each with its size in the SI unit."""
 
 EXAMPLES: Mapping[str, str] = MappingProxyType({unit: example for unit, (*_, example) in _DIMENSIONS.items()})
-"""SI unit -> a text that would be right, for messages."""
+"""SI unit -> a valid text, for messages."""
 
 _MEANING = {unit: meaning for unit, (_, _, meaning, _) in _DIMENSIONS.items()}
 _ALL = {name: unit for unit, names in UNITS.items() for name in names}
@@ -55,7 +54,7 @@ _HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLO
 
 
 def parse_quantity(text: str, unit: str) -> float:
-    """A number with a unit, such as ``"25 ns"``, to SI; ``unit`` is the one wanted, a key of :data:`UNITS`.
+    """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of :data:`UNITS`.
 
     >>> parse_quantity("50 MiB", "B")
     52428800.0
@@ -93,8 +92,9 @@ def _unit_problem(symbol: str, unit: str) -> str:
 
 
 def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
-    """An SI number as text with a fitting prefix, of some significant ``digits`` for people; left out, the text is
-    exact: :func:`parse_quantity` gives the same float back.
+    """Return an SI number as text with a suitable prefix and ``digits`` significant digits.
+
+    Without ``digits`` the text is exact: :func:`parse_quantity` returns the same float.
 
     >>> format_quantity(3.35e12, "B/s"), format_quantity(52428800.0, "B"), format_quantity(3e-6, "s")
     ('3.35 TB/s', '50 MiB', '3 us')
@@ -104,7 +104,7 @@ def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
     if digits is None and unit == "B" and value.is_integer():
-        for symbol, power in reversed(_BINARY.items()):  # caches and memories are whole MiB; their decimal text is long
+        for symbol, power in reversed(_BINARY.items()):  # caches and memories are whole MiB, whose decimal text is long
             whole, rest = divmod(int(value), 1024**power)
             if power > 1 and whole and not rest and abs(whole) < 1_000_000:
                 return f"{whole} {symbol}{unit}"
@@ -118,7 +118,7 @@ def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
 
 
 def _plain(number: Decimal) -> str:
-    """Shortest text of a decimal: no trailing zeros, an exponent only where the plain form would be long."""
+    """Return the shortest text of a decimal: no trailing zeros, and an exponent only if the plain form is long."""
     exponent = number.normalize().adjusted() if number else 0
     if -7 <= exponent <= 15:
         text = f"{number:f}"
@@ -127,7 +127,7 @@ def _plain(number: Decimal) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time for people, three significant digits as all that follow.
+    """Return a time as text with three significant digits.
 
     >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
     ('12.3 ms', '3.00 us', '41.2 s')
@@ -136,7 +136,7 @@ def seconds(value: float) -> str:
 
 
 def seconds_between(value: float, lower: float, upper: float) -> str:
-    """A time and its interval in one unit.
+    """Return a time and its interval as text in one unit.
 
     >>> seconds_between(0.0123456, 0.0101, 0.0142)
     '12.3 ms (10.1-14.2)'
@@ -148,7 +148,7 @@ def seconds_between(value: float, lower: float, upper: float) -> str:
 
 
 def size(value: float) -> str:
-    """An amount of memory, binary prefixes as memory is built.
+    """Return an amount of memory as text with a binary prefix.
 
     >>> size(80 * 2**30), size(50 * 2**20), size(16.06e9)
     ('80.0 GiB', '50.0 MiB', '15.0 GiB')
@@ -157,7 +157,7 @@ def size(value: float) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """Something a second, decimal prefixes.
+    """Return a rate per second as text with a decimal prefix.
 
     >>> rate(3.35e12, "B/s"), rate(989.4e12, "FLOP/s")
     ('3.35 TB/s', '989 TFLOP/s')
@@ -166,7 +166,7 @@ def rate(value: float, unit: str) -> str:
 
 
 def ratio(value: float) -> str:
-    """A speedup or bound.
+    """Return a speedup or bound as text.
 
     >>> ratio(1.234), ratio(12.34), ratio(float("inf"))
     ('1.23', '12.3', 'inf')
@@ -175,7 +175,7 @@ def ratio(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction in percent, at most one decimal.
+    """Return a fraction as text in percent, with at most one decimal.
 
     >>> percent(0.25), percent(0.1234)
     ('25 %', '12.3 %')
@@ -193,8 +193,7 @@ def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become null, however deep; mappings, tuples and NumPy's numbers and
-    arrays become what JSON has.
+    """Return a value for JSON: infinite numbers and NaN become null at any depth, NumPy values become plain ones.
 
     >>> finite(float("nan")) is None, finite(1.5), finite({"x": (float("inf"),)})
     (True, 1.5, {'x': [None]})

@@ -1,8 +1,8 @@
-"""A workload: the operators of one forward pass as a frozen table of columns.
+"""Define a workload: the operators of one forward pass as a frozen table of columns.
 
-Use :func:`simulator.lower` to make one, :func:`simulator.prune` to change it, and the kernels to time it. A row is one
-operator shape; ``count`` says how often it runs (identical layers share a row), and may be fractional where a
-dynamic method runs an operator only sometimes. Everything is an array of equal length: no Python loop over rows.
+:func:`simulator.lower` makes a workload, :func:`simulator.prune` changes it, cost models time it. A row is one operator
+shape. Its ``count`` is the number of executions: identical layers share a row, and counts of dynamic methods can be
+fractional.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.arrays import Array
 from simulator.columns import Table, column
+from simulator.counts import attention_pairs as attention_pairs
+from simulator.counts import spmv_bytes as spmv_bytes
 from simulator.display import table_html
 from simulator.errors import InputError
 from simulator.routing import experts_touched
@@ -27,24 +29,24 @@ from simulator.units import percent, size
 
 
 class Kind(IntEnum):
-    """What an operator is, hence which cost model times it."""
+    """Kind of an operator, which selects its cost model."""
 
     GEMM = 0
     PREFILL_ATTENTION = 1
     DECODE_ATTENTION = 2
     ELEMENTWISE = 3
     COLLECTIVE = 4
-    HOST = 5  # of no row: errors of the host among those of operators
-    EXPERTS = 6  # the routed experts of a layer
+    HOST = 5  # not in workloads: marks errors of the host
+    EXPERTS = 6  # routed experts of a layer
 
 
-# as plain numbers: looking up a member of an enumeration takes a microsecond in Python 3.11, too long here
+# plain numbers, as a lookup of an enumeration member takes a microsecond in Python 3.11
 _GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
 _EXPERTS = int(Kind.EXPERTS)
 
 
 class Part(IntEnum):
-    """The part of the decoder an operator belongs to; depth pruning removes ATTENTION and MLP parts of layers."""
+    """Part of the decoder; depth pruning removes ATTENTION and MLP parts of layers."""
 
     EMBEDDING = 0
     ATTENTION = 1
@@ -53,36 +55,37 @@ class Part(IntEnum):
 
 
 class Kernel(IntEnum):
-    """How an operator is executed, hence whether its zeros save time."""
+    """Kernel of an operator, which determines whether zeros save time."""
 
-    DENSE = 0  # zeros, if any, are computed
+    DENSE = 0  # computes zeros
     SPARSE24 = 1  # 2:4 sparse tensor cores, compressed weights
-    UNSTRUCTURED = 2  # scattered zeros: counted in the bounds, timed as dense
-    BLOCK_SPARSE = 3  # whole tiles skipped: attention blocks; tokens of a GEMM, sorted by a mask
-    GROUPS_N = 4  # groups of a GEMM's output features skipped token by token
-    GROUPS_K = 5  # groups of its input features, in the main loop
-    SPMV = 6  # scattered zeros times one token, the rest stored with the distances between them
+    UNSTRUCTURED = 2  # scattered zeros: counted in bounds, timed as dense
+    BLOCK_SPARSE = 3  # skips tiles: attention blocks, or tokens of a GEMM sorted by a mask
+    GROUPS_N = 4  # skips groups of output features of a GEMM per token
+    GROUPS_K = 5  # skips groups of input features of a GEMM per token
+    SPMV = 6  # scattered zeros times one token; stores nonzero values with their distances
 
 
 class Phase(IntEnum):
-    """The phase of inference a row belongs to."""
+    """Phase of inference of a row."""
 
     PREFILL = 0
     DECODE = 1
 
 
 PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
-"""Names of what can be lowered."""
+"""Phases that :func:`simulator.lower` accepts."""
 
 STACKS: tuple[str, ...] = ("sglang", "trtllm", "vllm", "torch")
-"""Software whose kernels a section may be fitted on, the one that is preferred where nobody asks first."""
+"""Software stacks that sections are fitted on, the default first."""
 
 DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
-"""Names of number formats; the index is the code in the ``dtype`` and ``weight_dtype`` columns. fp8_block is a format
-of weights that fp8 arithmetic reads: a scale for every 128 x 128 of them; mxfp4 one of weights alone."""
+"""Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
+
+fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is only for weights."""
 
 DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
-"""Stored bytes of one element, by dtype code; nvfp4 with a byte of scale for 16 elements, mxfp4 for 32."""
+"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""
 
 # fmt: off
 ROLES: tuple[str, ...] = (
@@ -97,90 +100,58 @@ ROLES: tuple[str, ...] = (
     "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
     "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
-    # of latent attention: to the ranks, from the query's, from the latent, and the latter's halves on either side of it
+    # latent attention: projections to the ranks, from the query rank, from the latent vector, and halves of the latter
     "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
-    # a layer's hidden x hidden product in place of attention or MLP; routed experts, and what weighs the shared ones
+    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared experts
     "linear", "experts", "shared_gate",
-    # zeros where tokens are skipped; gate times up where the activation is part of a GEMM
+    # zeros for skipped tokens; gate times up if a GEMM includes the activation
     "fill", "product",
 )
 # fmt: on
-"""Names of operator roles; the index is the code in the ``role`` column, also in files: new ones go to the end."""
+"""Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
 _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
 
 
 def role_code(*names: str) -> Array:
-    """Codes of role names."""
+    """Return the codes of role names."""
     return np.array([_ROLE_CODE[name] for name in names], dtype=np.int16)
 
 
 @lru_cache(maxsize=512)
 def _role_table(names: tuple[str, ...]) -> Array:
-    """Whether each role is among the names: membership by look-up, many times faster than a search on short tables."""
+    """Return whether each role is one of the names: a lookup is many times faster than a search in short tables."""
     table = np.zeros(len(ROLES), dtype=bool)
     table[role_code(*names)] = True
     return table
 
 
 def dtype_code(name: str) -> int:
-    """Code of a number format."""
+    """Return the code of a number format."""
     if name not in _DTYPE_CODE:
         raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
     return _DTYPE_CODE[name]
 
 
-def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
-    """Query-key pairs under a causal mask, for one sequence and head.
-
-    Query i of q_len (from 0) sits at position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit).
-
-    >>> int(attention_pairs(np.array(4), np.array(4), np.array(2)))
-    7
-    """
-    q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
-    first, last = kv - q + 1, kv  # keys seen by the first and the last query
-    full: Array = q * (first + last) / 2
-    if not np.count_nonzero(w):
-        return full
-    # queries whose window is shorter than what lies before them
-    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
-    seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
-    return np.where(w > 0, seen, full)
-
-
-def spmv_bytes(density: Any, value_bytes: Any) -> Array:
-    """Bytes that a kernel for scattered zeros stores for each weight, zeros included.
-
-    Beside each value four bits tell how far it is from the one before; where 16 places are empty a zero is stored in
-    between: 1 / (1 - zeros^16) values for each one that is left (MACKO, github.com/vlejd/macko_spmv).
-
-    >>> spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist()
-    [2.5, 1.25]
-    """
-    kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
-    return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
-
-
 @dataclass(frozen=True)
 class Applied:
-    """One pruning step in a workload's history."""
+    """One pruning step of a workload."""
 
     family: str
-    sparsity: float  # asked for: a scalar, or the mean of a per-projection / per-layer choice
+    sparsity: float  # requested: a scalar, or the mean over projections or layers
     realised: float  # after rounding
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a workload is a workload of."""
+    """Request that a workload was lowered from, and its pruning steps."""
 
     model: str = ""
     phase: str = "prefill"  # one of PHASES
-    batch: int = 1  # sequences; requests in flight of a serve
-    seq: int = 1  # prompt tokens a sequence, cached positions (decode)
-    new_tokens: int = 0  # tokens of each request of a generate or serve
+    batch: int = 1  # sequences; in serve, requests in flight
+    seq: int = 1  # prompt tokens per sequence; in decode, cached positions
+    new_tokens: int = 0  # new tokens per request of generate or serve
     dtype: str = "bf16"
     layers: int = 0  # decoder layers of the dense model
     hidden: int = 0
@@ -188,7 +159,7 @@ class Meta:
     parallel: str = "none"  # none, tensor or pipeline
     engine: str = ""  # name or path; "": bare kernels
     applied: tuple[Applied, ...] = ()
-    config: Any = field(default=None, compare=False, repr=False)  # the ModelConfig it was lowered from
+    config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model
 
 
 _ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"kind": Kind, "part": Part, "phase": Phase, "kernel": Kernel})
@@ -197,56 +168,104 @@ _RANGES = {"layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Workload(Table):
-    """Operators as equal-length columns; names of roles and number formats are taken as their codes.
+    """Operators of a pass as equal-length columns, one row per operator shape.
 
-    >>> w = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4, "count": 3}])
+    :func:`simulator.lower` makes a workload, ``Workload.from_rows`` and ``Workload.from_columns`` make one of rows or
+    columns. Columns of roles, number formats and other names accept names or codes.
+
+    Parameters
+    ----------
+    kind, role, part, phase : array of int, shape (rows,)
+        Codes of cost model (:class:`Kind`), operator (:data:`ROLES`), part of the decoder and phase.
+    layer, layers : array of int, shape (rows,)
+        First layer of the row, -1 outside the layers, and number of consecutive layers, 0 outside the layers.
+    count : array of float, shape (rows,)
+        Executions in the pass, over all layers of the row; the expected number for dynamic methods.
+    m, n, k : array of int, shape (rows,)
+        GEMM: tokens, output features and input features. Experts: tokens, inner width of one expert, hidden size.
+    experts, active, skew : array, shape (rows,)
+        Routed experts of the device, experts per token on average, and imbalance (:mod:`simulator.routing`).
+    stage : array of int, shape (rows,)
+        GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
+    batch, q_len, kv_len : array of int, shape (rows,)
+        Attention: sequences, query positions and key positions per sequence, the last ``q_len`` those of the queries.
+        Collective: ``batch`` devices. Copied cache: ``kv_len`` positions.
+    heads, kv_heads, head_dim, value_dim : array of int, shape (rows,)
+        Attention: query heads, key/value heads, features of a query or key head, and features of a value head (0: as
+        of a key head).
+    latent : array of int, shape (rows,)
+        Attention: elements per position in the cache of latent attention; else 0.
+    window : array of int, shape (rows,)
+        Attention: sliding window in positions, 0 for none.
+    block : array of int, shape (rows,)
+        Edge of skipped blocks, or features of skipped groups; 0 without blocks.
+    density : array of float, shape (rows,)
+        Share of the multiply-adds that are neither zero nor skipped.
+    kernel : array of int, shape (rows,)
+        Code of the kernel (:class:`Kernel`).
+    dtype, weight_dtype : array of int, shape (rows,)
+        Codes (:data:`DTYPES`) of activations and arithmetic, and of the second operand: weights, or the K/V cache.
+    read_bytes, write_bytes : array of float, shape (rows,)
+        Elementwise: bytes read and written per execution. Collective: ``read_bytes`` is the payload.
+    params : array of float, shape (rows,)
+        Parameters of the row, 0 if tied or shared with another row.
+    overhead : array of bool, shape (rows,)
+        Whether the row exists only because of pruning.
+    meta : Meta
+        Request and pruning steps.
+
+    Raises
+    ------
+    InputError
+        If columns have unequal lengths or values out of range.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> w = simulator.Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4, "count": 3}])
     >>> float(w.flops.sum())
     384.0
     """
 
-    # fmt: off
     kind: Array = column(np.int8, Kind.GEMM)
     role: Array = column(np.int16, 0)
     part: Array = column(np.int8, Part.ATTENTION)
     phase: Array = column(np.int8, Phase.PREFILL)
-    layer: Array = column(np.int32, -1)  # first layer the row stands for; -1 outside the layers
-    layers: Array = column(np.int32, 0)  # consecutive layers the row stands for; 0 outside the layers
-    count: Array = column(np.float64, 1.0)  # executions in the pass, all its layers together (expected, where dynamic)
-    m: Array = column(np.int64, 0)  # GEMM: tokens
-    n: Array = column(np.int64, 0)  # GEMM: output features; experts: inner width of one
-    k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
-    experts: Array = column(np.int64, 0)  # routed experts that the device holds
-    active: Array = column(np.float64, 0.0)  # of them a token uses, on average
-    skew: Array = column(np.float64, 0.0)  # how unevenly tokens use them, see :func:`experts_chance`
-    stage: Array = column(np.int8, 0)  # GEMM: 0 a whole weight, 1 / 2 the first / second factor of a low-rank pair
-    batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices taking part
-    q_len: Array = column(np.int64, 0)  # attention: query positions a sequence (1 in decode)
-    # attention: key positions a sequence, the last q_len the queries' own; of a cache that is copied, its positions
+    layer: Array = column(np.int32, -1)
+    layers: Array = column(np.int32, 0)
+    count: Array = column(np.float64, 1.0)
+    m: Array = column(np.int64, 0)
+    n: Array = column(np.int64, 0)
+    k: Array = column(np.int64, 0)
+    experts: Array = column(np.int64, 0)
+    active: Array = column(np.float64, 0.0)
+    skew: Array = column(np.float64, 0.0)
+    stage: Array = column(np.int8, 0)
+    batch: Array = column(np.int64, 0)
+    q_len: Array = column(np.int64, 0)
     kv_len: Array = column(np.int64, 0)
-    heads: Array = column(np.int64, 0)  # attention: query heads
-    kv_heads: Array = column(np.int64, 0)  # attention: key/value heads
-    head_dim: Array = column(np.int64, 0)  # attention: features of a query or key head
-    value_dim: Array = column(np.int64, 0)  # attention: features of a value head; 0: as of a key head
-    # attention: elements of a position in the cache, where keys and values are made from one latent vector; 0 elsewhere
+    heads: Array = column(np.int64, 0)
+    kv_heads: Array = column(np.int64, 0)
+    head_dim: Array = column(np.int64, 0)
+    value_dim: Array = column(np.int64, 0)
     latent: Array = column(np.int64, 0)
-    window: Array = column(np.int64, 0)  # attention: sliding window in positions, 0 for none
-    block: Array = column(np.int64, 0)  # edge of the blocks, or features of the groups, that are skipped; 0: no blocks
-    density: Array = column(np.float64, 1.0)  # share of the multiply-adds that are not zero / not skipped
+    window: Array = column(np.int64, 0)
+    block: Array = column(np.int64, 0)
+    density: Array = column(np.float64, 1.0)
     kernel: Array = column(np.int8, Kernel.DENSE)
-    dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])  # activations and arithmetic
-    weight_dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])  # second operand: weights, or the K/V cache
-    read_bytes: Array = column(np.float64, 0.0)  # elementwise: bytes read; collective: payload
-    write_bytes: Array = column(np.float64, 0.0)  # elementwise: bytes written
-    params: Array = column(np.float64, 0.0)  # parameters this row owns (0 where tied or shared with another row)
-    overhead: Array = column(np.bool_, False)  # work that exists only because of pruning
+    dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])
+    weight_dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])
+    read_bytes: Array = column(np.float64, 0.0)
+    write_bytes: Array = column(np.float64, 0.0)
+    params: Array = column(np.float64, 0.0)
+    overhead: Array = column(np.bool_, False)
     meta: Meta = Meta()
-    # fmt: on
 
     CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """``values`` of the column ``name``; InputError for what is none of its kind: fractions, negative, infinite."""
+        """Return ``values`` of the column ``name``; raise InputError for values outside its range."""
         given, kind = super().coerced(name, values), cls.SCHEMA[name][0]
         if kind is np.bool_:
             return truths(f"column {name}", given)
@@ -262,7 +281,7 @@ class Workload(Table):
         return f"{asked}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
 
     def _columns(self) -> Mapping[str, Any]:
-        """Names in place of codes, and what follows: FLOPs and bytes."""
+        """Return columns with names instead of codes, and FLOPs and bytes."""
         held = {name: np.array([one.name.lower() for one in of])[getattr(self, name)] for name, of in _ENUMS.items()}
         return {**super()._columns(), **held, "flops": self.flops, "bytes": self.bytes}
 
@@ -272,7 +291,7 @@ class Workload(Table):
         return table_html({name: columns[name] for name in names.split()})
 
     def is_role(self, *names: str) -> Array:
-        """Mask of the rows with one of the roles ``names``, of :data:`ROLES`."""
+        """Return a mask of the rows with one of the roles ``names``, of :data:`ROLES`."""
         mask: Array = _role_table(names)[self.role]
         return mask
 
@@ -284,12 +303,12 @@ class Workload(Table):
 
     @property
     def pairs(self) -> Array:
-        """Query-key pairs an attention row computes for one sequence and head: causal, windowed; 0 for other rows."""
+        """Query-key pairs per sequence and head of attention rows, causal and windowed; 0 for other rows."""
         return attention_pairs(self.q_len, self.kv_len, self.window)
 
     @property
     def keys_seen(self) -> Array:
-        """Key positions that any query of an attention row sees."""
+        """Key positions that at least one query of an attention row sees."""
         return np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
 
     @property
@@ -299,20 +318,22 @@ class Workload(Table):
 
     @property
     def key_elements(self) -> Array:
-        """Elements of keys and values that an attention row reads of each position: of all heads, or the latent."""
+        """Elements per position that an attention row reads: keys and values of all heads, or the latent vector."""
         heads = self.kv_heads * (self.head_dim + self.value_features)
         return np.where((self.kind == _DECODE) & (self.latent > 0), self.latent, heads)
 
     @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights one execution of a GEMM row must read (compressed where the kernel stores zeros away); of
-        routed experts, of those that some token uses."""
+        """Bytes of weights that one execution of a GEMM row reads, compressed if the kernel stores no zeros.
+
+        Of routed experts, only those in use are read.
+        """
         stored: Array = DTYPE_BYTES[self.weight_dtype]
         if np.count_nonzero(self.kernel):
             pairs, scattered = self.kernel == Kernel.SPARSE24, self.kernel == Kernel.UNSTRUCTURED
-            # 2:4 keeps a 2-bit index a kept value; scattered zeros need at least one bit a position
+            # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
             index = np.where(pairs, 0.25 * self.density, 0.125)
-            # few zeros are not worth an index
+            # an index takes more bytes than few zeros save
             kept = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
             stored = np.where(self.kernel == Kernel.SPMV, spmv_bytes(self.density, stored), kept)
         out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
@@ -323,8 +344,11 @@ class Workload(Table):
 
     @property
     def flops(self) -> Array:
-        """FLOPs of each row, all its executions: GEMMs 2MNK, attention 4 d a query-key pair and head (2 for keys, 2 for
-        values), experts 6NK a token and expert it uses; others none."""
+        """FLOPs of all executions of each row.
+
+        GEMMs have 2MNK, attention 2 (d_key + d_value) per query-key pair and head, experts 6NK per token and expert in
+        use, other operators none.
+        """
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
         attention = 2.0 * self.batch * self.heads * (self.head_dim + self.value_features) * self.pairs
@@ -335,7 +359,7 @@ class Workload(Table):
 
     @property
     def bytes(self) -> Array:
-        """Bytes each row must at least move, all its executions: operands read once, results written once."""
+        """Minimum bytes of all executions of each row: operands are read once, results are written once."""
         act = DTYPE_BYTES[self.dtype]
         gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
         cache = 1.0 * self.batch * self.keys_seen * self.key_elements * DTYPE_BYTES[self.weight_dtype]
@@ -343,23 +367,23 @@ class Workload(Table):
         query = 1.0 * self.batch * self.heads * self.q_len * (self.head_dim + self.value_features) * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
-        streams = self.weight_bytes_each + 2.0 * act * self.m * self.k  # of routed experts, what cannot be fused away
+        streams = self.weight_bytes_each + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
         each = np.where(self.kind == _EXPERTS, streams, each)
         out: Array = each * self.count
         return out
 
     @property
     def repeats(self) -> Array:
-        """Executions of each row in a layer, at least 1; what a row owns is shared out among them."""
+        """Executions of each row per layer, at least 1; they share the parameters of the row."""
         return np.where(self.layers > 0, np.maximum(self.count / np.maximum(self.layers, 1), 1.0), 1.0)
 
     @property
     def parameters(self) -> float:
-        """Parameters of the model the rows describe."""
+        """Parameters of the model that the rows describe."""
         return float((self.params * self.count).sum())
 
     def expand(self) -> Workload:
-        """One row a layer: rows that stand for several equal layers are repeated, ``count`` shared out among them."""
+        """Return the workload with one row per layer; equal layers share the count of their row."""
         times = np.maximum(self.layers, 1).astype(np.int64)
         index = np.repeat(np.arange(len(self)), times)
         offset = np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)

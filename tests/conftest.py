@@ -38,3 +38,10 @@ def wheel_tables() -> Path:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Helpers of tests are imported by the tests that need them (some need torch), not collected for doctests."""
     return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Examples in docstrings are quick; which tests are, their modules say."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.quick)

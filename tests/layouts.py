@@ -7,7 +7,6 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from simulator.models.config import Block, ModelConfig
 from simulator.models.headers import BITS, Tensor
@@ -200,34 +199,3 @@ def folder_of(tmp_path: Path, name: str) -> Path:
     content = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(content | {"_name_or_path": name}))
     return tmp_path
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "model.layers.": "blk.",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
-    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
-    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
-}  # fmt: skip
-
-
-def gguf(model: ModelConfig, kind: int, **changes: Any) -> bytes:
-    """The header of a GGUF file of a Llama."""
-    text = lambda value: struct.pack("<Q", len(value)) + value.encode()  # noqa: E731
-    numbers = {"block_count": model.layers, "embedding_length": model.hidden, "context_length": 4096}
-    numbers |= {"attention.head_count": [b.heads for b in model.layout], "attention.key_length": model.head_dim}
-    numbers |= {"attention.head_count_kv": [b.kv_heads for b in model.layout]}
-    numbers |= {"feed_forward_length": [b.inner for b in model.layout], **changes}
-    out = text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    out += text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
-    for key, value in numbers.items():
-        array = isinstance(value, list)
-        values = value if array else [value]
-        head = struct.pack("<IIQ", 9, 4, len(values)) if array else struct.pack("<I", 4)
-        out += text(f"llama.{key}") + head + struct.pack(f"<{len(values)}I", *values)
-    tensors = {name: t for name, t in tensors_of(model).items() if "inv_freq" not in name}
-    for name, t in tensors.items():
-        for old, new in GGUF_NAMES.items():
-            name = name.replace(old, new)
-        shape = struct.pack(f"<{len(t.shape)}Q", *reversed(t.shape))
-        out += text(name) + struct.pack("<I", len(t.shape)) + shape + struct.pack("<IQ", kind, 0)
-    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(numbers) + 2) + out

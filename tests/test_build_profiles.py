@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from operator_times import prefill_time
 
 import calibration.build_profiles as shipped
-from calibration.build_profiles import RECIPES, at_hand, built, main, make, rounded, tables_of
+from calibration.build_profiles import RECIPES, available, build, main, make, rounded, tables_of
 from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.wheel import CHOICES, datasheet
-from simulator.cost.attention import prefill_attention_time
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.hardware.profile import Provenance, Section
@@ -28,7 +28,7 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
         assert name == f"{recipe.hardware}.{recipe.stack}"
         assert recipe.hardware in list_hardware()
         assert recipe.stack in STACKS
-        assert recipe.lender in ("", *RECIPES)
+        assert recipe.prior in ("", *RECIPES)
         assert {CHOICES[table].hardware for table in recipe.tables} <= {recipe.hardware}
         assert {CHOICES[table].stack for table in recipe.tables} in (set(), {recipe.stack}, {recipe.stack, "nccl"})
     own = [table for recipe in RECIPES.values() for table in recipe.tables if CHOICES[table].stack != "nccl"]
@@ -36,20 +36,22 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
     assert [name for name in own if CHOICES[name].ships and name not in list_measurements()] == []
 
 
+@pytest.mark.quick
 def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() -> None:
-    left = {name for name, recipe in RECIPES.items() if not at_hand(recipe, None, None)}
+    left = {name for name, recipe in RECIPES.items() if not available(recipe, None, None)}
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
     with pytest.raises(InputError, match=r"h100_sxm\.vllm: its tables do not ship; name the wheel"):
-        built("h100_sxm.vllm")
+        build("h100_sxm.vllm")
     with pytest.raises(InputError, match=r"rtx_4090\.vllm: its tables do not ship; name their folder"):
-        built("rtx_4090.vllm")
+        build("rtx_4090.vllm")
     with pytest.raises(InputError, match="stack file 'h100_sxm' is unknown"):
-        built("h100_sxm")
+        build("h100_sxm")
     rows = tables_of(RECIPES[NAME])
     formats = {"bf16", "int8_wo", "int4_wo", "fp16", "int8"}  # the last two are NCCL's
     assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
 
 
+@pytest.mark.quick
 def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "some.whl"
     bad.write_bytes(b"PK")
@@ -66,29 +68,32 @@ def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert list(tmp_path.iterdir()) == [bad]
 
 
-def planted(operator: str, spread: float) -> Section:
+def planted(operator: str, scale: float) -> Section:
     """A calibrated section with the constants that are assumed."""
     constants = {n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()}
     about = Provenance(operator, "0" * 64, "2026-11-25", "SGLang", "NVIDIA B200", "graph", 100)
-    return Section(constants, spread=spread, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
+    return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
 
 
+@pytest.mark.quick
 def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
     before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
     fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
-    monkeypatch.setattr(shipped, "built", lambda *_: fit)
+    monkeypatch.setattr(shipped, "build", lambda *_: fit)
     monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
     lines = make("b200_sxm.sglang", tmp_path)
-    assert "b200_sxm.sglang attention_decode bf16: kept as it is, its rows are in the wheel" in lines
+    assert "b200_sxm.sglang attention_decode bf16: kept, its rows are in the wheel" in lines
     assert "b200_sxm.sglang: a note" in lines
     copy = tmp_path / "b200_sxm.yaml"
     copy.write_bytes((profiles_folder() / copy.name).read_bytes())
     again = load_hardware(copy).stacks["sglang"]
-    assert (again[prefill].spread, again[decode].spread) == (1.23, 0.9)
+    assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
     assert again[decode].provenance == before[decode].provenance
     monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
-    assert any("nothing kept of the file before" in line for line in make("b200_sxm.sglang", tmp_path))
+    assert any(
+        "no section kept, because the earlier file cannot be read" in line for line in make("b200_sxm.sglang", tmp_path)
+    )
     assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
 
 
@@ -96,22 +101,24 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
     lines: list[str] = []
     how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
     assert main([NAME, *how], report=lines.append) == 0
-    assert f"{NAME} mla_decode bf16: kept as it is, not asked for" in lines
+    assert f"{NAME} mla_decode bf16: kept, not selected" in lines
     for file in profiles_folder().glob(f"{NAME}.*"):  # the shipped one is what its table gives, to the byte
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
     assert main([NAME, "--operator", "experts_", "-o", str(tmp_path)]) == 2
     assert "operator 'experts_' is unknown" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_sections_are_round() -> None:
     own = planted("gemm", 0.123456)
     once = rounded(replace(own, arrays={"values": np.array([[0.123456789]])}))
-    assert (once.spread, once.accuracy["mape"]) == (0.123, 0.03333)
+    assert (once.section_scale, once.accuracy["mape"]) == (0.123, 0.03333)
     assert once.arrays["values"] == np.float32(0.1235)
     noisy = {name: replace(c, value=c.value * (1 + 1e-12)) for name, c in once.constants.items()}
     assert rounded(replace(once, constants=noisy)).constants == once.constants
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", sorted({recipe.hardware for recipe in RECIPES.values()}))
 def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
     hw = load_hardware(name)
@@ -120,7 +127,7 @@ def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
         for key, section in sections.items():
             about = section.provenance
             assert about is not None, (stack, key)
-            assert section.status == ("borrowed" if about.borrowed_from else "calibrated"), (stack, key)
+            assert section.status == ("inherited" if about.inherited_from else "calibrated"), (stack, key)
             assert "/work" not in about.source
             if section.status == "calibrated" and key[0] != "runtime":
                 assert 0.0 < section.accuracy["mape"] < 0.25, (stack, key)
@@ -135,7 +142,7 @@ ends depends on the rounding of a machine's linear algebra (0.7 % between two pr
 
 @pytest.mark.slow
 def test_the_shipped_profile_is_what_its_tables_give() -> None:
-    made, hw = built(NAME).profile, load_hardware("a100@trtllm")
+    made, hw = build(NAME).profile, load_hardware("a100@trtllm")
     for key, section in made.sections.items():
         assert hw.stacks["trtllm"][key].provenance == section.provenance
         for name, constant in hw.stacks["trtllm"][key].constants.items():
@@ -144,5 +151,5 @@ def test_the_shipped_profile_is_what_its_tables_give() -> None:
     batch, seq, heads, groups = (
         a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
     )
-    times = [prefill_attention_time(batch, seq, seq, heads, groups, 128, device).seconds for device in (made, hw)]
+    times = [prefill_time(batch, seq, seq, heads, groups, 128, device).seconds for device in (made, hw)]
     np.testing.assert_allclose(*times, rtol=1e-3)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from simulator.errors import InputError
 from simulator.units import EXAMPLES, UNITS, format_quantity, parse_quantity
 
+pytestmark = pytest.mark.quick
+
 UNIT = st.sampled_from(sorted(UNITS))
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Meta, Workload, attention_pairs, dtype_code, role_code
 
+pytestmark = pytest.mark.quick
+
 
 def _pairs(q: int, kv: int, window: int) -> int:
     return sum(min(kv - q + i + 1, window or kv) for i in range(q))

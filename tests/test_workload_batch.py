@@ -19,6 +19,8 @@ from simulator.models.library import load_model
 from simulator.workload import Kernel, Kind, Part, Workload
 from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, memory
 
+pytestmark = pytest.mark.quick
+
 lower = partial(lowering.lower, engine="")
 GPU: Any = SimpleNamespace(memory_bytes=80e9)
 

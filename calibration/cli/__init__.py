@@ -1,18 +1,5 @@
-"""The whole command line, ``prunesim``: :mod:`calibration.cli.program`, which is imported late so that the program
-answers a signal from its start on."""
+"""Commands that import, measure, fit and validate: entry points of ``prunesim`` (group ``prunesim.commands`` of
+setup.cfg), which :mod:`simulator.cli.program` finds by name.
 
-
-def main() -> None:
-    """Entry point of the ``prunesim`` command."""
-    from simulator.start import start
-
-    start("calibration.cli.program")
-
-
-def __getattr__(name: str) -> object:
-    if name not in ("app", "run"):
-        raise AttributeError(f"module 'calibration.cli' has no attribute {name!r}")
-    from calibration.cli import program
-
-    value: object = getattr(program, name)
-    return value
+Same rules as :mod:`simulator.cli`: thin commands, and nothing heavy imported before a command needs it.
+"""

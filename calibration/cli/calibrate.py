@@ -1,4 +1,4 @@
-"""``prunesim calibrate``: measure a device, fit a profile, and judge it on shapes held out before, in one go."""
+"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes, in one step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import part_row, show_anchor, show_fit
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measure, outcome_row
+from calibration.cli.fit import part_row, show_fit, show_update
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measured, outcome_row
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -15,17 +15,15 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.runners.runs import Calibrated
+    from calibration.cli.measure import Progress
+    from calibration.devices import Device
+    from calibration.runners.runs import Calibrated, Measured
 
-# fmt: off
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host for the host time alone.")]
-Model = Annotated[str | None, opt("--for", "MODEL", "Measure this model's dense and pruned GEMMs first, exactly.")]
-Family = Annotated[str, opt("--family", "LIST", "With --for: how the model is pruned.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: fractions removed.")]
-Quick = Annotated[
-    bool, opt("--quick", None, "Move --hardware as a whole by a few measured rows instead of a fit.")
-]
-# fmt: on
+DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
+Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
+Family = Annotated[str, opt("--family", "LIST", "With --for: pruning families.")]
+Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")]
+Quick = Annotated[bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")]
 
 
 def command(
@@ -44,25 +42,24 @@ def command(
     seed: Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a device in one go.
+    """Calibrate a device in one step.
 
-    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. The profile is for --hardware of every
-    other command. A run that was stopped goes on with the same command. With DEVICE host only the time is measured, in
-    seconds, that this machine's host takes to launch a kernel and an eager layer, on its first GPU or else its CPU, and
-    --hardware is moved by it.
+    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. Use the profile as --hardware of other
+    commands. Run the command again to resume a stopped run. DEVICE host takes a few seconds; it measures only the
+    host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and updates --hardware.
     """
-    from calibration.runners.runs import fit_run
-    from calibration.runners.targets import Asked, asked_workloads
+    from calibration.runners.runs import fit_run, measure_into
+    from calibration.runners.targets import Targets, target_workloads
 
     budget_s = seconds("--budget", budget)
     if device == "host":
         if model:
-            raise InputError("--for: DEVICE host measures no operators of a model; name the device")
+            raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
         _host(output, budget_s, dtype, hardware, seed, json)
         return
-    asked: Asked = ()
+    targets: Targets = ()
     if model:
-        asked = asked_workloads(
+        targets = target_workloads(
             model,
             phases=options.names("--phase", phase),
             batch=options.integers("--batch", batch),
@@ -70,9 +67,24 @@ def command(
             dtype=dtype,
             families=options.names("--family", family),
             sparsities=options.fractions("--sparsity", sparsity),
-            engine="" if device == "cpu" else DEFAULT_ENGINE,  # a CPU runs no engine that fuses projections
+            engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
-    found = measure(device, output, budget_s, dtype, hardware=hardware, asked=asked, quick=quick, seed=seed)
+
+    def run(opened: Device, progress: Progress) -> Measured:
+        return measure_into(
+            output,
+            opened,
+            budget_s=budget_s,
+            dtype=dtype,
+            hardware=hardware,
+            targets=targets,
+            quick=quick,
+            seed=seed,
+            progress=progress,
+            note=render.note,
+        )
+
+    found = measured(device, output, run)
     finish(found.outcome)
     with render.progress("fitting") as report:
         done = fit_run(output, anchor=quick, progress=report)
@@ -88,37 +100,64 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
 
     from calibration.devices.protocol import LAYER_LAUNCHES
     from calibration.fit.predict import HostTime
-    from calibration.runners.runs import DATASHEET, fit_run
+    from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
 
-    found = measure("host", output, budget_s, dtype, host=True, hardware=hardware, seed=seed)
+    def run(opened: Device, progress: Progress) -> Measured:
+        return measure_host(
+            output,
+            opened,
+            budget_s=budget_s,
+            dtype=dtype,
+            hardware=hardware,
+            seed=seed,
+            progress=progress,
+            note=render.note,
+        )
+
+    found = measured("host", output, run)
     finish(found.outcome)
     done = fit_run(output, anchor=True)
     before, now = HostTime.of(load_hardware(Path(output) / DATASHEET)), HostTime.of(done.fit.profile)
-    row = {"launch_s": now.launch_s, "half": math.expm1(now.half), "layer_s": now.layer_s, "launches": LAYER_LAUNCHES}
-    row |= {"launch_before_s": before.launch_s, "half_before": math.expm1(before.half)}
     timed = found.records.select(found.records.timed)
-    for name, kind in (("measured_layer_s", "layer_eager"), ("measured_bare_launch_s", "launch_eager")):
-        row[name] = float(np.median(timed.seconds[timed.is_operator(kind)]))
-    if render.Output(json).write([{"measured": outcome_row(found), **row, "notes": list(done.fit.notes)}]):
-        said, was = (f"{render.seconds(h.launch_s)} a launch +-{100 * math.expm1(h.half):.0f} %" for h in (now, before))
-        print(f"host: {said} (was {was}), {render.seconds(now.layer_s)} an eager layer of {LAYER_LAUNCHES} launches")
-        layer, bare = (render.seconds(row[f"measured_{name}_s"]) for name in ("layer", "bare_launch"))
-        print(f"measured: {layer} a layer, {bare} a launch without a layer round it")
+    layer_s = float(np.median(timed.seconds[timed.is_operator("layer_eager")]))
+    bare_launch_s = float(np.median(timed.seconds[timed.is_operator("launch_eager")]))
+    row = {
+        "measured": outcome_row(found),
+        "launch_s": now.launch_s,
+        "half": math.expm1(now.half),
+        "layer_s": now.layer_s,
+        "launches": LAYER_LAUNCHES,
+        "launch_before_s": before.launch_s,
+        "half_before": math.expm1(before.half),
+        "measured_layer_s": layer_s,
+        "measured_bare_launch_s": bare_launch_s,
+        "notes": list(done.fit.notes),
+    }
+    if render.Output(json).write([row]):
+        new, old = (
+            f"{render.seconds(host.launch_s)} per launch +-{100 * math.expm1(host.half):.0f} %"
+            for host in (now, before)
+        )
+        print(
+            f"host: {new} (before: {old}), {render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
+        )
+        bare = render.seconds(bare_launch_s)
+        print(f"measured: {render.seconds(layer_s)} per layer, {bare} per launch outside a layer")
         print(f"{Path(output) / 'profile.yaml'}: use it as --hardware")
     for line in done.fit.notes:
         render.note(line)
 
 
-def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
-    from calibration.fit.anchor import Anchored, as_row
+def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+    from calibration.fit.local_update import Updated, as_row
     from calibration.validation.scores import summary
 
     fit = done.fit
     return {
-        "measured": measured,
-        "fitted": [] if isinstance(fit, Anchored) else [part_row(p) for p in fit.parts],
-        "anchored": as_row(fit) if isinstance(fit, Anchored) else None,
+        "measured": outcome,
+        "fitted": [] if isinstance(fit, Updated) else [part_row(p) for p in fit.parts],
+        "anchored": as_row(fit) if isinstance(fit, Updated) else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
     }
@@ -126,19 +165,19 @@ def _row(measured: dict[str, Any], done: Calibrated) -> dict[str, Any]:
 
 def _show(output: str, done: Calibrated) -> None:
     from calibration.cli.validate import show_report
-    from calibration.fit.anchor import Anchored
+    from calibration.fit.local_update import Updated
 
-    if isinstance(done.fit, Anchored):
-        show_anchor(done.fit)
+    if isinstance(done.fit, Updated):
+        show_update(done.fit)
     else:
         show_fit(done.fit)
     print()
     if done.held_out is None:
-        render.note("nothing was held out: the run was too short to judge the fit")
+        render.note("no held-out shapes: the run was too short to validate the fit")
     else:
-        show_report(done.held_out, "on shapes held out before the fit")
+        show_report(done.held_out, "on held-out shapes")
     if done.exact is not None:
         print()
-        show_report(done.exact, "the model alone on the shapes measured exactly")
+        show_report(done.exact, "cost model alone, on the shapes measured exactly")
     folder = Path(output)
     print(f"\n{folder / 'profile.yaml'}: use it as --hardware" + (f"\n{folder / 'report.md'}" if done.held_out else ""))

@@ -1,25 +1,28 @@
-"""``prunesim compare``: run a decoder dense and pruned on a device, and put predictions beside what it took."""
+"""``prunesim compare``: run a dense and a pruned decoder on a device and compare their times with predictions."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calibration.cli.measure import Folder, Seed
 from calibration.cli.rows import seconds
-from calibration.cli.upper_bound import Cases, DeviceName, Model, case_columns, ratio_of
+from calibration.cli.upper_bound import CaseOptions, DeviceName, Model, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
-    from calibration.runners.compare import Row
+    from matplotlib.figure import Figure
 
-LaunchedAs = Annotated[
-    str, opt("--engine", "NAME", "How passes are launched: as reference (one graph) or as hf; what can be if left out.")
+    from calibration.runners.compare import ComparedSpeedup
+
+Launch = Annotated[
+    str, opt("--engine", "NAME", "Launches: reference (one graph) or hf (eager). Default: a graph if supported.")
 ]
 
 
@@ -31,16 +34,16 @@ def command(
     model: Model,
     device: DeviceName,
     output: Folder,
-    asked: Cases = Cases(),  # noqa: B008 - frozen
-    engine: LaunchedAs = "",
+    selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
+    engine: Launch = "",
     seed: Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Runs a real decoder with random weights, dense and pruned by each family. The profile is RUN/profile.yaml where a
-    calibration left one, unless --hardware names another. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
-    comparison.png; the same command goes on where it was stopped.
+    Runs a real decoder with random weights, dense and pruned by each family. The profile is --hardware, else
+    RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
+    comparison.png. Run the command again to resume.
     """
     from calibration.runners.compare import as_executed, compare, rows_of
     from calibration.runners.runs import RECORDS, check_folder
@@ -48,17 +51,18 @@ def command(
     from simulator.files.write import write_whole
     from simulator.predict.scenario import one_of
 
-    budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
+    budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
     runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
-    config, cases, notes = asked.of(model, options=as_executed(device))
+    config, cases, notes = selection.cases(model, options=as_executed(device))
     folder = check_folder(output)
-    with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
+    with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
         name = opened.describe().device
         render.note(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
-        known_run: dict[str, Any] = {"budget_s": left, "dtype": dtype, "runtime": runtime, "seed": seed}
-        found = compare(folder, opened, config, cases, progress=report, **known_run)
-    known = measured_bounds(folder / RECORDS, cases, dtype)
-    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=known)
+        found = compare(
+            folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
+        )
+    bounds = measured_bounds(folder / RECORDS, cases, dtype)
+    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=bounds)
     table = [asdict(row) for row in rows]
     if rows:
         write_whole(folder / "comparison.csv", csv_text(table).encode())
@@ -71,16 +75,16 @@ def command(
         render.note(line)
     if found.left:
         why = f" ({found.stopped})" if found.stopped else ""
-        render.note(f"{found.left} cases left{why}; the same command goes on from here")
+        render.note(f"{found.left} cases left{why}; run the command again to resume")
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 
 
-def _title(row: Row) -> str:
-    return f"{row.model} on {row.device}, {row.dtype}: predicted by {row.hardware} against measured"
+def _title(row: ComparedSpeedup) -> str:
+    return f"{row.model} on {row.device}, {row.dtype}: predicted ({row.hardware}) against measured"
 
 
-def _columns(rows: list[Row]) -> list[render.Column]:
+def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
     columns = render.columns(
         rows,
         *case_columns(rows),
@@ -97,8 +101,8 @@ def _columns(rows: list[Row]) -> list[render.Column]:
     return [c for c in columns if c.title != "measured\nbound" or any(cell != "-" for cell in c.cells)]
 
 
-def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
-    """How well they agree, a line a phase."""
+def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
+    """Return the agreement of predictions and measurements, one line per phase."""
     from calibration.runners.compare import by_phase, repeatability
 
     lines = []
@@ -108,17 +112,16 @@ def _agreement(rows: list[Row], records: list[dict[str, object]]) -> list[str]:
         lines.append(
             f"{phase}: {rank}median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, "
             f"bias {percent['bias']:+.1f} %, {percent['inside']:.0f} % of {a['count']} in their 90 % interval; "
-            f"dense times off by {percent['dense_time']:.1f} % (median)"
+            f"median error of dense times {percent['dense_time']:.1f} %"
         )
     again = repeatability(records)
     if again == again:
-        lines.append(f"measured again, a speedup of this machine differs by {100 * again:.1f} % (median)")
+        lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
     return lines
 
 
-def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> None:
+def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
     """The table as Markdown, and the figure."""
-    from calibration.runners.compare_figure import compare_figure
     from calibration.validation.report import table
     from simulator.display import markdown_text
     from simulator.figures.save import save_figure
@@ -131,4 +134,17 @@ def _write(folder: Path, rows: list[Row], records: list[dict[str, object]]) -> N
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
-    save_figure(compare_figure(rows), folder / "comparison.png")
+    save_figure(comparison_figure(rows), folder / "comparison.png")
+
+
+def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
+    """Measured speedups next to predicted ones, a panel per phase and sparsity."""
+    from simulator.figures.published import Beside, published_figure
+
+    families, panels = list(dict.fromkeys(r.family for r in rows)), []
+    for phase, sparsity in dict.fromkeys((r.phase, r.sparsity) for r in rows):
+        at = {r.family: r for r in rows if (r.phase, r.sparsity) == (phase, sparsity)}
+        columns = ("measured", "predicted", "predicted_lower", "predicted_upper")
+        values = [[getattr(at[f], name) if f in at else math.nan for f in families] for name in columns]
+        panels.append(Beside(f"{phase}, {render.percent(sparsity)} removed", families, *values))
+    return published_figure(panels, observed="measured")

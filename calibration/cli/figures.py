@@ -1,18 +1,159 @@
-"""``prunesim figures`` with the measured GEMMs that ship, beside the predictions of the devices they are of."""
+"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions.
+
+The measured GEMMs that ship are drawn next to the predictions of their devices.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli.figures import figures_command
+from simulator.cli import options, render
+from simulator.cli.options import opt
+from simulator.engines import DEFAULT_ENGINE
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms
+    from simulator.figures.paper import Drawn
+    from simulator.figures.subject import Paper
     from simulator.hardware.profile import HardwareProfile
+
+MODEL, HARDWARE, FORMATS = "llama-3.1-8b", "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
+
+# fmt: off
+Output = Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")]
+Model = Annotated[str, opt("--model", "MODEL", "Name of a model, or its Hugging Face config.json.")]
+Only = Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")]
+Formats = Annotated[str, opt("--format", "LIST", "pdf, png, svg.")]
+Seq = Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")]
+MeasuredFiles = Annotated[
+    list[str] | None,
+    opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated."),
+]
+# fmt: on
+
+
+def command(
+    output: Output,
+    model: Model = MODEL,
+    hardware: options.Hardware = HARDWARE,
+    only: Only = None,
+    formats: Formats = FORMATS,
+    seq: Seq = 2048,
+    engine: options.Engine = DEFAULT_ENGINE,
+    dtype: options.Dtype = "bf16",
+    measured: MeasuredFiles = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw the figures of a paper about a model.
+
+    Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
+    (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
+    """
+    from simulator.figures.paper import FIGURES, MEASURED, draw
+    from simulator.figures.save import SUFFIXES, save_figure
+    from simulator.figures.subject import NothingToDraw, paper
+    from simulator.predict.scenario import Scenario, one_of, whole_number
+
+    known_formats = [suffix[1:] for suffix in SUFFIXES]
+    chosen = list(FIGURES)
+    if only:
+        chosen = [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
+    suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
+    about = paper(
+        model,
+        options.names("--hardware", hardware),
+        scenario=Scenario(engine=engine, dtype=dtype),
+        seq=whole_number("seq", seq),
+    )
+    if set(chosen) & set(MEASURED):
+        about = _with_measured(about, measured or [], dtype, needed=bool(only) and "scatter" in chosen)
+    folder = _folder(output)
+    drawn: list[Drawn] = []
+    with render.progress("drawing") as report:
+        for i, name in enumerate(chosen):
+            try:
+                drawn.append(draw(name, about))
+            except NothingToDraw as error:
+                if only:
+                    raise
+                render.note(str(error))
+            else:
+                for suffix in suffixes:
+                    save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
+            report(i + 1, len(chosen))
+    given = {"--model": (model, MODEL), "--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
+    given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
+    changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
+    _write_captions(drawn, folder, ".png" if ".png" in suffixes else suffixes[0], changed, measured or [])
+    if as_json:
+        files = {d.name: [str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn}
+        rows = [{"name": d.name, "caption": d.caption, "files": files[d.name]} for d in drawn]
+        render.show_json(rows)
+    else:
+        for d in drawn:
+            print(f"{folder / d.name}{'|'.join(suffixes)}")
+        print(folder / "captions.md")
+    for line in dict.fromkeys(line for d in drawn for line in d.notes):
+        render.note(line)
+
+
+def _with_measured(about: Paper, files: list[str], dtype: str, needed: bool) -> Paper:
+    """The paper with the measured GEMMs of its devices; without those that ship where they cannot be read and are not
+    needed."""
+    from dataclasses import replace
+
+    from simulator.figures.measured import read_measured_gemms
+    from simulator.hardware.library import load_hardware
+
+    found: dict[str, MeasuredGemms] = {}
+    try:
+        tables = {hw.label: shipped_gemms(hw, dtype) for hw in about.devices}
+        found = {name: table for name, table in tables.items() if table is not None}
+    except InputError as error:
+        if needed:
+            raise
+        render.note(str(error))
+    given: set[str] = set()
+    for text in files:
+        name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
+        device = load_hardware(name).label
+        if device not in [hw.label for hw in about.devices]:
+            raise InputError(f"--measured {text!r}: {device} is not among --hardware")
+        if device in given:
+            raise InputError(f"--measured {text!r}: {device} is given twice")
+        given.add(device)
+        found[device] = read_measured_gemms(path, dtype)
+    return replace(about, measured=found)
+
+
+def _folder(output: str) -> Path:
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder to write to")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[str], measured: list[str]) -> None:
+    """A list of the figures with their captions and the command of each."""
+    from simulator.display import markdown_text
+    from simulator.figures.paper import MEASURED
+    from simulator.files.write import write_whole
+
+    files = [part for text in measured for part in ("--measured", text)]
+    lines = ["# Figures", ""]
+    for d in drawn:
+        words = ["prunesim", "figures", "-o", "DIR", "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
+        picture = f"![{d.name}]({d.name}{shown})"
+        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
+    write_whole(folder / "captions.md", "\n".join(lines).encode())
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """The table that the profile of a device was fitted on, where it ships and has rows of the format."""
+    """Return the shipped table that a device's profile was fitted on; None without rows of the number format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
     from simulator.figures.measured import from_columns
@@ -30,6 +171,3 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     return from_columns(
         {column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}, source, dtype
     )
-
-
-command = figures_command(shipped_gemms)

@@ -1,4 +1,4 @@
-"""``prunesim fit``: records and a datasheet to a calibrated profile."""
+"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.fit.anchor import Anchored
+    from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
 
 # fmt: off
-Output = Annotated[str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz beside it.")]
-Base = Annotated[str, opt("--hardware", "NAME", "Profile with the device's datasheet.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit; all if left out.")]
-Prior = Annotated[str | None, opt("--prior", "NAME", "Calibrated profile of a sibling or another stack to lean on.")]
+Output = Annotated[
+    str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
+]
+Base = Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
+Prior = Annotated[
+    str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
+]
 # fmt: on
-Anchor = Annotated[bool, opt("--anchor", None, "Move --hardware as a whole by 20 to 400 rows measured here.")]
+Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
 def command(
@@ -35,10 +39,10 @@ def command(
 ) -> None:
     """Calibrate a profile on records.
 
-    Each operator and number format is fitted on its own; what the records say nothing of is kept as --hardware has it.
-    Rows held out are left out. Prints what was fitted and how well it predicts shapes it did not see. With --anchor
-    nothing is fitted anew: the rows, of any operators, move all predictions together and narrow their intervals; prints
-    what they say of this machine.
+    Each operator and number format is fitted separately; operators without records keep their section of --hardware.
+    Held-out rows are excluded. Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is
+    fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
+    on this machine.
     """
     from calibration.fit.profile import fit_profile
     from simulator.files.write import check_target
@@ -49,23 +53,23 @@ def command(
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
     if anchor and prior:
-        raise InputError("--anchor and --prior: expected one of them; name the profile to move by --hardware")
+        raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
     rows, notes = load_rows(records, base, screened=not anchor)
     if anchor:
-        from calibration.fit.anchor import anchor_profile, as_row
+        from calibration.fit.local_update import as_row, update_profile
 
-        done = anchor_profile(base, rows, dtype=dtype)
+        done = update_profile(base, rows, dtype=dtype)
         save_hardware(done.profile, output)
         if render.Output(json).write([as_row(done)]):
-            show_anchor(done)
-            print(f"\n{output}: {done.profile.title} on this machine and software")
+            show_update(done)
+            print(f"\n{output}: {done.profile.title} for this machine and software")
         for line in (*notes, *done.notes):
             render.note(line)
         return
-    sibling = load_hardware(prior) if prior else None
+    prior_profile = load_hardware(prior) if prior else None
     with render.progress("fitting") as report:
-        fit = fit_profile(base, rows, dtype=dtype, prior=sibling, progress=report)
+        fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     save_hardware(fit.profile, output)
     if render.Output(json).write([part_row(part) for part in fit.parts]):
         show_fit(fit)
@@ -75,7 +79,7 @@ def command(
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
-    """A fitted section as plain data."""
+    """Return a fitted section as plain data."""
     s = part.section
     constants = {
         name: {"value": c.value, "std_error": c.std_error, "status": c.status} for name, c in s.constants.items()
@@ -93,7 +97,7 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and, for each, the constants that could not be known."""
+    """Print the sections and, for each, the constants that were not identified."""
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
@@ -114,31 +118,33 @@ def show_fit(fit: ProfileFit) -> None:
             render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")
 
 
-def show_anchor(done: Anchored) -> None:
-    """Print what the rows say of this machine, and how well they are predicted."""
+def show_update(done: Updated) -> None:
+    """Print the effects of the rows on this machine's profile, and their errors."""
 
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 
-    told = render.columns(
+    effects = render.columns(
         done.effects,
-        ("<of the times", lambda e: e.name),
+        ("<error factor", lambda e: e.name),
         ("before", lambda e: f"+-{percent(e.prior_sd)}"),
         ("after", lambda e: f"{percent(e.mean, '+')} +-{percent(e.sd)}"),
-        ("<what it means", lambda e: e.meaning),
+        ("<meaning", lambda e: e.meaning),
     )
-    render.show(told, f"What {done.rows} rows say of this machine and its software, one standard deviation")
+    render.show(effects, f"Effects of {done.rows} rows from this machine and its software, one standard deviation")
     print()
     fits = render.columns(
         done.fits,
-        ("<rows of", lambda f: f.name),
+        ("<operator", lambda f: f.name),
         ("rows", lambda f: f"{f.rows:,}"),
         ("error\nbefore", lambda f: percent(f.error_before)),
         ("\nafter", lambda f: percent(f.error_after)),
         ("90 % interval\nbefore", lambda f: f"+-{percent(f.half_before)}"),
         ("\nafter", lambda f: f"+-{percent(f.half_after)}"),
-        ("rows inside\nbefore", lambda f: percent(f.inside_before)),
+        ("coverage\nbefore", lambda f: percent(f.inside_before)),
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
-    render.show(fits, "Mean error of the rows: as the profile was, and each as the others now predict it")
+    render.show(
+        fits, "Mean error of the rows: by the profile before the update, and each predicted from the others after it"
+    )

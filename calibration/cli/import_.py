@@ -1,4 +1,4 @@
-"""``prunesim import``: published tables of measurements to records, every refused row counted."""
+"""``prunesim import``: convert published tables of measurements to records, and count refused rows."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from calibration.records.importers import ImportResult
 
-# fmt: off
 Files = Annotated[list[str], arg("FILE...", "Tables: aiconfigurator or records .parquet, .csv, .jsonl.")]
 Output = Annotated[str, opt("--output -o", "FILE", "Parquet file to write.")]
-Format = Annotated[str, opt("--format", "NAME", "auto, aiconfigurator, measured, csv or records.")]
+
 Map = Annotated[
     list[str] | None,
-    opt("--map", "NAME=COLUMN", "For csv: our name = the file's, as latency_us=time; may be repeated."),
+    opt("--map", "NAME=COLUMN", "For csv: name here = name in the file, as latency_us=time; repeatable."),
 ]
 DtypeOnly = Annotated[
-    str | None, opt("--dtype", "NAME", "Number format to keep, or all; needed where a file mixes them.")
+    str | None, opt("--dtype", "NAME", "Number format to keep, or all; required if a file mixes formats.")
 ]
-Hardware = Annotated[str | None, opt("--hardware", "NAME", "Profile whose datasheet rows are checked against.")]
-DeviceName = Annotated[str, opt("--device", "TEXT", "For csv: what was measured on.")]
-# fmt: on
+Hardware = Annotated[str | None, opt("--hardware", "NAME", "Profile whose datasheet limits the times.")]
+DeviceName = Annotated[str, opt("--device", "TEXT", "For csv: the measured device.")]
 
 
 def command(
     files: Files,
     output: Output,
-    format: Format = "auto",
     column_map: Map = None,
     dtype: DtypeOnly = None,
     hardware: Hardware = None,
@@ -39,12 +36,12 @@ def command(
 ) -> None:
     """Read tables of measured operators.
 
-    Rows that cannot be right (no time, faster than the datasheet allows) are refused and counted by reason; a file
-    without one usable row is an error, and then nothing is written.
+    Invalid rows (no time, faster than the datasheet allows) are refused and counted by reason. A file without a usable
+    row is an error; nothing is written then.
     """
     from calibration.records.importers import import_table
     from calibration.records.parquet import write_records
-    from calibration.records.table import Records
+    from calibration.records.timing_table import Records
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 
@@ -54,12 +51,12 @@ def command(
     found: list[ImportResult] = []
     with render.progress("importing") as report:
         for done, file in enumerate(files):
-            found.append(import_table(file, format=format, hw=hw, dtype=dtype, column_map=mapping, device=device))
+            found.append(import_table(file, hw=hw, dtype=dtype, column_map=mapping, device=device))
             report(done + 1, len(files))
     records = Records.concat([f.records for f in found])
     formats = sorted(set(records.labels().astype(str)))
     if dtype is None and len(formats) > 1:
-        raise InputError(f"the files mix number formats ({', '.join(formats)}); choose one of them by --dtype, or all")
+        raise InputError(f"the files mix number formats ({', '.join(formats)}); choose one with --dtype, or all")
     write_records(records, output)
     if not render.Output(json).write([_row(file, f) for file, f in zip(files, found, strict=True)]):
         return

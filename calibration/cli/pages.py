@@ -1,9 +1,9 @@
-"""The generated pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
+"""Generate pages of the documentation: ``python -m calibration.cli.pages PAGE -o FILE``.
 
-*accuracy* is made of the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* filled
-with those of :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* are
-those of the profiles that ship; *engines* has the comparisons of :mod:`calibration.validation.engines`; *commands* is
-read off the program itself. The prose of a page is that of ``docs``.
+*accuracy* has the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* those of
+:mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* has the constants of
+the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *commands* the help of the
+program. The prose is taken from the page in ``docs``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.validation import ablations, accuracy, engines
-from calibration.validation.acceptance import against_bars
+from calibration.validation.acceptance import against_targets
 from calibration.validation.protocol import Row
 from calibration.validation.report import table
 from simulator.errors import InputError
@@ -25,22 +25,22 @@ from simulator.files.write import check_target, write_whole
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import Fitted, Section
-from simulator.uncertainty.error_model import ERROR_FACTORS
+from simulator.uncertainty.factors import ERROR_FACTORS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def head(page: str) -> str:
-    """What a page says before its first section or table."""
+    """Return the text of a page before its first section or table."""
     return re.split(r"^(?=## |\|)", _read(page), maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def filled(page: str, tables: Sequence[str]) -> str:
-    """A page with its tables, in their order, replaced by new ones."""
+    """Return a page with its tables replaced by new tables, in order."""
     prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
         raise InputError(f"docs/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
@@ -52,12 +52,12 @@ def _read(page: str) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """``docs/accuracy.md`` of protocol rows: what was asked beside what was measured, then every table."""
-    asked = [
-        [line.what, line.asked, line.measured if line.met is not False else f"**{line.measured}**"]
-        for line in against_bars(rows)
+    """Return ``docs/accuracy.md`` from protocol rows: targets and measured accuracy, then every table."""
+    criteria = [
+        [c.criterion, c.target, c.measured if c.met is not False else f"**{c.measured}**"]
+        for c in against_targets(rows)
     ]
-    lines = ["## Against what was asked", "", table(["what, %", "asked", "measured"], asked), ""]
+    lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], criteria), ""]
     for title in accuracy.titles(rows):
         names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
@@ -65,14 +65,14 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def constants_page() -> str:
-    """``docs/constants.md``: the error model's columns, then by device and operator the constants of every stack and
-    number format, as the profiles ship."""
+    """Return ``docs/constants.md``: the error factors, then by device and operator the shipped constants of every stack
+    and number format."""
     rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
-    lines = ["## The error model", "", table(["column", "prior standard deviation of the log"], rows), ""]
+    lines = ["## The error model", "", table(["error factor", "prior standard deviation of the log"], rows), ""]
     for name in list_hardware():
         hw = load_hardware(name)
-        own = {(stack, *key): s for stack, sections in hw.stacks.items() for key, s in sections.items()}
-        fitted = {key: s for key, s in own.items() if s.status == "calibrated"}
+        sections = {(stack, *key): s for stack, by_key in hw.stacks.items() for key, s in by_key.items()}
+        fitted = {key: s for key, s in sections.items() if s.status == "calibrated"}
         if fitted:
             lines += [f"## {hw.title}", ""]
         for operator in dict.fromkeys(operator for _, operator, _ in fitted):
@@ -81,12 +81,12 @@ def constants_page() -> str:
 
 
 def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) -> str:
-    """A table of the constants of an operator that a fit may find, one column a stack and number format; ``fitted`` by
-    stack, operator and format.
+    """Return a table of the fitted constants of an operator, one column per stack and number format; the keys of
+    ``fitted`` are stack, operator and format.
 
     >>> from simulator.hardware.library import load_hardware
-    >>> own = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
-    >>> print(constants_of("gemm", own).split("\\n")[0])
+    >>> sections = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
+    >>> print(constants_of("gemm", sections).split("\\n")[0])
     | constant | unit | sglang bf16 | meaning |
     """
     sections = {f"{stack} {dtype}".strip(): s for (stack, kind, dtype), s in fitted.items() if kind == operator}
@@ -100,18 +100,18 @@ def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) 
 
 
 def _value(c: Fitted | None) -> str:
-    """A value with its relative standard error, or what it is instead of fitted."""
+    """Return a value with its relative standard error, or its status if it was not fitted."""
     if c is None:
         return "-"
-    sure = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
-    return f"{c.value:.3g} {sure}"
+    error = f"({c.status})" if c.std_error is None else f"± {100 * c.std_error / abs(c.value):.1f} %"
+    return f"{c.value:.3g} {error}"
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
+    """Yield the path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
     import typer
 
-    from calibration.cli.program import app
+    from simulator.cli.program import program
 
     def walk(command: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
@@ -120,11 +120,11 @@ def commands() -> Iterator[tuple[str, Any]]:
         else:
             yield " ".join(path), command
 
-    return walk(typer.main.get_command(app), [])
+    return walk(typer.main.get_command(program()), [])
 
 
 def _text(text: str) -> str:
-    """Text as one table cell: on one line, its bars escaped.
+    """Return text as one table cell: on one line, with escaped bars.
 
     >>> _text("a |\\n b")
     'a \\\\| b'
@@ -133,7 +133,7 @@ def _text(text: str) -> str:
 
 
 def _parameter(p: Any) -> list[str]:
-    """Name, default, "yes" where it may be repeated, and help of an argument or option."""
+    """Return name, default, "yes" if it may be repeated, and help of an argument or option."""
     name = p.metavar or p.name.upper()
     if p.param_type_name != "argument":
         name = ", ".join([*p.opts, *p.secondary_opts])
@@ -148,7 +148,7 @@ def _parameter(p: Any) -> list[str]:
 
 
 def commands_page() -> str:
-    """``docs/commands.md``: an index, and each command with its arguments and options."""
+    """Return ``docs/commands.md``: an index, and each command with its arguments and options."""
     index, lines = [], []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
@@ -156,33 +156,35 @@ def commands_page() -> str:
         shown = [_parameter(p) for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
         parameters = table(["argument or option", "default", "several", "meaning"], shown, left=(0, 1, 2, 3))
         lines += [f"## prunesim {path}", "", "\n\n".join(paragraphs), "", parameters, ""]
-    first = table(["command", "what it does"], index, left=(0, 1))
+    first = table(["command", "purpose"], index, left=(0, 1))
     return head("commands") + "\n".join([first, "", *lines]).rstrip() + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of the module's docstring; returns the exit status."""
+    """Run the command of the module's docstring and return the exit status."""
     about = "Generate a page of the documentation."
     parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
     parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
-    kept = "accuracy, ablations: JSON file of the rows behind the page, read if it exists, else written"
-    parser.add_argument("--results", type=Path, help=kept)
+    results = "accuracy, ablations: JSON file of the rows of the page; read if it exists, else written"
+    parser.add_argument("--results", type=Path, help=results)
     parser.add_argument("--wheel", type=Path, help="accuracy: the wheel, for tables of experts and latent attention")
     given = parser.parse_args(arguments)
 
-    def judged() -> list[Row]:
-        known: Any = {"jobs": 2, "progress": lambda done, total: _say(f"{done}/{total}")}
-        rows = accuracy.run_protocol(**known)
+    def protocol_rows() -> list[Row]:
+        def progress(done: int, total: int) -> None:
+            _report(f"{done}/{total}")
+
+        rows = accuracy.run_protocol(jobs=2, progress=progress)
         if given.wheel is None:
             return rows
-        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, **known)
-        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts "))] + in_wheel
+        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, jobs=2, progress=progress)
+        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts"))] + in_wheel
 
-    made: Mapping[str, Callable[[], str]] = {
-        "accuracy": lambda: accuracy_page(_rows(given.results, judged)),
+    pages: Mapping[str, Callable[[], str]] = {
+        "accuracy": lambda: accuracy_page(_rows(given.results, protocol_rows)),
         "ablations": lambda: filled(
-            "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_say)))
+            "ablations", ablations.tables(_rows(given.results, lambda: ablations.run_all(_report)))
         ),
         "engines": lambda: filled("engines", engines.tables()),
         "constants": constants_page,
@@ -190,15 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         check_target(given.output)
-        write_whole(given.output, made[given.page]().encode())
+        write_whole(given.output, pages[given.page]().encode())
     except InputError as error:
-        _say(f"calibration.cli.pages: {error}")
+        _report(f"calibration.cli.pages: {error}")
         return 2
     return 0
 
 
 def _rows(path: Path | None, run: Callable[[], list[Row]]) -> list[Row]:
-    """Rows kept before, else those of a run, which are kept."""
+    """Return the rows of the file, else the rows of a run, which are written to it."""
     if path is not None and path.exists():
         return list(json.loads(path.read_text(encoding="utf-8")))
     rows = run()

@@ -1,19 +1,29 @@
-"""``prunesim paper``: the taxonomy paper's bench, predicted beside what it published."""
+"""``prunesim paper``: predictions of the taxonomy paper's benchmark next to its published values."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.validation.claims import ClaimOutcome
     from calibration.validation.paper import Cell
+
+STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+
+MARGIN = (
+    "margin: the difference compared, divided by its interval's half-width on the side towards 0. A claim has the "
+    "margin of the comparison that decides it: from +1 up it holds, from -1 down it does not."
+)
 
 Row = tuple[str, float]
 Cells = Mapping[tuple[str, float, str], "Cell"]
@@ -25,32 +35,40 @@ _LABELS: tuple[tuple[str, Callable[[Row], object]], ...] = (
 
 def command(
     hardware: Annotated[
-        str, opt("--hardware", "NAMES", "Other GPUs to predict the same table on, separated by commas.")
+        str, opt("--hardware", "NAMES", "Other GPUs for the predicted table, separated by commas.")
     ] = "a100,h100,rtx_4090",
     engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
+    claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
     figure: options.Figure = None,
     json: options.Json = False,
 ) -> None:
-    """Predict the taxonomy paper's table beside its published values, and the same on other GPUs and engines.
+    """Predict the taxonomy paper's table next to its published values, and the same on other GPUs and engines.
 
     Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted in a public reading
-    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
+    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts. With --claims: (a)
+    in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
+    dynamic depth, static width.
     """
     from calibration.validation import paper
 
     devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
+    if claims:
+        if figure:
+            raise InputError("--figure: draws the paper's table; expected without --claims")
+        _show_claims(devices, engines, json)
+        return
     with render.progress("predicting") as report:
-        own, others = paper.table_2(), paper.table_2(devices, engines, report)
+        cells, others = paper.table_2(), paper.table_2(devices, engines, report)
     if figure:
-        _draw(own, figure)
+        _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
-    records = [{"what": "table 2", **_record(c)} for c in own] + [{"what": "elsewhere", **_record(c)} for c in others]
+    records = [{"what": "table 2", **_record(c)} for c in cells] + [{"what": "elsewhere", **_record(c)} for c in others]
     for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
         records += [{"what": what, **asdict(x)} for x in part]
     if not render.Output(json).write(records):
         return
-    _print_own(own)
+    _print_table(cells)
     _print_elsewhere(others)
     print()
     render.show(
@@ -58,7 +76,7 @@ def command(
             depths,
             ("<family at 50 %", lambda e: e.family),
             ("published", lambda e: render.percent(e.published)),
-            ("by the paper's\nown table", lambda e: _percent(e.by_table)),
+            ("by the paper's\ntable", lambda e: _percent(e.by_table)),
             ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
             ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
         ),
@@ -74,7 +92,7 @@ def command(
             ("predicted", lambda p: render.seconds(p.predicted_s)),
             ("error", lambda p: f"{100 * p.error:+.0f} %"),
         ),
-        "Where the time of the dense model goes, batch 1 at 32768 tokens (Figure 2)",
+        "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
     )
     print()
     render.show(
@@ -110,8 +128,8 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else render.percent(value)
 
 
-def _print_own(cells: Sequence[Cell]) -> None:
-    """Published and predicted, a row a family and sparsity."""
+def _print_table(cells: Sequence[Cell]) -> None:
+    """Print published and predicted speedups, one row per family and sparsity."""
     at = {(c.family, c.sparsity, c.phase): c for c in cells}
     rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
     columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
@@ -124,7 +142,7 @@ def _print_own(cells: Sequence[Cell]) -> None:
     render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
     inside, errors = sum(c.inside for c in cells), [abs(c.error) for c in cells]
     worst = f"largest error {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %"
-    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (* does not); {worst}")
+    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (*: outside); {worst}")
 
 
 def _at(at: Cells, row: Row, phase: str) -> Cell:
@@ -146,20 +164,78 @@ def _error(at: Cells, phase: str, row: Row) -> str:
 
 
 def _print_elsewhere(cells: Sequence[Cell]) -> None:
-    """Prefill / decode predicted on other devices, in other engines; a table an engine."""
+    """Print predictions (prefill / decode) on other devices, one table per engine."""
     for engine in dict.fromkeys(c.engine for c in cells):
-        mine = [c for c in cells if c.engine == engine]
-        rows = list(dict.fromkeys((c.family, c.sparsity) for c in mine))
+        of_engine = [c for c in cells if c.engine == engine]
+        rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
         columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
-        for hw in dict.fromkeys(c.hardware for c in mine):
-            at = {(c.family, c.sparsity, c.phase): c for c in mine if c.hardware == hw}
+        for hw in dict.fromkeys(c.hardware for c in of_engine):
+            at = {(c.family, c.sparsity, c.phase): c for c in of_engine if c.hardware == hw}
             columns.append((hw, partial(_both, at)))
         print()
-        render.show(render.columns(rows, *columns), f"The same predicted in {engine}, prefill / decode")
+        render.show(render.columns(rows, *columns), f"Predicted speedups in {engine}, prefill / decode")
 
 
 def _both(at: Cells, row: Row) -> str:
     return f"{_at(at, row, 'prefill').predicted:.2f} / {_at(at, row, 'decode').predicted:.2f}"
+
+
+def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
+    """Test both claims on the paper's own GPU, then on others."""
+    from calibration.validation.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
+    from calibration.validation.paper import HARDWARE, MODEL
+    from simulator.predict.caveats import uncalibrated
+
+    with render.progress("testing") as report:
+        found = claim_outcomes([HARDWARE, *devices], engines, report)
+    if render.Output(json).write([asdict(o) for o in found]):
+        for letter, (claim, text) in zip("ab", CLAIMS.items()):
+            some = [o for o in found if o.claim == claim]
+            print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
+            render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
+            print()
+            for o in (o for o in some if o.verdict != NOT_APPLICABLE):
+                lines = textwrap.wrap(_claim_text(o), render.width(), subsequent_indent="    ", break_on_hyphens=False)
+                print("\n".join(lines))
+            print()
+        print(textwrap.fill(MARGIN, render.width()))
+    for line in uncalibrated([o.hardware for o in found], [o.calibrated for o in found]):
+        render.note(line)
+
+
+def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
+    from calibration.validation.claims import NOT_APPLICABLE
+
+    def margin(o: ClaimOutcome, value: float | None) -> str:
+        return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
+
+    sparsities = dict.fromkeys(s for o in some for s, _ in o.margins)
+    columns = render.columns(
+        some,
+        ("<hardware", lambda o: o.hardware),
+        ("<engine", lambda o: o.engine),
+        ("<phase", lambda o: o.phase),
+        ("<verdict", lambda o: o.verdict),
+        ("margin", lambda o: margin(o, o.margin)),
+        *((f"at {render.percent(s)}", lambda o, s=s: margin(o, dict(o.margins).get(s))) for s in sparsities),
+        ("<bottleneck", lambda o: o.bottleneck),
+    )
+    columns[3] = replace(columns[3], styles=[STYLES.get(o.verdict, "") for o in some])
+    return render.narrowed(columns if sparsities else columns[:-1], 5)
+
+
+def _claim_text(o: ClaimOutcome) -> str:
+    """The verdict at each sparsity, the comparison that decides, and the details."""
+    from calibration.validation.claims import decided
+
+    at: dict[str, list[str]] = {}
+    for sparsity, margin in o.margins:
+        at.setdefault(decided(margin), []).append(f"{100 * sparsity:g}")
+    verdicts = "; ".join(f"{verdict} at {', '.join(some)} %" for verdict, some in at.items()) or o.verdict
+    parts = [verdicts, f"decided by {o.decided_by}" + (f" ({o.needed})" if o.needed else "")]
+    if o.elsewhere:
+        parts.append(f"on the frontier where another family is claimed: {', '.join(o.elsewhere)}")
+    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(filter(None, [*parts, o.details]))}"
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:
@@ -169,7 +245,7 @@ def _draw(cells: Sequence[Cell], path: str) -> None:
     panels = []
     for phase in ("prefill", "decode"):
         for s in sorted({c.sparsity for c in cells}):
-            mine = [c for c in cells if c.phase == phase and c.sparsity == s]
-            values = [[getattr(c, name) for c in mine] for name in ("published", "predicted", "lower", "upper")]
-            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in mine], *values))
+            bars = [c for c in cells if c.phase == phase and c.sparsity == s]
+            values = [[getattr(c, name) for c in bars] for name in ("published", "predicted", "lower", "upper")]
+            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values))
     save_figure(published_figure(panels), path)

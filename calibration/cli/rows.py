@@ -1,4 +1,4 @@
-"""Records and times named on a command line: files, run folders, shipped measurements; "2min" to seconds."""
+"""Read records and times from a command line: files, run folders, shipped measurements; "2min" to seconds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from simulator.cli.options import arg
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.records.table import Records
+    from calibration.records.timing_table import Records
     from simulator.hardware.profile import HardwareProfile
 
-RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
+RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
 
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
@@ -22,7 +22,7 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 def load_rows(
     names: Sequence[str], hw: HardwareProfile | None = None, screened: bool = True
 ) -> tuple[Records, tuple[str, ...]]:
-    """Records of files, run folders and shipped measurements, one after the other, and what is worth knowing of them.
+    """Return the records of files, run folders and shipped measurements, one after the other, with notes.
 
     Parameters
     ----------
@@ -30,11 +30,13 @@ def load_rows(
         A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped
         ``device/operator/stack``.
     hw : HardwareProfile, optional
-        Its datasheet is what rows are checked against, if they are to be ``screened``.
+        Profile whose datasheet limits the times of rows.
+    screened : bool
+        Exclude rows that are faster than the datasheet allows.
     """
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
-    from calibration.records.table import Records
+    from calibration.records.timing_table import Records
 
     parts, notes = [], []
     for name in names:
@@ -46,24 +48,24 @@ def load_rows(
             continue
         if not path.exists() and not path.suffix:
             known = ", ".join(list_measurements())
-            missing = "there is no such file or folder, nor a shipped measurement of that name"
-            raise InputError(f"records {name!r}: {missing}; those are {known}")
-        found = import_table(path, hw=hw, dtype="all", screened=screened)
-        parts.append(found.records)
-        notes += [f"{path}: {line}" for line in (*found.refusals.lines(), *found.notes)]
+            missing = "no file, folder or shipped measurement has this name"
+            raise InputError(f"records {name!r}: {missing}; shipped measurements: {known}")
+        imported = import_table(path, hw=hw, dtype="all", screened=screened)
+        parts.append(imported.records)
+        notes += [f"{path}: {line}" for line in (*imported.refusals.lines(), *imported.notes)]
     return Records.concat(parts), tuple(notes)
 
 
 def seconds(option: str, text: str) -> float:
-    """A time such as "2min", "90s" or "0.5h"; a bare number is seconds.
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds.
 
     >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
     (120.0, 90.0, 5400.0)
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or (match[2] or "s") not in _SECONDS:
-        raise InputError(f"{option} {text!r}: expected a time such as 2min, 90s or 1h")
+        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
     value = float(match[1]) * _SECONDS[match[2] or "s"]
     if value <= 0.0:
-        raise InputError(f"{option} {text!r}: expected a time above zero, such as 2min")
+        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
     return value

@@ -1,18 +1,19 @@
-"""``prunesim upper-bound``: the measured theoretical upper bound of pruning a model on a device."""
+"""``prunesim upper-bound``: measure the upper bound of the speedup from pruning a model on a device."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, fractions, integers, names, opt
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
@@ -22,18 +23,16 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-# fmt: off
 DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
 Family = Annotated[str, opt("--family", "LIST", "Pruning families, or all.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")]
-Layers = Annotated[int | None, opt("--layers", "N", "Cut the model to its first N layers.")]
-# fmt: on
+Sparsity = Annotated[str, opt("--sparsity", "LIST", "Removed fractions.")]
+Layers = Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")]
 
 
 @dataclass(frozen=True)
-class Cases:
-    """Which pruned versions of a model are run on a device and for how long, as texts of the command line."""
+class CaseOptions:
+    """Options of the command line: pruned versions of a model to run on a device, and the budget."""
 
     phase: options.Phase = "prefill,decode"
     batch: options.Batch = "1"
@@ -45,9 +44,13 @@ class Cases:
     hardware: Hardware = ""
     layers: Layers = None
 
-    def of(self, model: str, engine: str = "", **more: Any) -> tuple[ModelConfig, list[Case], list[str]]:
-        """The model, its cases in an engine (by default the decoder that is run here: bare kernels), and what was left
-        out."""
+    def cases(
+        self, model: str, engine: str = "", options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    ) -> tuple[ModelConfig, list[Case], list[str]]:
+        """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
+
+        ``options`` are by family.
+        """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
         from simulator.predict.scenario import Scenario
@@ -55,19 +58,19 @@ class Cases:
         config = fewer_layers(load_model(model), self.layers)
         cases, notes = settings_of(
             config,
-            phases=options.names("--phase", self.phase),
-            batch=options.integers("--batch", self.batch),
-            seq=options.integers("--seq", self.seq),
-            families=options.names("--family", self.family),
-            sparsities=options.fractions("--sparsity", self.sparsity),
+            phases=names("--phase", self.phase),
+            batch=integers("--batch", self.batch),
+            seq=integers("--seq", self.seq),
+            families=names("--family", self.family),
+            sparsities=fractions("--sparsity", self.sparsity),
             scenario=Scenario(dtype=self.dtype, engine=engine),
-            **more,
+            options=options,
         )
         return config, cases, notes
 
     @contextlib.contextmanager
-    def on(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
-        """The open device, its profile, and the seconds that are left of the budget."""
+    def opened(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
+        """Yield the open device, its profile and the remaining seconds of the budget."""
         from calibration.devices import open_device
         from calibration.runners.cases import profile_of
 
@@ -85,27 +88,28 @@ def command(
     model: Model,
     device: DeviceName,
     output: Folder,
-    asked: Cases = Cases(budget="5min"),
+    selection: CaseOptions = CaseOptions(budget="5min"),
     engine: options.Engine = "reference",
     seed: Seed = 0,
     json: options.Json = False,
 ) -> None:
     """Measure the upper bound of pruning a model.
 
-    Times plain GEMMs and attention at the dense and at the pruned shapes: what the device grants at best, printed
-    beside the roofline bound and the predicted speedup. Writes RUN/records.jsonl and RUN/upper_bound.csv; the same
-    command goes on where it was stopped.
+    Times plain GEMMs and attention at the dense and the pruned shapes. Their ratio is the best possible speedup on the
+    device; it is printed with the roofline bound and the predicted speedup. Writes RUN/records.jsonl and
+    RUN/upper_bound.csv. Run the command again to resume.
     """
     from calibration.runners.runs import check_folder
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
-    budget_s, dtype = seconds("--budget", asked.budget), asked.dtype
-    _, cases, notes = asked.of(model, engine)
+    budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
+    _, cases, notes = selection.cases(model, engine)
     folder = check_folder(output)
-    with asked.on(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
-        known: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "say": render.note}
-        found = measure_bounds(folder, opened, cases, progress=report, **known)
+    with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
+        found = measure_bounds(
+            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.note
+        )
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
@@ -113,15 +117,17 @@ def command(
     if render.Output(json).write(records):
         show_bounds(rows)
         if errors := bound_errors(rows):
-            alone = f"; its model without the exact shapes {100 * errors['model']:.1f} %"
-            again = alone if errors["predicted"] != errors["model"] else ""
-            print(f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{again}")
+            alone = f"; without measured shapes {100 * errors['model']:.1f} %"
+            model_error = alone if errors["predicted"] != errors["model"] else ""
+            print(
+                f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{model_error}"
+            )
         print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     for line in notes:
         render.note(line)
     if missing := sum(1 for row in rows if row.missing):
-        lacking = f"{missing} of {len(rows)} cases lack shapes and have no measured bound"
-        render.note(f"{lacking}; the same command with more --budget goes on")
+        lacking = f"{missing} of {len(rows)} cases have shapes without a time, so no measured bound"
+        render.note(f"{lacking}; run the command again with a larger --budget")
     finish(found.outcome)
 
 
@@ -149,7 +155,7 @@ def several_shapes(rows: Sequence[Any]) -> bool:
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
-    """Columns that say which case a row is."""
+    """Return the columns that identify the case of a row."""
     columns: list[tuple[str, Callable[[Any], object]]] = [
         ("<family", lambda r: r.family),
         ("sparsity", lambda r: f"{r.sparsity:g}"),
@@ -161,5 +167,5 @@ def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]
 
 
 def ratio_of(name: str) -> Callable[[Any], str]:
-    """A ratio of a row as text; a dash where it is not known."""
+    """Return a function from a row to a ratio as text, or a dash if it is unknown."""
     return lambda r: "-" if math.isnan(getattr(r, name)) else render.ratio(getattr(r, name))

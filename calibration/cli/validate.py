@@ -1,4 +1,4 @@
-"""``prunesim validate``: a profile against records, or the accuracy protocol over the shipped measurements."""
+"""``prunesim validate``: evaluate a profile on records, or run the accuracy protocol on the shipped measurements."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from calibration.validation.validate import Report
 
 # fmt: off
-Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to judge.")]
+Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate.")]
 MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to judge; all if left out.")]
-Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report with plots beside it.")]
-Html = Annotated[str | None, opt("--html", "FILE", "Write a report with its plots in one file.")]
+DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")]
+Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")]
+Html = Annotated[str | None, opt("--html", "FILE", "Write a report that contains its plots.")]
 Protocol = Annotated[
-    bool, opt("--protocol", None, "Fit and judge anew on splits of the shipped measurements, beside the baselines.")
+    bool, opt("--protocol", None, "Fit and evaluate on splits of the shipped measurements, next to baselines.")
 ]
-Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: the wheel of the tables, for more stacks.")]
-Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: processes that work.")]
+Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: wheel of the tables, for more stacks.")]
+Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: number of processes.")]
 EndToEnd = Annotated[
-    bool, opt("--end-to-end", None, "Judge whole models: every published row, by engine and GPU.")
+    bool, opt("--end-to-end", None, "Evaluate whole models on published measurements, by engine and GPU.")
 ]
 Tables = Annotated[
-    str, opt("--table", "LIST", "With --protocol: tables to judge, as a100,stacks,attention; or all.")
+    str, opt("--table", "LIST", "With --protocol: tables to evaluate, such as a100,stacks,attention; or all.")
 ]
-Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; their mean is shown.")]
-RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: training rows; all for every row there is.")]
+Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; means are printed.")]
+RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of training rows, or all.")]
 # fmt: on
 
 
@@ -51,32 +51,32 @@ def command(
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
-    """Judge a profile by measurements.
+    """Evaluate a profile on measurements.
 
-    Predicts every record and prints the errors of times and of speedups, beside two rooflines without a fit, and how
-    often the measured time lies in its interval. With --protocol no profile is needed: each shipped table is split,
-    fitted on some rows and judged on shapes the fit never saw; every software stack is left out and predicted from
-    another, as shipped and moved by 20 to 400 of its rows; and what was asked stands beside what was measured. With
-    --end-to-end the published times and speedups of whole models are predicted, each in its engine.
+    Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit, and
+    the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows and
+    evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped and
+    after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
+    --end-to-end predicts the published times and speedups of whole models, each in its engine.
     """
     if figure and not end_to_end:
-        raise InputError("--figure: expected with --end-to-end")
+        raise InputError("--figure: expected --end-to-end with it")
     if end_to_end:
         if profile or records or markdown or html or protocol:
             raise InputError(
-                "--end-to-end: judges the published rows; expected no PROFILE, RECORDS or --protocol with it"
+                "--end-to-end: evaluates the published rows; expected no PROFILE, RECORDS or --protocol with it"
             )
         _end_to_end(render.Output(json, figures=[figure]), figure)
         return
     if protocol:
         if profile or records or markdown or html:
             unwanted = "PROFILE, RECORDS, --markdown or --html"
-            raise InputError(f"--protocol: judges the shipped measurements; expected no {unwanted} with it")
+            raise InputError(f"--protocol: evaluates the shipped measurements; expected no {unwanted} with it")
         _protocol(table, seeds, rows, Path(wheel) if wheel else None, jobs, json)
         return
     if not profile or not records:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
-        raise InputError(f"expected a PROFILE and RECORDS, or --protocol; for instance: {example}")
+        raise InputError(f"expected a PROFILE and RECORDS, or --protocol, such as: {example}")
     from calibration.validation.scores import summary
     from calibration.validation.validate import validate
     from simulator.files.write import check_target
@@ -85,8 +85,8 @@ def command(
     for path in filter(None, (markdown, html)):
         check_target(path)
     hw = load_hardware(profile)
-    found, notes = load_rows(records, hw)
-    report = validate(hw, found, dtype=dtype)
+    rows_, notes = load_rows(records, hw)
+    report = validate(hw, rows_, dtype=dtype)
     written = []
     if markdown:
         from calibration.validation.report import write_markdown
@@ -105,7 +105,7 @@ def command(
 
 
 def show_report(report: Report, title: str = "") -> None:
-    """Print the accuracy of every part; a star marks rows the profile was fitted on."""
+    """Print the accuracy of every part; a star marks rows of the profile's fit."""
     from calibration.validation.scores import part_summary
 
     parts = [part_summary(part) for part in report.parts]
@@ -123,7 +123,7 @@ def show_report(report: Report, title: str = "") -> None:
         ("bias\n%", lambda p: percent(p["errors"]["bias"])),
         ("speedup\nmedian %", lambda p: percent(p["speedup"].get("median"))),
         ("speedup\np95 %", lambda p: percent(p["speedup"].get("p95"))),
-        ("in the\ninterval %", lambda p: percent(p["coverage"][0]["coverage"])),
+        ("coverage\n%", lambda p: percent(p["coverage"][0]["coverage"])),
         ("roofline\nMAPE %", lambda p: percent(p["roofline"]["mape"])),
         ("0.8 bw + 3 us\nMAPE %", lambda p: percent(p["simple"]["mape"])),
         ("<section", lambda p: p["status"]),
@@ -131,13 +131,13 @@ def show_report(report: Report, title: str = "") -> None:
     about = title or f"on measurements of {report.device}, {report.software}"
     render.show(render.narrowed(columns, 6), f"{report.hardware} {about}")
     if any(p["fitted_on_these_rows"] for p in parts):
-        print("* the profile was fitted on these rows; on shapes its folds had not seen:")
+        print("* the profile was fitted on these rows; on shapes held out of the fit:")
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
                 shown = [f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")]
                 print(f"  {name}: {', '.join(shown)} %")
     for reason, count in report.skipped.items():
-        render.note(f"{count} rows left out: {reason}")
+        render.note(f"{count} rows excluded: {reason}")
 
 
 def _end_to_end(output: render.Output, figure: str | None) -> None:
@@ -145,10 +145,10 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
 
     from calibration.validation.engines import KINDS, end_to_end, scatter, summaries
 
-    found = end_to_end()
-    lines = summaries(found)
+    comparisons = end_to_end()
+    lines = summaries(comparisons)
     if output.write([asdict(line) for line in lines]):
-        for kind in found:
+        for kind in comparisons:
             columns = render.columns(
                 sorted((line for line in lines if line.kind == kind), key=lambda s: (s.engine, s.gpu, s.split)),
                 ("<engine", lambda s: s.engine),
@@ -157,47 +157,46 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
                 ("rows", lambda s: s.rows),
                 ("median error", lambda s: render.percent(s.median)),
                 ("bias", lambda s: f"{100 * s.bias:+.1f} %"),
-                ("inside", lambda s: render.percent(s.inside)),
-                ("half-width", lambda s: render.percent(s.half)),
+                ("coverage", lambda s: render.percent(s.coverage)),
+                ("half-width", lambda s: render.percent(s.half_width)),
             )
             render.show(columns, KINDS[kind])
             print()
-        print("split: fit, the engine's parameters were fitted on this source; judge, they were not")
-        print("rows of a pruned model in other modelling code than the dense one are in docs/engines.md alone")
+        print("split: fit, engine parameters were fitted on this source; judge, on other sources")
+        print("rows whose pruned model needed custom modelling code are only in docs/engines.md")
     if figure:
         from simulator.figures.save import save_figure
 
-        save_figure(scatter(found), figure)
+        save_figure(scatter(comparisons), figure)
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
-    from calibration.validation.acceptance import against_bars
+    from calibration.validation.acceptance import against_targets
     from calibration.validation.accuracy import columns_of_table, run_protocol, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
     if jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {jobs}")
-    with render.progress("fitting and judging") as report:
+    with render.progress("fitting and evaluating") as report:
         tables, splits = options.names("--table", table), options.integers("--seeds", seeds)
-        found = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
-    asked = against_bars(found, published=table == "all")
-    bars = [{"table": "asked", **vars(line)} for line in asked]
-    if not render.Output(json).write([*found, *bars]):
+        scores = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
+    criteria = against_targets(scores, published=table == "all")
+    if not render.Output(json).write([*scores, *({"table": "targets", **vars(c)} for c in criteria)]):
         return
-    for title in titles(found):
+    for title in titles(scores):
         columns = [
-            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "left out"))
-            for name, cells in columns_of_table(found, title)
+            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held-out stack"))
+            for name, cells in columns_of_table(scores, title)
         ]
         render.show(render.narrowed(columns, 6), title)
         print()
-    marks = {None: "", True: "met", False: "MISSED"}
+    marks = {None: "", True: "met", False: "NOT MET"}
     columns = render.columns(
-        asked,
-        ("<what", lambda line: line.what),
-        ("asked", lambda line: line.asked),
-        ("measured", lambda line: line.measured),
-        ("<", lambda line: marks[line.met]),
+        criteria,
+        ("<criterion", lambda c: c.criterion),
+        ("target", lambda c: c.target),
+        ("measured", lambda c: c.measured),
+        ("<", lambda c: marks[c.met]),
     )
-    render.show(columns, "what was asked beside what was measured, %")
+    render.show(columns, "Acceptance targets and measured accuracy, %")

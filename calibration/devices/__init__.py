@@ -1,4 +1,4 @@
-"""Devices to measure: one file each, opened by its name. Only the file of a device needs torch or NVML."""
+"""Devices to measure: one file per device, opened by its name. Only these files need torch or NVML."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "op
 
 
 def open_device(name: str, **options: Any) -> Device:
-    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU), or
-    ``replay:FILE`` with records to be played back, or ``replay:planted`` with times by a formula.
+    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU),
+    ``replay:FILE`` (recorded times) or ``replay:planted`` (times from a formula).
 
-    ``NAME:REST`` is what ``open_named(REST, **options)`` of this package's module NAME returns; options are the
-    device's own (``threads`` for the CPU). InputError: no such device, or torch is missing.
+    ``NAME:REST`` calls ``open_named(REST, **options)`` of the module NAME; ``options`` depend on the device
+    (``threads`` for the CPU). InputError: unknown device, or torch is missing.
     """
     kind, _, rest = name.partition(":")
     if not kind.isidentifier() or find_spec(f"{__name__}.{kind}") is None:
@@ -25,7 +25,7 @@ def open_device(name: str, **options: Any) -> Device:
     try:
         module = import_module(f"{__name__}.{kind}")
     except ModuleNotFoundError as error:
-        if error.name == "triton":  # its kernels are a module here, and no device
+        if error.name == "triton":  # the module of its kernels is not a device
             raise unknown_device(name) from None
         if error.name != "torch":
             raise

@@ -1,8 +1,8 @@
-"""Attention in torch: causal prefill, decode over a cache, and causal attention with blocks really skipped.
+"""Attention in torch: causal prefill, decode over a cache, and causal attention that skips blocks.
 
-Shapes are (batch, heads, positions, head_dim) for queries and (batch, kv_heads, positions, head_dim) for the cache.
-Masks and indices depend on the shape alone and are made once, so that the functions that are timed launch kernels and
-nothing else (copying an index from the host would also break a CUDA graph capture).
+Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions, head_dim). Masks and
+indices depend only on the shape and are made once, so the timed functions only launch kernels. (A copy of an index from
+the host would also break the capture of a CUDA graph.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tensor = Any
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of the last q_len of kv_len positions, by ``mask`` of :func:`causal_mask` where those differ."""
+    """Causal attention of the last q_len of kv_len positions; ``mask`` is from :func:`causal_mask` if they differ."""
     shared = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
@@ -28,11 +28,11 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention under a mask (..., queries, keys) of booleans, the same for all heads.
+    """Attention with a boolean mask (..., queries, keys) that all heads share.
 
-    The query heads that share a key/value head become its query rows. A mask and shared heads together are what the
-    flash kernel never takes, and the memory-efficient one in new versions of torch only (``can_use_flash_attention``,
-    ``can_use_mem_efficient_attention`` in ATen's ``sdp_utils.cpp``): without either, nothing is fused.
+    The query heads of a key/value head become its query rows. The flash kernel does not support a mask with shared
+    heads, and the memory-efficient kernel supports it only in new versions of torch (``can_use_flash_attention``,
+    ``can_use_mem_efficient_attention`` in ATen's ``sdp_utils.cpp``); otherwise nothing would be fused.
     """
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
@@ -40,25 +40,24 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=rows).view_as(q)
 
 
-def causal_mask(q_len: int, kv_len: int, place: str) -> Tensor | None:
-    """The mask of :func:`prefill_attention`: none for a whole prompt, else the lower-right causal one.
+def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
+    """Return the mask of :func:`prefill_attention`: None for a whole prompt, else the lower-right causal mask.
 
-    On CUDA it is the symbolic bias, which the flash kernels take; a mask of booleans would send them to a slower one.
+    On CUDA it is a symbolic bias, which the flash kernels support; a boolean mask would select a slower kernel.
     """
     if q_len == kv_len:
         return None
-    if place.startswith("cuda"):
+    if device.startswith("cuda"):
         from torch.nn.attention.bias import causal_lower_right
 
         return causal_lower_right(q_len, kv_len)
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=place).tril(kv_len - q_len)
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query a sequence, (batch, heads, 1, d), over a whole cache.
+    """Attention of one query per sequence, (batch, heads, 1, d), over a whole cache.
 
-    The query heads that share a key/value head become its query rows: exact, since no mask is needed, and the cache is
-    read once.
+    The query heads of a key/value head become its query rows: no mask is needed, and the cache is read once.
     """
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
@@ -66,8 +65,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Key blocks computed for each block of queries, (query blocks, key blocks) of booleans: its diagonal one, and
-    evenly spread earlier ones, together a ``density`` share of the causal ones, rounded up.
+    """Return the computed key blocks of each query block, booleans (query blocks, key blocks).
+
+    They are the diagonal block and evenly spread earlier blocks: a ``density`` share of the causal blocks, rounded up.
 
     >>> block_layout(8, 8, 2, 0.5).int().tolist()
     [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
@@ -82,7 +82,7 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
 
 
 def layout_mask(table: Tensor, q_len: int, kv_len: int, block: int) -> Tensor:
-    """The boolean mask (q_len, kv_len) a layout stands for: what a dense reference must apply for the same result."""
+    """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same result."""
     mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
     return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(kv_len - q_len)
 
@@ -90,16 +90,16 @@ def layout_mask(table: Tensor, q_len: int, kv_len: int, block: int) -> Tensor:
 def block_sparse_attention(
     table: Tensor, q_len: int, kv_len: int, block: int
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of (q, k, v) that computes causal attention over the blocks of a layout only, in plain torch.
+    """Return a function of (q, k, v): causal attention over the blocks of a layout, in plain torch.
 
-    For each block of queries its key and value blocks are gathered and attended densely; gathering is part of the work.
-    ``kv_len - q_len`` must be a multiple of ``block``, so that the diagonal falls on a block. The table is read on the
-    host; :func:`calibration.devices.flex.block_sparse` leaves it where it is.
+    For each block of queries, it gathers the key and value blocks and attends to them densely; the gather is part of
+    the work. ``kv_len - q_len`` must be a multiple of ``block``, so the diagonal falls on a block. The host reads the
+    table; :func:`calibration.devices.flex.block_sparse` keeps it on the device.
     """
     if (kv_len - q_len) % block:
-        off = f"kv_len - q_len = {kv_len - q_len} is no multiple of the block {block}"
-        raise ValueError(f"block-sparse attention: {off}")
-    rows = []  # of each block of queries: its span, its earlier key blocks, its diagonal's span, and the mask over both
+        got = f"kv_len - q_len = {kv_len - q_len}"
+        raise ValueError(f"block-sparse attention: expected a multiple of the block {block}, got {got}")
+    rows = []  # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
     for number, kept in enumerate(table):
         last = (kv_len - q_len) // block + number
         index = kept[:last].nonzero().squeeze(1)

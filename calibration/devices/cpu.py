@@ -1,10 +1,9 @@
-"""The CPU as a device: torch operators, threads pinned and recorded, operands rotated past the last-level cache.
+"""The CPU as a device: torch operators, pinned threads, operands rotated past the last-level cache.
 
-Two settings of the process matter as much as the silicon and are therefore made here and recorded. Threads are pinned,
-one a CPU, so that they do not migrate in the middle of a sample; OpenMP pins its own when it is loaded
-(``OMP_PROC_BIND``), so this module asks for it before it imports torch. And the allocator is told to keep large blocks
-instead of handing them back to the kernel after every operator: otherwise each result would be paged in again, four
-kilobytes at a time, and a GEMM would be timed together with its page faults.
+Two settings of the process matter as much as the hardware, so this module makes and records them. Each thread is pinned
+to one CPU, so it does not migrate during a sample; OpenMP pins its threads when it is loaded (``OMP_PROC_BIND``), so
+the setting comes before the import of torch. The allocator keeps large blocks instead of returning them to the kernel
+after every operator; otherwise a GEMM would be timed together with the page faults of its result.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 
 def _affinity() -> list[int]:
-    """Numbers of the CPUs this thread may run on."""
+    """Return the numbers of the CPUs that this thread may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
@@ -36,7 +35,7 @@ _BOUND = "torch" not in sys.modules and os.environ.setdefault("OMP_PROC_BIND", "
 
 import torch  # noqa: E402
 
-if _BOUND:  # loading OpenMP has bound this thread to the first CPU; importing a module must not do that
+if _BOUND:  # OpenMP has bound this thread to the first CPU; undo that, since it is a side effect of an import
     _set_affinity(_ALLOWED)
 
 from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
@@ -55,7 +54,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> float:
-    """Size of the largest cache of the first CPU, in bytes; 32 MiB where Linux does not say."""
+    """Return the size of the largest cache of the first CPU in bytes; 32 MiB if Linux does not report it."""
     sizes = []
     for path in Path(root).glob("index*/size"):
         text = _read_text(path)
@@ -66,7 +65,7 @@ def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> 
 
 
 def available_memory_bytes(text: str | None = None) -> float:
-    """Memory that can be taken without swapping, from ``/proc/meminfo``; 4 GiB where it does not say."""
+    """Return the memory available without swapping, from ``/proc/meminfo``; 4 GiB if it is not reported."""
     for line in (_read_text("/proc/meminfo") if text is None else text).splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * float(line.split()[1])
@@ -74,7 +73,7 @@ def available_memory_bytes(text: str | None = None) -> float:
 
 
 def keep_blocks() -> bool:
-    """Tell glibc to serve large blocks from the heap and never to shrink it; False where there is no glibc."""
+    """Make glibc serve large blocks from the heap and never shrink it; return False without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -83,7 +82,7 @@ def keep_blocks() -> bool:
 
 
 def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
-    """A function that times launches, with torch's operators on one thread meanwhile."""
+    """Wrap a function that times launches, so that torch's operators use one thread."""
 
     def alone(loops: int) -> float:
         threads = torch.get_num_threads()
@@ -97,10 +96,10 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 
 
 class CpuDevice(TorchDevice):
-    """The CPUs this process may use: as many threads of torch as its affinity mask has CPUs unless given, each pinned.
+    """The CPUs of this process's affinity mask; by default with one pinned torch thread per CPU.
 
-    Operands may take ``memory_limit_bytes``, half of what is available unless given; rotation exceeds ``cache_bytes``
-    twice, which Linux is asked for.
+    Operands take at most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
+    ``cache_bytes`` twice (default: the size that Linux reports).
     """
 
     name = "cpu"
@@ -111,11 +110,10 @@ class CpuDevice(TorchDevice):
         allowed = _affinity()
         self.threads = len(allowed) if threads is None else threads
         if not 1 <= self.threads <= len(allowed):
-            raise Unsupported(f"threads: expected 1 to {len(allowed)} (the CPUs this process may use), got {threads}")
+            raise Unsupported(f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}")
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
-        # where OpenMP binds its workers the calling thread takes the first CPU; otherwise all share a mask as wide as
-        # they are many
+        # if OpenMP binds its workers, the calling thread takes the first CPU; otherwise all threads share one mask
         self._pinned = _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
         torch.set_num_threads(self.threads)
         self._kept = keep_blocks()
@@ -125,42 +123,40 @@ class CpuDevice(TorchDevice):
         super().__init__("cpu", cache_bytes, limit_bytes)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
-        """CPU model, threads, pinning, libraries of torch."""
+        """Return CPU model, threads, pinning and libraries of torch."""
         try:
             model = cpuinfo(_read_text("/proc/cpuinfo"), self.cpus[0])["model name"]
         except KeyError:
             model = platform.processor() or platform.machine()
-        how = "one thread each" if _BOUND else "shared by all threads"
+        pinning = "one thread each" if _BOUND else "shared by all threads"
         return f"{model} ({self.threads} threads)", {
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
             "isa": str(torch.backends.cpu.get_cpu_capability()),
             "threads": str(self.threads),
-            "pinned": f"to cpus {' '.join(map(str, self.cpus))}, {how}" if self._pinned else "no",
+            "pinned": f"to cpus {' '.join(map(str, self.cpus))}, {pinning}" if self._pinned else "no",
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
 
     def dtypes(self) -> tuple[str, ...]:
-        """fp32; bf16 and fp16 (emulated where the CPU lacks them, and slow then); int8."""
+        """Return fp32, bf16, fp16 (slow emulation on a CPU without them) and int8."""
         return ("fp32", "bf16", "fp16", "int8")
 
     def refuses(self, operator: Operator) -> str:
-        """Why the CPU cannot run it; empty when it can."""
+        """Return the reason why the CPU cannot run an operator, or ""."""
         if operator.kind == "gemm_2to4":
             return "gemm_2to4 needs sparse tensor cores; a CPU has none"
         if operator.kind == "launch_graph":
             return "launch_graph needs recorded graphs; torch has none on a CPU"
         if operator.dtype not in self.dtypes():
-            return f"dtype {operator.dtype} has no GEMM on this CPU; it runs {', '.join(self.dtypes())}"
+            return f"dtype {operator.dtype} has no GEMM on this CPU; supported: {', '.join(self.dtypes())}"
         return super().refuses(operator)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         launches = build(operator, "cpu", self._arena)
-        method, run = (
-            f"perf_counter_ns round a loop over {launches.copies} rotated copies{launches.how}",
-            host_loop(launches),
-        )
-        if operator.kind in HOST_KINDS:  # a host launches from one thread; tiny operators would only wait for others
+        method = f"perf_counter_ns around a loop over {launches.copies} rotated copies{launches.how}"
+        run = host_loop(launches)
+        if operator.kind in HOST_KINDS:  # a host launches from one thread; tiny operators would wait for the others
             return f"{method}, one thread", one_thread(run)
         return method, run
 
@@ -168,11 +164,11 @@ class CpuDevice(TorchDevice):
         return OutOfMemory(str(error)) if is_out_of_memory(error) else None
 
     def snapshot(self) -> Snapshot:
-        """Clock, temperature, load and thermal events of the CPUs used, as far as Linux shows them."""
+        """Return clock, temperature, load and thermal events of the used CPUs, as far as Linux reports them."""
         return self._reader.snapshot()
 
     def close(self) -> None:
-        """Give operands back, and the process its threads and CPUs."""
+        """Free operands; restore the threads and CPUs of the process."""
         super().close()
         threads, cpus = self._restore
         torch.set_num_threads(threads)
@@ -181,7 +177,7 @@ class CpuDevice(TorchDevice):
 
 
 def open_named(rest: str, **options: Any) -> CpuDevice:
-    """The device ``cpu``, of which there is one."""
+    """Open the device ``cpu``."""
     if rest:
         raise unknown_device(f"cpu:{rest}")
     return CpuDevice(**options)

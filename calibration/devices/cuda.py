@@ -1,9 +1,9 @@
-"""An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph of many launches over rotated operands.
+"""An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph with many launches over rotated operands.
 
-A graph keeps the host out of the time, and going round weights that together exceed twice the L2 makes each of them
-come from memory. Where an operator cannot be captured, every launch stands alone between two events, after a buffer of
-twice the L2 has been overwritten and the device has been held until the host has the launch ready, for which 2:4
-takes it longer than the device takes to run. The record says which of the two it was.
+A graph excludes host time. The rotated weights exceed L2 twice, so each weight comes from memory. If an operator cannot
+be captured, every launch is timed alone between two events, after a buffer of twice L2 was overwritten and while the
+device waits for the host to prepare the launch (2:4 launches take the host longer than the device). The record names
+the method.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
 
-_FEWEST_LAUNCHES = 20  # in a graph, so that the gap between replays is shared by many
+_FEWEST_LAUNCHES = 20  # per graph, so many launches share the gap between replays
 _MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
-_EVENTS = 128  # event pairs in flight on the path without graphs
-_CYCLES_PER_S = 3e9  # no less than the clock of any GPU, so that it is held long enough
+_EVENTS = 128  # event pairs in flight without graphs
+_CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
-# fmt: off
 _LOST = (
-    "CUDA error", "uncorrectable ECC", "fallen off the bus", "device-side assert", "unspecified launch failure",
+    "CUDA error",
+    "uncorrectable ECC",
+    "fallen off the bus",
+    "device-side assert",
+    "unspecified launch failure",
     "no CUDA GPUs",
 )
-# fmt: on
 
 
 def translate(error: BaseException, what: str) -> Exception | None:
-    """Torch's error as one the runner can act on; None when it is none of these."""
+    """Return torch's error as an error that the runner handles, or None."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, OutOfMemory | Unsupported | DeviceLost):
         return error
@@ -53,9 +55,9 @@ def translate(error: BaseException, what: str) -> Exception | None:
 class CudaDevice(TorchDevice):
     """One CUDA GPU, by torch's number.
 
-    Without ``graphs`` every launch is timed alone after an L2 flush. Operands may take ``memory_limit_bytes``, nine
-    tenths of what is free unless given. ``backend`` (``torch.cuda``), ``place`` (of tensors) and ``nvml`` (the module)
-    are arguments so that all that is not a kernel can be tested where there is no GPU.
+    Without ``graphs`` every launch is timed alone after an L2 flush. Operands take at most ``memory_limit_bytes``
+    (default: 90 % of the free memory). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and ``nvml`` (the
+    module) are arguments for tests without a GPU.
     """
 
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -67,7 +69,7 @@ class CudaDevice(TorchDevice):
         graphs: bool = True,
         memory_limit_bytes: float | None = None,
         backend: Any = None,
-        place: str | None = None,
+        torch_device: str | None = None,
         nvml: Any = UNKNOWN,
     ) -> None:
         self._cuda = torch.cuda if backend is None else backend
@@ -75,14 +77,15 @@ class CudaDevice(TorchDevice):
         if not self._cuda.is_available():
             raise InputError(f"device {self.name!r}: torch {torch.__version__} sees no CUDA GPU")
         if index >= self._cuda.device_count():
-            raise InputError(f"device {self.name!r}: there are {self._cuda.device_count()} CUDA GPUs, numbered from 0")
+            last = self._cuda.device_count() - 1
+            raise InputError(f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got {self.name}")
         self._cuda.set_device(index)
-        self._place = place or self.name
+        self._torch_device = torch_device or self.name
         self._graphs = graphs
         self._properties = p = self._cuda.get_device_properties(index)
         self.capability = (int(p.major), int(p.minor))
         free = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
-        super().__init__(self._place, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
+        super().__init__(self._torch_device, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
         uuid = str(getattr(p, "uuid", "") or "")
         uuid = f"GPU-{uuid.removeprefix('GPU-')}" if uuid else ""
         if nvml == UNKNOWN:
@@ -94,7 +97,7 @@ class CudaDevice(TorchDevice):
         self._flush: Any = None
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
-        """GPU name, driver, CUDA, libraries of torch, power limit and how it is timed."""
+        """Return GPU name, driver, CUDA, libraries of torch, power limit and timing method."""
         sparse = getattr(torch.backends, "cusparselt", None)
         limit = self._reader.power_limit_w()
         return f"{self._properties.name} ({self._properties.multi_processor_count} SM)", {
@@ -107,12 +110,12 @@ class CudaDevice(TorchDevice):
         }
 
     def dtypes(self) -> tuple[str, ...]:
-        """Formats of its tensor cores, by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
+        """Return the formats of its tensor cores by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
         ampere = ("tf32", "bf16", "int8") if self.capability >= (8, 0) else ()
         return ("fp32", "fp16", *ampere, *(("fp8",) if self.capability >= (8, 9) else ()))
 
     def refuses(self, operator: Operator) -> str:
-        """Why this GPU cannot run it, by the rules of cublasLt, cuSPARSELt and torch; empty when it can."""
+        """Return why this GPU cannot run an operator, by the rules of cublasLt, cuSPARSELt and torch, or ""."""
         op = operator
         if op.dtype not in self.dtypes():
             capability = ".".join(map(str, self.capability))
@@ -121,7 +124,7 @@ class CudaDevice(TorchDevice):
             if self.capability < (8, 0):
                 return "gemm_2to4 needs sparse tensor cores, compute capability 8.0 or above"
             if op.dtype not in ("fp16", "bf16"):
-                return f"gemm_2to4 is measured in fp16 and bf16, not in {op.dtype}"
+                return f"gemm_2to4: expected fp16 or bf16, got {op.dtype}"
             if op.n % 32 or op.k % 64:
                 return f"gemm_2to4 needs n a multiple of 32 and k of 64, got n={op.n} k={op.k}"
         if op.kind == "gemm" and op.dtype == "fp8" and (op.n % 16 or op.k % 16):
@@ -131,14 +134,14 @@ class CudaDevice(TorchDevice):
         return super().refuses(op)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
-        """Operands on the GPU and, where possible, a graph of launches recorded."""
+        """Make operands on the GPU and, if possible, record a graph of launches."""
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
-        launches = build(operator, self._place, self._arena)
-        for i in range(3):  # picks kernels and fills workspaces, which a capture must not do
+        launches = build(operator, self._torch_device, self._arena)
+        for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
         if operator.kind in HOST_KINDS:
-            return "host clock round launches one by one", host_loop(launches, self._cuda.synchronize)
+            return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
         lost = ""
         if self._graphs:
             try:
@@ -149,12 +152,12 @@ class CudaDevice(TorchDevice):
                 lost = f"; not captured ({type(error).__name__})"
             else:
                 copies = f"{launches.copies} rotated copies{launches.how}"
-                method = f"events round a graph of {length} launches over {copies}"
+                method = f"events around a graph of {length} launches over {copies}"
                 return method, lambda loops: self._replay(graph, length, loops)
         elif operator.kind == "launch_graph":
-            raise Unsupported("launch_graph needs CUDA graphs, which are switched off")
+            raise Unsupported("launch_graph needs CUDA graphs, which are disabled")
         flush = operator.cold
-        method = f"events round single launches{' after an L2 flush' if flush else ''}{launches.how}{lost}"
+        method = f"events around single launches{' after an L2 flush' if flush else ''}{launches.how}{lost}"
         hold = self._hold(launches)
         return method, lambda loops: self._single(launches, loops, flush, hold)
 
@@ -166,7 +169,7 @@ class CudaDevice(TorchDevice):
         return known
 
     def _capture(self, launches: Launches) -> tuple[Any, int]:
-        """A graph long enough to hide the gap between replays, and a whole number of rounds over the copies."""
+        """Record a graph that is long enough to hide the gap between replays, with whole rounds over the copies."""
         once = self._single(launches, 3, False)
         fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
         wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
@@ -196,7 +199,7 @@ class CudaDevice(TorchDevice):
         return float(start.elapsed_time(stop)) * 1e-3 / (replays * length)
 
     def _hold(self, launches: Launches) -> int:
-        """Cycles that the device waits before a launch: twice the time that the host takes for one."""
+        """Return the cycles that the device waits before a launch: twice the host's time for a launch."""
         took = []
         for i in range(3):
             self._cuda.synchronize()
@@ -207,7 +210,7 @@ class CudaDevice(TorchDevice):
 
     def _single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
         if flush and self._flush is None:
-            self._flush = torch.empty(int(2 * self.cache_bytes), dtype=torch.int8, device=self._place)
+            self._flush = torch.empty(int(2 * self.cache_bytes), dtype=torch.int8, device=self._torch_device)
         total_ms, done = 0.0, 0
         while done < loops:
             pairs = []
@@ -227,19 +230,18 @@ class CudaDevice(TorchDevice):
         return total_ms * 1e-3 / loops
 
     def snapshot(self) -> Snapshot:
-        """NVML's view now."""
+        """Return the current NVML readings."""
         return self._reader.snapshot()
 
     def close(self) -> None:
-        """Give memory back."""
+        """Free memory."""
         super().close()
         self._flush = None
         self._cuda.empty_cache()
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    """The device ``cuda`` (the first GPU) or ``cuda:INDEX``."""
-    name = f"cuda:{rest}"
+    """Open the device ``cuda`` (the first GPU) or ``cuda:INDEX``."""
     if rest and not rest.isdecimal():
-        raise InputError(f"device {name!r}: expected cuda or cuda:INDEX with a whole number")
+        raise InputError(f"device: expected cuda or cuda:INDEX with a whole number, got 'cuda:{rest}'")
     return CudaDevice(int(rest or 0), **options)

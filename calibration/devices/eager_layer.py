@@ -1,8 +1,7 @@
-"""One decoder layer as Hugging Face Transformers launches it, eagerly: what its host spends on modules, views and
-dispatch.
+"""One decoder layer as Hugging Face Transformers runs it eagerly, to time the host: modules, views and dispatch.
 
-The operations and their order are those of ``LlamaDecoderLayer`` of Transformers with the attention "sdpa", for one new
-token of one sequence. Its widths are so small that no device is slower than its host; nothing it computes is used.
+The operations and their order are those of ``LlamaDecoderLayer`` in Transformers with "sdpa" attention, for one new
+token of one sequence. The layer is so small that every device is faster than its host; its results are not used.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upo
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128
 LAYERS = 8
-"""Layers launched one after the other, as a pass does: each has modules, weights and a cache of its own."""
+"""Layers launched in sequence, as in a pass; each has separate modules, weights and cache."""
 
 _EPSILON = 1e-5
 
 
 class Norm(nn.Module):  # type: ignore[misc]
-    """A root-mean-square norm of eight operations, the square in fp32."""
+    """A root-mean-square norm of eight operations, with the square in fp32."""
 
-    def __init__(self, features: int, **place: Any) -> None:
+    def __init__(self, features: int, **options: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(features, **place))
+        self.weight = nn.Parameter(torch.ones(features, **options))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., features) -> the same."""
+        """Map (..., features) to the same shape."""
         given = hidden.dtype
         hidden = hidden.to(torch.float32)
         variance = hidden.pow(2).mean(-1, keepdim=True)
@@ -39,47 +38,47 @@ class Norm(nn.Module):  # type: ignore[misc]
 
 
 class Cache:
-    """Keys and values of the positions before; an update joins the new ones and, so that all are alike, keeps none."""
+    """Keys and values of earlier positions; an update returns them with the new ones, without storing the new ones."""
 
-    def __init__(self, kv_len: int, **place: Any) -> None:
-        self.keys, self.values = torch.randn((2, 1, KV_HEADS, kv_len - 1, HEAD_DIM), **place)
+    def __init__(self, kv_len: int, **options: Any) -> None:
+        self.keys, self.values = torch.randn((2, 1, KV_HEADS, kv_len - 1, HEAD_DIM), **options)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, (1, KV heads, kv_len, head_dim) each."""
+        """Return all keys and values, (1, KV heads, kv_len, head_dim) each."""
         return torch.cat((self.keys, keys), dim=-2), torch.cat((self.values, values), dim=-2)
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """The halves of the last axis, the second negated, in the other order."""
+    """Swap the halves of the last axis and negate the second half."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((-high, low), dim=-1)
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys (1, heads, tokens, head_dim) turned by angles (1, tokens, head_dim)."""
+    """Rotate queries and keys (1, heads, tokens, head_dim) by angles (1, tokens, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """KV heads (1, heads, positions, head_dim), each ``times`` times."""
+    """Repeat each KV head of (1, heads, positions, head_dim) ``times`` times."""
     batch, heads, positions, width = x.shape
     return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, heads * times, positions, width)
 
 
 class Attention(nn.Module):  # type: ignore[misc]
-    """Projections of their own, rotation, cache, repeated KV heads, scaled dot product."""
+    """Separate projections, rotation, cache, repeated KV heads, scaled dot product."""
 
-    def __init__(self, kv_len: int, **place: Any) -> None:
+    def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False, **place)
-        self.k_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **place)
-        self.v_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **place)
-        self.o_proj = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False, **place)
-        self.cache = Cache(kv_len, **place)
+        self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False, **options)
+        self.k_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
+        self.v_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
+        self.o_proj = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False, **options)
+        self.cache = Cache(kv_len, **options)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """(1, tokens, hidden) -> the same."""
+        """Map (1, tokens, hidden) to the same shape."""
         before = hidden.shape[:-1]
         shape = (*before, -1, HEAD_DIM)
         q = self.q_proj(hidden).view(shape).transpose(1, 2)
@@ -96,29 +95,29 @@ class Attention(nn.Module):  # type: ignore[misc]
 class Mlp(nn.Module):  # type: ignore[misc]
     """Gate, up, silu, product, down."""
 
-    def __init__(self, **place: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **place)
-        self.up_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **place)
-        self.down_proj = nn.Linear(INTERMEDIATE, HIDDEN, bias=False, **place)
+        self.gate_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **options)
+        self.up_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **options)
+        self.down_proj = nn.Linear(INTERMEDIATE, HIDDEN, bias=False, **options)
         self.act_fn = nn.SiLU()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, tokens, hidden) -> the same."""
+        """Map (1, tokens, hidden) to the same shape."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class EagerLayer(nn.Module):  # type: ignore[misc]
-    """A layer with a cache of ``kv_len`` positions, the new one included."""
+    """A layer with a cache of ``kv_len`` positions, including the new one."""
 
-    def __init__(self, kv_len: int, **place: Any) -> None:
+    def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(kv_len, **place), Mlp(**place)
-        self.input_layernorm, self.post_attention_layernorm = Norm(HIDDEN, **place), Norm(HIDDEN, **place)
+        self.self_attn, self.mlp = Attention(kv_len, **options), Mlp(**options)
+        self.input_layernorm, self.post_attention_layernorm = Norm(HIDDEN, **options), Norm(HIDDEN, **options)
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """(1, tokens, hidden) -> the same; ``angles`` are cosines and sines (1, tokens, head_dim)."""
+        """Map (1, tokens, hidden) to the same shape; ``angles`` are cosines and sines (1, tokens, head_dim)."""
         residual = hidden
         hidden = residual + self.self_attn(self.input_layernorm(hidden), angles)
         residual = hidden

@@ -1,9 +1,9 @@
-"""Attention that skips blocks of keys, as one fused kernel: torch's flex attention under a mask made on the device.
+"""Attention that skips blocks of keys, as one fused kernel: torch's flex attention with masks made on the device.
 
-Three masks: blocks of a table (:func:`block_sparse`), queries at chosen places (:func:`placed`), sequences that run in
-a decode step (:func:`running`). Their tables are computed by operators of fixed shapes, so that nothing waits for the
-host and a CUDA graph can hold mask and attention. On CUDA one compiled function serves all shapes. Elsewhere flex
-attention computes densely under the same mask, which serves to check the masks, not to time them.
+There are three masks: blocks of a table (:func:`block_sparse`), queries at some positions (:func:`at_positions`), and
+active sequences of a decode step (:func:`running`). Operators of fixed shapes compute their tables, so nothing waits
+for the host and a CUDA graph can hold mask and attention. On CUDA one compiled function serves all shapes. On other
+devices flex attention computes densely with the same mask, to check the masks.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from calibration.devices.protocol import Unsupported
 Tensor = Any
 
 EDGE = 128
-"""Edge of the blocks that are skipped as wholes where the caller names none."""
+"""Default edge of skipped blocks."""
 LEAST = 16
-"""Edges are multiples of this, the least a tensor core takes."""
-_RECOMPILES = 64  # number formats, head sizes, blocks, ratios of heads: each is compiled once
+"""Edges are multiples of this, the smallest tile of a tensor core."""
+_RECOMPILES = 64  # one compilation per number format, head size, block and ratio of heads
 
 
 @lru_cache(maxsize=2)
 def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
-    """Flex attention as a fused kernel, compiled once for all shapes (``dynamic``) or once a shape.
+    """Compile flex attention as a fused kernel, once for all shapes (``dynamic``) or once per shape.
 
-    ``fullgraph``: past its limit of recompilations (8) torch would go on with the unfused function and only log it;
-    this raises instead, and the limit is one that is not met.
+    Beyond its limit of recompilations (8), torch would silently use the unfused function. ``fullgraph`` raises an error
+    instead, and the limit is set higher.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -50,13 +50,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **
 
 
 def tile_options(edge: int) -> dict[str, Any]:
-    """Kernel options whose tiles divide blocks of an edge: its own tiles are up to 128 wide. Unsupported: none does.
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if none do.
 
     >>> tile_options(128), tile_options(48)["BLOCK_N"]
     ({'FORCE_USE_FLEX_ATTENTION': True}, 16)
     """
     if edge % LEAST:
-        raise Unsupported(f"flex attention: blocks of edge {edge} are no multiple of its smallest tile, {LEAST}")
+        raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
     tile = math.gcd(edge, EDGE)
     sizes = {"BLOCK_M": tile, "BLOCK_N": tile} if tile < EDGE else {}
     return {"FORCE_USE_FLEX_ATTENTION": True, **sizes}
@@ -65,64 +65,65 @@ def tile_options(edge: int) -> dict[str, Any]:
 def _mask(
     partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor], edge: int, lengths: tuple[int, int], seen: Any
 ) -> Any:
-    """A block mask from numbers and indices of the blocks seen in part, to which ``seen`` applies, and as wholes."""
+    """Return a block mask from counts and indices of partial blocks, to which ``seen`` applies, and of full blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     make = BlockMask.from_kv_blocks
-    more = {"compute_q_blocks": False} if "compute_q_blocks" in signature(make).parameters else {}  # of a backward pass
+    # blocks of a backward pass are not needed
+    more = {"compute_q_blocks": False} if "compute_q_blocks" in signature(make).parameters else {}
     tables = (t.to(torch.int32).contiguous() for t in (*partial, *full))
     return make(*tables, BLOCK_SIZE=edge, mask_mod=seen, seq_lengths=lengths, **more)
 
 
 def block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of (q, k, v): causal attention over the blocks of a table (query blocks, key blocks) of booleans.
+    """Return a function of (q, k, v): causal attention over the blocks of a boolean table (query blocks, key blocks).
 
-    ``kv_len - q_len`` is a multiple of ``edge`` and each block of queries has its diagonal one; what the table says of
-    later ones is not read.
+    ``kv_len - q_len`` is a multiple of ``edge``. Every block of queries includes its diagonal block; later blocks of
+    the table are not read.
     """
     options = tile_options(edge)
     rows, columns = table.shape
     diagonal = (kv_len - q_len) // edge + torch.arange(rows, device=table.device)[:, None]
     number = torch.arange(columns, device=table.device)[None]
     earlier = table & (number < diagonal)
-    kind = earlier.to(torch.int8) + 2 * (number == diagonal).to(torch.int8)  # 0 left out, 1 whole, 2 the diagonal
+    kind = earlier.to(torch.int8) + 2 * (number == diagonal).to(torch.int8)  # 0 skipped, 1 full, 2 diagonal
 
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        what = kind[row // edge, column // edge]
-        return (what == 1) | ((what == 2) & (column % edge <= row % edge))
+        block = kind[row // edge, column // edge]
+        return (block == 1) | ((block == 2) & (column % edge <= row % edge))
 
     ones = torch.ones(rows, dtype=torch.int32, device=table.device)
     ranked = earlier.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-    partial, full = (ones, diagonal.expand(rows, columns)), (earlier.sum(1), ranked)
-    one, all_ = ((many[None, None], which[None, None]) for many, which in (partial, full))
-    mask = _mask(one, all_, edge, (q_len, kv_len), seen)
+    partial = ones[None, None], diagonal.expand(rows, columns)[None, None]
+    full = earlier.sum(1)[None, None], ranked[None, None]
+    mask = _mask(partial, full, edge, (q_len, kv_len), seen)
     return lambda q, k, v: _attend(q, k, v, mask, **options)
 
 
-def placed(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    """Causal attention of queries (batch, heads, chosen, d) at ascending ``places`` (batch, chosen) over all keys.
+def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
 
-    Places of -1, at the end, are of no query: what comes out for them is finite and means nothing.
+    Positions of -1, at the end, have no query: their results are finite and meaningless.
     """
     length, chosen = k.shape[2], q.shape[2]
     columns = -(-length // EDGE)
-    tiles = torch.nn.functional.pad(places, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
+    tiles = torch.nn.functional.pad(positions, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
     whole, some = (tiles[..., 0] + 1) // EDGE, (tiles.amax(-1) + EDGE) // EDGE
     number = torch.arange(columns, device=q.device).expand(*whole.shape, columns)
     partial = (some - whole)[:, None], (number + whole[..., None]).clamp(max=columns - 1)[:, None]
 
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return places[b, row] >= column
+        return positions[b, row] >= column
 
     mask = _mask(partial, (whole[:, None], number[:, None]), EDGE, (chosen, length), seen)
     return _attend(q, k, v, mask, **tile_options(EDGE))
 
 
 def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
-    """Attention of one query a sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) says so, and 0 else.
+    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0.
 
-    The cache of what does not run is not read. Compiled once a shape: only for fixed numbers of sequences and heads
-    does flex attention divide a cache among the processors.
+    The caches of the others are not read. It is compiled once per shape, because flex attention splits a cache among
+    processors only for fixed numbers of sequences and heads.
     """
     batch, heads, _, width = q.shape
     length, kv_heads = k.shape[2], k.shape[1]

@@ -1,4 +1,4 @@
-"""The machine at hand as a device: its first CUDA GPU where torch sees one, else its CPU."""
+"""This machine as a device: its first CUDA GPU if torch finds one, else its CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from simulator.errors import InputError
 
 
 def open_named(rest: str, **options: Any) -> Device:
-    """The device ``host``, of which there is one; opened, it is named as what it is."""
+    """Open the device ``host``; the opened device has its own name, ``cuda:0`` or ``cpu``."""
     from calibration.devices import open_device
 
     if rest:
         raise unknown_device(f"host:{rest}")
     try:
         return open_device("cuda", **options)
-    except InputError:  # no GPU, or no torch: then the CPU says so
+    except InputError:  # no GPU, or no torch; the CPU reports missing torch
         return open_device("cpu", **options)

@@ -1,12 +1,12 @@
-"""Operators in torch, shared by the CUDA and the CPU device and by the decoder that really runs.
+"""Operators in torch, shared by the CUDA device, the CPU device and the executed decoder.
 
-First the operators of a decoder as plain functions on tensors; then :func:`build`, which binds one :class:`Operator`
-to operands and returns a :class:`Launches`: ``launch(i)`` runs it once, with the i-th copy of the operand that is
-rotated so that it comes from memory.
+The first part holds the operators of a decoder as functions of tensors. :func:`build` binds one :class:`Operator` to
+operands and returns a :class:`Launches`: ``launch(i)`` runs it once with the i-th copy of the rotated operand, which
+comes from memory.
 
-Rotated operands are views into one :class:`Arena` of random data at least twice as large as the last-level cache, so
-that going round all of them always evicts the first, at no cost of allocation; the data is normal, because what is
-multiplied changes the power drawn and with it the clock. Activations stay warm, as the kernel before would leave them.
+Rotated operands are views into one :class:`Arena` of random data of at least twice the last-level cache, so a round
+over them evicts the first one, without allocations. The data is normal, because values change the power and so the
+clock. Activations stay in the cache, as the previous kernel would leave them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TORCH_DTYPE: dict[str, Any] = {
 MAX_COPIES = 1 << 14
 PATTERNS = 8
 """Distinct masks of the tokens of a grouped GEMM."""
-_ALIGN = 256  # bytes; what the CUDA allocator and cuBLAS's fast kernels expect of a matrix
+_ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,32 @@ class Launches:
     """An operator bound to its operands."""
 
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
-    copies: int  # distinct ones; 1 when hot, or when one copy alone is larger than twice the cache
-    how: str = ""  # how it is computed, after a comma, where there is more than one way
+    copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than twice the cache
+    how: str = ""  # the implementation, after a comma, if there are several
 
 
 class Arena:
-    """Random data from which rotated operands are cut: a round over them exceeds the last-level cache twice.
+    """Random data for rotated operands: a round over them exceeds the last-level cache twice.
 
-    A round that would take more than ``limit_bytes`` is shortened, and a single operand larger than that is out of
-    memory.
+    A round takes at most ``limit_bytes``; a larger single operand is out of memory.
     """
 
-    def __init__(self, place: str, cache_bytes: float, limit_bytes: float) -> None:
-        self.place = place
+    def __init__(self, device: str, cache_bytes: float, limit_bytes: float) -> None:
+        self.device = device
         self.round_bytes = min(2.0 * cache_bytes, limit_bytes)
         self.limit_bytes = limit_bytes
         self._data: dict[str, Tensor] = {}
 
     def cut(self, elements: int, dtype: str, cold: bool) -> tuple[Callable[[int], Tensor], int]:
-        """Flat views of ``elements`` each and how many distinct ones there are; ``view(i)`` wraps round."""
+        """Return a function ``view(i)`` of flat views with ``elements`` each, and their number; ``i`` wraps around."""
         size = float(DTYPE_BYTES[dtype_code(dtype)])
         each = math.ceil(elements * size / _ALIGN) * _ALIGN  # bytes
         if each > self.limit_bytes:
-            raise OutOfMemory(f"one operand takes {each:.3g} bytes, {self.limit_bytes:.3g} are allowed")
+            raise OutOfMemory(f"one operand takes {each:.3g} bytes, limit {self.limit_bytes:.3g}")
         copies = min(MAX_COPIES, max(1, math.ceil(self.round_bytes / each))) if cold else 1
         copies = min(copies, int(self.limit_bytes // each))
         data = self._get(dtype, int(copies * each / size))
-        # few small copies are spread over the whole arena: neighbours would share DRAM pages and be fetched ahead
+        # small copies are spread over the arena, because neighbours would share DRAM pages and be prefetched
         stride = int(data.numel() // copies * size // _ALIGN * _ALIGN / size) if copies > 1 else 0
         views = [data[i * stride : i * stride + elements] for i in range(copies)]
         return (lambda i: views[i % copies]), copies
@@ -80,31 +79,31 @@ class Arena:
         data = self._data.get(dtype)
         if data is None or data.numel() < elements:
             self._data.pop(dtype, None)
-            while len(self._data) >= 2:  # formats alternate in one run, but rarely more than two
+            while len(self._data) >= 2:  # formats alternate in a run, rarely more than two
                 self._data.pop(next(iter(self._data)))
             least = int(self.round_bytes / float(DTYPE_BYTES[dtype_code(dtype)]))
-            data = self._data[dtype] = random_tensor((max(elements, least),), dtype, self.place)
+            data = self._data[dtype] = random_tensor((max(elements, least),), dtype, self.device)
         return data
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._data.clear()
 
 
-def random_tensor(shape: tuple[int, ...], dtype: str, place: str, seed: int = 0) -> Tensor:
-    """Normal data (integers for int8); large shapes repeat a block, since making data costs more than reading it."""
+def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0) -> Tensor:
+    """Return normal data (int8: integers); large shapes repeat a block, because generation is slow."""
     total = math.prod(shape)
     block = min(total, 1 << 22)
-    generator = torch.Generator(device=place).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     if dtype == "int8":
-        piece = torch.randint(-64, 65, (block,), dtype=torch.int8, device=place, generator=generator)
+        values = torch.randint(-64, 65, (block,), dtype=torch.int8, device=device, generator=generator)
     else:
-        piece = torch.randn(block, dtype=torch.float32, device=place, generator=generator).to(TORCH_DTYPE[dtype])
+        values = torch.randn(block, dtype=torch.float32, device=device, generator=generator).to(TORCH_DTYPE[dtype])
     if block == total:
-        return piece.reshape(shape)
-    out = torch.empty(total, dtype=piece.dtype, device=place)
+        return values.reshape(shape)
+    out = torch.empty(total, dtype=values.dtype, device=device)
     for start in range(0, total, block):
-        out[start : start + block] = piece[: min(block, total - start)]
+        out[start : start + block] = values[: min(block, total - start)]
     return out.reshape(shape)
 
 
@@ -119,7 +118,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (positions, head_dim), halves repeated; Llama's unless given."""
+    """Return cosines and sines of the rotary embedding, (positions, head_dim) each; Llama's frequencies by default."""
     if frequency is None:
         frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.to(torch.float32)[:, None] * frequency[None, :]
@@ -134,7 +133,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
+    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
     if dtype == "fp8":
         return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
     if dtype == "int8":
@@ -143,48 +142,49 @@ def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that memory ran out: its own error on CUDA, a RuntimeError of the allocator on the CPU."""
+    """Whether an error of torch means out of memory: its own class on CUDA, a RuntimeError on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def build(op: Operator, place: str, arena: Arena) -> Launches:
-    """Bind an operator to operands on a torch device. OutOfMemory: its rotated operand exceeds the arena's limit."""
-    return _BUILDERS[op.kind](op, place, arena)
+def build(op: Operator, device: str, arena: Arena) -> Launches:
+    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit."""
+    return _BUILDERS[op.kind](op, device, arena)
 
 
 def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int]:
-    """Distinct copies of the rotated operand, and how many: a list, since a call would count in what is timed."""
+    """Return the distinct copies of the rotated operand as a list, which adds no call to the timed code, and their
+    number."""
     flat, copies = arena.cut(math.prod(shape), op.dtype, op.cold)
     return [flat(i).view(shape) for i in range(copies)], copies
 
 
-def _gemm(op: Operator, place: str, arena: Arena) -> Launches:
-    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, device, 1)
     weights, copies = _rotated(arena, op, op.n, op.k)
-    scale = torch.ones((), device=place) if op.dtype == "fp8" else None
+    scale = torch.ones((), device=device) if op.dtype == "fp8" else None
     if op.dtype in ("fp8", "int8"):
         return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies)
     linear = F.linear
     return Launches(lambda i: linear(x, weights[i % copies]), copies)
 
 
-def _gemm_2to4(op: Operator, place: str, arena: Arena) -> Launches:
-    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, device, 1)
     packed_bytes = 0.5625 * op.element_bytes * op.n * op.k
     copies = min(64, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
-    pruned = random_tensor((op.n, op.k), op.dtype, place, 2)
-    pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # which two of four makes no difference to the kernel
+    pruned = random_tensor((op.n, op.k), op.dtype, device, 2)
+    pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # the choice of two does not matter to the kernel
     algorithms: dict[int, Any] = {}
     packed = [sparse_weight(pruned, algorithms) for _ in range(copies)]
-    packed[0].linear(x)  # searches, which nothing that is timed or captured may do
+    packed[0].linear(x)  # searches the algorithm before anything is timed or captured
     return Launches(lambda i: packed[i % copies].linear(x), copies, f", cuSPARSELt by search {[*algorithms.values()]}")
 
 
-def _low_rank(op: Operator, place: str, arena: Arena) -> Launches:
-    x = random_tensor((op.m, op.k), op.dtype, place, 1)
+def _low_rank(op: Operator, device: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, device, 1)
     flat, copies = arena.cut(op.rank * (op.n + op.k), op.dtype, op.cold)
     split = op.rank * op.k
     pairs = [(flat(i)[:split].view(op.rank, op.k), flat(i)[split:].view(op.n, op.rank)) for i in range(copies)]
@@ -196,14 +196,14 @@ def _low_rank(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(launch, copies)
 
 
-def _gather_gemm(op: Operator, place: str, arena: Arena) -> Launches:
-    x = random_tensor((op.m, op.k), op.dtype, place, 1)
-    y = torch.zeros((op.m, op.n), dtype=x.dtype, device=place)
-    index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(place)
+def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, device, 1)
+    y = torch.zeros((op.m, op.n), dtype=x.dtype, device=device)
+    index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(device)
     weights, copies = _rotated(arena, op, op.n, op.k)
-    if in_triton(place):
-        # as a router leaves them: room for all tokens, and on the device how many there are
-        room, count = F.pad(index, (0, op.m - op.rows)), torch.tensor([op.rows], dtype=torch.int32, device=place)
+    if in_triton(device):
+        # as after a router: room for all tokens, and their number on the device
+        room, count = F.pad(index, (0, op.m - op.rows)), torch.tensor([op.rows], dtype=torch.int32, device=device)
         one = kernels().gather_gemm
         return Launches(lambda i: one(x, weights[i % copies], room, count, out=y), copies, ", one kernel (Triton)")
     how = ", a gather, a GEMM and a scatter"
@@ -213,8 +213,9 @@ def _gather_gemm(op: Operator, place: str, arena: Arena) -> Launches:
 
 
 def group_masks(op: Operator) -> Tensor:
-    """Groups that each token of a grouped GEMM uses, (m, groups) of booleans: each token has one of
-    :data:`PATTERNS` masks, because what a router of a trained model chooses for like tokens is alike.
+    """Return the groups that each token of a grouped GEMM uses, booleans (m, groups).
+
+    Each token has one of :data:`PATTERNS` masks, because a trained router chooses similarly for similar tokens.
     """
     generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
     used = max(1, round(op.density * groups))
@@ -223,14 +224,14 @@ def group_masks(op: Operator) -> Tensor:
     return patterns[torch.randint(PATTERNS, (op.m,), generator=generator)]
 
 
-def _grouped_gemm(op: Operator, place: str, arena: Arena) -> Launches:
-    x = random_tensor((op.m, op.k), op.dtype, place, 1)
-    mask = group_masks(op).to(place)
+def _grouped_gemm(op: Operator, device: str, arena: Arena) -> Launches:
+    x = random_tensor((op.m, op.k), op.dtype, device, 1)
+    mask = group_masks(op).to(device)
     outer = op.role == "up"
     weights, copies = _rotated(arena, op, *((op.n, op.k) if outer else (op.k, op.n)))
     if not outer:
         x = x * mask.repeat_interleave(op.block, 1)
-    if in_triton(place):
+    if in_triton(device):
         tiles, one = kernels().tiles_of(mask), kernels().grouped_columns if outer else kernels().grouped_features
         over = "the tokens of each group" if outer else f"tiles of {tiles.edge} tokens sorted by {PATTERNS} masks"
         how = f", one kernel (Triton) over {over}"
@@ -239,23 +240,23 @@ def _grouped_gemm(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(lambda i: launch(weights[i % copies]), copies, how)
 
 
-def _attention(op: Operator, place: str, arena: Arena) -> Launches:
-    q = random_tensor((op.batch, op.heads, op.q_len, op.head_dim), op.dtype, place, 1)
+def _attention(op: Operator, device: str, arena: Arena) -> Launches:
+    q = random_tensor((op.batch, op.heads, op.q_len, op.head_dim), op.dtype, device, 1)
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
         return Launches(lambda i: attention.decode_attention(q, *caches[i % copies]), copies)
     if op.kind == "attention_prefill":
-        mask = attention.causal_mask(op.q_len, op.kv_len, place)
+        mask = attention.causal_mask(op.q_len, op.kv_len, device)
         return Launches(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies)
-    table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(place)
-    if not place.startswith("cuda"):
+    table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(device)
+    if not device.startswith("cuda"):
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
         how = ", a gather and a dense attention for each block of queries"
         return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
     fused = flex.block_sparse(table, op.q_len, op.kv_len, op.block)
     try:
-        fused(q, *caches[0])  # compiles now or not at all
+        fused(q, *caches[0])  # compiles the kernel
     except Exception as error:
         if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
@@ -264,11 +265,11 @@ def _attention(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
 
 
-def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
+def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     inputs, copies = _rotated(arena, op, op.m, op.n)
-    other = random_tensor((op.m, op.n), op.dtype, place, 1)
+    other = random_tensor((op.m, op.n), op.dtype, device, 1)
     if op.role in NORMS:
-        weight = random_tensor((op.n,), op.dtype, place, 2)
+        weight = random_tensor((op.n,), op.dtype, device, 2)
         return Launches(lambda i: rms_norm(inputs[i % copies], weight), copies)
     if op.role == "activation":
         return Launches(lambda i: gated(inputs[i % copies], other), copies)
@@ -278,12 +279,12 @@ def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
         head = next((d for d in (128, 64, 32, 16, 8, 4, 2) if op.n % d == 0), 0)
         if not head:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
-        cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=place), head, other.dtype))
+        cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
         return Launches(lambda i: rotary(inputs[i % copies].view(op.m, op.n // head, head), cos, sin), copies)
     if op.role == "select":
         many = selected(op.n)
         return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
-    rows = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.m)).to(place)
+    rows = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.m)).to(device)
     if op.role in ("embedding", "gather"):
         return Launches(lambda i: inputs[i % copies].index_select(0, rows), copies)
     if op.role == "scatter":
@@ -291,28 +292,28 @@ def _elementwise(op: Operator, place: str, arena: Arena) -> Launches:
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
 
 
-def _copy(op: Operator, place: str, arena: Arena) -> Launches:
+def _copy(op: Operator, device: str, arena: Arena) -> Launches:
     flat, copies = arena.cut(op.n, "int8", op.cold)
     if copies < 2:
-        target = torch.empty(op.n, dtype=torch.int8, device=place)
+        target = torch.empty(op.n, dtype=torch.int8, device=device)
         return Launches(lambda i: target.copy_(flat(0)), 1)
-    # half a round away, so that neither end is still in the cache
+    # the target is half a round away, so neither is in the cache
     return Launches(lambda i: flat(i + copies // 2).copy_(flat(i)), copies)
 
 
-def _launch(op: Operator, place: str, arena: Arena) -> Launches:
+def _launch(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "gemm":
-        x, weight = random_tensor((1, 64), op.dtype, place, 1), random_tensor((64, 64), op.dtype, place, 2)
+        x, weight = random_tensor((1, 64), op.dtype, device, 1), random_tensor((64, 64), op.dtype, device, 2)
         return Launches(lambda i: F.linear(x, weight), 1)
-    value = torch.zeros(1, device=place)
+    value = torch.zeros(1, device=device)
     return Launches(lambda i: value.add_(1.0), 1)
 
 
-def _layer(op: Operator, place: str, arena: Arena) -> Launches:
-    how: dict[str, Any] = {"device": place, "dtype": TORCH_DTYPE[op.dtype]}
-    layers = [EagerLayer(op.kv_len, **how) for _ in range(LAYERS)]
-    cos, sin = rotary_tables(torch.tensor([op.kv_len - 1], device=place), HEAD_DIM, how["dtype"])
-    hidden, angles = random_tensor((1, 1, HIDDEN), op.dtype, place, 1), (cos[None], sin[None])
+def _layer(op: Operator, device: str, arena: Arena) -> Launches:
+    dtype = TORCH_DTYPE[op.dtype]
+    layers = [EagerLayer(op.kv_len, device=device, dtype=dtype) for _ in range(LAYERS)]
+    cos, sin = rotary_tables(torch.tensor([op.kv_len - 1], device=device), HEAD_DIM, dtype)
+    hidden, angles = random_tensor((1, 1, HIDDEN), op.dtype, device, 1), (cos[None], sin[None])
     return Launches(lambda i: layers[i % LAYERS](hidden, angles), LAYERS)
 
 

@@ -1,7 +1,7 @@
-"""What a device must offer to be measured, the operators it may be asked for, and the ways it may fail.
+"""The interface of a device: operators to time, devices, and their errors.
 
-:class:`Operator` names one thing to time, by shape and number format alone. A :class:`Device` turns it into a
-:class:`Prepared`, whose ``sample(loops)`` is all that the timing code ever calls.
+An :class:`Operator` is one thing to time, given by its shape and number format. A :class:`Device` converts it to a
+:class:`Prepared`; the timing code calls only its ``sample(loops)``.
 """
 
 from __future__ import annotations
@@ -20,54 +20,56 @@ _ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 # fmt: off
 OPERATORS: Mapping[str, tuple[str, ...]] = {
     "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
-    "gemm_2to4": _GEMM,  # the same with 2:4 sparse weights on sparse tensor cores
+    "gemm_2to4": _GEMM,  # GEMM with 2:4 sparse weights on sparse tensor cores
     "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
-    "gather_gemm": (*_GEMM, "rows"),  # `rows` of m tokens gathered, multiplied, put back in their places
-    # each of m tokens by a `density` share of the groups of `block` output (role `up`) or input features (role `down`)
+    "gather_gemm": (*_GEMM, "rows"),  # gather `rows` of m tokens, multiply them, scatter the results
+    # each of m tokens uses a `density` share of the groups of `block` output (role `up`) or input features (`down`)
     "grouped_gemm": (*_GEMM, "block"),
     "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
-    "attention_decode": _ATTENTION,  # attention of one query a sequence over a cache of kv_len positions
+    "attention_decode": _ATTENTION,  # attention of one query per sequence over a cache of kv_len positions
     "attention_block_sparse": (*_ATTENTION, "block"),  # causal, with a `density` share of its blocks of edge `block`
-    "elementwise": ("m", "n"),  # the operator named by `role` on m tokens of n features
-    "copy": ("n",),  # n bytes copied within memory
-    "launch_eager": (),  # a kernel too small to take time, one by one: host time a launch (role `gemm`: a tiny GEMM)
-    "launch_graph": (),  # the same inside a recorded graph: the gap between kernels
-    "layer_eager": ("kv_len",),  # a tiny decoder layer as Transformers runs it, for one token: host time of a layer
+    "elementwise": ("m", "n"),  # the operator `role` on m tokens of n features
+    "copy": ("n",),  # copy of n bytes within memory
+    "launch_eager": (),  # single launches of an empty kernel (role `gemm`: a tiny GEMM): host time per launch
+    "launch_graph": (),  # empty kernels in a recorded graph: gap between kernels
+    "layer_eager": ("kv_len",),  # a tiny decoder layer as in Transformers, for one token: host time per layer
 }
-"""Kinds of operators, and the dimensions each must have."""
-
 # fmt: on
+"""Kinds of operators and their required dimensions."""
+
 HOST_KINDS = ("launch_eager", "layer_eager")
-"""Those that time the host rather than a kernel."""
+"""Kinds that time the host instead of a kernel."""
 LAYER_LAUNCHES = 42
-"""Kernels that a ``layer_eager`` launches: two norms of 8, q, k, v, the rotation of two by 5, two cache updates, two
-repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums."""
+"""Kernels of a ``layer_eager``: two norms of 8, q, k, v, two rotations of 5, two cache updates, two repeats of KV
+heads, attention, o, gate, up, silu, product, down, two residual sums."""
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 _OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
 ELEMENTWISE_ROLES = NORMS + _OTHERS
-"""Roles an ``elementwise`` operator may have."""
-INDEX_BYTES = 4.0  # of a chosen index, as the families' selections count it
+"""Roles of an ``elementwise`` operator."""
+INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
 
 class Unsupported(ValueError):
-    """The device cannot run this operator; the message says which and why."""
+    """The device cannot run this operator; the message names the operator and the reason."""
 
 
 class OutOfMemory(RuntimeError):
-    """The operator does not fit into the device's memory; others may."""
+    """The operator does not fit in the device's memory; smaller operators may."""
 
 
 class DeviceLost(RuntimeError):
-    """The device no longer answers; nothing after this can be measured."""
+    """The device does not respond; nothing else can be measured."""
 
 
 def unknown_device(name: str) -> InputError:
-    """The error for a name that no device is opened by."""
+    """Return the error for an unknown device name."""
     return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Bytes an elementwise operator on m tokens of n features reads and writes; ``select`` keeps half of their indices.
+    """Return the bytes that an elementwise operator on m tokens of n features reads and writes.
+
+    ``select`` writes the indices of half of the features.
 
     >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
     ((64.0, 32.0), (32.0, 32.0))
@@ -79,13 +81,13 @@ def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[
 
 
 def selected(n: int) -> int:
-    """Features that the operator ``select`` chooses."""
+    """Return the number of features that the operator ``select`` chooses."""
     return max(n // 2, 1)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. Which fields matter depends on ``kind``; the others stay at their defaults.
+    """One thing to time. ``kind`` determines the relevant fields; the others keep their defaults.
 
     >>> Operator("gemm", m=1, n=64, k=32).key
     'gemm bf16 cold m=1 n=64 k=32'
@@ -99,70 +101,69 @@ class Operator:
     n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
     k: int = 0  # GEMMs: input features
     rank: int = 0  # low-rank pairs: width between the two factors
-    rows: int = 0  # gathered GEMMs: how many of the m tokens are computed
+    rows: int = 0  # gathered GEMMs: computed tokens
     batch: int = 0  # attention: sequences
-    q_len: int = 0  # attention: new queries a sequence
-    kv_len: int = 0  # attention: positions a sequence
+    q_len: int = 0  # attention: new queries per sequence
+    kv_len: int = 0  # attention: positions per sequence
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
     block: int = 0  # block-sparse attention: edge of a block; grouped GEMMs: width of a group
-    density: float = 1.0  # block-sparse attention: share of the causal blocks computed; grouped GEMMs: of the groups
+    density: float = 1.0  # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
     role: str = ""  # elementwise: one of ELEMENTWISE_ROLES; grouped GEMMs: up or down
     cold: bool = True  # weights (attention: cache; elementwise: input) come from memory rather than from a cache
 
     def __post_init__(self) -> None:
         if self.kind not in OPERATORS:
-            raise ValueError(f"operator kind {self.kind!r} is unknown; expected one of {', '.join(OPERATORS)}")
+            raise ValueError(f"operator kind: expected one of {', '.join(OPERATORS)}, got {self.kind!r}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"operator dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"operator dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.kind == "elementwise" and self.role not in ELEMENTWISE_ROLES:
-            expected = ", ".join(ELEMENTWISE_ROLES)
-            raise ValueError(f"elementwise role {self.role!r} is unknown; expected one of {expected}")
+            raise ValueError(f"elementwise role: expected one of {', '.join(ELEMENTWISE_ROLES)}, got {self.role!r}")
         if self.role and self.role != "gemm" and self.role not in ROLES:
-            raise ValueError(f"operator role {self.role!r} is unknown")
+            raise ValueError(f"operator role: expected one of {', '.join(ROLES)}, got {self.role!r}")
         for name in OPERATORS[self.kind]:
             if getattr(self, name) < 1:
-                raise ValueError(f"operator {self.kind}: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"operator {self.kind}: {name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.density <= 1:
-            raise ValueError(f"operator density must lie in (0, 1], got {self.density}")
+            raise ValueError(f"operator density: expected a share in (0, 1], got {self.density}")
         if self.attention and self.heads % self.kv_heads:
-            raise ValueError(f"operator {self.kind}: {self.heads} heads are no multiple of {self.kv_heads} kv_heads")
+            raise ValueError(f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got {self.heads}")
         if self.attention and self.q_len > self.kv_len:
             raise ValueError(f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}")
         if self.kind == "gather_gemm" and self.rows > self.m:
-            raise ValueError(f"operator gather_gemm: {self.rows} rows of {self.m} tokens")
+            raise ValueError(f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got {self.rows}")
         if self.kind == "grouped_gemm":
             if self.role not in ("up", "down"):
-                raise ValueError(f"operator grouped_gemm: role must be up or down, got {self.role!r}")
+                raise ValueError(f"operator grouped_gemm: role: expected up or down, got {self.role!r}")
             if self.grouped % self.block:
-                raise ValueError(f"operator grouped_gemm: {self.grouped} features in groups of {self.block}")
+                raise ValueError(f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features")
 
     @property
     def attention(self) -> bool:
-        """Whether it is one of the kinds of attention."""
+        """Whether it is attention."""
         return self.kind.startswith("attention")
 
     @property
     def grouped(self) -> int:
-        """Features of a grouped GEMM that lie in groups: output features of role up, input features of role down."""
+        """Features of a grouped GEMM that form groups: output features for role up, input features for role down."""
         return self.n if self.role == "up" else self.k
 
     @property
     def key(self) -> str:
-        """Text that names the operator: equal operators, equal keys."""
+        """Text that identifies the operator; equal operators have equal keys."""
         shape = {f.name: getattr(self, f.name) for f in fields(self)[2:-1] if getattr(self, f.name) != f.default}
         temperature = "cold" if self.cold else "hot"
         return " ".join([self.kind, self.dtype, temperature, *(f"{name}={value}" for name, value in shape.items())])
 
     @property
     def launches(self) -> int:
-        """Kernels that the host launches for it, where it is the host that is timed."""
+        """Number of kernel launches."""
         return LAYER_LAUNCHES if self.kind == "layer_eager" else 1
 
     @property
     def group(self) -> tuple[int, int]:
-        """(n, k) of a GEMM: shapes of one group are held out together, because they share a weight matrix."""
+        """(n, k) of a GEMM; shapes of one group are held out together, because they share a weight matrix."""
         return self.n, self.k
 
     @property
@@ -172,7 +173,7 @@ class Operator:
 
     @property
     def flops(self) -> float:
-        """Multiply-adds counted twice: of causal attention those under the mask, of 2:4 the dense product's."""
+        """FLOPs, two per multiply-add; causal attention counts pairs within the mask, 2:4 the dense product."""
         if self.kind == "low_rank":
             return 2.0 * self.m * self.rank * (self.n + self.k)
         if self.kind == "gather_gemm":
@@ -188,7 +189,7 @@ class Operator:
 
     @property
     def weight_elements(self) -> int:
-        """Elements of the operand that is rotated when the operator runs cold."""
+        """Elements of the operand that a cold operator rotates."""
         if self.kind == "low_rank":
             return self.rank * (self.n + self.k)
         if self.kind in ("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"):
@@ -199,7 +200,7 @@ class Operator:
 
     @property
     def bytes(self) -> float:
-        """Bytes that must at least be moved: operands read once, results written once."""
+        """Minimum bytes moved: operands read once, results written once."""
         size = self.element_bytes
         weight = size * self.weight_elements
         if self.kind == "copy":
@@ -210,7 +211,7 @@ class Operator:
             return weight + size * self.m * (self.k + 2 * self.rank + self.n)
         if self.kind == "gather_gemm":
             return weight + size * self.rows * (3 * self.k + 3 * self.n)
-        if self.kind == "grouped_gemm":  # at least one token's groups
+        if self.kind == "grouped_gemm":  # at least the groups of one token
             return self.density * weight + size * self.m * (self.n + self.k - (1.0 - self.density) * self.grouped)
         if self.kind == "gemm_2to4":
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
@@ -222,7 +223,7 @@ class Operator:
 
     @property
     def footprint_bytes(self) -> float:
-        """Memory the operands and results of one launch occupy."""
+        """Memory of the operands and results of one launch."""
         if self.kind == "gather_gemm":
             return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
@@ -231,7 +232,7 @@ class Operator:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Operator:
-        """The inverse of ``vars``; names that are no field are refused."""
+        """Return an operator from ``vars`` of one; ValueError for unknown fields."""
         known = {f.name for f in fields(cls)}
         if extra := sorted(set(record) - known):
             raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
@@ -240,14 +241,14 @@ class Operator:
 
 @dataclass(frozen=True)
 class Description:
-    """What was measured, and with which software: a profile names both, because the same silicon differs by 5-15 %
+    """Hardware and software of a device. A profile names both, because times of the same hardware differ by 5-15 %
     between stacks."""
 
-    name: str  # the name the device was opened by (cpu, cuda:0)
+    name: str  # name of the opened device (cpu, cuda:0)
     device: str  # the hardware as it names itself
-    stack: Mapping[str, str] = field(default_factory=dict)  # what changes timings: framework, driver, threads, pinning
-    memory_bytes: float = 0.0  # that operands may take
-    cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0 where unknown
+    stack: Mapping[str, str] = field(default_factory=dict)  # what changes times: framework, driver, threads, pinning
+    memory_bytes: float = 0.0  # limit for operands
+    cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0: unknown
 
     @property
     def software(self) -> str:
@@ -256,39 +257,39 @@ class Description:
 
 
 class Prepared(Protocol):
-    """An operator ready to be launched, with its operands in memory."""
+    """An operator that is ready for launches, with its operands in memory."""
 
-    method: str  # how launches are timed and kept cold, for the record
+    method: str  # for the record: how launches are timed and kept cold
 
     def sample(self, loops: int) -> float:
-        """Launch ``loops`` times and return seconds per launch."""
+        """Launch ``loops`` times and return the seconds per launch."""
 
 
 class Device(Protocol):
-    """A place to run operators. Not safe for use by two threads."""
+    """Hardware that runs operators. Not thread-safe."""
 
     name: str
 
     def describe(self) -> Description:
-        """Hardware and software of the device."""
+        """Return hardware and software of the device."""
 
     def dtypes(self) -> tuple[str, ...]:
-        """Number formats its GEMMs run in."""
+        """Return the number formats of its GEMMs."""
 
     def refuses(self, operator: Operator) -> str:
-        """Why the device cannot run this operator; empty when it can."""
+        """Return the reason why the device cannot run this operator, or ""."""
 
     def prepare(self, operator: Operator) -> Prepared:
-        """Operands in place, kernels chosen. Raises Unsupported, OutOfMemory or DeviceLost."""
+        """Make operands and select kernels; may raise Unsupported, OutOfMemory or DeviceLost."""
 
     def snapshot(self) -> Snapshot:
-        """Clocks, power, temperature and throttle reasons now."""
+        """Return current clocks, power, temperature and throttle reasons."""
 
     def clock(self) -> float:
-        """Monotonic seconds in which budgets are counted (simulated on a replayed device)."""
+        """Return monotonic seconds, the time of budgets (simulated on a replayed device)."""
 
     def rest(self, seconds: float) -> None:
-        """Do nothing for a while, to let the device cool down."""
+        """Wait, so that the device cools down."""
 
     def close(self) -> None:
-        """Give operands and settings back."""
+        """Free operands and restore settings."""

@@ -1,8 +1,7 @@
-"""A device that plays timings back: recorded ones, or planted ones of known mean and noise, with planted faults.
+"""A device that replays recorded times, or planted times of known mean and noise, with planted faults.
 
-It runs in simulated time: a sample of L launches of t seconds moves its clock by L t, so a plan of ten minutes is
-replayed in milliseconds by the very code that measures a GPU. Use it to test whatever comes after a device, and to show
-that each fault of a device is flagged, counted, survived or refused.
+It runs in simulated time: a sample of L launches of t seconds advances its clock by L t, so the measuring code runs a
+plan of ten minutes in milliseconds. Use it to test code that uses a device, and the handling of each fault.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ _PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
 
 @dataclass(frozen=True)
 class Faults:
-    """Faults to plant. Numbers count the calls of ``prepare`` from 0, anchors and repeats included."""
+    """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and repeats."""
 
-    throttle: Collection[int] = ()  # preparations under thermal throttling: slower, and the telemetry says so
+    throttle: Collection[int] = ()  # preparations with thermal throttling: slower, and reported by the telemetry
     slowdown: float = 1.6  # factor on times under throttling
-    noisy: Collection[int] = ()  # preparations whose noise is ``noise`` instead of the device's
-    noise: float = 0.3  # relative standard deviation of the noisy ones
+    noisy: Collection[int] = ()  # preparations with noise ``noise`` instead of the device's noise
+    noise: float = 0.3  # relative standard deviation of noisy preparations
     nan: Collection[int] = ()  # preparations whose third sample is not a number
     out_of_memory_bytes: float = math.inf  # operators with a larger footprint run out of memory
-    lost_at: int | None = None  # preparation during which the device stops answering, for good
-    drift_per_s: float = 0.0  # relative slowing down a second of simulated time
-    nvml: bool = True  # whether telemetry works; without it every reading is "unknown"
+    lost_at: int | None = None  # preparation during which the device stops to respond, permanently
+    drift_per_s: float = 0.0  # relative slowdown per second of simulated time
+    nvml: bool = True  # whether telemetry works; otherwise every reading is "unknown"
 
 
 def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
-    """A plain planted device: the cubic mean of tensor and memory time over a floor for each launch."""
+    """Return the times of a simple device: a floor per launch plus the 3-norm of arithmetic and memory time."""
 
     def seconds(op: Operator) -> float:
         return floor_s * op.launches + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
@@ -53,7 +52,7 @@ def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, fl
 class _ReplayPrepared:
     device: ReplayDevice
     operator: Operator
-    number: int  # of the preparation
+    number: int  # number of the preparation
     samples: int = 0
     method: str = "replayed"
 
@@ -71,15 +70,15 @@ class ReplayDevice:
     (0.001, 0.06)
     """
 
-    timings: Seconds | Mapping[str, float] = field(default_factory=roofline_timings)  # or by key: others are refused
+    timings: Seconds | Mapping[str, float] = field(default_factory=roofline_timings)  # a mapping is by operator key
     _: KW_ONLY
-    noise: float = 0.0  # relative standard deviation of a sample (log-normal, so that it stays above zero)
+    noise: float = 0.0  # relative standard deviation of a sample (log-normal, so times stay positive)
     seed: int = 0
     faults: Faults = field(default_factory=Faults)
     description: Description = _PLANTED
-    setup_s: float = 0.05  # simulated time that a preparation takes
-    warmup: int = 0  # first samples of every preparation that are slower, by half and less and less
-    refused: Mapping[str, str] = field(default_factory=dict)  # kinds of operators it lacks, and why
+    setup_s: float = 0.05  # simulated time of a preparation
+    warmup: int = 0  # number of slower first samples per preparation: by 50 %, 25 %, ...
+    refused: Mapping[str, str] = field(default_factory=dict)  # unsupported kinds of operators, with reasons
     formats: tuple[str, ...] = ("bf16", "fp16", "fp32")
     prepared: list[Operator] = field(default_factory=list)
     _now: float = 0.0
@@ -90,24 +89,24 @@ class ReplayDevice:
         self._rng = np.random.default_rng(self.seed)
 
     def describe(self) -> Description:
-        """What it was told to be."""
+        """Return the given description."""
         return self.description
 
     def dtypes(self) -> tuple[str, ...]:
-        """What it was told to have."""
+        """Return the given formats."""
         return self.formats
 
     def refuses(self, operator: Operator) -> str:
-        """The planted reason; on a recorded device also that there is no recording."""
+        """Return the planted reason, or that there is no recording of the operator, or ""."""
         recorded = not isinstance(self.timings, Mapping) or operator.key in self.timings
         return self.refused.get(operator.kind, "" if recorded else f"no recording of {operator.key}")
 
     def seconds(self, operator: Operator) -> float:
-        """Time of a launch without noise and faults."""
+        """Return the time of a launch without noise and faults."""
         return self.timings[operator.key] if isinstance(self.timings, Mapping) else self.timings(operator)
 
     def prepare(self, operator: Operator) -> _ReplayPrepared:
-        """Count the preparation and fail as planted."""
+        """Count the preparation, and fail as planted."""
         number = len(self.prepared)
         self.prepared.append(operator)
         if self._lost:
@@ -115,13 +114,13 @@ class ReplayDevice:
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.faults.out_of_memory_bytes:
-            there = f"{self.faults.out_of_memory_bytes:.3g} there"
-            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes asked, {there}")
+            available = f"{self.faults.out_of_memory_bytes:.3g} available"
+            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes requested, {available}")
         self._now += self.setup_s
         return _ReplayPrepared(self, operator, number)
 
     def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
-        """Seconds a launch of one sample; moves the clock."""
+        """Return the seconds per launch of one sample, and advance the clock."""
         f = self.faults
         if f.lost_at is not None and number >= f.lost_at and sample > 2:
             self._lost = True
@@ -136,7 +135,7 @@ class ReplayDevice:
         return math.nan if number in f.nan and sample == 3 else value
 
     def snapshot(self) -> Snapshot:
-        """Planted telemetry."""
+        """Return planted telemetry."""
         if not self.faults.nvml:
             return Snapshot()
         if len(self.prepared) - 1 in self.faults.throttle:
@@ -144,25 +143,24 @@ class ReplayDevice:
         return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
 
     def clock(self) -> float:
-        """Simulated seconds."""
+        """Return simulated seconds."""
         return self._now
 
     def rest(self, seconds: float) -> None:
-        """Move the clock."""
+        """Advance the clock."""
         self._now += seconds
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to free."""
 
 
 def open_named(path: str, **options: Any) -> ReplayDevice:
-    """A device that answers with the medians of a file of one JSON record a line, and refuses what they lack; or, named
-    ``planted``, with those of :func:`roofline_timings`.
+    """Open a device with the medians of a file of JSON lines, or (``planted``) with :func:`roofline_timings`.
 
-    Records need ``operator`` and ``median_s``; lines that are no measurement of an operator are passed over.
+    Operators without a record are unsupported. Lines without ``operator`` and ``median_s`` are ignored.
     """
     if not path:
-        raise InputError("device 'replay' needs a file of records; write replay:FILE, or replay:planted")
+        raise InputError("device: expected replay:FILE or replay:planted, got replay")
     if path == "planted":
         return ReplayDevice(refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options)
     try:
@@ -179,10 +177,10 @@ def open_named(path: str, **options: Any) -> ReplayDevice:
             try:
                 key, median = Operator.from_record(record["operator"]).key, float(record["median_s"])
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: no measurement of an operator: {error}") from None
+                raise InputError(f"{path}:{number}: not a measurement of an operator: {error}") from None
             if not 0.0 < median < math.inf:
                 raise InputError(f"{path}:{number}: median_s: expected a time above zero, got {median}")
             medians[key] = median
     if not medians:
-        raise InputError(f"device replay:{path}: the file has no measurement of an operator in it")
+        raise InputError(f"device replay:{path}: the file contains no measurement of an operator")
     return ReplayDevice(medians, **options)

@@ -1,4 +1,4 @@
-"""Which code skips work on a device: the kernels of :mod:`calibration.devices.triton_kernels`, or loops in torch."""
+"""Select the code that skips work on a device: :mod:`calibration.devices.triton_kernels`, or loops in torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 Tensor = Any
 
 
-def in_triton(place: str) -> bool:
-    """Whether a torch device runs Triton's kernels: a CUDA GPU, where Triton is installed."""
-    return place.startswith("cuda") and find_spec("triton") is not None
+def in_triton(device: str) -> bool:
+    """Whether a torch device runs Triton kernels: a CUDA GPU with Triton installed."""
+    return device.startswith("cuda") and find_spec("triton") is not None
 
 
 def kernels() -> Any:
-    """The module of the kernels; it needs Triton."""
+    """Return the module of the kernels, which needs Triton."""
     return import_module("calibration.devices.triton_kernels")
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
-    """A function of a weight: x (m, k) by the groups that each token uses, a gather, a GEMM and a scatter for each.
+    """Return a function of a weight: x (m, k) times the groups that each token uses, by a gather, a GEMM and a scatter.
 
-    The groups are of the weight's rows: of output features (n, k) where ``outer``, else of input features (k, n). Which
-    tokens use a group is read once, here.
+    The groups are rows of the weight: output features (n, k) if ``outer``, else input features (k, n). The host reads
+    the mask once, here.
     """
     rows = [used.nonzero().squeeze(1) for used in mask.t()]
     groups = len(rows)

@@ -1,8 +1,8 @@
-"""What the device was doing while it was measured: clocks, power, temperature, throttle reasons. "unknown" is a value.
+"""State of the device during a measurement: clocks, power, temperature, throttle reasons.
 
-A reading that cannot be had (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0
-and never left out, so that nobody later mistakes silence for health. The NVML module is handed in by the device that
-imported it; nothing here imports it.
+An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0 and
+never omitted, so it cannot be taken for a good reading. The device imports the NVML module and passes it; this module
+does not import it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ Unknown = Literal["unknown"]
 UNKNOWN: Unknown = "unknown"
 Reading = float | Unknown
 
-# fmt: off
 # bits of nvmlClocksEventReasons from the lowest (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
 NVML_REASONS = (
-    "gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost", "sw_thermal_slowdown",
-    "hw_thermal_slowdown", "hw_power_brake_slowdown", "display_clock_setting",
+    "gpu_idle",
+    "applications_clocks_setting",
+    "sw_power_cap",
+    "hw_slowdown",
+    "sync_boost",
+    "sw_thermal_slowdown",
+    "hw_thermal_slowdown",
+    "hw_power_brake_slowdown",
+    "display_clock_setting",
 )
-# fmt: on
 
-# Reasons under which a sample does not show the device at its best and is repeated. The software power cap is not among
-# them: a data-centre GPU sits on its power limit in every long GEMM, so that state belongs to what is being measured;
-# it is recorded all the same.
+# Reasons to repeat a sample. The software power cap is recorded but is not a reason: a data-centre GPU is at its power
+# limit in every long GEMM, so that state is part of the measurement.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )
@@ -36,36 +40,35 @@ THROTTLING: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at a device, in SI."""
+    """Readings of a device at one time, in SI."""
 
-    clock_hz: Reading = UNKNOWN  # of the processors: SM clock on a GPU, mean core clock on a CPU
+    clock_hz: Reading = UNKNOWN  # SM clock of a GPU, mean core clock of a CPU
     memory_clock_hz: Reading = UNKNOWN
     power_w: Reading = UNKNOWN
     temperature_c: Reading = UNKNOWN  # degrees Celsius
-    load: Reading = UNKNOWN  # GPU utilisation in 0..1; on a CPU the one-minute load average
-    throttle: tuple[str, ...] | Unknown = UNKNOWN  # reasons given for running below its clocks; empty: it says none
-    throttle_events: Reading = UNKNOWN  # a counter that only grows, for devices that count instead of giving a state
-    waited_s: Reading = UNKNOWN  # that threads of this process were ready to run and given no CPU, a counter too
+    load: Reading = UNKNOWN  # GPU utilisation in 0..1; one-minute load average of a CPU
+    throttle: tuple[str, ...] | Unknown = UNKNOWN  # reported reasons for reduced clocks; may be empty
+    throttle_events: Reading = UNKNOWN  # growing counter, for devices that count events instead of reporting a state
+    waited_s: Reading = UNKNOWN  # growing counter: time that threads of this process waited for a CPU
 
     def as_record(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """Return a JSON-ready mapping."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
-    """Names of the set bits of NVML's clock event reasons; bits without a name are kept as ``bit_0x...``.
+    """Return the names of NVML's clock event reasons; bits without a name become ``bit_0x...``.
 
     >>> throttle_reasons(0x1044)
     ('sw_power_cap', 'hw_thermal_slowdown', 'bit_0x1000')
     """
-    names = [name for place, name in enumerate(NVML_REASONS) if bits >> place & 1]
+    names = [name for bit, name in enumerate(NVML_REASONS) if bits >> bit & 1]
     rest = bits >> len(NVML_REASONS) << len(NVML_REASONS)
     return tuple(names + ([f"bit_{rest:#x}"] if rest else []))
 
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
-    """Why a measurement between two snapshots must be repeated: throttle reasons, none, or "unknown" when neither
-    snapshot can tell."""
+    """Return the throttle reasons to repeat a measurement between two snapshots; "unknown" if neither has a reading."""
     states = [snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)]
     reasons = {reason for state in states for reason in state}
     events = _known((before.throttle_events, after.throttle_events))
@@ -76,14 +79,14 @@ def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
 
 
 def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1) -> Reading:
-    """Share of the threads' time that went by waiting for a CPU, 0..1; "unknown" where nothing counts it."""
+    """Return the share of time that threads waited for a CPU, 0..1; "unknown" if the system does not count it."""
     if isinstance(before.waited_s, str) or isinstance(after.waited_s, str) or elapsed_s <= 0:
         return UNKNOWN
     return max(0.0, after.waited_s - before.waited_s) / (elapsed_s * max(threads, 1))
 
 
 def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
-    """A number, or "unknown" whatever goes wrong: a reading must never stop a measurement."""
+    """Return a number, or "unknown" after any error: a reading must never stop a measurement."""
     try:
         return float(reader()) * scale
     except Exception:
@@ -91,22 +94,22 @@ def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
 
 
 class NvmlReader:
-    """Snapshots of one NVIDIA GPU through the ``pynvml`` module; without it (None) every reading is "unknown".
+    """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is "unknown".
 
-    The GPU is found by its UUID (``GPU-...``), because NVML's own numbering ignores ``CUDA_VISIBLE_DEVICES``: the
-    index, which might be another card's, is used only when there is no UUID.
+    The UUID (``GPU-...``) identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``. The index, which
+    may be that of another card, is used only without a UUID.
     """
 
     def __init__(self, nvml: Any, uuid: str = "", index: int = 0) -> None:
         self._nvml = nvml
         self._handle: Any = None
         if nvml is not None:
-            with suppress(Exception):  # NVML's errors share no public base with its import errors
+            with suppress(Exception):  # NVML's errors have no public base class
                 nvml.nvmlInit()
                 self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(index)
 
     def snapshot(self) -> Snapshot:
-        """Clocks, power, temperature, utilisation and throttle reasons now."""
+        """Return current clocks, power, temperature, utilisation and throttle reasons."""
         nvml, handle = self._nvml, self._handle
         if handle is None:
             return Snapshot()
@@ -120,7 +123,7 @@ class NvmlReader:
         )
 
     def _throttle(self) -> tuple[str, ...] | Unknown:
-        # renamed in driver 535; older modules know only the second name
+        # renamed in driver 535; older modules have only the second name
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             try:
                 return throttle_reasons(int(getattr(self._nvml, name)(self._handle)))
@@ -129,7 +132,7 @@ class NvmlReader:
         return UNKNOWN
 
     def driver(self) -> str:
-        """Version of the driver, or "unknown"."""
+        """Return the version of the driver, or "unknown"."""
         try:
             version = self._nvml.nvmlSystemGetDriverVersion()
         except Exception:
@@ -137,26 +140,25 @@ class NvmlReader:
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def power_limit_w(self) -> Reading:
-        """Enforced power limit, or "unknown"."""
+        """Return the enforced power limit, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
 
 class CpuReader:
-    """Snapshots of some CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; elsewhere "unknown"."""
+    """Snapshots of CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; "unknown" on other systems."""
 
     def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
         self.cpus = tuple(sorted(cpus))
         self._root = root
 
     def snapshot(self) -> Snapshot:
-        """Mean core clock, temperature of the hottest zone, load average, thermal events and time waited now."""
+        """Return current mean core clock, highest temperature, load average, thermal events and waiting time."""
         cpu = "sys/devices/system/cpu/cpu"
         clocks = _known(self._clock_hz(number) for number in self.cpus)
         events = _known(self._read(f"{cpu}{number}/thermal_throttle/core_throttle_count") for number in self.cpus)
         zones = (self._root / "sys/class/thermal").glob("thermal_zone*/temp")
         temperatures = _known(self._read(zone, scale=1e-3) for zone in zones)
-        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst); a thread that has
-        # ended is missed
+        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst) of live threads
         tasks = (self._root / "proc/self/task").glob("*/schedstat")
         waits = _known(self._read(task, field=1, scale=1e-9) for task in tasks)
         return Snapshot(
@@ -171,7 +173,7 @@ class CpuReader:
         return (self._root / path).read_text(encoding="utf-8", errors="replace")
 
     def _read(self, path: str | Path, field: int = 0, scale: float = 1.0) -> Reading:
-        """A number of a file under the root (a path that is absolute already is taken as it is)."""
+        """Return a number of a file under the root; an absolute path is used as it is."""
         return _read(lambda: self._text(path).split()[field], scale)
 
     def _clock_hz(self, cpu: int) -> Reading:
@@ -184,7 +186,7 @@ def _known(readings: Iterable[Reading]) -> list[float]:
 
 
 def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
-    """The entry of one processor in the text of ``/proc/cpuinfo``; KeyError where it has none."""
+    """Return the entry of one processor in the text of ``/proc/cpuinfo``; KeyError if there is none."""
     for block in text.split("\n\n"):
         entry = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
         if entry.get("processor") == str(cpu):

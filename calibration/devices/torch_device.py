@@ -1,4 +1,4 @@
-"""What the CPU and a CUDA GPU share as devices of torch: limits, errors the runner knows, how a loop is timed."""
+"""Common parts of the CPU and CUDA devices in torch: limits, translation of errors, timing of a loop."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from calibration.devices.protocol import Description, Operator, OutOfMemory, Uns
 
 @dataclass(frozen=True)
 class Timed:
-    """A ``Prepared`` whose launches ``run`` times, with torch's errors translated by its device."""
+    """A ``Prepared`` whose launches are timed by ``run``; its device translates torch's errors."""
 
     method: str
     run: Callable[[int], float]
     translated: Callable[[], AbstractContextManager[None]]
 
     def sample(self, loops: int) -> float:
-        """Seconds a launch."""
+        """Return the seconds per launch."""
         with self.translated():
             return self.run(loops)
 
 
 def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
-    """Launches between two readings of the performance counter, each sample from the copy after the last one's on."""
+    """Return a function that times launches with the performance counter; each sample starts at the next copy."""
     launch, copies = launches.launch, launches.copies
     following = 0
 
     def run(loops: int) -> float:
         nonlocal following
-        first, following = following, (following + loops) % copies
+        first = following
+        following = (first + loops) % copies
         synchronize()
         start = time.perf_counter_ns()
         for i in range(first, first + loops):
@@ -47,40 +48,45 @@ def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None)
 
 
 class TorchDevice:
-    """A device on which torch runs; a subclass says what it is, what it refuses, and how launches are timed."""
+    """A device of torch; subclasses define its identity, unsupported operators and the timing of launches."""
 
     name: str
-    eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch has in fp8 and int8
+    eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
 
-    def __init__(self, place: str, cache_bytes: float, memory_limit_bytes: float) -> None:
+    def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
-        self._arena = Arena(place, cache_bytes, 0.5 * memory_limit_bytes)
+        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
-        """The hardware as it names itself, and the software beside torch."""
+        """Return the hardware as it names itself, and the software except torch."""
         raise NotImplementedError
 
     def describe(self) -> Description:
-        """Hardware, torch with its libraries, and every setting that changes timings."""
+        """Return hardware, torch with its libraries, and every setting that changes times."""
         hardware, stack = self.identity()
-        known = {"torch": torch.__version__, **stack}
-        return Description(self.name, hardware, known, self.memory_limit_bytes, self.cache_bytes)
+        return Description(
+            name=self.name,
+            device=hardware,
+            stack={"torch": torch.__version__, **stack},
+            memory_bytes=self.memory_limit_bytes,
+            cache_bytes=self.cache_bytes,
+        )
 
     def refuses(self, operator: Operator) -> str:
-        """Why it cannot run an operator; empty when it can."""
+        """Return the reason why it cannot run an operator, or ""."""
         if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:
-            return f"{operator.kind} in {operator.dtype} has no implementation in torch; only gemm and copy have"
+            return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
         if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
             return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
         return ""
 
     def prepare(self, operator: Operator) -> Timed:
-        """Operands in memory; see :class:`calibration.devices.protocol.Device`."""
+        """Make operands; see :class:`calibration.devices.protocol.Device`."""
         if reason := self.refuses(operator):
             raise Unsupported(reason)
         if operator.footprint_bytes > self.memory_limit_bytes:
-            allowed = f"{self.memory_limit_bytes:.3g} are allowed"
-            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {allowed}")
+            limit = f"limit {self.memory_limit_bytes:.3g}"
+            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {limit}")
         with self._translated(operator):
             return Timed(*self._bind(operator), lambda: self._translated(operator))
 
@@ -95,15 +101,15 @@ class TorchDevice:
             raise known from error
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
-        """How launches are timed and kept cold, and a function from a number of launches to seconds a launch."""
+        """Return the timing method, and a function from a number of launches to seconds per launch."""
         raise NotImplementedError
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
-        """Torch's error as one the runner can act on; None when it is none of these."""
+        """Return torch's error as an error that the runner handles, or None."""
         raise NotImplementedError
 
     def clock(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
         return time.monotonic()
 
     def rest(self, seconds: float) -> None:
@@ -111,7 +117,7 @@ class TorchDevice:
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Give operands back."""
+        """Free operands."""
         self._arena.clear()
 
     def __enter__(self) -> Any:

@@ -1,9 +1,8 @@
-"""GEMMs that skip, in Triton: rows that a router chose, and groups of channels that the tokens of a tile chose.
+"""Triton GEMMs that skip work: rows chosen by a router, and groups of channels chosen by the tokens of a tile.
 
-What is skipped is read by the kernels from tensors on the device (an index and a count, or :class:`Tiles`), and grids
-depend on shapes alone: no launch waits for the host, and a CUDA graph can hold all of them. Products are summed in
-fp32. Tile sizes follow the shape; they are not tuned on the device. Import this module only where Triton is installed
-(extra ``kernels``).
+The kernels read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
+on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Products are summed in fp32. Tile
+sizes follow the shape and are not tuned on the device. This module needs Triton (extra ``kernels``).
 """
 
 from __future__ import annotations
@@ -18,22 +17,24 @@ import triton.language as tl
 Tensor = Any
 
 MOST_TOKENS = 64
-"""Tokens of the largest tile of a grouped GEMM."""
+"""Maximum tokens per tile of a grouped GEMM."""
 
 
 def _precision() -> str:
-    """Of products of fp32, as torch's own are now: exact, or on tensor cores in tf32."""
+    """Return the precision of fp32 products as in torch's current setting: exact, or tf32 on tensor cores."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _edge(size: int, most: int) -> int:
-    """The smallest power of two from 16, the least a tensor core takes, that covers a size, or ``most``."""
+    """Return the smallest power of two that covers a size, from 16 (a tensor core's minimum) to ``most``."""
     return min(max(16, 1 << (size - 1).bit_length()), most)
 
 
 def _blocks(x: Tensor, many: int, n: int, k: int) -> tuple[int, int]:
-    """Columns of a tile and features multiplied at a time: 128 and 128 bytes of a row; for few rows, where reading the
-    weight is all there is to do, 32 and 256 bytes, so that the columns are spread over more processors."""
+    """Return the columns of a tile and the features per step: 128, and 128 bytes of a row.
+
+    Few rows are bound by the read of the weight: they get 32 columns and 256 bytes, to use more processors.
+    """
     columns, row_bytes = (32, 256) if many <= 16 else (128, 128)
     return _edge(n, columns), _edge(k, row_bytes // x.element_size())
 
@@ -45,9 +46,9 @@ def _gathered(x, weight, bias, index, count, y, n, k, BIASED: tl.constexpr, ADD:
     many = tl.load(count)
     start = tl.program_id(1) * BLOCK_M
     if start < many:
-        places, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        chosen, inside = places < many, columns < n
-        rows = tl.load(index + places, mask=chosen, other=0).to(tl.int64)
+        positions, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        chosen, inside = positions < many, columns < n
+        rows = tl.load(index + positions, mask=chosen, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for begin in range(0, k, BLOCK_K):
             features = begin + tl.arange(0, BLOCK_K)
@@ -74,15 +75,15 @@ def gather_gemm(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """y[r] = x[r] weight^T + bias for the first ``count`` rows r of ``index``; other rows of y are left as they are.
+    """Compute y[r] = x[r] weight^T + bias for the first ``count`` rows r of ``index``; other rows of y are unchanged.
 
     Parameters
     ----------
     x, weight : (m, k) and (n, k), contiguous.
-    index : (at most m,), distinct rows; what lies beyond the count is not read.
+    index : (at most m,), distinct rows; entries beyond the count are not read.
     count : a whole number on the device, (1,) or a scalar.
-    out : (m, n), contiguous, into which products are written, or to which they are added; otherwise a new y, of which
-        the other rows are undefined.
+    out : (m, n), contiguous, which receives the products (``add``: their sum with it). Default: a new y, whose other
+        rows are undefined.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
@@ -99,19 +100,18 @@ def gather_gemm(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens by group, those that use it first; and sorted by their masks and cut into tiles, with the groups that some
-    token of each tile uses."""
+    """Tokens per group, and tiles of tokens sorted by their masks with the groups that each tile uses."""
 
-    users: Tensor  # (groups, tokens)
-    many: Tensor  # (groups,): how many use a group
-    order: Tensor  # (tokens,): tokens with equal masks next to each other
-    groups: Tensor  # (tiles, groups), int32: those used first
-    used: Tensor  # (tiles,), int32: how many those are
-    edge: int  # tokens of a tile
+    users: Tensor  # (groups, tokens): tokens that use the group come first
+    many: Tensor  # (groups,): number of tokens that use the group
+    order: Tensor  # (tokens,): tokens with equal masks are neighbours
+    groups: Tensor  # (tiles, groups), int32: used groups come first
+    used: Tensor  # (tiles,), int32: number of used groups
+    edge: int  # tokens per tile
 
 
 def tiles_of(mask: Tensor) -> Tiles:
-    """Tiles of a mask (tokens, groups) of booleans.
+    """Return the tiles of a boolean mask (tokens, groups).
 
     >>> tiles = tiles_of(torch.tensor([[True, False, True], [False, True, False], [True, False, True]]))
     >>> tiles.users.tolist(), tiles.many.tolist()
@@ -121,7 +121,7 @@ def tiles_of(mask: Tensor) -> Tiles:
     """
     tokens, groups = mask.shape
     edge = _edge(tokens, MOST_TOKENS)
-    # masks as numbers of 62 bits, sorted from the last digit to the first: each sort keeps the order of those before
+    # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts
     order = torch.arange(tokens, device=mask.device)
     for start in reversed(range(0, groups, 62)) if tokens > edge else ():  # one tile needs no order
         digits = mask[:, start : start + 62].long()
@@ -142,9 +142,9 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
     group = tl.program_id(1).to(tl.int64)
     start, many = tl.program_id(2) * BLOCK_M, tl.load(count + group)
     if start < many:
-        places, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        there, inside = places < many, columns < width
-        rows = tl.load(users + group * tokens + places, mask=there, other=0).to(tl.int64)
+        positions, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        there, inside = positions < many, columns < width
+        rows = tl.load(users + group * tokens + positions, mask=there, other=0).to(tl.int64)
         first = group * (2 if GATED else 1) * width
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -167,10 +167,10 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
 
 
 def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False) -> Tensor:
-    """N pruned: y = x weight^T + bias where a token uses a column's group, and 0 elsewhere.
+    """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere.
 
-    ``x`` is (tokens, k); ``weight`` (n, k), its rows in groups of equal width; both contiguous. ``gated``: a group's
-    rows are those of its gate and then of its up projection, and y is silu(gate) up, half as wide.
+    ``x`` is (tokens, k), ``weight`` (n, k) with rows in groups of equal width; both are contiguous. ``gated``: a group
+    has the rows of its gate, then of its up projection; y is silu(gate) up, half as wide.
     """
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -190,9 +190,9 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
     tile = tl.program_id(1)
-    places, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there, inside = places < tokens, columns < n
-    rows = tl.load(order + places, mask=there, other=0).to(tl.int64)
+    positions, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, inside = positions < tokens, columns < n
+    rows = tl.load(order + positions, mask=there, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
     for step in range(0, tl.load(used + tile) * steps):
@@ -206,10 +206,10 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
 
 
 def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
-    """K pruned: y = x weight over the features of the groups that a tile uses.
+    """Compute y = x weight over the features of the groups that a tile uses (K pruned).
 
-    ``x`` (tokens, k) is 0 where a token does not use a feature's group, as :func:`grouped_columns` leaves it;
-    ``weight`` is (k, n), its rows in groups of equal width; both contiguous.
+    ``x`` (tokens, k) is 0 where a token does not use a feature's group, as after :func:`grouped_columns`; ``weight`` is
+    (k, n) with rows in groups of equal width; both are contiguous.
     """
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups

@@ -1,8 +1,7 @@
-"""The datasheet part of a measured device's profile: that of the shipped profile whose GPU it is, else facts measured
-on the spot.
+"""Find the datasheet part of a measured device's profile: from the shipped profile of the GPU, else measured quickly.
 
-Use :func:`base_profile` before a plan is measured, and :func:`raised` with its records, so that no measured time beats
-a "peak" that was itself only a measurement. Measured facts say so in their source.
+Use :func:`base_profile` before a plan is measured, and :func:`raised` with the records afterwards, so that no measured
+time is faster than a measured peak. Sources of facts state whether they were measured.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 from calibration.devices.protocol import Description, Device, Operator
 from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Rate
@@ -36,18 +35,18 @@ SHIPPED: tuple[tuple[str, str], ...] = (
     (r"RTX 4090\b(?! D)", "rtx_4090"),
     (r"RTX PRO 6000 Blackwell", "rtx_pro_6000"),
 )
-"""Names GPUs give themselves, and the profile with their datasheet."""
+"""Pattern of the name that a GPU reports -> profile with its datasheet."""
 
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
-UNKNOWN = "not known of this device; a stand-in that no prediction rests on"
+UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
 
 _COLD_SHARE = 1.0 / 16.0
-_MARGIN = 1.05  # over the best of a few shapes: others are a little faster
-_CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # stand-ins: headroom is 1 either way, and power enters no time
+_MARGIN = 1.05  # over the best of a few shapes: other shapes are slightly faster
+_CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
 
 
 def shipped_name(device: str) -> str:
-    """Shipped profile of a GPU by the name it gives itself; "" for none.
+    """Return the shipped profile of a GPU by the name that it reports; "" for none.
 
     >>> shipped_name("NVIDIA H100 80GB HBM3 (132 SM)"), shipped_name("Some CPU")
     ('h100_sxm', '')
@@ -56,11 +55,16 @@ def shipped_name(device: str) -> str:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Facts to measure and to fit a device with: of the profile ``hardware`` (a name or path; by default the one its
-    name tells), or measured in about a second; with a rate for ``dtype`` either way, which the device must have."""
+    """Return the facts for measuring and fitting a device, with a rate for ``dtype``, which the device must support.
+
+    They come from the profile ``hardware`` (a name or path; by default the shipped profile of the reported name), or
+    are measured in about a second.
+    """
     description = device.describe()
     if dtype not in device.dtypes():
-        raise InputError(f"--dtype {dtype}: device {device.name} has none; it has {', '.join(device.dtypes())}")
+        raise InputError(
+            f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
+        )
     known = hardware or shipped_name(description.device)
     if known:
         base = load_hardware(known)
@@ -78,13 +82,13 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     threads = description.stack.get("threads", "")
     processors = re.search(r"\((\d+) SM\)", description.device)
     units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
-    said = "said by the operating system or driver"
+    reported = "reported by the operating system or driver"
     names = ("sm_count", "boost_clock", "memory", "bandwidth", "l2_cache", "power", f"rates.{dtype}")
-    sources = dict.fromkeys(names, said) | dict.fromkeys(("bandwidth", f"rates.{dtype}"), MEASURED)
+    sources = dict.fromkeys(names, reported) | dict.fromkeys(("bandwidth", f"rates.{dtype}"), MEASURED)
     sources |= {"boost_clock": UNKNOWN} if clock == _CLOCK_HZ else {}
     sources |= {"power": UNKNOWN} if power == _POWER_W else {}
-    named = description.device.lower()
-    vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in named)
+    device_name = description.device.lower()
+    vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in device_name)
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
         title=description.device,
@@ -100,7 +104,7 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
         power_w=power,
         rates={dtype: _gemm_rate(device, dtype)},
         sources=sources,
-        notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "what operands may take"},
+        notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "limit for operands"},
     )
 
 
@@ -108,7 +112,7 @@ _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=
 
 
 def _gemm_rate(device: Device, dtype: str) -> Rate:
-    """Best arithmetic rate of square GEMMs that grow until one takes 50 ms, and a margin."""
+    """Return the best arithmetic rate of square GEMMs of growing size, up to one that takes 50 ms, plus a margin."""
     best = 0.0
     for size in (512, 1024, 2048, 3072, 4096, 8192):
         op = Operator("gemm", dtype, m=size, n=size, k=size)
@@ -119,13 +123,12 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
         if seconds > 0.05:
             break
     if not best:
-        raise InputError(f"--dtype {dtype}: device {device.name} refuses every square GEMM")
+        raise InputError(f"--dtype {dtype}: device {device.name} supports no square GEMM")
     return Rate(_MARGIN * best, "int32" if dtype == "int8" else "fp32")
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
-    """Best rate of memory, bytes/s: a copy (read and written), and a product with one row, which only reads its
-    weights."""
+    """Return the best memory rate, bytes/s, of a copy and of a product with one row, which only reads its weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):
@@ -136,7 +139,7 @@ def _bandwidth(device: Device, dtype: str) -> float:
 
 
 def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
-    """A base whose measured peaks are no lower than what the records reached; peaks of a datasheet stay as they are."""
+    """Return the base with measured peaks raised to the rates of the records; datasheet peaks do not change."""
     timed = records.select(np.isfinite(records.seconds) & (records.seconds > 0))
     flops, weights, others = work(timed)
     gemm = timed.is_operator("gemm")

@@ -1,7 +1,7 @@
-"""Calibration of elementwise operators: floor, bandwidth share, L2 gain by class, and the L2 share, from measured
-times.
+"""Calibration of elementwise operators: floor, bandwidth share and L2 gain by class, and the L2 share.
 
-Use :func:`fit_elementwise` on :class:`Moves`. A class without rows keeps its default and says so.
+Use :func:`calibration.fit.section.fit_section` with :class:`ElementwiseFit`. A class without rows keeps its default and
+is marked so.
 """
 
 from __future__ import annotations
@@ -15,50 +15,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import solver
-from calibration.fit.errors import accuracy_of, spread_of
-from calibration.fit.residual import Stiffness, fit_lattice
-from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, Table
-from simulator.arrays import FloatArray
-from simulator.cost.elementwise import class_place, class_residual, elementwise_core, uncertainty_of
+from calibration.fit.residual import Regularisation
+from calibration.fit.section import Fit
+from calibration.fit.solver import ConstantsFit
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.elementwise import Moves
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import Provenance, Section
 
-SPREAD = 0.7
-"""Log spread of a class's constants round those of all classes."""
-STIFFNESS = Stiffness(0.0, (0.0, 0.1), 0.1)
-"""Of the residual along (class, log2 bytes): nothing joins two classes; chosen on seeds 10-19 of the protocol."""
-FOLDS = 5
+PRIOR = 0.7
+"""Log standard deviation of a class's constants around those of all classes."""
 FACTORS = ("t0", "e", "l2", "l2_share")
 """Kinds of constants, by the beginning of their names."""
 
 
 @dataclass(frozen=True)
-class Moves(Table):
-    """Measured operators of one device: bytes read and written, index into :data:`CLASSES`, time, and its datasheet."""
+class ElementwiseFit(Fit):
+    """Measured elementwise operators of one device."""
 
-    bytes_: FloatArray
-    code: NDArray[np.intp]
-    seconds: FloatArray
-    l2_bytes: float
-    bandwidth: float  # bytes/s
-    architecture: str
+    calls: Moves
 
-    def core(self, values: Mapping[str, float]) -> FloatArray:
-        """Core time, s."""
-        return elementwise_core(self.bytes_, self.code, self.l2_bytes, self.bandwidth, values)[0]
+    # along (class, log2 bytes); classes are independent; chosen on seeds 10-19 of the protocol
+    REGULARISATION = Regularisation(0.0, (0.0, 0.1), 0.1)
 
-    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
-        """Log of core over measured time."""
-        return np.asarray(np.log(self.core(values)) - np.log(self.seconds))
+    def groups(self, by: str = "") -> IndexArray:
+        return solver.numbered(self.calls.bytes_)
 
-    def constants(self) -> ConstantsFit:
-        """Constants of the classes that have rows, round what all classes have in common."""
-        default = {name: constant.default(self.architecture) for name, constant in CONSTANTS.items()}
+    def usable(self) -> ElementwiseFit:
+        """Return the rows with a valid time and a rate below a limit of L2."""
+        bytes_, seconds = self.calls.bytes_, self.seconds
+        known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
+        return self.take(known & (seconds > bytes_ / (20.0 * self.calls.bandwidth)))
+
+    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+        """Return constants of the classes with rows, around factors that all classes have in common."""
+        default = {name: constant.default(self.calls.architecture) for name, constant in CONSTANTS.items()}
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
-            """The constants of all classes, each kind times one factor."""
+            """Return the constants of all classes, each kind times one factor."""
             moved = {}
             for name in CONSTANTS:
                 kind = name if name in FACTORS else name.split("_")[0]
@@ -67,64 +62,35 @@ class Moves(Table):
 
         one = dict.fromkeys(FACTORS, 1.0)
         wide = dict.fromkeys(FACTORS, SimpleNamespace(low=np.exp(-4.0), high=np.exp(4.0)))
-        common = solver.minimise(
-            lambda x: self.log_residual({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0
-        ).values
-        start = {**default, **scaled(common)}
-
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
-            raw = solver.slopes(self.log_residual, values, found.names, 1e-4)
-            every = np.concatenate([raw, solver.HUBER / SPREAD * np.eye(len(found.names))])
-            freedom = max(len(self) - len(found.names), 1)
-            spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, (3 * solver.HUBER) ** 2)) / freedom))
-            return solver.gauss_newton(every, spread), spread
-
-        known = [name for i, name in enumerate(CLASSES) if np.any(self.code == i)]
+        common = solver.minimise(lambda x: self.log_residual({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0)
+        center = {**default, **scaled(common.values)}
+        known = [name for i, name in enumerate(CLASSES) if np.any(self.calls.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
-        fixed = {n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
-        # what the classes have in common is a prior worth one row: a class of three rows must not run away
-        search: dict[str, Any] = {"prior": SPREAD, "center": start, "max_nfev": 100}
-        return solver.fit_logs(self.log_residual, start, CONSTANTS, covariance, fixed=fixed, **search)
-
-    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Residual over log2 bytes by class, nodes an octave apart."""
-        place = class_place(self.bytes_, self.code)
-        first, last = float(np.floor(place[1].min())), float(np.ceil(place[1].max()))
-        blank = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_lattice
-        return fit_lattice(
-            ResidualGrid((0.0, first), (1.0, 1.0), blank), place, -self.log_residual(values), STIFFNESS, rounds=3
+        # the common factors are a prior with the weight of one row: a class of three rows must not move far
+        return solver.fit_logs(
+            self.log_residual,
+            center,
+            CONSTANTS,
+            self.covariance(PRIOR),
+            fixed={n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}},
+            prior=PRIOR,
+            center=center,
+            max_nfev=100,
         )
 
-    def predict(self, section: Section) -> FloatArray:
-        """Times a fitted section gives, s."""
-        residual = class_residual(section.arrays)
-        assert residual is not None
-        values = {name: constant.value for name, constant in section.constants.items()}
-        return np.asarray(self.core(values) * np.exp(residual(class_place(self.bytes_, self.code))))
+    def blank(self) -> ResidualGrid:
+        """Return a grid over log2 bytes by class, nodes an octave apart."""
+        octaves = np.log2(np.maximum(self.calls.bytes_, 1.0))
+        first, last = float(np.floor(octaves.min())), float(np.ceil(octaves.max()))
+        values = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_residual
+        return ResidualGrid((0.0, first), (1.0, 1.0), values)
 
+    def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
+        return {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
 
-def fit_elementwise(moves: Moves, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
-    """Fit the elementwise section of one device; folds, by ``seed``, leave out sizes, not rows. ValueError with fewer
-    than 20 usable rows (finite, positive, and not twice as fast as L2 could be)."""
-    bytes_, seconds = moves.bytes_, moves.seconds
-    known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
-    r = moves.take(known & (seconds > bytes_ / (20.0 * moves.bandwidth)))
-    if len(r) < 20:
-        raise ValueError(f"elementwise: expected at least 20 usable rows, got {len(r)} of {len(moves)}")
-    constants = r.constants()
-    errors = np.zeros(len(r))
-    for train, test in solver.folds(solver.numbered(r.bytes_), FOLDS, np.random.default_rng(seed)):
-        rest, left = r.take(train), r.take(test)
-        values = rest.constants().values
-        errors[test] = left.log_residual(values) + rest.residual(values)(class_place(left.bytes_, left.code))
-    relative = np.expm1(errors)
-    accuracy = accuracy_of(relative)
-    del accuracy["bias"]
-    if (long := r.seconds > 1e-5).any():
-        accuracy["mape_over_10us"] = float(np.abs(relative[long]).mean())
-    residual = r.residual(constants.values)
-    arrays = {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
-    _, floor, memory, hit = elementwise_core(r.bytes_, r.code, r.l2_bytes, r.bandwidth, constants.values)
-    spread = spread_of(errors, uncertainty_of(floor, memory, hit, r.bytes_, r.code))
-    section = Section(constants.fitted(), arrays, spread, accuracy, provenance, "calibrated")
-    return FittedPart(section, constants, len(r), errors)
+    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+        found = super().accuracy(errors, values)
+        del found["bias"]
+        if (long := self.seconds > 1e-5).any():
+            found["mape_over_10us"] = float(np.abs(np.expm1(errors[long])).mean())
+        return found

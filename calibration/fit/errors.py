@@ -1,5 +1,5 @@
-"""What log residuals of rows that a fit did not see say: errors (:func:`accuracy_of`) and the factor on a shape's own
-errors that holds them (:func:`spread_of`); and pairs of rows whose ratio is a speedup (:func:`neighbours`)."""
+"""Scores of held-out rows: errors (:func:`accuracy_of`), the section scale (:func:`section_scale`), and pairs of rows
+whose ratio is a speedup (:func:`neighbours`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scipy.stats import t as student
 
 from calibration.fit.solver import numbered
 from simulator.arrays import FloatArray
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, Uncertainty
+from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty
 
 LEVEL = 0.9
 
 
 def accuracy_of(error: FloatArray) -> dict[str, float]:
-    """Mean ("mape"), "median" and "p95" of the size of relative errors, and their signed mean "bias".
+    """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed mean "bias".
 
     >>> accuracy_of(np.array([0.125, -0.25]))["mape"]
     0.1875
@@ -28,29 +28,30 @@ def accuracy_of(error: FloatArray) -> dict[str, float]:
 
 
 def few_groups(count: int) -> float:
-    """Factor that widens intervals learnt on few (n, k) pairs: Student's quantile with a degree of freedom a pair, over
-    the normal one.
+    """Return the factor that widens intervals fitted on few (n, k) pairs: Student's quantile with one degree of freedom
+    per pair, over the normal one.
 
-    Errors within a pair are alike, so that a table of three projections says little about a fourth, however many m it
-    holds.
+    Errors within a pair are similar, so a table of three projections has little information about a fourth, with any
+    number of m.
     """
     tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
-def spread_of(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
-    """Factor on local and own errors at which 90 % intervals hold nine in ten of some errors of unseen rows.
+def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
+    """Return the factor on correlated and independent errors at which 90 % intervals cover nine in ten held-out rows.
 
-    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` that of the rows on their own stack, the factor
-    1. In [0.2, 5].
+    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` the errors of the rows on the stack of the fit
+    with a section scale of 1. The result lies in [0.2, 5].
     """
-    shared = np.einsum("cn,cn->n", uncertainty.shared, uncertainty.shared)
-    needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - shared) / np.maximum(uncertainty.variance - shared, 1e-12)
+    systematic = np.einsum("cn,cn->n", uncertainty.systematic, uncertainty.systematic)
+    scaled = np.maximum(uncertainty.variance - systematic, 1e-12)
+    needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / scaled
     return float(np.sqrt(np.clip(np.quantile(needed, LEVEL), 0.2**2, 5.0**2)))
 
 
 def neighbours(sizes: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
+    """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
 
     >>> neighbours([np.array([1.0, 2.0, 8.0]), np.array([4.0, 4.0, 4.0])]).tolist()
     [[0, 1], [1, 2]]
@@ -59,8 +60,8 @@ def neighbours(sizes: Sequence[FloatArray], nested: bool = False) -> NDArray[np.
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
-    """Pairs (smaller, larger) of rows equal in all ``others`` and whose ``size`` differs by a ratio in [0.25, 1): in
-    the order of how many sizes lie between the two, or (``nested``) all pairs of a smaller one together.
+    """Return pairs (smaller, larger) of rows that are equal in all ``others`` and differ in ``size`` by a ratio in
+    [0.25, 1), ordered by the number of sizes between them, or (``nested``) by the smaller row.
 
     >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
     [[0, 2], [2, 1]]

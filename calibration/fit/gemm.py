@@ -1,167 +1,272 @@
-"""Measurements and a datasheet to a calibrated GEMM section: constants, residual, intervals, and what could not be
-known.
+"""Calibration of GEMMs: constants, residual, section scale of one number format.
 
-Use :func:`fit_gemm` for a device's own measurements (``prior`` lends the profile of a sibling or another stack to a
-small sample); :class:`Problem` is a fit with something left out. :mod:`calibration.fit.anchor` moves a shipped profile
-to a local stack without a fit.
+Use :func:`products` or :func:`products_of` for measurements, :func:`fit_gemm` to fit them. A ``prior`` is the section
+of a related GPU or of another stack; with it a small sample is enough. :mod:`calibration.fit.local_update` adapts a
+shipped profile to a local stack without a fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
-from calibration.fit.core import CLOSE, WEAK, Shapes, fit_constants, timed
-from calibration.fit.errors import accuracy_of, few_groups, spread_of
-from calibration.fit.residual import Axes, Block
-from calibration.fit.solver import ConstantsFit, FittedPart, folds
-from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import CoreTime, Machine, machine_core, quantised
-from simulator.cost.residual_grid import Residual, residual_arrays, residual_of
+from calibration.fit.errors import accuracy_of, few_groups
+from calibration.fit.residual import Block
+from calibration.fit.section import FOLDS, Fit
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
+from calibration.records.screening import rotated_copies
+from calibration.records.timing_table import Records
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.base import Machine
+from simulator.cost.gemm import EDGE, Products
+from simulator.cost.gemm_model import weight_only_constants
+from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
-from simulator.uncertainty.gemm import uncertainty_of
 
-FINE_ROWS, FINE_GROUPS = 1500, 30
-"""Rows and (n, k) pairs from which the stack's own lattices are fitted; below, they learn noise (DESIGN section 10)."""
-FOLDS, FEW_FOLDS = 5, 10
-"""Parts of the (n, k) pairs, each predicted from the others; more on few rows, where a fifth would be missed."""
+ROWS = 6000
+"""Rows that the constants are fitted on; more do not change them."""
+PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
+"""Rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used."""
+STARTS = 3
+"""Additional random starts of the search."""
+WEAK, CLOSE = 1.0, 0.15
+"""Log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another
+stack."""
+FEW_FOLDS = 10
+"""Folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits."""
 REFIT_ROWS = 200
-"""Rows up to which the constants are fitted anew for each fold: on more they hardly move."""
+"""Rows up to which the constants are fitted again for each fold: on more they hardly change."""
 FIT_ROWS, PRIOR_ROWS = 20, 10
 
 
+@dataclass(frozen=True)
+class GemmFit(Fit):
+    """Measured GEMMs of one device, stack and number format."""
+
+    calls: Products
+    start: Mapping[str, float] = field(default_factory=dict)  # start of the search
+    prior: Section | None = None
+    free: tuple[str, ...] | None = None  # constants to fit; by default all that a table can identify
+    seed: int = 0
+
+    REGULARISATION = ridge.ALONE
+
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the (n, k) pair of each row."""
+        return numbered(self.calls.n, self.calls.k)
+
+    def blank(self) -> ResidualGrid:
+        return self._blocks()[0].grid
+
+    @property
+    def position(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """log2 of m, n, k."""
+        c = self.calls
+        return np.log2(c.m), np.log2(c.n), np.log2(c.k)
+
+    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+        """Return the constants ``free``.
+
+        The search begins at ``start``, which has all constants, and at :data:`STARTS` random places around it; the fit
+        with the smallest residual is used. L2 is at least as fast as DRAM. A constant on its bound stays there; a
+        constant with a log standard error above 0.5 returns to its start. Both are named in ``fixed``.
+        """
+        start, machine = start or self.start, self.calls.machine
+        prior = WEAK if self.prior is None else CLOSE
+        few = self
+        if len(self) > ROWS:
+            few = self.take(np.sort(np.random.default_rng(self.seed).choice(len(self), ROWS, replace=False)))
+        ranges = {name: CONSTANTS[name] for name in self.free or free_constants(machine)}
+        if "b_hit" in ranges:
+            ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
+
+        def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+            rows = found.rows[: len(few)]
+            residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(found.names), 1)))
+            return gauss_newton(found.slopes, max(residual_sd, 1e-9)), residual_sd
+
+        def fit(origin: Mapping[str, float]) -> ConstantsFit:
+            return fit_logs(
+                few.log_residual,
+                origin,
+                ranges,
+                covariance,
+                weak=min(0.5, 0.45 * prior) if prior >= WEAK else 0.5,
+                prior=prior,
+                center=start,
+                data_only=True,
+                x_scale=0.1,
+                max_nfev=80,
+            )
+
+        def loss(found: ConstantsFit) -> float:
+            return float(np.mean(soft_l1(few.log_residual(found.values)) ** 2))
+
+        if machine.packs:
+            best = min((fit({**start, "pack_m": at}) for at in PACK_FROM), key=lambda tried: tried.residual_sd)
+            return replace(best, fixed={**best.fixed, "pack_m": f"best of {', '.join(f'{at:g}' for at in PACK_FROM)}"})
+        rng = np.random.default_rng(0)
+        others = [{n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)]
+        return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
+
+    def _blocks(self) -> list[Block]:
+        """Return the blank residual: a correction if there is a prior."""
+        regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
+        return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
+
+    def target(self, values: Mapping[str, float]) -> FloatArray:
+        """Return the log residual that the grid is fitted to: the prior's residual is subtracted."""
+        target = -self.log_residual(values)
+        before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
+        return target if before is None else target - replace(before, inset=EDGE)(self.position)
+
+    def held_out(self, blocks: list[Block], target: FloatArray) -> FloatArray:
+        """Return log predicted over measured of each row, from a fit to the other folds, which on few rows fits the
+        constants again."""
+        out = np.full(len(self), np.nan)
+        few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
+        for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
+            if len(train) < 10:
+                continue
+            if few is None:
+                found = ridge.evaluate(blocks, ridge.solve(blocks, target, train), test)
+            else:
+                if len(self) <= REFIT_ROWS:
+                    target = self.target(self.take(train).constants().values)
+                found = few.at(few.dual(target, train), train, test)
+            out[test] = found - target[test]
+        return out
+
+    def section(self, provenance: Provenance | None = None) -> FittedPart:
+        """Return the section of the measured shapes."""
+        constants = self.constants()
+        blocks, target = self._blocks(), self.target(constants.values)
+        nodes = ridge.solve(blocks, target)
+        grid = replace(blocks[0].grid, values=nodes[0].reshape(blocks[0].grid.values.shape))
+        before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
+        if before is not None:  # local data add to the prior's residual
+            grid = replace(grid, values=grid.values + before.values)
+        # float32 is precise enough
+        arrays = replace(grid, values=grid.values.astype(np.float32)).arrays()
+        if len(nodes) > 1:
+            known = np.unique(self.calls.m)
+            arrays |= RowResidual(known, nodes[1][: len(known)]).arrays()
+        sizes = np.stack(self.position, axis=1)
+        arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
+        held_out = self.held_out(blocks, target)
+        known_rows = np.isfinite(held_out)
+        errors, seen, scale = held_out[known_rows], self.take(known_rows), 1.0
+        if known_rows.any():
+            scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
+        scores = accuracy(errors, seen.calls.m)
+        section = Section(constants.fitted(), arrays, scale, scores, provenance, "calibrated")
+        return FittedPart(section, constants, len(self), held_out)
+
+
+def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
+    """Return the fit of measured GEMMs.
+
+    ``copies`` is the number of rotated weights, ``inf`` for cold weights; the default is that of the published tables:
+    enough to fill L2 once, at most 6.
+
+    Raises
+    ------
+    ValueError
+        For arrays of different lengths, dimensions below 1, or times that are not positive and finite, with their
+        number.
+    """
+    m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
+    lengths = [len(c) for c in (m, n, k, seconds)]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"m, n, k, seconds: expected equal lengths, got {', '.join(map(str, lengths))}")
+    bad = ~(np.isfinite(seconds) & (seconds > 0))
+    if bad.any():
+        raise ValueError(f"seconds: expected positive finite times, got {int(bad.sum())} of {len(bad)} that are not")
+    small = ~((m >= 1) & (n >= 1) & (k >= 1))
+    if small.any():
+        raise ValueError(f"m, n, k: expected at least 1, got less in {int(small.sum())} of {len(small)} rows")
+    if copies is None:
+        copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
+    copies = np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape))
+    return GemmFit(Products(machine, m, n, k, copies), seconds)
+
+
+def products_of(records: Records, machine: Machine) -> GemmFit:
+    """Return the fit of the GEMMs among records."""
+    r = records.select(records.is_operator("gemm"))
+    return products(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
+
+
+def weight_copies(records: Records) -> FloatArray:
+    """Return the number of rotated weights, infinite where the benchmark kept weights cold."""
+    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
+
+
+def free_constants(machine: Machine) -> tuple[str, ...]:
+    """Return the constants that a dense table can identify on a machine."""
+    if machine.packs:
+        return ("t0", "e_tc", "e_d", "b_hit", "pack")
+    names = ["t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s"]
+    if not machine.persistent:
+        names.append("b_l2")
+    if machine.element_bytes < 2.0:
+        names.append("b_convert")
+    return tuple(names)
+
+
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
-    """Where a fit begins: the prior's constants, else the architecture's."""
+    """Return the start of a fit: the prior's constants, else the architecture's."""
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
     if machine.element_bytes < 2.0:
         values |= {"e_tc": values["e_tc_8bit"], "t0": values["t0_8bit"]}
     elif machine.weight_bytes < machine.element_bytes:
-        values |= quantised(values, machine.weight_bytes / machine.element_bytes)
+        values |= weight_only_constants(values, machine.weight_bytes / machine.element_bytes)
     if prior is not None:
         values |= {name: prior[name] for name in prior.constants if name in values}
     return values
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is to be fitted, the same from fold to fold."""
-
-    machine: Machine
-    start: Mapping[str, float]
-    axes: tuple[Axes, ...]  # of the stack's own lattices
-    prior: Section | None = None
-    seed: int = 0
-    free: tuple[str, ...] | None = None  # constants to fit; by default all that a table can identify
-    smooth: bool = True  # whether the lattice over m, n, k is fitted
-
-    @cached_property
-    def lent(self) -> Residual | None:
-        """The prior's residual."""
-        return None if self.prior is None else residual_of(self.prior.arrays)
-
-    def constants(self, data: Shapes) -> ConstantsFit:
-        """Fitted constants."""
-        spread = WEAK if self.prior is None else CLOSE
-        return fit_constants(data, self.machine, self.start, self.free, spread, self.seed)
-
-    def lattices(self, data: Shapes, values: Mapping[str, float]) -> tuple[list[Block], FloatArray, CoreTime]:
-        """Lattices to fit, the log residual they are fitted to (after the prior's), and the analytic parts."""
-        core, parts = machine_core(self.machine, values), timed(data, self.machine, values)
-        target = np.log(data.seconds * 1e6 / parts.total_us)
-        if self.lent is not None:
-            target = target - self.lent.at(data.m, data.n, data.k, parts, core)
-            smooth, own = ridge.STIFF, ridge.OWN
-        else:
-            few = len(data) < FINE_ROWS
-            smooth = ridge.ALONE if few or not self.axes else ridge.SUPPLE
-            own = ridge.FEW_OWN if few else ridge.OWN
-        return ridge.blocks(data, parts, core, self.axes, smooth, own)[0 if self.smooth else 1 :], target, parts
-
-    def unseen(self, data: Shapes, lattices: list[Block], target: FloatArray) -> FloatArray:
-        """Log predicted over measured of each row, from a fit to the other folds; on few rows the constants are fitted
-        anew too."""
-        out = np.full(len(data), np.nan)
-        few = ridge.FewRows.of(lattices) if len(data) <= ridge.FEW_ROWS else None
-        for train, test in folds(data.groups, FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
-            if len(train) < 10:
-                continue
-            if few is None:
-                found = ridge.evaluate(lattices, ridge.solve(lattices, target, train), test)
-            else:
-                if len(data) <= REFIT_ROWS:
-                    lattices, target, _ = self.lattices(data, self.constants(data.take(train)).values)
-                    few = ridge.FewRows.of(lattices)
-                found = few.at(few.dual(target, train), train, test)
-            out[test] = found - target[test]
-        return out
-
-    def fit(self, data: Shapes, provenance: Provenance | None = None) -> FittedPart:
-        """The section of measured shapes."""
-        constants = self.constants(data)
-        lattices, target, parts = self.lattices(data, constants.values)
-        residual, measured = ridge.residual_from(lattices, ridge.solve(lattices, target), data.m), data.m
-        if self.prior is not None and self.lent is not None:  # local data add to the prior's smooth lattice
-            smooth, *own = self.lent.lattices
-            smooth = replace(smooth, values=smooth.values + residual.lattices[0].values)
-            residual, measured = replace(self.lent, lattices=(smooth, *own)), self.prior.arrays["measured_m"]
-        unseen = self.unseen(data, lattices, target)
-        known = np.isfinite(unseen)
-        errors, seen = unseen[known], data.take(known)
-        spread = 1.0
-        if known.any():
-            chosen = CoreTime(**{f.name: getattr(parts, f.name)[known] for f in fields(parts)})
-            core, pairs = machine_core(self.machine, constants.values), int(data.groups.max()) + 1
-            spread = spread_of(errors, uncertainty_of(core, seen.m, seen.n, seen.k, chosen)) * few_groups(pairs)
-        arrays = residual_arrays(residual, measured) if lattices else {}
-        sizes = np.log2(np.stack([data.m, data.n, data.k], axis=1))
-        arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
-        scores = accuracy(errors, seen.m)
-        section = Section(constants.fitted(), arrays, spread, scores, provenance, "calibrated")
-        return FittedPart(section, constants, len(data), unseen)
-
-
 def fit_gemm(
-    data: Shapes,
+    data: GemmFit,
     hw: HardwareProfile,
     *,
     dtype: str = "bf16",
     prior: Section | None = None,
     provenance: Provenance | None = None,
     seed: int = 0,
-    fine: bool = False,
 ) -> FittedPart:
     """Calibrate the GEMM model on measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") and the
-    datasheet facts of ``hw``, whose own section is not used.
+    datasheet facts of ``hw``, whose sections are not used.
 
-    ``prior`` is the section of a sibling device or another stack: its constants centre the search, its lattices are the
-    residual's starting point. Without one, with ``fine`` (and on a CPU), lattices of the stack's own kernel choice are
-    fitted beside the smooth one. ValueError for fewer than 20 rows, 10 with a prior.
+    ``prior`` is the section of a related GPU or another stack: its constants centre the search, its residual is the
+    starting point. ValueError for fewer than 20 rows, 10 with a prior.
     """
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
-        raise ValueError(f"{few}; to move a shipped profile to this stack, anchor it")
-    machine = Machine.of(hw, dtype)
-    axes: tuple[Axes, ...] = ()
-    if prior is None and (fine or machine.packs):
-        many = len(data) >= FINE_ROWS and int(data.groups.max()) + 1 >= FINE_GROUPS
-        axes = ridge.terms_of(machine, many)
-    return Problem(machine, starting_constants(hw, dtype, prior), axes, prior, seed).fit(data, provenance)
+        raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
+    return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section(provenance)
 
 
 def accuracy(log_ratio: FloatArray, m: FloatArray) -> dict[str, float]:
-    """Errors from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
+    """Return scores from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
     if not len(log_ratio):
         return {}
     error = np.expm1(log_ratio)
     out = accuracy_of(error)
-    for label, rows in (("m_1_16", m <= 16), ("m_17_256", (m > 16) & (m <= 256)), ("m_257_up", m > 256)):
+    ranges: Sequence[tuple[str, NDArray[np.bool_]]] = (
+        ("m_1_16", m <= 16),
+        ("m_17_256", (m > 16) & (m <= 256)),
+        ("m_257_up", m > 256),
+    )
+    for label, rows in ranges:
         if rows.any():
             out[f"mape_{label}"] = float(np.abs(error[rows]).mean())
     return out

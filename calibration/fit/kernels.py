@@ -1,7 +1,7 @@
-"""Constants of kernels that skip (2:4, gathered tokens, blocks of keys), fitted with the dense section as it is.
+"""Fit constants of kernels that skip work (2:4, gathered tokens, blocks of keys), with the dense section unchanged.
 
-Use :func:`fit_skipping` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: absolute
-times of different benchmarks do not compare, ratios within one do.
+Use :func:`fit_skipping` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: ratios
+within one benchmark are comparable, absolute times of different benchmarks are not.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import numpy as np
 from calibration.fit.predict import SECTIONS, predict
 from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
-from calibration.records.table import OPERATORS, Records
+from calibration.records.timing_table import OPERATORS, Records
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import DENSE, SPARSE24, gemm_time, with_section
+from simulator.cost.gemm import with_section
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5
-"""Published ratios one constant needs."""
-
+"""Published ratios that one constant needs."""
 
 KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
-"""Kind of rows -> its name in an accuracy, the constants of its kernel, and how many rows these need, which lean on the
-dense fit. Of gathered GEMMs those that are one kernel count: a gather, a GEMM and a scatter have no constant of their
-own."""
+"""Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
+the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
 EDGE = 64.0
-"""Edge of the blocks of keys whose cost is searched for ``sparse_block``: that may be nothing, where logs never end."""
+"""Edge of the blocks of keys. The search uses their cost instead of ``sparse_block``, which may be 0, without a log."""
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
@@ -42,18 +41,17 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
 
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Constants of the kernel that rows of one kind (of :data:`KINDS`) and number format timed: the section of the
-    dense kernel with them, all else as it is, and "mape" and "median" of these rows in its accuracy, each with the
-    name of the kind.
+    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`KINDS`) and number
+    format; "mape" and "median" of these rows, with the name of the kind, are added to its accuracy.
 
-    A constant on its bound stays there, one that the rows do not tell goes back to its start. ValueError where no dense
-    kernel was fitted.
+    A constant on its bound stays there; a constant that the rows do not identify returns to its start. ValueError where
+    no dense kernel was fitted.
     """
     kind = OPERATORS[int(r.operator[0])]
     operator, (name, constants, _) = SECTIONS[kind], KINDS[kind]
     section = hw.section(operator, dtype)
     if section.status == "default":
-        raise ValueError(f"{name}: {len(r)} rows lean on a fit of dense {operator}, of which there is none")
+        raise ValueError(f"{name}: {len(r)} rows need a fit of dense {operator}, which is missing")
 
     def log_residual(searched: Mapping[str, float]) -> FloatArray:
         trial = _with_constants(section, {n: Fitted(v) for n, v in _known(searched).items()})
@@ -61,12 +59,12 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
     def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
-        telling = np.abs(found.slopes).max(axis=1) > 0.02  # others are as long whatever the constants
-        freedom = np.count_nonzero(telling) - len(found.names)
+        informative = np.abs(found.slopes).max(axis=1) > 0.02  # other rows do not depend on the constants
+        freedom = np.count_nonzero(informative) - len(found.names)
         if freedom < 1:
             return np.full((len(found.names),) * 2, np.inf), np.inf
-        spread = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[telling]) / freedom))
-        return gauss_newton(found.slopes, spread), spread
+        residual_sd = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom))
+        return gauss_newton(found.slopes, residual_sd), residual_sd
 
     start = _searched({n: section[n] for n in constants})
     ends = ({n: getattr(CONSTANTS[operator][n], end) for n in constants} for end in ("low", "high"))
@@ -81,22 +79,22 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
 
 
 def _searched(constants: Mapping[str, float]) -> dict[str, float]:
-    """Constants as they are searched: what blocks of :data:`EDGE` keys cost over their share for ``sparse_block``."""
+    """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
     return {n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()}
 
 
 def _known(searched: Mapping[str, float]) -> dict[str, float]:
-    """The constants of what :func:`_searched` gave."""
+    """Return the constants from the values of :func:`_searched`."""
     return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
 
 
 def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
-    """The GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
-    :data:`ENOUGH_RATIOS` of this device (those of an unnamed one are left out).
+    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
+    :data:`ENOUGH_RATIOS` of this device (ratios of an unnamed device are excluded).
 
     Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
-    error (bf16 stands for fp16 too, as they run at one rate); "median_2to4" in its accuracy is the median log error of
-    rows left out one at a time.
+    error (bf16 and fp16 count as one, since they run at one rate). "median_2to4" in its accuracy is the median log
+    error of rows held out one at a time.
     """
     section = hw.sections["gemm", dtype]
     dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
@@ -108,15 +106,15 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
     ratio = before / after
     constant = CONSTANTS["gemm"]["sparse_step"]
     steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
-    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel=DENSE, cold=False).seconds
+    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", cold=False).seconds
     error = np.empty((len(steps), len(ratio)))
-    for i, step in enumerate(steps):  # one constant, so that a scan is safer than a search
+    for i, step in enumerate(steps):  # for one constant, a scan is safer than a search
         trial = with_section(hw, dtype, _with_constants(section, {"sparse_step": Fitted(float(step))}))
-        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel=SPARSE24, density=0.5, cold=False).seconds
+        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", density=0.5, cold=False).seconds
         error[i] = np.abs(np.log(dense / sparse / ratio))
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
     draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
-    spread = np.std([steps[error[:, drawn].sum(axis=1).argmin()] for drawn in draws])
-    found = Fitted(float(steps[total.argmin()]), float(spread), "fitted")
+    std_error = np.std([steps[error[:, drawn].sum(axis=1).argmin()] for drawn in draws])
+    found = Fitted(float(steps[total.argmin()]), float(std_error), "fitted")
     return _with_constants(section, {"sparse_step": found}, median_2to4=float(np.median(without)))

@@ -1,8 +1,7 @@
-"""Records and a datasheet to a calibrated profile: each operator and number format the records hold goes to its own
-fit.
+"""Fit a calibrated profile to records and a datasheet, one section per operator and number format.
 
-Use :func:`fit_profile`. What the records have no rows for keeps the section of the base profile, or none, and is named
-in the notes.
+Use :func:`fit_profile`. Operators without rows keep the section of the base profile, if it has one, and are named in
+the notes.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
-from calibration.fit.attention import MINIMUM_ROWS, PHASES, calls_of, fit_attention
-from calibration.fit.collective import Messages, fit_collective
-from calibration.fit.core import shapes_of
-from calibration.fit.elementwise import Moves, fit_elementwise
-from calibration.fit.experts import FEWEST as FEWEST_EXPERTS
-from calibration.fit.experts import fit_experts, layers_of
-from calibration.fit.gemm import FIT_ROWS, fit_gemm
+from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
+from calibration.fit.attention import OPERATORS as ATTENTION
+from calibration.fit.collective import CollectiveFit
+from calibration.fit.elementwise import ElementwiseFit
+from calibration.fit.experts import ExpertsFit, layers_of
+from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
+from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.records.exact import with_exact
-from calibration.records.table import LAUNCHES, PURPOSES, Flag, Records
-from simulator.cost.collective import KINDS
-from simulator.cost.elementwise import class_code
-from simulator.cost.gemm_model import Machine
+from calibration.records.exact_shapes import with_exact
+from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
+from simulator.cost.base import Machine
+from simulator.cost.collective import COLLECTIVES, Messages
+from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import labels
@@ -43,7 +42,7 @@ _BLOCKS = "attention_block_sparse"
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """A calibrated profile, its fitted parts and what else is worth knowing."""
+    """A calibrated profile, its fitted parts, and notes."""
 
     profile: HardwareProfile
     parts: tuple[FittedPart, ...]
@@ -52,7 +51,7 @@ class ProfileFit:
 
 @dataclass(frozen=True)
 class _Task:
-    """One fit to be made, with the options of all."""
+    """One fit to run, with the options of all fits."""
 
     operator: str
     dtype: str
@@ -61,15 +60,14 @@ class _Task:
     prior: HardwareProfile | None
     date: str
     seed: int
-    fine: bool
 
     @property
     def provenance(self) -> Provenance:
         return provenance_of(self.rows, self.date)
 
     @property
-    def lent(self) -> Section | None:
-        """What the prior has calibrated of this operator."""
+    def inherited(self) -> Section | None:
+        """The prior's calibrated section of this operator."""
         if self.prior is None or self.dtype not in labels(self.prior.rates):
             return None
         section = self.prior.section(self.operator, self.dtype)
@@ -84,23 +82,21 @@ def fit_profile(
     prior: HardwareProfile | None = None,
     date: str = "",
     seed: int = 0,
-    fine: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
-    """Fit everything that records allow.
+    """Fit all operators and number formats of the records.
 
-    ``base`` has the datasheet facts; its sections that the records say nothing of are kept. Rows marked ``holdout``,
-    ``exact`` or ``anchor`` are kept from the fit; ``exact`` ones stay with the GEMM section as they are. ``prior``, a
-    sibling device or another stack, lends a small sample what it cannot know. ``date`` (ISO 8601) is that of the
-    provenance, by default the newest the records name. ``fine`` fits lattices of the stack's own kernel choice beside
-    the smooth one of a GEMM. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when
-    nothing can be fitted.
+    ``base`` has the datasheet facts; its sections without records are kept. Rows marked ``holdout``, ``exact`` or
+    ``anchor`` are excluded from the fit; ``exact`` rows are stored with the GEMM section. ``prior``, a related GPU or
+    another stack, supports a small sample. ``date`` (ISO 8601) is the date of the provenance, by default the newest in
+    the records. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when nothing can be
+    fitted.
     """
     notes: list[str] = []
     usable = _usable(records, notes)
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
-    tasks = _tasks(base, usable, notes, prior=prior, date=date, seed=seed, fine=fine)
+    tasks = _tasks(base, usable, notes, prior, date, seed)
     if not tasks:
         raise InputError(f"nothing to fit: {'; '.join(notes) or 'the records hold no operator that has a fit'}")
     sections = dict(base.sections)
@@ -115,7 +111,7 @@ def fit_profile(
             notes.append(f"{task.operator} {task.dtype}: {error}")
         else:
             sections[key] = part.section
-            # what other kernels added to a section belongs to the fit it leans on
+            # constants of other kernels belong to the dense fit of their section
             first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
             known = replace(first.constants, fixed={**fixed, **part.fixed})
@@ -130,31 +126,33 @@ def fit_profile(
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
-    """Arithmetic format of each row; an empty table has none."""
+    """Return the arithmetic format of each row; an empty table has none."""
     return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
 
 
 def _usable(records: Records, notes: list[str]) -> Records:
-    """Rows for the fit: no throttled ones, none kept apart on purpose. What is flagged otherwise is named."""
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "anchor")])
+    """Return the rows for the fit: neither throttled nor held out. Other flags are named in the notes."""
+    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
-    for left_out, text in (
-        (apart & ~throttled, "rows were kept from the fit on purpose (held out, exact shapes, anchors)"),
-        (throttled, "rows were measured under throttling and are left out"),
-        (~timed, "rows have a time that cannot be one and are left out"),
+    for excluded, text in (
+        (apart & ~throttled, "rows excluded on purpose (held out, exact shapes, drift checks)"),
+        (throttled, "rows excluded: measured under throttling"),
+        (~timed, "rows excluded: time is not positive and finite"),
     ):
-        if left_out.any():
-            notes.append(f"{int(left_out.sum())} {text}")
+        if excluded.any():
+            notes.append(f"{int(excluded.sum())} {text}")
     kept = records.select(~apart & ~throttled & timed)
     for flag in (Flag.NOISY, Flag.DRIFT, Flag.CONFLICT):
         if count := int(((kept.flags & int(flag)) != 0).sum()):
-            notes.append(f"{count} of {len(kept)} rows are flagged {flag.name}; they are in the fit")
+            notes.append(f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them")
     return kept
 
 
-def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options: Any) -> list[_Task]:
-    """The fits that the rows allow, dense GEMMs first because others lean on them."""
+def _tasks(
+    base: HardwareProfile, records: Records, notes: list[str], prior: HardwareProfile | None, date: str, seed: int
+) -> list[_Task]:
+    """Return the fits for which rows are enough, dense GEMMs first because other fits need them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
     gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     every = np.full(len(records), "*")
@@ -165,32 +163,33 @@ def _tasks(base: HardwareProfile, records: Records, notes: list[str], **options:
         ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
         ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1], _fit_skipping),
         ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1], _fit_skipping),
-        *((name, f"{name} {{}}", is_(name), formats, MINIMUM_ROWS, _fit_attention) for name in PHASES),
+        *((name, f"{name} {{}}", is_(name), formats, MINIMUM_ROWS, _fit_attention) for name in ATTENTION),
         ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1], _fit_skipping),
         ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
         ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
         ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
-        ("experts", "experts {}", is_("experts"), gemms, FEWEST_EXPERTS, _fit_experts),
+        ("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST, _fit_experts),
     )
     out: list[_Task] = []
     for operator, what, mask, names, fewest, run in kinds:
         for dtype in map(str, np.unique(names[mask])):
             rows = records.select(mask & (names == dtype))
             if dtype not in (*labels(base.rates), "*"):
-                notes.append(f"{what.format(dtype)}: {len(rows)} rows left out, {base.name} has no {dtype} arithmetic")
+                notes.append(f"{what.format(dtype)}: {len(rows)} rows excluded: {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
-                notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few, a fit needs {fewest}")
+                notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few; a fit needs {fewest}")
             else:
-                out.append(_Task(operator, dtype, rows, run, **options))
+                out.append(_Task(operator, dtype, rows, run, prior, date, seed))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
         if count := int((is_(name) & ~gathered).sum()):
-            parts = "validation compares them with the sum of their parts"
-            notes.append(f"{name}: {count} rows have no fit of their own; {parts}")
+            notes.append(
+                f"{name}: {count} rows have no separate fit; validation compares them with the sum of their parts"
+            )
     return out
 
 
 def provenance_of(records: Records, date: str = "") -> Provenance:
-    """What a section says of the rows it was fitted on."""
+    """Return the provenance of a section fitted on some records."""
 
     def joined(values: Iterable[str]) -> str:
         once = list(dict.fromkeys(v for v in values if v))
@@ -199,7 +198,8 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     used = [records.sources[i] for i in np.unique(records.source)]
     licences = (f" [{s.licence}]" if s.licence else "" for s in used)
     origins = (
-        s.origin + said if s.origin else f"measured here, run {s.run}" for s, said in zip(used, licences, strict=True)
+        s.origin + licence if s.origin else f"measured here, run {s.run}"
+        for s, licence in zip(used, licences, strict=True)
     )
     return Provenance(
         source=joined(origins),
@@ -213,9 +213,8 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
-    data = shapes_of(task.rows, Machine.of(hw, task.dtype))
-    known: dict[str, Any] = {"dtype": task.dtype, "provenance": task.provenance, "seed": task.seed, "fine": task.fine}
-    return fit_gemm(data, hw, prior=task.lent, **known)
+    data = products_of(task.rows, Machine.of(hw, task.dtype))
+    return fit_gemm(data, hw, dtype=task.dtype, prior=task.inherited, provenance=task.provenance, seed=task.seed)
 
 
 def _fit_skipping(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -223,24 +222,24 @@ def _fit_skipping(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
-    phase, lent = PHASES[task.operator], task.lent
-    start = None if lent is None else {name: c.value for name, c in lent.constants.items()}
-    known: dict[str, Any] = {"start": start, "seed": task.seed, "provenance": task.provenance}
-    return fit_attention(calls_of(task.rows, phase, Machine.of(hw, task.dtype)), hw.architecture, **known)
+    prior = task.inherited
+    start = None if prior is None else {name: c.value for name, c in prior.constants.items()}
+    calls = calls_of(task.rows, task.operator, Machine.of(hw, task.dtype))
+    return fit_attention(calls, hw.architecture, start=start, seed=task.seed, provenance=task.provenance)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     r = task.rows
-    # copies are measured cold, activations are warm: only where L2 holds neither do they tell the same
+    # copies are measured cold, activations are warm: they agree only where L2 holds neither
     r = r.select(~r.is_operator("copy") | (r.read_bytes + r.write_bytes > hw.l2_bytes))
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
-    device = hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture
-    moves = Moves(r.read_bytes + r.write_bytes, code, r.seconds, *device)
-    return fit_elementwise(moves, seed=task.seed, provenance=provenance_of(r, task.date))
+    moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+    fit = ElementwiseFit(moves, r.seconds)
+    return fit_section(fit, seed=task.seed, provenance=provenance_of(r, task.date))
 
 
 def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """An engine's own all-reduce stands for its library's, where the rows hold both."""
+    """Fit collectives; if the rows have both, to the engine's all-reduce instead of its library's."""
     r = task.rows
     if hw.link is None:
         raise ValueError(f"{hw.name} has no link to other devices")
@@ -248,19 +247,19 @@ def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
     reduces = r.role == role_code("all_reduce")[0]
     if (reduces & ~library).any():
         r = r.select(~(reduces & library))
-    code = np.array([KINDS.index(ROLES[role]) for role in r.role])
-    messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), r.seconds, hw.link)
-    return fit_collective(messages, seed=task.seed, provenance=provenance_of(r, task.date))
+    code = np.array([COLLECTIVES.index(ROLES[role]) for role in r.role])
+    messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), hw.link)
+    return fit_section(CollectiveFit(messages, r.seconds), seed=task.seed, provenance=provenance_of(r, task.date))
 
 
 def _fit_experts(task: _Task, hw: HardwareProfile) -> FittedPart:
-    layers = layers_of(task.rows, Machine.of(hw, task.dtype))
-    return fit_experts(layers, hw.architecture, seed=task.seed, provenance=task.provenance)
+    layers = layers_of(task.rows, Machine.of(hw, task.dtype), hw.architecture)
+    return fit_section(layers, seed=task.seed, provenance=task.provenance)
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Host time of an eager launch: the median over launches of a decoder layer, which has its modules and views to go
-    through; where no layer was timed, over launches of a kernel too small to take time itself."""
+    """Fit the host time of an eager launch: the median over launches of a decoder layer, which includes its modules and
+    views; without a timed layer, over launches of a kernel too small to take time itself."""
     constants, r = dict(hw.section("runtime", "*").constants), task.rows
     bare = r.is_operator("launch_eager")
     small = bare & (r.m == 0)  # the others launch a tiny GEMM
@@ -269,7 +268,8 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
     if len(chosen := layer_s if len(layer_s) else bare_s):
         error = float(np.std(chosen)) if len(chosen) > 1 else None
         constants["host_op_s"] = Fitted(float(np.median(chosen)), error, "fitted")
-    if len(bare_s) and hw.architecture == "cpu":  # nothing computes while the framework takes the views of an operator
-        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "borrowed")
+    if len(bare_s) and hw.architecture == "cpu":
+        # a CPU computes nothing while the framework creates the views of an operator
+        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
     section = Section(constants, provenance=task.provenance, status="calibrated")
     return FittedPart(section, ConstantsFit({}, {}, {}), len(r))

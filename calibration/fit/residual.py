@@ -1,9 +1,8 @@
-"""Fit of residuals: sums of multilinear lattices on log misfits, by robust ridge with first- and second-difference
-penalties.
+"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
 
-Use :func:`blocks` and :func:`solve` for the lattices of a GEMM residual, :func:`fit_lattice` for a lattice of its own
-(attention, elementwise). Lattices are fitted in turn, each to what the others leave (block Gauss-Seidel on one convex
-problem), or, on few rows, all at once in the problem's dual form.
+Use :func:`fit_grid` for one grid, :func:`gemm_blocks` and :func:`solve` for the residual of GEMMs. Several grids are
+fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on few rows, all at
+once in the dual form of the problem.
 """
 
 from __future__ import annotations
@@ -17,72 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from calibration.fit.core import Shapes
 from calibration.fit.solver import HUBER
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Core, CoreTime, Machine
-from simulator.cost.residual_grid import EDGE, Coordinates, Residual, ResidualGrid, m_places
+from simulator.cost.gemm import EDGE
+from simulator.cost.residual_grid import ResidualGrid
 
-Axes = tuple[str, ...]
-
-# fmt: off
-_ODD = 1.833333333333333  # 11 / 6, in the last digit as the shipped profiles hold it
-# start, spacing, nodes
-_COARSE: dict[str, tuple[float, float, int]] = {
-    "m": (0, 1.875, 9), "n": (5, _ODD, 7), "k": (5, _ODD, 7),
-    "nk": (10, 2, 12), "mn": (5, 25 / 12, 13), "mk": (5, 25 / 12, 13), "aspect": (-11, 2, 12), "time": (1, 1, 16),
-    "tiles": (-7, 1, 17), "blocks": (-5, 1, 15), "tile": (0, 1, 6), "m_step": (0, 1, 4), "idle": (0, 0.25, 5),
-}
-_FINE: dict[str, tuple[float, float, int]] = {
-    **_COARSE,
-    "m": (0, 1, 16), "n": (5, 1, 12), "k": (5, 1, 12), "nk": (10, 1, 23), "mn": (5, 1, 26), "mk": (5, 1, 26),
-    "aspect": (-11, 1, 23), "time": (1, 0.5, 31), "tiles": (-7, 0.5, 33), "blocks": (-5, 0.5, 29),
-    "tiles64": (-7, 0.5, 33), "idle256": (0, 0.125, 9), "last128": (0, 0.0625, 17), "idle": (0, 0.125, 9),
-}
-SMOOTH: dict[str, tuple[float, float, int]] = {"m": (0, 1, 16), "n": (5, 1, 13), "k": (5, 1, 13)}
-"""Nodes of the smooth lattice: octaves."""
-
-FINE_TERMS: dict[bool, tuple[Axes, ...]] = {
-    False: (
-        ("k", "tiles", "tile"), ("k", "idle256"), ("k", "tiles64"), ("time", "m", "blocks"), ("time", "m", "tile"),
-        ("k", "time", "idle"), ("nk", "m_exact"), ("tiles", "tiles64"), ("k", "mn"), ("tiles", "nk", "m"),
-        ("time", "tile", "blocks"),
-    ),
-    True: (
-        ("m_exact", "tiles64"), ("time", "nk"), ("tiles", "m_exact"), ("time", "m", "blocks"), ("m_exact", "idle256"),
-        ("time", "mk"), ("time", "aspect", "m_step"), ("m_exact", "last128"),
-    ),
-}
-"""Axes of the stack's own lattices, for kernels that launch a block a tile (False) and persistent ones (True): chosen
-greedily among 200 pairs and 280 triples by the error on unseen (n, k) pairs of the A100 and H100 trtllm tables, splits
-10-12."""
-FEW_TERMS: dict[bool, tuple[Axes, ...]] = {
-    False: (
-        ("k", "idle256"), ("time", "blocks", "tile"), ("nk", "tiles", "tile"), ("k", "tiles", "idle"),
-        ("k", "time", "tile"), ("m", "k", "tile"), ("k", "tile", "idle"), ("time", "blocks", "idle"), ("k", "mn"),
-    ),
-    True: (
-        ("time", "nk"), ("k", "tiles", "tile"), ("time", "tile"), ("nk", "m"), ("k", "idle256"),
-        ("time", "m", "blocks"), ("k", "mn"), ("tiles", "nk"), ("k", "time", "idle"),
-    ),
-}
-"""The same for few rows, chosen at 400 rows of splits 10-14 of the A100 and H100 tables."""
-# fmt: on
-PACKED_TERMS: tuple[Axes, ...] = (("m_exact",),)
-"""The same for CPUs, which have no tiles and waves but a kernel of their own for some numbers of rows (folds over the
-fit rows of a run in fp32 on two cores: 6.7 % with it, 8.2 % without, 7.4-7.9 % with n, k or both beside)."""
+SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))
+"""Start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves."""
 FEW_ROWS = 1500
-"""Rows up to which the problem is solved row by row rather than node by node, where nodes are more."""
-
-
-def terms_of(machine: Machine, own: bool) -> tuple[Axes, ...]:
-    """Axes of a machine's own lattices: on many rows (``own``) or on few."""
-    return PACKED_TERMS if machine.packs else (FINE_TERMS if own else FEW_TERMS)[machine.persistent]
+"""Rows up to which the problem is solved by row instead of by node, if there are more nodes."""
 
 
 @dataclass(frozen=True)
-class Stiffness:
-    """Weights of the penalties on first and second differences (one, or one a coordinate) and on size, of a lattice of
+class Regularisation:
+    """Weights of the penalties on first and second differences (one, or one per coordinate) and on size, of a grid of
     log residuals; a row of data counts 1."""
 
     first: float | tuple[float, ...]
@@ -90,53 +37,53 @@ class Stiffness:
     size: float
 
 
-ALONE = Stiffness(0.02, 0.06, 0.01)
-"""Of the smooth lattice, alone or on few rows."""
-SUPPLE, OWN, FEW_OWN = Stiffness(0.05, 0.3, 0.01), Stiffness(0.03, 0.1, 0.3), Stiffness(0.1, 0.3, 0.1)
-"""Of the smooth lattice beside finer ones, and of those, on many rows and on few."""
-STIFF = Stiffness(0.3, 1.0, 0.1)
-"""Of a correction to another profile's residual."""
+ALONE = Regularisation(0.02, 0.06, 0.01)
+"""Regularisation of the residual of GEMMs."""
+BY_ROWS = Regularisation(0.1, 0.3, 0.1)
+"""Regularisation of a CPU's residual by the number of rows."""
+CORRECTION = Regularisation(0.3, 1.0, 0.1)
+"""Regularisation of a correction to another profile's residual."""
 
 
 @lru_cache(maxsize=256)
 def _penalty(size: int, first: float, second: float) -> FloatArray:
-    """Quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
+    """Return the quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
     differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
 
 @lru_cache(maxsize=256)
 def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
-    """Its eigenvalues and eigenvectors."""
+    """Return the eigenvalues and eigenvectors of :func:`_penalty`."""
     values, vectors = np.linalg.eigh(_penalty(size, first, second))
     return np.maximum(values, 0.0), vectors
 
 
 @dataclass(frozen=True)
 class Block:
-    """A lattice ready to fit: where rows lie in it (see :meth:`ResidualGrid.places`), and how stiff it is."""
+    """A grid to fit: the positions of rows in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
 
-    residual_grid: ResidualGrid
-    regularisation: Stiffness
+    grid: ResidualGrid
+    regularisation: Regularisation
     cells: NDArray[np.int32]
     inside: NDArray[np.floating[Any]]
 
     @staticmethod
-    def of(residual_grid: ResidualGrid, coordinates: Any, regularisation: Stiffness) -> Block:
-        """Rows at coordinates."""
-        return Block(residual_grid, regularisation, *residual_grid.places(coordinates))
+    def of(grid: ResidualGrid, coordinates: Any, regularisation: Regularisation) -> Block:
+        """Return the block of rows at coordinates."""
+        return Block(grid, regularisation, *grid.cells(coordinates))
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
         """Nodes and weights of first and second differences of each coordinate."""
-        shape = self.residual_grid.values.shape
+        shape = self.grid.values.shape
         weights = (
             np.broadcast_to(w, len(shape)).tolist() for w in (self.regularisation.first, self.regularisation.second)
         )
         return list(zip(shape, *weights, strict=True))
 
     def take(self, rows: Any) -> Block:
-        """The same of some rows."""
+        """Return the block of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
 
     @cached_property
@@ -145,29 +92,29 @@ class Block:
         rows = self.cells.shape[1]
         index: NDArray[np.int64] = np.zeros((rows, 1), dtype=np.int64)
         weight: FloatArray = np.ones((rows, 1))
-        for cell, inside, size in zip(self.cells, self.inside, self.residual_grid.values.shape, strict=True):
+        for cell, inside, size in zip(self.cells, self.inside, self.grid.values.shape, strict=True):
             sides = np.stack([cell, np.minimum(cell + 1, size - 1)], axis=1)
             index = (index[:, :, None] * size + sides[:, None, :]).reshape(rows, -1)
             weight = (weight[:, :, None] * np.stack([1.0 - inside, inside], axis=1)[:, None, :]).reshape(rows, -1)
         pointer = np.arange(rows + 1) * index.shape[1]
-        return sparse.csr_matrix((weight.ravel(), index.ravel(), pointer), shape=(rows, self.residual_grid.values.size))
+        return sparse.csr_matrix((weight.ravel(), index.ravel(), pointer), shape=(rows, self.grid.values.size))
 
     @cached_property
     def penalty(self) -> sparse.csr_matrix:
         """Quadratic form of all penalties, (nodes, nodes)."""
-        shape = self.residual_grid.values.shape
-        total = sparse.identity(self.residual_grid.values.size, format="csr") * self.regularisation.size
+        shape = self.grid.values.shape
+        total = sparse.identity(self.grid.values.size, format="csr") * self.regularisation.size
         for axis, along in enumerate(self.along):
             before, after = (sparse.identity(int(np.prod(part))) for part in (shape[:axis], shape[axis + 1 :]))
             total = total + sparse.kron(sparse.kron(before, sparse.csr_matrix(_penalty(*along))), after, format="csr")
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """The matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, (rows, nodes); and
-        that scale.
+        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, (rows, nodes), and
+        the scale.
 
-        The penalty is a sum over coordinates, so its eigenvectors are products of those of each, and a row is a product
-        of rows.
+        The penalty is a sum over coordinates. Its eigenvectors are therefore products of the eigenvectors of each
+        coordinate, and a row is a product of rows.
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
@@ -181,46 +128,41 @@ class Block:
         return out * scale, scale
 
     def nodes(self, coefficients: FloatArray) -> FloatArray:
-        """Node values from coefficients of the eigenvectors."""
-        grid = coefficients.reshape(self.residual_grid.values.shape)
+        """Return node values from coefficients of the eigenvectors."""
+        grid = coefficients.reshape(self.grid.values.shape)
         for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
         return grid.reshape(-1)
 
 
-def blocks(
-    data: Shapes, parts: CoreTime, core: Core, axes: Sequence[Axes], regularisation: Stiffness, own: Stiffness
-) -> list[Block]:
-    """The smooth lattice and those of other axes on their standard nodes, once for any number of fits to subsets of the
-    rows."""
-    places = m_places(data.m)
-    known = Coordinates(data.m, data.n, data.k, parts, core, places)
-    exact = (0.0, 1.0, max(int(np.ceil(places.max())) + 1, 2))
-    out = []
-    for term in (("m", "n", "k"), *axes):
-        smooth = term == ("m", "n", "k")
-        table = {**(SMOOTH if smooth else _FINE if len(term) < 3 else _COARSE), "m_exact": exact}
-        start, step, shape = zip(*(table[axis] for axis in term), strict=True)
-        residual_grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), term, EDGE)
-        out.append(Block.of(residual_grid, known, regularisation if smooth else own))
+def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[Block]:
+    """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per
+    measured m."""
+    start, step, shape = zip(*SMOOTH, strict=True)
+    grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
+    out = [Block.of(grid, position, regularisation)]
+    if by_rows:
+        known = np.unique(position[0])
+        line = ResidualGrid((0.0,), (1.0,), np.zeros(max(len(known), 2)))
+        out.append(Block.of(line, [np.searchsorted(known, position[0]).astype(np.float64)], BY_ROWS))
     return out
 
 
 def solve(
     parts: Sequence[Block], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
-    """Node values of every lattice for a log target, of ``rows`` or all.
+    """Return node values of every grid, fitted to a log target of ``rows`` or all.
 
-    ``rounds`` are solutions of a single lattice, the robust weights renewed between them from one on; by default 8
-    sweeps over all lattices, weights renewed before the first (from the target itself), second and fourth.
+    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them. The default is 8
+    sweeps over all grids, with weights renewed before the first (from the target), second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)
-    if len(rest) <= min(FEW_ROWS, sum(b.residual_grid.values.size for b in parts)):
+    if len(rest) <= min(FEW_ROWS, sum(b.grid.values.size for b in parts)):
         few, every = FewRows.of(parts), np.arange(len(rest))
         return few.values(few.dual(rest, every, rounds or 4), every)
-    values = [np.zeros(b.residual_grid.values.size) for b in parts]
+    values = [np.zeros(b.grid.values.size) for b in parts]
     factors: list[Any] = []
     weights = np.ones(len(rest))
     renewed: Sequence[int] = (0, 1, 3) if rounds is None else range(1, rounds)
@@ -240,58 +182,48 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The same ridge problem solved for one number a row rather than one a node: exact, and faster while rows are fewer
-    than nodes."""
+    """The ridge problem with one unknown per row instead of one per node: exact, and faster with fewer rows than
+    nodes."""
 
     parts: tuple[Block, ...]
-    common: FloatArray  # (rows, rows): what the penalties say rows have in common before any data
+    common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties
     whitened: tuple[tuple[FloatArray, FloatArray], ...]
 
     @staticmethod
     def of(parts: Sequence[Block]) -> FewRows:
-        """Prepare a problem."""
+        """Return the problem of some grids."""
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
     def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
-        """The number of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
+        """Return the unknown of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
         common = self.common[np.ix_(rows, rows)]
-        dual = wanted = target[rows]
+        dual = values = target[rows]
         weights = np.ones(len(rows))
         for _ in range(rounds):
             factor = linalg.cho_factor(common + np.diag(1.0 / weights), overwrite_a=True, check_finite=False)
-            dual = linalg.cho_solve(factor, wanted, check_finite=False)
-            weights = 1.0 / np.sqrt(1.0 + ((wanted - common @ dual) / HUBER) ** 2)
+            dual = linalg.cho_solve(factor, values, check_finite=False)
+            weights = 1.0 / np.sqrt(1.0 + ((values - common @ dual) / HUBER) ** 2)
         return np.asarray(dual)
 
     def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
-        """Node values of every lattice."""
+        """Return node values of every grid."""
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
-        """Log factors the fit to ``rows`` gives ``others``."""
+        """Return the log factors of ``others`` by the fit to ``rows``."""
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
 def evaluate(parts: Sequence[Block], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None) -> FloatArray:
-    """Log factors of rows."""
+    """Return the log factors of rows."""
     taken = parts if rows is None else [b.take(rows) for b in parts]
     return np.asarray(sum(b.matrix @ v for b, v in zip(taken, values, strict=True)))
 
 
-def residual_from(parts: Sequence[Block], values: Sequence[FloatArray], measured_m: FloatArray) -> Residual:
-    """The residual that node values describe."""
-    lattices = (
-        replace(b.residual_grid, values=v.reshape(b.residual_grid.values.shape))
-        for b, v in zip(parts, values, strict=True)
-    )
-    return Residual(tuple(lattices), m_places(measured_m))
-
-
-def fit_lattice(
-    blank: ResidualGrid, coordinates: Any, target: FloatArray, regularisation: Stiffness, rounds: int
+def fit_grid(
+    blank: ResidualGrid, position: Any, target: FloatArray, regularisation: Regularisation, rounds: int
 ) -> ResidualGrid:
-    """A lattice of its own fitted to log residuals at coordinates, on the nodes of ``blank``; ``rounds`` as in
-    :func:`solve`."""
-    values = solve([Block.of(blank, coordinates, regularisation)], target, rounds=rounds)[0]
+    """Return a grid fitted to log residuals at positions, on the nodes of ``blank``; ``rounds`` as in :func:`solve`."""
+    values = solve([Block.of(blank, position, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

@@ -1,14 +1,14 @@
-"""What every operator's fit is made of: rows, constants with their errors, a fitted section; and the one solver of
-constants, robust least squares of log time in their logarithms.
+"""Solve for constants: robust least squares of log time in the logarithms of constants, with standard errors.
 
-Use :func:`fit_logs` for constants, their errors and what could not be known; :func:`minimise` for a single search.
+Use :func:`fit_logs` for constants, their errors and the constants that the rows do not identify; :func:`minimise` for a
+single search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,40 +17,26 @@ from scipy.optimize import least_squares
 from simulator.arrays import FloatArray
 from simulator.hardware.profile import Fitted, Section
 
-Misfit = Callable[[Mapping[str, float]], FloatArray]
+LogResidual = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""
 
+Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
+"""Covariance of the logs of the free constants at a minimum, and the residual sd that it assumes."""
+
 HUBER = 0.05
-"""Log residual from which a row counts less: kernel choice makes steps of 5-15 % (DESIGN section 10)."""
+"""Log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %."""
 ON_BOUND = 1e-2
-"""Log distance to an end of its range at which a constant counts as on it."""
+"""Log distance to an end of its range below which a constant is on its bound."""
 ABSENT = "no rows of its class"
-
-T = TypeVar("T", bound="Table")
-
-
-class Table:
-    """Measured rows: a dataclass of equal-length float64 columns; numbers among its fields are facts of all rows."""
-
-    seconds: FloatArray
-
-    def __len__(self) -> int:
-        return len(self.seconds)
-
-    def take(self: T, rows: Any) -> T:
-        """Rows by mask or index."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        chosen = {name: column[rows] for name, column in columns.items() if np.ndim(column)}
-        return replace(self, **chosen)  # type: ignore[type-var]
 
 
 def numbered(*columns: FloatArray) -> NDArray[np.intp]:
-    """Number of each row's combination of values, from 0."""
+    """Return the number of each row's combination of values, from 0."""
     return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-    """Rows to fit and rows to predict, by parts of the groups."""
+    """Yield rows to fit and rows to predict of each fold, a part of the groups."""
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -59,18 +45,17 @@ def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Ite
 
 @dataclass(frozen=True)
 class ConstantsFit:
-    """Constants of an operator, SI, and how well the data know them."""
+    """Constants of an operator, SI, and their errors."""
 
-    values: Mapping[str, float]  # all
-    std_errors: Mapping[str, float]  # of the fitted ones
-    fixed: Mapping[str, str]  # those that were not fitted -> why
-    correlation: FloatArray = field(
-        default_factory=lambda: np.zeros((0, 0))
-    )  # of the fitted ones' logs, in their order
-    spread: float = 0.0  # standard deviation of the log residuals that the errors assume
+    values: Mapping[str, float]  # of all constants
+    std_errors: Mapping[str, float]  # of the fitted constants
+    fixed: Mapping[str, str]  # constants that were not fitted -> why
+    # of the logs of the fitted constants, in their order
+    correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
-        """What a section of a profile holds."""
+        """Return the constants of a section of a profile."""
         kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
         status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
         return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
@@ -78,15 +63,14 @@ class ConstantsFit:
 
 @dataclass(frozen=True)
 class FittedPart:
-    """A fitted section of a profile, and what a report of it needs."""
+    """A fitted section of a profile, with facts for its report."""
 
     section: Section
     constants: ConstantsFit
-    rows: int  # that it was fitted on
-    unseen: FloatArray = field(
-        default_factory=lambda: np.zeros(0)
-    )  # log predicted over measured, each row by a fit without it
-    dropped: Mapping[str, int] = field(default_factory=dict)  # rows refused, by reason
+    rows: int  # in the fit
+    # log predicted over measured, each row by a fit without it
+    held_out: FloatArray = field(default_factory=lambda: np.zeros(0))
+    dropped: Mapping[str, int] = field(default_factory=dict)  # excluded rows by reason
     operator: str = ""
     dtype: str = ""
 
@@ -97,15 +81,14 @@ class FittedPart:
 
     @property
     def correlations(self) -> dict[tuple[str, str], float]:
-        """Of the logarithms of each pair of fitted constants."""
+        """Correlation of the logarithms of each pair of fitted constants."""
         names, matrix = list(self.constants.std_errors), self.constants.correlation
         return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a search ended: logs of the free constants and of their ranges, rows of the misfit there, and their
-    derivatives."""
+    """End of a search: logs of the free constants and of their ranges, residuals and their derivatives."""
 
     names: tuple[str, ...]
     x: FloatArray
@@ -127,7 +110,7 @@ class Minimum:
 
 
 def minimise(
-    log_residual: Misfit,
+    log_residual: LogResidual,
     start: Mapping[str, float],
     ranges: Mapping[str, Any],
     names: Iterable[str],
@@ -138,12 +121,12 @@ def minimise(
     step: float | None = None,
     **search: Any,
 ) -> Minimum:
-    """One search over the constants ``names``, the others as in ``start``, with the soft-L1 loss.
+    """Search over the constants ``names`` with the soft-L1 loss; the other constants keep the values of ``start``.
 
-    ``ranges`` has their ``low`` and ``high``. ``prior`` is the log spread of a prior round ``center`` (the start by
-    default), one row of ordinary misfit a constant; with ``data_only`` it stays outside the loss. ``step`` is that of
-    derivatives, in logs, where the misfit is of single precision. ``search`` goes to
-    :func:`scipy.optimize.least_squares`.
+    ``ranges`` has ``low`` and ``high`` of each constant. ``prior`` is the log standard deviation of a prior around
+    ``center`` (the start by default), one residual per constant; with ``data_only`` the soft-L1 loss applies to the
+    data only. ``step`` is the step of derivatives, in logs, for residuals in single precision. ``search`` has further
+    options of :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
     low = np.log([ranges[n].low or 1e-9 for n in names])
@@ -166,24 +149,23 @@ def minimise(
 
 
 def fit_logs(
-    log_residual: Misfit,
+    log_residual: LogResidual,
     start: Mapping[str, float],
     ranges: Mapping[str, Any],
-    covariance: Callable[[Minimum, Mapping[str, float]], tuple[FloatArray, float]],
+    covariance: Covariance,
     *,
     fixed: Mapping[str, str] | None = None,
     weak: float = np.inf,
     moot: Mapping[str, tuple[str, str]] | None = None,
     **search: Any,
 ) -> ConstantsFit:
-    """Constants by repeated searches, until none is on its bound and the data know every free one.
+    """Repeat the search until no free constant is on its bound and the data identify every free constant.
 
-    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`; ``ranges`` names all constants, ``fixed``
-    those that are not free, and why. ``covariance`` is that of the logs of the free constants at a minimum, given the
-    values of all, with the spread of residuals it assumes. A constant of a log standard error above ``weak`` goes back
-    to
-    ``center`` (the start by default); one on its bound stays there. ``moot`` are constants without meaning once another
-    is on its lower bound, and why.
+    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`. ``ranges`` names all constants, ``fixed`` the
+    constants that are not free, and why. ``covariance`` returns the covariance of the logs of the free constants at a
+    minimum, given all values. A constant with a log standard error above ``weak`` returns to ``center`` (the start by
+    default); a constant on its bound stays there. ``moot`` maps a constant to another constant, which is fixed when the
+    first is on its lower bound, and why.
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
@@ -195,16 +177,16 @@ def fit_logs(
             gone[name] = f"at its {side} bound"
             values[name] = getattr(ranges[name], "low" if side == "lower" else "high")
         if not gone:
-            matrix, spread = covariance(found, values)
+            matrix, residual_sd = covariance(found, values)
             errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
             for name, error in zip(free, errors, strict=True):
                 if error > weak:
                     gone[name] = "not identified by these rows"
-                    values[name] = search["center"][name]  # where a few rows drove it may be absurd
+                    values[name] = search["center"][name]  # a few rows may have moved it far away
             if not gone:
                 scale = np.where(errors > 0, errors, 1.0)
                 known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
-                return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), spread)
+                return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), residual_sd)
         kept |= {name: gone[name] for name in free if name in gone}
         for name, (other, why) in (moot or {}).items():
             if found.on_bound.get(name) == "lower":
@@ -213,13 +195,13 @@ def fit_logs(
 
 
 def soft_l1(log_residual: FloatArray) -> FloatArray:
-    """Residuals whose square is the soft-L1 loss."""
+    """Return residuals whose square is the soft-L1 loss."""
     z = (log_residual / HUBER) ** 2
     return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 
 
-def slopes(log_residual: Misfit, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
-    """Derivatives of the misfit by the logarithms of constants, (rows, names), by central differences."""
+def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
+    """Return the derivatives of residuals by the logarithms of constants, (rows, names), by central differences."""
     sides = [
         (
             log_residual({**values, name: values[name] * np.exp(step)}),
@@ -230,13 +212,14 @@ def slopes(log_residual: Misfit, values: Mapping[str, float], names: Sequence[st
     return np.stack([(up - down) / (2.0 * step) for up, down in sides], axis=1)
 
 
-def gauss_newton(slopes: FloatArray, spread: float) -> FloatArray:
-    """Covariance of logs from the derivatives of residuals of one spread."""
-    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * spread**2)
+def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:
+    """Return the covariance of logs from the derivatives of residuals of one standard deviation."""
+    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * residual_sd**2)
 
 
 def sandwich(log_residual: FloatArray, slopes: FloatArray) -> FloatArray:
-    """Covariance of logs by the sandwich formula of a robust fit, from raw residuals and their derivatives."""
+    """Return the covariance of logs by the sandwich formula of a robust fit, from raw residuals and their
+    derivatives."""
     z = (log_residual / HUBER) ** 2
     psi = log_residual / np.sqrt(1.0 + z)
     bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)

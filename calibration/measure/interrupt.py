@@ -1,4 +1,4 @@
-"""Ctrl-C taken between two samples."""
+"""Handle Ctrl-C between two samples."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The user asked for an end; raised between two samples, never inside a write."""
+    """The user requested an end; raised between two samples, never inside a write."""
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a flag that is looked at between samples; a second one ends the program as usual.
+    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual.
 
-    Only the main thread can receive signals; elsewhere the flag is set by :meth:`set` alone.
+    Only the main thread receives signals; in other threads only :meth:`set` sets the flag.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._old: Any = None
 
     def set(self, *_: Any) -> None:
-        """Ask for an end."""
-        self.asked = True
+        """Request an end."""
+        self.requested = True
 
     def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
-        """The same function, which raises :class:`Interrupted` once an end was asked for."""
+        """Wrap a function so that it raises :class:`Interrupted` after an end was requested."""
 
         def watched(loops: int) -> float:
-            if self.asked:
+            if self.requested:
                 raise Interrupted
             return sample(loops)
 
         return watched
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             signal.signal(signal.SIGINT, self._old)
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():

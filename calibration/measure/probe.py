@@ -1,4 +1,4 @@
-"""The few numbers a plan needs to know of a device before it is measured, and the protocol to measure it by."""
+"""Measure the rates that a plan needs of a device, and choose the measuring protocol."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from calibration.measure.timing import Protocol, measure
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
-    """The measuring protocol for a device and a budget: short budgets get less time a shape, so that there are enough
-    shapes to fit."""
+    """Return the protocol for a device and a budget; a short budget gives each shape less time, to measure enough
+    shapes for a fit."""
     check_budget(budget_s)
     limit = min(2.0, max(0.25, budget_s / 400.0))
     return Protocol(time_limit_s=limit / default_visits(description))
 
 
 def default_visits(description: Description) -> int:
-    """How often each item of a plan is measured; the CPUs of a machine are rarely one's own, a GPU is."""
+    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are not."""
     return 3 if description.name == "cpu" else 1
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
-    """Arithmetic rate, bandwidth and launch time of a device, to plan with; takes about a second.
+    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second.
 
-    A square GEMM grows until it takes five milliseconds, so that a slow number format is not probed for minutes; a copy
-    of 64 MiB, an empty launch and a thin GEMM follow: a CPU rearranges weights for a product, which takes longer than
-    to copy them.
+    A square GEMM grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty
+    launch and a thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product.
     """
     window_s = protocol.min_window_s if protocol else 1e-3
     quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
@@ -35,7 +34,7 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     noises: list[float] = []
 
     def time_of(op: Operator) -> float | None:
-        """Seconds of a launch; None where the device cannot run it, or not in its memory."""
+        """Return the seconds per launch; None if the device does not support the operator or its size."""
         if device.refuses(op):
             return None
         start = device.clock()
@@ -58,7 +57,7 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
                 break
     if not flop_per_s:
         formats = ", ".join(device.dtypes())
-        raise Unsupported(f"dtype {dtype}: device {device.name} runs no square GEMM; it has {formats}")
+        raise Unsupported(f"dtype {dtype}: device {device.name} cannot run a square GEMM; supported: {formats}")
     copy = Operator("copy", dtype, n=1 << 26)
     copied = time_of(copy)
     floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6
@@ -67,7 +66,14 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     seconds = time_of(thin)
     if seconds is not None and seconds > 50.0 * floor:
         bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
-    # the median, because the first preparation of a number format also fills memory with random data
+    # the median, because the first preparation in a number format also fills memory with random data
     setup = max(1e-3, 1.5 * statistics.median(setups))
     memory_bytes = device.describe().memory_bytes or float("inf")
-    return Rates(flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises))
+    return Rates(
+        flop_per_s=flop_per_s,
+        bytes_per_s=bytes_per_s,
+        floor_s=floor,
+        setup_s=setup,
+        memory_bytes=memory_bytes,
+        noise=statistics.median(noises),
+    )

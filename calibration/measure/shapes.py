@@ -1,20 +1,19 @@
-"""Candidates for a plan, best first: sizes that language models have and odd ones between them, spread over logarithmic
-space.
+"""Candidates for a measurement plan, best first.
 
-Each stream yields operators for as long as it is asked; ``plan`` takes from them until a share of the budget is used.
-The tables below are the values of m, n, k, heads, lengths and batches that streams choose from.
+The sizes are those of language models and odd sizes between them, spread over logarithmic space. Each stream yields
+operators without end; ``plan`` takes operators until a share of the budget is used. The tables below list the values of
+m, n, k, heads, lengths and batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import NORMS, OPERATORS, Operator
+from calibration.devices.protocol import NORMS, Operator
 
 # fmt: off
 TOKENS = (
@@ -35,17 +34,17 @@ LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096,
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
 # fmt: on
-LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)  # too short a cache for its copy to take longer than a launch
-SELECTED = (8, 32, 64, 256, 1024, 2048)  # scores that a selection chooses from: groups, blocks, positions
+LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)  # caches so short that a copy takes no longer than a launch
+SELECTED = (8, 32, 64, 256, 1024, 2048)  # numbers of scores of a selection: groups, blocks, positions
 
-_SPREAD = 600  # points ordered at a time: beyond some hundreds a spread is a lattice, and ordering costs their product
+_MOST_ORDERED = 600  # points ordered at a time: the cost grows with the square of the number
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
-_WIDTH_ROWS = 96  # calls of one head width before those of the next: a fit needs 20, and a short plan ends early
+_WIDTH_ROWS = 96  # calls of one head width before the next width: a fit needs 20, and a short plan ends early
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
-    """Indices of points such that every prefix is spread as widely as the points allow (farthest point first).
+    """Return indices of points in an order in which every prefix is spread widely (farthest point first).
 
     >>> spread_order(np.array([[0.0], [1.0], [9.0], [10.0]]), 3)
     [0, 3, 1]
@@ -62,16 +61,14 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 
 
 def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
-    """Groups (n, k) spread out, one in eight misaligned; in each, m from as many strata of what fits as there are
-    values a group.
+    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned; each group gets one m from each stratum.
 
-    When all groups have had their turn they have another, with other values of m, until nothing is left that fits.
+    After all groups, the next round takes other values of m, until nothing that fits is left.
     """
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
-    # a pair of which no m fits would waste its place in the spread
-    small = TOKENS[0]
+    small = TOKENS[0]  # pairs that fit no m are excluded
     pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=small, n=n, k=k))] for pool in (regular, odd)]
     turn, gained = 0, True
     while gained:
@@ -89,23 +86,38 @@ def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator],
 
 
 def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """The first some hundred of a pool, from a random one on, such that every prefix is spread out."""
+    """Return up to :data:`_MOST_ORDERED` members of a pool in a spread order, from a random one on."""
     if not pool:
         return []
-    order = spread_order(np.log2(np.array(pool, dtype=np.float64)), _SPREAD, int(rng.integers(len(pool))))
+    order = spread_order(np.log2(np.array(pool, dtype=np.float64)), _MOST_ORDERED, int(rng.integers(len(pool))))
     return [pool[i] for i in order]
 
 
 def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
-    """Every stream but the plain GEMMs', by the name of its share; ``kernels_apart``: attention of one head width after
-    the other."""
+    """Return every stream except plain GEMMs by the name of its share.
+
+    ``kernels_apart``: attention calls of one head width come after those of another.
+    """
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (
-        _attention("prefill", dtype, b, s, s, *heads, cold=False)
-        for b, s, *heads in _calls(BATCHES[:4], rng, kernels_apart)
+        Operator(
+            "attention_prefill",
+            dtype,
+            batch=b,
+            q_len=s,
+            kv_len=s,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=width,
+            cold=False,
+        )
+        for b, s, heads, kv_heads, width in _calls(BATCHES[:4], rng, kernels_apart)
     )
-    decode = (_attention("decode", dtype, b, 1, s, *heads) for b, s, *heads in _calls(BATCHES, rng, kernels_apart))
+    decode = (
+        Operator("attention_decode", dtype, batch=b, q_len=1, kv_len=s, heads=heads, kv_heads=kv_heads, head_dim=width)
+        for b, s, heads, kv_heads, width in _calls(BATCHES, rng, kernels_apart)
+    )
     spots = [
         _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
         for role in ELEMENTWISE
@@ -121,8 +133,10 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[tuple[int, ...]]:
-    """Batch, length, heads, kv_heads and head_dim of attention. ``apart``: of each head width in turn as many as a fit
-    of its kernel takes, the narrowest first, since a short plan ends before it has enough of all."""
+    """Return batch, length, heads, kv_heads and head_dim of attention calls.
+
+    ``apart``: head widths take turns, the narrowest first, with enough calls for a fit of their kernel in each turn.
+    """
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
@@ -130,14 +144,8 @@ def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> lis
     return [call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]]
 
 
-def _attention(kind: str, dtype: str, *shape: int, **more: Any) -> Operator:
-    """An operator of batch, q_len, kv_len, heads, kv_heads and head_dim."""
-    sizes: dict[str, Any] = dict(zip(OPERATORS["attention_decode"], shape, strict=True))
-    return Operator(f"attention_{kind}", dtype, **sizes, **more)
-
-
 def _runtime(dtype: str) -> list[Operator]:
-    """Host and launch time, and copies from a size that fits any cache to one that fits none."""
+    """Return operators for host and launch time, and copies of 256 KiB to 1 GiB."""
     kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
     launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
     return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches] + [
@@ -146,18 +154,20 @@ def _runtime(dtype: str) -> list[Operator]:
 
 
 def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
-    """Eager decoder layers with caches of some lengths."""
+    """Return eager decoder layers with caches of these lengths."""
     return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
 
 
 def host_operators(dtype: str) -> list[Operator]:
-    """What tells the host time of this machine."""
+    """Return the operators that measure the host time."""
     return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Low-rank pairs, gathered and grouped GEMMs, block-sparse attention in turn: to check sums of plain kernels
-    against."""
+    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn.
+
+    They check predictions that are sums of plain kernels.
+    """
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):
@@ -171,5 +181,16 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
         elif turn // 3 < len(lengths):
             s, h = lengths[turn // 3]
-            more = {"block": (64, 16, 128)[turn // 3 % 3], "density": density, "cold": False}
-            yield _attention("block_sparse", dtype, 1, s, s, h, h // 4, 64, **more)
+            yield Operator(
+                "attention_block_sparse",
+                dtype,
+                batch=1,
+                q_len=s,
+                kv_len=s,
+                heads=h,
+                kv_heads=h // 4,
+                head_dim=64,
+                block=(64, 16, 128)[turn // 3 % 3],
+                density=density,
+                cold=False,
+            )

@@ -1,12 +1,12 @@
-"""Timing as pure functions on number series: warm-up, loop count, interval of the median, stopping rule.
+"""Timing as pure functions of number series: warm-up, loop count, interval of the median, stopping rule.
 
-Use :func:`measure` to time anything that offers ``sample(loops) -> seconds per launch``. Nothing here knows a device:
-the clock is an argument, so a replayed device is timed by the same code in simulated time.
+Use :func:`measure` for anything with ``sample(loops) -> seconds per launch``. This module does not know devices: the
+clock is an argument, so a replayed device is timed by the same code in simulated time.
 
-The interval of the median is distribution-free: for n independent samples the order statistics x(l), x(n+1-l) enclose
-the median with probability 1 - 2 P(Binomial(n, 1/2) < l), whatever the noise looks like (H. A. David, H. N. Nagaraja,
-"Order Statistics", 3rd edition, section 7.1). No sample is ever trimmed: an outlier is part of what the machine does,
-and the median bears it.
+The interval of the median is distribution-free. For n independent samples, the order statistics x(l), x(n+1-l) enclose
+the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H. A. David, H. N. Nagaraja, "Order
+Statistics", 3rd edition, section 7.1). Samples are never trimmed: an outlier is real behaviour of the machine, and the
+median is robust.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Sample = Callable[[int], float]
 
 
 class InvalidTiming(ValueError):
-    """A device reported a time that cannot be one: not finite, or not above zero."""
+    """A device reported an invalid time: not finite, or not above zero."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long and how precisely to measure; see :func:`measure`."""
+    """Duration and precision of a measurement; see :func:`measure`."""
 
-    min_window_s: float = 2e-3  # shortest span one sample may cover; launches are repeated until it is reached
-    precision: float = 0.01  # half width of the interval of the median over the median at which measuring stops
+    min_window_s: float = 2e-3  # minimum duration of one sample; launches are repeated to reach it
+    precision: float = 0.01  # relative half-width of the interval of the median at which the measurement stops
     confidence: float = 0.95  # level of that interval
-    min_samples: int = 8  # taken at least; 6 is the fewest for which a 95 % interval of the median exists
+    min_samples: int = 8  # a 95 % interval of the median needs at least 6
     max_samples: int = 400
-    time_limit_s: float = 2.0  # then it ends whatever its precision, and is called noisy when the precision was missed
-    warm_values: int = 6  # length of the stretch that must look steady before measuring begins
-    max_loops: int = 1 << 20  # launches a sample at most
+    time_limit_s: float = 2.0  # the measurement then ends; it is noisy if it missed the precision
+    warm_values: int = 6  # length of the steady stretch that ends the warm-up
+    max_loops: int = 1 << 20  # maximum launches per sample
 
     def __post_init__(self) -> None:
         least = {"min_samples": 2, "max_samples": self.min_samples, "warm_values": 4, "max_loops": 1}
@@ -53,22 +53,22 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """The outcome of :func:`measure`: raw samples and what they say, in seconds a launch."""
+    """Result of :func:`measure`: raw samples and their median, in seconds per launch."""
 
     samples_s: tuple[float, ...]  # every sample after the warm-up, untrimmed, in order
-    warmup_s: tuple[float, ...]  # samples taken before the series looked steady
-    loops: int  # launches a sample
+    warmup_s: tuple[float, ...]  # samples before the series was steady
+    loops: int  # launches per sample
     median_s: float
     lower_s: float  # interval of the median
-    upper_s: float  # infinite when there are too few samples for one
-    status: str  # "ok", or "noisy" when the precision was not reached or the series never looked steady
+    upper_s: float  # infinite if there are too few samples for an interval
+    status: str  # "ok"; "noisy" if the precision was not reached or the series was never steady
     reason: str  # why it is noisy; empty otherwise
-    elapsed_s: float  # time spent, warm-up included
+    elapsed_s: float  # warm-up included
 
 
 @lru_cache(maxsize=4096)
 def interval_rank(count: int, confidence: float = 0.95) -> int:
-    """Rank l (from 1) such that x(l), x(count+1-l) enclose the median at ``confidence``; 0 when no pair does."""
+    """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at ``confidence``; 0 if none does."""
     rank, tail = 0, 0.0
     for below in range(count // 2 + 1):
         # lgamma keeps the binomial weight in range for any count
@@ -81,7 +81,7 @@ def interval_rank(count: int, confidence: float = 0.95) -> int:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Median of a series and its distribution-free interval: 0 to infinity when it is too short for one.
+    """Return the median of a series and its distribution-free interval: 0 to infinity for a short series.
 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), median_interval([1.0, 2.0])
     ((4.0, 1.0, 7.0), (1.5, 0.0, inf))
@@ -95,20 +95,19 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
 
 
 def _noise(values: NDArray[np.float64]) -> float:
-    """Standard deviation of a series about its own trend, from the differences of neighbours.
+    """Return the standard deviation of a series about its trend, from the differences of neighbours.
 
-    A trend must not count as noise, or a series that drifts would look merely noisy and hence steady.
+    A trend must not count as noise: a drifting series would seem noisy, and therefore steady.
     """
     return float(np.std(np.diff(values))) / math.sqrt(2.0)
 
 
 def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
-    """Whether a stretch of samples looks steady: its first value is no outlier, and its halves agree.
+    """Whether a stretch of samples is steady: its first value is not an outlier, and its halves agree.
 
-    The first value is an outlier when it lies further from the median of the others than five standard deviations of
-    their noise and further than ``tolerance``; the halves agree when their medians differ by less than three standard
-    errors, or by less than ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number
-    exactly.
+    The first value is an outlier if its distance from the median of the others exceeds both five standard deviations
+    and ``tolerance``. The halves agree if their medians differ by less than three standard errors or ``tolerance``.
+    Both tests need the tolerance because a quiet clock may repeat one number exactly.
     """
     series = np.asarray(values, dtype=np.float64)
     if series.size < 4:
@@ -126,7 +125,7 @@ def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
 
 
 def checked(seconds: float) -> float:
-    """The time itself when it can be one, else :class:`InvalidTiming`."""
+    """Return the time; :class:`InvalidTiming` if it is not finite and positive."""
     value = float(seconds)
     if not math.isfinite(value) or value <= 0.0:
         raise InvalidTiming(f"timing: expected a finite number of seconds above zero, got {value!r}")
@@ -134,34 +133,38 @@ def checked(seconds: float) -> float:
 
 
 def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
-    """Launches a sample needs to cover ``min_window_s``; grows at most tenfold a step, since the first launches are
-    slower than those that follow and a count taken from them alone would be too small."""
+    """Return the launches per sample that cover ``min_window_s``.
+
+    The count grows at most tenfold per step: the first launches are slower, so a count from them alone is too small.
+    """
     loops = 1
     while True:
         each = checked(sample(loops))
         if each * loops >= min_window_s or loops >= max_loops:
             return loops
         needed = math.ceil(min_window_s / each)
-        # a hundredth of the window short is close enough; chasing it would double the count
+        # 1 % short of the window is close enough; another step would double the count
         if needed <= 1.01 * loops:
             return loops
         loops = min(max_loops, needed, 10 * loops)
 
 
 def next_look(count: int) -> int:
-    """Sample count at which the stopping rule is asked next. Growing by a quarter, not by one: each look is another
-    chance to stop on a lucky interval, and looking after every sample covers the median less often than its level says.
+    """Return the sample count at which the stopping rule is applied next, a quarter larger.
+
+    Every check may stop at an interval that is narrow by chance. Checks after every sample would lower the coverage
+    below its level.
     """
     return max(count + 1, math.ceil(1.25 * count))
 
 
 def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[], float] = time.monotonic) -> Timing:
-    """Time a launch: warm up, find the loop count, sample until the median is known well enough or time is up.
+    """Time a launch: warm up, find the loop count, sample until the median is precise or the time is up.
 
     ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
-    stretch that first looks steady is kept as the beginning of the samples; what came before is the warm-up. Warming up
-    may take half of the time limit; a series that is not steady by then is measured all the same and called noisy.
-    InvalidTiming: a sample is not finite or not above zero.
+    first steady stretch begins the samples; the values before it are the warm-up. The warm-up may take half of the time
+    limit. A series that is not steady by then is measured too and marked noisy. InvalidTiming: a sample is not finite
+    or not above zero.
 
     >>> ticks = iter(range(1000))
     >>> t = measure(lambda loops: 2e-3, clock=lambda: next(ticks) * 1e-3)
@@ -170,7 +173,7 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     """
     p = protocol or Protocol()
     start = clock()
-    checked(sample(1))  # loads libraries, picks kernels, touches memory: no part of any series
+    checked(sample(1))  # loads libraries, selects kernels, touches memory: not part of any series
     loops = calibrate_loops(sample, p.min_window_s, p.max_loops)
     series: list[float] = []
     begin, warm = 0, False
@@ -195,7 +198,15 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
     if not precise:
         width = (upper - lower) / (2.0 * median)
-        asked = f"{p.precision:.1%} asked, after {len(values)} samples"
-        reasons.append(f"interval of the median is {width:.1%} of it, {asked}")
-    status, reason = NOISY if reasons else OK, "; ".join(reasons)
-    return Timing(tuple(values), tuple(warmup), loops, median, lower, upper, status, reason, clock() - start)
+        reasons.append(f"median known to {width:.1%}, target {p.precision:.1%}, after {len(values)} samples")
+    return Timing(
+        samples_s=tuple(values),
+        warmup_s=tuple(warmup),
+        loops=loops,
+        median_s=median,
+        lower_s=lower,
+        upper_s=upper,
+        status=NOISY if reasons else OK,
+        reason="; ".join(reasons),
+        elapsed_s=clock() - start,
+    )

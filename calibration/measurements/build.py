@@ -1,10 +1,9 @@
-"""Make the shipped tables from the wheel they were published in (``wheel`` says which and what is taken); the same
-wheel gives the same bytes.
+"""Make the shipped tables from the published wheel (``wheel`` names it and the selected rows).
 
     python -m calibration.measurements.build aiconfigurator_core-0.12.0-*.whl
 
-Every row left out is counted in PROVENANCE.yaml under the reason. (pyarrow's version is named there too: another one
-may encode otherwise.)
+The same wheel gives the same bytes. PROVENANCE.yaml counts excluded rows by reason, and names the version of pyarrow,
+because another version may encode differently.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ COPYRIGHT = "Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES. All rights
 
 
 def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the tables that ship and their index, which it returns, into a folder."""
+    """Write the shipped tables and their index into a folder; return the index."""
     import pyarrow
 
     tables: dict[str, dict[str, Any]] = {}
@@ -38,22 +37,32 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 continue
             records, left, refusals = read_choice(archive, choice)
             records, more = shipped_part(records, choice)
-            rights = {"copyright": COPYRIGHT, "licence": LICENCE, "modified": "see NOTICE"}
-            extra = {"name": name, "package": PACKAGE, **rights}
+            extra = {
+                "name": name,
+                "package": PACKAGE,
+                "copyright": COPYRIGHT,
+                "licence": LICENCE,
+                "modified": "see NOTICE",
+            }
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
             source, labels = records.sources[0], records.labels().astype(str)
             ((framework, version),) = source.stack.items()
-            # fmt: off
             tables[name] = {
-                "file": file_name(name), "device": source.device, "framework": framework, "version": version,
+                "file": file_name(name),
+                "device": source.device,
+                "framework": framework,
+                "version": version,
                 "kernels": [s.kernel for s in records.sources],
                 "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
-                "left_out": {**left, **more}, "refused": dict(refusals),
-                "path": choice.member, "licence": LICENCE, "copyright": COPYRIGHT,
-                "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+                "left_out": {**left, **more},
+                "refused": dict(refusals),
+                "path": choice.member,
+                "licence": LICENCE,
+                "copyright": COPYRIGHT,
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
             }
-            # fmt: on
         served = serving_table(archive)
     head = {
         "package": PACKAGE,
@@ -67,13 +76,16 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
     }
     content = serving_csv(served)
     write_whole(folder / PUBLISHED["serving"], content)
-    # fmt: off
     serving = {
-        "file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served)),
-        "path": MEMBER, "licence": LICENCE, "copyright": COPYRIGHT,
-        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+        "file": PUBLISHED["serving"],
+        "rows": len(served),
+        "left_out": dict(why_left_out(served)),
+        "path": MEMBER,
+        "licence": LICENCE,
+        "copyright": COPYRIGHT,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    # fmt: on
     index = {**head, "serving": serving, "tables": tables}
     text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)
     write_whole(folder / INDEX, text.encode())
@@ -81,11 +93,10 @@ def build(wheel: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """The command of the module's docstring."""
+    """Run the command of the module's docstring."""
     parser = argparse.ArgumentParser(description="Make the shipped measurement tables from the wheel of " + PACKAGE)
     parser.add_argument("wheel", type=Path)
-    beside = "folder for the tables (default: beside this file)"
-    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help=beside)
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the tables")
     arguments = parser.parse_args()
     for name, entry in build(arguments.wheel, arguments.output).items():
         print(f"{name}: {sum(entry['rows'].values())} rows, {entry['bytes']} bytes")

@@ -1,8 +1,8 @@
-"""What serving runs measured: ``serving.csv``, made from ``systems/silicon_sample.csv`` of the wheel.
+"""Measured serving runs: make ``serving.csv`` from ``systems/silicon_sample.csv`` of the wheel.
 
-Taken are runs of dense models on one H100, H200 or B200 node in one pool (mode agg), so that a request sees prefill and
-decode of its own engine. A row that no model of steady state explains stays, with the reason in ``left_out``. Whether
-the cache holds as many sequences as are asked for is for a judge to say.
+It has the runs of dense models on one H100, H200 or B200 node in one pool (mode agg), where one engine runs the prefill
+and decode of a request. Rows that a steady-state model cannot explain stay, with the reason in ``left_out``. Validation
+decides whether the cache holds the requested sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLUMNS: tuple[str, ...] = (
     *("engine", "version", "model", "hardware", "devices", "weight_dtype", "kv_dtype"),
     *("concurrency", "seq", "new_tokens", "ttft_s", "tpot_s", "left_out", "assumed", "source"),
 )
-"""SI units; ``devices`` share every layer (tensor parallel), ``concurrency`` requests are kept running."""
+"""SI units; ``devices`` share every layer (tensor parallel), ``concurrency`` requests are in flight."""
 
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
@@ -39,7 +39,7 @@ SEVERAL = "its requests went to several replicas"
 
 
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
-    """The rows of ``serving.csv`` in the order of their columns; runs listed twice with equal times count once."""
+    """Return the rows of ``serving.csv``, sorted; duplicate runs with equal times count once."""
     with archive.open(MEMBER) as file:
         found = {tuple(row.values()): row for row in _rows(csv.DictReader(io.TextIOWrapper(file, "utf-8")))}
     return sorted(found.values(), key=_order)
@@ -55,7 +55,7 @@ def _rows(raw: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
                 "model": MODELS[r["model_path"]],
                 "hardware": r["system"],
                 "devices": _whole(r["tp_size"]),
-                # where neither the products' format nor a precision is named, the checkpoint is a bf16 one
+                # without a format of the products and a precision, the checkpoint is bf16
                 "weight_dtype": r["gemm_quant_mode"] or r["precision"] or "bf16",
                 "kv_dtype": "fp8" if r["model_path"] in FP8_CACHE else "",
                 "concurrency": _concurrency(r),
@@ -73,21 +73,21 @@ def _whole(text: str) -> str:
 
 
 def _concurrency(r: Mapping[str, str]) -> str:
-    """Requests kept running: as the source says it, else the batch, which the older lists give alone."""
-    said = re.search(r"silicon_concurrency=(\d+)", r["silicon_data_source"])
-    return said[1] if said else _whole(r["batch_size"])
+    """Return the requests in flight: as the source states them, else the batch, as in older lists."""
+    stated = re.search(r"silicon_concurrency=(\d+)", r["silicon_data_source"])
+    return stated[1] if stated else _whole(r["batch_size"])
 
 
 def _origin(r: Mapping[str, str]) -> str:
-    """The list a row is from, below the folder of lists, and when it was measured."""
+    """Return the list of a row, without the folder of lists, and the date of measurement."""
     source = r["silicon_data_source"]
-    file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]  # not the folders before it
+    file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]  # without the folders
     measured = re.search(r"measured=(\d{4}-\d{2}-\d{2})", source)
     return file + (f", measured {measured[1]}" if measured else "")
 
 
 def _left_out(r: Mapping[str, str]) -> str:
-    """Why no model of steady state explains a row, found by group (28 and 6 rows), or nothing."""
+    """Return why a steady-state model cannot explain a row (found for groups of 28 and 6 rows), or ""."""
     engine, version, precise = r["backend"], r["backend_version"], r["gemm_quant_mode"]
     if (engine, version, precise) == ("vllm", "0.12.0", "fp8") or version.startswith("1.2.0rc6"):
         return CACHED
@@ -104,12 +104,12 @@ def _order(row: Mapping[str, str]) -> tuple[object, ...]:
 
 
 def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
-    """Rows left out, by reason."""
+    """Count the excluded rows by reason."""
     return Counter(row["left_out"] for row in rows if row["left_out"])
 
 
 def serving_csv(rows: list[dict[str, str]]) -> bytes:
-    """The file's bytes."""
+    """Return the bytes of the file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

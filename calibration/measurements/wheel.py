@@ -1,12 +1,12 @@
-"""The package that the measurements were published in, and what is taken of it: :data:`CHOICES` lists the tables.
+"""The package of the published measurements, and the selected tables and rows (:data:`CHOICES`).
 
     pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \\
         aiconfigurator-core==0.12.0
 
-:func:`open_wheel` checks it, :func:`read_choice` reads a table, rounded as the shipped tables are: a fit to either is
-the same. Taken is the newest sound collection of each device and stack; of an attention table the one kernel path that
-the engine takes by default for models of 64, 128 or 256 features a head, of all-reduces those inside a CUDA graph. What
-is left out is counted under its reason.
+:func:`open_wheel` checks the wheel; :func:`read_choice` reads a table with the rounding of the shipped tables, so fits
+to both are equal. The selection is the newest reliable collection of each device and stack; for attention, the
+engine's default kernel for models with 64, 128 or 256 features per head; for all-reduces, those in a CUDA graph.
+Excluded rows are counted by reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from calibration.records.importers import import_table
 from calibration.records.screening import LATENT, Refusals
-from calibration.records.table import Flag, Records
+from calibration.records.timing_table import Flag, Records
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.yaml import Problems
@@ -37,18 +37,18 @@ STALL = 5.0
 
 @dataclass(frozen=True)
 class Choice:
-    """One table, and what is taken from it."""
+    """A table and its selected rows."""
 
-    hardware: str  # the profile with the datasheet that its times are checked against
-    stack: str  # nccl: every stack's
-    path: str  # below the folder of data: system/operator/backend/version/file
-    formats: tuple[str, ...] = ()  # as Records.labels names them; all if empty
-    kernel: str = ""  # the one kernel path taken (of experts, one a format); all if empty
-    ships: tuple[str, ...] = ()  # formats of the shipped table; none: in the wheel only
+    hardware: str  # profile with the datasheet that limits its times
+    stack: str  # nccl: for every stack
+    path: str  # in the folder of data: system/operator/backend/version/file
+    formats: tuple[str, ...] = ()  # as Records.labels names them; empty: all
+    kernel: str = ""  # selected kernel path (experts: one per format); empty: all
+    ships: tuple[str, ...] = ()  # formats of the shipped table; empty: in the wheel only
 
     @property
     def member(self) -> str:
-        """Its file in the wheel."""
+        """File in the wheel."""
         return f"aiconfigurator_core/systems/data/{self.path}_perf.parquet"
 
 
@@ -80,18 +80,18 @@ _STACKS = (  # system, stack, version, kernels of prefill and decode attention, 
     ("b200_sxm", "vllm", "0.24.0", "vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode", "0.24.0",
      "vLLM_custom_graph"),
 )
-# Latent attention. Left out: SGLang's prompts but on the B200, timed on the path of a decode, which it takes for none;
-# its fp8 caches on Hopper, where each step converts the whole pool, here of the size of the batch (1.3 to 5.5 times the
-# time of bf16). TensorRT-LLM 1.0.0 takes the same time for either format. vLLM has times of whole blocks alone.
+# Latent attention. Excluded: SGLang's prompts except on the B200, which are timed on the path of a decode that prompts
+# do not take; its fp8 caches on Hopper, where each step converts the whole pool (1.3 to 5.5 times the time of bf16).
+# TensorRT-LLM 1.0.0 takes the same time for both formats. vLLM has only times of whole blocks.
 _LATENT = (
     ("a100_sxm", "trtllm", "1.0.0"), ("l40s", "trtllm", "1.0.0"), ("h100_sxm", "trtllm", "1.3.0rc20"),
     ("h200_sxm", "trtllm", "1.3.0rc20"), ("rtx_pro_6000_server", "trtllm", "1.3.0rc20"),
     ("b200_sxm", "trtllm", "1.3.0rc20"), ("h100_sxm", "sglang", "0.5.14"), ("h200_sxm", "sglang", "0.5.14"),
     ("l40s", "sglang", "0.5.14"), ("rtx_pro_6000_server", "sglang", "0.5.14"), ("b200_sxm", "sglang", "0.5.14"),
 )
-# A100, trtllm 1.0.0, decode: of the rows with 200 MB of cache or more, 345 of 907 are faster than the memory, by up to
-# 1.69, and what is left is of the same method (more cache costs 3.35 TB/s throughout; grouped heads are at 0.6 of the
-# other stacks' times): the table is left out as a whole
+# A100, trtllm 1.0.0, decode: the whole table is excluded. Of 907 rows with 200 MB of cache or more, 345 are faster than
+# the memory, by up to 1.69; the other rows have the same method (additional cache is read at 3.35 TB/s; grouped heads
+# take 0.6 of the other stacks' times).
 _NCCL = {"a100_sxm": "2.27.3", "l40s": "2.27.3"}  # newest version of the others: 2.29.2
 _GEMMS = ("bf16", "fp8", "fp8_block", "nvfp4", "int8_wo", "int4_wo")
 _GEMM_FORMATS = {"rtx_pro_6000/gemm/vllm": ("bf16", "fp8", "nvfp4")}  # 518 rows of fp8_block, all of odd widths
@@ -99,10 +99,10 @@ _SHIPPED_GEMMS = {
     "a100_sxm/gemm/trtllm": ("bf16", "int8_wo", "int4_wo"),
     "h100_sxm/gemm/trtllm": ("bf16", "fp8"), "h100_sxm/gemm/sglang": ("bf16", "fp8"),
 }
-# What each engine takes by default, with gates, on one device; of the B200's, which has several, that of most models.
-# 4-bit weights alone (int4_wo) only where ten models were timed, in an older version of SGLang: vLLM 0.19's rows bear
-# the name of Marlin and seem, by their times, those of its Triton kernels. vLLM's fp8 on Hopper is left out too:
-# untuned, it takes 2.6 times as long as its bf16, at 0.6 TB/s on an H100 and an H200 alike
+# Default kernels of each engine for experts with gates on one device; on the B200, which has several, those of most
+# models. int4_wo comes from an older version of SGLang, which timed ten models: the rows of vLLM 0.19 are named Marlin,
+# but their times are those of its Triton kernels. vLLM's fp8 on Hopper is excluded: untuned, it takes 2.6 times as long
+# as bf16, at 0.6 TB/s on both H100 and H200.
 _TRITON, _CUTLASS = "sglang_fused_moe_triton", "moe_torch_flow_cutlass"
 _VLLM, _LATER = "vllm_unquantizedfusedmoe_", ("vllm_modeloptfp8moe_", "vllm_fp8moe_", "vllm_gptossmxfp4moe_")
 _FLASHINFER = "flashinfer_cutlass_flashinferexperts"
@@ -141,7 +141,7 @@ _EXPERTS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def _choices() -> dict[str, Choice]:
-    """All tables, by ``device/operator/stack``."""
+    """Return all tables, by ``device/operator/stack``."""
     out = {}
     for system, stack, version, prefill, decode, comm, kernel in _STACKS:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
@@ -172,7 +172,7 @@ def _choices() -> dict[str, Choice]:
             choice = Choice(hardware, stack, inside, own if both else own[:1], ships=own if device[0] == "a" else ())
             out |= {f"{device}/{operator}/{stack}": choice} if both or operator == "mla_decode" else {}
     inside = "h100_sxm/gemm/sglang/0.5.6.post2/gemm"
-    # the one collection of weight-only products on Hopper
+    # the only collection of weight-only products on Hopper
     out["h100_sxm/gemm/sglang-0.5.6"] = Choice("h100_sxm", "sglang", inside, ("int8_wo",), "", ("int8_wo",))
     return out
 
@@ -181,8 +181,7 @@ CHOICES: Mapping[str, Choice] = _choices()
 
 
 def datasheet(name: str) -> HardwareProfile:
-    """A shipped profile's facts alone; what was fitted is not even read, for it may hold constants that a model no
-    longer has."""
+    """Return the facts of a shipped profile; fitted sections are not read, since they may hold outdated constants."""
     path = profiles_folder() / f"{name}.yaml"
     problems = Problems(str(path))
     profile = profile_from_text(path.read_text(encoding="utf-8"), path, problems, lambda *_: {})
@@ -192,7 +191,7 @@ def datasheet(name: str) -> HardwareProfile:
 
 
 def open_wheel(path: Path) -> zipfile.ZipFile:
-    """The wheel, if it is the one named above; InputError for any other file."""
+    """Open the wheel named above; InputError for any other file."""
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -203,11 +202,11 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
 
 
 def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict[str, int], Refusals]:
-    """A table's rows, sorted so that they compress, with times in single precision; how many rows were left out for
-    which reason, and how many were refused."""
+    """Return a table's rows, sorted for compression, with times in single precision; excluded and refused rows by
+    reason."""
     hw = datasheet(choice.hardware)
     content = archive.read(choice.member)
-    result = import_table(choice.member, content=content, format="aiconfigurator", hw=hw, dtype="all")
+    result = import_table(choice.member, content=content, hw=hw, dtype="all")
     records, left = choose(result.records, choice)
     attention = ("heads", "kv_heads", "head_dim", "window")
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *attention, "role", "experts", "active", "skew")
@@ -217,16 +216,16 @@ def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict
 
 
 def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
-    """The rows a choice takes, and how many it leaves out for which reason."""
+    """Return the rows of a choice, and the number of excluded rows by reason."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
     labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
     widths = ", ".join(map(str, HEAD_DIMS))
-    return leave(
+    return exclude(
         records,
         {
             f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split()) & bool(choice.kernel),
             f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
-            f"features a head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
+            f"features per head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
             f"over {STALL:g} times the time of a call of more work": stalled(records),
             "timed twice, over 10 % apart": records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0),
         },
@@ -234,7 +233,7 @@ def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
 
 
 def stalled(records: Records) -> Array:
-    """Mask of the rows of latent attention during which the machine was held up.
+    """Return a mask of the rows of latent attention that were delayed: slower than a call with more work.
 
     >>> columns = {"operator": "mla_decode", "heads": 16, "kv_len": 64, "batch": [1, 2], "seconds": [1e-3, 1e-5]}
     >>> stalled(Records.from_columns([""], **columns)).tolist()
@@ -251,9 +250,9 @@ def stalled(records: Records) -> Array:
 
 
 def shipped_part(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
-    """Of a table the rows that ship, and how many stay in the wheel for which reason."""
+    """Return the shipped rows of a table, and the number of rows that stay in the wheel, by reason."""
     labels = records.labels().astype(str)
-    return leave(
+    return exclude(
         records,
         {
             f"in the wheel only: number format other than {', '.join(choice.ships)}": ~np.isin(labels, choice.ships),
@@ -262,8 +261,8 @@ def shipped_part(records: Records, choice: Choice) -> tuple[Records, dict[str, i
     )
 
 
-def leave(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
-    """Rows that no reason leaves out, and the others counted under the first that does."""
+def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
+    """Return the rows without a reason to exclude them, and count the others by their first reason."""
     kept, left = np.ones(len(records), dtype=np.bool_), {}
     for reason, mask in reasons.items():
         if count := int((mask & kept).sum()):

@@ -1,9 +1,9 @@
-"""Published tables to records: which rows are taken, which are refused, and why.
+"""Import published tables as records; refuse invalid rows and count them by reason.
 
-:func:`import_table` recognises four kinds of file. *aiconfigurator*: the Parquet tables of the package
-aiconfigurator-core. *measured*: CSV files with the columns ``gpu, dtype, op, ..., latency_us, source, note``. *csv*:
-any other CSV with a header; ``column_map`` says what its columns are called. *records*: tables and stores this program
-wrote. Every refused row is counted under its reason; a file without one usable row is an error.
+:func:`import_table` recognises four formats. *aiconfigurator*: the Parquet tables of the package aiconfigurator-core.
+*measured*: CSV files with the columns ``gpu, dtype, op, ..., latency_us, source, note``. *csv*: any other CSV with a
+header; ``column_map`` names its columns. *records*: tables and stores of this program. A file without a usable row is
+an error.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.records.formats import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
-from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import is_records, read_records
+from calibration.records.readers import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, parse
-from calibration.records.table import COUNTS, NEEDED, Records
+from calibration.records.stored_timings import content_records, untimed
+from calibration.records.timing_table import COUNTS, NEEDED, Records
 from simulator.arrays import Array
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 
-FORMATS = ("auto", "aiconfigurator", "measured", "csv", "records")
-FEW_ROWS = 20  # below this a table can only just re-anchor a profile
+FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What became of a file: the usable rows, the others by reason, and what else is worth knowing."""
+    """Result of an import: usable rows, refused rows by reason, and notes."""
 
     records: Records
     refusals: Refusals = field(default_factory=Refusals)
@@ -45,7 +44,6 @@ def import_table(
     path: str | Path,
     *,
     content: bytes | None = None,
-    format: str = "auto",
     hw: HardwareProfile | None = None,
     dtype: str | None = None,
     column_map: Mapping[str, str] | None = None,
@@ -56,52 +54,47 @@ def import_table(
 
     Parameters
     ----------
-    format : str
-        One of :data:`FORMATS`; ``auto`` looks at the columns.
     hw : HardwareProfile, optional
-        Device of the table: rows faster than its datasheet allows are refused, and rotated copies follow from its L2.
+        Device of the table. Rows faster than its datasheet allows are refused; its L2 gives the rotated copies.
     dtype : str, optional
-        Number format to keep, as :meth:`Records.labels` names them, or ``all``; needed where there are several.
+        Number format to keep, as :meth:`Records.labels` names it, or ``all``; required if there are several.
     column_map : mapping of str to str, optional
-        For ``csv``: this program's column name to the file's (``{"m": "M", "latency_us": "time"}``).
+        For ``csv``: column name of this program to that of the file (``{"m": "M", "latency_us": "time"}``).
     device : str
-        For ``csv``: what was measured on, where the file does not say.
+        For ``csv``: the measured device, if the file does not name it.
     screened : bool
         Whether rows faster than the datasheet allows are refused.
 
     Raises
     ------
     InputError
-        When the file cannot be read, lacks a column, mixes number formats unasked, or has no usable row.
+        The file cannot be read, lacks a column, mixes number formats without ``dtype``, or has no usable row.
     """
     raw = read_bounded(path) if content is None else content
-    if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
-    with np.errstate(invalid="ignore", over="ignore"):  # what becomes NaN or infinite is refused by row
-        draft = _read(raw, Path(path), format, column_map, device)
+    with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
+        draft = _read(raw, Path(path), column_map, device)
     return finish(draft, label=str(path), hw=hw, dtype=dtype, screened=screened)
 
 
-def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str] | None, device: str) -> Draft:
-    """A file's rows by the reader that fits it."""
+def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, device: str) -> Draft:
+    """Read a file with the reader of its format, which its first bytes or columns identify."""
     digest = hashlib.sha256(content).hexdigest()
-    if content.startswith(MARK) and format in ("auto", "records"):
+    if content.startswith(MARK):
         stored = parse(content, str(path))
         if stored is None:
             raise InputError(f"{path}: holds no records")
-        lost = ("the last line was cut short and dropped",) if stored.dropped else ()
+        lost = ("the last line was incomplete and was dropped",) if stored.dropped else ()
         left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
         return draft_of_records(content_records(stored), lost + left)
-    if content[:4] == b"PAR1" and format in ("auto", "records") and is_records(content):
+    if content[:4] == b"PAR1" and is_records(content):
         return draft_of_records(read_records(content, str(path)))
-    if content[:4] == b"PAR1" and format in ("auto", "aiconfigurator"):
+    if content[:4] == b"PAR1":
         return read_aiconfigurator(parquet_columns(read_parquet(content, str(path)), str(path)), path, digest)
-    if path.suffix.lower() == ".parquet" or format in ("aiconfigurator", "records"):
-        wanted = "aiconfigurator or records" if format == "auto" else format
-        raise InputError(f"{path}: is no file of the format {wanted}")
+    if path.suffix.lower() == ".parquet":
+        raise InputError(f"{path}: not a Parquet file")
     cells = csv.read_csv(content, str(path))
     table = {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}
-    if format == "measured" or (format == "auto" and column_map is None and set(MEASURED) <= table.keys()):
+    if column_map is None and set(MEASURED) <= table.keys():
         return read_measured(table, path, digest)
     return read_csv(table, path, digest, column_map or {}, device)
 
@@ -109,13 +102,13 @@ def _read(content: bytes, path: Path, format: str, column_map: Mapping[str, str]
 def finish(
     draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str | None, screened: bool = True
 ) -> ImportResult:
-    """Records of the rows of a draft that pass; ``label`` names the file, the rest is as in :func:`import_table`."""
+    """Return the valid rows of a draft as records; ``label`` names the file, as in :func:`import_table` otherwise."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}
     kept |= {name: kept[name].astype(np.float64).astype(np.int64) for name in (*COUNTS, "copies") if name in kept}
     records = Records.from_columns(draft.sources, size=int(screen.kept.sum()), **kept)
-    if hw is not None and draft.rotated:  # how many copies were rotated follows from the size of the weights
+    if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
         copies = rotated_copies(np.maximum(work(records)[1], 1.0), hw.l2_bytes)
         records = records.replace(copies=np.where(records.is_operator("gemm"), copies, records.copies))
     notes = list(draft.notes)
@@ -123,20 +116,20 @@ def finish(
     present = {str(name): int((labels == name).sum()) for name in np.unique(labels)}
     if dtype is None and len(present) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in present.items())
-        raise InputError(f"{label}: mixes number formats ({counts} rows); choose one of them by dtype, or 'all'")
+        raise InputError(f"{label}: mixes number formats ({counts} rows); choose one with dtype, or 'all'")
     for other in present if dtype not in (None, "all") else ():
         if other != dtype:
             screen.refuse_kept(records.labels() == other, f"dtype {other}, not {dtype}")
             records = records.select(records.labels() != other)
     if draft.still:
         if hw is None:
-            why = "its operands were not random numbers, and arithmetic on such saves power and raises clocks"
-            raise InputError(f"{label}: {why}; name the hardware, so that rows bound by arithmetic can be left out")
-        unsound = compute_bound(records, hw)
-        screen.refuse_kept(unsound, "bound by arithmetic, on operands that were not random numbers")
-        records = records.select(~unsound)
+            why = "its operands were not random numbers, which saves power and raises clocks"
+            raise InputError(f"{label}: {why}; name the hardware, to exclude compute-bound rows")
+        unreliable = compute_bound(records, hw)
+        screen.refuse_kept(unreliable, "compute-bound, on operands that were not random numbers")
+        records = records.select(~unreliable)
     if hw is None:
-        notes.append("no hardware given: times were not checked against a roofline")
+        notes.append("no hardware given; times were not checked against a roofline")
     elif screened:
         compute, memory = too_fast(records, hw)
         screen.refuse_kept(compute, "faster than the arithmetic peak at the highest clock")
@@ -147,16 +140,16 @@ def finish(
         raise InputError(f"{label}: no usable row: {reasons}")
     records, joined, conflicts = join_repeats(records)
     if joined:
-        flagged = f"{conflicts} shapes disagree by over 10 %, flagged CONFLICT"
-        notes.append(f"{joined} rows repeat a shape: the median was taken; {flagged}")
+        flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
+        notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
     if len(records) < FEW_ROWS:
-        few = f"too few to fit a profile, and less than the {FEW_ROWS} that re-anchor one"
+        few = f"too few for a fit; {FEW_ROWS} or more recommended to re-anchor a profile"
         notes.append(f"only {len(records)} usable rows: {few}")
     return ImportResult(records.tidy(), screen.refusals(), tuple(notes))
 
 
 def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
-    """Refuse rows whose time or shape cannot be one; columns (float64, or names) are mended where they can be."""
+    """Refuse rows with an invalid time or shape; correct columns (float64, or names) where that is possible."""
     operator = np.broadcast_to(columns.get("operator", np.array("gemm")), screen.kept.shape)
     with np.errstate(invalid="ignore"):
         seconds = columns["seconds"]
@@ -169,7 +162,7 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
                 continue
             needed = np.isin(operator, [kind for kind, names in NEEDED.items() if name in names])
             screen.refuse(np.isnan(columns[name]) & needed, f"{name} is missing or not a number")
-            # NaN elsewhere: a shape field that this operator does not have
+            # NaN in other rows: the operator does not have this dimension
             values = columns[name] = np.where(np.isnan(columns[name]), 0.0, columns[name])
             screen.refuse((values != np.floor(values)) | np.isinf(values), f"{name} is not a whole number")
             screen.refuse(needed & (values < 1), f"{name} is below 1")
@@ -179,18 +172,18 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
             if name in columns:
                 screen.refuse(~((columns[name] >= 0) & (columns[name] < 2.0**60)), f"{name} is out of range")
         for name, most in (("sample_count", 2**31 - 1), ("flags", 2**15)):
-            if name in columns:  # what is not known of a row does not spoil it
+            if name in columns:  # rows with unknown values are kept
                 columns[name] = np.nan_to_num(np.clip(columns[name].astype(np.float64), 0, most), nan=0.0)
         if "spread" in columns:
             columns["spread"] = np.where(columns["spread"] >= 0, columns["spread"], np.nan)
         if "active" in columns:
             held = np.broadcast_to(columns.get("experts", np.array(0.0)), seconds.shape)
             wrong = ~((columns["active"] > 0) & (columns["active"] <= held) & (columns["skew"] >= 0))
-            screen.refuse(wrong & (operator == "experts"), "active experts are not among those held")
+            screen.refuse(wrong & (operator == "experts"), "active experts are not among the device's experts")
         if "density" in columns:
             screen.refuse(~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]")
     if {"heads", "kv_heads", "q_len", "kv_len"} <= columns.keys():
         attention = np.char.startswith(operator.astype(str), "attention") & screen.kept
         heads, groups = (np.where(attention, columns[name], 1.0) for name in ("heads", "kv_heads"))
-        screen.refuse(heads % groups != 0, "heads is no multiple of kv_heads")
+        screen.refuse(heads % groups != 0, "heads is not a multiple of kv_heads")
         screen.refuse(attention & (columns["q_len"] > columns["kv_len"]), "q_len exceeds kv_len")

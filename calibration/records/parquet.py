@@ -1,8 +1,7 @@
 """Tables of records as Parquet files.
 
-:func:`read_records` and :func:`write_records` keep everything a :class:`~calibration.records.table.Records` holds.
-Columns that do not vary become metadata and integers take the smallest type that holds them, so that a table of 36,000
-GEMMs fits in some 150 kB.
+:func:`write_records` stores all of a :class:`~calibration.records.timing_table.Records`; :func:`read_records` restores
+it. Constant columns become metadata, and integers take the smallest type that holds them: 36,000 GEMMs take 150 kB.
 """
 
 from __future__ import annotations
@@ -15,23 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.table import LATER, SCHEMA_VERSION, Records, Source
+from calibration.records.timing_table import LATER, Records, Source
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 
+SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
 
 
 def write_records(
     records: Records, path: str | Path | None = None, *, extra: Mapping[str, Any] | None = None, single: bool = False
 ) -> bytes:
-    """A table as the bytes of a Parquet file (zstd), written to a path if one is given.
+    """Return a table as the bytes of a Parquet file (zstd); write them to ``path`` if given.
 
-    ``extra`` is JSON-ready metadata to keep with it. ``single``: times as float32 (relative rounding 6e-8, far below
-    the noise of any clock), for tables that ship.
+    ``extra`` is JSON-ready metadata of the file. ``single`` stores times as float32, for shipped tables: the relative
+    rounding of 6e-8 is far below the noise of any clock.
     """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
@@ -49,10 +49,17 @@ def write_records(
     head = {"schema": SCHEMA_VERSION, "constant": constant, "sources": sources, "extra": dict(extra or {})}
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
-    encodings = {"use_dictionary": [name for name in arrays if name not in floats], "write_statistics": False}
-    encodings |= {"use_byte_stream_split": floats or False, "compression": "zstd", "compression_level": 19}
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=1 << 20, **encodings)
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=1 << 20,
+        use_dictionary=[name for name in arrays if name not in floats],
+        write_statistics=False,
+        use_byte_stream_split=floats or False,
+        compression="zstd",
+        compression_level=19,
+    )
     content = buffer.getvalue()
     if path is not None:
         write_whole(path, content)
@@ -60,7 +67,7 @@ def write_records(
 
 
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:
-    """A table of :func:`write_records`, or its bytes, which ``label`` names; InputError for anything else."""
+    """Read a table of :func:`write_records` from a path, or from bytes that ``label`` names; InputError otherwise."""
     label = label if isinstance(path, bytes) else str(path)
     table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
     head = _head(table.schema.metadata, label)
@@ -69,7 +76,7 @@ def read_records(path: str | Path | bytes, label: str = "table") -> Records:
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
         return Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
-        raise InputError(f"{label}: is a damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
 
 
 def is_records(content: bytes) -> bool:
@@ -82,7 +89,7 @@ def is_records(content: bytes) -> bool:
 
 
 def _narrow(values: Array) -> type:
-    """The smallest type that holds a column exactly."""
+    """Return the smallest type that holds a column exactly."""
     if values.dtype.kind not in "iu":
         return values.dtype.type
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
@@ -91,18 +98,17 @@ def _narrow(values: Array) -> type:
 
 
 def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
-    """The metadata of a table file, checked."""
+    """Return the checked metadata of a file."""
     if not metadata or _KEY not in metadata:
-        expected = "one written by this program (use `prunesim import` for others)"
-        raise InputError(f"{label}: is no table of records; expected {expected}")
-    damaged = f"{label}: is a damaged table of records: its metadata"
+        raise InputError(f"{label}: not a table of records by prunesim; use `prunesim import` for other tables")
+    damaged = f"{label}: damaged table of records: its metadata"
     try:
         head: Any = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{damaged} cannot be read") from error
     if not isinstance(head, dict):
-        raise InputError(f"{damaged} are no mapping")
+        raise InputError(f"{damaged} are not a mapping")
     if head.get("schema") != SCHEMA_VERSION:
-        this = f"this version reads schema {SCHEMA_VERSION}"
-        raise InputError(f"{label}: records of schema {head.get('schema')!r:.40}; {this}")
+        schema = head.get("schema")
+        raise InputError(f"{label}: records: expected schema {SCHEMA_VERSION}, got {schema!r:.40}")
     return head

@@ -1,7 +1,7 @@
-"""Which imported rows can be trusted: reasons counted, physics checked, repeated shapes joined.
+"""Check imported rows: count refused rows by reason, check physical limits, join repeated shapes.
 
-Nothing is dropped in silence: a :class:`Screen` remembers for each row of a file why it was refused, and
-:class:`Refusals` says so. :func:`least_seconds` is what no device can beat, caches included.
+A :class:`Screen` keeps the reason for each refused row of a file; :class:`Refusals` reports them.
+:func:`least_seconds` is the physical limit of a time, caches included.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration.records.table import Flag, Records
+from calibration.records.timing_table import Flag, Records
 from simulator.arrays import Array
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
 
 LATENT = ("mla_prefill", "mla_decode")
-DISAGREE = 1.10  # largest over smallest time of one shape above which its rows are said to disagree
-ROUNDING = 1.02  # datasheet rates are printed to three digits and clocks to the megahertz
-# bytes an SM can at most take from L2 a clock (an A100 has 5120 for 108: NVIDIA, "A100 Tensor Core GPU Architecture")
+DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict
+ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to the megahertz
+# most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
 
 
 @dataclass(frozen=True)
 class Refusals(Mapping[str, int]):
-    """How many rows were refused for which reason, and which (1 is the first row of data)."""
+    """Number of refused rows by reason, and their row numbers (1 is the first row of data)."""
 
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -40,11 +40,11 @@ class Refusals(Mapping[str, int]):
 
     @property
     def total(self) -> int:
-        """Rows refused for any reason."""
+        """Number of refused rows."""
         return sum(self.values())
 
     def lines(self) -> list[str]:
-        """One line of text a reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
+        """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
         out = []
         for reason, rows in self.rows.items():
             some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
@@ -54,32 +54,32 @@ class Refusals(Mapping[str, int]):
 
 
 class Screen:
-    """Rows of a file under inspection; a row is refused once, for the first reason found."""
+    """Rows of a file during its check; a row is refused once, for its first reason."""
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
         self._rows: dict[str, list[int]] = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
-        """Refuse the rows of a mask over all rows, except those refused before."""
+        """Refuse the rows of a mask over all rows, except rows that are refused already."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
             self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
-        """Refuse by a mask over the rows still kept."""
+        """Refuse the rows of a mask over the kept rows."""
         full = np.zeros_like(self.kept)
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)
 
     def refusals(self) -> Refusals:
-        """The rows refused so far."""
+        """Return the refused rows."""
         return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Distinct weights the aiconfigurator collector rotates: enough to fill the L2 once, at most six.
+    """Return the number of distinct weights that aiconfigurator's collector rotates: enough to fill L2, at most six.
 
     >>> rotated_copies(np.array([1e6, 20e6, 200e6]), 50e6).tolist()
     [6, 3, 1]
@@ -88,9 +88,9 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
 
-    Causal attention counts what lies under its mask and window; 2:4 counts the half that is computed, a grouped product
+    Causal attention counts the pairs within its mask and window. 2:4 counts the computed half. A grouped product counts
     the groups of one token.
     """
     r = records
@@ -105,13 +105,13 @@ def work(records: Records) -> tuple[Array, Array, Array]:
         r.is_operator("experts"),
     ]
     pairs = attention_pairs(r.q_len, r.kv_len, r.window) * r.density
-    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim  # of a key and its value
+    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim  # features of a key and its value
     heads = r.batch * r.heads * width.astype(np.float64)
     flops = [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 2 * heads * pairs]
     seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
     cache = r.batch * r.kv_heads * np.where(r.is_operator("mla_decode"), r.head_dim, width) * seen * weight
     expert = 3 * n * k  # gate, up, down
-    touched = np.where(r.skew > 0, r.active, np.minimum(m * r.active, r.experts))  # of a power law at least
+    touched = np.where(r.skew > 0, r.active, np.minimum(m * r.active, r.experts))  # minimum for a power law
     weights = [n * k * weight * kept, rank * (n + k) * weight, cache, touched * expert * weight]
     activations = tokens * (n + k) * act
     others = [activations, activations, heads * r.q_len * act, 2 * m * k * act]
@@ -123,9 +123,9 @@ def work(records: Records) -> tuple[Array, Array, Array]:
 
 
 def peaks(records: Records, hw: HardwareProfile) -> Array:
-    """Datasheet FLOP/s of each row's number format, of 2:4 per FLOP computed; infinite where the device lists none."""
+    """Return the datasheet FLOP/s of each row's number format (2:4: computed FLOPs); infinite where there is none."""
     dense, sparse = np.full(len(DTYPES), np.inf), np.full(len(DTYPES), np.inf)
-    latent = records.is_operator(*LATENT)  # may be computed in the format of the cache
+    latent = records.is_operator(*LATENT)  # may compute in the format of the cache
     for code in np.unique(np.append(records.dtype, records.weight_dtype)).tolist():
         if rate := hw.rates.get(DTYPES[code]):
             dense[code] = rate.flop_per_s
@@ -136,18 +136,17 @@ def peaks(records: Records, hw: HardwareProfile) -> Array:
 
 
 def compute_bound(records: Records, hw: HardwareProfile) -> Array:
-    """Mask of the rows right of the ridge point of the datasheet's roofline."""
+    """Return a mask of the rows that are compute-bound by the datasheet's roofline."""
     flops, weights, others = work(records)
     return np.asarray(flops / peaks(records, hw) > (weights + others) / hw.bandwidth_bytes_per_s)
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Times no run can beat: FLOPs at the highest clock, and bytes with everything in L2 that can have been there, s.
+    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
 
-    Of the bytes one execution touches, at most the size of the L2 can have been in it before; of ``c`` rotated weights
-    together at most as much, hence ``L2/c`` each. The rest comes at the memory's datasheet bandwidth, and all of it
-    through the L2; what a collective passes on comes at the link's. The first is zero where the device lists no rate
-    for the row's number format.
+    At most the size of L2 of the touched bytes can be in it before; ``c`` rotated weights share it, ``L2/c`` each. The
+    other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the
+    bandwidth of the link. The first limit is zero if the device lists no rate for the number format.
     """
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
@@ -155,7 +154,7 @@ def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
     share = np.where(records.copies > 0, l2 / np.maximum(records.copies, 1), np.where(records.cold, 0.0, l2))
     memory = np.maximum(np.maximum(weights + others - l2, weights - share), 0.0) / hw.bandwidth_bytes_per_s
     feed = (weights + others) / (L2_BYTES_PER_CLOCK * hw.sm_count * hw.max_clock_hz)
-    # even where the switch adds up, a device takes in, or gives away, all of the payload but its own part
+    # even if the switch reduces, a device receives or sends all of the payload except its own part
     passed = records.n * (1.0 - 1.0 / np.maximum(records.batch, 1))
     rate = hw.link.bandwidth_bytes_per_s if hw.link else np.inf
     link = np.where(records.is_operator("collective"), passed / rate, 0.0)
@@ -163,16 +162,16 @@ def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Masks of the rows that beat the two limits of :func:`least_seconds` by more than rounding explains."""
+    """Return masks of the rows below the two limits of :func:`least_seconds` by more than rounding."""
     compute, memory = least_seconds(records, hw)
     return records.seconds * ROUNDING < compute, records.seconds * ROUNDING < memory
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """One row for each shape and source, in the order of first appearance, how many rows went into another, and how
-    many shapes disagree.
+    """Join the rows of each shape and source; return the table, the number of joined rows and of conflicting shapes.
 
-    A row's time is the median of its shape's; it is flagged where they differ by more than 10 %.
+    The time of a shape is the median of its rows, flagged if they differ by more than 10 %. Shapes keep the order of
+    first appearance.
     """
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))
@@ -185,6 +184,6 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     median = 0.5 * times[start + (counts - 1) // 2] + 0.5 * times[start + counts // 2]
     conflict = times[start + counts - 1] > DISAGREE * times[start]
     flags = np.bitwise_or.reduceat(records.flags[order], start) | np.where(conflict, int(Flag.CONFLICT), 0)
-    place = np.argsort(first)
-    kept = records.select(first[place]).replace(seconds=median[place], flags=flags[place])
+    appearance = np.argsort(first)
+    kept = records.select(first[appearance]).replace(seconds=median[appearance], flags=flags[appearance])
     return kept, len(records) - len(kept), int(conflict.sum())

@@ -1,16 +1,14 @@
-"""Records on disk while a device is measured: JSON lines that outlive a kill, a full disk and a second writer.
+"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
-:class:`Store` is opened by the one process that measures; :func:`read_store` reads a file at any time; :func:`merge`
-joins the files of several machines. The first line is the :class:`Header`; every line ends with a CRC-32 of what is
-before it:
+The measuring process opens a :class:`Store`; :func:`read_store` reads its file at any time. The first line is the
+:class:`Header`; every line ends with a CRC-32 of its other fields:
 
-    {"prunesim":"records","schema":1,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
+    {"prunesim":"records","schema":2,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
     {"line":2,"run":"...","time":"...","key":"gemm bf16 ...",...,"crc":"01234567"}
 
-A line is on the disk (``fsync``) before :meth:`Store.append` returns. A last line that was cut short is dropped and
-counted; any other line that is damaged, doubled, not at its number, or a second header is refused, because then more
-than a kill has happened to the file. Version 0.1 wrote no numbers: of its lines only the order cannot be checked. What
-the lines mean for a fit is in ``lines``.
+:meth:`Store.append` returns after the line is on the disk (``fsync``). An incomplete last line is dropped and counted.
+A damaged, repeated or misplaced line, or a second header, is an error, because a kill alone does not cause it.
+``stored_timings`` converts the lines to a table.
 """
 
 from __future__ import annotations
@@ -20,45 +18,46 @@ import os
 import re
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.records.table import SCHEMA_VERSION, Source
+from calibration.records.timing_table import Source
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
-from simulator.files.write import check_target, write_whole
+from simulator.files.write import check_target
 from simulator.workload import DTYPES
 
+SCHEMA_VERSION = 2  # 2: purpose "drift_check"
 MARK = b'{"prunesim":"records",'
-MOST_STORE_BYTES = 2_000_000_000  # that are read: a record with its samples takes some 2 kB, so a million of them
+MOST_STORE_BYTES = 2_000_000_000  # largest file that is read; a record takes about 2 kB, so a million records
 
 _CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}$')
 _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a line: its newline was damaged
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
-    """A mapping as one line with its checksum; ValueError when it is no JSON (a NaN, an array) or names ``crc`` itself.
+    """Return a mapping as one line with its checksum; ValueError if it is not JSON (NaN, array) or has a ``crc``.
 
     >>> encode_line({"a": 1})
     b'{"a":1,"crc":"561bacaf"}\\n'
     """
     if "crc" in line or not line:
-        raise ValueError("a record needs at least one field, and none of the name 'crc'")
+        raise ValueError("a record needs at least one field, and no field named 'crc'")
     body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
 def _numbered(row: Mapping[str, Any], before: int) -> bytes:
-    """The line of a record that follows the header and some others."""
+    """Return the line of a record after the header and ``before`` other records."""
     return encode_line({"line": before + 2, **row})
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """The inverse of :func:`encode_line`; None when the line is cut or damaged."""
+    """Return the mapping of :func:`encode_line`; None if the line is incomplete or damaged."""
     found = _CRC.search(line)
     body = line[: found.start()] + b"}" if found else b""
     if found is None or zlib.crc32(body) != int(found[1], 16):
@@ -80,32 +79,32 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a store holds records of. Device, stack and dtype identify it; the rest describes."""
+    """Subject of a store. Device, stack and dtype identify it; the other fields describe it."""
 
     device: str  # the hardware as it names itself
-    stack: Mapping[str, str] = field(default_factory=dict)  # all that changes timings: framework, driver, CUDA, threads
-    dtype: str = "bf16"  # number format that is measured
+    stack: Mapping[str, str] = field(default_factory=dict)  # everything that changes times: framework, driver, threads
+    dtype: str = "bf16"  # measured number format
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     started: str = field(default_factory=_now)  # ISO 8601, UTC
-    extra: Mapping[str, Any] = field(default_factory=dict)  # JSON-ready: name the device was opened by, memory, plan
+    extra: Mapping[str, Any] = field(default_factory=dict)  # JSON-ready: name of the opened device, memory, plan
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The first line of a store."""
+        """Return the first line of a store."""
         head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
         return {**head, "stack": dict(self.stack), "extra": dict(self.extra)}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], label: str) -> Header:
-        """The inverse, checked; ``label`` names the file in messages."""
+        """Return the checked header of a first line; ``label`` names the file in messages."""
         if line.get("prunesim") != "records":
-            raise InputError(f"{label}:1: is no store of records")
+            raise InputError(f"{label}:1: not a store of records")
         if line.get("schema") != SCHEMA_VERSION:
-            this = f"this version reads schema {SCHEMA_VERSION}"
-            raise InputError(f"{label}:1: schema {line.get('schema')!r:.40}; {this}")
+            other = f"expected schema {SCHEMA_VERSION}, got {line.get('schema')!r:.40}"
+            raise InputError(f"{label}:1: {other}; the records are of another version of prunesim: measure again")
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
@@ -122,7 +121,7 @@ class Header:
         return cls(**{name: line[name] for name in names})
 
     def refuse_other(self, other: Header, label: str) -> None:
-        """Raise unless both name the same device, software and number format."""
+        """Raise InputError unless both headers have the same device, software and number format."""
         pairs = {"device": (self.device, other.device), "dtype": (self.dtype, other.dtype)}
         for name in [*self.stack, *other.stack]:
             pairs[name] = (self.stack.get(name, "none"), other.stack.get(name, "none"))
@@ -131,68 +130,72 @@ class Header:
                 raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
 
     def source(self, run: str = "") -> Source:
-        """The source of its records."""
+        """Return the source of the records of a run (default: the header's)."""
         method = str(self.extra.get("method", ""))
         return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a store's file holds."""
+    """Content of a store's file."""
 
     header: Header
-    rows: tuple[dict[str, Any], ...]  # the records in the order they were written, without their checksums
-    dropped: int = 0  # 1 when the last line had been cut short and was dropped
-    end: int = 0  # bytes up to the end of the last good line
+    rows: tuple[dict[str, Any], ...]  # records in the order of writing, without checksums
+    dropped: int = 0  # 1 if the last line was incomplete and was dropped
+    end: int = 0  # bytes up to the end of the last complete line
     label: str = ""  # name of the file, for messages
 
 
 def parse(content: bytes, label: str) -> Content | None:
-    """Read a store's bytes; None when nothing was ever acknowledged: the file is empty or its header was cut short.
+    """Read a store's bytes; None if the file is empty or its header is incomplete.
 
-    InputError when the file is something else, of another schema, damaged before its last line, or when its lines are
-    not those that were written, in their order.
+    InputError: the file is not a store, has another schema, is damaged before its last line, or its lines are not in
+    the order of writing.
     """
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
-        raise InputError(f"{label}: is no store of records (its first line does not say so)")
+        raise InputError(f"{label}: not a store of records (its first line is not a header)")
     lines = content.split(b"\n")
     last = max((i for i, line in enumerate(lines) if line), default=-1)
+    header: Header | None = None
     rows: list[dict[str, Any]] = []
-    places: dict[bytes, int] = {}
+    numbers: dict[bytes, int] = {}  # line -> the number of its first occurrence
     end = dropped = 0
     for number, line in enumerate(lines[: last + 1]):
         if not line:
-            raise InputError(f"{label}:{number + 1}: an empty line among records")
+            raise InputError(f"{label}:{number + 1}: empty line between records")
         row = decode_line(line)
         if row is None:
-            if number < last or _RUN_ON.search(line):  # more than the line in flight would be lost
+            if number < last or _RUN_ON.search(line):  # a kill damages only the last line
                 damage = "damaged record (its checksum is wrong); restore the file from a copy"
                 raise InputError(f"{label}:{number + 1}: {damage}")
             dropped = 1
             break
-        if fault := _misplaced(row, number + 1, places.setdefault(line, number + 1)):
+        if header is None:
+            header = Header.from_dict(row, label)
+        elif fault := _misplaced(row, number + 1, numbers.setdefault(line, number + 1)):
             raise InputError(f"{label}:{number + 1}: {fault}")
-        rows.append(row)
+        else:
+            rows.append(row)
         end += len(line) + 1
-    if not rows:
+    if header is None:
         return None
-    return Content(Header.from_dict(rows[0], label), tuple(rows[1:]), dropped, min(end, len(content)), label)
+    return Content(header, tuple(rows), dropped, min(end, len(content)), label)
 
 
 def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
-    """What is wrong with the place of a line, or ""; takes its number out. ``first`` is where it was met first."""
-    own = row.pop("line", line)
-    if line > 1 and "prunesim" in row:
-        return "a second header: the files of several runs are joined by prunesim measure --merge"
+    """Return the fault of a line's position, or "", and remove its number; ``first`` is its first occurrence."""
+    own = row.pop("line", None)
+    if "prunesim" in row:
+        return "second header; keep the runs in separate files: prunesim fit reads several"
     if line != first:
-        return f"line {first} once more; remove it, or restore the file from a copy"
+        return f"repeats line {first}; remove it, or restore the file from a copy"
     if own != line:
         return f"was written as line {own!r:.40}: lines are missing or in another order; restore the file from a copy"
     return ""
 
 
 def read_store(path: str | Path) -> Content:
-    """Read a store, also while another process writes to it; InputError as of :func:`parse`, or where it is empty."""
+    """Read a store, also while another process writes to it; InputError as in :func:`parse`, or if it is empty."""
     parsed = parse(read_bounded(path, MOST_STORE_BYTES), str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
@@ -200,10 +203,10 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The one writer of a file of records. Opening an existing file resumes it: its header stays, and its run goes on.
+    """The only writer of a file of records. Opening an existing file resumes its run under its header.
 
-    InputError when another process writes to the file, it holds something else or records of another device, software
-    or number format than the header names, or it cannot be written.
+    InputError: another process writes to the file, it is not a store, it holds records of another device, software or
+    number format than the header, or it cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -235,18 +238,18 @@ class Store:
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
-        """All records in the file, earlier runs' first."""
+        """All records in the file, those of earlier runs first."""
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``; when this returns, it is on the disk.
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
 
-        InputError when it is of another number format, the disk is full or the file cannot be written: the records
-        before are untouched then, and the store may be used again. ValueError when the record is no JSON.
+        InputError: the record has another number format, the disk is full or the file cannot be written; earlier
+        records stay valid, and the store can be used again. ValueError: the record is not JSON.
         """
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
-            theirs = operator.get("dtype", mine)  # a copy or a launch has none
+            theirs = operator.get("dtype", mine)  # copies and launches have none
             if theirs != mine:
                 raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
         row = {"run": self.header.run, "time": _now(), **record}
@@ -254,7 +257,7 @@ class Store:
         self._rows.append(row)
 
     def close(self) -> None:
-        """Give the file and its lock back."""
+        """Close the file and release its lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -266,22 +269,21 @@ class Store:
         self.close()
 
     def _put(self, line: bytes) -> None:
-        """Write and sync one line at the end, or leave the file as it was."""
+        """Write and sync one line at the end; leave the file unchanged after an error."""
         try:
             done = 0
             while done < len(line):
                 done += _write(self._fd, line[done:], self._end + done)
             _sync(self._fd)
         except OSError as error:
-            with suppress(OSError):  # else the half line has no checksum: whoever reads the file drops it
+            with suppress(OSError):  # if this fails too, readers drop the incomplete line
                 os.ftruncate(self._fd, self._end)
                 _sync(self._fd)
-            safe = "the records before this one are safe"
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}; {safe}") from error
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}; earlier records are safe") from error
         self._end += len(line)
 
     def _mend(self, size: int) -> None:
-        """Cut off a line that was cut short, and end the last good one where only its newline is missing."""
+        """Remove an incomplete last line, or add the newline if only that is missing."""
         try:
             if self._end < size:
                 os.ftruncate(self._fd, self._end)
@@ -293,7 +295,7 @@ class Store:
 
 
 def open_locked(path: Path) -> int:
-    """A file descriptor that holds the file's lock; refuses at once when another process has it."""
+    """Open a file and lock it; InputError at once if another process holds the lock."""
     import fcntl  # missing on Windows, where nothing else here needs it
 
     try:
@@ -309,67 +311,19 @@ def open_locked(path: Path) -> int:
 
 
 def _write(fd: int, data: bytes, offset: int) -> int:
-    """One write; a name of its own so that a test can fill the disk."""
+    """``os.pwrite``; a function here so that a test can fill the disk."""
     return os.pwrite(fd, data, offset)
 
 
 def _sync(fd: int) -> None:
-    """``os.fsync``; here so that a test can let it fail."""
+    """``os.fsync``; a function here so that a test can make it fail."""
     os.fsync(fd)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new file's name last."""
+    """Write the name of a new file to the disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def merge(stores: Sequence[str | Path], out: str | Path) -> Content:
-    """Join stores of one device type and software, for instance of several machines of a cluster, into a new one.
-
-    A record that is there twice (same run, operator, purpose and anchor number) is kept once; ``dropped`` counts cut
-    last lines of all stores. InputError when device, software or number format differ, nothing was given, or ``out`` is
-    one of the stores or open in another process.
-    """
-    if not stores:
-        raise InputError("nothing to merge: expected at least one store")
-    target = check_target(out)
-    if any(Path(path).exists() and target.exists() and os.path.samefile(path, target) for path in stores):
-        raise InputError(f"{target}: is itself one of the stores to merge; write to another file")
-    contents = [read_store(path) for path in stores]
-    first = contents[0].header
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    runs: dict[str, None] = {}
-    for path, content in zip(stores, contents):
-        content.header.refuse_other(first, str(path))
-        for row in content.rows:
-            run = str(row.get("run", content.header.run))
-            runs[run] = None
-            rows.setdefault(_identity(row, run), {**row, "run": run})
-    name = first.run if len(runs) < 2 else f"{zlib.crc32(json.dumps(sorted(runs)).encode()):08x}"
-    extra = {**first.extra, "runs": [*runs] or [first.run]}
-    header = Header(first.device, first.stack, first.dtype, name, min(c.header.started for c in contents), extra)
-    try:
-        lines = (_numbered(row, before) for before, row in enumerate(rows.values()))
-        written = b"".join([encode_line(header.as_dict()), *lines])
-    except ValueError as error:  # a number that is none, which this program never writes
-        raise InputError(f"{' '.join(map(str, stores))}: cannot be merged: {error}") from None
-    if target.exists():
-        os.close(open_locked(target))
-    try:
-        write_whole(target, written)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-    return Content(header, tuple(rows.values()), sum(c.dropped for c in contents), len(written))
-
-
-def _identity(row: Mapping[str, Any], run: str) -> tuple[str, ...]:
-    """What makes two lines one record: run, operator, purpose, and for anchors their number."""
-    key = row.get("key")
-    if key is None:  # no operator named: equal content
-        return run, json.dumps(dict(row), sort_keys=True)
-    purpose = str(row.get("purpose", ""))
-    return run, str(key), purpose, str(row.get("block", "")) if purpose == "anchor" else ""

@@ -1,5 +1,5 @@
-"""What :mod:`calibration.runners.compare` and :mod:`calibration.runners.upper_bound` share: cases, what a profile
-predicts for them, and the profile itself."""
+"""Cases of :mod:`calibration.runners.compare` and :mod:`calibration.runners.upper_bound`, their predicted speedups, and
+the profile of the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from simulator.workload import PHASES, Workload
 
 @dataclass(frozen=True)
 class CaseRow:
-    """What the tables of both commands begin with; the order of fields is that of columns."""
+    """First columns of the tables of both commands, in their order."""
 
     model: str
     device: str
@@ -59,22 +59,24 @@ class Case:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model, and what tells the case apart from others of it."""
+        """The model, and the fields that identify the case among others of the model."""
         names = ("family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
     def run_in(self, engine: str) -> Case:
-        """The same operators, launched as an engine does that fuses no more."""
+        """Return the case with the launches of an engine that fuses the same operators."""
         dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
         return replace(self, dense=dense, pruned=pruned)
 
     def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
-        """What rows of both tables hold of a case and of what is predicted for it, by column."""
-        of_case = {**self.identity, "realised_sparsity": self.pruned.meta.applied[-1].realised, "hardware": hw.name}
-        bottlenecks = {f"{name}_bound": getattr(s, f"{name}_bound") for name in ("flop", "byte", "roofline")}
+        """Return the columns of the case and its prediction that both tables contain."""
         return {
-            **of_case,
-            **bottlenecks,
+            **self.identity,
+            "realised_sparsity": self.pruned.meta.applied[-1].realised,
+            "hardware": hw.name,
+            "flop_bound": s.flop_bound,
+            "byte_bound": s.byte_bound,
+            "roofline_bound": s.roofline_bound,
             "predicted": s.speedup,
             "predicted_lower": s.lower,
             "predicted_upper": s.upper,
@@ -92,9 +94,9 @@ def settings_of(
     scenario: Scenario | None = None,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[list[Case], list[str]]:
-    """Every combination as a case, and a line for each that a family does not support; ``options`` are by family.
+    """Return every combination as a case, and a line for each that a family does not support.
 
-    An InputError for an unknown name, a value out of range, or when no case is left.
+    ``options`` are by family. InputError: unknown name, value out of range, or no case.
 
     >>> families = ["depth", "semi_structured"]
     >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
@@ -115,14 +117,14 @@ def settings_of(
                 pruned = prune(dense, family, fraction, **options.get(family, {}))
                 cases.append(Case(family, fraction, phase, b, s, dense, pruned))
             except InputError as error:
-                notes[f"left out: {family} at {fraction:g} in {phase}: {error}"] = None
+                notes[f"excluded: {family} at {fraction:g} in {phase}: {error}"] = None
     if not cases:
-        raise InputError(next(iter(notes)).removeprefix("left out: ") if notes else "nothing to compare")
+        raise InputError(next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare")
     return cases, list(notes)
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """A model cut to its first layers, where memory or time is short; itself when none are named.
+    """Return the first ``layers`` layers of a model, for little memory or time; the whole model if ``layers`` is None.
 
     >>> fewer_layers(load_model("llama-3.1-8b"), 4).layers
     4
@@ -130,12 +132,12 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
     if layers is None:
         return config
     if not 1 <= layers <= config.layers:
-        raise InputError(f"--layers {layers}: {config.name} has 1 to {config.layers}")
+        raise InputError(f"--layers: expected 1 to {config.layers} for {config.name}, got {layers}")
     return replace(config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers])
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
-    """The predicted speedup of a case; NaN times and speedup where it cannot run."""
+    """Return the predicted speedup of a case; NaN times and speedup if the device cannot run it."""
     try:
         return speedup(case.dense, case.pruned, hw)
     except InputError:
@@ -153,16 +155,16 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
 
 
 def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """The profile to predict a device with: the one named, else that of the folder, else the shipped one of its kind.
+    """Return the profile for predictions of a device: the named one, else the folder's, else the shipped one.
 
-    A device of none of these gets facts measured on the spot, which the folder keeps, and default constants: its
-    predictions are uncalibrated.
+    For other devices, the facts are measured and kept in the folder; constants are defaults, so predictions are
+    uncalibrated.
     """
     path = check_folder(folder)
     kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
     if hardware or kept:
         profile = load_hardware(hardware or kept or "")
-        profile.rate(dtype)  # refuses a number format it has not
+        profile.rate(dtype)  # raises for an unsupported number format
         return profile
     if device.name == "cpu" and "cpu" in list_hardware():
         return base_profile(device, dtype, "cpu")

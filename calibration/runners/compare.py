@@ -1,9 +1,9 @@
-"""A decoder really executed, dense and pruned by every family, beside what is predicted for it.
+"""Execute a decoder, dense and pruned by every family, and compare its times with predictions.
 
-:func:`compare` times each pruned decoder in turns with the dense one, so that a machine that slows down slows both, and
-keeps every result in a run folder. :func:`rows_of` puts predictions and bounds beside its records, :func:`summary` and
-:func:`by_phase` say how well they agree, :func:`repeatability` how well the machine agrees with itself.
-:mod:`calibration.runners.decoder` and torch are imported only when a decoder is run.
+:func:`compare` times each pruned decoder in alternation with the dense decoder, so that a slower machine slows both,
+and keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records. :func:`summary` and
+:func:`by_phase` report the agreement, :func:`repeatability` the scatter of repeated measurements.
+:mod:`calibration.runners.decoder` and torch are imported only to run a decoder.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from simulator.models.config import ModelConfig
 
 STORE = "decoder.jsonl"
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
-"""The engine of what is run here: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
+"""The engine of this decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
 
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
-"""Number formats a decoder runs in."""
+"""Number formats of the decoder."""
 
 
 def as_executed(device: str) -> dict[str, dict[str, Any]]:
-    """Options of families for what the decoder runs: kernels that skip tiles on a GPU with Triton, gathers in torch.
+    """Return the options of families as the decoder runs them: kernels that skip tiles with Triton, else gathers.
 
     >>> as_executed("cpu")
     {'dynamic_depth': {'kernel': 'gathered'}, 'dynamic_width': {'kernel': 'looped'}}
@@ -51,12 +51,12 @@ def as_executed(device: str) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What :func:`compare` did."""
+class ComparedCases:
+    """Result of :func:`compare`."""
 
-    records: tuple[dict[str, Any], ...]  # of the cases, in the folder
-    left: int  # cases not reached in the time
-    notes: tuple[str, ...]  # why others have no time
+    records: tuple[dict[str, Any], ...]  # records of the cases in the folder
+    left: int  # number of cases that were not reached in time
+    notes: tuple[str, ...]  # reasons of cases without a time
     stopped: str = ""
 
 
@@ -71,20 +71,19 @@ def compare(
     runtime: str = "",
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
-) -> Compared:
-    """Run and time a decoder in every case, into a run folder, new or begun by an earlier run of the same device.
+) -> ComparedCases:
+    """Run and time a decoder in every case, into a new run folder or the folder of an earlier run of the same device.
 
-    The device is open, and left open; the cases were lowered from ``config`` and share the budget equally: those that
-    time is too short for are left for the next run. ``runtime`` ("cuda_graph" or "eager") is how decode steps are
-    launched: from a graph, where device and family can, if left out. ``seed`` is that of the weights and of the order
-    of the cases. An InputError for a budget of zero, a device without torch, a number format or a model the decoder
-    cannot run, a folder of another device.
+    The open device stays open. The cases were lowered from ``config`` and share the budget equally; the next run
+    measures the cases that remain. ``runtime`` ("cuda_graph" or "eager") is how decode steps are launched (default: a
+    graph if device and family support it). ``seed`` determines the weights and the order of the cases. InputError: a
+    budget of zero, a device without torch, an unsupported number format or model, or a folder of another device.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
-        raise InputError(f"--dtype {dtype}: a decoder on {device.name} runs in {known}")
+        raise InputError(f"--dtype: expected one of {known} for a decoder on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
-        raise InputError(f"device {device.name!r}: a decoder needs one that runs torch: cpu or cuda")
+        raise InputError(f"device: expected cpu or cuda, which run a decoder in torch, got {device.name!r}")
     from calibration.runners.decoder.model import check_model
     from calibration.runners.decoder.timing import Executor
 
@@ -100,11 +99,11 @@ def compare(
         executor = Executor(device, config, dtype, runtime, seed) if todo else None
         for name, case in todo:
             spent = device.clock() - start
-            if interrupt.asked or spent >= budget_s:
-                stopped = "interrupted" if interrupt.asked else "budget"
+            if interrupt.requested or spent >= budget_s:
+                stopped = "interrupted" if interrupt.requested else "budget"
                 break
             assert executor is not None
-            # building a pruned decoder takes its share too: what a case does not use goes to those after it
+            # the share of a case includes making its decoder; later cases get the unused time
             record = executor.record(case, (budget_s - spent) / left)
             store.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
             left -= 1
@@ -119,7 +118,7 @@ def compare(
         for r in found.values()
         if r["status"] != OK
     )
-    return Compared(tuple(found.values()), left, tuple(notes), stopped)
+    return ComparedCases(tuple(found.values()), left, tuple(notes), stopped)
 
 
 def name_of(case: Case, dtype: str) -> str:
@@ -131,18 +130,19 @@ def name_of(case: Case, dtype: str) -> str:
 
 
 def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
-    """Pruned decoders in random order, so that drift falls on none in particular; cases of one stay together."""
-    kinds = list(dict.fromkeys((case.family, case.sparsity) for case in cases.values()))
-    turn = {kinds[i]: place for place, i in enumerate(np.random.default_rng(seed).permutation(len(kinds)))}
-    return sorted(cases.items(), key=lambda item: turn[item[1].family, item[1].sparsity])
+    """Return the pruned decoders in random order, to spread drift; the cases of one decoder stay together."""
+    decoders = list(dict.fromkeys((case.family, case.sparsity) for case in cases.values()))
+    order = np.random.default_rng(seed).permutation(len(decoders))
+    rank = {decoders[i]: position for position, i in enumerate(order)}
+    return sorted(cases.items(), key=lambda item: rank[item[1].family, item[1].sparsity])
 
 
 @dataclass(frozen=True)
-class Row(CaseRow):
-    """One comparison; the order of fields is that of columns. Times are of a forward pass.
+class ComparedSpeedup(CaseRow):
+    """One comparison, in the order of the columns. Times are of a forward pass.
 
-    ``measured`` is the median ratio of passes taken in turns; ``measured_lower`` and ``measured_upper`` enclose it (95
-    %), or are the smallest and largest ratio where they are too few for an interval.
+    ``measured`` is the median ratio of alternating passes; ``measured_lower`` and ``measured_upper`` are its 95 %
+    interval, or the smallest and largest ratio if there are too few for an interval.
     """
 
     runtime: str
@@ -156,11 +156,11 @@ class Row(CaseRow):
     predicted: float
     predicted_lower: float
     predicted_upper: float
-    error: float  # predicted over measured, less 1
+    error: float  # predicted / measured - 1
     flop_bound: float
     byte_bound: float
     roofline_bound: float
-    measured_bound: float  # NaN where there is none
+    measured_bound: float  # NaN if there is none
 
 
 def rows_of(
@@ -171,12 +171,12 @@ def rows_of(
     device: str = "",
     dtype: str = "bf16",
     measured_bounds: Sequence[float] = (),
-) -> list[Row]:
-    """Comparisons of the cases, in their order, that have a time among the records and that the profile can predict.
+) -> list[ComparedSpeedup]:
+    """Return comparisons of the cases, in their order, that have a measured time and a prediction.
 
-    A pass launched from a graph, a prefill, and any pass on a CPU (whose operators' times hold their launches) are
-    predicted as the sum of their operators; a decode step launched one by one on a GPU in eager mode.
-    ``measured_bounds``: the measured upper bound of each case, NaN where it has none.
+    A prefill, a pass from a graph, and any pass on a CPU (whose operator times include launches) are predicted as the
+    sum of their operators; a decode step with single launches on a GPU is predicted in eager mode. ``measured_bounds``
+    is the measured upper bound of each case, or NaN.
     """
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
@@ -193,23 +193,34 @@ def rows_of(
         measured, low, high = median_interval(ratio.tolist())
         if not math.isfinite(high):
             low, high = float(ratio.min()), float(ratio.max())
-        columns: dict[str, Any] = {"device": device, "dtype": dtype, "runtime": str(record["runtime"])}
-        columns |= {"dense_s": float(np.median(dense_s)), "pruned_s": float(np.median(pruned_s))}
-        columns |= {"measured": measured, "measured_lower": low, "measured_upper": high, "measured_bound": bound}
-        columns |= {"predicted_dense_s": s.dense_s, "predicted_pruned_s": s.pruned_s, "error": s.speedup / measured - 1}
-        out.append(Row(**case.columns(hw, s), **columns))
+        row = ComparedSpeedup(
+            **case.columns(hw, s),
+            device=device,
+            dtype=dtype,
+            runtime=str(record["runtime"]),
+            dense_s=float(np.median(dense_s)),
+            pruned_s=float(np.median(pruned_s)),
+            measured=measured,
+            measured_lower=low,
+            measured_upper=high,
+            measured_bound=bound,
+            predicted_dense_s=s.dense_s,
+            predicted_pruned_s=s.pruned_s,
+            error=s.speedup / measured - 1,
+        )
+        out.append(row)
     return out
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """How well predicted and measured speedups agree; an InputError when there is no row.
+def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
+    """Return the agreement of predicted and measured speedups; InputError if there is no row.
 
-    "count", "spearman", :func:`~calibration.validation.scores.errors` ("median", "p95") with the median of predicted
-    over measured, less 1, as "bias", the share "inside" their predicted interval, and the median error of the dense
-    times themselves ("dense_time").
+    Keys: "count", "spearman", those of :func:`~calibration.validation.scores.errors` ("median", "p95"), "bias" (median
+    of predicted / measured - 1), "inside" (coverage of the predicted intervals) and "dense_time" (median error of the
+    dense times).
     """
     if not rows:
-        raise InputError("nothing was measured that could be compared")
+        raise InputError("comparison: expected at least one measured case, got none")
     names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
     predicted, measured, low, high, dense, dense_s = (np.array([getattr(r, name) for r in rows]) for name in names)
     found = {"count": len(rows), "spearman": spearman(predicted, measured), **errors(predicted, measured)}
@@ -217,17 +228,17 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
 
 
-def by_phase(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """The same for each phase, and for ``"all"`` of them where there are several."""
+def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
+    """Return the :func:`summary` of each phase, and of ``"all"`` phases if there are several."""
     phases = list(dict.fromkeys(r.phase for r in rows))
     out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
     return {**out, "all": summary(rows)} if len(phases) > 1 else out
 
 
 def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """How far a speedup differs when measured again: median |ratio of the medians of the two halves of its passes - 1|.
+    """Return the scatter of a repeated speedup: median |ratio of the medians of two halves of its passes - 1|.
 
-    NaN where nothing has six passes or more.
+    NaN if no case has six passes.
 
     >>> repeatability([{"status": "ok", "dense_s": [2, 2, 2, 2.2, 2.2, 2.2], "pruned_s": [1] * 6}])
     0.1

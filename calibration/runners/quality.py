@@ -1,9 +1,8 @@
-"""What pruning costs in quality: perplexity of a real causal language model under every family, without fine-tuning.
+"""Quality of a pruned language model: its perplexity, and the KL divergence of its predictions from the dense model's.
 
-Use :func:`measure_quality`. Each window of text is a prompt and its continuation; the perplexity is that of the
-continuation, so that methods that drop prompt tokens or cached positions share the axis with those that change weights.
-Criteria see calibration text only, which is disjoint from the evaluation text. Every finished point is on disk before
-the next one begins, and a rerun goes on from there.
+Use :func:`score` for any two models that give logits, so also for the layers of one model in turn.
+:func:`measure_quality` scores a Hugging Face model pruned by families, without fine-tuning, or next to a pruned
+checkpoint of it.
 """
 
 from __future__ import annotations
@@ -11,61 +10,196 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from calibration.runners.decoder.model import Decoder
-from calibration.runners.decoder.run import token_losses
-from calibration.runners.quality_load import load_decoder
-from calibration.runners.quality_methods import METHODS, apply, calibrate
-from calibration.runners.quality_results import Results
+from calibration.runners.decoder.families import STATIC, prune_decoder
+from calibration.runners.decoder.model import Decoder, Tensor, from_weights
+from calibration.runners.decoder.run import window_logits
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
-from simulator.files.write import check_target, write_whole
-from simulator.models.library import list_models, load_model
-from simulator.predict.quality import QualityRow, QualityTable, table_text
+from simulator.predict.quality import QualityRow
 from simulator.predict.scenario import one_of
 
-DENSE = "dense"
+Logits = Callable[[Tensor], Tensor]
+"""From the tokens (n,) of a window to the logits (n, vocabulary) after each of them."""
+
+FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
+"""Families that change weights, except 2:4, which needs a GPU; the others need a trained router or predictor."""
+
+MATCH_TOLERANCE = 2e-3
+"""Relative difference of a loss from that of the model's own code; a larger one means another architecture."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured: windows that are scored, windows that criteria are computed on, methods, fractions removed."""
+class Score:
+    """Quality of a pruned model on the windows that both models read, and what was removed."""
 
-    windows: int = 8
-    calibration: int = 8
-    length: int = 1024  # tokens of a window; the first half is the prompt, the second half is scored
-    methods: tuple[str, ...] = ()  # names in METHODS; empty for all
-    fractions: tuple[float, ...] = ()  # empty for those of each method
+    dense_perplexity: float
+    perplexity: float
+    kl_nats: float  # mean over tokens of KL(dense || pruned)
+    family: str = ""
+    sparsity: float = math.nan
+    realised_sparsity: float = math.nan  # share of the weights of all projections that is gone; NaN for a checkpoint
 
-    def __post_init__(self) -> None:
-        for name, least in (("windows", 1), ("calibration", 1), ("length", 64)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)}: expected a whole number from {least} up")
-        for name in self.methods:
-            one_of("method", name, list(METHODS))
-        for fraction in self.fractions:
-            if not 0.0 < fraction < 1.0:
-                raise InputError(f"sparsity {fraction:g}: expected a fraction in (0, 1), such as 0.25")
+    def row(self, model: str, protocol: str, source: str) -> QualityRow:
+        """The row of a quality table."""
+        return QualityRow(
+            method="checkpoint" if math.isnan(self.realised_sparsity) else "largest weights",
+            family=self.family,
+            model=model,
+            sparsity=self.sparsity,
+            metric="perplexity",
+            higher_is_better=False,
+            dense=self.dense_perplexity,
+            pruned=self.perplexity,
+            protocol=protocol,
+            source=source,
+            note=f"KL divergence {self.kl_nats:.4g} nats per token",
+        )
 
-    def points(self) -> list[tuple[str, float]]:
-        """Every method with its fractions; 2:4 has only one."""
-        return [
-            (name, fraction)
-            for name in self.methods or METHODS
-            for fraction in (METHODS[name].family != "semi_structured" and self.fractions) or METHODS[name].fractions
-        ]
+
+def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
+    """Score one model against another on windows of tokens; every token after the first of a window counts.
+
+    >>> like = lambda ids: F.one_hot(ids, 4).float()
+    >>> score(like, like, [torch.arange(4)]).kl_nats
+    0.0
+    """
+    losses, divergences = [], []
+    for ids in windows:
+        before, after = (F.log_softmax(logits(ids)[:-1].float(), -1) for logits in (dense, pruned))
+        losses.append([float(F.nll_loss(log, ids[1:])) for log in (before, after)])
+        divergences.append(float(F.kl_div(after, before, log_target=True, reduction="batchmean")))
+    dense_perplexity, perplexity = torch.tensor(losses, dtype=torch.float64).mean(0).clamp(max=700.0).exp().tolist()
+    return Score(dense_perplexity, perplexity, sum(divergences) / len(divergences))
+
+
+def measure_quality(
+    model: str | Path, windows: Sequence[Tensor], cases: Sequence[tuple[str, float]], pruned: str | Path | None = None
+) -> Iterator[Score]:
+    """Score a model of a Hugging Face folder pruned in every case of family and fraction, one after the other.
+
+    The smallest weights are removed (of depth: the last layers but one), as :func:`prune_decoder` does by default. With
+    ``pruned``, the folder of a pruned checkpoint, the only case states what was removed from it.
+    """
+    for family, sparsity in cases:
+        one_of("family", family, FAMILIES)
+        if not 0.0 < sparsity < 1.0:
+            raise InputError(f"sparsity {sparsity:g}: expected a fraction in (0, 1), such as 0.25")
+    own = load_model(model)
+    if pruned is not None:
+        ((family, sparsity),) = cases
+        found = score(logits_of(own), logits_of(load_model(pruned)), windows)
+        yield replace(found, family=family, sparsity=sparsity)
+        return
+    decoder = decoder_of(own, Path(model).name)
+    for family, sparsity in cases:
+        changed = prune_decoder(decoder, family, sparsity)
+        found = score(partial(window_logits, decoder), partial(window_logits, changed), windows)
+        gone = 1.0 - _weights(changed) / _weights(decoder)
+        yield replace(found, family=family, sparsity=sparsity, realised_sparsity=gone)
+
+
+def _weights(decoder: Decoder) -> int:
+    """Weights of the projections that are not zero."""
+    return sum(int(factor.count_nonzero()) for _, _, p in decoder.projections() for factor in p.factors)
+
+
+def load_model(folder: str | Path) -> Any:
+    """Return the model of a Hugging Face folder in float32, by the package transformers; nothing is downloaded and no
+    code of the folder runs."""
+    return _from_folder("AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def load_windows(folder: str | Path, text: str, windows: int, length: int) -> list[Tensor]:
+    """Return windows of a text as tokens of the model in a folder, evenly spread over it.
+
+    Raises
+    ------
+    InputError
+        If a window has fewer than two tokens or the text is too short.
+    """
+    if windows < 1 or length < 2:
+        raise InputError(f"expected at least 1 window of 2 tokens, got {windows} of {length}")
+    tokenizer = _from_folder("AutoTokenizer", folder)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    room = len(ids) - length
+    if room < (windows - 1) * length:
+        raise InputError(f"text of {len(ids)} tokens: too short; expected at least {windows * length}")
+    starts = [room * i // max(windows - 1, 1) for i in range(windows)]
+    return [ids[start : start + length] for start in starts]
+
+
+def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
+    """A class of transformers, loaded from a local folder."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"reading a model needs the package transformers: {error}") from None
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: expected a Hugging Face folder")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        safe = {"trust_remote_code": False, "local_files_only": True}
+        return getattr(transformers, what).from_pretrained(folder, **safe, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: cannot be read as a causal language model: {reason}") from None
+
+
+def logits_of(model: Any) -> Logits:
+    """Logits of a transformers model by its own code."""
+
+    def logits(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(ids[None]).logits[0]
+
+    return logits
+
+
+def decoder_of(model: Any, name: str) -> Decoder:
+    """Return the decoder with the weights of a transformers model.
+
+    Raises
+    ------
+    InputError
+        If the model is not a plain Llama-style decoder: it lacks a weight, or its own code gives another loss.
+    """
+    try:
+        config, rotary = model.config, model.model.rotary_emb
+        decoder = from_weights(
+            name,
+            model.state_dict(),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            epsilon=config.rms_norm_eps,
+            rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+            frequencies=rotary.inv_freq.detach().float(),
+        )
+    except (AttributeError, InputError) as error:
+        what = "a Llama-style decoder (RMS norms, rotary positions, gated MLP)"
+        raise InputError(f"{name}: expected {what}: {error}") from None
+    ids = torch.arange(7, 7 + 64) % len(decoder.embedding)
+    theirs, ours = (
+        float(F.cross_entropy(logits(ids)[:-1].float(), ids[1:]))
+        for logits in (logits_of(model), partial(window_logits, decoder))
+    )
+    if not abs(ours - theirs) <= MATCH_TOLERANCE * max(theirs, 1.0):
+        found = f"its own code gives a loss of {theirs:.4f}, this pass {ours:.4f}"
+        raise InputError(f"{name}: expected a plain Llama-style decoder: {found}")
+    return decoder
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Text to measure on, and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships.
-
-    Paragraphs that occur twice are kept once, so that no text is in both halves.
+    """A text and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships.
 
     >>> text, name = read_text()
     >>> len(text) > 100_000, name.startswith("pydoc topics")
@@ -74,126 +208,11 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
     if path is None:
         from pydoc_data.topics import topics
 
+        text = "\n\n".join(topics[key] for key in sorted(topics))
         name = f"pydoc topics of Python {platform.python_version()}"
-        raw = "\n\n".join(topics[key] for key in sorted(topics))
     else:
         try:
-            raw, name = read_bounded(path).decode("utf-8"), Path(path).name
+            text, name = read_bounded(path).decode("utf-8"), Path(path).name
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    paragraphs = dict.fromkeys(p.strip("\n") for p in raw.split("\n\n") if p.strip())
-    text = "\n\n".join(paragraphs)
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
-
-
-def split_windows(ids: Tensor, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
-    """Calibration windows from the first half of a text, evaluation windows from the second, evenly spread.
-
-    >>> calibration, evaluation = split_windows(torch.arange(1000), Plan(windows=2, calibration=3, length=100))
-    >>> [int(w[0]) for w in calibration], [int(w[0]) for w in evaluation]
-    ([0, 200, 400], [500, 900])
-    """
-    half = len(ids) // 2
-
-    def spread(begin: int, end: int, many: int) -> list[Tensor]:
-        room = end - begin - plan.length
-        if room < (many - 1) * plan.length:
-            need = 2 * max(plan.windows, plan.calibration) * plan.length
-            raise InputError(f"text of {len(ids)} tokens: too short; expected at least {need} for these windows")
-        starts = [begin + (room * i // (many - 1) if many > 1 else 0) for i in range(many)]
-        return [ids[s : s + plan.length] for s in starts]
-
-    return spread(0, half, plan.calibration), spread(half, len(ids), plan.windows)
-
-
-def measure_quality(
-    model: str | Path,
-    out: str | Path,
-    plan: Plan | None = None,
-    text: str | Path | None = None,
-    *,
-    name: str = "",
-    threads: int = 0,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> QualityTable:
-    """Measure a model and write its quality table (CSV); an InputError where :func:`load_decoder` or :func:`read_text`
-    cannot read.
-
-    Finished points are kept beside the table until it is complete, and a rerun with the same settings goes on; points
-    that were measured in another way are refused. ``name`` is the model's in the table: if left out, that of the
-    shipped configuration of the same shape, else the file's. ``progress`` is called with windows done, windows in all,
-    and what is running.
-    """
-    plan = plan or Plan()
-    target = check_target(out)
-    words, text_name = read_text(text)
-    decoder, tokenizer, digest = load_decoder(model, threads)
-    ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
-    calibration, evaluation = split_windows(ids, plan)
-    start, points = plan.length // 2, plan.points()
-    settings = {"windows": plan.windows, "calibration": plan.calibration, "length": plan.length}
-    partial = target.with_name(target.name + ".partial.jsonl")
-    total = len(calibration) + (1 + len(points)) * len(evaluation)
-    done = 0
-
-    def step(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, what)
-
-    seen = None
-    with Results(partial, {"model": digest, "text": text_name, **settings}) as results:
-        for method, fraction in [(DENSE, 0.0), *points]:
-            if (method, fraction) in results.points:
-                done += len(evaluation)
-                continue
-            changed, realised = decoder, 0.0
-            if method != DENSE:
-                seen = seen or calibrate(decoder, calibration, step)
-                changed, realised = apply(method, decoder, fraction, seen)
-            losses = []
-            for window in evaluation:
-                losses.append(float(token_losses(changed, window, start).mean()))
-                step(f"{method} {100 * fraction:g} %" if fraction else method)
-            results.add(method, fraction, realised, losses)
-    protocol = (
-        f"tokens {start}-{plan.length} of {plan.windows} windows, {text_name}, "
-        f"calibrated on {plan.calibration} other windows, no fine-tuning"
-    )
-    label, source = name or known_name(decoder), f"measured by prunesim quality on {decoder.name} ({digest})"
-    dense, rows = results.points[DENSE, 0.0]["losses"], []
-    for method, fraction in points:
-        point, family = results.points[method, fraction], METHODS[method].family
-        perplexities = _perplexity(dense), _perplexity(point["losses"])
-        error = f"standard error of the loss {_standard_error(dense, point['losses']):.4f}"
-        note = f"realised {point['realised']:.4f}; {error}"
-        what = method, family, label, fraction, "perplexity", False
-        rows.append(QualityRow(*what, *perplexities, protocol, source, note=note))
-    write_whole(target, table_text(rows).encode())
-    partial.unlink(missing_ok=True)
-    return QualityTable(tuple(rows), str(target))
-
-
-def _standard_error(dense: Sequence[float], pruned: Sequence[float]) -> float:
-    """Of the ratio of two perplexities, from the losses of the windows."""
-    difference = [p - d for p, d in zip(pruned, dense, strict=True)]
-    mean = sum(difference) / len(difference)
-    spread = math.sqrt(sum((d - mean) ** 2 for d in difference) / max(len(difference) - 1, 1) / len(difference))
-    return math.exp(mean) * spread
-
-
-def _perplexity(losses: Sequence[float]) -> float:
-    return math.exp(min(sum(losses) / len(losses), 700.0))
-
-
-def known_name(decoder: Decoder) -> str:
-    """The shipped model configuration with the decoder's shape, or the file's name."""
-    attention, mlp = decoder.layers[0].attention, decoder.layers[0].mlp
-    assert attention is not None
-    assert mlp is not None
-    shape = (decoder.hidden, len(decoder.layers), attention.heads, attention.kv_heads, len(mlp.up.weight))
-    for name in list_models():
-        c = load_model(name)
-        if (*shape, len(decoder.embedding)) == (c.hidden, c.layers, c.heads, c.kv_heads, c.inner, c.vocab):
-            return name
-    return decoder.name

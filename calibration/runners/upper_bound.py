@@ -1,9 +1,9 @@
-"""The measured upper bound of pruning: GEMMs and attention timed at a model's dense and pruned shapes, nothing else.
+"""Measured upper bound of pruning: times of GEMMs and attention at a model's dense and pruned shapes.
 
-``measured_bound`` is the time of a model's dense GEMMs and attention over the time of plain dense kernels at the pruned
-model's shapes, on the device: what silicon grants at best, with no sparse kernel, no router, no gather. Use
-:func:`measure_bounds` to time those of some cases (:func:`calibration.runners.cases.settings_of`) into a run folder,
-:func:`bounds` to read them from records.
+``measured_bound`` is the time of the dense model's GEMMs and attention over the time of dense kernels at the pruned
+shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers. Use :func:`measure_bounds`
+to time some cases (:func:`calibration.runners.cases.settings_of`) into a run folder, and :func:`bounds` to compute
+bounds from records.
 """
 
 from __future__ import annotations
@@ -17,69 +17,66 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device, Operator
-from calibration.measure.plan import Plan, Rates, in_order
+from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.probe import default_visits
 from calibration.measure.timing import Protocol
-from calibration.records.exact import without_exact
-from calibration.records.lines import content_records
+from calibration.records.exact_shapes import without_exact
 from calibration.records.store import read_store
-from calibration.records.table import OPERATORS, Records
+from calibration.records.stored_timings import content_records
+from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import Measured, begin, measure_plan
 from calibration.validation.scores import errors
 from simulator.arrays import FloatArray
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm import gemm_time
+from simulator.cost import attention
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.error_model import OperatorTimes
+from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Kind, Workload
 
 ALIGN = 16
-"""Features that zeros without structure leave are rounded to a multiple of this, as the families with structure do."""
+"""Features that remain after unstructured pruning are rounded to a multiple of this, as in structured families."""
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
     "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
 }
-"""Plain kernels, and what makes a shape of each."""
+"""Plain kernels and the dimensions of their shapes."""
 HOT = ("attention_prefill",)
-"""Kernels whose operands are still in the cache, since the one before wrote them; weights and caches come from
-memory."""
+"""Kernels whose operands are in the cache, since the previous kernel wrote them; weights and K/V caches are not."""
 
 Shape = tuple[str, tuple[int, ...]]
-"""A plain kernel, one of :data:`DIMENSIONS`, and its sizes."""
+"""A plain kernel of :data:`DIMENSIONS`, and its sizes."""
 
 
 @dataclass(frozen=True)
 class Bound(CaseRow):
-    """The measured upper bound of a case beside the others and the prediction; fields are in the order of columns."""
+    """Measured upper bound of a case, other bounds and the prediction, in the order of the columns."""
 
     dense_kernels_s: float  # GEMMs and attention
     pruned_kernels_s: float
-    measured_bound: float  # NaN where shapes have no time
-    lower: float  # encloses it with `upper` as far as the spread of its samples goes (95 %)
+    measured_bound: float  # NaN if shapes have no time
+    lower: float  # 95 % interval of the measured bound, from the scatter of its samples
     upper: float
-    predicted_bound: float  # the profile's ratio for the same plain kernels, from its exact shapes where it has them
-    model_bound: float  # that of its model alone
+    predicted_bound: float  # ratio predicted for the same plain kernels, from measured shapes if the profile has them
+    model_bound: float  # the same ratio from the cost model alone
     flop_bound: float
     byte_bound: float
     roofline_bound: float
-    predicted: float  # the whole pass, what pruning adds included
+    predicted: float  # speedup of the whole pass, including work that pruning adds
     predicted_lower: float
     predicted_upper: float
     efficiency: float
-    kernel_share: float  # of the predicted dense pass
+    kernel_share: float  # share of the plain kernels in the predicted dense pass
     missing: int  # shapes without a time
 
 
 def plain_kernels(w: Workload) -> dict[Shape, float]:
-    """A workload's GEMMs and attention as plain dense kernels: how often each shape runs.
+    """Return a workload's GEMMs and attention as plain dense kernels: the count of each shape.
 
-    What pruning adds is left out. Where a kernel computes with zeros in its weights (2:4, or without structure) the
-    bound is a dense GEMM over as many input features as there are weights left, in multiples of :data:`ALIGN`. Where
-    attention skips blocks, a decode is that over as many keys as are left; a prompt's queries need their keys, so it
-    counts as so much less of a dense one. A sliding window is a share of what is computed too. Routed experts and
-    latent attention have no plain kernel and count in neither model.
+    Work that pruning adds is excluded. A GEMM with zeros in its weights (2:4 or unstructured) becomes a dense GEMM with
+    as many input features as weights remain, in multiples of :data:`ALIGN`. A decode that skips blocks becomes a decode
+    with the remaining keys. A prefill that skips blocks, or has a sliding window, becomes a share of a dense prefill,
+    because its queries need all keys. Routed experts and latent attention have no plain kernel and are excluded.
 
     >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
     >>> plain_kernels(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
@@ -104,7 +101,7 @@ def plain_kernels(w: Workload) -> dict[Shape, float]:
 
 
 def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) -> Iterator[tuple[Shape, float]]:
-    """Shapes of a kernel, each once, from the columns of a workload, some changed, and how often each runs."""
+    """Yield each shape of a kernel once, with its count, from the columns of a workload and the changed columns."""
     sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
     shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
     found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
@@ -113,7 +110,7 @@ def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) 
 
 
 def operator_of(shape: Shape, dtype: str) -> Operator:
-    """What is timed for a shape.
+    """Return the operator that times a shape.
 
     >>> operator_of(("attention_decode", (2, 128, 8, 2, 64)), "bf16").key
     'attention_decode bf16 cold batch=2 q_len=1 kv_len=128 heads=8 kv_heads=2 head_dim=64'
@@ -126,8 +123,10 @@ def operator_of(shape: Shape, dtype: str) -> Operator:
 
 
 def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
-    """Every shape the bounds of some cases need, once, case after case in random order: where time runs out some cases
-    are whole, rather than all in part."""
+    """Return every shape of some cases once, case by case in random order.
+
+    If the time runs out, some cases are complete; otherwise all cases would be incomplete.
+    """
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
@@ -145,39 +144,39 @@ def measure_bounds(
     dtype: str = "bf16",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Time the plain kernels of some cases into a run folder, new or begun by an earlier run of the same device.
+    """Time the plain kernels of some cases into a new run folder or the folder of an earlier run of the same device.
 
-    The budget is shared among the shapes: the more there are the less time each gets; what does not fit is left for the
-    next run. The other arguments, and what is refused, are as for :func:`calibration.runners.runs.measure_into`.
+    The shapes share the budget; the next run measures the shapes that remain. See
+    :func:`calibration.runners.runs.measure_into` for the other arguments and errors.
     """
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
-    def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[Plan, Protocol]:
+    def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[MeasurementPlan, Protocol]:
         left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
         limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
         protocol = replace(protocol, time_limit_s=limit)
         operators = [operator_of(shape, dtype) for shape in shapes]
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
-        say(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
+        note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
 
 
 def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
-    """Time limit a shape that lets all fit: at most twice the protocol's own, at least what makes a few samples.
+    """Return the time limit per shape: at most twice the protocol's limit, at least enough for a few samples.
 
-    A third of the time is left for anchors, and for what is repeated because other processes held the machine.
+    A third of the time is reserved for drift checks and for repeats after disturbances by other processes.
     """
     each = 0.65 * budget_s / max(shapes, 1) - rates.setup_s
     return min(max(each, 0.05), 2.0 * longest_s)
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
-    """Time and relative half width (95 %) of the plain kernels of a table, by shape; the median of repeats."""
+    """Return time and relative half-width (95 %) of the plain kernels of a table, by shape; the median of repeats."""
     usable = records.timed & (records.labels() == dtype) & (records.window == 0) & (records.density == 1.0)
     out: dict[Shape, tuple[float, float]] = {}
     for kind, names in DIMENSIONS.items():
@@ -195,10 +194,10 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
-    """Measured bounds of cases, in their order, beside the datasheet's and a profile's prediction of the whole pass.
+    """Return the measured bounds of cases, in their order, with other bounds and predictions of the whole pass.
 
-    A case of which ``records`` lacks some kernels has no measured bound; one that the profile cannot predict
-    (2:4 without sparse tensor cores) has NaN predictions.
+    A case has no measured bound if ``records`` lacks some of its kernels. Predictions are NaN if the profile cannot
+    predict the case (2:4 without sparse tensor cores).
     """
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
@@ -206,28 +205,39 @@ def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtyp
     for case in cases:
         s = predicted_speedup(case, hw)
         pair = case.dense, case.pruned
-        (dense_s, dense_half, lacking), (pruned_s, pruned_half, lacking_too) = (_total(w, times) for w in pair)
+        dense_s, dense_half, dense_missing = _total(case.dense, times)
+        pruned_s, pruned_half, pruned_missing = _total(case.pruned, times)
         ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
         plain, model = ([_predicted(w, profile, dtype) for w in pair] for profile in (hw, alone))
-        columns: dict[str, Any] = {"device": device, "dtype": dtype, "missing": lacking + lacking_too}
-        columns |= {"dense_kernels_s": dense_s, "pruned_kernels_s": pruned_s, "kernel_share": plain[0] / s.dense_s}
-        columns |= {"measured_bound": ratio, "lower": ratio * math.exp(-half), "upper": ratio * math.exp(half)}
-        columns |= {"predicted_bound": plain[0] / plain[1], "model_bound": model[0] / model[1]}
-        efficiency = (s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan
-        out.append(Bound(**case.columns(hw, s), **columns, efficiency=efficiency))
+        bound = Bound(
+            **case.columns(hw, s),
+            device=device,
+            dtype=dtype,
+            dense_kernels_s=dense_s,
+            pruned_kernels_s=pruned_s,
+            measured_bound=ratio,
+            lower=ratio * math.exp(-half),
+            upper=ratio * math.exp(half),
+            predicted_bound=plain[0] / plain[1],
+            model_bound=model[0] / model[1],
+            efficiency=(s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan,
+            kernel_share=plain[0] / s.dense_s,
+            missing=dense_missing + pruned_missing,
+        )
+        out.append(bound)
     return out
 
 
 def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:
-    """Measured bounds of cases from a store of records; NaN where it lacks some kernels, or there is no file."""
+    """Return the measured bounds of cases from a store; NaN if it lacks some kernels or there is no file."""
     times = kernel_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
     return [_total(case.dense, times)[0] / _total(case.pruned, times)[0] for case in cases]
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Median relative errors of the bounds from the profile (``predicted``) and from its model alone (``model``).
+    """Return median relative errors of the bounds from the profile (``predicted``) and its cost model (``model``).
 
-    Where the profile has measured the same shapes before, the first is how well the device repeats itself.
+    If the profile holds measured times of the same shapes, the first is the repeatability of the device.
     """
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
@@ -237,8 +247,8 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
-    """Time of a workload's plain kernels (NaN where some have none), its relative half width, and how many have
-    none."""
+    """Return the time of a workload's plain kernels (NaN if some have none), its relative half-width, and the number of
+    kernels without a time."""
     kernels = plain_kernels(w)
     if missing := sum(shape not in times for shape in kernels):
         return math.nan, math.nan, missing
@@ -250,13 +260,13 @@ def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[flo
 
 _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
     "gemm": gemm_time,
-    "attention_prefill": prefill_attention_time,
-    "attention_decode": decode_attention_time,
+    "attention_prefill": lambda *sizes, dtype: operator_time(attention.prefill(*sizes, dtype=dtype), sizes[-1]),
+    "attention_decode": lambda *sizes, dtype: operator_time(attention.decode(*sizes, dtype=dtype), sizes[-1]),
 }
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    """Time of a workload's plain kernels on a device, s."""
+    """Return the predicted time of a workload's plain kernels, s."""
     kernels, total = plain_kernels(w), 0.0
     for kind, time in _PREDICT.items():
         counts = np.array([count for (own, _), count in kernels.items() if own == kind])

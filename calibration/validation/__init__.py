@@ -1,1 +1,1 @@
-"""How accurate a profile is on what it did not see."""
+"""Evaluation of profiles and engines on data that their fits did not use."""

@@ -1,13 +1,14 @@
-"""Engines end to end: published times, speedups and serving runs of whole models, summed up by engine and GPU.
+"""Evaluate engines end to end: published times, speedups and serving runs of whole models, by engine and GPU.
 
-Use :func:`end_to_end` for every comparison, :func:`summaries` for a line a group; ``docs/engines.md`` holds the
-:func:`tables`. Rows of split "fit" are of sources that parameters of an engine were fitted on
-(:mod:`calibration.validation.serving`, and by hand from the few rows there are), "judge" of others; serving runs are
-judged with their model left out of the fit.
+Use :func:`end_to_end` for every comparison and :func:`summaries` for one line per group; ``docs/engines.md`` has the
+:func:`tables`. Rows of split "fit" are from sources on which engine parameters were fitted
+(:mod:`calibration.validation.serving`; by hand where rows are few), rows of split "judge" from other sources. Serving
+runs are evaluated with their model held out of the fit.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -27,7 +28,7 @@ from calibration.validation.published import (
     median_error,
 )
 from calibration.validation.report import table
-from calibration.validation.serving import LeftOut, leave_models_out
+from calibration.validation.serving import HeldOut, held_out_models
 from simulator.hardware.library import load_hardware
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ NOT_USED: Mapping[str, int] = {
     "GPU without a profile (Quadro RTX 6000, RTX 5090 kernels)": 27,
     "not a language model (SAM)": 2,
 }
-"""Rows of published end-to-end speedups that are not carried, by reason."""
+"""Published end-to-end speedups that are not in the tables, by reason."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How well a group of comparisons agrees; shares and relative errors."""
+    """Agreement of a group of comparisons: shares and relative errors."""
 
     kind: str
     engine: str
@@ -62,21 +63,20 @@ class Summary:
     rows: int
     median: float  # absolute error
     bias: float  # median error
-    inside: float
-    half: float  # median half-width of the interval
+    coverage: float
+    half_width: float  # median
 
 
 def end_to_end() -> dict[str, list[Comparison]]:
-    """Every comparison by kind, those of :data:`KINDS`."""
+    """Return every comparison by kind (:data:`KINDS`)."""
     given = [c for c in compare_speedups(given=True) if "projections" not in c.where]
     return {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
 
 
-def summaries(found: Mapping[str, Sequence[Comparison]], by_gpu: bool = True) -> list[Summary]:
-    """A line for each kind, engine, split and GPU (or for all GPUs), without rows whose pruned model ran in other
-    modelling code."""
+def summaries(comparisons: Mapping[str, Sequence[Comparison]], by_gpu: bool = True) -> list[Summary]:
+    """Return one line per kind, engine, split and GPU (or for all GPUs), without rows in custom modelling code."""
     groups: dict[tuple[str, str, str, str], list[Comparison]] = {}
-    for kind, rows in found.items():
+    for kind, rows in comparisons.items():
         for c in rows:
             if not c.own_code:
                 groups.setdefault((kind, c.engine, c.split, c.gpu if by_gpu else ""), []).append(c)
@@ -84,74 +84,81 @@ def summaries(found: Mapping[str, Sequence[Comparison]], by_gpu: bool = True) ->
 
 
 def summary(rows: Sequence[Comparison], kind: str = "", engine: str = "", gpu: str = "", split: str = "") -> Summary:
-    """The line of some comparisons."""
-    inside, half = float(np.mean([c.inside for c in rows])), median(c.half for c in rows)
-    return Summary(kind, engine, gpu, split, len(rows), median_error(rows), median(c.error for c in rows), inside, half)
+    """Return the line of some comparisons."""
+    return Summary(
+        kind=kind,
+        engine=engine,
+        gpu=gpu,
+        split=split,
+        rows=len(rows),
+        median=median_error(rows),
+        bias=median(c.error for c in rows),
+        coverage=float(np.mean([c.inside for c in rows])),
+        half_width=median(c.half_width for c in rows),
+    )
 
 
 def tables() -> list[str]:
-    """Tables of ``docs/engines.md`` in their order."""
-    found, sparse, narrow = end_to_end(), compare_gemms("2:4"), compare_gemms("narrower")
-    judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in found.items()}
-    own = [c for c in judged["given"] if c.own_code]
-    left_out = leave_models_out()
-    misses = [
-        c for c in (*found["dense"], *found["speedup"], *sparse, *narrow) if abs(c.error) > MISS and not c.own_code
-    ]
-    assumed = dict.fromkeys((c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed)
-    lists = [row for name in ("dense", "speedups", "serving") for row in published(name) if row["left_out"]]
-    counts = {why: sum(row["left_out"] == why for row in lists) for why in dict.fromkeys(r["left_out"] for r in lists)}
-    overall = [summary([c for c in rows if not c.own_code], kind) for kind, rows in judged.items() if rows]
-    measured = [c for c in judged["dense"] if load_hardware(c.gpu).section("gemm", "bf16").status != "default"]
+    """Return the tables of ``docs/engines.md`` in their order."""
+    all_rows, sparse, narrow = end_to_end(), compare_gemms("2:4"), compare_gemms("narrower")
+    evaluated = {kind: [c for c in rows if c.split == "judge"] for kind, rows in all_rows.items()}
+    common = {kind: [c for c in rows if not c.own_code] for kind, rows in all_rows.items()}
+    large = [c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS]
+    assumed = dict.fromkeys((c.source, c.assumed) for kind in ("dense", "speedup") for c in all_rows[kind] if c.assumed)
+    reasons = [row["left_out"] for name in ("dense", "speedups", "serving") for row in published(name)]
+    excluded = {**Counter(filter(None, reasons)), **NOT_USED}
+    overall = [summary([c for c in rows if not c.own_code], kind) for kind, rows in evaluated.items() if rows]
+    measured = [c for c in evaluated["dense"] if load_hardware(c.gpu).section("gemm", "bf16").status != "default"]
     overall.append(summary(measured, "measured"))
+    by_engine = summaries({k: v for k, v in all_rows.items() if k != "serve"}, by_gpu=False)
     return [
-        _summed(overall, ("kind",)),
-        _summed(summaries({k: v for k, v in found.items() if k != "serve"}, by_gpu=False), ("kind", "engine", "split")),
-        _left_out(left_out),
-        _summed(summaries({"serve": found["serve"]}), ("engine", "gpu")),
+        _summary_table(overall, ("kind",)),
+        _summary_table(by_engine, ("kind", "engine", "split")),
+        _held_out_table(held_out_models()),
+        _summary_table(summaries({"serve": all_rows["serve"]}), ("engine", "gpu")),
         _figure_2(),
-        _compared(found["dense"], _seconds),
-        _compared([c for c in found["speedup"] if not c.own_code]),
-        _compared([c for c in found["given"] if not c.own_code]),
-        _compared(own),
-        _compared(sparse),
-        _compared(narrow),
-        table(["what", "where", "error", "likely reason"], [_miss(c) for c in misses], left=(0, 1, 3)),
+        _comparison_table(all_rows["dense"], _seconds),
+        _comparison_table(common["speedup"]),
+        _comparison_table(common["given"]),
+        _comparison_table([c for c in evaluated["given"] if c.own_code]),
+        _comparison_table(sparse),
+        _comparison_table(narrow),
+        table(["what", "where", "error", "likely reason"], [_large_error(c) for c in large], left=(0, 1, 3)),
         table(["source", "assumed"], list(assumed), left=(0, 1)),
-        table(["rows", "why"], [[str(n), why] for why, n in {**counts, **NOT_USED}.items()], left=(1,)),
+        table(["rows", "why"], [[str(n), why] for why, n in excluded.items()], left=(1,)),
     ]
 
 
-def _summed(lines: Iterable[Summary], names: Sequence[str]) -> str:
+def _summary_table(lines: Iterable[Summary], names: Sequence[str]) -> str:
     order = list(KINDS)
     lines = sorted(lines, key=lambda x: [order.index(x.kind), *(getattr(x, name) for name in names)])
-    header = [*names, "rows", "median error", "bias", "inside the 90 % interval", "half-width"]
+    header = [*names, "rows", "median error", "bias", "coverage", "half-width"]
     cells = [
         [
             *(KINDS.get(getattr(line, name), getattr(line, name)) for name in names),
             str(line.rows),
             f"{100 * line.median:.1f} %",
             f"{100 * line.bias:+.1f} %",
-            f"{100 * line.inside:.0f} %",
-            f"{100 * line.half:.0f} %",
+            f"{100 * line.coverage:.0f} %",
+            f"{100 * line.half_width:.0f} %",
         ]
         for line in lines
     ]
     return table(header, cells, left=range(len(names)))
 
 
-def _left_out(lines: Sequence[LeftOut]) -> str:
-    header = ["engine", "model left out", "GPU", "format", "rows"]
+def _held_out_table(groups: Sequence[HeldOut]) -> str:
+    header = ["engine", "held-out model", "GPU", "format", "rows"]
     header += ["TPOT: median error", "bias", "request: median error"]
     cells = []
-    for engine in dict.fromkeys(x.engine for x in lines):
-        mine = [x for x in lines if x.engine == engine]
-        for x in mine:
+    for engine in dict.fromkeys(x.engine for x in groups):
+        members = [x for x in groups if x.engine == engine]
+        for x in members:
             errors = f"{100 * x.tpot_error:.1f} %", f"{100 * x.tpot_bias:+.1f} %", f"{100 * x.request_error:.1f} %"
             cells.append([engine, x.model, x.hardware, x.dtype, str(x.rows), *errors])
-        error = np.expm1(np.concatenate([x.logs for x in mine]))
-        both = f"{100 * np.median(np.abs(error)):.1f} %", f"{100 * np.median(error):+.1f} %"
-        cells.append([engine, "all", "", "", str(len(error)), *both, ""])
+        error = np.expm1(np.concatenate([x.log_ratio for x in members]))
+        overall = f"{100 * np.median(np.abs(error)):.1f} %", f"{100 * np.median(error):+.1f} %"
+        cells.append([engine, "all", "", "", str(len(error)), *overall, ""])
     return table(header, cells, left=range(4))
 
 
@@ -160,7 +167,7 @@ def _figure_2() -> str:
     return table(["phase", "part", "measured", "predicted", "error"], cells, left=(0, 1))
 
 
-def _miss(c: Comparison) -> list[str]:
+def _large_error(c: Comparison) -> list[str]:
     return [c.what, c.where, _percent(c.error), c.reason or "not known"]
 
 
@@ -176,7 +183,7 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def _compared(rows: Iterable[Comparison], text: Callable[[float], str] = _times) -> str:
+def _comparison_table(rows: Iterable[Comparison], text: Callable[[float], str] = _times) -> str:
     cells = []
     for c in rows:
         interval = f"{text(c.lower)} to {text(c.upper)}"
@@ -186,13 +193,13 @@ def _compared(rows: Iterable[Comparison], text: Callable[[float], str] = _times)
     return table(header, cells, left=(0, 1, 2, 7))
 
 
-def scatter(found: Mapping[str, Sequence[Comparison]]) -> Figure:
-    """Predicted against measured dense times and times per token, a panel an engine."""
+def scatter(comparisons: Mapping[str, Sequence[Comparison]]) -> Figure:
+    """Draw predicted against measured dense times and times per token, one panel per engine."""
     from simulator.figures.scatter import Cloud, scatter_figure
 
-    rows = [*found["dense"], *found["serve"]]
+    rows = [*comparisons["dense"], *comparisons["serve"]]
     clouds = []
     for engine in sorted({c.engine for c in rows}):
-        mine = [c for c in rows if c.engine == engine]
-        clouds.append(Cloud(engine, [c.measured for c in mine], [c.predicted for c in mine], what="times"))
+        points = [c for c in rows if c.engine == engine]
+        clouds.append(Cloud(engine, [c.measured for c in points], [c.predicted for c in points], what="times"))
     return scatter_figure(clouds)

@@ -1,29 +1,30 @@
-"""The taxonomy paper's bench (arXiv 2606.09080), predicted: its table, its equivalences, where time goes, its kernels.
+"""Predict the benchmark of the taxonomy paper (arXiv 2606.09080): its table, equal depths, time by part, its kernels.
 
-Use :func:`table_2` for speedups of families beside the published ones, :func:`equal_depths`, :func:`figure_2`,
-:func:`outside_gemms` and :func:`kernel_charts` for the rest. The published numbers are those of
-``calibration/measurements/published_paper.csv``, quoted second-hand from a reading note of the paper; what its bench
-runs is read off its own code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim: batch 1, 8, 16, 32 at 1024 tokens,
-logits of all positions, a CUDA graph). Nothing is fitted to a cell of the table.
+Use :func:`table_2` for predicted and published speedups of families, and :func:`equal_depths`, :func:`figure_2`,
+:func:`outside_gemms` and :func:`kernel_charts` for the rest. The published numbers are in
+``calibration/measurements/published_paper.csv``, quoted from a reading note of the paper. The conditions are those of
+the paper's code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim): batch 1, 8, 16, 32 at 1024 tokens, logits of all
+positions, a CUDA graph. Nothing is fitted to a cell of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calibration.measurements import published
 from simulator.arrays import Array
-from simulator.cost.forward import forward_passes, operator_times
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.result import Result
 from simulator.predict.table import table
 from simulator.pruning import prune
+from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.workload import ROLES, Kind, Part, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -34,7 +35,7 @@ MODEL, HARDWARE, ENGINE = "llama-3.1-8b", "rtx_pro_6000", "reference"
 BATCHES, SEQ = (1, 8, 16, 32), 1024
 PHASES = ("prefill", "decode")
 PRINTED = 0.005
-"""Half of the last digit that is printed of a published speedup."""
+"""Half a unit of the last printed digit of a published speedup."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "gate/up/down": ("gate", "up", "down"),
@@ -42,12 +43,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "q/k/v/o": ("q", "k", "v", "o"),
     "lm_head": ("lm_head",),
 }
-"""Parts of the figure -> roles; all else is elementwise, and the gaps between kernels are "graph execution"."""
+"""Parts of the figure -> roles; other kernels are elementwise, gaps between kernels are "graph execution"."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A speedup of the table: the mean over the batches, with the mean ends of its intervals; published or NaN."""
+    """A speedup of the table: the mean over the batches, the mean ends of the intervals, the published value or NaN."""
 
     hardware: str
     engine: str
@@ -62,11 +63,12 @@ class Cell:
 
     @property
     def error(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted / self.published - 1.0
 
     @property
     def inside(self) -> bool:
-        """Whether the published value lies in the interval, as far as its digits tell."""
+        """Whether the published value lies in the interval, within its rounding."""
         return self.lower - PRINTED <= self.published <= self.upper + PRINTED
 
 
@@ -75,8 +77,8 @@ def table_2(
     engine: Sequence[str] = (ENGINE,),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cell]:
-    """The paper's Table 2 on some devices in some engines; published values beside those of its own bench alone;
-    ``progress`` as in :func:`simulator.table`.
+    """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
+    engine; ``progress`` as in :func:`simulator.table`.
 
     >>> cells = table_2()
     >>> len(cells), max(abs(c.error) for c in cells if c.family != "dynamic_depth") < 0.08
@@ -108,54 +110,58 @@ def _means(records: Sequence[Result]) -> tuple[float, float, float, tuple[float,
 
 @dataclass(frozen=True)
 class EqualDepth:
-    """The fraction of the layers to drop for the prefill speedup that a family has at 50 %."""
+    """Fraction of the layers to drop for the prefill speedup of a family at 50 %."""
 
     family: str
     published: float
-    by_table: float  # from the published speedups of both, NaN where the table lacks the family
+    by_table: float  # from the published speedups of the family and of depth; NaN without the family in the table
     mean: float  # predicted over the table's batches
     batch_1: float  # predicted at batch 1
 
 
 def equal_depths() -> list[EqualDepth]:
-    """Section 5.3: families at 50 % and the depth pruning that they equal in prefill; hidden sizes are pruned as
-    SliceGPT's, with its residual projections."""
+    """Return families at 50 % and the depth pruning with the same prefill speedup (section 5.3).
+
+    Hidden sizes are pruned as by SliceGPT, with its residual projections.
+    """
     rows = [r for r in published("paper") if r["what"] == "section 5.3"]
     model = load_model(MODEL)
-    asked: dict[str, Any] = {"phase": ["prefill"], "batch": BATCHES, "seq": [SEQ], "engine": [ENGINE]}
+    bench = partial(table, [model], [HARDWARE], phase=["prefill"], batch=BATCHES, seq=[SEQ], engine=[ENGINE])
     fractions = [i / model.layers for i in range(model.layers)]
-    depth = _by_batch(table([model], [HARDWARE], ["depth"], fractions, **asked))
-    names = [r["family"] for r in rows if r["family"] != "width_cross"]
-    found = _by_batch(table([model], [HARDWARE], names, [0.5], **asked))
-    found |= _by_batch(table([model], [HARDWARE], method=["slicegpt"], sparsity=[0.5], **asked))
-    speeds = np.array([depth["depth", s] for s in fractions])
+    depth = _by_batch(bench(family=["depth"], sparsity=fractions))
+    speedups = _by_batch(bench(family=[r["family"] for r in rows if r["family"] != "width_cross"], sparsity=[0.5]))
+    speedups |= _by_batch(bench(method=["slicegpt"], sparsity=[0.5]))
+    by_depth = np.array([depth["depth", s] for s in fractions])
     tables = {(c.family, c.sparsity): c.published for c in table_2() if c.phase == "prefill"}
-    drawn = np.array([(s, tables["depth", s]) for s in (0.25, 0.5)])
+    # the time that dropping layers saves is proportional to their number
+    saved = float(np.mean([(1.0 - 1.0 / tables["depth", s]) / s for s in (0.25, 0.5)]))
     out = []
     for r in rows:
-        own = np.array(found[r["family"], 0.5])
-        mean, first = (_depth_of(speeds[:, at].mean(axis=1), fractions, own[at].mean()) for at in (slice(None), [0]))
+        by_batch = np.array(speedups[r["family"], 0.5])
+        mean, first = (
+            _depth_of(by_depth[:, at].mean(axis=1), fractions, by_batch[at].mean()) for at in (slice(None), [0])
+        )
         printed = tables.get((r["family"], 0.5), float("nan"))
-        # the time that dropping layers saves is proportional to their number
-        saved = float(np.mean((1.0 - 1.0 / drawn[:, 1]) / drawn[:, 0]))
         out.append(EqualDepth(r["family"], float(r["value"]), (1.0 - 1.0 / printed) / saved, mean, first))
     return out
 
 
 def _by_batch(records: Iterable[Result]) -> dict[tuple[str, float], list[float]]:
-    found: dict[tuple[str, float], list[float]] = {}
+    """Return the speedups by batch of each family and sparsity."""
+    out: dict[tuple[str, float], list[float]] = {}
     for r in sorted(records, key=lambda r: r.batch):
-        found.setdefault((r.family, r.sparsity), []).append(r.speedup)
-    return found
+        out.setdefault((r.family, r.sparsity), []).append(r.speedup)
+    return out
 
 
 def _depth_of(speeds: Array, fractions: Sequence[float], speedup: float) -> float:
+    """Return the fraction of layers to drop for a speedup."""
     return float(np.interp(1.0 / speedup, 1.0 / speeds[::-1], np.array(fractions)[::-1]))
 
 
 @dataclass(frozen=True)
 class FigurePart:
-    """A part of a pass: its time in the paper, and predicted."""
+    """A part of a pass: its time in the paper and its predicted time."""
 
     phase: str
     part: str
@@ -164,40 +170,41 @@ class FigurePart:
 
     @property
     def error(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted_s / self.measured_s - 1.0
 
 
 def figure_2() -> list[FigurePart]:
-    """Parts of prefill and decode, and the whole.
+    """Return the parts of prefill and decode, and the whole.
 
-    In prefill the paper's graph takes 4.5 % that no kernel shows and its head under 0.1 %; logits of all positions, as
-    its code computes them, take what the graph does. So the two are compared together there.
+    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code computes logits of all
+    positions, which take as long as the part of the graph. In prefill, graph and head are therefore compared together.
     """
     rows = [r for r in published("paper") if r["what"] == "figure 2"]
     out = []
     for phase in dict.fromkeys(r["phase"] for r in rows):
-        mine = [r for r in rows if r["phase"] == phase]
-        (total,) = (float(r["value"]) for r in mine if r["metric"] == "seconds")
-        shares = {r["part"]: float(r["value"]) for r in mine if r["metric"] == "share"}
-        first = mine[0]
+        parts = [r for r in rows if r["phase"] == phase]
+        (total,) = (float(r["value"]) for r in parts if r["metric"] == "seconds")
+        shares = {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"}
+        first = parts[0]
         batch, seq = int(first["batch"]), int(first["seq"])
         w = lower(load_model(first["model"]), phase=phase, batch=batch, seq=seq, engine="reference")
         p = forward_passes(WorkloadBatch.of([w]), load_hardware(first["hardware"]))
-        role, spent = np.array(ROLES)[w.role], p.row_s
-        known = {name: float(spent[np.isin(role, roles)].sum()) for name, roles in PARTS.items()}
-        known["elementwise"] = float(spent[w.kind == Kind.ELEMENTWISE].sum())
-        known["graph execution"] = float(p.gap_s[0])
+        role = np.array(ROLES)[w.role]
+        predicted = {name: float(p.row_s[np.isin(role, roles)].sum()) for name, roles in PARTS.items()}
+        predicted["elementwise"] = float(p.row_s[w.kind == Kind.ELEMENTWISE].sum())
+        predicted["graph execution"] = float(p.gap_s[0])
         if phase == "prefill":
             shares["graph execution and lm_head"] = shares.pop("graph execution") + shares.pop("lm_head")
-            known["graph execution and lm_head"] = known.pop("graph execution") + known.pop("lm_head")
-        out += [FigurePart(phase, name, share * total, known[name]) for name, share in shares.items()]
+            predicted["graph execution and lm_head"] = predicted.pop("graph execution") + predicted.pop("lm_head")
+        out += [FigurePart(phase, name, share * total, predicted[name]) for name, share in shares.items()]
         out.append(FigurePart(phase, "all", total, float(p.total_s[0])))
     return out
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Time outside GEMMs of a pruned pass over that of the dense one."""
+    """Time outside GEMMs of a pruned pass over the time outside GEMMs of the dense pass."""
 
     family: str
     phase: str
@@ -206,7 +213,8 @@ class Growth:
 
 
 def outside_gemms() -> list[Growth]:
-    """Section 5.4: what dynamic depth and low rank add outside GEMMs at 50 %; gaps between kernels count as outside."""
+    """Return the growth of the time outside GEMMs at 50 % of dynamic depth and low rank (section 5.4), with the gaps
+    between kernels."""
     rows = [r for r in published("paper") if r["what"] == "section 5.4"]
     hw, model, out = load_hardware(HARDWARE), load_model(MODEL), []
     for r in rows:
@@ -222,7 +230,7 @@ def outside_gemms() -> list[Growth]:
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar of the authors' kernel charts: the speedup of one operator at 50 % over the dense one, and predicted."""
+    """A speedup in the authors' kernel charts: one operator at 50 % against the dense one, published and predicted."""
 
     family: str
     part: str
@@ -233,12 +241,15 @@ class Chart:
 
     @property
     def error(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted / self.published - 1.0
 
 
 def kernel_charts() -> list[Chart]:
-    """The charts of the authors' kernels (RTX 5090), with the dense time that they print where they print one: the
-    device has no kernel table, and a ratio is of their kernels, not of what is assumed of cuBLAS there."""
+    """Return the charts of the authors' kernels (RTX 5090).
+
+    The device has no kernel table, so published dense times are used where they exist.
+    """
     rows = [r for r in published("paper") if r["what"] == "kernel"]
     hw = load_hardware(rows[0]["hardware"])
     cubes = {int(r["seq"]): float(r["value"]) for r in rows if r["family"] == "dense"}  # s by side
@@ -258,7 +269,7 @@ def kernel_charts() -> list[Chart]:
 
 
 def _between(cubes: Mapping[int, float], flops: float) -> float:
-    """Time of a dense GEMM at the rate that printed ones have about its FLOPs."""
+    """Return the time of a dense GEMM, with the rate interpolated between published cubic GEMMs."""
     work = 2.0 * np.array(list(cubes), dtype=np.float64) ** 3
     return float(flops / np.interp(np.log(flops), np.log(work), work / np.array(list(cubes.values()))))
 
@@ -268,24 +279,24 @@ _AROUND: Mapping[str, tuple[str, ...]] = {
     "N": ("gate", "gather", "select", "sort"),
     "K": ("down", "scatter", "select", "sort"),
 }
-"""Axis of a chart -> the GEMM of an MLP sublayer and what is added for it."""
+"""Axis of a chart -> the GEMM of an MLP sublayer and the operators that pruning adds for it."""
 
 
 def _product(family: str, part: str, m: int, side: int, hw: HardwareProfile) -> float:
-    """Time of all that a kernel takes for one pruned GEMM, as a family has it in an MLP."""
+    """Return the time of one pruned GEMM with the added operators, as a family prunes it in an MLP."""
     axis, kernel, *groups = part.replace(" groups of ", " ").split()
     layer = {"layer": 0, "layers": 1, "part": int(Part.MLP), "m": m, "n": side, "k": side}
     w = Workload.from_rows([{"role": "gate", **layer}, {"role": "down", **layer}])
     options: dict[str, Any] = {"channel_groups": side // int(groups[0])} if groups else {}
     pruned = prune(w, family, 0.5, kernel=kernel, **options)
-    seconds = operator_times(pruned, hw).seconds * pruned.count * pruned.is_role(*_AROUND[axis])
+    seconds = operator_times(pruned, hw)[0].seconds * pruned.count * pruned.is_role(*_AROUND[axis])
     return float(seconds.sum())
 
 
 def _queries(tokens: int, hw: HardwareProfile) -> tuple[float, float]:
-    """Time of prefill attention and of the same with half of its queries, their sorting included."""
+    """Return the time of prefill attention, and of prefill attention with half of its queries and their sorting."""
     w = lower(load_model(MODEL), batch=1, seq=tokens, engine=ENGINE)
     pruned = prune(w, "dynamic_depth", 0.5)
     own = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
-    times = [operator_times(x, hw).seconds * x.count for x in (w, pruned)]
+    times = [operator_times(x, hw)[0].seconds * x.count for x in (w, pruned)]
     return float(times[0][w.is_role("attention")].sum()), float(times[1][own].sum())

@@ -1,144 +1,152 @@
-"""How accuracy is judged, once for everybody (DESIGN section 12): splits by groups of shapes, errors on unseen ones,
-ratios of neighbours, what intervals hold, baselines.
+"""How one table is evaluated: splits by groups of shapes, errors on held-out rows, speedups of neighbouring shapes,
+coverage of intervals, baselines.
 
 Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for
-tables of a few projections; :mod:`calibration.validation.stacks` leaves a software stack out. Scores are plain
-mappings, in percent but for Spearman and counts.
+tables of a few projections; :mod:`calibration.validation.stacks` for a held-out software stack. Scores are mappings, in
+percent except Spearman and counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.attention import PHASES, SHAPE, fit_attention
-from calibration.fit.core import Shapes
-from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.attention import SHAPE, AttentionFit, fit_attention
+from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.errors import neighbours, pairs_along
-from calibration.fit.experts import Layers, fit_experts
-from calibration.fit.gemm import fit_gemm
-from calibration.fit.predict import joined, predict
-from calibration.fit.solver import numbered
-from calibration.records.screening import LATENT
-from calibration.records.table import Records, Source
+from calibration.fit.gemm import GemmFit, fit_gemm
+from calibration.fit.predict import Predicted, joined, predict
+from calibration.fit.section import Fit, fit_section
+from calibration.records.timing_table import Records, Source
 from calibration.validation import scores
 from calibration.validation.baselines import BASELINES
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.attention import Attention
+from simulator.cost.base import Machine
+from simulator.cost.elementwise import elementwise
+from simulator.cost.experts import Layers
+from simulator.cost.gemm import Products
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import formats_of
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.uncertainty.error_model import OperatorTimes, posterior_of
 from simulator.uncertainty.forward import ratio_half
+from simulator.uncertainty.operators import OperatorTimes, operator_time
+from simulator.uncertainty.posterior import posterior_of
 
 Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 SIZES: tuple[int | None, ...] = (400, None)
-QUESTIONS: tuple[str, ...] = ("heads", "lengths")
-"""What an attention fit has not seen: pairs of heads and KV heads, or query lengths of prefill, cache lengths of
-decode."""
+GROUPINGS: tuple[str, ...] = ("heads", "lengths")
+"""Sizes by which attention rows are held out: heads and KV heads, or query lengths (prefill) and cache lengths
+(decode)."""
 TEST_SHARE = 0.3
 COLD_L2 = 4.0
-"""Times the L2 that rotated weights must take to count as cold: below, some of them stay."""
+"""Rotated weights count as cold from this multiple of the L2; of smaller ones, some stay in it."""
 LLM_WIDTHS: tuple[tuple[int, int], ...] = (
     (4096, 4096), (6144, 4096), (1024, 4096), (14336, 4096), (28672, 4096), (4096, 14336),
     (8192, 8192), (10240, 8192), (28672, 8192), (8192, 28672),
 )  # fmt: skip
-"""(n, k) of the projections of 7B to 70B Llama-like models, the larger ones rounded to what the tables measured."""
+"""(n, k) of the projections of 7B to 70B Llama-like models, the larger ones rounded to measured shapes."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of one operator in one table, the profile whose datasheet belongs to them, and their number format."""
+    """Rows of one operator in one table, their number format, and the profile with the datasheet of their device."""
 
-    data: Any  # Shapes of GEMMs, MeasuredCalls of attention, Layers of experts
+    data: Fit
     hw: HardwareProfile
     dtype: str = "bf16"
 
     @property
     def operator(self) -> str:
-        """Section of a profile that predicts them."""
-        names = {Shapes: "gemm", Layers: "experts"}
-        attention = (name for name, phase in PHASES.items() if phase == getattr(self.data, "phase", ""))
-        return names.get(type(self.data)) or next(attention)
+        """Section of a profile that predicts the rows."""
+        return self.data.calls.operator
 
-    def groups(self, question: str = "") -> IndexArray:
-        """Number of what a split keeps whole: (n, k) of GEMMs; models of experts; "heads" or "lengths" of attention."""
-        whole = isinstance(self.data, Shapes | Layers)
-        groups: IndexArray = self.data.groups if whole else self.data.groups(question or "heads")
-        return groups
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the group of each row; a split keeps groups whole: (n, k) of GEMMs, models of experts, "heads" or
+        "lengths" of attention."""
+        return self.data.groups(by)
 
-    def pairs(self, question: str = "") -> IndexArray:
-        """Pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): of GEMMs any, of experts their
-        width or number, of attention KV groups with their query heads ("heads") or the length."""
-        d = self.data
-        if isinstance(d, Shapes):
-            return neighbours((d.m, d.n, d.k))
-        if isinstance(d, Layers):
-            same = [d.m, d.k, d.active, d.skew]
-            return np.concatenate([pairs_along(d.n, [*same, d.experts]), pairs_along(d.experts, [*same, d.n])])
-        if question == "lengths":
-            return pairs_along(d.length, [d.batch, d.heads, d.kv_heads, d.head_dim])
-        if self.operator in LATENT:
-            return pairs_along(d.heads, [d.batch, d.q_len, d.kv_len])
-        return pairs_along(d.kv_heads, [d.batch, d.q_len, d.kv_len, d.heads / d.kv_heads, d.head_dim])
+    def pairs(self, by: str = "") -> IndexArray:
+        """Return pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): for GEMMs any size, for
+        experts their width or number, for attention the KV groups with their query heads ("heads") or the length."""
+        c = self.data.calls
+        if isinstance(c, Products):
+            return neighbours((c.m, c.n, c.k))
+        if isinstance(c, Layers):
+            same = [c.m, c.k, c.active, c.skew]
+            return np.concatenate([pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])])
+        assert isinstance(c, Attention)
+        g = c.geometry
+        if by == "lengths":
+            length = g.kv_len if c.phase == "decode" else g.q_len
+            return pairs_along(length, [g.batch, g.heads, g.kv_heads, g.head_dim])
+        if c.latent:
+            return pairs_along(g.heads, [g.batch, g.q_len, g.kv_len])
+        return pairs_along(g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim])
 
-    def take(self, rows: Any) -> Measured:
-        """Rows by mask or index."""
+    def take(self, rows: NDArray[Any]) -> Measured:
+        """Return rows by mask or index."""
         return replace(self, data=self.data.take(rows))
 
-    def drawn(self, size: int | None, seed: int, question: str = "") -> tuple[Measured, Measured]:
-        """``size`` rows of the training groups (None: all) for a fit to see, and every row of the unseen groups."""
-        train, test = split(self.groups(question), seed)
+    def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[Measured, Measured]:
+        """Return ``size`` rows of the training groups (None: all), and every row of the test groups."""
+        train, test = split(self.groups(by), seed)
         return self.take(draw(train, size, seed)), self.take(test)
 
     def records(self) -> Records:
-        """The rows as a file would hold them."""
-        d, columns = self.data, dict[str, Any]()
+        """Return the rows as records."""
+        c, columns = self.data.calls, dict[str, Any]()
         dtype, weight = formats_of(self.dtype, self.hw.rates)
-        if isinstance(d, Shapes):
-            cold = np.isinf(d.copies)
-            columns = {"m": d.m, "n": d.n, "k": d.k, "cold": cold, "copies": np.where(cold, 0.0, d.copies)}
+        if isinstance(c, Products):
+            cold = np.isinf(c.copies)
+            columns = {"m": c.m, "n": c.n, "k": c.k, "cold": cold, "copies": np.where(cold, 0.0, c.copies)}
             columns["weight_dtype"] = weight
-        elif isinstance(d, Layers):
-            columns = {name: getattr(d, name) for name in ("m", "n", "k", "experts", "active", "skew")}
+        elif isinstance(c, Layers):
+            columns = {name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")}
             columns |= {"weight_dtype": weight, "cold": False, "copies": 1}
-        else:
-            columns = {name: getattr(d, name) for name in SHAPE} | {"cold": np.broadcast_to(d.warm, len(d)) == 0.0}
-            columns["n"] = d.value_dim
-        columns |= {"operator": self.operator, "dtype": dtype, "seconds": d.seconds}
+        elif isinstance(c, Attention):
+            g = c.geometry
+            columns = {name: getattr(g, name) for name in SHAPE}
+            columns |= {"cold": np.broadcast_to(g.warm, len(self.data)) == 0.0}
+            columns["n"] = 0.0 if g.value_dim is None else g.value_dim
+        columns |= {"operator": self.operator, "dtype": dtype, "seconds": self.data.seconds}
         return Records.from_columns([Source("")], **columns)
 
-    def fit(self, **known: Any) -> Section:
-        """The section fitted to all rows."""
-        if isinstance(self.data, Shapes):
-            return fit_gemm(self.data, self.hw, dtype=self.dtype, **known).section
-        if isinstance(self.data, Layers):
-            return fit_experts(self.data, self.hw.architecture, **known).section
-        return fit_attention(self.data, self.hw.architecture, **known).section
+    def fit(self, *, seed: int = 0, prior: Section | None = None, fold_by: Sequence[str] = GROUPINGS) -> Section:
+        """Return the section fitted to all rows; ``prior`` applies to GEMMs, ``fold_by`` to attention."""
+        if isinstance(self.data, GemmFit):
+            return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
+        if isinstance(self.data, AttentionFit):
+            return fit_attention(self.data, self.hw.architecture, seed=seed, fold_by=fold_by).section
+        return fit_section(self.data, seed=seed).section
 
     def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
-        """The device with a section alone, asked of the stack it was fitted on or (``same_stack`` false) of another."""
+        """Return the device with one section, for use on the stack of the fit or (``same_stack`` false) another."""
         return replace(self.hw.calibrated({(self.operator, self.dtype): section}), same_stack=same_stack)
 
+    def predicted(self, hw: HardwareProfile) -> Predicted:
+        """Return the rows' times by a profile, with errors, under the rows' protocol (warm or cold weights)."""
+        return predict(self.records(), hw)
+
     def times(self, hw: HardwareProfile) -> OperatorTimes:
-        """Times a profile gives the rows under their own protocol (warm or cold weights), with their doubt."""
-        return predict(self.records(), hw).time
+        """Return the times of :meth:`predicted`."""
+        return self.predicted(hw).time
 
 
 def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], table: str = "", rows: int = 0) -> Row:
-    """Scores of one method on one split of a table, trained on so many rows (0: none) of those asked for (0: all)."""
+    """Return the scores of one method on one split of a table, with the number of training rows (0: none) and the
+    requested number ``rows`` (0: all)."""
     return {"table": table, "method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **scores}
 
 
 def split(groups: IndexArray, seed: int) -> tuple[IndexArray, IndexArray]:
-    """Rows to train on and to test on: 30 % of the groups are kept unseen."""
+    """Return rows to train on and rows to test on: 30 % of the groups are held out."""
     count = int(groups.max()) + 1
     order = np.random.default_rng(seed).permutation(count)
     unseen = np.isin(groups, order[: round(TEST_SHARE * count)])
@@ -146,141 +154,172 @@ def split(groups: IndexArray, seed: int) -> tuple[IndexArray, IndexArray]:
 
 
 def draw(rows: IndexArray, size: int | None, seed: int) -> IndexArray:
-    """``size`` of the rows at random, all for None."""
+    """Return ``size`` of the rows at random, all for None."""
     if size is None or size >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed + 100).choice(rows, size, replace=False))
 
 
-def errors(predicted: FloatArray, data: Any) -> dict[str, float]:
-    """:func:`calibration.validation.scores.errors` in percent, and of GEMMs the MAPE by range of m."""
-    found = scores.errors(predicted, data.seconds, 100.0)
-    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
-        found[f"mape {key}"] = scores.errors(predicted[rows], data.seconds[rows], 100.0)["mape"]
-    return found
+def errors(predicted: FloatArray, data: Fit) -> dict[str, float]:
+    """Return :func:`calibration.validation.scores.errors` in percent; for GEMMs also the MAPE by range of m."""
+    out = scores.errors(predicted, data.seconds, 100.0)
+    for key, rows in _ranges(data):
+        out[f"mape {key}"] = scores.errors(predicted[rows], data.seconds[rows], 100.0)["mape"]
+    return out
 
 
-def speedups(predicted: FloatArray, data: Any, pairs: IndexArray) -> dict[str, float]:
-    """Error of the speedup larger over smaller of pairs: median, p95, Spearman, count."""
-    found = scores.speedups(predicted, data.seconds, pairs, 100.0)
-    names = [name for name in ("median", "p95", "spearman", "pairs") if name in found]
-    return {f"speedup {name}": float(found[name]) for name in names}
+def _ranges(data: Fit) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Return key and rows of each range of m of GEMMs; none of other operators."""
+    if not isinstance(data.calls, Products):
+        return []
+    return [(key, rows) for _, key, rows in scores.m_ranges(data.calls.m)]
 
 
-def coverage(time: OperatorTimes, data: Any) -> dict[str, float]:
-    """Percentage of measured times within their interval and its median half width in percent of the prediction; of
-    GEMMs also by range of m, and the lowest range."""
-    inside = (data.seconds >= time.lower) & (data.seconds <= time.upper)
-    width = 100.0 * (time.upper / time.seconds - 1.0)
+def speedups(predicted: FloatArray, data: Fit, pairs: IndexArray) -> dict[str, float]:
+    """Return the error of the speedup, larger over smaller, of pairs: median, p95, Spearman, count."""
+    values = scores.speedups(predicted, data.seconds, pairs, 100.0)
+    names = [name for name in ("median", "p95", "spearman", "pairs") if name in values]
+    return {f"speedup {name}": float(values[name]) for name in names}
+
+
+def covered(time: OperatorTimes, seconds: FloatArray) -> NDArray[np.bool_]:
+    """Return a mask of the measured times that lie in their interval."""
+    return np.asarray((seconds >= time.lower) & (seconds <= time.upper))
+
+
+def coverage(time: OperatorTimes, data: Fit) -> dict[str, float]:
+    """Return the coverage of measured times and the median half-width of their intervals, in percent; for GEMMs also by
+    range of m, with the lowest range."""
+    inside, width = covered(time, data.seconds), 100.0 * (time.upper / time.seconds - 1.0)
     out = {"coverage": 100.0 * inside.mean(), "width": np.median(width)}
-    for _, key, rows in scores.m_ranges(data.m) if isinstance(data, Shapes) else ():
+    for key, rows in _ranges(data):
         out[f"coverage {key}"], out[f"width {key}"] = 100.0 * inside[rows].mean(), np.median(width[rows])
     out["lowest coverage"] = min(v for name, v in out.items() if name.startswith("coverage"))
     return {name: float(v) for name, v in out.items()}
 
 
 def ratio_coverage(
-    time: OperatorTimes, hw: HardwareProfile, seconds: FloatArray, pairs: IndexArray, level: float = 0.9
+    predicted: Predicted, hw: HardwareProfile, seconds: FloatArray, pairs: IndexArray, level: float = 0.9
 ) -> dict[str, float]:
-    """Percentage of measured ratios of pairs within their interval, and its median half width in percent."""
-    if not len(pairs) or time.uncertainty is None:
+    """Return the coverage of measured ratios of pairs and the median half-width of their intervals, in percent."""
+    if not len(pairs) or predicted.uncertainty is None:
         return {}
-    half = ratio_half(time.uncertainty.take(pairs[:, 0]), time.uncertainty.take(pairs[:, 1]), level, posterior_of(hw))
-    miss = np.log(seconds / time.seconds)
-    held = np.abs(miss[pairs[:, 0]] - miss[pairs[:, 1]]) <= half
+    smaller, larger = (predicted.uncertainty.take(side) for side in pairs.T)
+    half = ratio_half(smaller, larger, level, posterior_of(hw))
+    error = np.log(seconds / predicted.time.seconds)
+    inside = np.abs(error[pairs[:, 0]] - error[pairs[:, 1]]) <= half
     width = 100.0 * np.expm1(np.median(half))
-    return {"ratio coverage": 100.0 * float(held.mean()), "ratio width": float(width)}
+    return {"ratio coverage": 100.0 * float(inside.mean()), "ratio width": float(width)}
 
 
-def llm_pairs(data: Shapes, near: float = 0.26) -> IndexArray:
-    """Pairs shaped like pruning: (n, k) within ``near`` octaves of a projection of an LLM and half or a quarter of its
-    n or k, or three quarters or half of m."""
+def llm_pairs(data: Products, octaves: float = 0.26) -> IndexArray:
+    """Return pairs shaped like pruning.
+
+    The larger (n, k) lies within ``octaves`` of a projection of an LLM; the smaller has half or a quarter of its n or
+    k, or three quarters or half of its m.
+    """
     logs = np.log2(np.stack([data.n, data.k], axis=1))
-    far = np.abs(logs[:, None, :] - np.log2(LLM_WIDTHS)).max(axis=2).min(axis=1)
+    distance = np.abs(logs[:, None, :] - np.log2(LLM_WIDTHS)).max(axis=2).min(axis=1)
     pairs = neighbours((data.m, data.n, data.k))
     small, large = pairs.T
     cuts = (data.m, (0.75, 0.5)), (data.n, (0.5, 0.25)), (data.k, (0.5, 0.25))
     pruned = np.any([np.isin(size[small] / size[large], ratios) for size, ratios in cuts], axis=0)
-    return np.asarray(pairs[(far <= near)[large] & pruned])
+    return np.asarray(pairs[(distance <= octaves)[large] & pruned])
 
 
-def judge(section: Section, table: Measured, question: str = "") -> dict[str, float]:
-    """All scores of a section on shapes of its own stack that it did not see."""
-    time, data, pairs = table.times(table.profile(section)), table.data, table.pairs(question)
-    out = {**errors(time.seconds, data), **speedups(time.seconds, data, pairs), **coverage(time, data)}
-    if isinstance(data, Layers):
-        return out | ratio_coverage(time, table.profile(section), data.seconds, pairs)
-    if not isinstance(data, Shapes):
+def evaluate(section: Section, table: Measured, by: str = "") -> dict[str, float]:
+    """Return all scores of a section on held-out shapes of its stack."""
+    hw, data, pairs = table.profile(section), table.data, table.pairs(by)
+    predicted = table.predicted(hw)
+    seconds = predicted.time.seconds
+    out = {**errors(seconds, data), **speedups(seconds, data, pairs), **coverage(predicted.time, data)}
+    if isinstance(data.calls, Layers):
+        return out | ratio_coverage(predicted, hw, data.seconds, pairs)
+    if not isinstance(data.calls, Products):
         return out
-    pairs = llm_pairs(data)
+    pairs = llm_pairs(data.calls)
     groups = [("", np.ones(len(pairs), dtype=bool))] if len(pairs) else []
-    groups += [(key, rows) for _, key, rows in scores.m_ranges(data.m[pairs[:, 1]])]
+    groups += [(key, rows) for _, key, rows in scores.m_ranges(data.calls.m[pairs[:, 1]])]
     for key, rows in groups:
-        found = speedups(time.seconds, data, pairs[rows])
-        del found["speedup spearman"]
-        out |= {f"llm {name.removeprefix('speedup ')} {key}".strip(): value for name, value in found.items()}
+        ratios = speedups(seconds, data, pairs[rows])
+        del ratios["speedup spearman"]
+        out |= {f"llm {name.removeprefix('speedup ')} {key}".strip(): value for name, value in ratios.items()}
     return out | cold_scores(section, table)
 
 
 def cold_scores(section: Section, table: Measured) -> dict[str, float]:
-    """Bias and coverage of rows of few tokens whose rotated weights take :data:`COLD_L2` times the L2, asked as a
-    decoder has them: cold."""
-    d, machine = table.data, Machine.of(table.hw, table.dtype)
-    footprint = machine.weight_bytes * d.n * d.k * d.copies
-    rows = (d.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
+    """Return bias and coverage of the cold prediction, as in a decoder, for rows with few tokens whose rotated weights
+    take at least :data:`COLD_L2` times the L2."""
+    calls, machine = table.data.calls, Machine.of(table.hw, table.dtype)
+    assert isinstance(calls, Products)
+    footprint = machine.weight_bytes * calls.n * calls.k * calls.copies
+    rows = (calls.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
     if not rows.any():
         return {}
     cold = table.take(rows)
-    cold = replace(cold, data=replace(cold.data, copies=np.full(int(rows.sum()), np.inf)))
+    calls = replace(calls.take(rows), copies=np.full(int(rows.sum()), np.inf))
+    cold = replace(cold, data=replace(cold.data, calls=calls))
     time, seconds = cold.times(cold.profile(section)), cold.data.seconds
-    inside = (seconds >= time.lower) & (seconds <= time.upper)
     bias = scores.errors(time.seconds, seconds, 100.0)["bias"]
-    return {"cold bias": bias, "cold coverage": 100.0 * float(inside.mean())}
+    return {"cold bias": bias, "cold coverage": 100.0 * float(covered(time, seconds).mean())}
 
 
-def evaluate_table(table: Measured, size: int | None, seed: int, question: str = "", **known: Any) -> Row:
-    """Fit on ``size`` rows (None: all) of the training groups and judge on every row of the others; ``known`` goes to
-    the fit: a ``prior``, or ``fine`` lattices."""
-    own, unseen = table.drawn(size, seed, question)
-    method = "prunesim" + " + prior" * ("prior" in known) + ", finer lattices" * known.get("fine", False)
-    scores_ = judge(own.fit(seed=seed, **known), unseen, question)
-    return row(method, seed, len(own.data), scores_)
+def evaluate_table(
+    table: Measured,
+    size: int | None,
+    seed: int,
+    by: str = "",
+    *,
+    prior: Section | None = None,
+    fold_by: Sequence[str] = GROUPINGS,
+) -> Row:
+    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups; ``prior``
+    and ``fold_by`` as in :meth:`Measured.fit`."""
+    train, test = table.train_test(size, seed, by)
+    method = "prunesim" if prior is None else "prunesim + prior"
+    section = train.fit(seed=seed, prior=prior, fold_by=fold_by)
+    return row(method, seed, len(train.data), evaluate(section, test, by))
 
 
 def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
-    """The baselines on the same rows."""
-    own, unseen = (part.data for part in table.drawn(size, seed))
-    pairs = neighbours((unseen.m, unseen.n, unseen.k))
-    out = []
+    """Return the scores of the baselines on the same rows."""
+    train, test = (part.data for part in table.train_test(size, seed))
+    assert isinstance(train, GemmFit)
+    assert isinstance(test, GemmFit)
+    pairs, out = replace(table, data=test).pairs(), []
     for name, baseline in BASELINES.items():
-        predicted = baseline(own, Machine.of(table.hw, table.dtype), unseen)
-        out.append(row(name, seed, len(own), {**errors(predicted, unseen), **speedups(predicted, unseen, pairs)}))
+        predicted = baseline(train, Machine.of(table.hw, table.dtype), test)
+        out.append(row(name, seed, len(train), {**errors(predicted, test), **speedups(predicted, test, pairs)}))
     return out
 
 
-def score_elementwise(moves: Moves, hw: HardwareProfile, rows: int, seed: int) -> dict[str, float]:
-    """Scores of a fit to ``rows`` (0: all) elementwise operators on sizes it never saw."""
-    train, test = split(numbered(moves.bytes_), seed)
-    section, unseen = fit_elementwise(moves.take(draw(train, rows or None, seed)), seed=seed).section, moves.take(test)
-    role, own = np.array(CLASSES)[unseen.code], hw.calibrated({("elementwise", "bf16"): section})
-    time, long = elementwise_time(unseen.bytes_, 0.0, own, role=role), unseen.seconds > 1e-5
+def score_elementwise(moves: ElementwiseFit, hw: HardwareProfile, rows: int, seed: int) -> dict[str, float]:
+    """Return the scores of a fit to ``rows`` (0: all) elementwise operators on held-out sizes."""
+    train, test = split(moves.groups(), seed)
+    section = fit_section(moves.take(draw(train, rows or None, seed)), seed=seed).section
+    unseen = moves.take(test)
+    role, own = np.array(CLASSES)[unseen.calls.code], hw.calibrated({("elementwise", "bf16"): section})
+    time = operator_time(elementwise(unseen.calls.bytes_, 0.0, own, role=role), own)
+    long = unseen.seconds > 1e-5
     scored = {**errors(time.seconds, unseen), **coverage(time, unseen)}
     return {**scored, "mape over 10us": scores.errors(time.seconds[long], unseen.seconds[long], 100.0)["mape"]}
 
 
 def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
-    """For a table of a few projections: fit on all but one, judge on it. ``method`` names the one left out; the last
-    result, "all", pools their rows."""
+    """Fit to all projections of a table except one and evaluate on it, for each projection in turn.
+
+    ``method`` is the label of the held-out projection; the last result, "all", pools the rows of all.
+    """
     out, times, tests = [], [], []
     for i, label in enumerate(np.unique(labels)):
         test = table.take(labels == label)
         section = table.take(labels != label).fit(prior=prior)
-        out.append(row(str(label), i, len(labels) - len(test.data), judge(section, test)))
+        out.append(row(str(label), i, len(labels) - len(test.data), evaluate(section, test)))
         times.append(test.times(test.profile(section)))
         tests.append(np.flatnonzero(labels == label))
     pooled, time = table.data.take(np.concatenate(tests)), joined(times)
-    own = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])
-    pairs = neighbours((pooled.m, pooled.n, pooled.k))
-    pairs = pairs[own[pairs[:, 0]] == own[pairs[:, 1]]]
+    fold = np.repeat(np.arange(len(tests)), [len(rows) for rows in tests])
+    pairs = replace(table, data=pooled).pairs()
+    pairs = pairs[fold[pairs[:, 0]] == fold[pairs[:, 1]]]
     overall = {**errors(time.seconds, pooled), **speedups(time.seconds, pooled, pairs), **coverage(time, pooled)}
     return [*out, row("all", len(out), len(labels), overall)]

@@ -1,15 +1,15 @@
-"""Predicted against published: dense times in engines, speedups of really pruned models, serving runs and GEMM ratios
-that papers and projects measured, where conditions are known.
+"""Compare predictions with published measurements whose conditions are known: dense times in engines, speedups of
+pruned models, serving runs and GEMM ratios.
 
 Use :func:`compare_dense`, :func:`compare_speedups`, :func:`compare_serving` and :func:`compare_gemms`;
-:mod:`calibration.validation.engines` sums them up. The measured values ship as ``calibration/measurements/``, each row
-with its source, whether engines are fitted or judged on it, and what it leaves open.
+:mod:`calibration.validation.engines` summarises them. The measured values ship as ``calibration/measurements/``; each
+row has its source, whether engines are fitted or evaluated on it, and the assumptions where the source is silent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.cli.options import sparsity
-from simulator.cost.gemm import gemm_time
+from simulator.cost.gemm_shapes import Options
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -27,19 +27,20 @@ from simulator.predict.scenario import dense_seconds
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.intervals import workload_time
+from simulator.uncertainty.operators import gemm_predicted
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import memory
 
 MISS = 0.10
-"""A relative error beyond this is a miss, and its likely reason is printed."""
+"""Relative error from which the likely reason is printed."""
 
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published value, a ratio of times or seconds, beside the prediction of it."""
+    """One published value, a ratio of times or seconds, and its prediction."""
 
     what: str  # method, model and fraction
     where: str  # GPU, phase, batch and length
@@ -48,12 +49,12 @@ class Comparison:
     lower: float
     upper: float
     source: str
-    assumed: str = ""  # what the source leaves open
-    reason: str = ""  # the likely one of a miss
+    assumed: str = ""  # conditions that the source does not state
+    reason: str = ""  # likely reason of a large error
     engine: str = ""
     gpu: str = ""  # name of its profile
-    split: str = ""  # "fit": parameters of the engine were fitted on its source; "judge": not
-    own_code: bool = False  # the pruned model ran in other modelling code than the dense one
+    split: str = ""  # "fit": engine parameters were fitted on this source; "judge": they were not
+    own_code: bool = False  # the pruned model needed custom modelling code
 
     @property
     def error(self) -> float:
@@ -66,54 +67,81 @@ class Comparison:
         return self.lower <= self.measured <= self.upper
 
     @property
-    def half(self) -> float:
-        """Half-width of the interval, relative."""
+    def half_width(self) -> float:
+        """Relative half-width of the interval."""
         return float(np.sqrt(self.upper / self.lower)) - 1.0
 
 
 def median_error(rows: Sequence[Comparison]) -> float:
-    """Median absolute relative error."""
+    """Return the median absolute relative error."""
     return round(median(abs(r.error) for r in rows), 12)
 
 
 def compare_dense() -> list[Comparison]:
-    """Published times of dense models in their engines, s, of a pass or a whole request."""
+    """Return published times of dense models in their engines, s, per pass or per request."""
     return [_dense(row) for row in published("dense") if not row["left_out"]]
 
 
 def compare_speedups(given: bool = False) -> list[Comparison]:
-    """Published speedups of pruned models in their engines, predicted under the same conditions; ``given`` their
-    measured dense time, where the row is of a whole model."""
+    """Return published speedups of pruned models in their engines, predicted under the same conditions; with ``given``,
+    the prediction uses the measured dense time of rows of a whole model."""
     return [_speedup(row, given) for row in published("speedups") if not row["left_out"]]
 
 
 def compare_serving(engine: str = "") -> list[Comparison]:
-    """Measured times per output token of serving runs, s, of one engine or of all; those whose caches do not fit are
-    left out."""
+    """Return measured times per output token of serving runs, s, of one engine or of all; runs whose caches do not fit
+    are excluded."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     return [c for c in map(_served, rows) if c is not None]
 
 
+def _comparison(
+    row: Mapping[str, str], what: str, where: str, measured: float, predicted: float, lower: float, upper: float
+) -> Comparison:
+    """Return a comparison with the facts of a published row."""
+    return Comparison(
+        what=what,
+        where=where,
+        measured=measured,
+        predicted=predicted,
+        lower=lower,
+        upper=upper,
+        source=row["source"],
+        assumed=row["assumed"],
+        reason=row.get("reason", ""),
+        engine=row["engine"],
+        gpu=row["hardware"],
+        split=row.get("split") or "fit",
+        own_code=row.get("own_code") == "true",
+    )
+
+
 def _workload(row: Mapping[str, str], engine: str) -> Workload:
-    call: dict[str, Any] = {name: int(row[name] or 0) for name in ("batch", "seq", "new_tokens")}
-    call |= {"phase": row["phase"], "devices": int(row["devices"] or 1), "engine": engine}
-    call |= {"dtype": row.get("dtype") or "bf16", "weight_dtype": row.get("weight_dtype") or None}
-    return lower(load_model(row["model"]), **call)
+    return lower(
+        load_model(row["model"]),
+        phase=row["phase"],
+        batch=int(row["batch"]),
+        seq=int(row["seq"]),
+        new_tokens=int(row["new_tokens"] or 0),
+        devices=int(row["devices"] or 1),
+        engine=engine,
+        dtype=row.get("dtype") or "bf16",
+        weight_dtype=row.get("weight_dtype") or None,
+    )
 
 
 def _dense(row: Mapping[str, str]) -> Comparison:
     w = _workload(row, row["engine"])
     # FlashAttention-2 is what the vLLM tables ran
     stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
-    found, m = cost(w, load_hardware(row["hardware"], stack)), w.meta
-    value = float(row["value"])
+    time, m = workload_time(w, load_hardware(row["hardware"], stack)), w.meta
+    measured = float(row["value"])
     if row["metric"] == "tokens_per_s":
-        value = dense_seconds(value, m.phase, m.batch, m.seq, m.new_tokens)
+        measured = dense_seconds(measured, m.phase, m.batch, m.seq, m.new_tokens)
     elif row["metric"] == "all_tokens_per_s":
-        value = m.batch * (m.seq + m.new_tokens) / value
+        measured = m.batch * (m.seq + m.new_tokens) / measured
     what = f"{row['model']}, {row['framework']}"
-    ends = value, found.total_s, found.total_lower_s, found.total_upper_s
-    return Comparison(what, _where(row), *ends, **_about(row))
+    return _comparison(row, what, _where(row), measured, time.total_s, time.total_lower_s, time.total_upper_s)
 
 
 def _where(row: Mapping[str, str], scope: str = "") -> str:
@@ -122,91 +150,87 @@ def _where(row: Mapping[str, str], scope: str = "") -> str:
     return f"{row['gpu']}{devices}, {scope or row['phase']}, batch {row['batch']}, seq {row['seq']}{new}"
 
 
-def _about(row: Mapping[str, str]) -> dict[str, Any]:
-    names = ("source", "assumed", "reason", "engine", "split")
-    own = row.get("own_code") == "true"
-    return {**{name: row[name] for name in names}, "gpu": row["hardware"], "own_code": own}
-
-
 def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     hw, part = load_hardware(row["hardware"]), row["scope"] == "projections"
     dense = _workload(row, "" if part else row["engine"])
     fraction, layers = sparsity("sparsity", row["sparsity"]), dense.meta.layers
-    asked: Any = fraction
+    removed: Any = fraction
     if row["first_layer"]:
         first, last = int(row["first_layer"]), int(row["last_layer"] or layers - 1)
         kinds = fraction if isinstance(fraction, Mapping) else {"": fraction}
         by_layer = {kind: [s if first <= i <= last else 0.0 for i in range(layers)] for kind, s in kinds.items()}
-        asked = by_layer.get("", by_layer)
-    pruned = prune(dense, row["family"], asked, **dict(parse_options(row["options"], row["family"])))
+        removed = by_layer.get("", by_layer)
+    pruned = prune(dense, row["family"], removed, **dict(parse_options(row["options"], row["family"])))
     scope = row["phase"]
     if part:
         dense, pruned, scope = _projections(dense), _projections(pruned), "projections of a layer"
     before, after, m = float(row["dense"]), float(row["pruned"]), dense.meta
     tokens = row["unit"].startswith("tokens")
     dense_s = None
-    if given and not part:
-        dense_s = (
-            dense_seconds(before, m.phase, m.batch, m.seq, m.new_tokens) if tokens else before * _SCALE[row["unit"]]
-        )
-    (found,) = speedups(dense, [pruned], hw, dense_s=dense_s)
-    what = f"{row['method']}, {row['model']}, {_fraction(row)}{f' from layer {first}' if row['first_layer'] else ''}"
+    if given and not part and tokens:
+        dense_s = dense_seconds(before, m.phase, m.batch, m.seq, m.new_tokens)
+    elif given and not part:
+        dense_s = before * _SCALE[row["unit"]]
+    (predicted,) = speedups(dense, [pruned], hw, dense_s=dense_s)
+    percent = row["sparsity"] if "=" in row["sparsity"] else f"{100 * float(row['sparsity']):.3g} %"
+    what = f"{row['method']}, {row['model']}, {percent}{f' from layer {first}' if row['first_layer'] else ''}"
     ratio = after / before if tokens else before / after
-    return Comparison(what, _where(row, scope), ratio, found.speedup, found.lower, found.upper, **_about(row))
-
-
-def _fraction(row: Mapping[str, str]) -> str:
-    return row["sparsity"] if "=" in row["sparsity"] else f"{100 * float(row['sparsity']):.3g} %"
+    return _comparison(row, what, _where(row, scope), ratio, predicted.speedup, predicted.lower, predicted.upper)
 
 
 def _projections(w: Workload) -> Workload:
-    """Only the projections of the layers, without what pruning adds."""
+    """Return only the projections of the layers, without the operators that pruning adds."""
     return w.take(w.is_role("q", "k", "v", "o", "gate", "up", "down") & (w.layer >= 0) & ~w.overhead)
 
 
 def _served(row: Mapping[str, str]) -> Comparison | None:
-    found = serving_workload(row)
-    if found is None:
+    served = serving_workload(row)
+    if served is None:
         return None
-    w, hw = found
+    w, hw = served
     (s,) = speedups(w, [w], hw)
     assert s.dense_tpot_s is not None
-    low, high = s.dense_lower / s.dense_s, s.dense_upper / s.dense_s
+    low, high = s.dense_tpot_s * s.dense_lower / s.dense_s, s.dense_tpot_s * s.dense_upper / s.dense_s
     gpu = row["hardware"].partition("_")[0].upper()
-    about = {**row, "batch": row["concurrency"], "phase": "serve", "gpu": gpu, "split": "fit", "reason": ""}
+    where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
-    ends = float(row["tpot_s"]), s.dense_tpot_s, s.dense_tpot_s * low, s.dense_tpot_s * high
-    return Comparison(what, _where(about, "serve"), *ends, **_about(about))
+    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, low, high)
 
 
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
-    """What a row of the serving table ran; None where its caches do not fit."""
-    weight = row["weight_dtype"]
-    dtype = "fp8" if weight == "fp8_block" else weight
-    asked: dict[str, Any] = {"phase": "serve", "batch": int(row["concurrency"]), "devices": int(row["devices"])}
-    asked |= {"seq": int(row["seq"]), "new_tokens": int(row["new_tokens"]), "dtype": dtype, "weight_dtype": weight}
-    asked |= {"kv_dtype": row["kv_dtype"] or None, "engine": row["engine"]}
-    w, hw = lower(load_model(row["model"]), **asked), load_hardware(row["hardware"])
+    """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
+    weight, hw = row["weight_dtype"], load_hardware(row["hardware"])
+    w = lower(
+        load_model(row["model"]),
+        phase="serve",
+        batch=int(row["concurrency"]),
+        devices=int(row["devices"]),
+        seq=int(row["seq"]),
+        new_tokens=int(row["new_tokens"]),
+        dtype="fp8" if weight == "fp8_block" else weight,
+        weight_dtype=weight,
+        kv_dtype=row["kv_dtype"] or None,
+        engine=row["engine"],
+    )
     return (w, hw) if memory(w, hw).fits else None
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:
-    """Published ratios of a dense GEMM's time to that of its "2:4" or its "narrower" version, predicted."""
+    """Return published ratios of a dense GEMM's time to the time of its "2:4" or its "narrower" version."""
     return [_gemm_ratio(row) for row in published("gemm_ratios") if row["what"] == what]
 
 
 def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     hw = load_hardware(row["hardware"])
-    m, n, k, few_n, few_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
+    m, n, k, pruned_n, pruned_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
     kernel, density = (Kernel.SPARSE24, 0.5) if row["what"] == "2:4" else (Kernel.DENSE, 1.0)
-    # these benchmarks time one GEMM again and again, so its weights may stay in the L2 cache
-    common: dict[str, Any] = {"dtype": row["dtype"], "cold": False, "uncertainty": True}
-    dense = gemm_time(m, n, k, hw, **common)
-    pruned = gemm_time(m, few_n, few_k, hw, kernel=np.array([kernel]), density=density, **common)
+    # these benchmarks repeat one GEMM, so its weights may stay in the L2 cache
+    options = Options(row["dtype"], cold=False)
+    dense, ((_, dense_error),) = gemm_predicted(m, n, k, hw, options)
+    pruned_options = replace(options, kernel=np.array([kernel]), density=density)
+    pruned, ((_, pruned_error),) = gemm_predicted(m, pruned_n, pruned_k, hw, pruned_options)
     ratio = float(dense.seconds[0] / pruned.seconds[0])
-    assert dense.uncertainty is not None
-    assert pruned.uncertainty is not None
-    spread = float(np.exp(ratio_half(dense.uncertainty, pruned.uncertainty))[0])
+    width = float(np.exp(ratio_half(dense_error, pruned_error))[0])
     shape = f"{row['m']}x{row['n']}x{row['k']}"
     if row["what"] != "2:4":
         shape += f" to {row['m']}x{row['pruned_n']}x{row['pruned_k']}"
@@ -214,5 +238,5 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
         shape += f", {row['gemms']} GEMMs"
     measured = float(row["dense_us"]) / float(row["pruned_us"])
     where = f"{row['gpu']}, {row['dtype']}"
-    bounds = (ratio / spread, ratio * spread)
-    return Comparison(shape, where, measured, ratio, *bounds, row["source"], reason=row["reason"])
+    ends = ratio / width, ratio * width
+    return Comparison(shape, where, measured, ratio, *ends, row["source"], reason=row["reason"])

@@ -1,8 +1,8 @@
-"""A validation written down: Markdown with plots beside it, or one HTML file that holds them.
+"""Write a validation as Markdown with plots in separate files, or as one HTML file that contains them.
 
 Use :func:`write_markdown` and :func:`write_html` with a :class:`calibration.validation.validate.Report`;
-:func:`markdown` is the text alone, which needs no matplotlib. Files are written whole, the figures first. :func:`table`
-and :func:`percent` lay out every Markdown table of the project.
+:func:`markdown` returns only the text, without matplotlib. Files are written whole, the figures first.
+:func:`table` and :func:`percent` format every Markdown table of the project.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from simulator.display import markdown_text
 from simulator.files.write import check_target, write_whole
 
 ENOUGH_TO_DRAW = 10
-"""Rows an operator needs for figures of its own."""
+"""Rows that an operator needs for separate figures."""
 
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
 
 CAPTIONS: Mapping[str, str] = {
-    "predicted": "Predicted against measured time; grey: what a datasheet roofline alone says.",
+    "predicted": "Predicted against measured time; grey: datasheet roofline.",
     "sizes": "Error over each size.",
     "residuals": "Mean signed error by size, in octaves: red where the prediction is too slow, "
     "blue where it is too fast.",
-    "coverage": "Measured times inside their interval, by limit, and the interval's half width.",
+    "coverage": "Coverage of the intervals by bottleneck, and their half-width.",
 }
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """A fraction in percent for a table; a dash where there is none.
+    """Return a fraction in percent for a table; a dash for none.
 
     >>> percent(0.0423), percent(None)
     ('4.2', '-')
@@ -43,7 +43,7 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table; the columns ``left`` align left, the others right.
+    """Return a Markdown table; the columns ``left`` align left, the others right.
 
     >>> print(table(["a", "b"], [["x", "1"]]))
     | a | b |
@@ -59,9 +59,9 @@ def _errors(values: Mapping[str, Any]) -> list[str]:
 
 
 def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
-    """One line an operator: errors of the model beside the two baselines that need no fit, speedups, coverage."""
+    """Return one line per operator: errors of the model and of two baselines without a fit, speedups, coverage."""
     header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
-    header += ["speedup median / p95 %", "Spearman", "in 90 % interval"]
+    header += ["speedup median / p95 %", "Spearman", "coverage"]
     rows = []
     for p in parts:
         e, s = p["errors"], p["speedup"]
@@ -77,23 +77,23 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = None, title: str = "") -> str:
-    """The report as Markdown; ``figures``: part ("gemm bf16") -> name of a figure -> address of its image."""
+    """Return the report as Markdown; ``figures``: part ("gemm bf16") -> name of a figure -> address of its image."""
     data = summary(report)
     about = markdown_text(f"Measured on {report.device}; software: {report.software}.")
     lines = [f"# {markdown_text(title or f'Accuracy of {report.hardware}')}", ""]
     lines += [f"{about} Errors are predicted over measured time less one, in percent.", ""]
     lines += [_accuracy_table(data["parts"]), ""]
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
-        lines += ["\\* fitted on these very rows; below, what its folds say of shapes left out.", ""]
+        lines += ["\\* fitted on these rows; the errors on held-out shapes are below.", ""]
     if data["skipped"]:
         lines += [
-            *(f"- {count} rows left out: {markdown_text(reason)}" for reason, count in data["skipped"].items()),
+            *(f"- {count} rows excluded: {markdown_text(reason)}" for reason, count in data["skipped"].items()),
             "",
         ]
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *_errors(values)] for name, values in held_out.items()]
-        lines += ["## Unseen shapes, when it was fitted", "", table(["section", *ERROR_TITLES], rows), ""]
-    inside = f"inside the {100 * report.level:.3g} % interval, %"
+        lines += ["## Held-out shapes of the fit", "", table(["section", *ERROR_TITLES], rows), ""]
+    covered = f"coverage of the {100 * report.level:.3g} % interval, %"
     for p in data["parts"]:
         name = f"{p['operator']} {p['dtype']}"
         lines += [f"## {name}", ""]
@@ -101,14 +101,14 @@ def markdown(report: Report, figures: Mapping[str, Mapping[str, str]] | None = N
             rows = [[m, f"{v['rows']:,}", *_errors(v)] for m, v in p["by_m"].items()]
             lines += [table(["m", "rows", *ERROR_TITLES], rows), ""]
         rows = [[c["bottleneck"], f"{c['rows']:,}", percent(c["coverage"]), percent(c["width"])] for c in p["coverage"]]
-        lines += [table(["bottleneck", "rows", inside, "half width %"], rows), ""]
+        lines += [table(["bottleneck", "rows", covered, "half-width %"], rows), ""]
         for figure, address in (figures or {}).get(name, {}).items():
             lines += [f"![{name}: {figure}]({address})", "", CAPTIONS[figure], ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _with_figures(report: Report, title: str, place: Callable[[str, bytes], str]) -> str:
-    """The report with figures of its larger parts, each under the address that ``place`` gives to its name and PNG."""
+    """Return the report with figures of its larger parts; ``place`` stores a PNG by name and returns its address."""
     from calibration.validation.report_figures import part_figures, png
 
     addresses = {
@@ -123,27 +123,27 @@ def _with_figures(report: Report, title: str, place: Callable[[str, bytes], str]
 
 
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
-    """Write FILE.md and its figures as PNG files beside it: all files written, the text last."""
+    """Write FILE.md and its figures as PNG files in the same folder; return all files, the text last."""
     target = check_target(path)
     written = []
 
-    def beside(name: str, image: bytes) -> str:
+    def store(name: str, image: bytes) -> str:
         written.append(target.with_name(f"{target.stem}_{name}.png"))
         write_whole(written[-1], image)
         return written[-1].name
 
-    write_whole(target, _with_figures(report, title, beside).encode())
+    write_whole(target, _with_figures(report, title, store).encode())
     return (*written, target)
 
 
 def write_html(report: Report, path: str | Path, title: str = "") -> Path:
-    """Write the report as one HTML file with its figures inside; it loads nothing from elsewhere."""
+    """Write the report as one HTML file that contains its figures and loads no other file."""
     target = check_target(path)
 
-    def inside(_: str, image: bytes) -> str:
+    def embed(_: str, image: bytes) -> str:
         return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
-    write_whole(target, html(_with_figures(report, title, inside)).encode())
+    write_whole(target, html(_with_figures(report, title, embed)).encode())
     return target
 
 
@@ -157,7 +157,7 @@ _STYLE = (
 
 
 def html(text: str) -> str:
-    """The Markdown this module writes (headings, tables, lists, images, paragraphs) as one HTML page.
+    """Return the Markdown of this module (headings, tables, lists, images, paragraphs) as one HTML page.
 
     >>> "<h1>A &lt;b&gt; &amp; c</h1>" in html("# A <b> &#38; c")
     True

@@ -1,7 +1,6 @@
-"""Figures of a validation: predicted against measured times, error over each size, residual maps, coverage. Arrays in,
-matplotlib figures out.
+"""Draw a validation: predicted against measured times, error by size, residual maps, coverage.
 
-Use :func:`part_figures` for all figures of a part of a :class:`calibration.validation.validate.Report`; the look is
+Use :func:`part_figures` for all figures of a part of a :class:`calibration.validation.validate.Report`; the style is
 that of :mod:`simulator.figures.style`.
 """
 
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 
 MOST_POINTS = 6000
-"""Points of a scatter plot; more make the file large and the plot no clearer."""
+"""Points of a scatter plot; more enlarge the file without a clearer plot."""
 MAP_LIMIT = 0.15
-"""Signed error at which the colours of a residual map end."""
-_LOOKS: tuple[tuple[str, str, str, str], ...] = (
+"""Signed error at the ends of the colour scale of a residual map."""
+_LINES: tuple[tuple[str, str, str, str], ...] = (
     ("median", "median |error|", BLUE, "o-"),
     ("p95", "95th percentile", VERMILLION, "s-"),
     ("bias", "bias", GREY, "--"),
@@ -43,8 +42,8 @@ def _figure(width_in: float, height_in: float) -> Figure:
 
 
 def predicted_measured(part: Part) -> Figure:
-    """Predicted against measured time, both logarithmic, with the datasheet roofline below; at most
-    :data:`MOST_POINTS`."""
+    """Draw predicted against measured time on logarithmic axes, with the datasheet roofline; at most
+    :data:`MOST_POINTS` rows."""
     rows = np.arange(len(part))
     if len(rows) > MOST_POINTS:
         rows = np.random.default_rng(0).choice(rows, MOST_POINTS, replace=False)
@@ -64,7 +63,7 @@ def predicted_measured(part: Part) -> Figure:
 
 
 def error_by_size(part: Part) -> Figure:
-    """Median and 95th percentile of the absolute error, and the bias, over each size."""
+    """Draw median and 95th percentile of the absolute error, and the bias, over each size."""
     several = [name for name in part.sizes if name != "role" and len(np.unique(part.sizes[name])) > 2]
     names = several[:4] or [next(iter(part.sizes))]
     figure = _figure(PAGE_IN, 1.9)
@@ -74,8 +73,8 @@ def error_by_size(part: Part) -> Figure:
         ranges = by_size(part, name)
         x = np.array([np.sqrt(max(r["low"], 0.5) * max(r["high"], 0.5)) for r in ranges])
         ax.set(xscale="log", xlabel=name.replace("_", " "))
-        for key, label, color, look in _LOOKS:
-            ax.plot(x, [100.0 * r[key] for r in ranges], look, color=color, label=label)
+        for key, label, color, style in _LINES:
+            ax.plot(x, [100.0 * r[key] for r in ranges], style, color=color, label=label)
         if len(x) > 1:
             log_axis(ax.xaxis, float(x.min()), float(x.max()), 5 if len(names) < 4 else 4)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -83,7 +82,7 @@ def error_by_size(part: Part) -> Figure:
 
 
 def residual_map(part: Part) -> Figure:
-    """Mean signed error over two sizes in octaves: where the model is too slow (positive) or too fast."""
+    """Draw the mean signed error over two sizes in octaves: positive where the prediction is too slow."""
     s = part.sizes
     if "m" in s:
         panels = [("m", s["m"], "n × k", s["n"] * s["k"]), ("n", s["n"], "k", s["k"])]
@@ -120,26 +119,26 @@ def _map(ax: Axes, x: FloatArray, y: FloatArray, error: FloatArray) -> Any:
 
 
 def coverage_figure(part: Part, level: float) -> Figure:
-    """Share of measured times inside their interval, by limit, beside the level; the interval's half width as text."""
-    found = coverage(part)
-    names, values = [f["bottleneck"] for f in found], [100.0 * f["coverage"] for f in found]
-    figure = _figure(COLUMN_IN, 0.75 + 0.17 * len(found))
-    inside = f"inside the {100 * level:.3g} % interval (%)"
-    ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel=inside)
-    # marks, for the axis does not begin at 0
+    """Draw the coverage by bottleneck and the level, with the half-width of the intervals as text."""
+    rows = coverage(part)
+    names, values = [r["bottleneck"] for r in rows], [100.0 * r["coverage"] for r in rows]
+    figure = _figure(COLUMN_IN, 0.75 + 0.17 * len(rows))
+    label = f"coverage of the {100 * level:.3g} % interval (%)"
+    ax = figure.add_subplot(title=f"{part.operator}, {part.dtype}", xlabel=label)
+    # marks instead of bars, because the axis does not begin at 0
     ax.hlines(names, 100.0 * level, values, color=BLUE, linewidth=1.2)
     ax.plot(values, names, "o", color=BLUE, clip_on=False, zorder=3)
     ax.axvline(100.0 * level, color=VERMILLION, linewidth=0.9)
-    ax.set(xlim=(max(min(75.0, min(values) - 5.0), 0.0), 100.0), ylim=(len(found) - 0.4, -0.6))
+    ax.set(xlim=(max(min(75.0, min(values) - 5.0), 0.0), 100.0), ylim=(len(rows) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
-    for f in found:
-        width, place = f"±{100 * f['width']:.3g} %", (1.04, f["bottleneck"])
+    for r in rows:
+        width, place = f"±{100 * r['width']:.3g} %", (1.04, r["bottleneck"])
         ax.annotate(width, place, xycoords=("axes fraction", "data"), va="center", fontsize=6)
     return figure
 
 
 def part_figures(part: Part, level: float) -> Mapping[str, Figure]:
-    """All figures of a part by name: "predicted", "sizes", "residuals", "coverage"."""
+    """Return all figures of a part by name: "predicted", "sizes", "residuals", "coverage"."""
     with paper_style():
         return {
             "predicted": predicted_measured(part),
@@ -150,7 +149,7 @@ def part_figures(part: Part, level: float) -> Mapping[str, Figure]:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG; the same figure gives the same bytes."""
+    """Return a figure as a PNG; equal figures give equal bytes."""
     out = io.BytesIO()
     with paper_style():
         figure.savefig(out, format="png", dpi=144, metadata={"Software": None})

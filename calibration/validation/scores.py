@@ -1,8 +1,7 @@
-"""What predictions are worth, once for every judge: errors of times and of speedups, by size, and how often an
-interval holds.
+"""Scores of predictions: errors of times and of speedups, by size, and coverage of intervals.
 
-Use :func:`errors` and :func:`speedups` with arrays; :func:`summary` for every number of a report as
-plain data. Fractions, or percent with ``scale=100``.
+Use :func:`errors` and :func:`speedups` with arrays; :func:`summary` for all scores of a report as plain data. Scores
+are fractions, or percent with ``scale=100``.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ M_RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("m 17-256", "m<=256", 16.0, 256.0),
     ("m > 256", "m>256", 256.0, np.inf),
 )
-"""Title, key of a score, and bounds (low, high] of the ranges of m that errors are told by."""
+"""Title, key of a score, and bounds (low, high] of each range of m for which errors are reported."""
 PAIRS = 200_000
-"""Pairs of rows that a report's speedups are judged on; more are drawn from by chance."""
+"""Most pairs of rows for the speedups of a report; of more, a random sample."""
 
 
 def m_ranges(m: FloatArray) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
-    """Title, key and rows of each of :data:`M_RANGES` that has any."""
+    """Yield title, key and rows of each of :data:`M_RANGES` that has rows."""
     for title, key, low, high in M_RANGES:
         rows = (m > low) & (m <= high)
         if rows.any():
@@ -36,12 +35,12 @@ def m_ranges(m: FloatArray) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
 
 
 def errors(predicted_s: FloatArray, measured_s: FloatArray, scale: float = 1.0) -> dict[str, float]:
-    """:func:`calibration.fit.errors.accuracy_of` of times."""
+    """Return :func:`calibration.fit.errors.accuracy_of` of times."""
     return accuracy_of(scale * (predicted_s / measured_s - 1.0))
 
 
 def spearman(a: FloatArray, b: FloatArray) -> float:
-    """Rank correlation; NaN with fewer than three values, or where one side never changes."""
+    """Return the rank correlation; NaN with fewer than three values, or where one side is constant."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(a, b).statistic) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
@@ -50,10 +49,10 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
 def speedups(
     predicted_s: FloatArray, measured_s: FloatArray, at: NDArray[np.intp], scale: float = 1.0
 ) -> dict[str, float]:
-    """Accuracy of larger over smaller time at pairs (smaller, larger) of rows.
+    """Return the accuracy of larger over smaller time at pairs (smaller, larger) of rows.
 
-    "pairs" and, where there are any, "median" and "p95" of the absolute relative error, and "spearman" of predicted
-    against measured.
+    "pairs" is their number. If there are any, "median" and "p95" are of the absolute relative error, and "spearman"
+    compares predicted with measured.
     """
     if not len(at):
         return {"pairs": 0}
@@ -69,12 +68,12 @@ def speedups(
 
 
 def part_errors(part: Part, rows: Any = slice(None)) -> dict[str, float]:
-    """Errors of some rows of a part."""
+    """Return the errors of some rows of a part."""
     return accuracy_of(part.error[rows])
 
 
 def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
-    """Errors over one size, in at most ``bins`` ranges ("low" to "high") that hold equal numbers of distinct sizes."""
+    """Return errors over one size, in at most ``bins`` ranges ("low" to "high") of equal numbers of distinct sizes."""
     size = part.sizes[name]
     out: list[dict[str, float]] = []
     for chunk in np.array_split(values := np.unique(size), min(bins, len(values))):
@@ -85,7 +84,7 @@ def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
 
 
 def part_speedups(part: Part) -> dict[str, float]:
-    """:func:`speedups` over a part's own sizes."""
+    """Return :func:`speedups` of the rows of a part that differ in one size."""
     at = neighbours([size for name, size in part.sizes.items() if name != "role"])
     if len(at) > PAIRS:
         at = at[np.sort(np.random.default_rng(0).choice(len(at), PAIRS, replace=False))]
@@ -93,8 +92,8 @@ def part_speedups(part: Part) -> dict[str, float]:
 
 
 def coverage(part: Part) -> list[dict[str, Any]]:
-    """Share of the measured times inside their interval and its geometric half width (a factor less 1): "all", then by
-    the limit that holds it."""
+    """Return the coverage of measured times and the geometric half-width of their intervals (a factor less 1): "all",
+    then by bottleneck."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
     half = 0.5 * np.log(part.upper_s / part.lower_s)
     out = []
@@ -106,13 +105,13 @@ def coverage(part: Part) -> list[dict[str, Any]]:
 
 
 def part_summary(part: Part) -> dict[str, Any]:
-    """Every number of one part as plain data."""
+    """Return all scores of one part as plain data."""
     out: dict[str, Any] = {
         "operator": part.operator,
         "dtype": part.dtype,
         "rows": len(part),
         "status": part.status,
-        "fitted_on_these_rows": part.seen,
+        "fitted_on_these_rows": part.in_fit,
         "errors": part_errors(part),
         "roofline": errors(part.roofline_s, part.measured_s),
         "simple": errors(part.simple_s, part.measured_s),
@@ -127,7 +126,7 @@ def part_summary(part: Part) -> dict[str, Any]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """A report as plain data: what ``prunesim validate --json`` prints."""
+    """Return a report as plain data, the output of ``prunesim validate --json``."""
     return {
         "hardware": report.hardware,
         "measured_on": report.device,

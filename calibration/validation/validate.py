@@ -1,8 +1,8 @@
-"""A profile against measurements: every predicted time beside the measured one.
+"""Compare a profile with measurements: the predicted and the measured time of every record.
 
-Use :func:`validate` with a profile and records: it returns a :class:`Report` of arrays.
-:mod:`calibration.validation.scores` makes numbers of it, :mod:`calibration.validation.report` a text,
-:mod:`calibration.validation.report_figures` figures.
+Use :func:`validate` with a profile and records for a :class:`Report` of arrays. :mod:`calibration.validation.scores`
+computes its scores, :mod:`calibration.validation.report` writes it, :mod:`calibration.validation.report_figures` draws
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
-from calibration.records.table import Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -29,27 +29,27 @@ us."""
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One operator in one number format ("int8_wo": int8 weights under 16-bit activations), a row a measurement."""
+    """One operator in one number format ("int8_wo": int8 weights, 16-bit activations); one row per measurement."""
 
     operator: str
     dtype: str
-    sizes: Mapping[str, FloatArray]  # dimensions that errors are shown against and that pairs may differ in
+    sizes: Mapping[str, FloatArray]  # for errors by size and for pairs that differ in one size
     measured_s: FloatArray
     predicted_s: FloatArray
     lower_s: FloatArray
     upper_s: FloatArray
     roofline_s: FloatArray  # max(FLOP / peak, bytes / bandwidth)
-    simple_s: FloatArray  # the same with 0.8 of the bandwidth, plus 3 us
-    bottleneck: NDArray[np.str_]  # that holds the predicted time
-    status: str = "default"  # of the profile's section: "calibrated", "borrowed" or "default"
-    seen: bool = False  # whether that was fitted on these very rows
+    simple_s: FloatArray  # the roofline with 0.8 of the bandwidth, plus 3 us
+    bottleneck: NDArray[np.str_]  # of the predicted time
+    status: str = "default"  # of the profile's section: "calibrated", "inherited" or "default"
+    in_fit: bool = False  # whether the section was fitted on exactly these rows
 
     def __len__(self) -> int:
         return len(self.measured_s)
 
     @property
     def name(self) -> str:
-        """Operator and format, as headings and files name the part."""
+        """Operator and format, used in headings and file names."""
         return f"{self.operator} {self.dtype}"
 
     @property
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """A validation: the profile, its parts, and the rows no part took with the reason."""
+    """A validation: the profile, its parts, and the number of excluded rows by reason."""
 
     hardware: str
     device: str
@@ -72,16 +72,16 @@ class Report:
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None, level: float = 0.9) -> Report:
-    """Predict every record, of one number format (as :meth:`Records.labels` names it) or of all, and compare.
+    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all, and compare.
 
-    Rows without a time that can be one, or that are no operator of the model or of the device, are counted in
+    Rows without a valid time, or of an operator that the cost models or the device do not support, are counted in
     ``skipped``. InputError, with the reasons, when no row can be predicted.
     """
     skipped: dict[str, int] = {}
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
-    found = parts_of(records, hw, skipped)
-    parts = [_part(operator, label, records.select(rows), hw, level) for operator, label, rows in found]
+    split = parts_of(records, hw, skipped)
+    parts = [_part(operator, label, records.select(rows), hw, level) for operator, label, rows in split]
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise InputError(f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}")
@@ -92,26 +92,26 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
 
 
 def _part(operator: str, label: str, r: Records, hw: HardwareProfile, level: float) -> Part:
-    """Rows of one operator and format beside their prediction and two rooflines."""
-    dtype, found = DTYPES[int(r.dtype[0])], predict(r, hw, level)
-    time = found.time
+    """Return rows of one operator and format with their prediction and two rooflines."""
+    dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw, level)
+    time = predicted.time
     flops, weights, others = work(r)
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s
     if operator == "collective":
         moved = time.roofline_s
-    fitted = hw.section(SECTIONS[operator], dtype)
-    origin = fitted.provenance
+    section = hw.section(SECTIONS[operator], dtype)
+    origin = section.provenance
     return Part(
-        operator,
-        label,
-        MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in found.sizes.items()}),
-        r.seconds.astype(np.float64),
-        time.seconds,
-        time.lower,
-        time.upper,
-        np.maximum(compute, moved),
-        np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
-        time.bottlenecks,
-        fitted.status,
-        origin is not None and origin.rows == len(r) and origin.digest == r.tidy().digest(),
+        operator=operator,
+        dtype=label,
+        sizes=MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in predicted.sizes.items()}),
+        measured_s=r.seconds.astype(np.float64),
+        predicted_s=time.seconds,
+        lower_s=time.lower,
+        upper_s=time.upper,
+        roofline_s=np.maximum(compute, moved),
+        simple_s=np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
+        bottleneck=time.bottlenecks,
+        status=section.status,
+        in_fit=origin is not None and origin.rows == len(r) and origin.digest == r.tidy().digest(),
     )

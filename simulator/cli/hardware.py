@@ -47,8 +47,9 @@ def show(
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Datasheet facts come with their sources; each fitted part with its stack, its status, its accuracy and its spread:
-    the factor on a shape's own error at which 90 % intervals hold unseen rows of its own table.
+    Prints datasheet facts with their sources, and stack, status, accuracy and section scale of each fitted section: the
+    factor on correlated and independent errors at which 90 % of the held-out rows of its table are
+    covered.
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.profile import unfitted
@@ -89,8 +90,8 @@ def show(
     for text, keys in values.items():
         print(f"  {', '.join(keys)}:\n    {text}")
     print()
-    if hw.anchor is not None:
-        about = hw.anchor.provenance
+    if hw.local_update is not None:
+        about = hw.local_update.provenance
         print(f"anchored: {about.rows} rows measured on {about.device} with {about.software} move all of it\n")
     sections = hw.to_dict()["sections"]
     if not sections:
@@ -106,7 +107,7 @@ def show(
         ("<status", lambda s: s["status"]),
         ("rows", lambda s: s["rows"] or ""),
         ("error, p95", lambda s: _accuracy(s["accuracy"])),
-        ("spread", lambda s: f"{s['spread']:.2g}"),
+        ("section scale", lambda s: f"{s['section_scale']:.2g}"),
     )
     room = max(render.width() - render.table_width(columns) - 2, 12)
     render.show(
@@ -152,7 +153,7 @@ def _stacks(hw: HardwareProfile) -> str:
     """Stacks a device was fitted on, the preferred one first, and the sibling that lends some."""
     names = [stack or "own" for stack in hw.stacks]
     sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
-    if sibling and all(s.status == "borrowed" for sections in hw.stacks.values() for s in sections.values()):
+    if sibling and all(s.status == "inherited" for sections in hw.stacks.values() for s in sections.values()):
         return sibling
     return ", ".join(names) or "none"
 

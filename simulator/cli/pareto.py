@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from simulator.predict.pareto import Band, Front
 
 # fmt: off
-Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table (CSV), or the name of a shipped one.")]
+Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")]
 QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Take the quality rows of this model instead.")]
 Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
 Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
@@ -39,10 +39,11 @@ def pareto(
     csv: Csv = None,
     figure: options.Figure = None,
 ) -> None:
-    """Show which pruned models no other one beats in speed and quality.
+    """Show which pruned models no other model beats in both speed and quality.
 
-    Quality is measured by papers or by prunesim quality, on one metric under one protocol; speed is predicted, or
-    measured where --measured has it. Without --quality the shipped rows of the model are used.
+    Quality is measured, on one metric under one protocol: by papers (the shipped tables, used by default), by a table
+    of yours, or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted, or
+    measured where --measured has it.
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine, Sizes, from_l2
 from simulator.workload import attention_pairs
 
 TILE = 64.0
@@ -30,8 +30,8 @@ TILE = 64.0
 
 
 @dataclass(frozen=True)
-class Calls:
-    """Attention calls: the sizes are arrays of one shape, with which the rest broadcasts."""
+class Geometry(Sizes):
+    """Sizes of attention calls: arrays of one shape, with which the rest broadcasts."""
 
     batch: FloatArray  # sequences
     q_len: FloatArray  # query positions of one, the last of its key positions
@@ -63,31 +63,18 @@ class Calls:
 
 @dataclass(frozen=True)
 class Parts:
-    """Time of attention calls without residual, s, and the parts it is joined from, by limit."""
+    """Time of attention calls without residual, s, and the parts that it joins."""
 
     total_s: FloatArray
-    by_limit: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
-    shares: Mapping[
-        str, FloatArray
-    ]  # derivative of log time by the log of each part: what errors of the parts do to it
-
-
-def from_l2(footprint_bytes: FloatArray, device: Machine, c: Mapping[str, float]) -> FloatArray:
-    """Time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that of moving them from DRAM.
-
-    The power is fixed: L40S decode errs by 16.3, 14.0, 13.2 % with 4, 8, 16.
-    """
-    ratio = footprint_bytes / (c["l2_share"] * device.l2_bytes)
-    for _ in range(3):  # to the eighth power
-        ratio = ratio * ratio
-    return np.asarray(1.0 - (1.0 - 1.0 / c["l2_gain"]) / (1.0 + ratio))
+    by_bottleneck: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
+    loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
 
 
 @dataclass(frozen=True)
 class PrefillWork:
     """What a prefill attention computes and moves, arrays of one shape."""
 
-    calls: Calls
+    calls: Geometry
     tiles: FloatArray  # query tiles, all heads and sequences
     blocks: FloatArray  # key blocks of all tiles
     chain: FloatArray  # key blocks of the longest tile
@@ -110,7 +97,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
     return tiles, np.where(windowed, np.maximum(blocks - skipped, tiles), blocks), np.where(windowed, longest, last)
 
 
-def prefill_work(a: Calls, c: Mapping[str, float]) -> PrefillWork:
+def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     """Tiles, blocks, FLOPs and bytes of prefill attention; of the constants only those of its structure enter."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
@@ -155,22 +142,17 @@ def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> 
     rest = (1.0 - launch) / norm
     compute, latency, moved = (power * rest for power in powers)
     waves = np.maximum(work.tiles / device.sm_count, 1.0)
-    shares = {"launch": launch, "compute": compute, "latency": latency, "memory": moved}
-    shares["occupancy"] = compute * np.log(np.ceil(waves) / waves)
-    parts: dict[str, FloatArray | float] = {
-        "compute": throughput,
-        "latency": chain,
-        "memory": memory,
-        "launch": c["t0_s"],
-    }
-    return Parts(total, parts, shares)
+    loadings = {"launch": launch, "compute": compute, "latency": latency, "memory": moved}
+    loadings["occupancy"] = compute * np.log(np.ceil(waves) / waves)
+    parts = {"compute": throughput, "latency": chain, "memory": memory, "launch": c["t0_s"]}
+    return Parts(total, parts, loadings)
 
 
 @dataclass(frozen=True)
 class DecodeWork:
     """What a decode attention computes and moves, arrays of one shape."""
 
-    calls: Calls
+    calls: Geometry
     kv: FloatArray  # keys read, after window and density
     pairs: FloatArray  # batch times KV heads
     group: FloatArray  # query heads a KV head
@@ -188,7 +170,7 @@ class DecodeWork:
 Work = PrefillWork | DecodeWork
 
 
-def decode_work(a: Calls) -> DecodeWork:
+def decode_work(a: Geometry) -> DecodeWork:
     """Keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
@@ -222,7 +204,7 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     work_s = np.sqrt(sum(part * part for part in parts.values()))
     total = fixed + work_s
     rest = 1.0 / (total * work_s)
-    shares: dict[str, FloatArray] = {"launch": c["t0_s"] / total}
-    shares |= {name: part * part * rest for name, part in parts.items()}
-    shares["merge"] = merge / total
-    return Parts(total, {**parts, "launch": fixed}, shares)
+    loadings: dict[str, FloatArray] = {"launch": c["t0_s"] / total}
+    loadings |= {name: part * part * rest for name, part in parts.items()}
+    loadings["merge"] = merge / total
+    return Parts(total, {**parts, "launch": fixed}, loadings)

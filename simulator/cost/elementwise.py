@@ -1,7 +1,13 @@
 """Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
 
-Use :func:`elementwise_time` with the bytes an operator reads and writes. Activations just written are still in L2 while
-they fit, so a small operator may run above the DRAM bandwidth; a large one streams. Floor and bytes join by a 2-norm.
+Activations that were just written are still in L2 while they fit, so a small operator may run above the DRAM bandwidth;
+a large one streams. Floor and bytes join by a 2-norm. Use :func:`elementwise`.
+
+Symbols
+-------
+t0 : floor of a kernel of a class, s
+e : share of the DRAM bandwidth that a large operator reaches
+l2 : rate of data in L2, in units of their DRAM rate
 """
 
 from __future__ import annotations
@@ -15,20 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, Range, array, instance, plain, text, together, truths
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.base import Calls, Estimate, bottleneck
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
-from simulator.hardware.profile import SAME_STACK, HardwareProfile
-from simulator.uncertainty.error_model import (
-    BOTTLENECKS,
-    OperatorTimes,
-    Posterior,
-    Spread,
-    Uncertainty,
-    posterior_of,
-    with_intervals,
-)
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.workload import DTYPES, ROLES, Kind
 
 _ROLES = {
@@ -40,75 +38,75 @@ _ROLES = {
     "select": "sampling select sort",
     "scatter": "scatter",
 }
-# a class by itself, and what is no elementwise operator as a copy
+# every class by its own name; a role of no class counts as a copy
 _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 _ROLE = Range(0.0, len(ROLES) - 1.0, "names of operators, or their codes", whole=True)
 
-LOCAL, OWN = 0.08, 0.08
-"""Log standard deviations of errors that neighbouring sizes of a class share, and of one size's own."""
 APART = 8.0
-"""Octaves between two classes, so that their local errors are their own."""
+"""Octaves between two classes, so that their errors are uncorrelated."""
 
-_LAUNCH, _MEMORY, _L2 = BOTTLENECKS.index("launch"), BOTTLENECKS.index("memory"), BOTTLENECKS.index("l2")
+_LAUNCH, _MEMORY, _L2 = map(bottleneck, ("launch", "memory", "l2"))
+
+
+@dataclass(frozen=True)
+class Moves(Calls):
+    """Elementwise operators: bytes read and written, index into :data:`CLASSES`, and the device's facts."""
+
+    bytes_: FloatArray
+    code: IndexArray
+    l2_bytes: float
+    bandwidth: float  # bytes/s
+    architecture: str
+    added: Any = False  # added by pruning: runs at DRAM speed
+    fitted: bool = True  # whether the constants come from measurements
+
+    @property
+    def operator(self) -> str:
+        return "elementwise"
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost; L2 holds a share of the bytes by a fixed power (the data do not distinguish 3 from 6)."""
+        floor, share, gain = (
+            np.array([c[pattern.format(name)] for name in CLASSES])[self.code]
+            for pattern in ("t0_{}_s", "e_{}", "l2_{}")
+        )
+        ratio = self.bytes_ / (c["l2_share"] * self.l2_bytes)
+        ratio = ratio * ratio
+        hit = (1.0 - np.asarray(self.added, dtype=np.float64)) / (1.0 + ratio * ratio)
+        memory = self.bytes_ / (share * self.bandwidth) * (1.0 - hit + hit / gain)
+        moved = memory * memory / (floor * floor + memory * memory)
+        loadings = {"launch": 1.0 - moved, "memory": moved, "l2": moved * hit, "default": float(not self.fitted)}
+        if np.any(self.added):
+            loadings["added"] = np.broadcast_to(self.added, moved.shape) * 1.0
+        octaves = np.log2(np.maximum(self.bytes_, 1.0))
+        return Estimate(
+            operator="elementwise",
+            kind=int(Kind.ELEMENTWISE),
+            time=np.sqrt(floor * floor + memory * memory),
+            floor=0.0,  # the data may lie in L2
+            roofline=self.bytes_ / self.bandwidth,
+            bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8),
+            loadings=loadings,
+            coordinates=np.stack([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)], axis=1),
+            position=(self.code, octaves),
+        )
 
 
 def class_residual(arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
-    """log(measured / core) over (class, log2 bytes), nodes an octave apart, that a section's arrays hold, or None."""
+    """Return log(measured / analytical) over (class, log2 bytes), nodes an octave apart; None if a section has none."""
     if "values" not in arrays:
         return None
     values = np.asarray(arrays["values"], dtype=np.float64)
-    # classes that came after the profile have no residual; one row more, so that each class is the near side of a cell
+    # classes newer than the profile have no residual; one more row, so that each class is the near side of a cell
     later = np.zeros((len(CLASSES) + 1 - len(values), values.shape[1]))
     return ResidualGrid((0.0, float(arrays["start"])), (1.0, 1.0), np.concatenate([values, later]))
 
 
-def class_place(bytes_: FloatArray, code: NDArray[np.intp]) -> tuple[NDArray[np.intp], FloatArray]:
-    """Coordinates of operators in their lattice."""
-    return code, np.log2(np.maximum(bytes_, 1.0))
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """What a profile says, as arrays by class."""
-
-    constants: Mapping[str, float]
-    residual: ResidualGrid | None
-    spread: Spread  # factors on the prior of its errors
-    unknown: float  # 1 where nothing was fitted
-    posterior: Posterior | None
-
-
-@lru_cache(maxsize=128)
-def _ready(hw: HardwareProfile, dtype: str) -> _Ready:
-    section = hw.section("elementwise", dtype)
-    constants = {name: section[name] for name in ELEMENTWISE_CONSTANTS}
-    unknown = float(section.status == "default")
-    return _Ready(constants, class_residual(section.arrays), hw.spread(section), unknown, posterior_of(hw))
-
-
-def elementwise_core(
-    bytes_: FloatArray,
-    code: NDArray[np.intp],
-    l2_bytes: float,
-    bandwidth: float,
-    c: Mapping[str, float],
-    streams: Any = False,
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Time of elementwise operators without residual, s, from constants by name; its floor and memory part; and the
-    share that L2 holds (by a fixed power: the data do not tell 3 from 6), none of those that ``streams`` marks."""
-    patterns = ("t0_{}_s", "e_{}", "l2_{}")
-    floor, share, gain = (np.array([c[p.format(name)] for name in CLASSES])[code] for p in patterns)
-    ratio = bytes_ / (c["l2_share"] * l2_bytes)
-    ratio = ratio * ratio
-    hit = (1.0 - np.asarray(streams, dtype=np.float64)) / (1.0 + ratio * ratio)
-    memory = bytes_ / (share * bandwidth) * (1.0 - hit + hit / gain)
-    return np.sqrt(floor * floor + memory * memory), floor, memory, hit
-
-
-def class_code(role: Any) -> NDArray[np.intp]:
-    """Index into :data:`CLASSES` from role codes (indices into ``workload.ROLES``), role names or class names."""
+def class_code(role: Any) -> IndexArray:
+    """Return indices into :data:`CLASSES` from role codes (indices into ``workload.ROLES``), role names or class
+    names."""
     given = plain(role)
     if given.dtype.kind not in "US":
         return np.asarray(_CODE_OF_ROLE[array("role", role, _ROLE).astype(np.intp)])
@@ -119,7 +117,13 @@ def class_code(role: Any) -> NDArray[np.intp]:
     return np.array([_CODE[name] for name in names], dtype=np.intp).reshape(given.shape)
 
 
-def elementwise_time(
+@lru_cache(maxsize=128)
+def _ready(hw: HardwareProfile, dtype: str) -> tuple[Section, dict[str, float], ResidualGrid | None]:
+    section = hw.section("elementwise", dtype)
+    return section, {name: section[name] for name in ELEMENTWISE_CONSTANTS}, class_residual(section.arrays)
+
+
+def elementwise(
     read_bytes: Any,
     write_bytes: Any,
     hw: HardwareProfile,
@@ -127,50 +131,25 @@ def elementwise_time(
     role: Any = "copy",
     added: Any = False,
     dtype: str = "bf16",
-    level: float = 0.9,
-) -> OperatorTimes:
-    """Time of elementwise operators from the bytes one execution reads and writes.
+) -> Estimate:
+    """Return the cost of elementwise operators from the bytes one execution reads and writes.
 
-    ``role`` is of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over datasheet
-    bandwidth; a time may lie below it where the data are still in L2. What pruning ``added`` runs at DRAM speed
-    whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
-    EIT-NLP/LLM-Pruning, DynamicPruningKernels), and depends on whose code it is: its interval is wider.
+    ``role`` is that of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over
+    datasheet bandwidth; a time may lie below it where the data are still in L2. Operators that pruning ``added`` run at
+    DRAM speed whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33
+    to 50 MB; EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is
+    wider.
     """
     if text("dtype", dtype) not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    r = _ready(instance("hw", hw, HardwareProfile, "load_hardware"), dtype)
-    read, written = array("read_bytes", read_bytes, AMOUNT), array("write_bytes", write_bytes, AMOUNT)
+    section, constants, residual = _ready(instance("hw", hw, HardwareProfile, "load_hardware"), dtype)
     read, written, code, added = together(
-        read_bytes=read, write_bytes=written, role=class_code(role), added=truths("added", added)
+        read_bytes=array("read_bytes", read_bytes, AMOUNT),
+        write_bytes=array("write_bytes", write_bytes, AMOUNT),
+        role=class_code(role),
+        added=truths("added", added),
     )
-    total = read + written
-    seconds, floor, memory, hit = elementwise_core(
-        total, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, r.constants, added
-    )
-    if r.residual is not None:
-        seconds = seconds * np.exp(r.residual(class_place(total, code)))
-    bound = np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8)
-    uncertainty = uncertainty_of(floor, memory, hit, total, code, r.spread, r.unknown, added)
-    ends = with_intervals(seconds, 0.0, uncertainty, level, r.posterior)
-    return OperatorTimes(*ends, total / hw.bandwidth_bytes_per_s, bound, uncertainty=uncertainty)
-
-
-def uncertainty_of(
-    floor: FloatArray,
-    memory: FloatArray,
-    hit: FloatArray,
-    bytes_: FloatArray,
-    code: NDArray[np.intp],
-    spread: Spread = (SAME_STACK, 1.0),
-    unknown: float = 0.0,
-    added: Any = False,
-) -> Uncertainty:
-    """What times of :func:`elementwise_core` are unsure of: their floor, memory, and the part of it that L2 serves;
-    all of it, where nothing was fitted (``unknown``)."""
-    bound = memory * memory / (floor * floor + memory * memory)
-    shares = {"launch": 1.0 - bound, "memory": bound, "l2": bound * hit, "default": unknown}
-    if np.any(added):
-        shares["added"] = np.broadcast_to(added, bound.shape) * 1.0
-    octaves = np.stack([np.log2(np.maximum(bytes_, 1.0)).ravel(), APART * code.ravel(), np.zeros(bound.size)], axis=1)
-    sure: Any = {"local": LOCAL, "own": OWN**2}
-    return Uncertainty.of("elementwise", shares, spread=spread, **sure, place=octaves, kind=int(Kind.ELEMENTWISE))
+    fitted = section.status != "default"
+    calls = Moves(read + written, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted)
+    e = calls.estimate(constants)
+    return e.with_residual(None if residual is None else residual(e.position), section)

@@ -1,120 +1,126 @@
-"""GEMM cost: arrays of shapes and a profile in, times with intervals out.
+"""GEMM cost: the analytical model meets a profile (constants, residual, alignment, measured shapes).
 
-Use :func:`gemm_time` for times, :func:`gemm_steps` for the same time built up effect by effect. The analytic form
-(:mod:`simulator.cost.gemm_model`) is multiplied by a fitted residual (:mod:`simulator.cost.residual_grid`); shapes a
-profile has measured (:mod:`simulator.cost.measured_shapes`) take its place; no prediction beats the datasheet at the
-highest clock.
+Use :func:`estimates` for the cost of shapes, chunk by chunk, and :func:`~simulator.uncertainty.operators.gemm_steps`
+for the same time built up effect by effect. The analytical form is :mod:`simulator.cost.gemm_model`. Its residual is a
+grid over log2 of m, n, k. Shapes that a profile has measured (:mod:`simulator.cost.measured_shapes`) take the measured
+time. No prediction beats the datasheet at the highest clock.
+
+Symbols
+-------
+m, n, k : tokens, output features, input features of y[m, n] = x[m, k] w[k, n]
+t0 : fixed time of a kernel, s
+e_tc, e_d : shares of the datasheet rate and of the datasheet bandwidth that kernels reach
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import flag, instance
-from simulator.arrays import Array
+from simulator.arguments import instance
+from simulator.arrays import Array, FloatArray
+from simulator.cost.base import ELEMENT_BYTES, Calls, Estimate, Machine, bottleneck, element_bytes, octaves_outside_fit
 from simulator.cost.gemm_model import (
-    ELEMENT_BYTES,
     WGMMA_ROWS,
-    Core,
-    CoreTime,
-    Machine,
-    core_time,
+    Analytical,
+    ReadyModel,
+    analytical_time,
     cube,
-    machine_core,
-    quantised,
+    ready_model,
+    weight_only_constants,
 )
 from simulator.cost.gemm_shapes import PRECISION, Options, chunks, read_shapes
-from simulator.cost.measured_shapes import Exact, exact_of
-from simulator.cost.residual_grid import Residual, between_measured, residual_of
+from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
+from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.formats import LABELS, label_of
-from simulator.hardware.profile import HardwareProfile, unfitted
-from simulator.uncertainty.error_model import (
-    BOTTLENECKS,
-    COVERAGE_FACTOR,
-    OperatorTimes,
-    Posterior,
-    Spread,
-    Uncertainty,
-    level_scale,
-    posterior_of,
-    with_intervals,
-)
-from simulator.uncertainty.gemm import uncertainty_of
+from simulator.hardware.profile import HardwareProfile, Section, unfitted
 from simulator.workload import Kernel, Kind
 
-Columns = dict[str, NDArray[Any]]
+EDGE = 1e-4
+"""Steps before the last node at which a coordinate of the residual stops."""
 
-DENSE, SPARSE24, UNSTRUCTURED, BLOCK_SPARSE, GROUPS_N, GROUPS_K, SPMV = (int(kernel) for kernel in Kernel)
-
-GROUPS = {GROUPS_N: 20.0, GROUPS_K: 52.0}
-"""Features of a group at which skipping groups costs as much as it computes: a main loop takes 1 + (features /
+GROUPS = {Kernel.GROUPS_N: 20.0, Kernel.GROUPS_K: 52.0}
+"""Features per group at which skipping groups costs as much as computing them: a main loop takes 1 + (features /
 group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are
 7 % slower than whole tokens, groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
 GROUPS_STEP = 0.9
-"""e_tc of those kernels over that of dense ones (the same)."""
+"""e_tc of those kernels over that of dense ones (same source)."""
 
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOTTLENECKS.index, ("compute", "memory", "l2", "latency", "launch"))
+TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
+"""Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
 
-
-@dataclass(frozen=True, repr=False)
-class GemmTime(OperatorTimes):
-    """Times of GEMMs; the fields of :class:`OperatorTimes`, and with ``detail`` what the model chose (else empty
-    arrays)."""
-
-    measured: NDArray[np.bool_]  # kept with the profile for this very shape, not predicted
-    tile_m: Array  # output tile of a block
-    tile_n: Array
-    split_k: Array  # blocks that share one tile's k
-    waves: Array  # output tiles (times split_k) over SMs
-    compute_s: Array  # main loop of the analytic form, before the residual
-    memory_s: Array  # memory system, likewise
-    fixed_s: Array  # fixed time, likewise
-    residual: Array  # factor of the fitted residual
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
 
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """What a profile says about GEMMs of one dtype, weight format and kernel, as numbers."""
+    """What a profile says about GEMMs of one number format, weight format and kernel, as numbers."""
 
-    core: Core
-    residual: Residual | None
-    exact: Exact | None  # shapes measured with cold weights, used in place of the model
+    model: ReadyModel
+    section: Section | None
+    residual: ResidualGrid | None
+    row_residual: RowResidual | None
+    shapes: MeasuredShapes | None  # measured with cold weights, used instead of the model
     align_step: float
     align_load: float
     load_scale: float
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
-    spread: Spread  # factors on the prior of its errors
-    unknown: tuple[str, ...]  # columns of errors of what no fit has seen
-    measured: tuple[Array, Array] | None  # smallest and largest log2 of m, n, k the fit has seen
-    posterior: Posterior | None
+    unfitted: tuple[str, ...]  # error factors of what no fit has seen
+
+
+@dataclass(frozen=True)
+class Products(Calls):
+    """GEMMs y[m, n] = x[m, k] w[k, n] of one machine, as a fit takes them: dense and aligned, in float64."""
+
+    machine: Machine
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    copies: FloatArray  # weights that each benchmark used in turn, inf for cold ones
+
+    @property
+    def operator(self) -> str:
+        return "gemm"
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost, microseconds."""
+        kernel = GemmKernel(ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
+        given = {"m": self.m, "n": self.n, "k": self.k}
+        return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s."""
+        copies = None if self._cold else self.copies
+        return 1e-6 * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
+
+    @property
+    def _cold(self) -> bool:
+        return bool(np.isinf(self.copies).all())
 
 
 @lru_cache(maxsize=128)
-def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: int) -> GemmKernel:
-    """The kernel of a profile; InputError for a dtype the device lacks or a weight format that is none."""
+def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: Kernel) -> GemmKernel:
+    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown."""
     rate, weight = hw.rate(dtype), weight_dtype or dtype
-    if weight not in ELEMENT_BYTES:
-        raise InputError(f"weight dtype {weight!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
     label = label_of(dtype, weight)
     own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
     section = hw.section("gemm", label if own else dtype)
     c = {name: float(section[name]) for name in CONSTANTS}
-    element, weight_bytes, peak = ELEMENT_BYTES[dtype], ELEMENT_BYTES[weight], rate.flop_per_s
     if section.status == "default" and element < 2.0:
         c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
     load_scale, pad_m = 1.0, 1.0
-    unknown = [*unfitted("gemm", section, hw.architecture)]
-    if kernel == SPARSE24:
+    factors = [*unfitted("gemm", section, hw.architecture)]
+    if kernel == Kernel.SPARSE24:
         if rate.sparse_factor <= 1.0:
             raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")
         peak *= rate.sparse_factor
@@ -125,220 +131,211 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         weight_bytes = 0.5 * weight_bytes + 0.125
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
         pad_m = 8.0
-        unknown.append("sparse24")
-    elif kernel == BLOCK_SPARSE or kernel in GROUPS:
+        factors.append("sparse24")
+    elif kernel == Kernel.BLOCK_SPARSE or kernel in GROUPS:
         c["e_tc"] *= GROUPS_STEP if kernel in GROUPS else c["block_step"]
-        unknown.append("blocks")
-    elif kernel == SPMV:
-        unknown.append("spmv")
+        factors.append("blocks")
+    elif kernel == Kernel.SPMV:
+        factors.append("spmv")
     if ELEMENT_BYTES[weight] < element and not own:
-        c |= quantised(c, ELEMENT_BYTES[weight] / element)
-        unknown.append("quantised")
-    least_rows = WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" else 1.0
-    machine = replace(Machine.of(hw, dtype), peak_flop_per_s=peak, weight_bytes=weight_bytes, least_rows=least_rows)
-    machine = replace(machine, ragged=kernel in GROUPS)
-    core = machine_core(machine, c, PRECISION)
-    residual = residual_of(section.arrays, PRECISION)
-    if residual is not None:
-        residual = between_measured(residual, section.arrays["measured_m"])
-    # what was measured of another format or device says nothing exact here: no exact shapes of a borrowed section
-    plain = kernel == DENSE and own and section.status == "calibrated"
-    exact, align = (
-        exact_of(section.arrays) if plain else None,
-        (c["align_step" if element >= 2.0 else "align_step_8bit"], c["align_load"]),
+        c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
+        factors.append("quantised")
+    machine = replace(
+        Machine.of(hw, dtype),
+        peak_flop_per_s=peak,
+        weight_bytes=weight_bytes,
+        least_rows=WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" else 1.0,
+        ragged=kernel in GROUPS,
     )
-    measured = None
-    if "measured" in section.arrays:
-        low, high = np.asarray(section.arrays["measured"], dtype=PRECISION)
-        measured = low, high
-    spread, posterior = hw.spread(section), posterior_of(hw)
-    scales = *align, load_scale, pad_m, GROUPS.get(kernel, 0.0)
-    return GemmKernel(core, residual, exact, *scales, spread, tuple(unknown), measured, posterior)
+    residual = ResidualGrid.from_arrays(section.arrays)
+    if residual is not None:
+        residual = replace(residual, values=residual.values.astype(PRECISION), inset=EDGE)
+    # measured shapes of another format or device say nothing exact here: a fallback section has none
+    plain = kernel == Kernel.DENSE and own and section.status == "calibrated"
+    return GemmKernel(
+        model=ready_model(machine, c, PRECISION),
+        section=section,
+        residual=residual,
+        row_residual=RowResidual.from_arrays(section.arrays),
+        shapes=measured_shapes(section.arrays) if plain else None,
+        align_step=c["align_step" if element >= 2.0 else "align_step_8bit"],
+        align_load=c["align_load"],
+        load_scale=load_scale,
+        pad_m=pad_m,
+        group=GROUPS.get(kernel, 0.0),
+        unfitted=tuple(factors),
+    )
 
 
-def with_section(hw: HardwareProfile, dtype: str, section: Any) -> HardwareProfile:
-    """A profile whose GEMM section of a dtype is another."""
+def with_section(hw: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
+    """Return a profile with another GEMM section of a number format."""
     return replace(hw, sections={**hw.sections, ("gemm", dtype): section})
 
 
-def gemm_time(
-    m: Any,
-    n: Any,
-    k: Any,
-    hw: HardwareProfile,
-    *,
-    dtype: str = "bf16",
-    weight_dtype: str | None = None,
-    kernel: Any = DENSE,
-    density: Any = 1.0,
-    block: Any = 0,
-    cold: bool = True,
-    copies: Any = None,
-    level: float = 0.9,
-    detail: bool = False,
-    uncertainty: bool = False,
-) -> GemmTime:
-    """Time of y[m, n] = x[m, k] w[k, n]; arrays broadcast.
+def estimates(
+    m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options, *, steps: bool = False
+) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
+    """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
 
-    Parameters
-    ----------
-    m, n, k : int or array
-        Tokens, output features, input features; at least 1.
-    hw : HardwareProfile
-        The device.
-    dtype, weight_dtype : str
-        Of activations and arithmetic; of stored weights (default: the same), narrower: a weight-only quantised kernel.
-    kernel : int or array
-        0 dense, 1 2:4 sparse, 2 zeros without structure (timed as dense); 3 tiles of tokens, 4 groups of outputs, 5 of
-        inputs skipped (m, n, k count those computed); 6 zeros without structure stored away (m of 1 only).
-    density : float or array
-        Share of weights that are not zero; only the last kernel gains by it beyond its format.
-    block : int or array
-        Features of the groups that are skipped, 0: wide ones (:data:`GROUPS`).
-    cold : bool
-        Weights come from DRAM, as in a decoder; False: they are as warm as L2 allows.
-    copies : int or array, optional
-        Weights used in turn, as benchmarks rotate them: their footprint says how warm they are. Overrides ``cold``;
-        ``inf``: cold ones.
-    level, detail, doubt : float, bool, bool
-        Of the interval, in (0, 1); whether to fill the detail fields, and ``uncertainty``, too.
-
-    Raises
-    ------
-    InputError
-        For a dtype the device lacks, what is no whole number from 1 up, or a level outside (0, 1).
-
-    Examples
-    --------
-    >>> from simulator.hardware.library import load_hardware
-    >>> t = gemm_time([1, 2048], 4096, 4096, load_hardware("a100"))
-    >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
-    (['memory', 'compute'], True)
+    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps.
     """
-    path = Options(dtype, weight_dtype, kernel, cold, copies, level, flag("uncertainty", uncertainty), density, block)
-    found = _columns(m, n, k, hw, path, flag("detail", detail))
-    unsure = Uncertainty.from_columns(found, int(Kind.GEMM)) if uncertainty else None
-    columns = {f.name: found.get(f.name, np.zeros(0)) for f in fields(GemmTime) if f.name != "uncertainty"}
-    return GemmTime(**columns, uncertainty=unsure)
-
-
-def gemm_steps(m: Any, n: Any, k: Any, hw: HardwareProfile, **options: Any) -> Mapping[str, Array]:
-    """The time of GEMMs built up effect by effect, s; options are those of :func:`gemm_time`.
-
-    "roofline" is max(FLOP / peak, bytes / bandwidth); "tile": with the chosen tile's padding; "wave": and idle SMs of
-    the last wave; "alignment": and n or k off 16 bytes; "kernel": all but the fixed time; "launch": all of it.
-    """
-    found = _columns(m, n, k, hw, Options(**options), detail=True)
-    between = {name: found[name] for name in ("tile", "wave", "alignment", "kernel")}
-    return {"roofline": found["roofline_s"], **between, "launch": found["seconds"]}
-
-
-def _columns(m: Any, n: Any, k: Any, hw: HardwareProfile, path: Options, detail: bool) -> Columns:
-    """Columns of shapes, kernel by kernel, in chunks so that their intermediate arrays stay in the cache."""
     instance("hw", hw, HardwareProfile, "load_hardware")
-    codes, given = read_shapes(m, n, k, path)
-    shape, given = codes.shape, {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
-    m, n, k = (given[name] for name in "mnk")
-    out: Columns = {}
-    for code, rows, precision in chunks(codes, m, n, k):
-        if code == SPMV and m[rows].max(initial=1.0) > 1.0:
-            raise InputError(f"an SpMV kernel multiplies one token, got m = {m[rows].max():g}")
-        kernel = gemm_kernel(hw, path.dtype, path.weight_dtype, DENSE if code == UNSTRUCTURED else code)
-        some = {name: a[rows] for name, a in given.items()}
-        for name, values in _timed(kernel, path, detail, precision, **some).items():
-            if name not in out:
-                out[name] = np.zeros((len(m), *values.shape[1:]), dtype=values.dtype)
-            out[name][rows] = values
-    return {name: values.reshape((*shape, *values.shape[1:])) for name, values in out.items()}
+    codes, given = read_shapes(m, n, k, options)
+    flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
+
+    def parts() -> Iterator[tuple[Any, Estimate]]:
+        for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
+            kind = Kernel(code)
+            if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
+                raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
+            # zeros without structure run as a dense product
+            kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
+            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind)
+            yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
+
+    return codes.shape, parts()
 
 
-def _timed(
-    kernel: GemmKernel, path: Options, detail: bool, precision: Any, m: Array, n: Array, k: Array, **more: Array
-) -> Columns:
-    """Columns of :class:`GemmTime` for shapes of one kernel, ``more`` their copies and blocks where they have any; with
-    ``detail`` also the rungs of the ladder."""
-    core, machine, shapes = kernel.core, kernel.core.machine, (m, n, k)
-    m, n, k = (a.astype(precision) for a in shapes)
-    used = np.minimum(more["copies"], 1e15).astype(precision) if "copies" in more else None
+def estimate(
+    kernel: GemmKernel, given: Mapping[str, Array], precision: Any = np.float64, steps: bool = False
+) -> Estimate:
+    """Return the cost of GEMMs of one kernel from arrays m, n, k, and copies and block where they have any; in us."""
+    model, machine = kernel.model, kernel.model.machine
+    m, n, k = (given[name].astype(precision) for name in "mnk")
+    copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None  # inf: cold
     byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
     rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
     halvings: Array | float = alignment_halvings(n, k, machine.element_bytes)
-    if not np.any(halvings):
+    if not np.any(halvings) or not (kernel.align_step or kernel.align_load):
         halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
-    step_scale = 1.0 + kernel.align_step * halvings
-    if kernel.group and "block" in more:
-        features = np.where(more["block"] > 0, more["block"], np.inf)
+    step_scale: Array | float = 1.0 + kernel.align_step * halvings
+    if kernel.group and "block" in given:
+        features = np.where(given["block"] > 0, given["block"], np.inf)
         step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(precision)
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
-    parts = core_time(rows, n, k, core, used, step_scale, load_scale)
-    factor: Array | float = 1.0
+    a = analytical_time(rows, n, k, model, copies, step_scale, load_scale)
+    position = np.log2(rows), np.log2(n), np.log2(k)
+    coordinates, factor = np.stack(position, axis=1), np.float32(1.0)
     if kernel.residual is not None:
-        factor = np.exp(kernel.residual.at(rows, n, k, parts, core))
+        log_factor = kernel.residual(position)
+        if kernel.row_residual is not None:
+            log_factor = log_factor + kernel.row_residual(rows)
+        factor = np.exp(log_factor)
     # single precision must not round below the physics
-    floor = np.maximum(compute * (1.0 / machine.headroom), parts.dram_bytes * byte_us) * (1.0 + 5e-7)
-    unsure = uncertainty_of(
-        core, rows, n, k, parts, step_scale, load_scale, kernel.spread, kernel.unknown, kernel.measured
+    floor = np.maximum(compute * (1.0 / machine.headroom), a.dram_bytes * byte_us) * (1.0 + 5e-7)
+    loadings, idle = _loadings(a, model, rows, n, k, step_scale, load_scale)
+    loadings |= {name: np.float32(1.0) for name in kernel.unfitted}
+    if "generic" in kernel.unfitted:  # every GPU draws much the same share of its DRAM's bandwidth
+        loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
+    out = Estimate(
+        operator="gemm",
+        kind=int(Kind.GEMM),
+        time=a.total_us * factor,
+        floor=floor,
+        roofline=np.maximum(compute, moved),
+        bottleneck=_bottleneck(a, model, k),
+        loadings=loadings,
+        coordinates=coordinates,
+        position=position,
+        section=kernel.section,
+        noise={"idle": idle},
+        outside=octaves_outside_fit(coordinates, kernel.section),
+        measured=None if kernel.shapes is None or copies is not None else kernel.shapes.at(*(given[x] for x in "mnk")),
+        unit_s=1e-6,
     )
-    us, lower, upper = with_intervals(parts.total_us * factor, floor, unsure, path.level, kernel.posterior)
-    times = {"seconds": us, "lower": lower, "upper": upper, "roofline_s": np.maximum(compute, moved)}
-    out: Columns = {name: 1e-6 * values.astype(np.float64) for name, values in times.items()}
-    out |= {"bound": _bound(parts, core, k), "measured": np.zeros(len(m), dtype=np.bool_)}
-    if path.uncertainty:
-        out |= unsure.columns()
-    if kernel.exact is not None and used is None:
-        hit, seconds, log_half = kernel.exact.at(*shapes)
-        width = np.exp(log_half[hit] * level_scale(path.level))
-        out["measured"], seconds = hit, seconds[hit]
-        out["seconds"][hit], out["lower"][hit], out["upper"][hit] = seconds, seconds / width, seconds * width
-        if path.uncertainty:
-            # measured alone: in a pass its surroundings still tell, as a local error
-            out["shared"][hit], out["own"][hit] = 0.0, (log_half[hit] / COVERAGE_FACTOR) ** 2
-    if not detail:
-        return out
-    one = np.ones(len(m))
-    out |= {"tile_m": core.tile_m[parts.tile, 0] * one, "tile_n": core.tile_n[parts.tile, 0] * one}
-    out |= {"split_k": parts.split * one, "waves": parts.tiles * one * parts.split / machine.sm_count}
-    out |= {"compute_s": np.cbrt(parts.compute3) * one * 1e-6, "memory_s": parts.memory_us * one * 1e-6}
-    out |= {"fixed_s": core.t0_us * 1e-6 * one, "residual": factor * one}
-    return out | _steps(kernel, out, *shapes)
+    return replace(out, details=_details(kernel, out, a, factor, *(given[x] for x in "mnk"))) if steps else out
 
 
-def _steps(kernel: GemmKernel, t: Columns, m: Array, n: Array, k: Array) -> Columns:
-    """What :func:`gemm_steps` has between the roofline and the time, which ``t`` tells."""
-    machine = kernel.core.machine
+def _loadings(
+    a: Analytical, model: ReadyModel, m: Array, n: Array, k: Array, step_scale: Any, load_scale: Any
+) -> tuple[dict[str, Any], Any]:
+    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle.
+
+    The fixed time is one part; arithmetic is another, of which the latency of a step, L2's feed and idle SMs take
+    shares; memory is the third, of which L2 takes a share.
+    """
+    c = a.compute3
+    launch = model.t0_us / a.total_us
+    memory = cube(a.memory_us)
+    work = (1.0 - launch) / (c + memory)
+    compute, memory = c * work, memory * work
+    dram_us = 1e6 / (model.machine.bandwidth_bytes_per_s * model.constants["e_d"])
+    dram = a.dram_bytes + (load_scale - 1.0) * (n * k * model.machine.weight_bytes)
+    hit = memory * np.clip(1.0 - dram * dram_us / a.memory_us, 0.0, 1.0)
+    loadings: dict[str, Any] = {"launch": launch, "compute": compute, "memory": memory, "l2": hit}
+    idle: Array | float = 0.0
+    if not model.machine.packs:
+        waits = (1.0 - (model.flop_us / model.step_us) ** 4)[:, 0][a.tile]
+        latency = compute * waits
+        if not model.machine.persistent:
+            feed = model.feed_us[:, 0][a.tile] * a.tiles * np.ceil(k * (1.0 / model.step_elements))
+            feed = np.minimum(cube(feed) / c, 1.0)
+            loadings["feed"] = compute * feed
+            latency = latency * (1.0 - feed)
+        loadings["latency"] = latency
+        for tile_m, tile_n in TILES:
+            waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) * (1.0 / model.machine.sm_count)
+            loadings[f"idle {tile_m}x{tile_n}"] = compute * _idle(waves)
+        idle = compute * _idle(a.tiles * (1.0 / model.machine.sm_count))
+    if np.ndim(step_scale):
+        loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
+    return loadings, idle
+
+
+def _idle(waves: Array) -> Array:
+    """Return the log of whole waves over waves, 0 where there is at most one."""
+    return np.asarray(np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0))
+
+
+def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
+    """Return the largest part of each shape; a main loop may wait for its step's latency or for L2's feed."""
+    waits = np.where(model.step_us > 1.5 * model.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
+    out: NDArray[np.int8] = waits[a.tile, 0]
+    if not model.machine.persistent:
+        feed = model.feed_us[a.tile, 0] * a.tiles * k * (1.0 / model.step_elements)
+        out[cube(feed) > 0.5 * a.compute3] = _L2
+    out[cube(a.memory_us) > a.compute3] = _MEMORY
+    out[a.total_us < 2.0 * model.t0_us] = _LAUNCH
+    return out
+
+
+def _details(
+    kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
+) -> dict[str, Array]:
+    """Return what the model chose, and the times of the steps between the roofline and the kernel, s."""
+    model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
+    tile_m, tile_n, split = model.tile_m[a.tile, 0] * one, model.tile_n[a.tile, 0] * one, a.split * one
+    fixed_s = model.t0_us * 1e-6 * one
     halvings = alignment_halvings(n, k, machine.element_bytes)
     weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
     memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
-    tiles = np.ceil(m / t["tile_m"]) * np.ceil(n / t["tile_n"])
-    padded = 2.0 * tiles * t["tile_m"] * t["tile_n"] * k / machine.peak_flop_per_s
-    blocks = tiles * t["split_k"] / machine.sm_count
+    tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
+    padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
+    blocks = tiles * split / machine.sm_count
     idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
     slower = padded * idle * (1.0 + kernel.align_step * halvings)
     return {
+        "tile_m": tile_m,
+        "tile_n": tile_n,
+        "split_k": split,
+        "waves": a.tiles * one * a.split / machine.sm_count,
+        "compute_s": np.cbrt(a.compute3) * one * 1e-6,
+        "memory_s": a.memory_us * one * 1e-6,
+        "fixed_s": fixed_s,
+        "residual": factor * one,
         "tile": np.maximum(padded, memory),
         "wave": np.maximum(padded * idle, memory),
         "alignment": np.maximum(slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)),
-        "kernel": t["seconds"] - np.minimum(t["fixed_s"] * t["residual"], t["seconds"]),
     }
 
 
-def _bound(parts: CoreTime, core: Core, k: Array) -> NDArray[np.int8]:
-    """What holds each shape: its largest part; a main loop may wait for its step's latency or for L2's feed."""
-    waits = np.where(core.step_us > 1.5 * core.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
-    bound: NDArray[np.int8] = waits[parts.tile, 0]
-    if not core.machine.persistent:
-        feed = core.feed_us[parts.tile, 0] * parts.tiles * k * (1.0 / core.step_elements)
-        bound[cube(feed) > 0.5 * parts.compute3] = _L2
-    bound[cube(parts.memory_us) > parts.compute3] = _MEMORY
-    bound[parts.total_us < 2.0 * core.t0_us] = _LAUNCH
-    return bound
-
-
 def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
-    """Times the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0. Formats of 8
-    bits and fewer have no kernels for less: 1 wherever they are off."""
+    """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
+
+    Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off.
+    """
     kind = np.int32 if n.dtype == np.float32 else np.int64
     low = n.astype(kind) | k.astype(kind)
     whole = round(math.log2(16 / element_bytes))

@@ -1,4 +1,4 @@
-"""Shapes of GEMMs as they are asked for: read and checked, and cut into chunks of one kernel and one precision.
+"""Read and check the shapes of GEMMs, and cut them into chunks of one kernel and one precision.
 
 Used by :mod:`simulator.cost.gemm` alone.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, text, together
+from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, plain, text, together
 from simulator.arrays import Array
-from simulator.cost.gemm_model import ELEMENT_BYTES
-from simulator.uncertainty.error_model import level_scale
+from simulator.cost.base import ELEMENT_BYTES
+from simulator.errors import unknown
 from simulator.workload import Kernel, spmv_bytes
 
 _DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
@@ -34,8 +34,9 @@ the cube of a slow device's microseconds overflows. Such shapes are timed in flo
 # alignment is looked at in 32 bits
 _WIDTH = Range(1.0, 2.0**31 - 1.0, "whole numbers from 1 to 2147483647", whole=True)
 _COPIES = Range(1.0, math.inf, "whole numbers from 1 up", whole=True)  # infinitely many: always cold
-_KERNELS = "0 dense, 1 2:4 sparse, 2 unstructured, 3 block-sparse, 4 or 5 groups, 6 SpMV"
-_CODE = Range(0.0, 6.0, _KERNELS, whole=True)
+KERNELS: tuple[str, ...] = tuple(kernel.name.lower() for kernel in Kernel)
+"""Names of kernels; the index is the code."""
+_CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole=True)
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,19 @@ class Options:
 
     dtype: str = "bf16"
     weight_dtype: str | None = None
-    kernel: Any = _DENSE
+    kernel: Any = "dense"
     cold: bool = True
     copies: Any = None
-    level: float = 0.9
-    uncertainty: bool = False
     density: Any = 1.0
     block: Any = 0
 
 
 def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:
-    """Kernel codes, and what else there is of m, n, k, copies and block, of one shape; InputError for what is wrong."""
-    level_scale(path.level)
+    """Return kernel codes, and m, n, k, copies and block where given, of one shape; InputError for bad arguments."""
     text("dtype", path.dtype)
     if path.weight_dtype is not None:
         text("weight_dtype", path.weight_dtype)
-    codes = array("kernel", path.kernel, _CODE).astype(np.int8)
+    codes = _kernel_codes(path.kernel)
     given = {"m": array("m", m, COUNT), "n": array("n", n, _WIDTH), "k": array("k", k, _WIDTH)}
     given["n"] = _stored(given["n"], codes, path)
     if path.copies is not None:
@@ -72,8 +70,19 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8]
     return codes, dict(zip(given, same))
 
 
+def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
+    """Return codes of kernels given as names, members of :class:`Kernel` or codes."""
+    given = plain(kernel)
+    if given.dtype.kind not in "UO":
+        return array("kernel", kernel, _CODE).astype(np.int8)
+    for name in given.ravel().tolist():
+        if name not in KERNELS:
+            raise unknown("kernel", str(name), KERNELS)
+    return np.array([KERNELS.index(name) for name in given.ravel().tolist()], dtype=np.int8).reshape(given.shape)
+
+
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
-    """Outputs of dense products of as many bytes as SpMV kernels store, in whole rows of eight; others' own."""
+    """Return the outputs of dense products with as many bytes as SpMV kernels store, in whole rows of eight."""
     density = array("density", path.density, SHARE)
     if not np.any(codes == _SPMV):
         return n
@@ -83,7 +92,7 @@ def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
 
 
 def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
-    """Shapes that single precision would round or overflow with; None where there are none."""
+    """Return a mask of shapes that single precision would round or overflow; None where there are none."""
 
     def large(m: Any, n: Any, k: Any) -> Any:
         return (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
@@ -92,7 +101,7 @@ def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
 
 
 def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
-    """Kernel codes, some of the flat rows that run it, and the precision of these."""
+    """Yield a kernel code, some of the flat rows that run it, and their precision."""
     size, found, large = codes.size, np.unique(codes).tolist() or [_DENSE], _large(m, n, k)
     if len(found) == 1 and large is None:
         for start in range(0, max(size, 1), CHUNK):

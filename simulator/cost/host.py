@@ -1,10 +1,10 @@
-"""The host: what an engine's scheduler and its launches take, beside or before the work of the device.
+"""The host: the time of an engine's scheduler and of kernel launches, in parallel with the device or before it.
 
 Under a CUDA graph a pass waits for the scheduler, then its kernels follow one another. In eager mode the host launches
-every kernel while the device works on earlier ones: as long as kernels are shorter than their launches the host sets
-the pace, and only fewer launches, not smaller kernels, make a model faster.
+every kernel while the device works on earlier ones. A pass is host-bound while kernels are shorter than their launches:
+only fewer launches, not smaller kernels, make a model faster then.
 
-How fast a host is, one number ``z`` says for all of it, in standard deviations of the logs: 0 is the usual host.
+One number ``z`` describes the speed of a host, in standard deviations of the logs: 0 is the typical (median) host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from simulator.arrays import FloatArray
 from simulator.engines.engine import Engine
 from simulator.routing import experts_touched
-from simulator.uncertainty.error_model import ERROR_FACTORS, FACTOR_INDEX, posterior_of
 from simulator.workload import ROLES, Kind, Phase
 from simulator.workload_batch import WorkloadBatch
 
@@ -31,9 +30,9 @@ PHASES = (int(Phase.PREFILL), int(Phase.DECODE))
 
 @dataclass(frozen=True)
 class Host:
-    """Host time of each workload of a stack by phase, s, of the usual host, and how far hosts differ."""
+    """Host time of each of W workloads by phase, s, of the typical host, and how far hosts differ."""
 
-    launch: FloatArray  # (W, G) to launch a group's kernels, beside the device; 0 where a graph does
+    launch: FloatArray  # (W, G) to launch a group's kernels, in parallel with the device; 0 where a graph does
     launch_log_sd: float
     layer: FloatArray  # (W,) to launch one layer
     each_pass: FloatArray  # (W, 2) before the device can start
@@ -42,15 +41,13 @@ class Host:
     sequence_log_sd: float
 
     @classmethod
-    def of(cls, workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Host:
-        """The host of a pass: launches by the profile's time for one, the rest by the engine's. A device that is its
-        own host (a CPU) has none beside it."""
+    def of(
+        cls, workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launch_s: float, launch_log_sd: float
+    ) -> Host:
+        """Return the host of a pass; ``launch_s`` is its time per launch, the rest is the engine's. A device that is
+        its own host (a CPU) has none next to it."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
-        launch_log_sd, launch_s = ERROR_FACTORS["host"], hw.section("runtime", "*")["host_op_s"]
-        if (posterior := posterior_of(hw)) is not None:
-            mean, sd = (float(column[FACTOR_INDEX["host"]]) for column in posterior.columns)
-            launch_s, launch_log_sd = launch_s * float(np.exp(mean)), sd
         if hw.architecture == "cpu":
             return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
@@ -59,26 +56,28 @@ class Host:
         steps = np.stack(
             [workloads.total(np.where(begins & (rows.phase == p), rows.count, 0.0)) for p in PHASES], axis=1
         )
-        sequences = workloads.total(np.where(begins & (rows.phase == Phase.DECODE), rows.count * rows.m, 0.0))
+        decoding = begins & (rows.phase == Phase.DECODE)
+        sequences = workloads.total(np.where(decoding, rows.count * rows.m, 0.0))
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, 0] = 0.0
         launch = launched * launch_s
         layers = groups.count[:, groups.role == _NORM].sum(axis=1)
         return cls(
-            launch,
-            launch_log_sd,
-            launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
-            steps * engine.each_pass.value,
-            engine.each_pass.log_sd,
-            np.stack([none[:, 0], sequences * engine.each_sequence.value], axis=1),
-            engine.each_sequence.log_sd,
+            launch=launch,
+            launch_log_sd=launch_log_sd,
+            layer=launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
+            each_pass=steps * engine.each_pass.value,
+            pass_log_sd=engine.each_pass.log_sd,
+            each_sequence=np.stack([none[:, 0], sequences * engine.each_sequence.value], axis=1),
+            sequence_log_sd=engine.each_sequence.log_sd,
         )
 
     def __bool__(self) -> bool:
         return bool(self.launch.any() or self.each_pass.any() or self.each_sequence.any())
 
     def total(self, device: FloatArray, segment: NDArray[Any], z: float) -> tuple[FloatArray, FloatArray]:
-        """Time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the device.
+        """Return the time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the
+        device.
 
         ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``.
         """
@@ -94,8 +93,8 @@ class Host:
 
 
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
-    """Kernels of each workload and group: those of an operator for each execution, of looped experts for each of them
-    that some token uses."""
+    """Return the kernels of each workload and group: those of an operator per execution, those of looped experts per
+    expert that some token uses."""
     groups, w = workloads.groups, workloads.rows
     times, routed = groups.count, w.kind == Kind.EXPERTS
     if engine.experts == "looped" and routed.any():
@@ -108,7 +107,8 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
 def _beside(
     device: FloatArray, launch: FloatArray, segment: NDArray[Any], phase: int, after: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Time of one phase, and the device's part of it: the longest way along the host to a kernel, then the device.
+    """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
+    device.
 
     Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
     The device can start a segment only when the host has launched it, and ends no earlier than the host, which works

@@ -1,8 +1,8 @@
-"""Engines as data: what a serving stack fuses, launches and spends on the host, each value with its source and spread.
+"""Engines as data: what a serving stack fuses, launches and spends on the host, each value with its source.
 
-Use :func:`load_engine` with a name, an alias or the path of a YAML file of one's own; :func:`check_engine` for all that
-is wrong with a file. An engine says nothing of a GPU: whose kernels it runs it names by stack, and a profile has them
-or lends others (``HardwareProfile.serving``).
+Use :func:`load_engine` with a name, an alias or the path of your own YAML file; :func:`check_engine` lists all problems
+of a file. An engine describes no GPU. It names the software stacks whose kernels it runs, and a hardware profile has
+the fitted sections of these stacks (``HardwareProfile.serving``).
 """
 
 from __future__ import annotations
@@ -24,25 +24,35 @@ from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.errors import InputError, unknown
-from simulator.files.fields import Checked, Keys, Kind, Many, Number, Quantity, Table, Text, record
-from simulator.files.yaml import Node, Problems, parse_yaml, read_text
+from simulator.files.fields import (
+    CheckedField,
+    FieldType,
+    ListField,
+    MapField,
+    NumberField,
+    ObjectField,
+    QuantityField,
+    TextField,
+    field_of,
+)
+from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
 from simulator.workload import DTYPES, ROLES, STACKS
 
 SCHEMA_VERSION = 1
 FUSIONS: tuple[str, ...] = ("qkv", "gate_up")
-"""Projections that one GEMM may compute."""
+"""Groups of projections that one GEMM can compute."""
 
 PASSES: tuple[str, ...] = ("prefill", "decode")
-_ENGINES = resources.files(__package__)
+_FOLDER = resources.files(__package__)
 _PATH = re.compile(r"[/\\]|\.ya?ml$")
 
 
 @dataclass(frozen=True)
 class HostTime:
-    """Time the host spends, s, and how far hosts differ: the standard deviation of its log."""
+    """Time of the host, s, and the standard deviation of its log between hosts."""
 
-    value: Annotated[float, Quantity("s", 0.0, 1.0)]
-    log_sd: Annotated[float, Number(0, 3, "0.4")]
+    value: Annotated[float, QuantityField("s", 0.0, 1.0)]
+    log_sd: Annotated[float, NumberField(0, 3, "0.4")]
     source: str
     note: str = ""
 
@@ -51,7 +61,7 @@ class HostTime:
 class Share:
     """A number without a unit."""
 
-    value: Annotated[float, Number(0, 3, "0.65")]
+    value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
     note: str = ""
 
@@ -61,34 +71,34 @@ NOTHING = HostTime(0.0, 0.0, "")
 
 @dataclass(frozen=True, repr=False)
 class Engine(Displayed):
-    """How a decoder is run. The default is kernels under a CUDA graph and nothing else.
+    """How an engine runs a decoder; the default is bare kernels in a CUDA graph.
 
     >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse
     ('hf', (), ('qkv', 'gate_up'))
     """
 
     name: str = "kernels"
-    title: str = "kernels under a CUDA graph, nothing around them"
+    title: str = "bare kernels in a CUDA graph"
     aliases: tuple[str, ...] = ()
-    stacks: tuple[str, ...] = ()  # whose kernels it runs, the most alike first
+    stacks: tuple[str, ...] = ()  # software stacks whose kernels it runs, the most similar first
     fuse: tuple[str, ...] = ()  # of FUSIONS
-    logits: str = "last"  # positions of a prefill that go through the head, or "all"
-    graph: tuple[str, ...] = PASSES  # where no launch waits for the host
-    cache: str = "paged"  # a decode step writes its own keys and values, or "copied": all of them, and heads repeated
-    experts: str = "grouped"  # routed experts run together, or "looped": one by one, launches are those of each
-    launches: Mapping[str, int] = field(default_factory=dict)  # kernels of an operator by role; 0: part of another
-    gap: HostTime = NOTHING  # idle between two kernels of a graph
-    each_pass: HostTime = NOTHING  # the host's, before the next pass can start
-    each_sequence: HostTime = NOTHING  # of a decode step, the same
-    quantize_fused: Share = Share(0.0, "")  # part of the quantising of activations that other kernels do on the way
-    one_token: Share = Share(1.0, "")  # time of a GEMM of one token, in units of that of the kernels it borrows
-    prefill_wait: Share = Share(0.0, "")  # other prompts' prefills a request waits for before its first token, a share
-    own_code: Share = Share(1.0, "")  # what modelling code of a pruned model's own has lost beside
-    log_sd: Share = Share(0.0, "")  # of what no operator explains, by pass: alike in all models
-    apart_log_sd: Share = Share(0.0, "")  # the same, of each model by itself
-    composed_log_sd: Share = Share(0.0, "")  # of an operator that several kernels put together: none was timed
-    weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read beside 16-bit activations
-    sparse24: tuple[str, ...] = ()  # formats it has 2:4 kernels for
+    logits: str = "last"  # positions of a prefill that the head computes: "last" or "all"
+    graph: tuple[str, ...] = PASSES  # passes that run as a CUDA graph, so no launch waits for the host
+    cache: str = "paged"  # a decode step writes only its own keys and values; "copied": it copies the cache, and heads
+    experts: str = "grouped"  # routed experts run together; "looped": one by one, each with its own launches
+    launches: Mapping[str, int] = field(default_factory=dict)  # kernels per operator, by role; 0: fused into another
+    gap: HostTime = NOTHING  # idle time between two kernels of a graph
+    each_pass: HostTime = NOTHING  # host time before the next pass can start
+    each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
+    quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
+    one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
+    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
+    log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
+    apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
+    composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
+    weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read with 16-bit activations
+    sparse24: tuple[str, ...] = ()  # formats with 2:4 kernels
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
@@ -102,26 +112,48 @@ class Engine(Displayed):
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)
 
     def in_graph(self, phase: str) -> bool:
-        """Whether the kernels of a prefill or a decode step are launched as one."""
+        """Return whether a prefill or a decode step runs as one CUDA graph."""
         return phase in self.graph
 
 
 def list_engines() -> tuple[str, ...]:
-    """Names of the shipped engines, sorted.
+    """Return the names of the shipped engines.
 
+    Returns
+    -------
+    tuple of str
+        Names that :func:`simulator.load_engine` accepts, sorted.
+
+    Examples
+    --------
     >>> list_engines()
     ('compile', 'hf', 'reference', 'sglang', 'trtllm', 'vllm')
     """
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in _ENGINES.iterdir() if f.name.endswith(".yaml")))
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in _FOLDER.iterdir() if f.name.endswith(".yaml")))
 
 
 def load_engine(name_or_path: str) -> Engine:
-    """An engine by name, alias (case, blanks, dashes and underscores do not matter) or path of its YAML, whichever
-    ``name_or_path`` is; "" for bare kernels.
+    """Load an engine.
 
-    InputError for an unknown name, with the closest, or a bad file: its first problem as ``file:line:column: key:
-    reason``.
+    Parameters
+    ----------
+    name_or_path : str
+        Name or alias of a shipped engine (case, blanks, dashes, dots and underscores do not matter), path of a YAML
+        file, or "" for bare kernels in a CUDA graph.
 
+    Returns
+    -------
+    Engine
+        How the engine runs a decoder.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown (the error lists the closest names), or the file is invalid (the error is its first
+        problem, ``file:line:column: key: reason``).
+
+    Examples
+    --------
     >>> load_engine("transformers")
     <Engine: hf: Hugging Face Transformers, eager>
     """
@@ -144,12 +176,12 @@ def load_engine(name_or_path: str) -> Engine:
 
 
 def check_engine(path: str) -> list[str]:
-    """All problems of an engine file, one line each: ``file:line:column: key: reason, what would be right``."""
+    """Return all problems of an engine file, one line each: ``file:line:column: key: reason, what would be right``."""
     return _read(Path(path))[1].lines
 
 
 def sparse24_engines() -> tuple[str, ...]:
-    """Shipped engines that have 2:4 kernels."""
+    """Return the shipped engines that have 2:4 kernels."""
     return tuple(name for name in list_engines() if load_engine(name).sparse24)
 
 
@@ -162,13 +194,11 @@ def _plain(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _names() -> Mapping[str, str]:
-    """Plain names and aliases -> file. Reads one line of each file: parsing all would take too long."""
+    """Return plain names and aliases -> file."""
     found: dict[str, str] = {}
     for name in list_engines():
-        path = str(_ENGINES / f"{name}.yaml")
-        line = re.search(r"^aliases: *\[(.*)\] *$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
-        for alias in (name, *(a.strip(" \"'") for a in (line.group(1).split(",") if line else []))):
-            found[_plain(alias)] = path
+        path = str(_FOLDER / f"{name}.yaml")
+        found |= {_plain(alias): path for alias in (name, *aliases_of(Path(path)))}
     return MappingProxyType(found)
 
 
@@ -189,57 +219,52 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
             start = f"an engine that starts with schema_version: {SCHEMA_VERSION}"
             problems.add(None, "file", f"is empty; expected {start}")
         return None, problems
-    top = _kinds(root).read(root, "", problems)
+    top = dict(_engine_field(root).read(root, "", problems))
     if len(problems):
         return None, problems
-    host, more = top.get("host", {}), {key: top[key] for key in _PLAIN if key in top}
-    times = {"each_pass": host.get("pass", NOTHING), "each_sequence": host.get("sequence", NOTHING)}
-    return Engine(**more, **times, gap=host.get("gap", NOTHING), path=path), problems
+    del top["schema_version"]
+    host = top.pop("host", {})
+    gap, each_pass, each_sequence = (host.get(key, NOTHING) for key in ("gap", "pass", "sequence"))
+    return Engine(**top, gap=gap, each_pass=each_pass, each_sequence=each_sequence, path=path), problems
 
 
-_PLAIN = (
-    "name", "title", "aliases", "stacks", "fuse", "logits", "graph", "cache", "launches", "quantize_fused", "one_token",
-    "prefill_wait", "own_code", "experts",
-    "log_sd", "apart_log_sd", "composed_log_sd", "weight_only", "sparse24", "notes", "sources",
-)  # fmt: skip
-_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_NAME = TextField((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 
 
-def _kinds(root: Node) -> Keys:
-    """What a file must hold; sources are those it lists."""
-    listed = root.entries["sources"][1].entries if "sources" in root.entries else {}
+def _engine_field(root: Node) -> ObjectField:
+    """Return the schema of an engine file, whose values name sources of the file."""
+    sources = root.entries["sources"][1].entries if "sources" in root.entries else {}
 
-    def source(short: str) -> str:
-        if short not in listed:
+    def listed(short: str) -> str:
+        if short not in sources:
             raise ValueError(f"{short!r} is not listed under sources; add it there with a title and an address")
         return short
 
-    def sourced(cls: type) -> Kind:
-        kinds = record(cls)
-        required = {**kinds.required, "source": Checked(Text(), source)}
-        return Keys(required, kinds.optional, cls, "{value: ..., source: ...}")
+    def sourced(cls: type) -> FieldType:
+        fields = field_of(cls)
+        required = {**fields.required, "source": CheckedField(TextField(), listed)}
+        return ObjectField(required, fields.optional, cls, "{value: ..., source: ...}")
+
+    def wrong_role(name: str) -> str:
+        return "" if name in ROLES else f"unknown operator; expected one of {', '.join(ROLES)}"
 
     time, share = sourced(HostTime), sourced(Share)
-    role = Table(
-        Number(0, 100, "7", whole=True),
-        lambda name: "" if name in ROLES else f"unknown operator; expected one of {', '.join(ROLES)}",
-    )
-    top: dict[str, Kind] = {
-        "schema_version": Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
+    required: dict[str, FieldType] = {
+        "schema_version": NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
         "name": _NAME,
-        "title": Text(),
-        "stacks": Many(Text(STACKS)),
-        "sources": Table(Text()),
+        "title": TextField(),
+        "stacks": ListField(TextField(STACKS)),
+        "sources": MapField(TextField()),
     }
-    optional: dict[str, Kind] = {
-        "aliases": Many(Text()),
-        "fuse": Many(Text(FUSIONS)),
-        "logits": Text(("last", "all")),
-        "graph": Many(Text(PASSES)),
-        "cache": Text(("paged", "copied")),
-        "experts": Text(("grouped", "looped")),
-        "launches": role,
-        "host": Keys({}, {"pass": time, "sequence": time, "gap": time}),
+    optional: dict[str, FieldType] = {
+        "aliases": ListField(TextField()),
+        "fuse": ListField(TextField(FUSIONS)),
+        "logits": TextField(("last", "all")),
+        "graph": ListField(TextField(PASSES)),
+        "cache": TextField(("paged", "copied")),
+        "experts": TextField(("grouped", "looped")),
+        "launches": MapField(NumberField(0, 100, "7", whole=True), wrong_role),
+        "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time}),
         "quantize_fused": share,
         "one_token": share,
         "prefill_wait": share,
@@ -247,8 +272,8 @@ def _kinds(root: Node) -> Keys:
         "log_sd": share,
         "apart_log_sd": share,
         "composed_log_sd": share,
-        "weight_only": Many(Text(DTYPES)),
-        "sparse24": Many(Text(DTYPES)),
-        "notes": Many(Text()),
+        "weight_only": ListField(TextField(DTYPES)),
+        "sparse24": ListField(TextField(DTYPES)),
+        "notes": ListField(TextField()),
     }
-    return Keys(top, optional)
+    return ObjectField(required, optional)

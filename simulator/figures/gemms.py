@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.gemm import gemm_time
-from simulator.cost.gemm_model import ELEMENT_BYTES
+from simulator.cost.base import ELEMENT_BYTES
 from simulator.figures.subject import Made, NothingToDraw, Paper
+from simulator.uncertainty.operators import gemm_time
 
 if TYPE_CHECKING:
-    from simulator.cost.gemm import GemmTime
     from simulator.figures.staircase import Stairs
     from simulator.hardware.profile import HardwareProfile
+    from simulator.uncertainty.operators import OperatorTimes
 
 TOKENS = np.arange(1, 513)
 """Rows of the staircase of tiles: every one, for a step may lie at any."""
@@ -91,7 +91,7 @@ def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int)
     return np.asarray(np.maximum(compute_s, moved_s))
 
 
-def _microseconds(t: GemmTime, highest_s: NDArray[np.float64]) -> dict[str, Any]:
+def _microseconds(t: OperatorTimes, highest_s: NDArray[np.float64]) -> dict[str, Any]:
     """Columns of a staircase from times."""
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s, "highest": highest_s}
     return {name: 1e6 * seconds for name, seconds in times.items()}

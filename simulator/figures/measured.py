@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.files.csv import read_csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import DTYPES
 
 if TYPE_CHECKING:

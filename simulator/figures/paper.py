@@ -23,7 +23,7 @@ from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.models.library import load_model
 from simulator.predict.explain import explanations
 from simulator.predict.table import table
-from simulator.pruning import FAMILIES, GENERAL, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.workload import ROLES
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _taxonomy(p: Paper) -> Made:
 
     if p.model.experts or p.model.latent:
         raise NothingToDraw(f"taxonomy: is of plain projections; {p.model.name} has routed experts or latent attention")
-    general = {name: FAMILIES[name] for name in GENERAL}
-    kept = np.full((len(GENERAL), len(OPERATORS), 3), np.nan)
+    general = {name: FAMILIES[name] for name in general_families()}
+    kept = np.full((len(general), len(OPERATORS), 3), np.nan)
     adds = list[str]()
 
     def lowered(phase: str) -> Workload:

@@ -29,9 +29,10 @@ class Beside:
     upper: ArrayLike
 
 
-def published_figure(panels: Sequence[Beside], *, width_in: float | None = None) -> Figure:
-    """Draw predicted speedups as marks on their intervals, published ones as bars across; InputError where there are
-    none, or they differ in number.
+def published_figure(panels: Sequence[Beside], *, observed: str = "published", width_in: float | None = None) -> Figure:
+    """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
+
+    NaN leaves a row empty. InputError where there are no panels, or values differ in number.
 
     >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
@@ -43,10 +44,10 @@ def published_figure(panels: Sequence[Beside], *, width_in: float | None = None)
         raise InputError("published beside predicted: expected one panel or more")
     with paper_style():
         columns = in_a_row(len(panels))
-        figure, axes, _ = panel_list(len(panels), 1.15, 0.45, columns, width_in)
+        figure, axes, _ = panel_list(len(panels), max(1.15, 0.15 * len(panels[0].family)), 0.45, columns, width_in)
         handles = [
             Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
-            Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label="published"),
+            Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),
         ]
         for i, (ax, p) in enumerate(zip(axes, panels)):
             values = [np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)]

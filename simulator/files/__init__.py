@@ -1,1 +1,1 @@
-"""Bounded reads and whole writes: text, CSV, Parquet, YAML that knows where everything stood."""
+"""Read files with limits, write files atomically: text, CSV, Parquet, and YAML with places."""

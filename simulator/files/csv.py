@@ -1,7 +1,4 @@
-"""CSV files as they come, read whole and checked for their form; what the cells mean is the business of whoever asks.
-
-:func:`read_csv` keeps the line of every row, so that a refusal can name it.
-"""
+"""Read CSV files and check their form: :func:`read_csv`. Each row keeps its line for messages."""
 
 from __future__ import annotations
 
@@ -16,27 +13,27 @@ from simulator.units import finite
 
 T = TypeVar("T")
 
-MOST_BYTES = 50_000_000  # some 800,000 measured rows, and half a gigabyte once they are split into cells
+MOST_BYTES = 50_000_000  # about 800,000 measured rows, which take half a gigabyte as cells
 MOST_COLUMNS = 1000
-MOST_CELLS = 12_000_000  # rows of fewer than four count as four, since a row takes room too
+MOST_CELLS = 12_000_000  # a row counts at least four, as its list takes memory too
 
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Rows of as many cells as the header has names, without the blanks around them; each cell one printable line."""
+    """Rows with as many cells as the header; each cell is one printable line without surrounding blanks."""
 
-    label: str  # the file's name for messages
+    label: str  # name of the file in messages
     header: tuple[str, ...]
     rows: list[list[str]]
-    lines: list[int]  # of the file, on which each row ends
+    lines: list[int]  # line of the file on which each row ends
 
     def column(self, name: str) -> list[str]:
-        """The cells of a column."""
+        """Return the cells of a column."""
         at = self.header.index(name)
         return [row[at] for row in self.rows]
 
     def each(self, read: Callable[[dict[str, str]], T]) -> list[T]:
-        """What a function makes of every row; what it refuses is said with the place."""
+        """Return the result of a function for every row; its errors get the place of the row."""
         out = []
         for place, cells in self.records():
             try:
@@ -46,23 +43,23 @@ class CsvTable:
         return out
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """``file:line`` and the cells of each row by column."""
+        """Yield ``file:line`` and the cells by column, for each row."""
         for line, row in zip(self.lines, self.rows):
             yield f"{self.label}:{line}", dict(zip(self.header, row))
 
 
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
-    """The rows of a CSV (UTF-8) with a header that has the required columns; blank lines are passed over.
+    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped.
 
-    Raises InputError, one line, ``file:line: what is wrong``: no text, no CSV, too large, no header, no row, a column
-    missing or given twice, or a row of another length than the header.
+    Raises InputError, one line, ``file:line: reason``, for text that is not CSV or too large, missing or repeated
+    columns, no rows, or rows of another length than the header.
 
     >>> table = read_csv("m, n\\n1,2\\n\\n3,4\\n", "t.csv")
     >>> table.column("n"), table.lines
     (['2', '4'], [2, 4])
     """
     if len(content) > MOST_BYTES:
-        large = f"is larger than {MOST_BYTES / 1e6:g} MB, the most that is read as CSV"
+        large = f"expected at most {MOST_BYTES / 1e6:g} MB of CSV, got more"
         raise InputError(f"{label}: {large}; split it or write Parquet")
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
@@ -85,7 +82,7 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
             if len(row) != len(header):
                 raise InputError(f"{place}: expected {len(header)} cells, as the header has, got {len(row)}")
             if len(rows) * max(len(row), 4) > MOST_CELLS:
-                raise InputError(f"{place}: holds more than {MOST_CELLS:.3g} cells; split it or write Parquet")
+                raise InputError(f"{place}: expected at most {MOST_CELLS:.3g} cells; split it or write Parquet")
             rows.append(row)
             lines.append(reader.line_num)
     except csv.Error as error:
@@ -109,7 +106,7 @@ def _check_header(names: list[str], place: str, required: Sequence[str]) -> None
 
 
 def _cell(cell: str) -> str:
-    """A cell as it may be quoted in a message or a report."""
+    """Return a cell as messages and reports quote it."""
     cell = cell.strip()
     return cell if cell.isprintable() and len(cell) <= 4000 else one_line(cell)
 

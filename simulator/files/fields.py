@@ -1,11 +1,12 @@
-"""One reader for every YAML file of this project: what a node must be, said as data.
+"""Read every YAML file of this project by one reader: a schema is data.
 
-A *kind* reads a node: :class:`Text`, :class:`Number`, :class:`Quantity`, :class:`Truth`, :class:`Many` (a list),
-:class:`Table` (a mapping with free keys), :class:`Keys` (one with known keys) and :class:`Checked` (a scalar and a
-rule of its own). :func:`record` makes the kind of a frozen dataclass from its annotations.
+A field type reads one node of the tree. :class:`TextField`, :class:`NumberField`, :class:`QuantityField` and
+:class:`BoolField` read scalars, :class:`CheckedField` a scalar with a further rule. :class:`ListField` reads a list,
+:class:`MapField` a mapping with free keys, :class:`ObjectField` a mapping with known keys. :func:`field_of` derives the
+field type of a frozen dataclass from its annotations.
 
-What is wrong is noted with its place, what came and what would be right, and reading goes on, so that one run reports
-everything. A scalar that could not be read is None; lists and mappings hold what could be read.
+Each problem is noted with its place, and reading continues, so one run reports all problems. A scalar with a problem is
+None; lists and mappings hold the values without problems.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")
 
 
-class Kind(Protocol):
-    """What a node must be; the key is for messages."""
+class FieldType(Protocol):
+    """A reader of one node; ``key`` is the path of the node in messages."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Any: ...
 
 
-class Scalar:
-    """A kind whose ``value`` is that of a node, or raises ValueError with the reason against it."""
+class ScalarField:
+    """A field type of scalars; ``value`` raises ValueError with the reason."""
 
     def value(self, node: Node) -> Any:
         raise NotImplementedError
@@ -48,8 +49,11 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class Text(Scalar):
-    """1 to 2000 printable characters; one of some choices, or all of a pattern, which ``right`` says in words."""
+class TextField(ScalarField):
+    """Text of 1 to 2000 printable characters: one of ``choices``, or text that matches ``pattern``.
+
+    ``right`` describes the pattern in words.
+    """
 
     choices: tuple[str, ...] = ()
     pattern: str = ""
@@ -71,8 +75,8 @@ class Text(Scalar):
 
 
 @dataclass(frozen=True)
-class Number(Scalar):
-    """A plain finite number in [low, high]; an int where it must be whole."""
+class NumberField(ScalarField):
+    """A finite number without a unit, from ``low`` to ``high``; an int if ``whole``."""
 
     low: float
     high: float
@@ -95,17 +99,17 @@ class Number(Scalar):
         if node.kind == "scalar" and node.quoted:
             return "remove the quotes"
         if re.fullmatch(r"[+-]?0\d+", node.text):
-            return "a leading zero reads as octal in YAML 1.1; remove it"
+            return "YAML 1.1 reads a leading zero as octal; remove it"
         if re.fullmatch(r"[+-]?\d+(:[0-5]?\d)+", node.text):
-            return "a colon reads as base 60 in YAML 1.1; write a plain number"
+            return "YAML 1.1 reads a colon as base 60; write a plain number"
         if node.text.lower() in _TRUTHS:
-            return f"that is a truth value; write {self.example}"
+            return f"YAML reads it as a truth value; write {self.example}"
         return f"write {self.example}"
 
 
 @dataclass(frozen=True)
-class Quantity(Scalar):
-    """A text with a unit such as "3.35 TB/s", to SI."""
+class QuantityField(ScalarField):
+    """Text with a unit, such as "3.35 TB/s", as a number in SI units."""
 
     unit: str
     low: float
@@ -121,8 +125,8 @@ class Quantity(Scalar):
         return value
 
 
-class Truth(Scalar):
-    """``true`` or ``false``, no other spelling."""
+class BoolField(ScalarField):
+    """``true`` or ``false``; no other spelling is accepted."""
 
     def value(self, node: Node) -> bool:
         if node.kind != "scalar" or node.quoted or node.text not in ("true", "false"):
@@ -131,33 +135,36 @@ class Truth(Scalar):
 
 
 @dataclass(frozen=True)
-class Checked(Scalar):
-    """A scalar and a rule: the value it gives is kept, what it raises (ValueError) is the reason against it."""
+class CheckedField(ScalarField):
+    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError with the reason."""
 
-    kind: Scalar
+    scalar: ScalarField
     rule: Callable[[Any], Any]
 
     def value(self, node: Node) -> Any:
-        return self.rule(self.kind.value(node))
+        return self.rule(self.scalar.value(node))
 
 
 @dataclass(frozen=True)
-class Many:
-    """A list of one kind, as a tuple."""
+class ListField:
+    """A list whose items have one field type, as a tuple."""
 
-    kind: Kind
+    item: FieldType
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
         if node.kind != "list":
             problems.add(node, key, f"expected a list, got {shown(node)}")
-        return tuple(self.kind.read(item, join(key, str(i)), problems) for i, item in enumerate(node.items))
+        return tuple(self.item.read(item, join(key, str(i)), problems) for i, item in enumerate(node.items))
 
 
 @dataclass(frozen=True)
-class Table:
-    """A mapping of one kind; ``wrong_key`` gives the reason against a key, "" where there is none."""
+class MapField:
+    """A mapping with free keys whose values have one field type.
 
-    kind: Kind
+    ``wrong_key`` returns the reason against a key, or "".
+    """
+
+    member: FieldType
     wrong_key: Callable[[str], str] | None = None
 
     def read(self, node: Node, key: str, problems: Problems) -> Mapping[str, Any]:
@@ -168,24 +175,27 @@ class Table:
             if reason := self.wrong_key(name) if self.wrong_key else "":
                 problems.add(key_node, join(key, name), reason)
             else:
-                found[name] = self.kind.read(value, join(key, name), problems)
+                found[name] = self.member.read(value, join(key, name), problems)
         return MappingProxyType(found)
 
 
 @dataclass(frozen=True)
-class Keys:
-    """A mapping with known keys, as a mapping of what could be read, or what ``make`` makes of it where all could."""
+class ObjectField:
+    """A mapping with known keys: returns what ``make`` builds from the values, or the values by key without ``make``.
 
-    required: Mapping[str, Kind]
-    optional: Mapping[str, Kind] = field(default_factory=dict)
+    ``make`` is called only if no value has a problem; else the result is None.
+    """
+
+    required: Mapping[str, FieldType]
+    optional: Mapping[str, FieldType] = field(default_factory=dict)
     make: Callable[..., Any] | None = None
     expected: str = "a mapping of key: value"
 
     def read(self, node: Node, key: str, problems: Problems) -> Any:
         before = len(problems)
         nodes = self.members(node, key, problems)
-        kinds = {**self.required, **self.optional}
-        values = {name: kinds[name].read(nodes[name], join(key, name), problems) for name in kinds if name in nodes}
+        fields = {**self.required, **self.optional}
+        values = {name: fields[name].read(nodes[name], join(key, name), problems) for name in fields if name in nodes}
         if self.make is None:
             return MappingProxyType({name: values[name] for name in nodes})  # in the order of the file
         try:
@@ -195,7 +205,7 @@ class Keys:
             return None
 
     def members(self, node: Node, key: str, problems: Problems) -> dict[str, Node]:
-        """Nodes by key; notes unknown keys with the closest known one, and missing ones."""
+        """Return the nodes by key; note missing keys, and unknown keys with the closest known key."""
         if node.kind != "mapping":
             problems.add(node, key, f"expected {self.expected}, got {shown(node)}")
             return {}
@@ -211,37 +221,38 @@ class Keys:
 
 
 @lru_cache(maxsize=256)
-def record(cls: type) -> Keys:
-    """The kind of a dataclass, from its annotations; ``str`` and ``bool`` need no kind. A field without a default must
-    be there; the dataclass is made only where nothing in it was wrong::
+def field_of(cls: type) -> ObjectField:
+    """Return the field type of a dataclass, from its annotations; ``str`` and ``bool`` need no field type.
 
-        rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
+    A field without a default is required. The dataclass is made only if none of its values has a problem::
+
+        rows: Annotated[int, NumberField(0, 1e12, "400", whole=True)] = 0
     """
-    hints = {name: _kind_of(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
-    must = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    optional = [f.name for f in dataclasses.fields(cls) if f.name not in must]
-    return Keys({name: hints[name] for name in must}, {name: hints[name] for name in optional}, cls)
+    hints = {name: _annotated(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    optional = [f.name for f in dataclasses.fields(cls) if f.name not in required]
+    return ObjectField({name: hints[name] for name in required}, {name: hints[name] for name in optional}, cls)
 
 
-def _kind_of(hint: Any) -> Kind:
+def _annotated(hint: Any) -> FieldType:
     if get_origin(hint) is Annotated:
-        kind: Kind = get_args(hint)[1]
-        return kind
-    plain: dict[Any, Kind] = {str: Text(), bool: Truth()}
+        found: FieldType = get_args(hint)[1]
+        return found
+    plain: dict[Any, FieldType] = {str: TextField(), bool: BoolField()}
     return plain[hint]
 
 
 def shown(node: Node) -> str:
-    """A node as a message quotes it."""
+    """Return a node as a message quotes it."""
     return "nothing" if node.kind == "scalar" and not node.text and not node.quoted else str(node)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """A hint at the closest known name; "" where none is close."""
+    """Return a hint at the closest known name, or "" if no name is close."""
     close = difflib.get_close_matches(name[:40], known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else ""
 
 
 def _means_another(text: str) -> bool:
-    """Whether YAML would read a bare text as a truth value, nothing or a number."""
+    """Return whether YAML reads a bare text as a truth value, null or a number."""
     return text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(text) is not None

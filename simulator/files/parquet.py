@@ -1,4 +1,4 @@
-"""Parquet files as they come, looked at before they take memory. pyarrow is optional, only these files need it."""
+"""Read Parquet files; their sizes are checked before they take memory. Only these files need pyarrow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from simulator.errors import InputError, needs_extra
 from simulator.files.read import MOST_TABLE_BYTES
 
-MOST_CELLS = 20_000_000  # values of a table that is read: 160 MB as float64, a thousand times what ships
+MOST_CELLS = 20_000_000  # 160 MB as float64, a thousand times the shipped tables
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
 def load_pyarrow() -> tuple[Any, Any]:
-    """``pyarrow`` and ``pyarrow.parquet``, or an error that says how to get them."""
+    """Return ``pyarrow`` and ``pyarrow.parquet``, or raise an error with the command that installs them."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -27,15 +27,18 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """The plain columns of a Parquet file as a pyarrow table; those of lists and structures are left out. InputError,
-    one line that starts with the label: no Parquet, damaged, a column twice, or larger in memory than accepted."""
+    """Return the plain columns of a Parquet file as a pyarrow table, without lists and structures.
+
+    Raises InputError, one line that starts with the label, for invalid or damaged files, repeated columns, or tables
+    that would take too much memory.
+    """
     pa, pq = load_pyarrow()
     try:
         file = pq.ParquetFile(io.BytesIO(content))
         flat = _accepted(file, label, pa)
         texts = [field.name for field in flat if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
         file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
-        # tables are small: starting threads would take longer
+        # without threads: tables are small
         table = file.read(columns=[field.name for field in flat], use_threads=False)
         for at, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
@@ -48,12 +51,13 @@ def read_parquet(content: bytes, label: str) -> Any:
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
-    """Fields that are read; a run of one value takes a few bytes in the file and all of them in memory."""
+    """Return the fields to read; a repeated value takes few bytes in the file and many in memory."""
     about = file.metadata
     cells = about.num_rows * max(about.num_columns, 1)
     size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
     if cells > MOST_CELLS or size > MOST_TABLE_BYTES:
-        raise InputError(f"{label}: holds {cells:.3g} values, more than {MOST_CELLS:.3g} or {_MOST}; split it")
+        limit = f"expected at most {MOST_CELLS:.3g} values and {_MOST}"
+        raise InputError(f"{label}: {limit}, got {cells:.3g} values; split it")
     names = list(file.schema_arrow.names)
     if len(set(names)) < len(names):
         raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
@@ -61,13 +65,15 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
     for field in flat:
         fixed = field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else 0
         if fixed * about.num_rows > MOST_TABLE_BYTES:
-            raise InputError(f"{label}: column {field.name!r:.60} holds more than {_MOST}; shorten it")
+            raise InputError(f"{label}: column {field.name!r:.60}: expected at most {_MOST}, got more; shorten it")
     return flat
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """A column of texts kept once each as a plain one, if that fits: a long text that repeats a million times takes no
-    room in a file."""
+    """Return a dictionary-encoded column as a plain column, if it fits into memory.
+
+    A long text that repeats a million times takes no space in a file.
+    """
     import pyarrow.compute as compute
 
     size = 0
@@ -78,14 +84,15 @@ def _decoded(column: Any, label: str, pa: Any) -> Any:
         elif len(texts):
             size += len(chunk) * (texts.nbytes // len(texts) + 1)
     if size > MOST_TABLE_BYTES:
-        taken = f"may take {size / 1e6:.3g} MB in memory, more than {_MOST}"
-        raise InputError(f"{label}: has texts that {taken}; shorten them")
+        raise InputError(f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them")
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
 
 
 def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Columns of a pyarrow table (``wanted``, where they are there) as NumPy arrays: numbers as they are, missing ones
-    NaN, everything else as objects; InputError where a type has no NumPy counterpart."""
+    """Return columns of a pyarrow table, all or the ``wanted`` ones, as NumPy arrays.
+
+    Missing numbers are NaN, other types become objects. Raises InputError for a type without a NumPy counterpart.
+    """
     names = [name for name in table.column_names if wanted is None or name in wanted]
     try:
         return {name: np.asarray(table.column(name).to_numpy()) for name in names}

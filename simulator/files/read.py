@@ -1,4 +1,4 @@
-"""Files read with a bound: what is larger, no file, or without an end is refused before it fills the memory."""
+"""Read files with a size limit: larger files, devices and endless streams are rejected before they fill the memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from simulator.errors import InputError
 
 MOST_TABLE_BYTES = 256_000_000
-"""Largest table of measurements or of quality that is read; those that ship have up to 250 kB."""
+"""Largest table of measurements or of quality; shipped tables have up to 250 kB."""
 
 
 def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
-    """All bytes of a file or pipe; InputError, one line that starts with the path, where it is missing, a folder, a
-    device, or larger than accepted."""
+    """Return all bytes of a file or pipe.
+
+    Raises InputError, one line that starts with the path, for a missing file, a folder, a device or a larger file.
+    """
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise InputError(f"{path}: cannot be read: is a folder, expected a file")
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):  # a pipe ends; /dev/zero does not
-            raise InputError(f"{path}: cannot be read: is no regular file")
+            raise InputError(f"{path}: cannot be read: is not a regular file")
         with open(path, "rb", opener=_open) as file:
             os.set_blocking(file.fileno(), True)
             raw = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
@@ -30,12 +32,12 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read: {reason}") from None
     if not raw and stat.S_ISFIFO(status.st_mode):
-        raise InputError(f"{path}: cannot be read: is a pipe that nothing came through")
+        raise InputError(f"{path}: cannot be read: the pipe is empty")
     if status.st_size > most_bytes or len(raw) > most_bytes:
         raise InputError(f"{path}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     return raw
 
 
 def _open(path: str, flags: int) -> int:
-    """Open without waiting for a writer: of a named pipe there may never be one."""
+    """Open a file without waiting for the writer of a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -1,4 +1,4 @@
-"""Files written whole: a reader sees the old content or the new one, never half of it."""
+"""Write files atomically: a reader sees the old or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _SUFFIX = ".tmp"
 
 
 def check_target(path: str | Path) -> Path:
-    """A path that a file can be written to, as far as can be told without writing it; InputError when it is a folder
-    or lies in none."""
+    """Return a path that a file can probably be written to; raise InputError for a folder or a missing folder."""
     target = Path(path)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; expected the name of a file")
@@ -26,11 +25,10 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file by way of a temporary one beside it, synced, then renamed over it.
+    """Write a file through a temporary file in the same folder, which is synced and renamed.
 
-    A link is followed, so what it points to is replaced. Devices and pipes (``/dev/stdout``) cannot be replaced and are
-    written directly. Raises as :func:`check_target`, and OSError when the disk is full or the folder is not writable;
-    the old file, if any, is untouched.
+    The target of a link is replaced. Devices and pipes (``/dev/stdout``) are written directly. Raises InputError as
+    :func:`check_target`, and OSError if the disk is full or the folder is not writable; an old file then stays.
     """
     target = check_target(path)
     try:
@@ -46,13 +44,15 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[str]:
-    """Name of an empty file beside another: synced and renamed over it in the end, removed where something fails. What
-    writers of the same file left there when they were killed is removed too."""
+    """Yield the name of an empty file that replaces ``target`` at the end, or is removed after an error.
+
+    Temporary files of killed writers of the same target are removed too.
+    """
     target = target.resolve()
     if target.exists():
         mode = target.stat().st_mode & 0o777
     else:
-        os.umask(umask := os.umask(0o022))  # it can only be read by setting it
+        os.umask(umask := os.umask(0o022))  # the mask can only be read by setting it
         mode = 0o666 & ~umask
     remove_left(target.parent, glob.escape(target.name))
     handle, name = _temporary(target)
@@ -70,16 +70,16 @@ def replacing(target: Path) -> Iterator[str]:
 
 
 def _temporary(target: Path) -> tuple[int, str]:
-    """An empty file beside another, locked while it is written: whose lock is free is no longer written by anyone."""
+    """Create an empty file in the target's folder and lock it: a temporary file without a lock has no writer."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
         if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
             return handle, name
-        os.close(handle)  # taken for one that was left, and removed, before it was locked
+        os.close(handle)  # another process removed it before it was locked
 
 
 def remove_left(folder: Path, names: str) -> None:
-    """Remove the temporary files beside some files (a pattern) that no process writes any more."""
+    """Remove temporary files of target names (a pattern) that no process writes."""
     for path in folder.glob(f".{names}.*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDWR)
@@ -91,8 +91,10 @@ def remove_left(folder: Path, names: str) -> None:
 
 
 def _lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed, however its process ends; False where another has it, or where
-    there are no locks (Windows, some network disks)."""
+    """Lock an open file or folder until it is closed or its process ends.
+
+    Returns False if another process holds the lock, or without file locks (Windows, some network disks).
+    """
     try:
         import fcntl
 
@@ -104,8 +106,10 @@ def _lock(handle: int, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time write several files that belong together into a folder; the others wait, but where
-    folders cannot be locked (Windows, some network disks)."""
+    """Let one process at a time write related files into a folder; other processes wait.
+
+    Without file locks (Windows, some network disks) they do not wait.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,14 +1,15 @@
-"""YAML text to a tree that remembers where everything stood, with nothing guessed.
+"""Parse YAML text to a tree of nodes with their places, without guessing types.
 
-PyYAML turns scalars into Python values by rules that surprise (``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes
-True, ``3.35e12`` stays text, the second of two equal keys wins silently). Here a scalar stays the text that was
-written; ``files.fields`` decides what it must be. Anchors, aliases, tags, several documents and duplicate keys are
-refused, depth and size are bounded: a file from the internet can neither run code nor grow in memory.
+PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True, ``3.35e12``
+stays text, and the second of two equal keys wins silently. Here a scalar stays text, and :mod:`simulator.files.fields`
+converts it. Anchors, aliases, tags, several documents and duplicate keys are rejected. Depth and size are limited, so a
+file from an untrusted source can neither run code nor fill the memory.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,16 +22,16 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 
-class Node(NamedTuple):  # a file has thousands: a tuple is made in a third of the time of a frozen dataclass
-    """A part of a YAML file, and where it starts, counted from 1."""
+class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass takes three times as long to make
+    """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
     line: int
     column: int
     text: str = ""
-    quoted: bool = False  # tells "132" and 132 apart
+    quoted: bool = False  # distinguishes "132" from 132
     items: tuple[Node, ...] = ()
-    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})  # the node of each key, and of its value
+    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})  # node of each key and node of its value
 
     def __str__(self) -> str:
         if self.kind != "scalar":
@@ -40,14 +41,14 @@ class Node(NamedTuple):  # a file has thousands: a tuple is made in a third of t
 
 
 class Problems:
-    """What is wrong with a file, each with its place; ``lines`` are ``file:line:column: key: reason``."""
+    """Problems of a file with their places; ``lines`` are ``file:line:column: key: reason``."""
 
     def __init__(self, file: str) -> None:
         self.file = file
         self._found: list[tuple[int, int, str, str]] = []
 
     def add(self, node: Node | None, key: str, reason: str) -> None:
-        """Note one problem at a node (None: at the start of the file); the key of the root is ""."""
+        """Note one problem at a node (None: the start of the file); the key of the root is ""."""
         line, column = (node.line, node.column) if node else (1, 1)
         self._found.append((line, column, key or "file", " ".join(reason.split())))
 
@@ -56,25 +57,25 @@ class Problems:
 
     @property
     def lines(self) -> list[str]:
-        """One line a problem, in the order of the file."""
+        """One line per problem, in the order of the file."""
         found = sorted(self._found, key=lambda p: p[:2])
         return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
 
     def error(self, command: str = "hardware") -> InputError:
-        """The first problem, and how many more there are, which ``prunesim COMMAND check`` tells."""
+        """Return the first problem, with the number of further ones, which ``prunesim COMMAND check`` lists."""
         first, *rest = self.lines
         return InputError(first + (f" (and {len(rest)} more: prunesim {command} check {self.file})" if rest else ""))
 
 
 def join(path: str, key: str) -> str:
-    """The path of a member, for messages: a strange key shortened and quoted."""
+    """Return the path of a member for messages; a long or unprintable key is shortened and quoted."""
     short = key if len(key) <= 40 else key[:40] + "..."
     short = short if short.strip() and short.isprintable() else repr(short)
     return f"{path}.{short}" if path else short
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
-    """Text of a file, or None and a problem: missing, no file, too large, empty, not UTF-8."""
+    """Return the text of a file, or None with a problem: missing, not a file, too large, or not UTF-8."""
     place, raw = None, b""
     try:
         mode = os.stat(path).st_mode
@@ -84,9 +85,9 @@ def read_text(path: Path, problems: Problems) -> str | None:
             if len(raw) <= MAX_BYTES:
                 return raw.decode("utf-8-sig")
             large = f"is larger than {MAX_BYTES / 1e6:g} MB"
-            reason = f"{large}; a profile or an engine has a few kB; a profile's arrays belong in the .npz beside it"
+            reason = f"{large}; expected a few kB; arrays of a profile belong in an .npz next to it"
         else:
-            reason = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a YAML file"
+            reason = f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; expected a YAML file"
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         place = Node("scalar", before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
@@ -97,9 +98,16 @@ def read_text(path: Path, problems: Problems) -> str | None:
     return None
 
 
+def aliases_of(path: Path) -> list[str]:
+    """Return the names in the line "aliases: [...]" of a shipped file; parsing every file would take too long."""
+    line = re.search(r"^aliases: *\[(.*)\] *$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    names = (name.strip().strip("\"'") for name in line.group(1).split(",")) if line else ()
+    return [name for name in names if name]
+
+
 def parse_yaml(text: str, problems: Problems) -> Node | None:
-    """A YAML text to its tree; None where it is empty, and None and a problem where it is refused."""
-    import yaml  # late: 25 ms that a run without a profile need not pay
+    """Return the tree of a YAML text, None if it is empty, or None with a problem if it is rejected."""
+    import yaml  # late, as it takes 25 ms
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -109,11 +117,11 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
         problems.add(_place(mark), key, reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = str(error.problem or error.context or "cannot be read")
+        reason = str(error.problem or error.context or "cannot be read")
         line = text.split("\n")[mark.line] if mark and mark.line <= text.count("\n") else ""
         tab = "\t" in line[: mark.column + 1] if mark else False
         hint = "indent with spaces, not tabs" if tab else "check quotes, colons and indentation"
-        problems.add(_place(mark) if mark else None, "yaml", f"{said}; {hint}")
+        problems.add(_place(mark) if mark else None, "yaml", f"{reason}; {hint}")
     except yaml.YAMLError as error:
         problems.add(None, "yaml", f"{str(error).splitlines()[0]}; expected plain YAML text")
     return None
@@ -124,11 +132,11 @@ def _place(mark: Any) -> Node:
 
 
 class _Refused(Exception):
-    """Parsing stops: mark, key and reason."""
+    """A reason to stop parsing: mark, key and reason."""
 
 
 class _Parser:
-    """Events of PyYAML to nodes."""
+    """Converter of PyYAML's events to nodes."""
 
     def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
         self.yaml, self.events, self.problems = yaml, events, problems
@@ -148,9 +156,8 @@ class _Parser:
             hint = "write the value out, or quote it if it is text"
             raise _Refused(event.start_mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
         if event.tag is not None:
-            raise _Refused(
-                event.start_mark, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values"
-            )
+            reason = f"tags are not allowed, got {str(event.tag)[:60]}; write plain values"
+            raise _Refused(event.start_mark, path, reason)
         if isinstance(event, self.yaml.ScalarEvent):
             return Node("scalar", line, column, text=event.value, quoted=bool(event.style))
         if depth >= MAX_DEPTH:

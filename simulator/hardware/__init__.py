@@ -1,1 +1,1 @@
-"""A device as data: facts of its datasheet, what was fitted on it, and the YAML and arrays both are kept in."""
+"""Devices as data: datasheet facts, fitted sections, and the YAML and array files of both."""

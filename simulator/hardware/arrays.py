@@ -1,8 +1,8 @@
-"""Arrays of a profile: an ``.npz`` whose bytes depend on its content alone, read without pickle, sizes first; and
-whether they are what a cost model reads.
+"""Read, check and pack the arrays of a profile, an ``.npz`` whose bytes depend only on its content.
 
-A profile may come from anywhere. What passes :func:`check_arrays` cannot fail in a cost model, nor make a time that is
-zero, infinite or no number; what does not is refused when the profile is read, with one line.
+A profile can come from an untrusted source, so pickles are never read and sizes are checked first. Arrays that pass
+:func:`check_arrays` cannot fail in a cost model, and cannot make a time that is zero, infinite or NaN. Other arrays are
+rejected when the profile is read.
 """
 
 from __future__ import annotations
@@ -24,57 +24,55 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from simulator.hardware.constants import AXES, CLASSES, EXACT_BITS, EXACT_NAMES, FIRST_CLASSES
+from simulator.hardware.constants import CLASSES, EXACT_BITS, EXACT_NAMES
 from simulator.workload import Kind
 
 Arrays = Mapping[str, NDArray[Any]]
 
 MAX_BYTES = 64_000_000
-"""Largest file, and largest array, that is read."""
+"""Largest file, and largest sum of arrays, that is read."""
 
 MOST_LOG = 5.0
-"""Largest log factor between a model and a measurement that is taken at face value: a factor of 148."""
+"""Largest log ratio of a measurement to a model that is accepted: a factor of 148."""
 
 MOST_ROWS = 2000
-"""Rows of an anchor, whose posterior takes time and memory with their square."""
+"""Largest number of rows of a local update; time and memory of its posterior grow with the square."""
 
-# of an anchor: name, further axes, shape in words, lowest and highest value
-# fmt: off
-_ANCHOR: tuple[tuple[str, tuple[int, ...], str, float, float], ...] = (
-    ("log_ratio", (), "(rows,)", -MOST_LOG, MOST_LOG),
-    ("shared", (0,), "(rows, columns)", -100.0, 100.0),
-    ("own", (), "(rows,)", 0.0, MOST_LOG**2),
-    ("local", (), "(rows,)", 0.0, MOST_LOG),
-    ("place", (3,), "(rows, 3)", -100.0, 100.0),
-    ("kind", (), "(rows,)", 0.0, float(max(Kind))),
+_LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = MappingProxyType(
+    {
+        "log_ratio": ((), "(rows,)", -MOST_LOG, MOST_LOG),
+        "systematic": ((0,), "(rows, factors)", -100.0, 100.0),
+        "independent": ((), "(rows,)", 0.0, MOST_LOG**2),
+        "correlated": ((), "(rows,)", 0.0, MOST_LOG),
+        "coordinates": ((3,), "(rows, 3)", -100.0, 100.0),
+        "kind": ((), "(rows,)", 0.0, float(max(Kind))),
+    }
 )
-# fmt: on
+"""Array of a local update -> further axes (0: of any length), shape in words, lowest and highest value."""
 
 MOST_FACTOR = 30.0
-"""The same between a constant of one kernel and of another: one of them may be at the lower end of its range."""
+"""Largest log ratio of one kernel's constant to another's: one of them can be at the lower end of its range."""
 
-_MOST_PLACE = 1e6  # coordinates are logarithms, indices and shares: none is near
+_MOST_COORDINATE = 1e6  # far above any logarithm, index or share
 _LEAST_STEP = 1e-3
 
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")  # bare: no folder, no drive, no dot file
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")  # without a folder or a drive
 ARRAY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
-# what numpy writes in front of the numbers, and nothing else: no expression of the file is ever evaluated
+# the header that numpy writes, and nothing else: no expression of a file is ever evaluated
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00[\s\S]{2}\{'descr': '([<>=|]?[A-Za-z][0-9]{0,8})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:[0-9]{1,9},? ?){0,8})\), \} *\n"
 )
-_DATE = (1980, 1, 1, 0, 0, 0)  # the first a zip file can hold: the same arrays give the same bytes on any day
-# fmt: off
-_UNREADABLE = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError
-)
-# fmt: on
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first date of a zip file: equal arrays give equal bytes on any day
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
-    """Arrays to the bytes of an ``.npz``: sorted, uncompressed, dated 1980, so that equal arrays give equal bytes;
-    ValueError for one that is not numeric or not finite."""
+    """Return the bytes of an ``.npz``: sorted, uncompressed and dated 1980, so equal arrays give equal bytes.
+
+    Raises ValueError for an array that is not numeric or not finite.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):
@@ -91,15 +89,17 @@ def pack_arrays(arrays: Arrays) -> bytes:
 
 
 def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
-    """Files in an ``.npz`` with that digest, by name; ValueError, one line, where it is missing, too large, of another
-    digest or no zip."""
+    """Return the files in an ``.npz`` by name.
+
+    Raises ValueError, one line, if the file is missing, too large, not a zip file, or has another digest.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path.name} is no regular file; expected the .npz that was saved with the profile")
+            raise ValueError(f"{path.name} is not a regular file; expected the .npz that was saved with the profile")
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror}); expected it beside the profile") from None
+        raise ValueError(f"{path.name} cannot be read ({error.strerror}); expected it next to the profile") from None
     if len(raw) > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES / 1e6:g} MB")
     found = hashlib.sha256(raw).hexdigest()
@@ -109,16 +109,19 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             if sum(info.file_size for info in archive.infolist()) <= MAX_BYTES:
-                # no more than is said: without a limit, an entry that says less than it holds is unpacked whole
+                # the limit matters: an entry can hold more than the archive states
                 return {i.filename: archive.open(i).read(i.file_size + 1) for i in archive.infolist()}
-    except _UNREADABLE as error:
-        raise ValueError(f"is no readable .npz ({str(error)[:80]}); save both files again") from None
+    except _DAMAGED as error:
+        raise ValueError(f"is not a readable .npz ({str(error)[:80]}); save both files again") from None
     raise ValueError(f"{path.name} holds arrays larger than {MAX_BYTES / 1e6:g} MB")
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Arrays ``prefix.name`` of an archive, checked, read-only, keyed by name; the prefix is ``operator.dtype``, or
-    ``anchor``. ValueError, one line, where one is missing, pickled, not finite or not what a cost model reads."""
+    """Return the checked, read-only arrays ``prefix.name`` of an archive by name.
+
+    The prefix is ``operator.dtype`` or ``local_update``. Raises ValueError, one line, if an array is missing, pickled,
+    not finite, or not usable by the cost model.
+    """
     arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
@@ -155,32 +158,32 @@ def _check_numbers(name: str, array: NDArray[Any]) -> None:
 
 
 def check_arrays(operator: str, arrays: Arrays) -> None:
-    """Refuse (ValueError, one line) arrays that the cost model of an operator could not use; names it does not know are
-    left alone.
+    """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore unknown names.
 
     >>> check_arrays("elementwise", {"values": np.zeros((7, 4))})
     Traceback (most recent call last):
-    ValueError: array start is missing beside values
+    ValueError: array values needs array start, which is missing
     """
     if operator == "gemm":
         if "exact_m" in arrays:
             check_exact(arrays)
             _bound(arrays, "exact_log_half", 0.0, MOST_LOG)
             _bound(arrays, "exact_s", 1e-12, 1e9)
-        if "terms" in arrays:
-            _check_lattices(arrays)
+        if "values" in arrays:
+            _check_values(operator, arrays)
+        if "row_m" in arrays:
+            _check_rows(arrays)
         if "measured" in arrays:
             _shape("measured", arrays["measured"], arrays["measured"].shape == (2, 3), "(2, 3)")
             _bound(arrays, "measured", 0.0, 64.0)
-    elif operator == "anchor":
-        _check_anchor(arrays)
+    elif operator == "local_update":
+        _check_update(arrays)
     elif "values" in arrays:
         _check_values(operator, arrays)
 
 
 def check_exact(arrays: Arrays) -> None:
-    """Refuse exact shapes that could not be looked up: an array missing, other lengths, dimensions or times that are
-    none."""
+    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths, or bad values."""
     if missing := [name for name in EXACT_NAMES if name not in arrays]:
         raise ValueError(f"exact shapes: array {missing[0]} is missing")
     *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
@@ -193,56 +196,40 @@ def check_exact(arrays: Arrays) -> None:
         raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
 
-def _check_lattices(arrays: Arrays) -> None:
-    """Lattices of a GEMM residual, in turn: codes of their axes, then start, step and nodes of each, then values."""
-    _need(arrays, "terms", "grids", "values", "measured_m")
-    terms, values = arrays["terms"], arrays["values"]
-    grids = np.asarray(arrays["grids"], dtype=np.float64)
-    _shape("terms", terms, terms.ndim == 2 and 1 <= terms.shape[1] <= 3 and len(terms) >= 1, "(lattices, up to 3)")
-    _shape("grids", grids, grids.shape == (*terms.shape, 3), f"{(*terms.shape, 3)}")
-    used = terms >= 0
-    if terms.dtype.kind not in "iu" or terms.min() < -1 or terms.max() >= len(AXES) or not used.any(axis=1).all():
-        raise ValueError(f"array terms: expected whole numbers from -1 to {len(AXES) - 1}, at least one axis a lattice")
-    start, step, nodes = grids[used].T
-    if not ((np.abs(start) <= _MOST_PLACE) & (step >= _LEAST_STEP) & (step <= _MOST_PLACE)).all():
-        expected = f"starts within {_MOST_PLACE:g} and steps from {_LEAST_STEP:g} to {_MOST_PLACE:g}"
-        raise ValueError(f"array grids: expected {expected}")
-    _shape("values", values, values.ndim == 1, "(nodes,)")
-    if not ((nodes >= 2) & (nodes <= values.size) & (nodes == np.floor(nodes))).all():
-        expected = "whole numbers of nodes, at least 2 on each axis and no more than there are values"
-        raise ValueError(f"array grids: expected {expected}")
-    if float(np.where(used, grids[..., 2], 1.0).prod(axis=1).sum()) != values.size:
-        raise ValueError("array values: expected as many values as the grids have nodes")
-    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
-    measured = arrays["measured_m"]
-    _shape("measured_m", measured, measured.ndim == 1 and measured.size >= 1, "(sizes,)")
-    _bound(arrays, "measured_m", 1.0, 2.0**31)
-
-
 def _check_values(operator: str, arrays: Arrays) -> None:
-    """The lattice of attention, experts or collectives, over three coordinates, or that of each class of elementwise
-    operators, over one."""
+    """Check a residual grid over three coordinates, or those of the elementwise classes over one coordinate."""
     values = arrays["values"]
     if operator == "elementwise":
         _need(arrays, "values", "start")
-        good = values.ndim == 2 and FIRST_CLASSES <= values.shape[0] <= len(CLASSES) and values.shape[1] >= 1
+        good = values.ndim == 2 and values.shape[0] == len(CLASSES) and values.shape[1] >= 1
         _shape("values", values, good, f"({len(CLASSES)}, nodes)")
         _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
     else:
         _need(arrays, "values", "start", "step")
-        _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one each")
+        _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one of each")
         for name in ("start", "step"):
             _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
         if "kinds" in arrays:
             _check_variants(arrays)
     _bound(arrays, "values", -MOST_LOG, MOST_LOG)
-    _bound(arrays, "start", -_MOST_PLACE, _MOST_PLACE)
+    _bound(arrays, "start", -_MOST_COORDINATE, _MOST_COORDINATE)
     if operator != "elementwise":
-        _bound(arrays, "step", _LEAST_STEP, _MOST_PLACE)
+        _bound(arrays, "step", _LEAST_STEP, _MOST_COORDINATE)
+
+
+def _check_rows(arrays: Arrays) -> None:
+    """Residual of GEMMs on a CPU by the number of rows: ascending numbers, and a value each."""
+    _need(arrays, "row_m", "row_values")
+    m, values = arrays["row_m"], arrays["row_values"]
+    good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
+    _shape("row_m", m, good, "(sizes,), ascending")
+    _shape("row_values", values, values.shape == m.shape, f"{m.shape}")
+    _bound(arrays, "row_m", 1.0, 2.0**31)
+    _bound(arrays, "row_values", -MOST_LOG, MOST_LOG)
 
 
 def _check_variants(arrays: Arrays) -> None:
-    """Kernels of attention by head width, window and cache, whose lattices lie one after the other on the last axis."""
+    """Check kernels of attention by head width, window and cache; their grids are joined along the last axis."""
     _need(arrays, "kinds", "factors")
     kinds, factors = arrays["kinds"], arrays["factors"]
     good = kinds.ndim == 2 and kinds.shape[1] == 3 and len(kinds) >= 1 and arrays["values"].shape[2] % len(kinds) == 0
@@ -252,13 +239,13 @@ def _check_variants(arrays: Arrays) -> None:
     _bound(arrays, "factors", -MOST_FACTOR, MOST_FACTOR)
 
 
-def _check_anchor(arrays: Arrays) -> None:
-    """Rows that were measured on the spot: n log errors, and what the error model needs to know of each."""
-    _need(arrays, "log_ratio", *(name for name, *_ in _ANCHOR))
+def _check_update(arrays: Arrays) -> None:
+    """Check rows measured on the user's machine: log errors, and their inputs to the error model."""
+    _need(arrays, "log_ratio", *_LOCAL_UPDATE)
     count = arrays["log_ratio"].shape[:1]
-    for name, more, expected, low, high in _ANCHOR:
+    for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
         shape = arrays[name].shape
-        good = len(shape) == 1 + len(more) and shape[:1] == count and (name == "shared" or shape[1:] == more)
+        good = len(shape) == 1 + len(more) and shape[:1] == count and (more == (0,) or shape[1:] == more)
         _shape(name, arrays[name], good and 1 <= shape[0] <= MOST_ROWS, f"{expected}, rows from 1 to {MOST_ROWS}")
         _bound(arrays, name, low, high)
     if arrays["kind"].dtype.kind not in "iu":
@@ -268,7 +255,7 @@ def _check_anchor(arrays: Arrays) -> None:
 def _need(arrays: Arrays, first: str, *others: str) -> None:
     for name in others:
         if name not in arrays:
-            raise ValueError(f"array {name} is missing beside {first}")
+            raise ValueError(f"array {first} needs array {name}, which is missing")
 
 
 def _shape(name: str, array: NDArray[Any], good: bool, expected: str) -> None:

@@ -1,6 +1,6 @@
-"""The named constants of every cost model: unit, range, meaning, default by architecture and where that comes from.
+"""Define the constants of every cost model: unit, range, meaning, default by architecture, and its source.
 
-Use :data:`CONSTANTS` by operator of a profile. Beside them stand the vocabularies of a profile's arrays: :data:`AXES`,
+Use :data:`CONSTANTS` by operator of a profile. Next to them are the vocabularies of a profile's arrays:
 :data:`CLASSES` and :data:`EXACT_NAMES`.
 """
 
@@ -13,13 +13,13 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Constant:
-    """One constant of a cost model: a fit searches, and a profile may hold, values from ``low`` to ``high``."""
+    """One constant of a cost model; fits and profiles have values from ``low`` to ``high``."""
 
     unit: str  # SI, "1" for a ratio
     low: float
     high: float
     meaning: str
-    defaults: Mapping[str, float]  # by architecture, "*" for any other
+    defaults: Mapping[str, float]  # by architecture; "*": all others
     source: str
 
     def default(self, architecture: str) -> float:
@@ -31,7 +31,7 @@ def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other
 
 
 # fmt: off
-# where defaults come from
+# sources of defaults
 _AIC = "aiconfigurator-core 0.12.0"
 _TABLES = f"fit to the bf16 GEMM tables of {_AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
 _GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
@@ -73,65 +73,65 @@ _MOE = (f"fits to the MoE tables of {_AIC}, bf16, tensor parallel alone; geometr
 
 GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "t0": _row("s", 1e-7, 5e-5, _TABLES,
-        "fixed time of a kernel inside a CUDA graph; of formats of 8 bits and fewer with that of the kernel that "
-        "converts the activations (engines fuse most of it), of A100 weight-only rows with that of a profiler",
+        "fixed time of a kernel in a CUDA graph; for formats of 8 bits and fewer it includes the kernel that converts "
+        "activations (engines fuse most of it), for A100 weight-only rows the time of a profiler",
         ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
-    "e_tc": _row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate the main loop reaches",
+    "e_tc": _row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate that the main loop achieves",
         ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.64, cpu=0.8, other=0.8),
     "tau": _row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
         ampere=3.0e-7, ada=2.23e-7, hopper=8.6e-8, blackwell=2.0e-7, cpu=1e-8, other=2e-7),
-    "b_e": _row("B/s", 1e8, 1e13, _TABLES, "rate one SM stores its finished tile at",
+    "b_e": _row("B/s", 1e8, 1e13, _TABLES, "rate at which one SM stores its finished tile",
         ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
-    "b_l2": _row("B/s", 1e10, 1e15, _TABLES, "rate L2 feeds operands to all SMs at",
+    "b_l2": _row("B/s", 1e10, 1e15, _TABLES, "rate at which L2 feeds operands to all SMs",
         ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
-    "e_d": _row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth DRAM reaches",
+    "e_d": _row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth that DRAM achieves",
         ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
-    "b_hit": _row("B/s", 1e10, 1e15, _TABLES, "rate of operands that are in L2",
+    "b_hit": _row("B/s", 1e10, 1e15, _TABLES, "rate of operands in L2",
         ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
-    "c_l2": _row("1", 0.05, 1.0, _TABLES, "share of L2 where half a footprint stays resident",
+    "c_l2": _row("1", 0.05, 1.0, _TABLES, "footprint, as a share of L2, of which half stays in L2",
         ampere=0.8, ada=1.0, hopper=0.75, blackwell=0.8, cpu=0.8, other=0.8),
     "l2_power": _row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
-    "t_s": _row("s", 0.0, 1e-4, _TABLES, "fixed time of adding up the parts of a split-K",
+    "t_s": _row("s", 0.0, 1e-4, _TABLES, "fixed time of summing the parts of a split-K",
         ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
-    "b_s": _row("B/s", 1e9, 1e15, _TABLES, "rate those parts are written and read at",
+    "b_s": _row("B/s", 1e9, 1e15, _TABLES, "rate at which these parts are written and read",
         ampere=2.0e12, ada=2.0e12, hopper=3.0e12, blackwell=2.0e12, cpu=1e11, other=2e12),
     "b_convert": _row("B/s", 1e9, 1e15, _TABLES + ", fp8 rows",
-        "rate 16-bit activations are converted at before a product of 8-bit formats",
+        "rate at which 16-bit activations are converted before an 8-bit GEMM",
         ampere=1.5e12, ada=8e11, hopper=2e12, blackwell=1.5e12, cpu=1e11, other=1.5e12),
     "t0_8bit": _row("s", 1e-7, 1e-4, _ASSUMED,
-        "t0 of 8-bit formats without a fit of their own: the conversion is a launch too", other=1.2e-5),
-    "e_tc_8bit": _row("1", 0.05, 1.3, _ASSUMED, "e_tc of 8-bit formats without a fit of their own",
+        "t0 of 8-bit formats without their own fit, with the launch of the conversion", other=1.2e-5),
+    "e_tc_8bit": _row("1", 0.05, 1.3, _ASSUMED, "e_tc of 8-bit formats without their own fit",
         ampere=0.9, ada=0.6, hopper=0.75, blackwell=0.6, cpu=0.5, other=0.7),
     "align_step": _row("1", 0.0, 3.0, _OFF_16,
         "main-loop time added per halving of the alignment of n or k below 16 bytes",
         ampere=0.85, blackwell=0.12, cpu=0.02, other=0.21),
     "align_step_8bit": _row("1", 0.0, 30.0, _OFF_16_NARROW,
-        "main-loop time added where n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
+        "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
     "align_load": _row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
         ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
     "sparse_step": _row("1", 0.1, 1.2, _SPARSE,
-        "e_tc of 2:4 kernels over that of dense ones, both of their own datasheet rate",
+        "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
         ampere=0.87, ada=0.9, hopper=0.65, blackwell=0.65, cpu=0.5, other=0.7),
-    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense ones", other=0.56),
+    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels", other=0.56),
     "sparse_time": _row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
-        "fixed time a 2:4 kernel takes above a dense one", other=2e-6),
+        "further fixed time of a 2:4 kernel over a dense kernel", other=2e-6),
     "quant_time": _row("s", 0.0, 1e-4, _QUANTISED,
-        "fixed time a weight-only quantised kernel takes above a dense one", other=5e-6),
+        "further fixed time of a weight-only quantised kernel over a dense kernel", other=5e-6),
     "quant_step": _row("1", 0.05, 1.2, _QUANTISED,
-        "e_tc of weight-only quantised kernels over that of dense ones", other=0.73),
+        "e_tc of weight-only quantised kernels over that of dense kernels", other=0.73),
     "block_step": _row("1", 0.1, 1.2, _ASSUMED,
-        "e_tc of kernels that skip blocks of rows, over that of dense ones", other=0.85),
+        "e_tc of kernels that skip blocks of rows over that of dense kernels", other=0.85),
     "pack": _row("1", 0.01, 10.0, _PACKING,
-        "time of rearranging the weights before a product on a CPU, over that of reading them", other=0.85),
-    "pack_m": _row("1", 1.0, 64.0, _PACKING, "rows from which a CPU's product rearranges its weights", other=4.0),
+        "time to rearrange the weights before a GEMM on a CPU, over the time to read them", other=0.85),
+    "pack_m": _row("1", 1.0, 64.0, _PACKING, "rows from which a GEMM on a CPU rearranges its weights", other=4.0),
 })
 
 PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and what its library launches with it",
+    "t0_s": _row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and of further launches of its library",
         ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
-    "e_tc": _row("1", 0.1, 1.1, _CONTEXT, "share of the datasheet tensor rate the two products reach",
+    "e_tc": _row("1", 0.1, 1.1, _CONTEXT, "share of the datasheet tensor rate that the two products achieve",
         ampere=0.505, ada=0.426, hopper=0.738, other=0.5),
-    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT, "exponentials an SM retires a second, beside its products",
+    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT, "exponentials/s of an SM, in parallel with its products",
         ampere=3.7e10, ada=3.7e10, hopper=5.2e10, other=3.7e10),
     "tile_s": _row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
     "sequence_s": _row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
@@ -140,54 +140,54 @@ PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "e_io": _row("1", 0.05, 1.0, _CONTEXT,
         "share of the datasheet bandwidth at which queries, keys, values and outputs move",
         ampere=0.305, ada=0.38, hopper=0.48, other=0.35),
-    "l2_gain": _row("1", 1.0, 10.0, _CONTEXT, "rate at which they move out of L2, in units of that out of DRAM",
+    "l2_gain": _row("1", 1.0, 10.0, _CONTEXT, "rate of these operands from L2 over the rate from DRAM",
         ampere=1.09, ada=3.35, hopper=1.98, other=1.3),
-    "l2_share": _row("1", 0.1, 4.0, _CONTEXT, "bytes, in units of the L2, at which half of them are found there",
+    "l2_share": _row("1", 0.1, 4.0, _CONTEXT, "bytes over L2 size at which half are in L2",
         ampere=0.64, ada=1.07, hopper=0.53, other=0.7),
     "packs": _row("1", 0.0, 1.0, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
-        "1: a tile takes the query heads of a KV head together where that fills it better; 0: never",
+        "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
         hopper=1.0, other=0.0),
     "pads": _row("1", 0.0, 1.0, "tiles of tensor cores are padded, loops of a CPU are not",
-        "1: a tile of few queries takes the time of a whole one; 0: that of its queries", cpu=0.0, other=1.0),
+        "1: a tile of few queries takes the time of a full tile; 0: the time of its queries", cpu=0.0, other=1.0),
     "sparse_block": _row("1", 0.0, 256.0,
         "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
-        "edge of skipped blocks at which the blocks left cost twice their dense share", other=16.0),
+        "edge of skipped blocks at which the remaining blocks cost twice their dense share", other=16.0),
 })
 
 DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and what its library launches with it",
+    "t0_s": _row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and of further launches of its library",
         ampere=1.05e-5, ada=4.1e-6, hopper=6.65e-6, other=8e-6),
     "unit_s": _row("s", 1e-9, 2e-5, _GENERATION, "start and end of a work unit on an SM",
         ampere=1.5e-6, ada=6.5e-7, hopper=2.3e-6, other=2e-6),
     "wide_s": _row("s", 1e-10, 2e-5, _GENERATION,
-        "fixed time more where a KV head serves more than 64 query heads (a larger tile)",
+        "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
         ampere=4e-7, hopper=1.7e-6, other=5e-7),
     "long_unit_s": _row("s", 1e-9, 5e-5, _GENERATION,
-        "what a unit takes more from `long_keys` keys on, where the kernel is one that splits",
+        "further time of a unit from `long_keys` keys, in kernels that split",
         ampere=6.9e-6, hopper=1e-8, other=5e-7),
     "sequence_s": _row("s", 1e-11, 1e-6, _GENERATION, "scheduling one sequence of the batch",
         ampere=1.2e-8, ada=2.6e-9, hopper=1.1e-8, other=5e-9),
-    "unit_bytes_per_s": _row("B/s", 1e9, 1e12, _GENERATION, "what one work unit draws from its cache",
+    "unit_bytes_per_s": _row("B/s", 1e9, 1e12, _GENERATION, "rate at which one work unit reads its cache",
         ampere=1.4e10, ada=4e10, hopper=7.2e10, other=4e10),
-    "e_d": _row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth a long cache reaches",
+    "e_d": _row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth that a long cache achieves",
         ampere=0.95, ada=0.83, hopper=0.93, other=0.85),
     "split_s": _row("s", 1e-9, 2e-5, _GENERATION, "a second kernel that merges the parts of split caches",
         ampere=1e-8, ada=2.2e-6, hopper=1.65e-6, other=1.5e-6),
-    "merge_s": _row("s", 1e-9, 2e-5, _GENERATION, "time of that kernel more for 16 times the splits",
+    "merge_s": _row("s", 1e-9, 2e-5, _GENERATION, "further time of that kernel for 16 times the splits",
         ampere=4.6e-6, ada=1.1e-6, hopper=1.9e-6, other=2e-6),
-    "l2_gain": _row("1", 1.0, 10.0, _GENERATION, "rate of a cache that lies in L2, in units of that out of DRAM",
+    "l2_gain": _row("1", 1.0, 10.0, _GENERATION, "rate of a cache in L2 over the rate from DRAM",
         ampere=1.0, ada=7.0, hopper=3.0, other=2.0),
     "l2_share": _row("1", 0.1, 4.0, _GENERATION,
-        "cache bytes, in units of the L2, at which half of them are found there", ada=1.01, other=0.71),
+        "cache bytes over L2 size at which half are in L2", ada=1.01, other=0.71),
     "rows": _row("1", 1.0, 128.0, "96 and 128 rows start no second unit in the A100 and H100 tables",
-        "query rows of one KV head a unit takes at most", other=128.0),
-    "units_per_sm": _row("1", 0.25, 8.0, _GENERATION, "units an SM holds when the splits are chosen",
+        "largest number of query rows of one KV head per unit", other=128.0),
+    "units_per_sm": _row("1", 0.25, 8.0, _GENERATION, "units per SM for which the splits are chosen",
         ada=2.0, other=1.0),
     "long_keys": _row("1", 1.0, 1e6, "where the A100 table steps up", "keys from which a sequence counts as long",
         other=512.0),
-    "split_keys": _row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys a split keeps at least", other=128.0),
+    "split_keys": _row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "minimum keys per split", other=128.0),
     "regroup": _row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
-        "time more of a cache whose KV heads serve several query heads: a CPU packs it", cpu=1.0, other=0.0),
+        "further time of a cache whose KV heads serve several query heads, as a CPU packs it", cpu=1.0, other=0.0),
 })
 
 
@@ -196,7 +196,7 @@ _LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
 
 
 def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
-    """Constants of attention, some with defaults of their own for latent attention."""
+    """Return constants of attention, some with other defaults for latent attention."""
     own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
     return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
 
@@ -219,75 +219,72 @@ MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
     "e_tc": _row("1", 0.05, 2.2, _MLA,
-        "share of the datasheet rate of the activations' format the two products reach; above 1 where they are in that "
-        "of a narrower cache, or where the work units hold what they take",
+        "share of the datasheet rate of the activations' format that the two products achieve; above 1 if they run in "
+        "the format of a narrower cache, or if the time of work units includes them",
         ampere=0.54, ada=0.53, hopper=2.2, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
 })
 
 RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "graph_gap_s": _row("s", 0.0, 2e-5, _GRAPH,
-        "idle time between two kernels of a CUDA graph that the kernels' own times do not hold yet", other=0.0),
+        "idle time between two kernels of a CUDA graph that the times of kernels exclude", other=0.0),
     "host_op_s": _row("s", 1e-7, 1e-3, _EAGER,
-        "host time to launch one kernel from an eager framework (interpreter, dispatcher, driver)",
+        "host time to launch one kernel in an eager framework (interpreter, dispatcher, driver)",
         other=16.5e-6, cpu=5e-6),
     "sustained": _row("1", 1.0, 2.0, _LOADED,
-        "time of compute-bound GEMMs in a whole pass over that in a short benchmark: clocks fall under load",
+        "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks drop under load",
         other=1.0, ampere=1.12),
 })
 
 COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of a library's collective inside a CUDA graph",
+    "t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
         pcie=4.0e-6, other=5.5e-6),
-    "hop_s": _row("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; where none is fitted, the link's latency",
+    "hop_s": _row("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
         pcie=1.4e-6, other=9e-7),
-    "e_link": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth in one direction a large payload reaches",
+    "e_link": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth in one direction of a large payload",
         pcie=0.57, other=0.77),
     "sharing": _row("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
-        "power of 2 / devices by which devices lose bandwidth to one another", pcie=0.5, other=0.0),
-    "pipe_s": _row("s", 1e-8, 1e-3, _NCCL, "times the time on the wire, the square of what filling the pipeline takes",
+        "power of 2 / devices by which bandwidth drops, as devices share it", pcie=0.5, other=0.0),
+    "pipe_s": _row("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
         pcie=5.5e-6, other=1.5e-5),
     "own_devices": _row("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink",
-        "devices up to which the engine has an all-reduce of its own; 0: it has none", pcie=2.0, other=8.0),
-    "own_bytes": _row("B", 0.0, 1e12, _NCCL, "largest payload it takes", pcie=6.7e7, other=1.68e7),
-    "own_t0_s": _row("s", 1e-7, 1e-4, _NCCL, "its start", pcie=5.5e-6, other=3.5e-6),
-    "own_hop_s": _row("s", 0.0, 1e-5, _NCCL, "what each further device adds to that", pcie=0.0, other=1.2e-7),
-    "own_e": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth its reads reach", pcie=0.59, other=0.65),
-    "own_step_s": _row("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, where it takes two", other=6e-6),
+        "devices up to which the engine has its own all-reduce; 0: it has none", pcie=2.0, other=8.0),
+    "own_bytes": _row("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce", pcie=6.7e7, other=1.68e7),
+    "own_t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce", pcie=5.5e-6, other=3.5e-6),
+    "own_hop_s": _row("s", 0.0, 1e-5, _NCCL, "further start time per device", pcie=0.0, other=1.2e-7),
+    "own_e": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve", pcie=0.59, other=0.65),
+    "own_step_s": _row("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two", other=6e-6),
 })
-"""By kind of link, "pcie" or any other, in place of the architecture."""
+"""Constants with defaults by kind of link, "pcie" or any other, instead of the architecture."""
 
 EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels: sorting of tokens, products, activation, sum",
         ampere=1.6e-5, ada=1.5e-5, hopper=2e-5, blackwell=1.2e-5, other=1.6e-5),
-    "expert_s": _row("s", 1e-11, 1e-6, _MOE, "what each expert held adds to that",
+    "expert_s": _row("s", 1e-11, 1e-6, _MOE, "further fixed time per expert of the device",
         ampere=1.5e-8, ada=1.1e-8, hopper=8.6e-10, blackwell=2.2e-8, other=4.7e-9),
-    "depth_s": _row("s", 1e-12, 2e-8, _MOE, "what each feature of a token and of an expert adds: the main loops of "
+    "depth_s": _row("s", 1e-12, 2e-8, _MOE, "further time per feature of a token and of an expert: main loops of "
         "one tile",
         ampere=3.7e-9, ada=3.8e-10, hopper=1.6e-9, blackwell=3.2e-9, blackwell_sm100=2.8e-10, other=1.2e-9),
-    "e_tc": _row("1", 0.05, 3.0, _MOE, "share of the datasheet rate that a tile without end would reach",
+    "e_tc": _row("1", 0.05, 3.0, _MOE, "share of the datasheet rate that an infinite tile would achieve",
         ampere=0.56, ada=0.69, hopper=0.8, blackwell=0.67, blackwell_sm100=0.94, other=0.74),
-    "tile_rows": _row("1", 0.5, 400.0, _MOE, "rows that starting a tile costs as much time as",
+    "tile_rows": _row("1", 0.5, 400.0, _MOE, "rows that take as long as starting a tile",
         ampere=25, ada=46, hopper=48, blackwell=8.6, blackwell_sm100=45, other=32),
-    "e_d": _row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth at which weights come from DRAM",
+    "e_d": _row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth that weights from DRAM achieve",
         ampere=0.97, ada=0.78, hopper=0.98, blackwell=0.85, blackwell_sm100=0.98, other=0.93),
-    "e_io": _row("1", 0.03, 3.0, _MOE, "share of it at which activations are permuted, written, read and added up",
+    "e_io": _row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, writing, reading and summing activations",
         other=0.8),
-    "l2_gain": _row("1", 1.0, 10.0, _MOE, "rate of weights that lie in L2, in units of that of DRAM",
+    "l2_gain": _row("1", 1.0, 10.0, _MOE, "rate of weights in L2 over the rate from DRAM",
         ampere=5, ada=6.7, hopper=1.7, blackwell=5.2, blackwell_sm100=1.5, other=3),
-    "l2_share": _row("1", 0.1, 4.0, _MOE, "weights touched, in units of the L2, at which half of them are found there",
+    "l2_share": _row("1", 0.1, 4.0, _MOE, "bytes of weights in use over L2 size at which half are in L2",
         ampere=0.4, ada=1.1, hopper=0.32, blackwell=1, other=0.54),
-    "narrow": _row("1", 0.1, 256.0, _MOE, "columns that every expert is as good as wider by",
+    "narrow": _row("1", 0.1, 256.0, _MOE, "columns added to the width of every expert",
         ampere=7.5, ada=0.27, hopper=28, blackwell=0.17, blackwell_sm100=36, other=4.6),
-    "align": _row("1", 0.01, 10.0, _MOE, "time more of an expert whose width is no multiple of 16",
+    "align": _row("1", 0.01, 10.0, _MOE, "further time of an expert whose width is not a multiple of 16",
         hopper=1.6, ada=0.4, blackwell=0.34, other=0.81),
 })
 # fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
-"""Classes of elementwise operators with a bandwidth and a floor of their own; new ones come last, so that arrays of
-older profiles keep their rows."""
-
-FIRST_CLASSES = 7  # of the first profiles
+"""Classes of elementwise operators, each with its own bandwidth and floor; the order is that of the arrays' rows."""
 
 
 def _elementwise() -> dict[str, Constant]:
@@ -296,9 +293,9 @@ def _elementwise() -> dict[str, Constant]:
     rates = {}
     for name, floor_s, share in zip(CLASSES, floors_s, shares, strict=True):
         rates[f"t0_{name}_s"] = _row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
-        meaning = f"share of the DRAM bandwidth a large {name} operator reaches"
+        meaning = f"share of the DRAM bandwidth that a large {name} operator achieves"
         rates[f"e_{name}"] = _row("1", 0.001, 1.0, _STUDY, meaning, other=share)
-        meaning = f"rate of a {name} operator whose data lie in L2, in units of its DRAM rate"
+        meaning = f"rate of a {name} operator with data in L2 over its DRAM rate"
         rates[f"l2_{name}"] = _row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
     return rates
 
@@ -307,10 +304,10 @@ def _elementwise() -> dict[str, Constant]:
 ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_elementwise(),
     "l2_share": _row("1", 0.05, 4.0, _RTX,
-        "bytes of an operator, in units of the L2, at which half of them are found there", other=0.8),
+        "bytes of an operator over L2 size at which half are in L2", other=0.8),
 })
 
-CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
+_CONSTANTS: dict[str, Mapping[str, Constant]] = {
     "gemm": GEMM_CONSTANTS,
     "attention_prefill": PREFILL_CONSTANTS,
     "attention_decode": DECODE_CONSTANTS,
@@ -320,21 +317,21 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType({
     "runtime": RUNTIME_CONSTANTS,
     "collective": COLLECTIVE_CONSTANTS,
     "experts": EXPERTS_CONSTANTS,
-})
+}
+# fmt: on
+CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(_CONSTANTS)
 """Constants by operator: those of each fitted section of a profile."""
 
-AXES: tuple[str, ...] = (
-    "m", "n", "k", "nk", "mk", "mn", "aspect", "time", "tiles", "blocks", "tile", "m_step", "m_exact",
-    "tiles64", "idle256", "last128", "idle",
-)
-# fmt: on
-"""Coordinates of a shape in a GEMM section; the position is the code in a profile's ``terms`` array.
 
-log2 of m, n, k and their products; aspect: log2 n/k; time: log2 of the analytic microseconds; tiles, blocks: log2 of
-output tiles, and of those times split-K, over SMs; tile: entry of the menu; m_step: 0 odd, 1 even, 2 a multiple of 8,
-3 of 64; m_exact: place of m among the measured ones; tiles64: log2 of 64 x 64 tiles over SMs; idle256: idle share of
-the last wave of 128 x 256 tiles; last128: waves of 128 x 128 tiles beyond whole ones, plus 1; idle: idle share of the
-last wave of the chosen tile."""
+def add_constants(operator: str, constants: Mapping[str, Constant]) -> None:
+    """Add the constants of an operator whose cost model is defined elsewhere; call it before reading such profiles.
+
+    ValueError for an operator that is known.
+    """
+    if operator in CONSTANTS:
+        raise ValueError(f"the constants of {operator!r} are known already")
+    _CONSTANTS[operator] = constants
+
 
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
 """Arrays of exact shapes, of equal length; a profile has all of them or none."""

@@ -1,4 +1,4 @@
-"""Number formats of a profile's sections: those of activations, and those of kernels whose weights are in another."""
+"""Number formats of a profile's sections: of activations, and of kernels whose weights have another format."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from types import MappingProxyType
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
 )
-"""Number formats of a section beside the arithmetic ones -> the arithmetic they need: 8- and 4-bit weights alone, and
-fp8 with a scale for every block of weights."""
+"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs.
+
+These are 8- and 4-bit weights with 16-bit activations, and fp8 with a scale per block of weights."""
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:
-    """Number formats that sections of a device with some rates may have.
+    """Return the number formats that sections of a device with ``rates`` can have.
 
     >>> labels(["fp16", "fp8"])
     ('fp16', 'fp8', 'int8_wo', 'int4_wo', 'mxfp4_wo', 'fp8_block')
@@ -23,16 +24,18 @@ def labels(rates: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_of(dtype: str, weight: str) -> str:
-    """Number format of the section for activations (and arithmetic) and weights; :func:`formats_of` is its reverse.
+    """Return the number format of the section for activations and weights; the inverse of :func:`formats_of`.
 
     >>> label_of("bf16", "int4"), label_of("fp8", "fp8_block"), label_of("bf16", "bf16")
     ('int4_wo', 'fp8_block', 'bf16')
     """
-    return dtype if weight == dtype else weight if weight in LABELS else f"{weight}_wo"
+    if weight == dtype or weight in LABELS:
+        return weight
+    return f"{weight}_wo"
 
 
 def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
-    """Format of activations and of weights that a section of a device with some rates is for.
+    """Return the formats of activations and of weights that a section is for, on a device with ``rates``.
 
     >>> formats_of("int4_wo", ["fp32", "fp16"]), formats_of("fp8", ["fp8"])
     (('fp16', 'int4'), ('fp8', 'fp8'))

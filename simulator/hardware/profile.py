@@ -1,7 +1,8 @@
-"""A device as data: datasheet facts with their sources, and beside them what was fitted on it.
+"""Describe a device as data: datasheet facts with their sources, and the sections that were fitted on it.
 
-``hardware.library`` reads and writes profiles. Facts and fitted values never mix: the first are attributes, the second
-come from :meth:`HardwareProfile.section`, which says whether they are calibrated, borrowed or the architecture's.
+:mod:`simulator.hardware.library` reads profiles, :mod:`simulator.hardware.save` writes them. Facts are attributes of a
+profile. Fitted values come from :meth:`HardwareProfile.section`, whose status is "calibrated", "inherited" or
+"default".
 """
 
 from __future__ import annotations
@@ -11,49 +12,67 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
-
-from numpy.typing import NDArray
+from typing import Any
 
 from simulator.arguments import COUNT, Range, number
-from simulator.display import Displayed, as_plain, by_column
+from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
-from simulator.files.fields import Number
-from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.formats import labels
+from simulator.hardware.sections import (
+    ANY_DTYPE,
+    Fitted,
+    LocalUpdate,
+    Provenance,
+    Section,
+    Sections,
+    default_section,
+    inherited,
+    section_row,
+    unfitted,
+)
 from simulator.units import rate, size
 from simulator.workload import STACKS
 
-ARCHITECTURES: tuple[str, ...] = (
-    *("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu"),
-)
-OPERATORS: tuple[str, ...] = tuple(CONSTANTS)
-"""Parts of a profile that are fitted."""
+__all__ = [
+    "ANY_DTYPE",
+    "ARCHITECTURES",
+    "ENGINE_STACK",
+    "OTHER_STACK",
+    "SAME_STACK",
+    "Fitted",
+    "HardwareProfile",
+    "Link",
+    "LocalUpdate",
+    "Provenance",
+    "Rate",
+    "Section",
+    "Sections",
+    "inheriting",
+    "preferring",
+    "unfitted",
+]
 
-ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
-"""Those that hold for every number format: their sections have the dtype "*"."""
+ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
 
 OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
-"""Factors on the prior of what stacks and labs differ by: for a section fitted on another stack than the user's, judged
-on stacks and labs left out; on the stack of the engine asked for, in another version; and on the user's own, whose
-kernels still run among others."""
+"""Scale of the prior of systematic errors, for a section fitted on another stack than the user's (evaluated on held-out
+stacks and labs), on the stack that the engine runs, in another version, and on the user's own stack."""
 
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
-Rows = Annotated[int, Number(0, 1e12, "400", whole=True)]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Arithmetic of one dtype."""
+    """Arithmetic rate of one number format."""
 
-    flop_per_s: float  # dense, datasheet, at boost clock
-    accumulate: str  # the type sums are kept in
-    sparse_factor: float = 1.0  # rate of 2:4 sparse operands over dense ones
+    flop_per_s: float  # dense, from the datasheet, at boost clock
+    accumulate: str  # number format of the sums
+    sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
 
 
 @dataclass(frozen=True)
 class Link:
-    """Connection to other devices."""
+    """Connection between devices."""
 
     kind: str
     bandwidth_bytes_per_s: float  # in one direction
@@ -62,82 +81,80 @@ class Link:
 
     @property
     def family(self) -> str:
-        """ "nvlink" or "pcie" (what is neither counts as the slower one)."""
+        """ "nvlink", or "pcie" for every other link."""
         return "nvlink" if "nvlink" in self.kind.lower() else "pcie"
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A constant's value and how it came about: "fitted", "fixed", "borrowed" or "default"."""
-
-    value: float
-    std_error: float | None = None
-    status: str = "fitted"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a section was fitted on."""
-
-    source: str
-    digest: str
-    date: str
-    software: str
-    device: str
-    protocol: str
-    rows: Rows
-    borrowed_from: str = ""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Section(Displayed):
-    """One fitted part of a profile; ``section["name"]`` is the value of a constant."""
-
-    constants: Mapping[str, Fitted]
-    # read-only; for instance the residual lattice
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
-    spread: float = 1.0  # factor on a shape's own and local errors that holds 90 % of unseen rows of its own table
-    accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on shapes the fit did not see
-    provenance: Provenance | None = None
-    status: str = "default"  # or "calibrated" or "borrowed"
-    stack: str = ""  # of the file it came from; "" for a calibration of one's own
-
-    def __getitem__(self, name: str) -> float:
-        return self.constants[name].value
-
-    def _title(self) -> str:
-        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
-
-    def _columns(self) -> Mapping[str, Any]:
-        """A row a constant."""
-        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
-
-
-@dataclass(frozen=True, eq=False)
-class Anchor:
-    """Local rows that move the whole profile, by their log errors and what those depend on."""
-
-    provenance: Provenance
-    columns: tuple[str, ...]  # of ``shared``, by name: a later version may know more
-    # shared (n, columns), own, local, log_ratio and kind (n,), place (n, 3)
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
 
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _FACTS: Mapping[str, Range] = MappingProxyType(
-    dict.fromkeys(
-        ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w"), _POSITIVE
-    )
-    | {"sm_count": COUNT}
+    {
+        "sm_count": COUNT,
+        "boost_clock_hz": _POSITIVE,
+        "max_clock_hz": _POSITIVE,
+        "memory_bytes": _POSITIVE,
+        "bandwidth_bytes_per_s": _POSITIVE,
+        "l2_bytes": _POSITIVE,
+        "power_w": _POSITIVE,
+    }
 )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HardwareProfile(Displayed):
-    """A device; quantities in SI.
+    """A device: datasheet facts in SI units with their sources, and fitted sections.
 
-    >>> from simulator.hardware.library import load_hardware
-    >>> hw = load_hardware("h100")
+    Make one with :func:`simulator.load_hardware`. ``dataclasses.replace`` returns a copy with other facts.
+
+    Parameters
+    ----------
+    name, title, vendor : str
+        Name of the profile, name as the vendor writes it, and vendor.
+    architecture : str
+        One of :data:`ARCHITECTURES`; its defaults are used where no section was fitted.
+    aliases : tuple of str
+        Further names that :func:`simulator.load_hardware` accepts.
+    rates : mapping of str to Rate
+        Datasheet rate, FLOP/s, of each number format.
+    sm_count : int
+        Streaming multiprocessors, compute units, or cores.
+    boost_clock_hz, max_clock_hz : float
+        Clock of the datasheet rates, and highest clock that the driver allows, Hz.
+    memory_bytes, bandwidth_bytes_per_s, l2_bytes, power_w : float
+        Memory, its bandwidth, last shared cache (bytes, B/s, bytes) and power limit (W); above 0.
+    link : Link, optional
+        Connection to other devices of the same kind.
+    sources, notes : mapping of str to str
+        Source of each fact, and remarks, by datasheet key ("sm_count", "rates.bf16", "link.latency").
+    references : mapping of str to str
+        Short names that the profile's file uses for its sources.
+    sections : mapping of (str, str) to Section
+        Fitted sections by operator and number format. :meth:`section` also uses fallbacks.
+    stacks : mapping of str to mapping
+        Sections of each software stack, the default stack first.
+    stack : str
+        Preferred stack, whose sections come first; "" for the user's own calibration, or if nothing was fitted.
+    pinned : bool
+        Whether the stack was selected by name, so engines do not change it.
+    engine_stack : str
+        Stack whose kernels the engine runs, see :meth:`serving`.
+    stacks_of : str
+        Profile of a related GPU from which this profile inherits stacks.
+    same_stack : bool
+        Whether the preferred stack is the user's own, which narrows the intervals.
+    local_update : LocalUpdate, optional
+        Rows measured on the user's machine.
+    path : Path, optional
+        File that the profile was read from.
+
+    Raises
+    ------
+    InputError
+        If a fact is not positive and finite.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> hw = simulator.load_hardware("h100")
     >>> hw.sm_count, hw.rate("bf16").accumulate, round(hw.ridge_point("bf16"))
     (132, 'fp32', 295)
     """
@@ -156,21 +173,17 @@ class HardwareProfile(Displayed):
     l2_bytes: float
     power_w: float
     link: Link | None = None
-    # datasheet key ("sm_count", "rates.bf16", "link.latency") -> where the value comes from, and a remark if needed
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
-    references: Mapping[str, str] = field(default_factory=dict)  # short names the file uses for its sources
-    # (operator, dtype) -> what was fitted; ask section(), which also borrows and falls back
-    sections: Mapping[tuple[str, str], Section] = field(default_factory=dict)
-    stacks: Mapping[str, Mapping[tuple[str, str], Section]] = field(
-        default_factory=dict
-    )  # the preferred by default first
-    stack: str = ""  # preferred: its sections come first; "" where there is none, or for a calibration of one's own
-    pinned: bool = False  # the preferred stack was asked for by name: it stays whatever the engine
-    engine_stack: str = ""  # whose kernels the engine runs, in :meth:`serving`
-    stacks_of: str = ""  # profile of a sibling whose stacks this one borrows
-    same_stack: bool = False  # whether the user's stack is the preferred one
-    anchor: Anchor | None = None
+    references: Mapping[str, str] = field(default_factory=dict)
+    sections: Sections = field(default_factory=dict)
+    stacks: Mapping[str, Sections] = field(default_factory=dict)
+    stack: str = ""
+    pinned: bool = False
+    engine_stack: str = ""
+    stacks_of: str = ""
+    same_stack: bool = False
+    local_update: LocalUpdate | None = None
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -181,10 +194,12 @@ class HardwareProfile(Displayed):
 
     @property
     def label(self) -> str:
-        """The name, with "@stack" where one was asked for (:func:`load_hardware` takes it), and whether local rows move
-        it."""
+        """Name, with "@stack" if the stack was selected by name; :func:`simulator.load_hardware` accepts that.
+
+        A profile with a local update is marked "(anchored)".
+        """
         name = f"{self.name}@{self.stack}" if self.pinned else self.name
-        return f"{name} (anchored)" if self.anchor is not None else name
+        return f"{name} (anchored)" if self.local_update is not None else name
 
     def _title(self) -> str:
         rates = (f"{name} {rate(r.flop_per_s, 'FLOP/s')}" for name, r in self.rates.items() if name in ("fp16", "bf16"))
@@ -193,24 +208,35 @@ class HardwareProfile(Displayed):
         return f"{self.label}: {self.title}, {self.architecture}, {memory}, {', '.join(rates)}; fitted for {stacks}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Facts, SI, their sources, and each fitted section without its arrays."""
+        """Return facts in SI units, their sources, and each fitted section without its arrays."""
         fitted = {key: None for stack in self.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
-        facts = (
-            *("name", "title", "vendor", "architecture", "aliases", "peak_flop_per_s", "sm_count", "boost_clock_hz"),
-            *("max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w", "link", "calibrated"),
-            *("stack", "stacks", "stacks_of", "anchor", "sources", "sections"),  # in the order shown
-        )
-        derived = {
+        found = {
+            "name": self.name,
+            "title": self.title,
+            "vendor": self.vendor,
+            "architecture": self.architecture,
+            "aliases": self.aliases,
             "peak_flop_per_s": {dtype: r.flop_per_s for dtype, r in self.rates.items()},
+            "sm_count": self.sm_count,
+            "boost_clock_hz": self.boost_clock_hz,
+            "max_clock_hz": self.max_clock_hz,
+            "memory_bytes": self.memory_bytes,
+            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
+            "l2_bytes": self.l2_bytes,
+            "power_w": self.power_w,
+            "link": self.link,
             "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
+            "stack": self.stack,
             "stacks": [stack for stack in self.stacks if stack],
-            "anchor": None if self.anchor is None else self.anchor.provenance,
-            "sections": [_section_row(self.name, *key, section) for key, section in self.sections.items()],
+            "stacks_of": self.stacks_of,
+            "local_update": None if self.local_update is None else self.local_update.provenance,
+            "sources": self.sources,
+            "sections": [section_row(self.name, *key, section) for key, section in self.sections.items()],
         }
-        return {name: as_plain(derived[name] if name in derived else getattr(self, name)) for name in facts}
+        return {name: as_plain(value) for name, value in found.items()}
 
     def _columns(self) -> Mapping[str, Any]:
-        """Facts, one column each; of mappings one a key."""
+        """Return one column per fact; a mapping has one column per key."""
         out: dict[str, Any] = {}
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
@@ -220,9 +246,15 @@ class HardwareProfile(Displayed):
         return {name: column for name, column in out.items() if name.partition(".")[0] not in ("sources", "sections")}
 
     def on(self, stack: str) -> HardwareProfile:
-        """The same device, its sections those of a stack before those of others, whatever engine runs on it. The same
-        stack gives the same object; InputError, which names those that there are, for one that it does not have.
+        """Return the device with one stack selected for all engines; the same stack returns the same object.
 
+        Raises
+        ------
+        InputError
+            If the profile has no such stack; the error names its stacks.
+
+        Examples
+        --------
         >>> from simulator.hardware.library import load_hardware
         >>> load_hardware("h100").on("trtllm").section("gemm", "bf16").status
         'calibrated'
@@ -230,61 +262,72 @@ class HardwareProfile(Displayed):
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
     def serving(self, stacks: tuple[str, ...]) -> HardwareProfile:
-        """The same device as an engine runs it: sections of the first of some stacks that it has. A stack asked for by
-        name, or a calibration of one's own, stays.
+        """Return the device as an engine runs it: with the sections of the first of ``stacks`` that the profile has.
 
+        A stack that was selected by name, or the user's own calibration, stays.
+
+        Examples
+        --------
         >>> from simulator.hardware.library import load_hardware
         >>> load_hardware("h100").serving(("torch", "trtllm")).stack
         'trtllm'
         """
         return _serving(self, stacks) if stacks and not self.engine_stack else self
 
-    def calibrated(self, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
-        """The same device with sections of a calibration of one's own."""
+    def calibrated(self, sections: Sections) -> HardwareProfile:
+        """Return the device with the sections of the user's own calibration."""
         sections = MappingProxyType(dict(sections))
         return replace(self, sections=sections, stacks=MappingProxyType({"": sections}), stack="", same_stack=True)
 
-    def spread(self, section: Section) -> tuple[float, float]:
-        """Factors on the prior of log errors of a section's times: on those that all share, and on each one's own."""
+    def error_scales(self, section: Section) -> tuple[float, float]:
+        """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
         fitted = section.status == "calibrated" and section.stack == self.stack
-        if fitted and self.same_stack and self.anchor is None:
-            return SAME_STACK, section.spread
+        if fitted and self.same_stack and self.local_update is None:
+            return SAME_STACK, section.section_scale
         engines = fitted and section.stack == self.engine_stack != ""
-        return ENGINE_STACK if engines else OTHER_STACK, max(section.spread, 1.0)
+        return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
     @property
     def clock_headroom(self) -> float:
-        """Highest clock over boost clock, at least 1: how far a device may exceed its datasheet rate."""
+        """Highest clock over boost clock, at least 1: how far a device can exceed its datasheet rate."""
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Datasheet rate of a dtype; InputError, which names what the device has, where it has no such arithmetic."""
+        """Return the datasheet rate of the number format ``dtype``.
+
+        Raises
+        ------
+        InputError
+            If the device has no such arithmetic; the error names its number formats.
+        """
         if dtype not in self.rates:
             raise InputError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}")
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Datasheet rate of a ``dtype`` at boost clock, FLOP/s, with ``sparse`` that of 2:4 operands; times
-        ``clock_headroom`` it is a hard ceiling. InputError as for :meth:`rate`."""
+        """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
+
+        This rate times ``clock_headroom`` is a physical limit. Raises InputError as :meth:`rate` does.
+        """
         rate = self.rate(dtype)
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
 
     def ridge_point(self, dtype: str) -> float:
-        """Arithmetic intensity, FLOP/byte, above which a datasheet roofline of a ``dtype`` is compute-bound."""
+        """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is compute-bound."""
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Fitted values of one ``operator`` of :data:`OPERATORS` in a ``dtype``: the calibrated ones, else those of
-        bf16 / fp16 for one another, else the architecture's defaults.
+        """Return the fitted values of one ``operator`` in the number format ``dtype``.
 
-        The section has every constant of the operator; one that was not fitted has its default and status "default".
+        Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
+        has every constant of the operator; a constant that was not fitted has its default and the status "default".
         """
         kind = self.link.family if operator == "collective" and self.link else self.architecture
-        default = _default_section(operator, kind)
+        default = default_section(operator, kind)
         found = self.sections.get((operator, "*" if operator in ANY_DTYPE else dtype))
         twin = _TWINS.get(dtype, "")
         if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
-            found = _borrowed(self.sections[operator, twin], f"{self.name} {operator} {twin}")
+            found = inherited(self.sections[operator, twin], f"{self.name} {operator} {twin}")
         if found is None:
             return default
         if found.constants.keys() >= default.constants.keys():
@@ -292,52 +335,12 @@ class HardwareProfile(Displayed):
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
 
 
-def _section_row(name: str, operator: str, dtype: str, section: Section) -> dict[str, Any]:
-    """A section as plain values, with where it came from in a few words."""
-    about, origin = section.provenance, ""
-    if about:
-        lender = about.borrowed_from.removeprefix(f"{name} {section.stack}")
-        origin = f"as {lender}" if lender else about.software
-    held = {key: getattr(section, key) for key in ("stack", "status", "constants", "accuracy", "spread")}
-    rows = about.rows if about else 0
-    return {"operator": operator, "dtype": dtype, **held, "rows": rows, "origin": origin}
+def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:
+    """Return a profile with ``stacks``, one of which is preferred.
 
-
-def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
-    """Columns of the error model that a section has because nothing was fitted: "default", beside it "generic" where
-    nothing of its architecture ever was.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> [unfitted("gemm", load_hardware(n).section("gemm", "fp16"), n) for n in ("h100", "t4")]
-    [(), ('default', 'generic')]
+    The preferred stack is the first of ``first`` that exists, else the user's own calibration, else the first of
+    :data:`STACKS`. Sections that it lacks are inherited from the other stacks, in that order.
     """
-    if section.status != "default":
-        return ()
-    known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())
-    return ("default",) if known else ("default", "generic")
-
-
-@lru_cache(maxsize=64)
-def _default_section(operator: str, kind: str) -> Section:
-    if operator not in CONSTANTS:
-        raise unknown("operator", operator, OPERATORS)
-    values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
-    return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
-
-
-@lru_cache(maxsize=64)
-def _borrowed(section: Section, origin: str) -> Section:
-    provenance = section.provenance
-    if provenance is not None:
-        provenance = replace(provenance, borrowed_from=provenance.borrowed_from or origin)
-    return replace(section, status="borrowed", provenance=provenance)
-
-
-def preferring(
-    profile: HardwareProfile, stacks: Mapping[str, Mapping[tuple[str, str], Section]], *first: str
-) -> HardwareProfile:
-    """A profile with stacks: the sections of the first of some (none: a calibration of one's own, then in the order of
-    :data:`STACKS`), then what the others have beside it, borrowed in that order."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile
@@ -345,20 +348,22 @@ def preferring(
     sections = dict(stacks[stack])
     for name in others:
         origin = f"{profile.name} {name or 'own calibration'}"
-        sections |= {key: _borrowed(section, origin) for key, section in stacks[name].items() if key not in sections}
+        sections |= {key: inherited(section, origin) for key, section in stacks[name].items() if key not in sections}
     return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=stack)
 
 
-def lent(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProfile:
-    """A profile with the stacks of a sibling beside its own: for number formats it has, what it was not fitted for;
-    collectives only over a link of the same kind."""
-    linked = profile.link and lender.link and profile.link.kind == lender.link.kind
+def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
+    """Return a profile that inherits the sections it lacks from the stacks of a related GPU.
+
+    Only number formats that the device has are inherited, and collectives only over a link of the same kind.
+    """
+    linked = profile.link and related.link and profile.link.kind == related.link.kind
     known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
     stacks = {name: dict(own) for name, own in profile.stacks.items()}
-    for name, sections in lender.stacks.items():
+    for name, sections in related.stacks.items():
         keys = [key for key in sections if (key[0] if key[0] in ANY_DTYPE else key[1]) in known]
-        borrowed = {key: _borrowed(sections[key], f"{lender.name} {name}") for key in keys}
-        stacks[name] = {**borrowed, **stacks.get(name, {})}
+        found = {key: inherited(sections[key], f"{related.name} {name}") for key in keys}
+        stacks[name] = {**found, **stacks.get(name, {})}
     return preferring(profile, stacks)
 
 
@@ -366,13 +371,13 @@ def lent(profile: HardwareProfile, lender: HardwareProfile) -> HardwareProfile:
 def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
     if stack not in profile.stacks:
         if not any(profile.stacks):
-            raise InputError(f"{profile.name} was fitted for no stack; ask for it without {stack!r}")
+            raise InputError(f"{profile.name}: expected no stack, as nothing was fitted for one, got {stack!r}")
         raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
     return replace(preferring(profile, profile.stacks, stack), pinned=True)
 
 
 @lru_cache(maxsize=64)
 def _serving(profile: HardwareProfile, stacks: tuple[str, ...]) -> HardwareProfile:
-    if not (profile.pinned or profile.anchor or "" in profile.stacks):
+    if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
     return replace(profile, engine_stack=stacks[0])

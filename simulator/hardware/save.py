@@ -1,6 +1,7 @@
-"""Profiles to files: :func:`save_hardware` writes one whole, :func:`save_stack` what was fitted of it for one stack.
+"""Write profiles to files.
 
-Files are written in a fixed order and layout: equal profiles give equal bytes, a change shows as a small diff.
+:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack. Order and layout
+are fixed, so equal profiles give equal bytes and a changed value gives a small diff.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from simulator.files.write import check_target, one_writer, remove_left, write_w
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.profile import OPERATORS, HardwareProfile, Provenance, Section
-from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, Sections, profile_from_text, stack_from_text
+from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, profile_from_text, stack_from_text
+from simulator.hardware.sections import Provenance, Section, Sections
 from simulator.units import format_quantity
 from simulator.workload import STACKS
 
@@ -29,12 +32,25 @@ _WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
-    """Write a profile whole, its sections in the same file: its arrays to an ``.npz`` named with their digest, then the
-    YAML beside it.
+    """Write a profile with its facts, sources, notes and sections.
 
-    The same profile gives the same bytes. Comments of an older file are not kept; facts, sources and notes are. Raises
-    InputError when the path is no YAML file's name, or the loader would refuse what was to be written.
+    Arrays are written to an ``.npz`` whose name has their digest, then the YAML next to it. The same profile gives the
+    same bytes. Comments of an older file are lost.
 
+    Parameters
+    ----------
+    profile : HardwareProfile
+        Profile to write, such as a copy that ``dataclasses.replace`` made.
+    path : str or path-like
+        YAML file to write; its name ends in .yaml or .yml. An existing file is replaced.
+
+    Raises
+    ------
+    InputError
+        If the name does not end in .yaml or .yml, the folder does not exist, or the profile would not load again.
+
+    Examples
+    --------
     >>> from tempfile import TemporaryDirectory
     >>> from dataclasses import replace
     >>> import simulator
@@ -47,29 +63,28 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     path = _target(path)
     held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in profile.sections.items()}
     keys = {prefix: f"calibrated.{prefix}" for prefix in held}
-    if profile.anchor is not None:
-        held["anchor"], keys["anchor"] = profile.anchor.arrays, "anchor"
+    if profile.local_update is not None:
+        held["local_update"], keys["local_update"] = profile.local_update.arrays, "local_update"
     packed = _packed(path, held, keys)
     file, digest = _arrays_file(path, packed)
     text = profile_text(profile, file, digest)
     problems = Problems(str(path))
-    profile_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), library.taken(path))
+    profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
 
 
 def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str]) -> None:
-    """Write what a profile holds of one stack, or was calibrated for it, as :func:`save_hardware` writes: to
-    NAME.STACK.yaml, beside NAME.yaml."""
+    """Write the sections that a profile has for one stack, or the user's own calibration, to NAME.STACK.yaml."""
     path = _target(path)
     if stack not in STACKS:
         raise unknown("stack", stack, STACKS)
     if not path.name.endswith((f".{stack}.yaml", f".{stack}.yml")):
         raise InputError(f"{path}: expected a file name that ends in .{stack}.yaml")
     found = profile.stacks.get(stack) or profile.stacks.get("", profile.sections)
-    # what a sibling lends is read from the sibling's files again
-    own = {key: s for key, s in found.items() if not (profile.stacks_of and s.status == "borrowed")}
+    # inherited sections are read from the related profile's files again
+    own = {key: s for key, s in found.items() if not (profile.stacks_of and s.status == "inherited")}
     if not own:
-        raise InputError(f"{path}: nothing of {profile.name} was fitted for {stack}")
+        raise InputError(f"{path}: {profile.name} has no section that was fitted for {stack}")
     sections = {key: replace(section, stack="") for key, section in own.items()}
     held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
     packed = _packed(path, held, {prefix: f"calibrated.{prefix}" for prefix in held})
@@ -80,8 +95,13 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
     head = f"# {title}: what was fitted for {stack}; facts are in {facts}.yaml."
     text = "\n".join([head, *_lines(tree | {"calibrated": _calibrated(sections, file, digest)})]) + "\n"
     problems = Problems(str(path))
-    stack_from_text(text, path, problems, lambda *said: dict.fromkeys(said[-1]), profile, stack)
+    stack_from_text(text, path, problems, _no_arrays, profile, stack)
     _write(path, text, problems, file, packed)
+
+
+def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """Stand for arrays while a text is checked: :func:`_packed` has checked them."""
+    return dict.fromkeys(names)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -92,7 +112,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _packed(path: Path, held: Mapping[str, Arrays], keys: Mapping[str, str]) -> bytes:
-    """Arrays by prefix, checked, as the bytes of an ``.npz``; none where there are none."""
+    """Return the bytes of an ``.npz`` of checked arrays by prefix; b"" without arrays."""
     arrays = {}
     for prefix, own in held.items():
         try:
@@ -104,62 +124,68 @@ def _packed(path: Path, held: Mapping[str, Arrays], keys: Mapping[str, str]) -> 
 
 
 def _stem(path: Path) -> str:
-    """What the names of a YAML's arrays start with."""
+    """Return the start of the names of a profile's array files."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
     return stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
 
 
 def _arrays_file(path: Path, packed: bytes) -> tuple[str, str]:
-    """Name and digest of a YAML's arrays. The digest is part of the name: the old pair stays readable until the new
-    YAML is in place, whatever happens."""
+    """Return name and digest of a profile's array file.
+
+    The name contains the digest, so the old pair of files stays readable until the new YAML is in place.
+    """
     digest = hashlib.sha256(packed).hexdigest()
     return f"{_stem(path)}.{digest[:12]}.npz", digest
 
 
 def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) -> None:
-    """Write arrays, then the YAML that names them, then remove the arrays of the YAML before it."""
+    """Write arrays, then the YAML that names them; then remove the arrays of the previous YAML."""
     if len(text.encode()) > MAX_BYTES:
         problems.add(None, "file", f"would be larger than {MAX_BYTES / 1e6:g} MB")
     if len(problems):
         raise problems.error()
-    with one_writer(path.parent):  # else another's clean-up could take the arrays written here before they are named
+    with one_writer(path.parent):  # else another process could remove arrays that no YAML names yet
         if packed:
             write_whole(path.parent / file, packed)
         write_whole(path, text.encode())
         stem = _stem(path)
         remove_left(path.parent, f"{stem}.*.npz")
         for old in path.parent.glob(f"{stem}.*.npz"):
-            mine = re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4])  # another stack's have its name there
+            mine = re.fullmatch(
+                r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4]
+            )  # arrays of another stack have its name there
             if mine and not (packed and old.name == file):
                 old.unlink(missing_ok=True)
     library.forget()
 
 
 def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256: str = "") -> str:
-    """YAML text of a profile; the arrays, if any, are named but not written."""
+    """Return the YAML text of a profile; its arrays are named but not written."""
     title = " ".join(profile.title.split())
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {title}: facts with their sources{more}."
     tree = _facts(profile)
     if profile.sections:
         tree["calibrated"] = _calibrated(profile.sections, arrays_file, arrays_sha256)
-    if anchor := profile.anchor:
-        columns = f"[{', '.join(map(_quoted, anchor.columns))}]"
-        arrays = _named(anchor.arrays, arrays_file, arrays_sha256)
-        tree["anchor"] = {"provenance": _provenance(anchor.provenance), "columns": columns, "arrays": arrays}
+    if update := profile.local_update:
+        tree["local_update"] = {
+            "provenance": _provenance(update.provenance),
+            "factors": f"[{', '.join(map(_quoted, update.factors))}]",
+            "arrays": _named(update.arrays, arrays_file, arrays_sha256),
+        }
     return "\n".join([head, *_lines(tree)]) + "\n"
 
 
 def _calibrated(sections: Sections, arrays_file: str, arrays_sha256: str) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {operator: {} for operator in OPERATORS}
+    tree: dict[str, dict[str, Any]] = {operator: {} for operator in CONSTANTS}
     for (operator, dtype), section in sorted(sections.items()):
-        if operator in OPERATORS:
+        if operator in CONSTANTS:
             tree[operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
     return {operator: formats for operator, formats in tree.items() if formats}
 
 
 def _facts(profile: HardwareProfile) -> dict[str, Any]:
-    """What comes before the fitted sections: mappings, and leaves as their text."""
+    """Return what precedes the fitted sections, as mappings whose leaves are text."""
     references = dict(profile.references)
     short = {text: key for key, text in reversed(references.items())}
     for text in profile.sources.values():
@@ -211,7 +237,7 @@ def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str
         constants[name] = _flow({"value": _number(fitted.value), **error, "status": fitted.status})
     optional = {
         "arrays": _named(section.arrays, arrays_file, arrays_sha256) if section.arrays else {},
-        "spread": _number(section.spread) if section.spread != 1.0 else "",
+        "section_scale": _number(section.section_scale) if section.section_scale != 1.0 else "",
         "accuracy": {_text(name): _number(value) for name, value in section.accuracy.items()},
     }
     return {
@@ -244,7 +270,7 @@ def _flow(pairs: Mapping[str, str]) -> str:
 
 
 def _number(value: float) -> str:
-    """Shortest text that reads back to the same number, whole numbers without a point."""
+    """Return the shortest text that reads back to the same number; whole numbers have no point."""
     whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
     return str(int(value)) if whole else repr(float(value))
 
@@ -254,5 +280,5 @@ def _text(value: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Double-quoted YAML; JSON's escapes are a subset of YAML's."""
+    """Return double-quoted YAML: JSON's escapes are a subset of YAML's."""
     return json.dumps(value, ensure_ascii=False)

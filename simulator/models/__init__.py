@@ -1,1 +1,1 @@
-"""Decoders: shapes from a configuration, and the table of operators a request becomes."""
+"""Decoders: shapes from a configuration or checkpoint, and lowering of a request to operators."""

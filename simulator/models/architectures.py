@@ -1,6 +1,7 @@
-"""What a ``config.json`` of each ``model_type`` says about shapes: :data:`ARCHITECTURES`.
+"""Read shapes from the ``config.json`` of each ``model_type``: :data:`ARCHITECTURES`.
 
-An architecture is a line of the table; what no table says is a function of the reader and of the fields found so far.
+An architecture is an entry of the table. Rules that do not fit into the table are functions of the reader and of the
+fields found so far.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.models.config import Block, Latent
-from simulator.models.keys import MAX_LAYERS, Reader
+from simulator.models.keys import MAX_LAYERS, Reader, is_list_of
 
 Fields = dict[str, Any]
 """Fields of :class:`simulator.ModelConfig`."""
@@ -20,23 +21,23 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Keys of one architecture and their defaults, those of its configuration class in transformers 4.57."""
+    """Keys of one architecture, with the defaults of its configuration class in transformers 4.57."""
 
     positions: int  # max_position_embeddings
     flags: Mapping[str, tuple[str, bool]]  # field -> key and default
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that are the same in all its models
-    kv_heads: int | None = None  # num_key_value_heads where absent; None: as many as query heads, as null means
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that all its models share
+    kv_heads: int | None = None  # default of num_key_value_heads; None: the query heads, also for null
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    grouped: bool = True  # has the keys of the two lines above
-    inner: str = "intermediate_size"  # "": no such key
+    grouped: bool = True  # whether the keys num_key_value_heads and head_dim exist
+    inner: str = "intermediate_size"  # key of the inner width; "": no such key
     window: int | None = None  # sliding_window; None: no such key
     windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
-    rotary: tuple[str, float] | None = None  # key and default of the share of each head that is rotated; None: all
-    absent: Mapping[str, int] = field(default_factory=dict)  # shape keys that published files leave out
-    more: Callable[[Reader, Fields], Fields] = lambda read, values: {}  # what no table says
+    rotary: tuple[str, float] | None = None  # key and default of the rotated share of a head; None: all of it
+    absent: Mapping[str, int] = field(default_factory=dict)  # defaults of shape keys that published files omit
+    more: Callable[[Reader, Fields], Fields] = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> Fields:
-        """Fields from the keys of a configuration."""
+        """Return the fields in a configuration."""
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
         kv_heads, head_dim = heads, self.head_dim
         if self.grouped:
@@ -72,7 +73,7 @@ class Architecture:
 
 
 def _layers(blocks: Sequence[Block]) -> Fields:
-    """Fields of layers: the usual one, and each where they differ."""
+    """Return the fields of layers: of the usual layer, and of each layer if they differ."""
     whole = [block for block in blocks if block.sublayers == 2 and not block.linear] or blocks
     usual = Counter(whole).most_common(1)[0][0]
     names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
@@ -81,7 +82,7 @@ def _layers(blocks: Sequence[Block]) -> Fields:
 
 
 def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, dense: Callable[[int], bool]) -> Fields:
-    """Layers with experts, ``count`` the key of how many, and a plain MLP in those that are ``dense``."""
+    """Return fields of layers with experts (their number is the key ``count``), or with an MLP if ``dense``."""
     experts = read.integer(count)
     active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
     plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
@@ -100,18 +101,21 @@ def _gpt_oss(read: Reader, values: Fields) -> Fields:
 
 def _qwen_experts(read: Reader, values: Fields) -> Fields:
     step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
-    right = lambda x: isinstance(x, list) and all(isinstance(i, int) and 0 <= i <= last for i in x)  # noqa: E731
+
+    def right(value: Any) -> bool:
+        return is_list_of(value, lambda layer: isinstance(layer, int) and 0 <= layer <= last)
+
     plain = set(read.value("mlp_only_layers", [], f"a list of layers from 0 to {last}", right))
     shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
-    every = not values.get("shared_gate")  # qwen2_moe: every other one, up to max_window_layers
+    every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
     windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
     width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
     return {"windows": windows} | _routed(read, values, "num_experts", width, shared, dense)
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
-    """Latent attention and experts; defaults of the number of shared ones, and of the dense layers before."""
+    """Return the rule for latent attention and experts, with defaults of shared experts and first dense layers."""
 
     def more(read: Reader, values: Fields) -> Fields:
         if read.flag("attention_bias"):
@@ -128,7 +132,7 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
 
 
 def _puzzle(read: Reader, values: Fields) -> Fields:
-    """Layers of an architecture search (Puzzle, arXiv 2411.19146): each sublayer as it is, gone, or one product."""
+    """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear."""
     blocks, windows, heads, layers = [], [], values["heads"], values["layers"]
     for of in read.parts("block_configs", layers):
         attention, mlp = of.part("attention"), of.part("ffn")
@@ -151,7 +155,10 @@ def _puzzle(read: Reader, values: Fields) -> Fields:
 
 def _smollm3(read: Reader, values: Fields) -> Fields:
     layers, step = values["layers"], read.integer("no_rope_layer_interval", 4)
-    right = lambda x: isinstance(x, list) and len(x) >= layers and all(y in (0, 1) for y in x)  # noqa: E731
+
+    def right(value: Any) -> bool:
+        return is_list_of(value, lambda flag: flag in (0, 1)) and len(value) >= layers
+
     usual = [int((layer + 1) % step > 0) for layer in range(layers)]
     rotary = read.value("no_rope_layers", usual, f"a list of {layers} of 0 or 1", right)
     windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
@@ -228,7 +235,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
         131072, {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED},
         {"sinks": True, "router_bias": True, "expert_bias": True}, kv_heads=8, head_dim=64,
         window=128, windowed=lambda layer: layer % 2 == 0, more=_gpt_oss),
-    # the keys of grouped heads say nothing of latent attention
+    # latent attention does not use the keys of grouped heads
     "deepseek_v2": Architecture(2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)),
     "deepseek_v3": Architecture(4096, _UNTIED, {"router_bias": True}, grouped=False, head_dim=64,
                                 more=_deepseek(shared=1, first=3)),
@@ -237,4 +244,4 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
 """Supported values of ``model_type``."""
 
 NESTED: Mapping[str, tuple[str, str]] = MappingProxyType({"gemma3": ("text_config", "gemma3_text")})
-"""Those whose decoder is an object in the file: its key and architecture. What sees or hears is left out."""
+"""``model_type`` whose decoder is an object in the file -> its key and architecture; other modalities are ignored."""

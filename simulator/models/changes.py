@@ -1,4 +1,4 @@
-"""The way back from shapes to a ``config.json``: which keys a pruned model changes, and the file with them changed.
+"""Write the shapes of a pruned model to a ``config.json``: the keys that change, and the file.
 
 Use :func:`changed_keys` for the keys, :func:`write_config` for a folder that :func:`simulator.load_model` reads.
 """
@@ -25,14 +25,15 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def free_heads(model: ModelConfig) -> bool:
-    """Whether a configuration can say how wide a head is, so that heads and hidden size change apart."""
+    """Return whether a configuration has a head width, so heads and hidden size can change independently."""
     return ARCHITECTURES[model.architecture].grouped
 
 
 def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
-    """Keys of a model's ``config.json``, of some content, that make it another with fewer layers, heads or features.
+    """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
 
-    InputError where the content with these keys is not the other model: some architectures cannot say all shapes.
+    ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
+    the model ``new``: some architectures cannot state all shapes.
 
     >>> from dataclasses import replace
     >>> model = load_model("opt-13b")
@@ -45,22 +46,24 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     names["inner"] = kind.inner
     keys = {key: getattr(new, name) for name, key in names.items() if getattr(new, name) != getattr(model, name)}
     if kind.grouped and (new.hidden, new.heads) != (model.hidden, model.heads):
-        keys["head_dim"] = new.head_dim  # else it would follow from the other two
+        keys["head_dim"] = new.head_dim  # else readers compute it from the other two keys
     if new.hidden != model.hidden and "word_embed_proj_dim" in content:
         keys["word_embed_proj_dim"] = new.hidden
     types = content.get("layer_types")
     if new.layers != model.layers and isinstance(types, list):
         keys["layer_types"] = types[: new.layers]
     if content and replace(from_hf_config({**content, **keys}), name=new.name) != new:
-        raise InputError(f"{model.name}: its config.json cannot say {', '.join(keys)} together")
+        raise InputError(f"{model.name}: its config.json cannot state {', '.join(keys)} together")
     return keys
 
 
 def content_of(
     source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig, model: ModelConfig | None = None
 ) -> Mapping[str, Any]:
-    """The content of the ``config.json`` of what :func:`simulator.load_model` takes, and made ``model`` of, if that is
-    known; of a named model its shape keys, of shapes made in Python none.
+    """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
+
+    A named model has only its shape keys, a model made in Python has no content. ``model`` is the loaded source, if
+    known.
 
     >>> content_of("opt-13b")["ffn_dim"]
     20480
@@ -75,22 +78,22 @@ def content_of(
         return NONE
     file = Path(source).expanduser()
     file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():  # a pipe, which cannot be read twice
+    if not file.is_file():  # a pipe cannot be read twice
         return NONE
     content = parse_config(read_bounded(file, MAX_FILE_BYTES).decode("utf-8-sig"), str(file))
     return content if isinstance(content, dict) else NONE
 
 
 def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
-    """Write a ``config.json`` into a folder, which is made; never over one that says something else."""
+    """Write a ``config.json`` into a folder, which is created; never replace a file with different content."""
     file = Path(folder).expanduser() / "config.json"
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (ValueError, RecursionError):
-        raise InputError(f"{file}: not written: holds numbers or levels that JSON has no room for") from None
+        raise InputError(f"{file}: not written: the content has numbers or levels that JSON cannot hold") from None
     if os.path.lexists(file):
         if read_bounded(file, MAX_FILE_BYTES) != text.encode():
-            raise InputError(f"{file}: exists and says something else; expected a folder without it")
+            raise InputError(f"{file}: exists with different content; choose another folder")
         return file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

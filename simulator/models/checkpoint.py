@@ -1,8 +1,7 @@
-"""A model by what the tensors of its checkpoint are: :func:`from_tensors`.
+"""Read a model from the tensors of its checkpoint: :func:`from_tensors`.
 
-Each name stands for a tensor whose axes are widths of its layer; all that name one width must agree on it, and what is
-read from them must have the parameters that the headers say, to the last. What is stored packed
-:mod:`simulator.models.packed` reads.
+The axes of each named tensor are widths of its layer. Tensors must agree on each width, and the resulting model must
+have exactly the number of parameters in the headers. :mod:`simulator.models.packed` reads packed formats.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from simulator.errors import InputError, one_line
 from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.difference import difference, runs
 from simulator.models.headers import Tensor
-from simulator.models.packed import FLOATS, PARTS, Weight, logical
+from simulator.models.packed import FLOATS, PARTS, WEIGHTS, Weight, logical
 
 MAX_WIDTH = 10_000_000
 
@@ -28,8 +26,8 @@ _NAME = re.compile(
 )
 _BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 
-# Axes of a weight: h hidden, q and kv queries and keys, o what the output projection takes, i and e MLP and experts, E
-# experts, V vocabulary, P positions; 2i: two of i. A bias has the first of them.
+# Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
+# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis.
 _ATTENTION, _MLP = r"(?:self_attn|attention|attn)\.", r"(?:mlp\.(?:shared_experts?\.)?)?"
 _EXPERT, _EXPERTS = r"(?:mlp|block_sparse_moe)\.experts\.\d{1,5}\.", r"(?:mlp|block_sparse_moe)\.experts\."
 # fmt: off
@@ -68,22 +66,22 @@ _OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in
     "norm|final_layer_?norm": "h",
 }.items())
 # fmt: on
-_MXFP4 = ("mxfp4", False)  # of routed experts alone
+_MXFP4 = ("mxfp4", False)  # only of routed experts
 _WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias)")
-"""Weights that stay in the format of the residual stream."""
+"""Weights in the format of the residual stream."""
 
 
 @dataclass
 class _Part:
-    """The tensors of one layer, or of what is outside the layers (number -1)."""
+    """Tensors of one layer, or outside the layers (number -1)."""
 
     where: str
     number: int
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # of a tensor that each width was read from
-    formats: dict[tuple[str, bool], str] = field(default_factory=dict)  # and of one stored in each
-    biases: set[str] = field(default_factory=set)  # modules that have one
+    names: dict[str, str] = field(default_factory=dict)  # width -> a tensor with it
+    formats: dict[tuple[str, bool], str] = field(default_factory=dict)  # format -> a tensor stored in it
+    biases: set[str] = field(default_factory=set)  # modules with a bias
     parameters: int = 0
 
     def name(self, module: str) -> str:
@@ -91,7 +89,7 @@ class _Part:
         return f"{self.where}: tensor {one_line(inside, 80)}"
 
     def put(self, width: str, size: int, name: str) -> None:
-        """Note one width; InputError where another tensor of the layer has another."""
+        """Set one width; raise InputError if another tensor of the layer has a different one."""
         if width.startswith("2"):
             if size % 2:
                 raise InputError(f"{name}: expected two halves, got {size:,}")
@@ -99,27 +97,25 @@ class _Part:
         if size > MAX_WIDTH:
             raise InputError(f"{name}: expected widths up to {MAX_WIDTH:,}, got {size:,}")
         if (known := self.widths.setdefault(width, size)) != size:
-            other = self.names.get(width, "the embedding or the number of experts")
-            raise InputError(
-                f"{name}: expected a width of {known:,} as {other.rsplit('tensor ')[-1]} has, got {size:,}"
-            )
+            other = self.names.get(width, "the embedding or the number of experts").rsplit("tensor ")[-1]
+            raise InputError(f"{name}: expected a width of {known:,}, as in {other}, got {size:,}")
         self.names.setdefault(width, name)
 
     def read(self, bits: int) -> None:
-        """All widths, formats and parameters of its modules."""
+        """Read widths, formats and parameters of all modules."""
         table = _AXES if self.number >= 0 else _OUTSIDE
         found = {module: _axes(module, table) for module in self.modules}
         fused = {axes[0]: 0 for axes in found.values() if len(axes) == 3}
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(_EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
-        # those that read the hidden size first: of the others' inputs some layouts tell but what is known by then
+        # weights with the hidden size first: some packed layouts need the widths that these have
         for module, axes in sorted(found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"):
             parts, name = self.modules[module], self.name(module)
             if not axes:
-                if not (parts.keys() & {*PARTS[:5], "bias"}):
+                if not (parts.keys() & {*WEIGHTS, "bias"}):
                     continue  # scales of a cache
-                raise InputError(f"{name}: is none of a known layer; expected a merged model without further weights")
+                raise InputError(f"{name}: belongs to no known layer; expected a merged model without further weights")
             try:
                 weight = logical(parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits)
             except ValueError as error:
@@ -138,7 +134,7 @@ class _Part:
             self.formats.setdefault((weight.dtype, weight.sparse24), name)
         if bias is not None:
             if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS:
-                raise InputError(f"{name}.bias: expected {weight.shape[0]:,} floats, one an output")
+                raise InputError(f"{name}.bias: expected {weight.shape[0]:,} floats, one per output")
             self.biases.add(module)
             self.parameters += bias.elements
 
@@ -157,97 +153,100 @@ def _axes(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]])
 
 
 def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
-    """The model that a checkpoint holds: widths, layers and formats of its tensors where its configuration says others,
-    which :attr:`ModelConfig.found` tells. What cannot be explained to the last parameter is refused in one line.
+    """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
+
+    :attr:`ModelConfig.found` reports the differences. Raises InputError, one line, if the tensors and their number of
+    parameters cannot be explained exactly.
 
     >>> import simulator
     >>> from_tensors(simulator.load_model("llama-2-7b"), {"model.layers.0.mlp.lora_A": Tensor("F16", (8, 8))}, "own")
     Traceback (most recent call last):
-    simulator.errors.InputError: own: holds no embed_tokens.weight of two dimensions; expected a whole model
+    simulator.errors.InputError: own: expected a whole model, found no embed_tokens.weight of two dimensions
     """
-    outside, layers, beside = _sorted(model, tensors, str(folder))
+    outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
     if table is None or len(table.shape) != 2:
-        raise InputError(f"{folder}: holds no embed_tokens.weight of two dimensions; expected a whole model")
+        raise InputError(f"{folder}: expected a whole model, found no embed_tokens.weight of two dimensions")
     if not layers:
-        raise InputError(f"{folder}: holds no decoder layers by a known name (model.layers.0.self_attn.q_proj.weight)")
+        raise InputError(f"{folder}: expected layers with known names, such as model.layers.0.self_attn.q_proj.weight")
     hidden = table.shape[1]
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
         part.read(_bits(part, hidden))
     heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
     if not heads and not model.tied:
-        raise InputError(f"{folder}: holds no lm_head.weight, and its config.json does not tie it to the embedding")
+        raise InputError(f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding")
     formats = {key: name for part in reversed(layers) for key, name in part.formats.items()}
     if len(formats) > 1 and formats.keys() != {_MXFP4, ("", False)}:
         (one, first), (two, second) = sorted(formats.items())[:2]
         second = second.rsplit("tensor ")[-1]
-        raise InputError(f"{first} is in {_format(*one)}, {second} in {_format(*two)}; expected one format for all")
+        raise InputError(f"{first} is in {_format(*one)}, {second} is in {_format(*two)}; expected one format")
     if outside.formats.keys() - {("", False)}:
         raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
     stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
     latents = {_latent(part) for part in layers if "rank" in part.widths}
     if len(latents) > 1:
-        raise InputError(f"{folder}: layers have latent attention of other ranks; expected one for all")
+        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
     latent = next(iter(latents), None)
-    values: dict[str, Any] = {
-        **_flags(layers, model),
-        **{"hidden": hidden, "vocab": outside.widths["V"], "learned_positions": outside.widths.get("P", 0)},
-        **{"layers": len(layers), "numbers": tuple(part.number for part in layers), "latent": latent},
-        **{"windows": tuple(model.windows[part.number] for part in layers), "sparse24": sparse24},
-        **{"weight_dtype": stored},
-    }
-    if latent is not None:
-        values["head_dim"] = latent.plain + latent.rotary
-    real = replace(model, **values)
+    real = replace(
+        _with_flags(model, layers),
+        hidden=hidden,
+        vocab=outside.widths["V"],
+        learned_positions=outside.widths.get("P", 0),
+        layers=len(layers),
+        numbers=tuple(part.number for part in layers),
+        windows=tuple(model.windows[part.number] for part in layers),
+        latent=latent,
+        head_dim=latent.plain + latent.rotary if latent is not None else model.head_dim,
+        sparse24=sparse24,
+        weight_dtype=stored,
+    )
     blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)
     real = _of_blocks(real, blocks)
     _check(real, layers)
     stored_twice = real.tied * len(heads) * real.vocab * hidden
-    if (holds := outside.parameters + sum(part.parameters for part in layers) - stored_twice) != real.parameters:
-        raise InputError(
-            f"{folder}: holds {holds:,} parameters, its shapes make {real.parameters:,}: another final norm"
-        )
-    said = difference(model, real)
+    parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
+    if parameters != real.parameters:
+        expected = f"expected {real.parameters:,} parameters for its shapes"
+        raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
+    notes = difference(model, real)
     if real.parameters != model.parameters:
-        said += (f"{real.parameters:,} parameters, {model.parameters:,} by the config.json",)
+        notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
-        said += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in them",)
-    if beside:
-        said += (f"{beside:,} parameters beside the decoder are left out",)
-    return replace(real, found=f"{real.name} as its tensors are: {'; '.join(said)}" if said else "")
+        notes += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
+    if ignored:
+        notes += (f"{ignored:,} parameters outside the decoder are ignored",)
+    return replace(real, found=f"{real.name} by its tensors: {'; '.join(notes)}" if notes else "")
 
 
 def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:
-    """Tensors outside the layers, of each layer, and the number of parameters that are no decoder's."""
-    outside, layers, beside = _Part(where, -1), dict[int, _Part](), 0
+    """Return tensors outside the layers, tensors per layer, and the number of parameters outside the decoder."""
+    outside, layers, ignored = _Part(where, -1), dict[int, _Part](), 0
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         number, module, leaf, other = match.groups() if match else (None, name, None, None)
         leaf = leaf or other or "weight"
         if number is None and not _axes(module, _OUTSIDE):
-            beside += tensor.elements if tensor.dtype in FLOATS and not _BUFFER.fullmatch(name) else 0
+            ignored += tensor.elements if tensor.dtype in FLOATS and not _BUFFER.fullmatch(name) else 0
             continue
         if _BUFFER.fullmatch(module) or (module in ("attention", "attn") and leaf == "bias"):
             continue
         part = outside if number is None else layers.setdefault(int(number), _Part(where, int(number)))
         stored = part.modules.setdefault(module, {})
         if leaf in stored:
-            raise InputError(f"{part.name(module)}: is there twice, under two names")
+            raise InputError(f"{part.name(module)}: appears twice, under two names")
         stored[leaf] = tensor
     for number in [n for n, part in layers.items() if n >= model.layers]:
         part = layers.pop(number)
-        if "eh_proj" not in part.modules:  # else it predicts a further token, and no decoder layer
-            raise InputError(
-                f"{where}: holds layer {number}; expected fewer than {model.layers}, as its config.json says"
-            )
-        beside += sum(t.elements for parts in part.modules.values() for t in parts.values())
-    return outside, [layers[number] for number in sorted(layers)], beside
+        if "eh_proj" not in part.modules:  # a layer with it predicts a further token
+            raise InputError(f"{where}: expected layers below {model.layers}, by its config.json, got {number}")
+        ignored += sum(t.elements for parts in part.modules.values() for t in parts.values())
+    return outside, [layers[number] for number in sorted(layers)], ignored
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Bits of compressed-tensors' packed integers, by what reads the hidden size; 0 where there are none."""
+    """Return the bits of packed integers in compressed-tensors, from a weight with hidden inputs; 0 without any."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
@@ -259,7 +258,7 @@ def _bits(part: _Part, hidden: int) -> int:
 
 
 def _latent(part: _Part) -> Latent | None:
-    """Latent attention by widths alone: q, kv_b and o are multiples of the heads; q + o - kv_b is the rotated part."""
+    """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o - kv_b is rotated."""
     width = part.widths
     if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
         raise InputError(f"{part.where}: layer {part.number} has latent attention without {missing[0]}")
@@ -270,7 +269,7 @@ def _latent(part: _Part) -> Latent | None:
 
 
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
-    """Shapes of one layer."""
+    """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
     has = {name: part.has(_ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
     if "rank" in width:
@@ -294,18 +293,23 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
             raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
     experts = width.get("E", 0)
     if experts and ("e" not in width or not old.active):
-        why = "but no expert" if "e" not in width else "of which its config.json names none"
+        why = "without weights" if "e" not in width else "but its config.json has none"
         raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
-    linear = tuple(n for n, m in (("attention", has["linear_attn"]), ("mlp", part.has("mlp.linear_mlp"))) if m)
-    active, wide = (min(old.active, experts), width["e"]) if experts else (0.0, 0)
+    linear = ("attention",) * has["linear_attn"] + ("mlp",) * part.has("mlp.linear_mlp")
     return replace(
-        old, heads=heads, kv_heads=kv_heads, inner=width.get("i", 0), experts=experts, active=active,
-        expert_inner=wide, linear=linear,
-    )  # fmt: skip
+        old,
+        heads=heads,
+        kv_heads=kv_heads,
+        inner=width.get("i", 0),
+        experts=experts,
+        active=min(old.active, experts) if experts else 0.0,
+        expert_inner=width["e"] if experts else 0,
+        linear=linear,
+    )
 
 
-def _flags(layers: Iterable[_Part], model: ModelConfig) -> dict[str, bool | str]:
-    """Which biases and norms of a layer there are."""
+def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
+    """Return the model with the biases and norms that its layers have."""
     biases = {module for part in layers for module in part.biases}
     modules = {module for part in layers for module in part.modules}
 
@@ -314,45 +318,47 @@ def _flags(layers: Iterable[_Part], model: ModelConfig) -> dict[str, bool | str]
 
     up = some(_MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
     norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-    return {
-        "qkv_bias": some(_ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
-        "o_bias": some(_ATTENTION + "(?:o_proj|out_proj|dense)"),
-        "mlp_bias": up,
-        "down_bias": not up and some(_MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-        "router_bias": some("(?:mlp|block_sparse_moe).(?:gate|router)") or some(".*e_score_correction_bias", modules),
-        "expert_bias": some(_EXPERTS + ".*_bias", modules),
-        "shared_gate": some("mlp.shared_expert_gate", modules),
-        "sinks": some(_ATTENTION + "sinks", modules),
-        "qk_norm": ("head" if norms == {model.head_dim} else "width") if norms else "",
-        "gated": model.gated and not some(_MLP + "(?:fc1|dense_h_to_4h)", modules),
-    }
+    return replace(
+        model,
+        qkv_bias=some(_ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
+        o_bias=some(_ATTENTION + "(?:o_proj|out_proj|dense)"),
+        mlp_bias=up,
+        down_bias=not up and some(_MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
+        router_bias=some("(?:mlp|block_sparse_moe).(?:gate|router)") or some(".*e_score_correction_bias", modules),
+        expert_bias=some(_EXPERTS + ".*_bias", modules),
+        shared_gate=some("mlp.shared_expert_gate", modules),
+        sinks=some(_ATTENTION + "sinks", modules),
+        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else "",
+        gated=model.gated and not some(_MLP + "(?:fc1|dense_h_to_4h)", modules),
+    )
 
 
 def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
-    """The model with these layers; its usual one is the most frequent of them that is whole."""
+    """Return the model with these layers; its usual layer is the most frequent complete layer."""
     most = Counter(blocks).most_common()
     usual = next((block for block, _ in most if block.heads and (block.inner or block.experts)), most[0][0])
-    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-    real = replace(model, blocks=(), **{name: getattr(usual, name) for name in names})
+    real = model.with_usual(usual, ())
     return real if set(blocks) == set(real.layout) else replace(real, blocks=blocks)
 
 
 def _check(model: ModelConfig, layers: list[_Part]) -> None:
-    """InputError where layers hold other parameters than their shapes make, with a tensor that they have or lack unlike
-    the layer most like them that is right."""
+    """Raise InputError if layers have other parameters than their shapes require.
+
+    The error names a tensor that distinguishes the layer from the most similar correct layer.
+    """
     made = [model.block_parameters(block) for block in model.layout]
     names = [{*part.modules, *(f"{module}.bias" for module in part.biases)} for part in layers]
     wrong = [i for i, part in enumerate(layers) if part.parameters != made[i]]
     if not wrong:
         return
-    one, why = wrong[0], "expected the biases and norms of its architecture"
+    one, why = wrong[0], "check the biases and norms of its architecture"
     if right := [i for i in range(len(layers)) if i not in wrong]:
         like = min(right, key=lambda i: len(names[i] ^ names[one]))
         odd = min(names[like] ^ names[one], default="")
         has = "has" if odd in names[one] else "lacks"
-        why = f"unlike layer {layers[like].number}, it {has} {one_line(odd, 80)}" if odd else why
-    which = f"{layers[one].where}: layers {runs(layers[i].number for i in wrong)} hold"
-    raise InputError(f"{which} {layers[one].parameters:,} parameters, their shapes make {made[one]:,}: {why}")
+        why = f"it {has} {one_line(odd, 80)}, unlike layer {layers[like].number}" if odd else why
+    which = f"{layers[one].where}: layers {runs(layers[i].number for i in wrong)}"
+    raise InputError(f"{which}: expected {made[one]:,} parameters, got {layers[one].parameters:,}: {why}")
 
 
 def _format(dtype: str, sparse24: bool) -> str:

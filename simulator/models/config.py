@@ -1,8 +1,4 @@
-"""The shapes of a decoder-only transformer, and what follows from them alone: :class:`ModelConfig`.
-
-Made by :func:`simulator.load_model` from the name of a shipped model, from a Hugging Face ``config.json`` or from a
-checkpoint. Layers that differ are :attr:`ModelConfig.blocks`; where all are alike there are none.
-"""
+"""Describe the shapes of a decoder-only transformer, and count its parameters: :class:`ModelConfig`."""
 
 from __future__ import annotations
 
@@ -21,47 +17,44 @@ from simulator.workload import DTYPES
 
 @dataclass(frozen=True)
 class Block:
-    """Shapes of one decoder layer. A width of 0: it has no such sublayer."""
+    """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
 
     heads: int
     kv_heads: int
-    inner: int  # width of the MLP; beside routed experts, of the shared ones
-    experts: int = 0  # routed ones
-    active: float = 0.0  # of them a token uses, on one device on average
+    inner: int  # inner width of the MLP; with routed experts, of the shared experts
+    experts: int = 0  # routed experts
+    active: float = 0.0  # routed experts that a token uses, on one device on average
     expert_inner: int = 0
     rotary: bool = True  # queries and keys are rotated
-    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that are one hidden x hidden product instead
+    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
 
     @property
     def sublayers(self) -> int:
-        """How many of attention and MLP it has, each with its norms."""
+        """Number of sublayers, attention and MLP, each with its norms."""
         return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values come from one vector a position."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives keys and values."""
 
-    query_rank: int  # of the queries' own; 0: they are projected at once
-    rank: int  # of the vector that is cached
-    rotary: int  # features of a query, and of the one key that all heads share, that are rotated
-    plain: int  # the other features of a query or key head
-    value: int  # of a value head
+    query_rank: int  # rank of the queries; 0: one projection makes them
+    rank: int  # rank of the cached vector
+    rotary: int  # rotated features of a query head, and of the key that all heads share
+    plain: int  # other features of a query or key head
+    value: int  # features of a value head
 
     @property
     def cached(self) -> int:
-        """Elements of a position in the cache."""
+        """Elements per position in the cache."""
         return self.rank + self.rotary
 
 
 MOST_WIDTH = 2**31 - 1
 
-_COUNTS: Mapping[str, int] = MappingProxyType(
-    dict.fromkeys(("hidden", "head_dim", "vocab", "max_positions"), 1)
-    | dict.fromkeys(("layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions"), 0)
-    | dict.fromkeys(("experts", "expert_inner"), 0)
-)
-"""Fields that are whole numbers, and the least of each."""
+_POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")
+_COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts")
+"""Fields that are whole numbers; those of _POSITIVE are at least 1."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width"), "weight_dtype": ("", *DTYPES)}
@@ -72,62 +65,138 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 class ModelConfig(Displayed):
     """The shapes of a decoder-only transformer.
 
+    Make one with :func:`simulator.load_model`. If layers differ, the widths below are those of the most frequent
+    complete layer, and ``blocks`` has the widths of each layer.
+
+    Parameters
+    ----------
+    name : str
+        Name of the model.
+    architecture : str
+        ``model_type`` of the configuration.
+    hidden, layers : int
+        Hidden size, and number of decoder layers.
+    heads, kv_heads, head_dim : int
+        Query heads, key/value heads, and features per head.
+    inner : int
+        Inner width of the MLP; with routed experts, of the shared experts.
+    vocab : int
+        Vocabulary size.
+    rotary_dim : int
+        Features per head that are rotated, 0 for none.
+    max_positions : int
+        Positions that the model was trained for.
+    windows : tuple of int
+        Sliding window of each layer in positions, 0 for full attention.
+    gated : bool
+        Whether the MLP has gate, up and down projections; else up and down.
+    tied : bool
+        Whether the head shares the weights of the embedding.
+    qkv_bias, o_bias, mlp_bias, down_bias : bool
+        Which projections have biases; ``down_bias`` is for an MLP without other biases.
+    qk_norm : {"", "head", "width"}
+        RMS norm of queries and keys: none, per head, or over all heads together.
+    norm : {"rms", "layer", "none"}
+        Norm with a weight, with a weight and a bias, or a layer norm without parameters.
+    pre_norms, post_norms : bool
+        Whether attention and MLP have a norm of their input, and of their output.
+    final_norm : bool
+        Whether a norm precedes the head.
+    parallel_residual : bool
+        Whether attention and MLP both read the input of the layer.
+    learned_positions : int
+        Rows of a learned table of positions.
+    attention_softcap, logit_softcap : bool
+        Whether scores of attention, and logits, are soft-capped.
+    latent : Latent, optional
+        Multi-head latent attention.
+    experts : int
+        Routed experts per layer.
+    active : float
+        Routed experts that a token uses.
+    expert_inner : int
+        Inner width of a routed expert.
+    router_bias, expert_bias : bool
+        Whether the router, and the routed experts, have biases.
+    shared_gate : bool
+        Whether a scalar weighs the shared experts.
+    sinks : bool
+        Whether each head has a learned logit in addition to its keys.
+    blocks : tuple of Block
+        Each layer, if layers differ.
+    weight_dtype : str
+        Format in which a checkpoint stores its projections; "" for that of the arithmetic.
+    sparse24 : bool
+        Whether the projections are stored as 2:4.
+    numbers : tuple of int
+        Numbers of the layers in a checkpoint.
+    found : str
+        Differences of a checkpoint from its configuration, in one line.
+
+    Raises
+    ------
+    InputError
+        If a field is out of range.
+
+    Examples
+    --------
     >>> import simulator
     >>> simulator.load_model("llama-2-7b").parameters
     6738415616
     """
 
     name: str
-    architecture: str  # model_type of the configuration
+    architecture: str
     hidden: int
     layers: int
-    heads: int  # this and the other widths of a layer: of the usual one, where they differ
+    heads: int
     kv_heads: int
     head_dim: int
-    inner: int  # width of the MLP
+    inner: int
     vocab: int
-    rotary_dim: int  # features of each head that are rotated, 0 for none
+    rotary_dim: int
     max_positions: int
-    windows: tuple[int, ...]  # sliding window of each layer in positions, 0 for full attention
-    gated: bool = True  # gate, up, down; else up, down
-    tied: bool = False  # the head shares the embedding's weights
+    windows: tuple[int, ...]
+    gated: bool = True
+    tied: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    down_bias: bool = False  # of an MLP that has no other
-    qk_norm: str = ""  # RMS norm of queries and keys: "head" (of each head) or "width" (of all together)
-    norm: str = "rms"  # "rms" (a weight), "layer" (a weight and a bias) or "none" (a layer norm without either)
-    pre_norms: bool = True  # a norm before attention, and one before the MLP
-    post_norms: bool = False  # a norm of the output of either
+    down_bias: bool = False
+    qk_norm: str = ""
+    norm: str = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
     final_norm: bool = True
-    parallel_residual: bool = False  # attention and MLP both read the layer's input
-    learned_positions: int = 0  # rows of a learned table of positions
-    attention_softcap: bool = False  # inside the attention kernel
+    parallel_residual: bool = False
+    learned_positions: int = 0
+    attention_softcap: bool = False
     logit_softcap: bool = False
     latent: Latent | None = None
-    experts: int = 0  # routed ones of a layer
-    active: float = 0.0  # of them a token uses
+    experts: int = 0
+    active: float = 0.0
     expert_inner: int = 0
     router_bias: bool = False
     expert_bias: bool = False
-    shared_gate: bool = False  # a scalar weighs the shared experts
-    sinks: bool = False  # a learned logit a head beside its keys
-    blocks: tuple[Block, ...] = ()  # each layer, where they differ
-    weight_dtype: str = ""  # format that a checkpoint stores its projections in; "" where it follows the arithmetic
-    sparse24: bool = False  # its projections are stored as 2:4
-    numbers: tuple[int, ...] = field(default=(), compare=False)  # of the layers that a checkpoint holds
-    found: str = field(default="", compare=False)  # how a checkpoint differs from its configuration, in one line
+    shared_gate: bool = False
+    sinks: bool = False
+    blocks: tuple[Block, ...] = ()
+    weight_dtype: str = ""
+    sparse24: bool = False
+    numbers: tuple[int, ...] = field(default=(), compare=False)
+    found: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in _COUNTS.items():
-            found = whole(getattr(self, name))
+        for name in (*_COUNTS, "expert_inner"):
+            found, least = whole(getattr(self, name)), int(name in _POSITIVE)
             if found is None or not least <= found <= MOST_WIDTH:
                 expected = f"a whole number from {least} to {MOST_WIDTH}"
                 raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
         number("active", self.active, AMOUNT)
         windows = self.windows
         if not isinstance(windows, tuple) or len(windows) != self.layers or any((whole(w) or 0) < 0 for w in windows):
-            raise InputError(f"windows: expected a tuple of {self.layers} positions, one a layer, got {shown(windows)}")
+            expected = f"a tuple of {self.layers} positions, one per layer"
+            raise InputError(f"windows: expected {expected}, got {shown(windows)}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
@@ -138,18 +207,35 @@ class ModelConfig(Displayed):
         return f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
 
     def _html(self) -> str:
-        """What it has; of lists by layer none."""
+        """Return the fields that are set, without lists per layer."""
         return facts_html({name: v for name, v in self.to_dict().items() if v and not isinstance(v, list)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as plain Python values, and the parameters that follow from them."""
+        """Return the fields as plain Python values, and the numbers of parameters."""
         return super().to_dict() | {"parameters": self.parameters, "active_parameters": self.active_parameters}
+
+    @property
+    def usual(self) -> Block:
+        """Shapes of the usual layer."""
+        return Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner)
+
+    def with_usual(self, usual: Block, blocks: tuple[Block, ...]) -> ModelConfig:
+        """Return the model with another usual layer and other ``blocks``."""
+        return replace(
+            self,
+            heads=usual.heads,
+            kv_heads=usual.kv_heads,
+            inner=usual.inner,
+            experts=usual.experts,
+            active=usual.active,
+            expert_inner=usual.expert_inner,
+            blocks=blocks,
+        )
 
     @cached_property
     def layout(self) -> tuple[Block, ...]:
-        """Each layer."""
-        own = Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner)
-        return self.blocks or (own,) * self.layers
+        """Shapes of each layer."""
+        return self.blocks or (self.usual,) * self.layers
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, Block], ...]:
@@ -162,11 +248,8 @@ class ModelConfig(Displayed):
         return tuple(out)
 
     def each_block(self, change: Callable[[Block], Block]) -> ModelConfig:
-        """The model with every layer, and the usual one, as ``change`` makes it of what it is."""
-        own = change(Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner))
-        names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-        widths = {name: getattr(own, name) for name in names}
-        return replace(self, blocks=tuple(map(change, self.blocks)), **widths)
+        """Return the model with every layer, and the usual layer, changed by ``change``."""
+        return self.with_usual(change(self.usual), tuple(map(change, self.blocks)))
 
     @property
     def q_width(self) -> int:
@@ -184,7 +267,7 @@ class ModelConfig(Displayed):
         return self.hidden * {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
-        """Parameters of the attention of a layer ``block``, its norms left out."""
+        """Return the parameters of the attention of a ``block``, without norms of the residual stream."""
         h, d, own = self.hidden, self.head_dim, self.latent
         if "attention" in block.linear:
             return h * h
@@ -201,7 +284,7 @@ class ModelConfig(Displayed):
         return (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + norms + self.sinks * block.heads
 
     def mlp_parameters(self, block: Block) -> int:
-        """Parameters of the MLP of a layer ``block``, routed experts included, its norms left out."""
+        """Return the parameters of the MLP of a ``block``, with routed experts, without norms."""
         h, wide = self.hidden, 2 if self.gated else 1
         if "mlp" in block.linear:
             return h * h
@@ -213,11 +296,11 @@ class ModelConfig(Displayed):
         return dense + router + block.experts * self.expert_parameters(block)
 
     def expert_parameters(self, block: Block) -> int:
-        """Parameters of one routed expert of a layer ``block``."""
+        """Return the parameters of one routed expert of a ``block``."""
         return 3 * self.hidden * block.expert_inner + self.expert_bias * (2 * block.expert_inner + self.hidden)
 
     def block_parameters(self, block: Block) -> int:
-        """Parameters of one decoder layer ``block``."""
+        """Return the parameters of one decoder layer, a ``block``."""
         norms = block.sublayers * (self.pre_norms + self.post_norms) * self.norm_parameters
         return self.attention_parameters(block) + self.mlp_parameters(block) + norms
 
@@ -228,13 +311,13 @@ class ModelConfig(Displayed):
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied weights counted once (exact)."""
+        """Parameters of the whole model, exact; tied weights count once."""
         outside = (self.vocab + self.learned_positions) * self.hidden + self.final_norm * self.norm_parameters
         return self.layer_parameters + outside + (0 if self.tied else self.vocab * self.hidden)
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token meets: all but those of the routed experts that it does not use.
+        """Parameters that a token uses: all except those of unused routed experts.
 
         >>> import simulator
         >>> model = simulator.load_model("llama-2-7b")

@@ -1,4 +1,4 @@
-"""What was pruned of a model, by the shapes of both: :func:`difference`."""
+"""Find how a model was pruned, from its shapes and those of the dense model: :func:`difference`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _WIDTHS = {
 
 
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """The pruning families found in a model, each with where, how much, and its share of the dense parameters.
+    """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
 
-    Layers are compared by the numbers that a checkpoint gives them, else first to first.
+    Layers are matched by the numbers in a checkpoint, else in order.
 
     >>> from simulator.models.library import load_model
     >>> dense = load_model("llama-2-7b")
     >>> difference(dense, replace(dense, inner=8810, weight_dtype="int4"))
     ('width in layers 0-31: an MLP of 8,810 of 11,008 (12.8 % of the parameters)', 'weights in int4')
     """
-    said, last = [], dense
+    found, last = [], dense
     numbers = pruned.numbers or tuple(range(pruned.layers))
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):
@@ -45,19 +45,19 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         now = replace(last, layers=len(blocks), windows=(0,) * len(blocks), blocks=blocks, **fields)
         share = (last.parameters - now.parameters) / dense.parameters
         if words:
-            said.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))
+            found.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))
         last = now
     if more := pruned.parameters - last.parameters:
-        said.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
+        found.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
     if pruned.sparse24 and not dense.sparse24:
-        said.append("semi_structured: 2:4 in the projections")
+        found.append("semi_structured: 2:4 in the projections")
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
-        said.append(f"weights in {pruned.weight_dtype}")
-    return tuple(said)
+        found.append(f"weights in {pruned.weight_dtype}")
+    return tuple(found)
 
 
 def runs(numbers: Iterable[int]) -> str:
-    """Sorted numbers with runs drawn together.
+    """Return sorted numbers as text, with consecutive numbers joined.
 
     >>> runs([0, 4, 5, 6])
     '0, 4-6'
@@ -78,7 +78,7 @@ def _maps(block: Block) -> bool:
 
 
 def _without(old: Block, new: Block) -> Block:
-    """A layer less the sublayers that are gone or one product now."""
+    """Return a layer without the sublayers that were removed or became one product."""
     if not _attends(new) or "attention" in new.linear:
         old = replace(old, heads=0, kv_heads=0)
     if not _maps(new) or "mlp" in new.linear:
@@ -91,25 +91,25 @@ def _fewer(old: Block, new: Block) -> Block:
 
 
 def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
-    said = []
+    found = []
     gone = sorted(set(were) - set(numbers))
     if len(numbers) > len(were):
-        said.append(f"{len(numbers)} layers, not {len(were)}")
+        found.append(f"{len(numbers)} layers, not {len(were)}")
     elif gone:
-        known = gone[0] < numbers[-1]  # a checkpoint that is numbered anew does not tell which
-        said.append(f"layers {runs(gone)} gone" if known else f"{len(gone)} of {len(were)} layers gone")
+        known = gone[0] < numbers[-1]  # a renumbered checkpoint does not show which layers
+        found.append(f"layers {runs(gone)} removed" if known else f"{len(gone)} of {len(were)} layers removed")
     for name, has in (("attention", _attends), ("MLP", _maps)):
         pairs = list(zip(numbers, olds, news))
         if off := [i for i, old, new in pairs if has(old) and not has(new)]:
-            said.append(f"{name} of layers {runs(off)} gone")
+            found.append(f"{name} of layers {runs(off)} removed")
         key = name.lower()
         if one := [i for i, old, new in pairs if key in new.linear and key not in old.linear]:
-            said.append(f"{name} of layers {runs(one)} one product")
-    return f"depth: {', '.join(said)}" if said else ""
+            found.append(f"{name} of layers {runs(one)} one product")
+    return f"depth: {', '.join(found)}" if found else ""
 
 
 def _experts(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
-    said = []
+    found = []
     for name, words in (("experts", "{}"), ("active", "{} active")):
         pairs = zip(numbers, olds, news)
         cut = [
@@ -118,12 +118,12 @@ def _experts(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block
             if (old.experts or new.experts) and _maps(new) and getattr(old, name) != getattr(new, name)
         ]
         if cut:
-            said.append(f"{words.format(_of(cut))} in layers {runs(i for i, *_ in cut)}")
-    return f"experts: {', '.join(said)}" if said else ""
+            found.append(f"{words.format(_amounts(cut))} in layers {runs(i for i, *_ in cut)}")
+    return f"experts: {', '.join(found)}" if found else ""
 
 
 def _width(dense: ModelConfig, pruned: ModelConfig, numbers: Sequence[int], olds: Sequence[Block]) -> str:
-    said, layers = [], set()
+    found, layers = [], set()
     for name, words in _WIDTHS.items():
         cut = [
             (i, getattr(old, name), getattr(new, name))
@@ -132,22 +132,23 @@ def _width(dense: ModelConfig, pruned: ModelConfig, numbers: Sequence[int], olds
         ]
         if cut:
             layers |= {i for i, *_ in cut}
-            said.append(words.format(_of(cut)))
+            found.append(words.format(_amounts(cut)))
     if dense.head_dim != pruned.head_dim:
-        said.append(f"{pruned.head_dim} of {dense.head_dim} features of a head")
+        found.append(f"{pruned.head_dim} of {dense.head_dim} features of a head")
     if dense.latent != pruned.latent:
-        said.append("other latent widths")
+        found.append("other latent widths")
     where = f" in layers {runs(sorted(layers))}" if layers else ""
-    return f"width{where}: {', '.join(said)}" if said else ""
+    return f"width{where}: {', '.join(found)}" if found else ""
 
 
-def _of(cut: Sequence[tuple[int, float, float]]) -> str:
-    """New values of old ones: 26 of 32, 4 to 26 of 32."""
-    olds, news = (
-        [f"{v:,g}" if v < 1e6 else f"{v:,.0f}" for v in sorted(set(values))] for values in list(zip(*cut))[1:]
-    )
-    new, old = (" to ".join(dict.fromkeys((values[0], values[-1]))) for values in (news, olds))
-    return f"{new} of {old}"
+def _amounts(cut: Sequence[tuple[int, float, float]]) -> str:
+    """Return new and old values as text: "26 of 32", "4 to 26 of 32"."""
+    return f"{_range(new for *_, new in cut)} of {_range(old for _, old, _ in cut)}"
+
+
+def _range(values: Iterable[float]) -> str:
+    low, *_, high = [f"{v:,g}" if v < 1e6 else f"{v:,.0f}" for v in sorted(values)] * 2
+    return low if low == high else f"{low} to {high}"
 
 
 def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:

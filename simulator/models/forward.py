@@ -1,6 +1,6 @@
-"""One forward pass of a decoder as rows of a workload, in the order they run: :class:`Pass`.
+"""Make the rows of one forward pass of a decoder, in execution order: :class:`PassRows`.
 
-Used by :mod:`simulator.models.lower` alone, which says what the rows assume.
+Only :mod:`simulator.models.lower` uses it, and lists the assumptions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from simulator.models.config import Block, ModelConfig
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
-"""Projections that a 2:4 checkpoint stores compressed."""
+"""Projections that a 2:4 checkpoint compresses."""
 
 _MXFP4 = dtype_code("mxfp4")
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`lower`, checked; formats as codes."""
+    """Checked arguments of :func:`simulator.models.lower.lower`, with number formats as codes."""
 
     model: ModelConfig
     phase: str
@@ -44,20 +44,20 @@ class Request:
 
     @property
     def split(self) -> bool:
-        """Whether several devices share each layer."""
+        """Whether each layer is split over several devices."""
         return self.devices > 1 and self.parallel != "pipeline"
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One prefill, or the decodes of a request, as rows in the order they run; one attention row a run of layers."""
+class PassRows:
+    """One prefill, or the decode steps of a request, as rows; one attention row per run of equal layers."""
 
     request: Request
-    part: ModelConfig  # what one device computes
+    part: ModelConfig  # the shapes of one device
     phase: Phase
     batch: int  # sequences
     q_len: int
-    steps: int  # executions
+    steps: int  # executions of the pass
 
     @property
     def tokens(self) -> int:
@@ -65,17 +65,17 @@ class Pass:
 
     @property
     def mean_length(self) -> float:
-        """Positions that a decode step finds and adds, on average over the steps."""
+        """Mean cache length of the decode steps, with the added position."""
         return self.request.seq + (self.steps + 1) / 2
 
     @property
     def head_tokens(self) -> int:
-        """Positions that go through the head."""
+        """Positions that the head computes."""
         return self.tokens if self.request.logits == "all" else self.batch
 
     @property
     def owns(self) -> float:
-        """Share of the parameters that each execution of its rows carries."""
+        """Share of the parameters that each execution of the rows counts."""
         return (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
 
     def rows(self) -> list[Row]:
@@ -83,8 +83,8 @@ class Pass:
         tables = 2 if model.learned_positions else 1
         rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
         rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
-        for first, many_layers, block in model.runs:
-            layers = {"layer": first, "layers": many_layers, "count": many_layers}
+        for first, length, block in model.runs:
+            layers = {"layer": first, "layers": length, "count": length}
             rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
         if model.final_norm:
             rows.append(self.move("final_norm", Part.HEAD, h, 2 * h, h, model.norm_parameters))
@@ -123,9 +123,12 @@ class Pass:
         yield from self.norm_after(part)
 
     def latent_attention(self, block: Block) -> Iterator[Row]:
-        """Queries and the latent; a prefill makes keys and values of it for every head, a decode turns queries and
-        outputs instead, by the two halves of the same weight, and attends to the latent itself. Where the cache is
-        copied (Transformers), it holds the keys and values of every head, and a decode makes those of its token."""
+        """Yield the rows of latent attention.
+
+        A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
+        outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
+        (Transformers), it holds keys and values of every head, and a decode step computes those of its token.
+        """
         own, whole = self.part.latent, self.request.copies
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
@@ -166,15 +169,18 @@ class Pass:
             yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
 
     def cache_write(self, block: Block, elements: int) -> Row:
-        """Keys and values of a position to the cache; where it is copied, all of it to one tensor of old and new, then
-        to one of a head for every query head."""
+        """Return the row that writes keys and values to the cache.
+
+        A copied cache is first concatenated with the new position, then repeated for every query head.
+        """
         r, part = self.request, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}
         if r.copies and self.decodes:
             repeats = block.heads // block.kv_heads if block.heads > block.kv_heads else 0
             copied = self.mean_length * (1 + repeats)
-            read, write = read + write * (copied + (repeats and self.mean_length)), write * copied
+            reads = copied + (self.mean_length if repeats else 0)
+            read, write = read + write * reads, write * copied
             kept = {"kv_len": int(self.mean_length)}
         return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
 
@@ -210,38 +216,38 @@ class Pass:
             yield self.move("residual", part, h, 2 * h, h)
 
     def routed(self, block: Block) -> Iterator[Row]:
-        """The gate of the shared experts, the router over all experts, on every device, and those that it holds."""
+        """Yield the gate of the shared experts, the router over all experts, and the routed experts of the device."""
         model, part, h, stream = self.part, Part.MLP, self.part.hidden, self.request.stream_dtype
         wide = {"dtype": stream, "weight_dtype": stream}
         if model.shared_gate and block.inner:
             yield self.gemm("shared_gate", part, 1, h, False) | wide
-        every = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
-        yield self.gemm("router", part, every, h, model.router_bias) | wide
+        all_experts = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
+        yield self.gemm("router", part, all_experts, h, model.router_bias) | wide
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
         yield row | {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
 
     def linear(self, part: Part) -> Row:
-        """One product in place of a sublayer, its inputs shared out among devices that share layers."""
+        """Return the product that replaces a sublayer; devices that share layers split its inputs."""
         h, devices = self.part.hidden, self.request.devices if self.request.split else 1
         return self.gemm("linear", part, h, -(-h // devices), False)
 
     def norm_before(self, role: str, part: Part) -> Iterator[Row]:
-        """The norm that a sublayer starts with; it adds the residual, but where both sublayers read one input."""
+        """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the same input."""
         model, h = self.part, self.part.hidden
         moved = h if model.parallel_residual and part == Part.MLP else 2 * h
         if model.pre_norms:
             yield self.move(role, part, h, moved, moved, model.norm_parameters)
 
     def norm_after(self, part: Part) -> Iterator[Row]:
-        """The norm of a sublayer's output; without one before the next sublayer, it adds the residual."""
+        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next sublayer."""
         model, h = self.part, self.part.hidden
         if model.post_norms:
             yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
 
     def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> Row:
         weights = self.request.weight_dtype
-        if weights == _MXFP4 and role != "experts":  # a format of routed experts alone
+        if weights == _MXFP4 and role != "experts":  # a format of routed experts only
             weights = self.request.stream_dtype
         formats = {"dtype": self.request.dtype, "weight_dtype": weights}
         params = (n * k + bias * n) * self.owns
@@ -251,14 +257,14 @@ class Pass:
         return row
 
     def move(self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0) -> Row:
-        """An elementwise row over ``tokens`` positions of ``n`` features; reads and writes in elements a position."""
+        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
         stream, tokens = self.request.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
         return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
 
     def collective(self, role: str, part: Part, tokens: int, width: int) -> list[Row]:
-        """What the devices put together: [tokens, width], the payload; nothing on one device."""
+        """Return the collective whose payload is (tokens, width); no row on one device."""
         if not self.request.split:
             return []
         stream = self.request.stream_dtype
@@ -266,7 +272,7 @@ class Pass:
         return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
 
     def sends(self) -> list[Row]:
-        """A pipeline's sends of the residual stream, each between two devices; they remain when layers are pruned."""
+        """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
         r = self.request
         if r.devices == 1 or r.split:
             return []

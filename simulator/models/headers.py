@@ -1,9 +1,8 @@
-"""Tensors of a checkpoint by the headers of its ``*.safetensors`` alone: :func:`read_headers` of a folder,
-:func:`join_headers` of what was read of its files. No weight is read.
+"""Read the headers of a checkpoint's ``*.safetensors``; weights are not read.
 
-A file starts with the length of its header (8 bytes, little-endian), then that much JSON: for each tensor its dtype,
-its shape and where its bytes lie (https://huggingface.co/docs/safetensors/index). What is not so is refused, with
-bounds on everything that a file may claim.
+Use :func:`read_headers` with a folder, :func:`join_headers` with headers that were read before. A file starts with the
+length of its header (8 bytes, little-endian), followed by JSON with dtype, shape and byte offsets of each tensor
+(https://huggingface.co/docs/safetensors/index). Other files are rejected, and every size that a file states is limited.
 """
 
 from __future__ import annotations
@@ -22,25 +21,28 @@ from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
 
 MAX_HEADER_BYTES = 8_000_000
-"""Longest header of one file; that of a shard of DeepSeek-V3, 560 tensors, has 60 kB."""
+"""Longest header of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB."""
 
 MAX_INDEX_BYTES = 16_000_000
-"""Longest index; that of DeepSeek-V3, 91,000 tensors, has 9 MB."""
+"""Longest index; DeepSeek-V3 with 91,000 tensors has 9 MB."""
 
 MAX_MARKS = 600_000
-"""Most of , [ and { in one of them, each of which may start a value: what it takes in memory is bounded by it."""
+"""Largest number of the characters , [ and {, each of which can start a value: it limits the memory of parsed JSON."""
 
 MAX_HEADERS_BYTES = 24_000_000
-"""Longest headers of one folder together; those of DeepSeek-V3 have 10 MB."""
+"""Longest headers of one folder together; DeepSeek-V3 has 10 MB."""
 
 MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME = 4_096, 150_000, 2**44, 400
 
-# fmt: off
-BITS = MappingProxyType({
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-})
-# fmt: on
+_BY_BITS = {
+    4: ("F4",),
+    6: ("F6_E2M3", "F6_E3M2"),
+    8: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    16: ("I16", "U16", "F16", "BF16"),
+    32: ("I32", "U32", "F32"),
+    64: ("F64", "I64", "U64"),
+}
+BITS = MappingProxyType({dtype: bits for bits, dtypes in _BY_BITS.items() for dtype in dtypes})
 """Bits of an element of each dtype of the format."""
 
 
@@ -60,36 +62,36 @@ class Tensor:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a folder by name, from its index or else all its ``*.safetensors``; none where there are no such
-    files. Raises InputError, one line, for what is missing or no safetensors file."""
+    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``.
+
+    Raises InputError, one line, for a missing or invalid file.
+    """
     return join_headers(folder, ((file, *_content(file)) for file in _files(folder)))
 
 
 def join_headers(folder: Path, files: Iterable[tuple[Path, bytes, int]]) -> dict[str, Tensor]:
-    """Tensors of some files by name, each given as its path, its header, and the number of bytes behind it."""
+    """Return the tensors of files by name; a file is its path, its header, and the number of bytes after the header."""
     found: dict[str, Tensor] = {}
     room = MAX_HEADERS_BYTES
     for file, content, data in files:
         if (room := room - len(content)) < 0:
-            raise InputError(f"{folder}: headers of more than {MAX_HEADERS_BYTES / 1e6:g} MB")
+            raise InputError(f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together")
         for name, tensor in _tensors(content, data, file):
             if name in found:
                 raise InputError(f"{file}: tensor {_short(name)} is in another file too")
             found[name] = tensor
         if len(found) > MAX_TENSORS:
-            raise InputError(f"{folder}: more than {MAX_TENSORS:,} tensors")
+            raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
     return found
 
 
 def refuse_pickles(folder: Path) -> None:
-    """InputError where a folder without safetensors holds an adapter, or weights that only running them would read."""
+    """Raise InputError if a folder without safetensors has an adapter, or pickles, which can run code."""
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
     if names := sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name)):
-        right = (
-            "save the model as safetensors (save_pretrained, or safetensors.torch.save_model) or give config.json alone"
-        )
-        raise InputError(f"{folder}: {_short(names[0])} is a pickle, which is not opened: {right}")
+        right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
+        raise InputError(f"{folder}: {_short(names[0])} is a pickle, which is never opened: {right}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -99,13 +101,13 @@ def _files(folder: Path) -> list[Path]:
     else:
         names = indexed(read_bounded(index, MAX_INDEX_BYTES), index)
     if len(names) > MAX_FILES:
-        raise InputError(f"{folder}: {len(names):,} safetensors files; at most {MAX_FILES:,} are read")
+        raise InputError(f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}")
     check_there(folder, names, (name for name in names if os.path.isfile(folder / name)))
     return [folder / name for name in names]
 
 
 def indexed(content: bytes, index: Path) -> list[str]:
-    """Names of the files that an index lists."""
+    """Return the names of the files in an index."""
     parsed = _parsed(content, index)
     entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(entries, dict) or not entries:
@@ -117,45 +119,47 @@ def indexed(content: bytes, index: Path) -> list[str]:
 
 
 def check_there(folder: Path, names: Sequence[str], there: Iterable[str]) -> None:
-    """InputError where a file that an index lists is not there."""
+    """Raise InputError if a file of the index is missing."""
     if missing := sorted({*names} - {*there}):
-        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} files are)")
+        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)")
 
 
 def _content(path: Path) -> tuple[bytes, int]:
-    """Header of one file and the number of bytes behind it. A link is followed, as those of Hugging Face's cache must
-    be: of what it leads to, no byte is told."""
+    """Return the header of one file and the number of bytes after it.
+
+    Links are followed, as the Hugging Face cache uses them; messages never quote a file's content.
+    """
     try:
         with open(path, "rb") as file:
             size, first = os.fstat(file.fileno()).st_size, file.read(8)
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > size - 8:
                 pointer = " (a Git LFS pointer: fetch the file itself)" if first == b"version " else ""
-                raise InputError(f"{path}: is no safetensors file: its header would not fit into it{pointer}")
+                raise InputError(f"{path}: is not a safetensors file: its header would not fit into it{pointer}")
             if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+                raise InputError(f"{path}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, got {length:,}")
             return file.read(length), size - 8 - length
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one file, each checked, none of whose bytes overlap."""
+    """Yield the checked tensors of one file, whose bytes do not overlap."""
     content = _parsed(header, path)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is no safetensors file: its header is no JSON object")
+        raise InputError(f"{path}: is not a safetensors file: its header is not a JSON object")
     content.pop("__metadata__", None)
     end = 0
     entries = [(name, *_entry(path, name, value, room)) for name, value in content.items()]
     for name, tensor, start, stop in sorted(entries, key=lambda entry: entry[2:]):
         if start < end:
-            raise InputError(f"{path}: tensor {_short(name)}: its bytes overlap those of another")
+            raise InputError(f"{path}: tensor {_short(name)}: its bytes overlap those of another tensor")
         end = stop
         yield name, tensor
 
 
 def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, int]:
-    """A tensor and where its bytes start and end."""
+    """Return a tensor, and start and end of its bytes."""
     where = f"{path}: tensor {_short(name)}"
     if len(name) > MAX_NAME:
         raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
@@ -165,12 +169,12 @@ def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, i
     if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
         raise InputError(f"{where}: its bytes would lie outside the file")
     if (offsets[1] - offsets[0]) * 8 != tensor.elements * BITS[tensor.dtype]:
-        raise InputError(f"{where}: has other bytes than its shape and dtype say")
+        raise InputError(f"{where}: its number of bytes does not match its shape and dtype")
     return tensor, offsets[0], offsets[1]
 
 
 def checked(dtype: Any, shape: Any, where: str) -> Tensor:
-    """A tensor of what a file says of its dtype and shape."""
+    """Return the tensor of the dtype and shape in a file."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{where}: dtype {one_line(repr(dtype), 40)} is unknown")
     if not _counts(shape) or len(shape) > 8 or math.prod(shape) > MAX_ELEMENTS:
@@ -179,13 +183,13 @@ def checked(dtype: Any, shape: Any, where: str) -> Tensor:
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:
-    """Whether a value is a list of whole numbers from 0 up, none beyond what a file holds."""
+    """Return whether a value is a list of whole numbers from 0 to MAX_ELEMENTS."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_ELEMENTS for v in value)
 
 
 def _parsed(content: bytes, path: Path) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_MARKS:
-        raise InputError(f"{path}: holds more than a checkpoint's header or index does")
+        raise InputError(f"{path}: expected the JSON of a header or an index, got too many values")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -1,10 +1,9 @@
-"""Shapes from a Hugging Face ``config.json``, checked key by key.
+"""Read shapes from a Hugging Face ``config.json`` and check them key by key.
 
-Use :func:`from_hf_config` with the parsed content, :func:`read_config` with a file or folder;
-:func:`simulator.load_model` takes either, or the name of a shipped model. Only JSON is read: no code of a model's
-repository is looked at, let alone run. Keys that ``transformers`` fills in when a file omits them take the default of
-its configuration class for that architecture (:mod:`simulator.models.architectures`); the shapes themselves must be in
-the file.
+Use :func:`from_hf_config` with parsed content, :func:`read_config` with a file or folder; :func:`simulator.load_model`
+accepts both, and names of shipped models. Only JSON is read: code of a model's repository is never run. Missing keys
+have the defaults of the configuration classes of ``transformers`` (:mod:`simulator.models.architectures`); the shapes
+themselves must be in the file.
 """
 
 from __future__ import annotations
@@ -12,27 +11,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from simulator.arguments import shown
 from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
 from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.config import ModelConfig
-from simulator.models.keys import Reader, shown
+from simulator.models.keys import Reader
 
 MAX_FILE_BYTES = 1_000_000
-"""Largest configuration file that is read; real ones have a few kilobytes."""
+"""Largest configuration file that is read; usual files have a few kilobytes."""
 
 MAX_NAME = 80
-"""Longest name of a model; the middle of a longer one is left out."""
+"""Longest name of a model; the middle of a longer name is omitted."""
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
-    """Shapes from the content of a Hugging Face ``config.json``; keys that are not about shapes are ignored.
+    """Return the shapes in the content of a Hugging Face ``config.json``; other keys are ignored.
 
-    ``source`` is what errors call it (a path, usually), ``name`` that of a model without a ``_name_or_path``.
+    ``source`` names the content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``.
 
     >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
     ...     "num_attention_heads": 2, "vocab_size": 10}
@@ -50,7 +49,7 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     own = data.get("_name_or_path")
     if isinstance(own, str) and own.strip("/."):
         name = own.rstrip("/").rsplit("/", 1)[-1]
-    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # it goes into tables, titles and reports
+    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
     key, decoder = NESTED.get(kind, ("", kind))
     return ModelConfig(name=name, architecture=kind, **ARCHITECTURES[decoder].values(read.part(key) if key else read))
 
@@ -60,7 +59,7 @@ def _no_constant(text: str) -> float:
 
 
 def parse_config(text: str, source: str) -> Any:
-    """The content of a ``config.json`` from its text, not checked yet; errors name the source, the line and the column.
+    """Parse the text of a ``config.json``; errors name the source, the line and the column.
 
     >>> parse_config('{"hidden_size": 8}', "config.json")
     {'hidden_size': 8}
@@ -75,8 +74,10 @@ def parse_config(text: str, source: str) -> Any:
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Shapes from a ``config.json``, or from the folder that holds one: there what its ``*.safetensors`` hold, by their
-    headers, goes before what the file says."""
+    """Return the shapes in a ``config.json``, or of a checkpoint folder.
+
+    In a folder, the headers of its ``*.safetensors`` take precedence over the ``config.json``.
+    """
     file = Path(path)
     try:
         file = file.expanduser()
@@ -90,12 +91,10 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
             file = file / "config.json"
         if not file.exists():
             raise InputError(f"{file}: no such file; expected a config.json or a folder with one")
-        if file.suffix == ".gguf" and file.is_file():
-            return _from_gguf(file)
         text = read_bounded(file, MAX_FILE_BYTES).decode("utf-8-sig")
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user who does not exist
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"{file}: cannot be read ({said}); expected a config.json or a folder with one") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file}: cannot be read ({reason}); expected a config.json or a folder with one") from None
     except UnicodeDecodeError:
         raise InputError(f"{file}: is not UTF-8 text; expected a config.json") from None
     model = from_file(parse_config(text, str(file)), file)
@@ -103,7 +102,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _as_stored(model: ModelConfig, folder: Path) -> ModelConfig:
-    from simulator.models.checkpoint import from_tensors  # late: a model by name needs none of it
+    from simulator.models.checkpoint import from_tensors  # late: shipped models need no checkpoint
     from simulator.models.headers import read_headers, refuse_pickles
 
     if tensors := read_headers(folder):
@@ -112,16 +111,6 @@ def _as_stored(model: ModelConfig, folder: Path) -> ModelConfig:
     return model
 
 
-def _from_gguf(file: Path) -> ModelConfig:
-    from simulator.models.checkpoint import from_tensors
-    from simulator.models.gguf import read_gguf
-
-    content, tensors, packed = read_gguf(file)
-    model = from_tensors(from_file(content, file), tensors, file)
-    note = f"{model.name}: the packed formats of a GGUF file are not timed, its weights as those of the arithmetic"
-    return replace(model, found="; ".join(filter(None, (model.found, note)))) if packed else model
-
-
 def from_file(data: Any, file: PurePath) -> ModelConfig:
-    """Shapes from the parsed content of a file; a model without a name of its own is called after file or folder."""
+    """Return the shapes in a file's parsed content; a model without a name is named after the file or its folder."""
     return from_hf_config(data, str(file), file.parent.name if file.name == "config.json" else file.stem)

@@ -1,4 +1,4 @@
-"""Keys of a model's ``config.json``, each checked where it is read: :class:`Reader`."""
+"""Read and check keys of a model's ``config.json``: :class:`Reader`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simulator.arguments import shown
 from simulator.errors import InputError
 
 MAX_VALUE = 10_000_000
-"""Largest width, head count, vocabulary or layer count taken at face value (guards products against overflow)."""
+"""Largest accepted width, head count, vocabulary or layer count; it prevents overflow of products."""
 
 MAX_LAYERS = 10_000
-"""Largest number of decoder layers; per-layer tables grow with it."""
-
-
-def shown(value: Any) -> str:
-    """A value as errors print it, cut."""
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+"""Largest number of decoder layers, which limits the size of tables per layer."""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_list_of(value: Any, right: Callable[[Any], bool]) -> bool:
+    """Return whether a value is a list whose items are all right."""
+    return isinstance(value, list) and all(map(right, value))
+
+
 @dataclass(frozen=True)
 class Reader:
-    """Keys of one configuration, or of an object in it, with errors that name the source and the key.
+    """Keys of a configuration, or of an object in it; errors name the source and the key.
 
     >>> Reader({"heads": 4.5}, "config.json", "text_config.").integer("heads")
     Traceback (most recent call last):
@@ -36,13 +36,13 @@ class Reader:
 
     data: Mapping[str, Any]
     source: str
-    place: str = ""  # of the object in the file
+    place: str = ""  # place of the object in the file
 
     def fail(self, key: str, reason: str) -> InputError:
         return InputError(f"{self.source}: {self.place}{key}: {reason}")
 
     def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
-        """A value that must be right; null and absent take the default, and are an error where there is none."""
+        """Return a checked value; for null or a missing key the default, or an error without a default."""
         value = self.data.get(key)
         value = default if value is None else value
         if value is None:
@@ -52,41 +52,49 @@ class Reader:
         return value
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
-        right = lambda x: _is_number(x) and low <= x <= high and x == int(x)  # noqa: E731
+        def right(value: Any) -> bool:
+            return _is_number(value) and low <= value <= high and value == int(value)
+
         return int(self.value(key, default, f"an integer from {low} to {high}", right))
 
     def or_none(self, key: str, default: int | None = None) -> int:
-        """A whole number, or 0 where the file says null."""
+        """Return a whole number, or 0 for null."""
         null = key in self.data and self.data[key] is None
         return 0 if null else self.integer(key, default, low=0)
 
     def number(self, key: str, default: float | None, high: float) -> float:
-        right = lambda x: _is_number(x) and 0 <= x <= high  # noqa: E731
+        def right(value: Any) -> bool:
+            return _is_number(value) and 0 <= value <= high
+
         return float(self.value(key, default, f"a number from 0 to {high:g}", right))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
 
     def capped(self, key: str, absent: bool) -> bool:
-        """Whether a soft cap is set: null means none."""
+        """Return whether a soft cap is set; null means no cap."""
         self.value(key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf"))
         return self.data[key] is not None if key in self.data else absent
 
     def part(self, key: str) -> Reader:
-        """An object in the configuration."""
+        """Return an object in the configuration."""
         inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
         return Reader(inside, self.source, f"{self.place}{key}.")
 
     def parts(self, key: str, many: int) -> list[Reader]:
-        """As many objects."""
-        right = lambda x: isinstance(x, list) and len(x) == many and all(isinstance(y, Mapping) for y in x)  # noqa: E731
-        found = self.value(key, None, f"a list of {many} objects, one a layer", right)
+        """Return a list of ``many`` objects."""
+
+        def right(value: Any) -> bool:
+            return is_list_of(value, lambda item: isinstance(item, Mapping)) and len(value) == many
+
+        found = self.value(key, None, f"a list of {many} objects, one per layer", right)
         return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
 
     def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
-        """Window of each layer: from ``layer_types`` where the file lists them, else by the architecture's rule.
+        """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
 
-        A ``sliding_window`` of null means none, absent the default; it is not looked at where it is not ``used``.
+        A ``sliding_window`` of null means no window; if the key is missing, the default is used. The key is ignored
+        unless ``used``.
         """
         window = self.or_none("sliding_window", default) if used else 0
         types = self.data.get("layer_types")

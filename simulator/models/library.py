@@ -1,4 +1,4 @@
-"""Well-known models by name: shape keys of their Hugging Face ``config.json``, with the repository in ``_source``."""
+"""Find models by name: each file has the shape keys of a Hugging Face ``config.json``, and its ``_source``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = resources.files(__package__)
 
 
 def _key(name: str) -> str:
-    """Names that differ in case, ``-``, ``_``, ``.`` or spaces are the same name."""
+    """Return a name without case, ``-``, ``_``, ``.`` and spaces, which do not matter."""
     return re.sub(r"[-_. ]+", "", name).lower()
 
 
@@ -44,8 +44,15 @@ def _shipped(name: str) -> ModelConfig:
 
 @lru_cache(maxsize=1)
 def list_models() -> tuple[str, ...]:
-    """Names of the shipped models, sorted.
+    """Return the names of the shipped models.
 
+    Returns
+    -------
+    tuple of str
+        Names that :func:`simulator.load_model` accepts, sorted.
+
+    Examples
+    --------
     >>> "llama-3.1-8b" in list_models()
     True
     """
@@ -53,12 +60,27 @@ def list_models() -> tuple[str, ...]:
 
 
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """A model by name, or from a Hugging Face ``config.json``, a folder with one, or its parsed content, whichever
-    ``source`` is.
+    """Load the shapes of a model; no weight is read.
 
-    Names are those of :func:`list_models` (case, ``-``, ``_``, ``.`` and spaces do not matter), and Hugging Face ids.
-    InputError for an unknown name, with the closest, or a configuration that no decoder can have.
+    Parameters
+    ----------
+    source : str, path-like, mapping or ModelConfig
+        Name of a shipped model or its Hugging Face id (case, ``-``, ``_``, ``.`` and spaces do not matter), path of a
+        ``config.json``, folder with a ``config.json`` (shapes are then read from the headers of its ``*.safetensors``),
+        or parsed content of a ``config.json``. A loaded model is accepted too.
 
+    Returns
+    -------
+    ModelConfig
+        Shapes of the model.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown (the error lists the closest names), or the configuration or checkpoint is invalid.
+
+    Examples
+    --------
     >>> load_model("meta-llama/Llama-3.1-8B").parameters
     8030261248
     """
@@ -71,7 +93,7 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
             raise InputError(f"model: expected a name, a path or a configuration, got {type(source).__name__}")
         return read_config(source)
     if "\0" in source or not source.strip():
-        raise InputError(f"model {source!r} is not a name or a path; known names: {', '.join(list_models())}")
+        raise InputError(f"model: expected a name or a path, got {source!r}; known names: {', '.join(list_models())}")
     name = _aliases().get(_key(source.rsplit("/", 1)[-1]))
     explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))
     if name is not None and not explicit:

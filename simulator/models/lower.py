@@ -1,27 +1,26 @@
-"""Lowering: a decoder's shapes and a request become the table of operators an inference engine runs.
+"""Lower a decoder and a request to the table of operators that an inference engine runs: :func:`lower`.
 
-Use :func:`lower`. Which projections are one GEMM, and which positions go through the head, the engine says. What rows
-assume, and why:
+The engine determines which projections are one GEMM, and which positions the head computes. Assumptions of the rows:
 
-- Engine-like fusion: a residual addition is part of the norm that follows it, so ``attention_norm`` and ``mlp_norm``
-  read the stream and the last sublayer's output and write the sum and its norm (2 + 2 tensors). The first layer's norm
-  is counted alike, though it has nothing to add. Where attention and MLP run on the same input (GPT-NeoX), ``mlp_norm``
-  only normalises and one ``residual`` row adds both outputs.
-- Scaling of the embedding, soft-capping of attention, biases and quantisation of activations are fused into their
-  neighbours: no rows, no bytes.
-- Bytes of token ids, norm weights and rotary tables are left out (below 0.1 % of any pass). Sampling is not part of it.
-- ``dtype`` is what the layers' GEMMs compute in. With an 8- or 4-bit one, the residual stream, attention, embedding and
-  head stay in bf16. ``weight_dtype`` is that of the layers' projections alone: quantised checkpoints keep embedding and
-  head in 16 bits.
-- A cache that is copied (Transformers): each decode step reads and writes all of it, and where query heads share keys,
-  again for every query head, which attention then reads; the row ``cache_write`` has these bytes.
-- Routed experts are one row a layer, all their kernels but the router's; shared experts are an MLP beside them.
-- Latent attention: a prefill makes keys and values of the latent for every head; a decode attends to the latent itself,
-  one weight's halves turning queries and outputs (``absorb_k``, ``absorb_v``), but where the cache is copied.
+- Residual additions are fused into the norm that follows. ``attention_norm`` and ``mlp_norm`` read the residual stream
+  and the output of the previous sublayer, and write the sum and its norm (2 + 2 tensors). The first layer's norm counts
+  the same, though it adds nothing. If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises,
+  and one ``residual`` row adds both outputs.
+- Scaling of the embedding, soft-capping of attention, biases and quantisation of activations are fused: no rows, no
+  bytes.
+- Bytes of token ids, norm weights and rotary tables are excluded (below 0.1 % of any pass), and so is sampling.
+- ``dtype`` is the format in which the GEMMs of the layers compute. With 8 or 4 bits, the residual stream, attention,
+  embedding and head stay in bf16. ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints
+  keep embedding and head in 16 bits.
+- If the cache is copied (Transformers), each decode step reads and writes all of it, and once more for every query head
+  if query heads share keys. Attention reads that copy; the row ``cache_write`` has these bytes.
+- Routed experts are one row per layer, with all their kernels except the router. Shared experts are an MLP.
+- Latent attention: a prefill computes keys and values of every head. A decode step attends to the latent vector; the
+  halves of one weight transform queries and outputs (``absorb_k``, ``absorb_v``), unless the cache is copied.
 - Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
-- Generate: an attention row a decode step; of thousands of steps, some neighbours are one row of their middle length.
-- Serve: the steady state of continuous batching. In the time of one request every other one in flight is served too:
-  a prefill each, one at a time, and ``new_tokens`` decode steps of all, whose caches are half grown on average.
+- Generate: one attention row per decode step; for thousands of steps, neighbours share one row of their middle length.
+- Serve: the steady state of continuous batching. During one request every other request in flight is served too: one
+  prefill each, one at a time, and ``new_tokens`` decode steps of all requests, whose caches are half grown on average.
 """
 
 from __future__ import annotations
@@ -38,23 +37,24 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
-from simulator.models.forward import Pass, Request
+from simulator.models.forward import PassRows, Request
 from simulator.models.parallel import shard
 from simulator.routing import EXPERT_SKEW
 from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Meta, Phase, Workload, dtype_code
 
 MAX_TOKENS = 2**40
-"""Largest batch x seq; beyond it counts would leave the exact range of float64."""
+"""Largest batch x seq; larger counts would not be exact in float64."""
 
-SKEW = Range(0.0, 2.0, "a number from 0 (experts used alike) to 2")
-"""At 2 the busiest expert is used 40,000 times as often as the idlest."""
+SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
+"""At 2 the busiest expert has 40,000 times the load of the least busy."""
 
 MAX_DECODES = 1_000_000
 """Largest number of decode steps."""
 
 DECODE_LENGTHS = 1024
-"""Below twice as many decode steps each has an attention row of its own; from there on neighbours share one. FLOPs and
-bytes stay exact but where a window fills up; times move by less than 1e-4."""
+"""Up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one.
+
+FLOPs and bytes stay exact except where a window fills up; times change by less than 1e-4."""
 
 
 def lower(
@@ -72,31 +72,52 @@ def lower(
     parallel: str = "tensor",
     skew: float = EXPERT_SKEW,
 ) -> Workload:
-    """Operators of one pass of a decoder, one row a shape; the same (immutable) object for the same arguments.
-    InputError for what is unknown, out of range or cannot be split among the devices.
+    """Return the operators of one decoder pass, one row per shape; equal arguments return the same object.
 
     Parameters
     ----------
+    model : ModelConfig
+        Model, from :func:`simulator.load_model`.
     phase : {"prefill", "decode", "generate", "serve"}
-        ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decodes, ``serve`` what a request waits for where
-        ``batch`` are in flight; parameters are on their prefill rows only.
-    batch, seq : int
-        Sequences; prompt tokens of each (prefill, generate) or cached positions (decode), also more than the model was
-        trained for. At least 1.
-    dtype, weight_dtype, kv_dtype : str
-        Of arithmetic, of the projections' weights (default: as a checkpoint stores them, else ``dtype``), of the cache
-        (default: the residual stream's).
+        ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decode steps. ``serve`` is the work during one
+        request if ``batch`` requests are in flight. Parameters are counted in the prefill rows only.
+    batch : int
+        Sequences, or requests in flight; at least 1.
+    seq : int
+        Prompt tokens per sequence, or cached positions in ``decode``; at least 1. It may exceed the length that the
+        model was trained for.
+    new_tokens : int
+        Decode steps of ``generate`` and ``serve``, 1 to 1,000,000; 0 in other phases.
+    dtype : str
+        Number format of the arithmetic, one of ``simulator.workload.DTYPES``.
+    weight_dtype : str, optional
+        Number format of the projections. Default: that of the checkpoint, else ``dtype``.
+    kv_dtype : str, optional
+        Number format of the K/V cache. Default: that of the residual stream.
     engine : str
-        Name or path of an engine (:func:`simulator.list_engines`); "" for bare kernels, nothing fused.
-    devices, parallel : int, {"tensor", "expert", "pipeline"}
-        See :mod:`simulator.models.parallel`.
-    skew : float, 0 to 2
-        How unevenly tokens use routed experts (:func:`simulator.workload.experts_chance`): 0 alike.
+        Name or path of an engine (:func:`simulator.list_engines`); "" for bare kernels without fusion.
+    devices : int
+        Number of devices, at least 1.
+    parallel : {"tensor", "expert", "pipeline"}
+        How devices share the model, see :mod:`simulator.models.parallel`.
+    skew : float
+        Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.routing.experts_chance`.
+
+    Returns
+    -------
+    Workload
+        Operators of the pass on one device, or of all stages of a pipeline.
+
+    Raises
+    ------
+    InputError
+        If an argument is unknown or out of range, or the model cannot be split over the devices.
 
     Examples
     --------
     >>> import simulator
-    >>> w = lower(simulator.load_model("llama-2-7b"), phase="decode", batch=4, seq=1024, engine="vllm")
+    >>> model = simulator.load_model("llama-2-7b")
+    >>> w = simulator.lower(model, phase="decode", batch=4, seq=1024, engine="vllm")
     >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
     (6738415616, 12288)
     """
@@ -113,17 +134,31 @@ def lower(
     text("parallel", parallel)
     devices, low = _integer("devices", devices, 1, 1_000_000), int(phase in ("generate", "serve"))
     new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
-    stream = stream_of(dtype)
-    weights = weight_dtype or model.weight_dtype or dtype
-    formats = [dtype_code(name) for name in (dtype, weights, kv_dtype or stream, stream)]
     runs = load_engine(engine)
-    skew = number("skew", skew, SKEW)
-    how = (runs.logits, runs.cache == "copied", devices, parallel, skew, "qkv" in runs.fuse, "gate_up" in runs.fuse)
-    return _lower(Request(model, phase, batch, seq, new_tokens, engine, *how, *formats))
+    request = Request(
+        model=model,
+        phase=phase,
+        batch=batch,
+        seq=seq,
+        new_tokens=new_tokens,
+        engine=engine,
+        logits=runs.logits,
+        copies=runs.cache == "copied",
+        devices=devices,
+        parallel=parallel,
+        skew=number("skew", skew, SKEW),
+        fuse_qkv="qkv" in runs.fuse,
+        fuse_gate_up="gate_up" in runs.fuse,
+        dtype=dtype_code(dtype),
+        weight_dtype=dtype_code(weight_dtype or model.weight_dtype or dtype),
+        cache_dtype=dtype_code(kv_dtype or stream_of(dtype)),
+        stream_dtype=dtype_code(stream_of(dtype)),
+    )
+    return _lower(request)
 
 
 def stream_of(dtype: str) -> str:
-    """Format of the residual stream, and of the cache unless told otherwise, where layers compute in a format.
+    """Return the format of the residual stream, and the default of the cache, if layers compute in ``dtype``.
 
     >>> stream_of("fp16"), stream_of("fp8")
     ('fp16', 'bf16')
@@ -145,16 +180,27 @@ def _lower(r: Request) -> Workload:
     serve = r.phase == "serve"
     if r.phase != "decode":
         together, prompts = (1, r.batch) if serve else (r.batch, 1)
-        passes.append(Pass(r, part, Phase.PREFILL, together, r.seq, prompts))
+        passes.append(PassRows(r, part, Phase.PREFILL, together, r.seq, prompts))
         lengths.append((np.array([r.seq]), np.array([prompts])))
     if r.phase != "prefill":
         steps = max(r.new_tokens, 1)
-        passes.append(Pass(r, part, Phase.DECODE, r.batch, 1, steps))
+        passes.append(PassRows(r, part, Phase.DECODE, r.batch, 1, steps))
         grown = (np.array([(steps + 1) // 2]), np.array([steps])) if serve else _decodes(steps)
         lengths.append((r.seq + grown[0], grown[1]))
-    parallel = r.parallel if r.devices > 1 else "none"
-    request = r.model.name, r.phase, r.batch, r.seq, r.new_tokens, DTYPES[r.dtype]
-    meta = Meta(*request, r.model.layers, r.model.hidden, r.devices, parallel, r.engine, config=r.model)
+    meta = Meta(
+        model=r.model.name,
+        phase=r.phase,
+        batch=r.batch,
+        seq=r.seq,
+        new_tokens=r.new_tokens,
+        dtype=DTYPES[r.dtype],
+        layers=r.model.layers,
+        hidden=r.model.hidden,
+        devices=r.devices,
+        parallel=r.parallel if r.devices > 1 else "none",
+        engine=r.engine,
+        config=r.model,
+    )
     w = Workload.from_rows([row for one in passes for row in one.rows()], meta)
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
@@ -176,15 +222,15 @@ def _lower(r: Request) -> Workload:
 
 
 def _decodes(steps: int) -> tuple[Array, Array]:
-    """Positions that the decodes of a request have added, and how many decodes each number stands for.
+    """Return numbers of positions that decode steps have added, and how many steps each number represents.
 
-    The first steps and the last are alone: what is pruned follows from the one, the memory of the cache from the other.
+    The first steps and the last step are never shared: pruning depends on the first, cache memory on the last.
 
     >>> lengths, executions = _decodes(1_000_000)
     >>> len(lengths), lengths[[0, -1]].tolist(), int(executions.sum()), int(lengths @ executions) * 2
     (1552, [1, 1000000], 1000000, 1000001000000)
     """
-    size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so that the middle one stands for all
+    size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
     middle = alone + size * np.arange(shared) + (size + 1) // 2
@@ -193,11 +239,10 @@ def _decodes(steps: int) -> tuple[Array, Array]:
 
 
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
-    """Attention of consecutive layers from ``first`` on at each of the (rising) cache lengths, ``times`` at each: a
-    column a length and run of equal layers.
+    """Return attention of consecutive layers from ``first``, at rising cache lengths, with ``times`` executions each.
 
-    Its rows: first layer, layers, window, length, executions. A window that holds all keys is none, so layers differ
-    only from the length on at which some window binds.
+    The result has one column per length and run of equal layers, and the rows first layer, layers, window, length and
+    executions. A window longer than the cache has no effect, so layers differ only from some length on.
     """
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []

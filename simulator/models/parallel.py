@@ -1,18 +1,17 @@
-"""One model on several GPUs: the shapes that each device computes with.
+"""Split one model over several devices: the shapes that each device computes.
 
-*Tensor* parallel splits every layer: query heads, key/value heads, the MLP's inner width and the vocabulary go in equal
-parts to the devices; the residual stream is whole on each. The row-parallel projections (o, down) and the split
-embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Fewer
-key/value heads than devices are replicated. Rows then describe one device, and so do their parameters.
+*Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value heads, inner width of
+the MLP and vocabulary. The residual stream is complete on each device. The row-parallel projections (o, down) and the
+split embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053).
+Fewer key/value heads than devices are replicated. Rows and their parameters then describe one device.
 
-*Expert* parallel is tensor parallel but for routed experts: each device holds whole ones, in equal parts, computes what
-its tokens ask of them, and the same all-reduce puts the outputs together. Every device sees all tokens, as attention is
-not split by sequences, so that nothing is sent from device to device before it.
+*Expert* parallel is tensor parallel except for routed experts: each device holds complete experts, an equal number, and
+computes all tokens that use them. The same all-reduce sums the outputs. Attention is not split by sequences, so every
+device sees all tokens and nothing is sent before the experts.
 
 *Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
-latency is the sum over all layers, as on one device, and ``devices - 1`` sends; no throughput gain of several
-micro-batches in flight is claimed. Rows then describe the whole model; only memory is a matter of one device
-(:mod:`simulator.cost.memory`).
+latency is the sum over all layers, as on one device, plus ``devices - 1`` sends. Several micro-batches in flight are
+not modelled. Rows then describe the whole model; only memory is counted per device (:func:`simulator.memory`).
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ from simulator.errors import InputError
 from simulator.models.config import Block, ModelConfig
 
 PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
-"""Names of the ways to use several devices."""
+"""Names of the ways to split a model."""
 
 
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
-    """The model as one of ``devices`` computes it; the whole in a pipeline. Refused where a width does not divide by
-    the number of devices, or where a pipeline has more stages than layers.
+    """Return the model that one of ``devices`` computes; in a pipeline the whole model.
+
+    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than layers.
 
     >>> from simulator.models.library import load_model
     >>> part = shard(load_model("llama-2-70b"), 16, "tensor")
@@ -39,7 +39,7 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
         raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
-        raise InputError(f"{where} {model.layers} layers; a pipeline takes at most one device a layer")
+        raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")
     if parallel == "pipeline" or devices == 1:
         return model
 
@@ -60,4 +60,4 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
             return replace(share, experts=part("experts", block.experts), active=block.active / devices)
         return replace(share, expert_inner=part("experts of a width of", block.expert_inner))
 
-    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad its last part
+    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad the last part

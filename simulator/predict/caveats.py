@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.forward import SECTIONS, by_formats, operator_times, section_of
+from simulator.cost.base import octaves_outside
+from simulator.cost.forward import SECTIONS, by_formats, section_of
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import unfitted
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
-from simulator.uncertainty.error_model import OperatorTimes, octaves_outside
+from simulator.uncertainty.forward import operator_times
+from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import seconds
 from simulator.workload import DTYPES, ROLES, Kind, Workload
 
@@ -58,7 +60,7 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
         octaves = octaves_outside(sizes, *np.asarray(found, dtype=np.float64))
         if octaves.max() <= OCTAVES:
             continue
-        spent = operator_times(w, served, engine=engine).seconds * w.count
+        spent = operator_times(w, served, engine=engine)[0].seconds * w.count
         if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():
             m, n, k = (f"{2.0**v:.0f}" for v in sizes[np.argmax(octaves)])
             far = f"{octaves.max():.1f} octaves outside the measured sizes ({m} x {n} x {k})"
@@ -175,7 +177,7 @@ def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwarePro
     """Time of one execution of each row, and the device as the workload's engine runs it."""
     engine = load_engine(w.meta.engine)
     hw = hw.serving(engine.stacks)
-    return operator_times(w, hw, engine=engine), hw
+    return operator_times(w, hw, engine=engine)[0], hw
 
 
 def _by_role(w: Workload, hw: HardwareProfile) -> tuple[NDArray[Any], NDArray[Any]]:

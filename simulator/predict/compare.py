@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
 from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
-from simulator.cost.forward import ForwardPass, forward_passes, section_of
+from simulator.cost.base import BOTTLENECKS
+from simulator.cost.forward import ForwardPass, section_of
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.batch import Reject, rejecting
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import COLUMNS, Labels, Results
 from simulator.predict.scenario import Scenario
-from simulator.uncertainty.error_model import BOTTLENECKS
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import DTYPES, Kind
 from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, weights_bytes

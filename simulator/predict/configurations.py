@@ -1,8 +1,9 @@
 """Shapes that reach a target with the fewest parameters removed, on all devices, engines and requests at once.
 
-Use :func:`configurations`. Each of :data:`KINDS` changes other dimensions, to values that kernels like; of every kind
-the answer is the one that keeps most parameters. For each combination of the other dimensions, the widest value of the
-last that reaches is found by bisection; time is a staircase, so those that keep a little more are then tried too.
+Use :func:`configurations_of`. Each of :data:`KINDS` changes other dimensions, to values that kernels like; of every
+kind the answer is the one that keeps most parameters. For each combination of the other dimensions, the widest value
+of the last that reaches is found by bisection; time is a staircase, so those that keep a little more are then tried
+too.
 """
 
 from __future__ import annotations

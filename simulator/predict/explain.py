@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -18,6 +17,7 @@ from simulator.predict.prunings import prunings_of
 from simulator.predict.result import HasResult, Result
 from simulator.predict.scenario import Scenario, check_fraction, check_measured, profiles, scenarios
 from simulator.predict.waterfall import Waterfall, waterfall
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
 from simulator.units import percent, seconds
 from simulator.workload_batch import WorkloadBatch

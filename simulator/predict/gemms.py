@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.forward import forward_passes
-from simulator.cost.gemm import gemm_steps, gemm_time
+from simulator.cost.gemm_shapes import Options
 from simulator.predict.scenario import once, one_of, profiles, whole_number
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
 
@@ -96,8 +97,8 @@ def gemm_table(
     )
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time = gemm_time(*shape, hw, dtype=dtype, weight_dtype=weight, kernel=rows.kernel, cold=cold, level=level)
-        steps = gemm_steps(*shape, hw, dtype=dtype, weight_dtype=weight, kernel=rows.kernel, cold=cold)
+        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
+        steps = {name: time.details[name] for name in STEPS}
         out += [
             GemmRecord(
                 m=sizes[i, 0].item(),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import Checked, Keys, Kind, Many, Number, Text, record
+from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import reference
 from simulator.hardware.profile import HardwareProfile
@@ -24,7 +24,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.prunings import Pruning
 from simulator.predict.scenario import MAX_TOKENS, PARALLEL, Scenario, check_fraction, once, profiles
-from simulator.pruning import FAMILIES, GENERAL, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
 
@@ -51,13 +51,13 @@ class Formats:
 class _Axis:
     """A list, or one value that stands for a list; each value once."""
 
-    kind: Kind
+    kind: FieldType
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
         if node.kind != "list":
             found: Sequence[Any] = [self.kind.read(node, key, problems)]
         else:
-            found = Many(self.kind).read(node, key, problems)
+            found = ListField(self.kind).read(node, key, problems)
             if not node.items:
                 problems.add(node, key, "is an empty list; expected at least one value")
         return tuple(dict.fromkeys(value for value in found if value is not None))
@@ -67,7 +67,7 @@ class _Axis:
 class _Numbers:
     """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
 
-    number: Number
+    number: NumberField
     rule: Callable[[float], Any] = float
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
@@ -85,9 +85,9 @@ class _Numbers:
 
     def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
         whole, example = self.number.whole, "2" if self.number.whole else "0.1"
-        by_step, by_times = Number(1 if whole else 1e-6, 1e9, example, whole), Number(1 + 1e-6, 1e9, example)
+        by_step, by_times = NumberField(1 if whole else 1e-6, 1e9, example, whole), NumberField(1 + 1e-6, 1e9, example)
         kinds = {"from": self.number, "to": self.number, "step": by_step, "times": by_times}
-        nodes = Keys(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
+        nodes = ObjectField(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
 
         def wrong(name: str, reason: str) -> list[float]:
             problems.add(nodes[name], join(key, name), reason)
@@ -118,18 +118,18 @@ class _Family:
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         if node.kind != "mapping":
-            text = Text((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(Pruning(name) for name in (GENERAL if text == "all" else [text]) if name)
+            text = TextField((*FAMILIES, "all")).read(node, key, problems)
+            return tuple(Pruning(name) for name in (general_families() if text == "all" else [text]) if name)
         found = []
         for name, (key_node, value) in node.entries.items():
-            family = Text(tuple(FAMILIES)).read(key_node, join(key, name), problems)
+            family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
             if family:
                 found.append(Pruning(family, options=self.options(value, join(key, name), family, problems)))
         return tuple(found)
 
     def options(self, node: Node, key: str, family: str, problems: Problems) -> tuple[tuple[str, Any], ...]:
         known = dict.fromkeys(FAMILIES[family].options, _Option())
-        options = dict(sorted(Keys({}, known).read(node, key, problems).items()))
+        options = dict(sorted(ObjectField({}, known).read(node, key, problems).items()))
         if not len(problems):
             try:
                 prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
@@ -151,7 +151,7 @@ class _Option:
 
     def read(self, node: Node, key: str, problems: Problems) -> Any:
         if node.kind == "list":
-            return Many(self).read(node, key, problems)
+            return ListField(self).read(node, key, problems)
         if node.kind == "mapping":
             problems.add(node, key, "expected a value, got a mapping")
             return None
@@ -159,7 +159,7 @@ class _Option:
             return node.text == "true"
         value = math.nan if node.quoted else _number_of(node)
         if math.isnan(value):
-            return Text().read(node, key, problems)
+            return TextField().read(node, key, problems)
         return int(value) if value.is_integer() and "." not in node.text and "e" not in node.text.lower() else value
 
 
@@ -167,11 +167,11 @@ class _Formats:
     """A dtype, or a mapping that has it and may have the two others."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
-        dtype = Text(DTYPES)
+        dtype = TextField(DTYPES)
         if node.kind != "mapping":
             text = dtype.read(node, key, problems)
             return Formats(text) if text else None
-        keys = Keys({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
+        keys = ObjectField({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
         formats: Formats | None = keys.read(node, key, problems)
         return formats
 
@@ -204,33 +204,33 @@ class Grid:
     the schema of its file.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
-    >>> grid.size == 2 * 2 * 2 * len(GENERAL)
+    >>> grid.size == 2 * 2 * 2 * len(general_families())
     True
     """
 
     # names, paths or loaded models
-    models: Annotated[tuple[str | ModelConfig, ...], _Axis(Checked(Text(), _model))]
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(CheckedField(TextField(), _model))]
     # names, aliases, paths or loaded profiles
-    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
-    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
-    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
-    batches: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(CheckedField(TextField(), reference))]
+    sparsities: Annotated[tuple[float, ...], _Numbers(NumberField(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(TextField(PHASES))]
+    batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
-    seqs: Annotated[tuple[int, ...], _Numbers(Number(1, MAX_TOKENS, "64", whole=True))]
+    seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
     # every family where neither they nor methods are named; the methods are appended
     families: Annotated[tuple[Pruning, ...], _Families()] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
-    engines: Annotated[tuple[str, ...], _Axis(Checked(Text(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
-    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(Checked(Text(), _method))] = ()  # published ones
+    engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
+    devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
+    methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()  # published ones
     # as in a scenario, for the whole grid
-    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
-    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
+    parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
+    new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
     ideal: bool = False
-    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
+    level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods else map(Pruning, GENERAL))
+        families = self.families or (() if self.methods else map(Pruning, general_families()))
         object.__setattr__(self, "families", once((*families, *map(Pruning.of_method, self.methods))))
         for name in AXES:
             if not getattr(self, name):
@@ -286,7 +286,7 @@ def read_grid(path: str | Path) -> Grid:
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
-        axes = replace(record(Grid), make=None).read(root, "", problems)
+        axes = replace(field_of(Grid), make=None).read(root, "", problems)
         if not len(problems):
             grid = Grid(**axes)
             batch, seq = max(grid.batches), max(grid.seqs)

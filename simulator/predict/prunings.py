@@ -100,8 +100,10 @@ def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[
     ('width', 'depth')
     """
     for name in names:
-        if not isinstance(name, str) or name not in ("all", *FAMILIES):
+        if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
+    if "all" not in names:
+        return once(names)
     every = [name for name, f in FAMILIES.items() if not f.needs or any(getattr(m, f.needs) for m in models)]
     return once(family for name in names for family in (every if name == "all" else [name]))
 

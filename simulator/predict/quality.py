@@ -6,7 +6,8 @@ only on one axis: the same metric under the same protocol, hence over the same d
 refused with the line that does.
 
 Columns are the fields of :class:`QualityRow`, options and note optional, and ``relative_loss``, checked against the two
-values where it is given. Further columns are ignored.
+values where it is given. Further columns are ignored. A CSV with the column ``results`` instead lists results files of
+lm-evaluation-harness (:mod:`simulator.predict.harness`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from simulator.errors import InputError, unknown
 from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
+from simulator.predict.harness import LISTED, MEAN, expanded
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -85,6 +87,7 @@ class QualityTable:
 
     rows: tuple[QualityRow, ...]
     name: str = "quality table"  # for messages
+    metric: str = ""  # that is compared where none is named; empty: none in particular
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,13 +119,14 @@ class QualityTable:
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
     """The axis that a metric and a protocol, or unique parts of their names, describe.
 
-    Case does not matter, and empty stands for any. Of several axes the one with most families and points is taken, or
-    with ``strict`` none: InputError, as when no axis fits, since metrics and protocols are never mixed.
+    Case does not matter, and empty stands for any; a table with a usual metric takes that one first. Of several axes
+    the one with most families and points is taken, or with ``strict`` none: InputError, as when no axis fits, since
+    metrics and protocols are never mixed.
 
     >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
     'SLEB Table 2, no fine-tuning'
     """
-    axes = table.axes()
+    axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]
     if metric and exact:
@@ -159,15 +163,21 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
             raise unknown("quality table", name, list_quality())
         known = ", ".join(list_quality())
         raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {known}")
-    return read_quality(read_bounded(path), str(path))
+    return read_quality(read_bounded(path), str(path), path.parent)
 
 
-def read_quality(text: bytes | str, name: str = "quality table") -> QualityTable:
-    """A table from the text of a CSV file; see the module for its columns and :func:`load_quality` for its errors."""
-    table = read_csv(text, name, REQUIRED)
+def read_quality(text: bytes | str, name: str = "quality table", folder: Path = Path()) -> QualityTable:
+    """A table from the text of a CSV file in a folder; see the module for its columns and :func:`load_quality` for its
+    errors."""
+    table = read_csv(text, name)
+    if "results" in table.header:
+        table = expanded(read_csv(text, name, LISTED), folder)
+    else:
+        table = read_csv(text, name, REQUIRED)
     rows = table.each(_row)
     _check_together(rows, table.lines, name)
-    return QualityTable(tuple(rows), name)
+    usual = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
+    return QualityTable(tuple(rows), name, usual)
 
 
 def _row(cells: Mapping[str, str]) -> QualityRow:

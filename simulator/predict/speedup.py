@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +17,7 @@ from simulator.predict.compare import results_of
 from simulator.predict.prunings import Pruning, applied
 from simulator.predict.result import Result, Results
 from simulator.predict.scenario import Scenario
-
-if TYPE_CHECKING:
-    from simulator.workload import Workload
+from simulator.workload import Workload
 
 
 def speedups(
@@ -66,7 +63,7 @@ def speedups(
     >>> [round(r.speedup, 2) for r in speedups(dense, pruned, simulator.load_hardware("h100"))]
     [1.0, 1.26]
     """
-    instance("hw", hw, HardwareProfile, "simulator.load_hardware")
+    instance("hw", hw, HardwareProfile, "load_hardware")
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
     prunings = [Pruning(family, asked) for family, asked, _ in steps]
     asked, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arrays import FloatArray
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.forward import ForwardPass, by_formats, forward_passes, section_of
-from simulator.cost.gemm import gemm_steps
+from simulator.cost.elementwise import elementwise
+from simulator.cost.forward import ForwardPass, by_formats, section_of
+from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, as_plain, bars_html, by_column
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
 from simulator.predict.prunings import applied
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import gemm_steps, operator_time
 from simulator.workload import Kind
 
 if TYPE_CHECKING:
@@ -136,18 +138,8 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        times = gemm_steps(
-            w.m[rows],
-            w.n[rows],
-            w.k[rows],
-            p.hw,
-            kernel=w.kernel[rows],
-            density=w.density[rows],
-            block=w.block[rows],
-            dtype=dtype,
-            weight_dtype=weight,
-        )
-        for name, seconds in times.items():
+        options = Options(dtype, weight, w.kernel[rows], density=w.density[rows], block=w.block[rows])
+        for name, seconds in gemm_steps(w.m[rows], w.n[rows], w.k[rows], p.hw, options).items():
             if name in effects:
                 effects[name][rows] = seconds * w.count[rows]
     return effects
@@ -159,7 +151,8 @@ def _fixed(p: ForwardPass) -> FloatArray:
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
         for rows, dtype, _ in by_formats(w, kind):
             if kind == Kind.ELEMENTWISE:
-                out[rows] = elementwise_time(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype).seconds
+                empty = elementwise(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype)
+                out[rows] = operator_time(empty, p.hw).seconds
             else:
                 out[rows] = p.hw.section(section_of(w, rows[0]), dtype)["t0_s"]
     return out * w.count

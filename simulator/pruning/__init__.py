@@ -1,17 +1,16 @@
-"""Pruning: pure functions from a workload to the workload of the pruned model.
+"""Prune: pure functions from a workload to the workload of the pruned model.
 
-Use :func:`prune`; :data:`FAMILIES` describes what there is. A new family is one new module here with a constant
-``FAMILY``. Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Rounding is to the nearest whole,
-halves up, unless a family says otherwise.
+Use :func:`prune`; :data:`FAMILIES` lists the families. A new family is one new module here with a constant ``FAMILY``.
+Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Numbers are rounded to the nearest whole
+number, halves up, unless a family documents another rule.
 """
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,37 @@ from simulator.pruning._family import GROUPS, SUBLAYERS, WHOLE, Choice, Family, 
 from simulator.pruning._rows import layer_count, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
-__all__ = ["FAMILIES", "GENERAL", "Family", "check_fraction", "prune"]
+__all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 
 
-_MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-_FOUND: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES]
-FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in sorted(_FOUND, key=lambda f: (f.order, f.name))})
+class _Families(Mapping[str, Family]):
+    """The modules of this package, each imported when its family is used."""
+
+    _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._modules:
+            raise KeyError(name)
+        family: Family = import_module(f"{__name__}.{name}").FAMILY
+        return family
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._modules, key=lambda name: (self[name].order, name)))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+FAMILIES: Mapping[str, Family] = _Families()
 """Pruning families by name, in the order of tables."""
 
-GENERAL: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if not family.needs)
-"""Those for every model."""
+
+def general_families() -> tuple[str, ...]:
+    """Return the names of the families that apply to every model."""
+    return tuple(name for name, family in FAMILIES.items() if not family.needs)
 
 
 def prune(
@@ -43,26 +63,39 @@ def prune(
     ideal: bool = False,
     **options: Any,
 ) -> Workload:
-    """The workload of the pruned model, with the sparsity asked for and the one realised in ``meta.applied``; anything
-    unknown, out of range or without meaning for this workload is an InputError.
+    """Return the workload of the pruned model; calls compose.
 
     Parameters
     ----------
-    sparsity : float, mapping or sequence, in [0, 1)
-        Fraction removed: everywhere; by projection (``"q"``, ``"down"``, ... or the groups ``"attention"``, ``"mlp"``,
-        ``"qkv"``; what is not named stays dense, and a projection's own entry goes before its group's); or of each
-        layer, first to last. 0 changes no row.
+    workload : Workload
+        Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
+    family : str
+        Pruning family, a key of :data:`simulator.FAMILIES`.
+    sparsity : float, mapping of str to float, or sequence of float
+        Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A mapping applies to projections
+        ("q", "down", ...) or to the groups "attention", "mlp" and "qkv": projections that are not named stay dense, and
+        the entry of a projection overrides that of its group. A sequence has one fraction per layer, first to last.
     ideal : bool
-        Leave out the work that the method itself adds (routers, gathers, selections), and let its kernels reach those
-        of dense products: the bound of the family. The option ``kernel="ideal"`` of dynamic families says the same.
-    **options
-        See ``FAMILIES[family].options``.
+        Exclude the work that the method adds (routers, gathers, selections), and use the efficiency of dense kernels:
+        the bound of the family. The option ``kernel="ideal"`` of dynamic families has the same effect.
+    **options : object
+        Options of the family, see ``FAMILIES[family].options``.
+
+    Returns
+    -------
+    Workload
+        Pruned workload; ``meta.applied`` has the requested and the realised sparsity.
+
+    Raises
+    ------
+    InputError
+        If an argument is unknown, out of range, or does not apply to this workload.
 
     Examples
     --------
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
-    >>> pruned = prune(dense, "depth", 0.26)
+    >>> pruned = simulator.prune(dense, "depth", 0.26)
     >>> pruned.meta.applied[0].realised, round(float(dense.flops.sum() / pruned.flops.sum()), 3)
     (0.25, 1.333)
     """
@@ -79,8 +112,8 @@ def prune(
     pruned, realised = workload, 0.0
     if choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
-            stay = "routed experts and latent attention have no such kernels"
-            raise InputError(f"family {family}: {stay}; name the projections to prune, such as {{'o': 0.5}}")
+            reason = "routed experts and latent attention have no such kernels"
+            raise InputError(f"family {family}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if choice.form == "layer":
             pruned = merge_runs(pruned)
@@ -89,7 +122,7 @@ def prune(
 
 
 def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
-    """The workload (one row a layer where the sparsity is per layer) and the sparsity of its rows."""
+    """Return the workload, expanded to one row per layer for a sparsity per layer, and the sparsity of its rows."""
     if isinstance(sparsity, Mapping):
         return w, _by_projection(w, family, sparsity)
     if np.ndim(plain(sparsity)):
@@ -101,9 +134,9 @@ def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choi
 def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
     layers = layer_count(w)
     if not family.per_layer:
-        raise InputError(f"family {family.name} takes no sparsity by layer; give one fraction")
+        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
     if np.shape(plain(sparsity)) != (layers,):
-        expected = f"expected {layers} fractions, one a layer of this model"
+        expected = f"expected {layers} fractions, one per layer of this model"
         raise InputError(f"sparsity by layer: {expected}, got {len(sparsity)}")
     table = np.array([check_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
     wide = w.expand()
@@ -113,7 +146,7 @@ def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Cho
 
 def _by_projection(w: Workload, family: Family, sparsity: Mapping[str, float]) -> Choice:
     if not family.targets:
-        raise InputError(f"family {family.name} takes no sparsity by projection; give one fraction")
+        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by projection")
     if not sparsity:
         raise InputError(f"sparsity by projection: expected some of {', '.join(family.targets)}, got none")
     rows, inside = np.zeros(len(w)), projections(w)

@@ -1,4 +1,4 @@
-"""Changing the rows of a workload: other widths and bytes, zeros, rows twice, runs of layers split and merged."""
+"""Change rows of a workload: widths, bytes and zeros; repeat rows; split and merge runs of layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from simulator.workload import Kernel, Kind, Workload
 
 
 def whole_share(share: Array | float, of: Array | float) -> Array:
-    """``share`` of ``of``, rounded to the nearest whole (halves up)."""
+    """Return ``share`` of ``of``, rounded to the nearest whole number (halves up)."""
     rounded: Array = np.floor(np.asarray(share) * np.asarray(of) + 0.5).astype(np.int64)
     return rounded
 
 
 def aligned(width: Array, keep: Array, align: int) -> Array:
-    """``keep`` of ``width`` rounded up to a multiple of ``align``, and no more than ``width``.
+    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most ``width``.
 
     >>> aligned(np.array([11008, 100]), np.array([0.8, 0.99]), 16).tolist()
     [8816, 100]
@@ -30,12 +30,12 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
 
 
 def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
-    """Some rows with other values in some columns."""
+    """Return the workload with other values of some columns in some rows."""
     return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
 
 
 def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
-    """GEMMs with other N and K; the parameters follow, with the bias (N of them) where a row has one."""
+    """Return GEMMs with other N and K; parameters change with them, and so does a bias (N parameters)."""
     bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
@@ -43,30 +43,30 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:
-    """A share of the bytes that each row reads and writes, as columns to replace."""
+    """Return columns with a share of the bytes that each row reads and writes."""
     return {"read_bytes": w.read_bytes * share, "write_bytes": w.write_bytes * share}
 
 
 def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
-    """Weights of the projections set to zero once; ``params`` counts those that are not (and the biases)."""
+    """Set a share of the projections' weights to zero; ``params`` counts nonzero weights and biases."""
     rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
     if (already := rows & zeros(w)).any():
         which = Kernel(int(w.kernel[already].max())).name.lower()
-        raise InputError(f"{name}: the projections are sparse already ({which}); a weight is zeroed once")
+        raise InputError(f"{name}: expected dense projections, got sparse ones ({which}); set zeros only once")
     bias = biases(w)
     out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)
     return out, parameters_removed(w, out)
 
 
 def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
-    """The masked rows twice; which row each comes from, and masks of the first and of the second of two."""
+    """Return the workload with the masked rows twice, origin of each row, and masks of first and second copies."""
     index = np.repeat(np.arange(len(w)), np.where(mask, 2, 1))
     second = np.r_[False, index[1:] == index[:-1]]
     return w.take(index), index, mask[index] & ~second, second
 
 
 def split_at(w: Workload, layer: int) -> Workload:
-    """Rows that stand for layers on both sides of the start of one as two rows, the counts shared out."""
+    """Split rows whose run of layers contains the start of ``layer`` into two rows that share their count."""
     across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
     if not across.any():
         return w
@@ -77,7 +77,7 @@ def split_at(w: Workload, layer: int) -> Workload:
 
 
 def merge_runs(w: Workload) -> Workload:
-    """Neighbouring rows that are equal but for consecutive layers merged: undoes ``expand`` and ``split_at``."""
+    """Merge neighbouring rows that differ only in consecutive layers: the inverse of ``expand`` and ``split_at``."""
     if len(w) < 2:
         return w
     new = np.ones(len(w), dtype=bool)

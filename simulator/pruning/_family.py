@@ -1,7 +1,7 @@
-"""What a pruning family is: its description, the sparsity of every row that it is given, and checks of its options.
+"""Define a pruning family, the sparsity of each row, and checks of options.
 
-A family is one file of this package with a constant ``FAMILY``; nothing else lists it. What families do to rows is in
-``_edits`` (change), ``_added`` (add) and ``_tokens`` (fewer tokens), how they find them in ``_rows``.
+A family is one file of this package with a constant ``FAMILY``; no list names it. The modules ``_rows`` (find rows),
+``_edits`` (change rows), ``_added`` (add rows) and ``_tokens`` (reduce tokens) serve all families.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from simulator.workload import PHASES, Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
-"""Names that stand for several projections in a per-projection sparsity."""
+"""Names of several projections in a sparsity per projection."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WHOLE: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "experts")
-"""Weights that only families which drop whole parts, heads or channels can prune: of latent attention, of experts."""
+"""Weights of latent attention and of experts: only families that remove whole parts, heads or channels prune them."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
-"""What a per-projection sparsity may name where every weight has one of its own."""
+"""Names in a sparsity per projection of families that prune single weights."""
 
 SCORE_BYTES = 4.0
-"""A score or an index of a selection: fp32 or int32."""
+"""Bytes of a score or an index: fp32 or int32."""
 
 Pruned = tuple[Workload, float]
-"""The pruned workload, and the sparsity that it realised."""
+"""The pruned workload, and its realised sparsity."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The sparsity asked for, resolved to rows."""
+    """The requested sparsity, resolved to rows."""
 
-    rows: Array  # of every row of the workload, in [0, 1); 0 outside the layers and where a projection is not named
-    asked: float  # the scalar, or the mean of a choice: over layers, or over the parameters of the projections
-    form: str = "scalar"  # how it was given: scalar, projection or layer
+    rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for projections that are not named
+    asked: float  # the scalar, or the mean over layers or over the parameters of the projections
+    form: str = "scalar"  # form of the argument: scalar, projection or layer
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Family(Displayed):
-    """A way to prune a decoder. ``function(workload, choice, *, ideal, **options)`` gives it its name and options."""
+    """A way to prune a decoder: ``function(workload, choice, *, ideal, **options)`` defines its name and options."""
 
     name: str = field(init=False)
-    axis: str  # logical GEMM dimension it changes
-    dynamic: bool = False  # decided per token at inference
+    axis: str  # logical GEMM dimension that it changes
+    dynamic: bool = False  # whether it decides per token at inference
     summary: str
-    cost: str  # beside what it saves
+    cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
     order: int  # place in tables
     realised: str  # definition of its realised sparsity
-    options: Mapping[str, Any] = field(init=False)  # with their defaults
-    support: tuple[str, ...] = PHASES  # phases in which it can save time; allowed in all
-    targets: tuple[str, ...] = ()  # names a per-projection sparsity may use
-    whole: bool = True  # takes weights of WHOLE as well; else they must be left out
-    needs: str = ""  # what only some models have: a field of their configuration
-    per_layer: bool = True  # whether a per-layer sparsity means something
-    # requests (batch, length) of one model that a call may prune together: "any", or those of "equal length" where the
-    # function takes the prompt's length from the workload
+    options: Mapping[str, Any] = field(init=False)  # option -> default
+    support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
+    targets: tuple[str, ...] = ()  # names in a sparsity per projection
+    whole: bool = True  # whether it also prunes weights of WHOLE
+    needs: str = ""  # field of the configuration that a model must have
+    per_layer: bool = True  # whether it accepts a sparsity per layer
+    # requests of one model that one call can prune together: "any", or "equal length" if the function reads the length
+    # of the prompt from the workload
     together: str = "any"
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Family(Displayed):
 
 
 def check_fraction(value: Any, where: str = "sparsity") -> float:
-    """A fraction in [0, 1).
+    """Return a checked fraction in [0, 1).
 
     >>> check_fraction(25)
     Traceback (most recent call last):
@@ -91,21 +91,14 @@ def check_fraction(value: Any, where: str = "sparsity") -> float:
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:
-    """An option that is a whole number from ``low`` up."""
+    """Return an option that is a whole number of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < 2**31:
         raise InputError(f"option {name}: expected a whole number from {low} up, got {value!r}")
     return int(value)
 
 
-def flag(name: str, value: Any) -> bool:
-    """An option that is true or false."""
-    if not isinstance(value, bool | np.bool_):
-        raise InputError(f"option {name}: expected true or false, got {value!r}")
-    return bool(value)
-
-
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """An option that is one of a few values."""
+    """Return an option that is one of several values."""
     if not isinstance(value, str | int) or isinstance(value, bool) or value not in choices:
         raise InputError(f"option {name}: expected {' or '.join(map(str, choices))}, got {value!r}")
     return value

@@ -1,8 +1,8 @@
-"""Published pruning methods as what :func:`simulator.prune` takes: families, their options, which layers.
+"""Published pruning methods as arguments of :func:`simulator.prune`: families, options and layers.
 
-:data:`METHODS` has them by name; to add one, add its entry to ``_TABLE``. An entry says what a paper's method does to
-the shapes, not how it chooses what goes. Widths and ranks are rounded as the family rounds them, unless the entry says
-otherwise: what a method's own code leaves may be odd, and slower for it (``align=1`` of the family).
+:data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes
+shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another
+alignment. The code of a method can leave odd widths, which are slower (``align=1`` of the family).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from simulator.pruning._rows import layer_count, projections, weights
 from simulator.workload import PHASES, Part, Workload
 
 Form = Callable[[float, Workload], tuple[Any, ...]]
-"""A sparsity asked for and the dense workload to a sparsity for each family, of any form that it takes."""
+"""Function from the requested sparsity and the dense workload to the sparsity of each family."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -31,28 +31,28 @@ class Method(Displayed):
     """A published method."""
 
     name: str
-    family: str  # key of FAMILIES; of two joined by "+" the second prunes what the first leaves
-    what: str  # goes, and from which layers
-    sparsities: tuple[float, ...]  # that the paper reports, as the family counts them
-    title: str  # of the paper
+    family: str  # key of FAMILIES, or two keys joined by "+", applied in order
+    what: str  # removed parts, and their layers
+    sparsities: tuple[float, ...]  # sparsities in the paper, as the family defines them
+    title: str  # title of the paper
     arxiv: str
-    options: Mapping[str, Any] = field(default_factory=dict)  # of its families
-    # layers that are pruned, of so many; None: all
+    options: Mapping[str, Any] = field(default_factory=dict)  # options of its families
+    # function from the number of layers to the pruned layers; None: all layers
     layers: Callable[[int], range] | None = field(default=None, repr=False)
-    # None: the same fraction everywhere, each family to the same share of what it finds
+    # None: the same fraction everywhere; each family prunes the same share of its input
     form: Form | None = field(default=None, repr=False)
-    phases: tuple[str, ...] = PHASES  # in which it prunes
+    phases: tuple[str, ...] = PHASES  # phases that it prunes
 
     def _title(self) -> str:
         return f"{self.name} ({self.family}): {self.what}"
 
     @property
     def together(self) -> str:
-        """Requests that a call may prune together, as :class:`simulator.pruning.Family` says it."""
+        """Requests that one call can prune together, see :class:`simulator.pruning.Family`."""
         return max((FAMILIES[name].together for name in self.family.split("+")), key=["any", "equal length"].index)
 
     def prune(self, workload: Workload, sparsity: float, *, ideal: bool = False) -> Workload:
-        """The pruned workload; ``sparsity`` is that of the whole model, as the family counts it.
+        """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
 
         >>> import simulator
         >>> dense = simulator.lower(simulator.load_model("llama-7b"), phase="decode", batch=1, seq=128)
@@ -61,7 +61,7 @@ class Method(Displayed):
         """
         fraction, phase = check_fraction(sparsity), workload.meta.phase
         if phase not in self.phases:
-            raise InputError(f"{self.name}: prunes in {' and '.join(self.phases)}; {phase} stays dense")
+            raise InputError(f"{self.name}: expected phase {' or '.join(self.phases)}, got {phase}")
         for family, part in zip(self.family.split("+"), self._forms(fraction, workload)):
             options = {name: value for name, value in self.options.items() if name in FAMILIES[family].options}
             workload = prune(workload, family, part, ideal=ideal, **options)
@@ -76,21 +76,21 @@ class Method(Displayed):
         of, table = layer_count(w), np.zeros(layer_count(w))
         some = list(self.layers(of))
         if sparsity * of >= len(some):
-            room = f"prunes {len(some)} of {of} layers, expected less than {len(some) / of:.3g}"
-            raise InputError(f"{self.name} at sparsity {sparsity:g}: {room}")
+            expected = f"expected less than {len(some) / of:.3g}, as it prunes {len(some)} of {of} layers"
+            raise InputError(f"{self.name} at sparsity {sparsity:g}: {expected}")
         table[some] = sparsity * of / len(some)
         return (table,)
 
 
 def load_method(name: str) -> Method:
-    """A method by its name."""
+    """Return a method by its name."""
     if name not in METHODS:
         raise unknown("pruning method", name, METHODS)
     return METHODS[name]
 
 
 def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
-    """Hidden size and inner width times the same r, heads stay: attention keeps r of its weights, the MLP r r."""
+    """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights, the MLP r^2."""
     inside = projections(w)
     attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
     mlp = 1.0 - attention
@@ -99,23 +99,25 @@ def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
 
 
 def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
-    """Four equal stages of 1, r, r^2 and r^3 of the tokens, 1 - sparsity in the mean."""
+    """Use four equal stages with 1, r, r^2 and r^3 of the tokens, whose mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
-        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: its first stage is dense, expected less than 0.75")
+        expected = "expected less than 0.75, as its first stage is dense"
+        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: {expected}")
     stage = 4 * np.arange(layers) // layers
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0
-        low, high = (r, high) if float(np.mean(r**stage)) < 1.0 - sparsity else (low, r)
+        if float(np.mean(r**stage)) < 1.0 - sparsity:
+            low = r
+        else:
+            high = r
     return (1.0 - r**stage,)
 
 
 def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:
     return lambda layers: range(many, layers - last)
 
-
-_2_TO_4: Mapping[str, Any] = {"family": "semi_structured", "sparsities": (0.5,)}
 
 # fmt: off
 _TABLE = (
@@ -189,28 +191,28 @@ _TABLE = (
         title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     ),
     Method(
-        name="wanda-2:4", **_2_TO_4, arxiv="2306.11695",
+        name="wanda-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2306.11695",
         what="two of four neighbouring weights of every projection",
         title="A Simple and Effective Pruning Approach for Large Language Models",
     ),
     Method(
-        name="sparsegpt-2:4", **_2_TO_4, arxiv="2301.00774",
+        name="sparsegpt-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2301.00774",
         what="two of four neighbouring weights of every projection",
         title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     ),
     Method(
-        name="mask-llm", **_2_TO_4, arxiv="2409.17481",
+        name="mask-llm", family="semi_structured", sparsities=(0.5,), arxiv="2409.17481",
         what="two of four neighbouring weights of every projection, by a learned mask",
         title="MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
     ),
     Method(
         name="svd-llm", family="low_rank", sparsities=(0.2, 0.4, 0.6, 0.8), arxiv="2403.07378",
-        what="every projection becomes two thin ones, of whitened weights",
+        what="every projection becomes two thin factors, of whitened weights",
         title="SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
     ),
     Method(
         name="asvd", family="low_rank", sparsities=(0.1, 0.2, 0.3), arxiv="2312.05821",
-        what="every projection becomes two thin ones; here the same share of each",
+        what="every projection becomes two thin factors; here the same share of each",
         title="ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models",
     ),
     # dynamic depth and width
@@ -222,7 +224,7 @@ _TABLE = (
     Method(
         name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
         layers=lambda layers: range(1, layers, 2), sparsities=(0.4375,), arxiv="2404.02258",
-        what="tokens skip every other layer, keys and values too; 0.4375: 12.5 % stay",
+        what="tokens skip every other layer, with keys and values; 0.4375: 12.5 % stay",
         title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
     ),
     Method(
@@ -252,7 +254,7 @@ _TABLE = (
     Method(
         name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
         layers=_first_dense(2), sparsities=(0.82, 0.88), arxiv="2406.10774",
-        what="pages of 16 cached positions, not in two layers; 0.82: 4k of 32k stay",
+        what="pages of 16 cached positions, except in two layers; 0.82: 4k of 32k stay",
         title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
     ),
     Method(
@@ -278,11 +280,11 @@ _TABLE = (
     ),
     Method(
         name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
-        what="cached positions of the prompt, by the attention of all, written out",
+        what="cached positions of the prompt, by the attention of all queries, written out",
         title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
     ),
 )
 # fmt: on
 
 METHODS: Mapping[str, Method] = MappingProxyType({entry.name: entry for entry in _TABLE})
-"""Published methods by name, by family in the order of tables."""
+"""Published methods by name, ordered by family."""

@@ -1,4 +1,4 @@
-"""Finding the rows of a workload that a pruning family changes, and counting their weights."""
+"""Find rows of a workload, and count their weights."""
 
 from __future__ import annotations
 
@@ -10,43 +10,42 @@ from simulator.workload import Kernel, Kind, Workload
 
 
 def layer_count(w: Workload) -> int:
-    """Layers the rows are numbered by (fewer than the model's once depth pruning has removed some)."""
+    """Return the number of layers in the rows, fewer than the model's after depth pruning."""
     return int((w.layer + w.layers).max(initial=0))
 
 
 def projections(w: Workload, *names: str) -> Array:
-    """Mask of projections inside the layers, all seven unless some are named."""
+    """Return a mask of projections in the layers; without names, of all seven."""
     mask: Array = w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
     return mask
 
 
 def weighted(w: Workload) -> Array:
-    """Mask of all weights inside the layers: the seven projections, those of latent attention, linear ones, experts."""
+    """Return a mask of all weights in the layers: projections, latent attention, linear sublayers, experts."""
     mask: Array = w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
     return mask
 
 
 def zeros(w: Workload) -> Array:
-    """Mask of rows whose weights hold zeros, or are computed in blocks: all but dense ones and those that only skip
-    tokens."""
+    """Return a mask of rows with zeros or blocks in their weights; rows that only skip tokens have none."""
     mask: Array = (w.kernel != Kernel.DENSE) & ~((w.kernel == Kernel.BLOCK_SPARSE) & (w.block == 0))
     return mask
 
 
 def writers(w: Workload, *names: str) -> Array:
-    """Mask of projections whose N is that of the model: all but the first factors of low-rank pairs."""
+    """Return a mask of projections with the N of the model: all except first factors of low-rank pairs."""
     mask: Array = projections(w, *names) & (w.stage != 1)
     return mask
 
 
 def readers(w: Workload, *names: str) -> Array:
-    """Mask of projections whose K is that of the model: all but the second factors of low-rank pairs."""
+    """Return a mask of projections with the K of the model: all except second factors of low-rank pairs."""
     mask: Array = projections(w, *names) & (w.stage != 2)
     return mask
 
 
 def covering(w: Workload, mask: Array, values: Array) -> Array:
-    """Of every row: the value of the masked row that covers its (first) layer; 0 where there is none."""
+    """Return, for every row, the value of the masked row that covers its first layer, else 0."""
     at = np.flatnonzero(mask)
     if not len(at):
         return np.zeros(len(w), dtype=values.dtype)
@@ -56,8 +55,7 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 
 
 def shorter_copies(w: Workload, out: Workload) -> Workload:
-    """The same rows, those that copy a cache (``cache_write`` with positions) as long as decode attention now finds it
-    in ``out``; ``w`` is before."""
+    """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload before pruning."""
     copies = w.is_role("cache_write") & (w.kv_len > 0)
     if not copies.any():
         return out
@@ -68,7 +66,7 @@ def shorter_copies(w: Workload, out: Workload) -> Workload:
 
 
 def biases(w: Workload) -> Array:
-    """Parameters of an execution of the GEMM rows that own a bias besides their weight: N, or its share of them."""
+    """Return the bias parameters per execution of GEMM rows that own a bias."""
     weight: Array = w.n.astype(np.float64) * w.k
     if np.count_nonzero(w.kernel):
         weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
@@ -77,16 +75,16 @@ def biases(w: Workload) -> Array:
 
 
 def weights(w: Workload) -> Array:
-    """Parameters of each row's executions, biases left out."""
+    """Return the parameters of all executions of each row, without biases."""
     owned: Array = (w.params - biases(w)) * w.count
     return owned
 
 
 def removed(before: float, after: float) -> float:
-    """Fraction removed; 0 of nothing."""
+    """Return the fraction removed, 0 if there was nothing before."""
     return max(0.0, 1.0 - after / before) if before > 0 else 0.0
 
 
 def parameters_removed(w: Workload, out: Workload) -> float:
-    """Fraction of the projections' weights that pruning removed."""
+    """Return the fraction of weights in the layers that pruning removed."""
     return removed(*(float(weights(x)[weighted(x)].sum()) for x in (w, out)))

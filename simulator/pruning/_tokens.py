@@ -1,4 +1,4 @@
-"""Fewer tokens: rows on a random number of their tokens, queries apart from keys, and prompts in the cache."""
+"""Reduce tokens: random numbers of tokens per row, queries separate from keys, and prompts in the cache."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Workload, role_code
 
 EXACT_TOKENS = 16
-"""Up to so many tokens every outcome of a binomial is a row of its own."""
+"""Up to this number of tokens, every outcome of the binomial distribution has its own row."""
 
 CAPACITY_TOKENS = 512
-"""From so many tokens on the number computed is fixed, as capacity-based routers fix it; its spread is below 5 %."""
+"""From this number of tokens, the computed number is the mean, as in capacity-based routers; its sd is below 5 %."""
 
 BINS = 5
-"""Equally likely bins that stand for a binomial between the two."""
+"""Number of equally likely bins that approximate the binomial distribution between these two numbers."""
 
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """How many of ``tokens`` are computed when each is with probability ``keep``, and how likely; 0 is left out.
+    """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
 
-    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` this is the binomial distribution; then
-    the means of :data:`BINS` bins of it, each shared between the two whole numbers around it; from
-    :data:`CAPACITY_TOKENS` the mean alone.
+    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
+    it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
+    :data:`CAPACITY_TOKENS` it is the mean alone.
 
     >>> points, likely = token_points(64, 0.9)
     >>> len(points), round(sum(m * p for m, p in zip(points, likely)), 9)
@@ -55,7 +55,7 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
 
 
 def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Means and weights of the bins of a binomial."""
+    """Return means and weights of the bins of a binomial distribution."""
     outcome = np.arange(tokens + 1)
     factorial = np.array([math.lgamma(j + 1) for j in range(tokens + 1)])
     choose = factorial[-1] - factorial - factorial[::-1]
@@ -66,14 +66,15 @@ def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
     used = weights > 0
     means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
     weights = weights[used]
-    return np.minimum(means * (tokens * keep / (means @ weights)), tokens), weights  # undoes the rounding of the sums
+    means *= tokens * keep / (means @ weights)  # exact mean, without rounding errors
+    return np.minimum(means, tokens), weights
 
 
 def split_tokens(w: Workload, keep: Array) -> Workload:
-    """Rows of ``keep < 1`` on a random number of their tokens: a row a possible number, counted as often as expected.
+    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability.
 
-    Tokens are ``m`` (``batch`` for decode attention); bytes of elementwise and collective rows follow; parameters are
-    conserved.
+    Tokens are ``m``, in decode attention ``batch``. Bytes of elementwise and collective rows scale with them.
+    Parameters are conserved.
     """
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
@@ -101,19 +102,19 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
 
 
 def tokens_of(w: Workload) -> Array:
-    """Tokens of every row: ``m``, or ``batch`` for decode attention."""
+    """Return the tokens of every row: ``m``, in decode attention ``batch``."""
     return np.where(w.kind == Kind.DECODE_ATTENTION, w.batch, w.m)
 
 
 def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
-    """Fused q, k, v projections of sparsity ``s > 0`` as two GEMMs, queries and the rest; the sparsity of the rows."""
+    """Split fused qkv projections with sparsity ``s > 0`` into queries and the rest; return the rows' sparsity too."""
     queries, keys = (covering(w, w.is_attention, heads * w.head_dim) for heads in (w.heads, w.kv_heads))
     fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
     if not fused.any():
         return w, s
     if (w.stage[fused] == 2).any():
-        alone = "the queries of a low-rank fused qkv projection cannot be computed alone"
-        raise InputError(f"{alone}; choose an engine that does not fuse them, such as hf")
+        reason = "queries of a low-rank fused qkv projection cannot be computed separately"
+        raise InputError(f"{reason}; choose an engine that does not fuse them, such as hf")
     out, index, first, rest = doubled(w, fused)
     n = np.where(first, queries[index], out.n - queries[index])
     out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
@@ -121,19 +122,20 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
 
 
 def query_share(w: Workload, keep: Array) -> Array:
-    """Share of rotary (or query-key norm) left when ``keep`` of the query work is and all of the keys'; 1 of others."""
+    """Return the share of rotary and query-key norm left if ``keep`` of the queries and all keys stay; else 1."""
     heads, groups = (covering(w, w.is_attention, heads) for heads in (w.heads, w.kv_heads))
     share: Array = (heads * keep + groups) / np.maximum(heads + groups, 1)
     return np.where(w.is_role("rotary", "qk_norm") & (w.layer >= 0), share, 1.0)
 
 
 def prompt_of(w: Workload) -> Array:
-    """Prompt positions in the cache of every row's layer, as its decodes (or its prefill) see them; 0 outside."""
+    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; else 0."""
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
     decode = w.kind == Kind.DECODE_ATTENTION
     rows = w.take(decode if decode.any() else w.kind == Kind.PREFILL_ATTENTION)
-    grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1  # a decode attends to its own position too
+    # a decode step also attends to its own position
+    grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
     length = rows.kv_len - (grown if decode.any() else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
         run = slice(first, first + many)

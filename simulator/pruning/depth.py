@@ -1,4 +1,4 @@
-"""Depth pruning: whole layers, or attention or MLP sublayers, vanish (ShortGPT, LaCo, SLEB, FinerCut)."""
+"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, FinerCut)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from simulator.workload import Part, Workload
 
 
 def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop: Any = None) -> Pruned:
-    """``round(s L)`` layers, or sublayers of each kind, vanish with norm, residual, cache and parameters.
+    """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
-    ``unit``: "layer", "both" (as many of either kind, which is the same unless some layers lack one), "attention" or
-    "mlp". ``drop`` names the layers instead of taking the last ones but one, which matters only where layers differ
-    (alternating windows, per-layer widths).
+    ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
+    "attention" or "mlp". ``drop`` lists the layers to remove, by default the deepest ones except the last; the choice
+    matters only if layers differ (alternating windows, widths per layer).
     """
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     if unit in SUBLAYERS and choice.form == "projection":
-        raise InputError(f"option unit: {unit!r} and a sparsity by projection exclude each other")
+        raise InputError(f"option unit: expected no unit with a sparsity by projection, got {unit!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
     for together in [parts] if unit == "layer" and choice.form != "projection" else [[part] for part in parts]:
         rows = _rows(w, together)
@@ -41,20 +41,20 @@ def _rows(w: Workload, parts: list[Part]) -> Array:
 def _without(w: Workload, parts: list[Part], sparsity: float, drop: Any) -> Workload:
     rows = _rows(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
-    present = np.zeros(layers + 1, dtype=np.int64)  # a layer may have no such sublayer
+    present = np.zeros(layers + 1, dtype=np.int64)  # layers can lack a sublayer
     np.add.at(present, w.layer[rows], 1)
     np.add.at(present, (w.layer + w.layers)[rows], -1)
     there = np.flatnonzero(np.cumsum(present)[:-1] > 0)
     many = int(whole_share(sparsity, len(there)))
-    if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers alike
+    if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
         left = layers - many
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
     keep = np.ones(layers, dtype=bool)
-    # the deepest layers but the last are those that published methods find redundant
+    # published methods find the deepest layers, except the last, redundant
     end = len(there) - 1 if many < len(there) else len(there)
     keep[there[end - many : end] if drop is None else _named(drop, layers, many)] = False
-    number = np.cumsum(keep) - 1  # new number of each layer that stays
+    number = np.cumsum(keep) - 1  # new number of each remaining layer
     wide = w.expand()
     rows = _rows(wide, parts)
     layer = np.where(rows, wide.layer, 0)
@@ -73,9 +73,12 @@ def _named(drop: Any, layers: int, many: int) -> Array:
 
 
 FAMILY = Family(
-    function=depth, axis="static M", order=1,
-    summary="layers, or attention or MLP sublayers, vanish with norm, residual and cache",
+    function=depth,
+    axis="static M",
+    order=1,
+    summary="removes layers, or attention or MLP sublayers, with norm, residual and cache",
     cost="nothing",
     realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
-    targets=SUBLAYERS, per_layer=False,
-)  # fmt: skip
+    targets=SUBLAYERS,
+    per_layer=False,
+)

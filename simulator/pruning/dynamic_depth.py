@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._added import (
@@ -18,42 +19,43 @@ from simulator.pruning._added import (
     sublayer_ends,
 )
 from simulator.pruning._edits import changed, moved, whole_share
-from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, flag, one_of, whole
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Kernel, Kind, Workload, role_code
 
 KEYS = ("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write")
-"""What makes a token's key and value, on all tokens."""
+"""Roles that compute keys and values, for all tokens."""
 
 KERNELS = ("reference", "gathered", "ideal")
-"""GEMMs that skip tiles of tokens sorted by a mask, as the taxonomy's bench has them in Triton; dense ones of tokens
-gathered before a sublayer and scattered after it; the same for free."""
+"""GEMMs that skip tiles of tokens sorted by a mask, as in the taxonomy's Triton benchmark; dense GEMMs of tokens that
+are gathered before and scattered after a sublayer; the same without the cost of copies and routers."""
 
 SELECT, SORT = 2, 2
-"""Kernels between a router's scores and its mask (the larger score, its inverse), and between the mask and the tiles
-that are skipped (order, marks of tiles). The bench's code has some five and nine, of a microsecond or two each; so many
-are what section 5.4 of its paper leaves room for in decode (+62 % outside GEMMs, predicted +25 to +74 %)."""
+"""Kernels from a router's scores to its mask (larger score, inverse), and from it to skipped tiles (order, marks).
+
+The code of the benchmark has about five and nine, of one or two microseconds each. The numbers here fit section 5.4 of
+its paper: in decode +62 % outside GEMMs, predicted +25 to +74 %."""
 
 
 def dynamic_depth(
     w: Workload, choice: Choice, *, ideal: bool, kernel: str = "reference", prune_kv: bool = False, router: int = 2
 ) -> Pruned:
-    """Each attention and MLP sublayer computes an expected share ``1-s`` of the tokens.
+    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer.
 
-    k, v, their rotary and cache writes (and the norm before them) stay dense, so that later tokens find every key; with
+    k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see every key. With
     ``prune_kv`` a skipped token leaves no key in that layer, and attention sees ``1-s`` of the positions.
 
-    Tokens of a GEMM: binomial, see ``token_points``; at batch 1 in decode a sublayer runs with probability ``1-s``.
-    Prefill attention with dense keys keeps its rows and computes a share ``1-s`` of the query-key pairs (density,
-    block-sparse); decode attention has fewer sequences. Parameters are conserved.
+    The number of tokens of a GEMM is binomial, see ``token_points``. At batch 1 in decode a sublayer runs with
+    probability ``1-s``. Prefill attention with dense keys keeps its rows and computes a share ``1-s`` of the query-key
+    pairs (density, block-sparse); decode attention has fewer sequences. Parameters are conserved.
 
-    Cost: a router GEMM (``router`` outputs) over all tokens a sublayer. ``kernel`` "reference" (the taxonomy's bench,
-    github.com/EIT-NLP/LLM-Pruning, PruningInferSim): the mask is selected and, of several tokens, sorted; GEMMs skip
-    tiles and are no cuBLAS; each writes zeros where tokens skip (``fill``); norms, rotary and the product of gate and
-    up see all tokens. "gathered": a gather before a sublayer and a scatter after it, all between on fewer tokens; a
-    single token needs neither.
+    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer. With ``kernel`` "reference" (the taxonomy's
+    benchmark, github.com/EIT-NLP/LLM-Pruning, PruningInferSim) the mask is selected and, for several tokens, sorted.
+    GEMMs skip tiles and do not use cuBLAS; each writes zeros for skipped tokens (``fill``). Norms, rotary and the
+    product of gate and up process all tokens. With "gathered", tokens are gathered before a sublayer and scattered
+    after it, and everything between processes fewer tokens; a single token needs no copies.
     """
-    dense_kv, router = not flag("prune_kv", prune_kv), whole("router", router)
+    dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     if any(a.family == "dynamic_depth" and a.realised > 0 for a in w.meta.applied):
         raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
@@ -73,7 +75,7 @@ def dynamic_depth(
     keep = np.where(skips, keep, 1.0)
     if ideal:
         return split_tokens(w, keep), choice.asked
-    # overheads stand where they run: router, mask and gather before the sublayer, scatter after it
+    # router, mask and gather run before the sublayer, scatter after it
     ends = np.flatnonzero(sublayer_ends(w) & routed)
     first = before_sublayer(w, ends)
     parts = [(first, overhead_gemm(w, ends, "router", router, hidden_at(w, ends)))]
@@ -90,14 +92,14 @@ def dynamic_depth(
 
 
 def _select(w: Workload, ends: Array, router: int) -> Workload:
-    """The mask of a sublayer from its router's scores."""
+    """Return the rows that select the mask of a sublayer from its router's scores."""
     m = w.m[ends]
     traffic = {"read_bytes": m * router * stream_bytes(w, ends), "write_bytes": m * 1.0}
     return overheads(w, ends, "select", m=m, n=np.full(len(ends), router), **traffic, count=SELECT * w.count[ends])
 
 
 def _masked(w: Workload, ends: Array, first: Array, skips: Array) -> Inserted:
-    """The sorting of the masks of several tokens, and the zeros under each result that not all tokens write."""
+    """Return the sorting of masks of several tokens, and the zeros of each result that not all tokens write."""
     several = w.m[ends] > 1
     at, m = ends[several], w.m[ends[several]]
     sort = overheads(w, at, "sort", m=m, n=1, read_bytes=m * SCORE_BYTES, write_bytes=m * SCORE_BYTES)
@@ -111,7 +113,7 @@ def _masked(w: Workload, ends: Array, first: Array, skips: Array) -> Inserted:
 
 
 def _copies(w: Workload, ends: Array, first: Array) -> Inserted:
-    """Gather before and scatter after sublayers of several tokens."""
+    """Return gathers before and scatters after sublayers of several tokens."""
     several = w.m[ends] > 1
     at = ends[several]
     m, hidden = w.m[at], hidden_at(w, at)
@@ -122,10 +124,13 @@ def _copies(w: Workload, ends: Array, first: Array) -> Inserted:
 
 
 FAMILY = Family(
-    function=dynamic_depth, axis="dynamic M", dynamic=True, order=7,
+    function=dynamic_depth,
+    axis="dynamic M",
+    dynamic=True,
+    order=7,
     summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
-    cost="a router, its mask, zeros under every result, kernels below cuBLAS (or a gather and a scatter); at batch 1 "
-         "in decode all or nothing",
+    cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "
+    "batch 1 in decode a sublayer runs or not",
     realised="expected share of token-sublayer pairs skipped",
     targets=SUBLAYERS,
-)  # fmt: skip
+)

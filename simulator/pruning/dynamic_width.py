@@ -1,4 +1,4 @@
-"""Dynamic width: head and channel groups are chosen per token (Deja Vu, Mixture-of-Heads, contextual sparsity)."""
+"""Dynamic width: choose head and channel groups per token (Deja Vu, Mixture-of-Heads, contextual sparsity)."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ from simulator.workload import Kernel, Part, Workload
 
 KERNELS = ("reference", "gathered", "looped", "ideal")
 """GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a
-scatter a group; GEMMs of the same shapes for free."""
+scatter per group; GEMMs of the same shapes without added work."""
 
 SORT = 3
-"""Kernels from a mask to the tiles that are skipped: order, gather, marks of tiles; 11 of the 22 us that a kernel of
-the bench takes at 1024^3 on an RTX 5090 (gemm.GROUPS has the source)."""
+"""Kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
+benchmark at 1024^3 on an RTX 5090."""
 
 ALIGN = 16
-"""Width of a tensor instruction: the expected width of the groups in use is rounded up to it."""
+"""Width of a tensor instruction, to which the expected width of the groups in use is rounded up."""
 
 
 def dynamic_width(
     w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "reference"
 ) -> Pruned:
-    """Each (token, group) tile of q, attention, o, gate, up, down is computed with probability ``1-s``; k and v stay.
+    """Compute each (token, group) tile of q, attention, o, gate, up and down with probability ``1-s``; keep k and v.
 
-    A GEMM over M tokens runs sorted by the mask. A group is in use if any token chose it, with probability
-    ``u = 1 - s^M``, and then has ``M (1-s) / u`` tokens on average: the row becomes that many tokens (rounded up) by
-    ``u`` of the width (rounded up to 16), block-sparse, its density such that the FLOPs are those of the tiles. So a
-    prefill loses rows and reads all weights, a decode at batch 1 keeps its row and reads ``1-s`` of them. Attention
-    computes (decode: reads) a share ``1-s`` of its head groups.
+    A GEMM over M tokens is sorted by the mask. A group is in use if any token chose it, with probability
+    ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens on average. The row becomes that number of tokens (rounded up)
+    times ``u`` of the width (rounded up to 16), block-sparse, with the density that preserves the FLOPs of the tiles. A
+    prefill therefore has fewer rows and reads all weights; a decode at batch 1 keeps its row and reads ``1-s`` of them.
+    Attention computes (in decode: reads) a share ``1-s`` of its head groups.
 
-    Cost: a router a sublayer (KV groups, or ``channel_groups``, outputs) and the sorting of its mask; of the kernels
-    that skip tiles ("reference"), less than a dense GEMM's efficiency, the less the narrower the groups. Without them
-    (``kernel``: "gathered" or "looped") a token's hidden state is copied for each of its groups (``gather``), and its
-    groups' partial outputs are read, added to what is there and written (``scatter``); without a grouped GEMM either
-    ("looped") every group in use is found, gathered, multiplied and scattered on its own. A single token needs none of
-    this. Parameters are conserved.
+    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Kernels
+    that skip tiles ("reference") are less efficient than dense GEMMs, more so for narrow groups. Without such kernels
+    ("gathered", "looped") the hidden state of a token is copied for each of its groups (``gather``), and partial
+    outputs are read, added and written (``scatter``). "looped" has no grouped GEMM: each group in use is selected,
+    gathered, multiplied and scattered separately. A single token needs none of this. Parameters are conserved.
     """
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
@@ -49,8 +48,8 @@ def dynamic_width(
     outer = writers(w, "q", "gate", "up", "gate_up") & (s > 0)
     tiles = outer | (readers(w, "o", "down") & (s > 0))
     if np.isin(w.kernel[tiles], (Kernel.SPARSE24, Kernel.UNSTRUCTURED)).any():
-        no_kernel = "sparse projections have no kernel that also skips tiles"
-        raise InputError(f"dynamic_width: {no_kernel}; choose one of the two")
+        reason = "expected dense projections, as no kernel skips both zeros and tiles, got sparse ones"
+        raise InputError(f"dynamic_width: {reason}")
     heads = covering(w, w.is_attention, w.kv_heads)
     groups = np.where(w.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
     channels = w.is_role("activation") & (w.layer >= 0)
@@ -73,16 +72,16 @@ def dynamic_width(
 
 
 def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Workload:
-    """Tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
+    """Return tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(tokens_of(w), 1).astype(np.float64)
     kept, m = aligned(width, used, ALIGN), np.ceil(tokens * (1.0 - s) / used - 1e-9)
-    exact = np.minimum(tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0), 1.0)  # rounded, a hair above
+    exact = np.minimum(tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0), 1.0)  # rounding can exceed 1
     w = changed(w, tiles, m=m, density=w.density * exact)
     return changed(changed(w, outer, n=kept), tiles & ~outer, k=kept)
 
 
 def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array) -> Workload:
-    """Tiled GEMMs of several tokens as one GEMM for each group in use, the FLOPs the same."""
+    """Return tiled GEMMs of several tokens as one GEMM per group in use, with the same FLOPs."""
     width = np.where(outer, w.n, w.k)
     groups = np.minimum(groups, np.maximum(width, 1))
     many, each = np.where(tiles, groups * used, 1.0), -(-width // groups)
@@ -94,7 +93,7 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, 
 
 
 def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loops: Array, copies: bool) -> Workload:
-    """Router and sorting before each sublayer; where there are ``copies``, gathers and scatters, a pair a loop."""
+    """Insert router and sorting before each sublayer; with ``copies``, one gather and scatter per loop."""
     at = np.flatnonzero(sublayer_ends(w) & (s > 0))
     m, hidden, size, outputs = w.m[at], w.n[at], stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), before_sublayer(w, at)
@@ -103,10 +102,10 @@ def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loop
     parts = [(place, overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
     if copies and (several := m > 1).any():
         rows, n, many = at[several], hidden[several], loops[at][several]
-        pairs = chosen[several] / many  # of a loop
+        pairs = chosen[several] / many  # per loop
         moved_bytes, columns = pairs * n * size[several], {"m": np.ceil(pairs), "n": n, "count": many * w.count[rows]}
         copied = overheads(w, rows, "gather", read_bytes=moved_bytes, write_bytes=moved_bytes, **columns)
-        # adds by atomics: what is read and what is there, at three quarters of the bandwidth (source: gemm.GROUPS)
+        # atomics read both operands of the addition, at three quarters of the bandwidth
         summed = overheads(w, rows, "scatter", read_bytes=3.0 * moved_bytes, write_bytes=moved_bytes, **columns)
         parts += [(place[several], copied), (rows + 0.5, summed)]
         if (many > 1.0).any():
@@ -117,10 +116,14 @@ def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loop
 
 
 FAMILY = Family(
-    function=dynamic_width, axis="dynamic N, K", dynamic=True, order=8,
+    function=dynamic_width,
+    axis="dynamic N, K",
+    dynamic=True,
+    order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
-    cost="a router and a sort of its mask a sublayer; kernels below cuBLAS, the more the narrower the groups (or "
-         "copies for each group); a batch uses the union of its tokens' groups",
+    cost="a router and a sort of its mask per sublayer; kernels slower than cuBLAS, more so for narrow groups (or "
+    "copies for each group); a batch uses the union of its tokens' groups",
     realised="expected share of (token, group) tiles skipped",
-    whole=False, targets=SUBLAYERS,
-)  # fmt: skip
+    whole=False,
+    targets=SUBLAYERS,
+)

@@ -1,4 +1,4 @@
-"""Expert pruning: routed experts are removed or merged (REAP, MoE-Pruner, HC-SMoE), or a token uses fewer of them."""
+"""Expert pruning: remove or merge routed experts (REAP, MoE-Pruner, HC-SMoE), or use fewer per token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from simulator.workload import Kind, Workload
 
 
 def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts") -> Pruned:
-    """``round((1-s) E)`` routed experts stay in each layer, at least as many as a token uses; the router shrinks.
+    """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
 
-    A merged expert costs what a kept one does. Those that stay see more tokens each: as many FLOPs, fewer weights to
-    read. With ``fewer`` "active" all experts stay and a token uses ``round((1-s) A)`` of them, at least one. Where
-    devices share the experts of a layer, these are the numbers of all of them. A model without routed experts stays as
-    it is.
+    A merged expert costs as much as a kept expert. Each remaining expert sees more tokens: the FLOPs are the same, with
+    fewer weights to read. With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at
+    least one. With expert parallel, these are numbers over all devices. A model without routed experts does not change.
     """
     one_of("fewer", fewer, ("experts", "active"))
     routed = w.kind == Kind.EXPERTS
@@ -31,8 +30,8 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts")
     if fewer == "active":
         return w.replace(active=kept / devices), realised
     if (uneven := routed & (kept % devices > 0)).any():
-        many = int(kept[uneven][0])
-        raise InputError(f"experts at sparsity {choice.asked:g}: {many} experts do not divide among {devices} devices")
+        expected = f"expected a multiple of {devices} devices"
+        raise InputError(f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts")
     routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0)
     out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
     params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
@@ -40,8 +39,11 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts")
 
 
 FAMILY = Family(
-    function=experts, axis="static or dynamic N of experts", order=12, needs="experts",
-    summary="routed experts removed or merged, or fewer of them active a token (fewer=active)",
-    cost="nothing; those that stay see more tokens each",
+    function=experts,
+    axis="static or dynamic N of experts",
+    order=12,
+    needs="experts",
+    summary="removes or merges routed experts, or activates fewer per token (fewer=active)",
+    cost="nothing; each remaining expert sees more tokens",
     realised="routed experts (active ones) removed / routed experts (active ones)",
-)  # fmt: skip
+)

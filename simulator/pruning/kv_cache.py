@@ -1,4 +1,4 @@
-"""Cache pruning: part of the prompt's keys and values is evicted after the prefill (H2O, SnapKV, PyramidKV)."""
+"""Cache pruning: evict part of the prompt's keys and values after the prefill (H2O, SnapKV, PyramidKV)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from simulator.workload import DTYPE_BYTES, Kind, Workload
 
 
 def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) -> Pruned:
-    """``round((1-s) S)`` of the S prompt positions stay in the cache, at least one; what is generated stays.
+    """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
-    Prefill rows gain nothing and pay in every layer: the last ``observed`` queries score all keys (``mask``: reads K,
-    writes and reads the scores), each KV head chooses positions (``select``), and the cache is compacted (``gather``:
-    reads and writes what is kept). A workload that is a decode alone has paid it before. Realised: prompt positions
-    evicted / prompt positions, mean over the layers.
+    The prefill saves nothing and adds work in every layer: the last ``observed`` queries score all keys (``mask``: it
+    reads K, writes and reads the scores), each KV head selects positions (``select``), and the cache is compacted
+    (``gather``: it reads and writes the kept positions). A decode workload excludes this work. The realised sparsity is
+    the share of evicted prompt positions, averaged over layers.
     """
     observed = whole("observed", observed)
     prompt = prompt_of(w)
@@ -31,7 +31,7 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
     at = np.flatnonzero(prefill & (choice.rows > 0))
     if ideal:
         return out, realised
-    latent = w.latent[at]  # one vector for all heads, of which half a key's and half a value's
+    latent = w.latent[at]  # one vector for all heads, counted half as key and half as value
     keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at])
     features = np.where(latent > 0, latent / 2, w.head_dim[at])
     position = heads * features * DTYPE_BYTES[w.weight_dtype[at]]  # bytes of one key, all sequences and heads
@@ -50,9 +50,13 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
 
 
 FAMILY = Family(
-    function=kv_cache, axis="K of decode attention", dynamic=True, order=11, together="equal length",
-    summary="a share of the prompt's cache kept",
+    function=kv_cache,
+    axis="K of decode attention",
+    dynamic=True,
+    order=11,
+    together="equal length",
+    summary="keeps a share of the prompt's cache",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
     support=("decode", "generate", "serve"),
-)  # fmt: skip
+)

@@ -1,4 +1,4 @@
-"""Low-rank factorisation: each weight becomes two thin ones (SVD-LLM, ASVD)."""
+"""Low-rank factorisation: replace each weight by two thin factors (SVD-LLM, ASVD)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from simulator.workload import Workload
 
 
 def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pruned:
-    """W of N x K becomes K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to ``align``, at most N and K.
+    """Replace W of N x K by K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to ``align``, at most N, K.
 
-    A fused projection is factorised as one; a tensor-parallel device factorises its own shard. A bias stays with the
-    second factor.
+    A fused projection is factorised as one weight; a tensor-parallel device factorises its own shard. The second factor
+    keeps the bias.
     """
     align = whole("align", align)
     rows = projections(w) & (choice.rows > 0)
     if (w.stage[rows] > 0).any():
-        raise InputError("low_rank: the projections are low-rank already; factorise once, at the final sparsity")
+        raise InputError("low_rank: expected dense projections, got low-rank ones; factorise once")
     if (rows & zeros(w)).any():
-        raise InputError("low_rank: a factorisation fills the zeros of sparse projections; apply low_rank first")
+        raise InputError("low_rank: expected dense projections, got sparse ones; apply low_rank first")
     n, k = w.n.astype(np.float64), w.k.astype(np.float64)
     exact = np.floor((1.0 - choice.rows) * n * k / np.maximum(n + k, 1.0) + 1e-9)
     rank = np.minimum(np.maximum(np.ceil(exact / align), 1) * align, np.minimum(n, k)).astype(np.int64)
     bias = biases(w)
-    owned = (w.params - bias) / np.maximum(n * k, 1.0)  # not 1 where executions are fewer or more than the layers
+    owned = (w.params - bias) / np.maximum(n * k, 1.0)  # not 1 if executions and layers differ
     out, index, first, second = doubled(w, rows)
     r, owned = rank[index], owned[index]
     out = changed(out, first, n=r, stage=1, params=owned * r * out.k)
@@ -36,9 +36,12 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
 
 
 FAMILY = Family(
-    function=low_rank, axis="static K", order=5,
-    summary="each projection becomes two GEMMs of a small rank",
-    cost="a second launch, thin GEMMs, traffic of the intermediate",
+    function=low_rank,
+    axis="static K",
+    order=5,
+    summary="replaces each projection by two GEMMs of a small rank",
+    cost="a second launch, thin GEMMs, bytes of the intermediate",
     realised="parameters of the projections removed / parameters of the projections, after rounding the ranks",
-    whole=False, targets=WEIGHTS,
-)  # fmt: skip
+    whole=False,
+    targets=WEIGHTS,
+)

@@ -1,4 +1,4 @@
-"""Semi-structured pruning: two of four neighbouring weights are zero (SparseGPT, Wanda at 2:4); sparse tensor cores."""
+"""Semi-structured pruning: two of four neighbouring weights are zero (SparseGPT, Wanda at 2:4)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from simulator.workload import Kernel, Workload
 
 
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
-    """2:4 in the projections: density 0.5 on the sparse tensor cores. ``m`` stays logical; the kernel pads it to 8.
+    """Make the projections 2:4 sparse: density 0.5 on sparse tensor cores. The kernel pads ``m`` to a multiple of 8.
 
-    A part of the projections is chosen by a per-projection or per-layer sparsity of 0.5 and 0.
+    A sparsity per projection or per layer of 0.5 and 0 selects some of the projections.
     """
     wrong = choice.rows[projections(w) & (choice.rows > 0) & (choice.rows != 0.5)]
     if len(wrong):
-        removes = "2:4 removes exactly 0.5 (0 leaves a projection dense)"
-        raise InputError(f"semi_structured at sparsity {wrong[0]:g}: {removes}")
+        expected = "expected 0.5, as 2:4 removes half (0 keeps a projection dense)"
+        raise InputError(f"semi_structured at sparsity {wrong[0]:g}: {expected}")
     return zeroed(w, choice, Kernel.SPARSE24, "semi_structured")
 
 
 FAMILY = Family(
-    function=semi_structured, axis="static K", order=4,
+    function=semi_structured,
+    axis="static K",
+    order=4,
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
-    cost="kernels less efficient than dense ones; no gain, often a loss, when M is small",
+    cost="kernels are less efficient than dense ones; small M gives no speedup, often a slowdown",
     realised="zero parameters / parameters of the projections (0.5)",
-    whole=False, targets=WEIGHTS,
-)  # fmt: skip
+    whole=False,
+    targets=WEIGHTS,
+)

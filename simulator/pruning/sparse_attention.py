@@ -1,4 +1,4 @@
-"""Sparse attention: only some blocks of queries and keys are computed (MInference, FlexPrefill, Quest)."""
+"""Sparse attention: compute only some blocks of queries and keys (MInference, FlexPrefill, Quest)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
 
 
 def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64) -> Pruned:
-    """A share ``1-s`` of the q-k blocks of edge ``block`` is computed; in decode, of the cache's blocks is read.
+    """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
 
-    Cost, an attention: prefill pools queries and keys by block and scores the pooled ones (``mask``: reads Q and K,
-    writes a score a block pair and head); decode scores two bounds of every cached block's keys. Then blocks are chosen
-    (``select``). Cache and parameters stay.
+    Cost per attention: prefill pools queries and keys by block and scores them (``mask``: it reads Q and K, and writes
+    one score per block pair and head); decode scores two bounds of the keys in every cached block. Then blocks are
+    selected (``select``). Cache and parameters do not change.
     """
     one_of("block", block, (16, 64, 128))
     rows = w.is_attention & (choice.rows > 0)
@@ -28,7 +28,7 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
     tiles, blocks = np.where(prefill, np.ceil(x.q_len / block), 1.0), np.ceil(x.keys_seen / block)
     queries = x.batch * x.q_len * x.heads * x.head_dim * DTYPE_BYTES[x.dtype]
     keys = x.batch * x.kv_heads * x.head_dim * DTYPE_BYTES[x.weight_dtype]
-    # all keys are pooled once; a cached block keeps two bounds
+    # prefill pools all keys; decode reads two bounds per cached block
     read, tiles = queries + keys * np.where(prefill, x.keys_seen, 2.0 * blocks), x.batch * x.heads * tiles
     scores = tiles * blocks * SCORE_BYTES
     mask = overheads(w, at, "mask", m=x.batch * x.q_len, n=blocks, read_bytes=read, write_bytes=scores)
@@ -38,8 +38,11 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
 
 
 FAMILY = Family(
-    function=sparse_attention, axis="dynamic N, K of attention", dynamic=True, order=9,
-    summary="a share of the q-k blocks (16, 64 or 128) computed; in decode, of the cache's blocks read",
-    cost="scoring and choosing the blocks; small blocks cost more a pair",
+    function=sparse_attention,
+    axis="dynamic N, K of attention",
+    dynamic=True,
+    order=9,
+    summary="computes a share of the q-k blocks (16, 64 or 128); in decode, reads a share of the cache's blocks",
+    cost="scoring and selecting blocks; small blocks cost more per pair",
     realised="share of q-k pairs skipped",
-)  # fmt: skip
+)

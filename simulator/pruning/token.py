@@ -1,7 +1,4 @@
-"""Token pruning: prompt tokens are dropped from a layer on, and from the cache.
-
-FastV, PyramidDrop, LazyLLM; LLMLingua at layer 0.
-"""
+"""Token pruning: drop prompt tokens from some layer on, and from the cache (FastV, PyramidDrop, LLMLingua)."""
 
 from __future__ import annotations
 
@@ -19,29 +16,29 @@ from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
 START = 2
-"""First layer on fewer tokens unless told otherwise; dropping hurts early layers most (FastV drops after layer 2)."""
+"""Default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most."""
 
 
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
-    """From layer ``start`` (default 2), ``round((1-s) S)`` of S prompt tokens, at least 1, stay and are cached.
+    """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
-    A per-layer sparsity is the share of the prompt missing in each layer; it never falls from one layer to the next.
-    Where logits of all positions are asked for, only tokens that remain have some. In decode the cache alone is
-    shorter. Cost, at each layer where tokens go: ``mode`` "dynamic" scores them by the last query's attention
-    (``select``) and gathers the rest; "static" (chosen before inference: pooling, stop words) only gathers. Realised at
-    the last layer, or the mean over the layers for a per-layer sparsity.
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. If
+    logits of all positions are requested, only remaining tokens have some. In decode only the cache is shorter. Cost
+    per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
+    gathers the rest; "static" (tokens chosen before inference: pooling, stop words) only gathers. The realised sparsity
+    is that of the last layer, or for a sparsity per layer the mean over layers.
     """
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = layer_count(w), choice.form == "layer"
-    table = np.zeros(layers)  # share of the prompt missing in each layer
+    table = np.zeros(layers)  # share of the prompt that is missing in each layer
     if per_layer:
         if start is not None:
-            raise InputError("option start: a sparsity by layer says already where tokens go")
+            raise InputError("option start: expected no start with a sparsity by layer, which defines it")
         table[w.layer[w.layer >= 0]] = choice.rows[w.layer >= 0]
         if (np.diff(table) < 0).any():
             at = int(np.flatnonzero(np.diff(table) < 0)[0]) + 1
-            low = f"expected at least {table[at - 1]:g}, got {table[at]:g}"
-            raise InputError(f"sparsity of layer {at}: a dropped token cannot come back; {low}")
+            expected = f"expected at least {table[at - 1]:g}, as dropped tokens do not return"
+            raise InputError(f"sparsity of layer {at}: {expected}, got {table[at]:g}")
     else:
         first = min(START, layers - 1) if start is None else whole("start", start, low=0)
         if first >= layers:
@@ -58,11 +55,11 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
 
 
 def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
-    """The workload on fewer tokens, and prompt tokens left and there before, by row."""
+    """Return the workload with fewer tokens, and prompt tokens per row after and before dropping."""
     s = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0))
     prompt = prompt_of(w)
     whole_prompt = int(prompt.max(initial=0)) or w.meta.seq
-    prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or in layers without attention
+    prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or without attention
     kept = np.where(s > 0, np.maximum(whole_share(1.0 - s, prompt), 1), prompt)
     together = 1 if w.meta.phase == "serve" else w.meta.batch  # sequences of a prefill
     sampled = (w.layer < 0) & (w.m <= together)  # the head on last positions
@@ -74,16 +71,16 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
 
 
 def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:
-    steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)  # layers before which tokens go
+    steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)  # layers before which tokens are dropped
     rows = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) & np.isin(w.layer, steps))
     if not len(rows):
         return out
     x, place = w.take(rows), before_sublayer(w, rows)
-    missing = np.r_[0.0, table][x.layer]  # share of the prompt gone in the layer before
+    missing = np.r_[0.0, table][x.layer]  # share of the prompt missing in the previous layer
     before = x.batch * np.maximum(whole_share(1.0 - missing, prompt[rows]), 1)
     left, hidden = x.batch * kept[rows], int(hidden_at(w, np.flatnonzero(sublayer_ends(w))).max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
-    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # in one layer only
+    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # only in one layer
     traffic: dict[str, Any] = {
         "select": {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index},
         "gather": {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream},
@@ -93,8 +90,12 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
 
 
 FAMILY = Family(
-    function=token, axis="static or dynamic M", dynamic=True, order=10, together="equal length",
-    summary="prompt tokens dropped from a layer on, and from the cache",
-    cost="scoring and gathering of the tokens where they are dropped",
-    realised="prompt tokens dropped / prompt tokens, from the layer on",
-)  # fmt: skip
+    function=token,
+    axis="static or dynamic M",
+    dynamic=True,
+    order=10,
+    together="equal length",
+    summary="drops prompt tokens from some layer on, also from the cache",
+    cost="scoring and gathering tokens in the layers that drop them",
+    realised="prompt tokens dropped / prompt tokens, from that layer on",
+)

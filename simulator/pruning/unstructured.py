@@ -1,4 +1,4 @@
-"""Unstructured pruning: zeros anywhere (SparseGPT, Wanda, magnitude). No dense kernel gains; one for vectors may."""
+"""Unstructured pruning: zeros anywhere (SparseGPT, Wanda, magnitude); dense kernels do not become faster."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from simulator.pruning._rows import projections
 from simulator.workload import Kernel, Workload
 
 KERNELS = ("dense", "spmv")
-"""Dense kernels, which compute the zeros; a sparse matrix times a vector where a GEMM has one token."""
+"""Dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token."""
 
 
 def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "dense") -> Pruned:
-    """Density ``1-s`` in the projections; counted in the bounds, timed as dense.
+    """Set the density of the projections to ``1-s``: bounds count the zeros, times are those of dense kernels.
 
-    With ``kernel`` "spmv" the GEMMs of one token (decode at batch 1) read only what is not zero, each value with four
-    bits that tell where it is (MACKO, github.com/vlejd/macko_spmv): a gain from a sparsity of about 0.25 on.
+    With ``kernel`` "spmv" GEMMs of one token (decode at batch 1) read only nonzero values, each with four bits for its
+    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25.
     """
     one_of("kernel", kernel, KERNELS)
     out, realised = zeroed(w, choice, Kernel.UNSTRUCTURED, "unstructured")
@@ -25,9 +25,12 @@ def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "den
 
 
 FAMILY = Family(
-    function=unstructured, axis="static K", order=6,
-    summary="zeros without structure in all projections",
-    cost="no gain: dense kernels compute the zeros; the bounds count them (kernel=\"spmv\": a kernel for one token)",
+    function=unstructured,
+    axis="static K",
+    order=6,
+    summary="sets weights of all projections to zero, without structure",
+    cost="no speedup, as dense kernels compute zeros; bounds count them (kernel=spmv: a kernel for one token)",
     realised="zero parameters / parameters of the projections",
-    whole=False, targets=WEIGHTS,
-)  # fmt: skip
+    whole=False,
+    targets=WEIGHTS,
+)

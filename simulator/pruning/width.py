@@ -1,4 +1,4 @@
-"""Width pruning: KV groups with their query heads, and MLP channels, vanish (LLM-Pruner, FLAP, Sheared LLaMA)."""
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from simulator.pruning._rows import covering, parameters_removed, readers, write
 from simulator.workload import Kind, Workload
 
 HEADS: tuple[str, ...] = (*QKV, "q_b", "kv_b", "absorb_k", "absorb_v")
-"""Projections whose outputs are split by heads."""
+"""Projections whose outputs belong to heads."""
 
 
 def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
-    """``round((1-s) G)`` KV groups stay, at least one; the inner width becomes ``(1-s)`` of itself, up to ``align``.
+    """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
 
-    On tensor-parallel devices both hold for each device's share, so that devices stay balanced. ``inner`` sets the
-    inner width (of the whole model) itself, for a pruned checkpoint at hand; ``align=1`` gives the odd widths of
-    channel pruners.
+    On tensor-parallel devices both apply to the share of each device, so devices stay balanced. ``inner`` sets the
+    inner width of the whole model, for an existing pruned checkpoint. ``align=1`` gives the odd widths of channel
+    pruners.
     """
     align = whole("align", align)
     out = _experts(_mlp(_attention(w, choice.rows), choice.rows, align, inner), choice.rows, align)
@@ -31,7 +31,7 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
 
 def _attention(w: Workload, s: Array) -> Workload:
     attention = w.is_attention
-    latent = w.latent > 0  # one for all heads, whatever there are
+    latent = w.latent > 0  # one vector for all heads
     groups = covering(w, attention, np.where(latent, w.heads, w.kv_heads))
     shrink = (s > 0) & (groups > 0)
     groups = np.maximum(groups, 1)
@@ -67,17 +67,18 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
 
 
 def _experts(w: Workload, s: Array, align: int) -> Workload:
-    """Each routed expert narrower; all are kept."""
+    """Make each routed expert narrower; keep all experts."""
     narrower = (w.kind == Kind.EXPERTS) & (s > 0)
     n = np.where(narrower, aligned(w.n, 1.0 - s, align), w.n)
     return w.replace(n=n, params=np.where(narrower, w.params * (n / np.maximum(w.n, 1)), w.params))
 
 
 FAMILY = Family(
-    function=width, axis="static N -> K", order=2,
-    summary="KV groups with their query heads, and MLP channels, vanish; the cache shrinks with them",
+    function=width,
+    axis="static N -> K",
+    order=2,
+    summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
     cost="alignment and tile effects of the narrower shapes",
-    realised="parameters of the projections removed / parameters of the projections, "
-             "after rounding groups and inner width",
+    realised="parameters of the projections removed / parameters of the projections, after rounding groups and widths",
     targets=SUBLAYERS,
-)  # fmt: skip
+)

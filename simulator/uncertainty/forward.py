@@ -1,6 +1,13 @@
-"""How sure a pass of many operators is, and a ratio of two: sums of :class:`Uncertainty` by share of the time.
+"""Forward passes with the errors of their operators, and the errors of whole passes and of their ratios.
 
-Use :class:`PassUncertainty` for whole passes, :func:`ratio_half` for single operators at two shapes.
+Use :func:`forward_passes` for a batch of workloads, :func:`ratio_half` for single operators at two shapes. The log
+error of a pass is the sum of the log errors of its operators, weighted by their share of the time.
+
+Symbols
+-------
+W : workloads
+G : groups of operators with one error
+c : error factors
 """
 
 from __future__ import annotations
@@ -12,22 +19,166 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.arguments import instance
 from simulator.arrays import Array
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, Posterior, Uncertainty, correlation, level_scale
+from simulator.cost.forward import ForwardPass, engine_factors, estimates, gaps, refusal, streams
+from simulator.cost.host import Host
+from simulator.engines.engine import Engine, load_engine
+from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    FACTOR_INDEX,
+    Uncertainty,
+    correlation,
+    level_scale,
+)
+from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, predicted
+from simulator.uncertainty.posterior import Posterior, posterior_of
+from simulator.workload import Kernel, Workload
+from simulator.workload_batch import WorkloadBatch
 
 _CHUNK = 512
+
+Errors = list[tuple[Any, Uncertainty]]
+"""Rows of a workload, and the errors of their times."""
+
+
+def operator_times(
+    w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None
+) -> tuple[OperatorTimes, Errors]:
+    """Return the time of one execution of every row, whatever the mix of operators, and their errors.
+
+    With an ``engine``, GEMMs differ from the measured ones as :func:`simulator.cost.forward.engine_factors` states.
+    """
+    columns = empty_times(len(w))
+    errors: Errors = []
+    for rows, e in estimates(w, hw):
+        times, uncertainty = predicted(e, hw, level)
+        errors.append((rows, uncertainty))
+        for name in TIMES:
+            columns[name][rows] = getattr(times, name)
+    if engine is not None and engine is not load_engine(""):
+        known = columns["seconds"], columns["roofline_s"], columns["bottleneck"]
+        factor = engine_factors(w, hw, engine, *known)
+        for name in ("seconds", "lower", "upper"):
+            columns[name] = columns[name] * factor
+    return OperatorTimes(**columns), errors
+
+
+@dataclass(frozen=True)
+class PredictedPass(ForwardPass):
+    """A forward pass with prediction intervals and errors of its operators."""
+
+    each: OperatorTimes  # one execution of the main kernel of each of the batch's distinct shapes
+    errors: Errors  # of those
+
+    @cached_property
+    def time(self) -> OperatorTimes:
+        """One execution of each row; the roofline is that of a fused kernel."""
+        of_row = {name: getattr(self.each, name)[self.workloads.shapes[1]] for name in TIMES}
+        return OperatorTimes(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
+
+    @cached_property
+    def uncertainty(self) -> PassUncertainty:
+        """Errors of the device's times."""
+        workloads, groups, which = self.workloads, self.workloads.groups, self.workloads.shapes[1]
+        device = np.maximum(self.device_s, 1e-300)
+        share, size = self.row_s / device[workloads.owner], len(self.each.seconds)
+        correlated, independent = np.zeros((2, size))
+        coordinates = np.zeros((size, 3))
+        factors = {name: np.zeros(size) for _, error in self.errors for name in error.factors}
+        for rows, error in self.errors:
+            correlated[rows], independent[rows], coordinates[rows] = (
+                error.correlated,
+                error.independent,
+                error.coordinates,
+            )
+            for name, values in zip(error.factors, error.systematic, strict=True):
+                factors[name][rows] = values
+        variance = correlated * correlated + independent
+        for values in factors.values():
+            variance = variance + values * values
+        systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
+        for name, values in factors.items():
+            if values.any():
+                systematic[:, FACTOR_INDEX[name]] = workloads.total(share * values[which])
+        systematic[:, FACTOR_INDEX["machine launch"]] += ERROR_FACTORS["machine launch"] * self.gap_s / device
+        composed, gaps = self._composed
+        own, whole = (groups.sums(share * np.sqrt(v[which] + composed)) + gaps for v in (independent, variance))
+        posterior = posterior_of(self.hw)
+        noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
+        time = np.maximum(groups.sums(share), 1e-300)
+        centre = np.stack([groups.sums(share * axis[which]) / time for axis in coordinates.T], axis=-1)
+        return PassUncertainty(
+            systematic=systematic,
+            correlated=groups.sums(share * correlated[which]) * noise,
+            independent=own * noise,
+            whole=whole,
+            coordinates=centre,
+            kind=groups.kind,
+            posterior=posterior,
+        )
+
+    @property
+    def _composed(self) -> tuple[Array, Array]:
+        """Variance of the log of each row's time, where several kernels make up an operator and none was timed; and (W,
+        G) the standard deviation that the gaps between these kernels add to a group, as a share of the pass."""
+        w, groups, sd = self.workloads.rows, self.workloads.groups, self.engine.composed_log_sd.value
+        composed = w.overhead | (w.is_attention & (w.kernel == Kernel.BLOCK_SPARSE))
+        part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
+        return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[:, None]
+
+
+def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9) -> PredictedPass:
+    """Return the passes of a batch in the engine of its workloads; every distinct operator is timed once.
+
+    ``level`` is that of the intervals. InputError for operators that the device or the engine cannot run.
+    """
+    instance("hw", hw, HardwareProfile, "load_hardware")
+    engine = load_engine(workloads.rows.meta.engine)
+    if reason := refusal(workloads):
+        raise InputError(reason)
+    hw = hw.serving(engine.stacks)
+    shapes, which = workloads.shapes
+    each, errors = operator_times(shapes, hw, level, engine)
+    streamed, gap = streams(workloads, engine), gaps(workloads, engine, hw)
+    row_s = each.seconds[which] * workloads.rows.count * streamed
+    return PredictedPass(
+        workloads=workloads,
+        hw=hw,
+        engine=engine,
+        bottleneck_of_row=each.bottleneck[which],
+        streams=streamed,
+        row_s=row_s,
+        group_s=workloads.groups.sums(row_s) + gap,
+        group_gap_s=gap,
+        host=Host.of(workloads, engine, hw, *host_launch(hw)),
+        each=each,
+        errors=errors,
+    )
+
+
+def host_launch(hw: HardwareProfile) -> tuple[float, float]:
+    """Return the time of an eager launch on a profile's host, s, and the standard deviation of its log."""
+    launch_s, posterior = hw.section("runtime", "*")["host_op_s"], posterior_of(hw)
+    if posterior is None:
+        return launch_s, ERROR_FACTORS["host"]
+    mean, sd = posterior.factor("host")
+    return launch_s * float(np.exp(mean)), sd
 
 
 @dataclass(frozen=True)
 class PassUncertainty:
-    """What the logs of W total times are unsure of; each is a sum over G groups of operators that have one error. All
-    but ``kind`` are weighted by share of the time; ``local`` and ``own`` with the posterior's factors on them."""
+    """Errors of the logs of W total times, sums over G groups of operators with one error. All but ``kind`` are
+    weighted by share of the time; ``correlated`` and ``independent`` contain the posterior's factors."""
 
-    shared: Array  # (W, c) of COLUMNS
-    local: Array  # (W, G)
-    own: Array  # (W, G) standard deviations
+    systematic: Array  # (W, c) of ERROR_FACTORS
+    correlated: Array  # (W, G)
+    independent: Array  # (W, G) standard deviations
     whole: Array  # (W, G) standard deviations of all of a group's error
-    place: Array  # (W, G, 3)
+    coordinates: Array  # (W, G, 3)
     kind: NDArray[np.intp]  # (G,)
     posterior: Posterior | None = None
 
@@ -35,38 +186,40 @@ class PassUncertainty:
     def _scale(self) -> Any:
         return 1.0 if self.posterior is None else self.posterior.scale
 
-    def _alike(self, a: Any, b: Any) -> Array:
-        """(W,) covariance of the local errors of some passes with others."""
-        out = np.zeros(len(self.local[a]))
-        for kind in np.unique(self.kind[self.local.any(axis=0)]):
+    def _correlated_covariance(self, a: Any, b: Any) -> Array:
+        """(W,) covariance of the correlated errors of some passes with others."""
+        out = np.zeros(len(self.correlated[a]))
+        for kind in np.unique(self.kind[self.correlated.any(axis=0)]):
             at = np.flatnonzero(self.kind == kind)
             for first in range(0, len(out), _CHUNK):
                 i, j = a[first : first + _CHUNK, None], b[first : first + _CHUNK, None]
-                together = correlation(self.place[i, at], self.place[j, at])
-                out[first : first + _CHUNK] += np.einsum("wg,wgh,wh->w", self.local[i, at], together, self.local[j, at])
+                near = correlation(self.coordinates[i, at], self.coordinates[j, at])
+                part = np.einsum("wg,wgh,wh->w", self.correlated[i, at], near, self.correlated[j, at])
+                out[first : first + _CHUNK] += part
         return out
 
     @cached_property
-    def _local_variance(self) -> Array:
-        every = np.arange(len(self.local))
-        return self._alike(every, every)
+    def _correlated_variance(self) -> Array:
+        every = np.arange(len(self.correlated))
+        return self._correlated_covariance(every, every)
 
-    def covariance(self, shared: Array, local: Array, place: Array, kind: NDArray[np.intp]) -> Array:
-        """(W, n) with the errors of n times of operators, as :class:`Uncertainty` has them, of kinds (n,)."""
-        out = self.shared @ shared.T
+    def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]) -> Array:
+        """Return (W, n), the covariance with the errors of n times of operators of kinds (n,)."""
+        out = self.systematic @ systematic.T
         for group, own in enumerate(self.kind):
-            alike = local * (kind == own)
-            if self.local[:, group].any() and alike.any():
-                out += correlation(self.place[:, group], place) * self.local[:, group, None] * alike
+            same_kind = correlated * (kind == own)
+            if self.correlated[:, group].any() and same_kind.any():
+                near = correlation(self.coordinates[:, group], coordinates)
+                out += near * self.correlated[:, group, None] * same_kind
         return np.asarray(out)
 
     @cached_property
     def _measured(self) -> Array:
         """(W, n) covariance with the measured times."""
         if self.posterior is None:
-            return np.zeros((len(self.shared), 0))
+            return np.zeros((len(self.systematic), 0))
         p = self.posterior
-        return self.covariance(p.shared * p.scale, p.local * np.sqrt(p.noise[p.kind]), p.place, p.kind)
+        return self.covariance(p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind)
 
     def _less_measured(self, variance: Array, c: Array) -> Array:
         if self.posterior is None:
@@ -74,35 +227,46 @@ class PassUncertainty:
         return np.asarray(np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0))
 
     def variance(self) -> Array:
-        """(W,) of the log of each time."""
-        local = self._local_variance + (self.own * self.own).sum(axis=1)
-        return self._less_measured((self.shared * self.shared * self._scale).sum(axis=1) + local, self._measured)
+        """Return the variance (W,) of the log of each time."""
+        others = self._correlated_variance + (self.independent * self.independent).sum(axis=1)
+        prior = (self.systematic * self.systematic * self._scale).sum(axis=1) + others
+        return self._less_measured(prior, self._measured)
 
     def ratio_variance(self, other: NDArray[np.intp], same: Array) -> Array:
-        """(W,) of the log of the ratio of each time to that of pass ``other`` (W,).
+        """Return the variance (W,) of the log of the ratio of each time to that of pass ``other`` (W,).
 
-        ``same`` (W, G): 1 where a group is the same in both; less where only its number changed, by which all its
-        errors differ; 0 where its shape did, so that its own error is another.
+        ``same`` (W, G): 1 where a group is the same in both passes; less where only its number changed, by which all
+        its errors differ; 0 where its shape changed, so that its independent error is another.
         """
-        shared = self.shared[other] - self.shared
-        local = self._local_variance[other] + self._local_variance
-        local = np.maximum(local - 2.0 * self._alike(other, np.arange(len(other))), 0.0)
-        dense, covered = self.own[other], same > 0.0
-        own = dense * dense + self.own * self.own - 2.0 * covered * dense * self.own
+        systematic = self.systematic[other] - self.systematic
+        correlated = self._correlated_variance[other] + self._correlated_variance
+        covariance = self._correlated_covariance(other, np.arange(len(other)))
+        correlated = np.maximum(correlated - 2.0 * covariance, 0.0)
+        dense, covered = self.independent[other], same > 0.0
+        own = dense * dense + self.independent * self.independent - 2.0 * covered * dense * self.independent
         apart = 2.0 * np.where(covered, 1.0 - same, 0.0) * self.whole[other] * self.whole
-        variance = (shared * shared * self._scale).sum(axis=1) + local + np.maximum(own, 0.0).sum(axis=1)
+        variance = (systematic * systematic * self._scale).sum(axis=1) + correlated + np.maximum(own, 0.0).sum(axis=1)
         return self._less_measured(variance + apart.sum(axis=1), self._measured[other] - self._measured)
 
     def half(self, variance: Array, level: float) -> Array:
-        """Log half-width of an interval at a level."""
+        """Return the log half-width of an interval at a level."""
         coverage_factor = COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
         return np.asarray(coverage_factor * level_scale(level) * np.sqrt(variance))
 
 
 def ratio_half(a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Posterior | None = None) -> Array:
-    """Log half-width (n,) of the intervals of ratios of times, row by row, of one kind of operator at other shapes."""
-    own, whole = (np.sqrt(np.concatenate(v))[:, None] for v in ([a.own, b.own], [a.variance, b.variance]))
-    shared, local, place = (np.concatenate(v) for v in ([a.wide(), b.wide()], [a.local, b.local], [a.place, b.place]))
-    both = PassUncertainty(shared, local[:, None], own, whole, place[:, None], np.array([a.kind]), posterior)
-    other = np.roll(np.arange(len(shared)), len(a.own))
-    return both.half(both.ratio_variance(other, np.zeros((len(shared), 1)))[: len(a.own)], level)
+    """Return the log half-width (n,) of the intervals of ratios of times, row by row, of one kind of operator at two
+    shapes."""
+    both = Uncertainty.joined([a, b])
+    passes = PassUncertainty(
+        systematic=both.wide(),
+        correlated=both.correlated[:, None],
+        independent=np.sqrt(both.independent)[:, None],
+        whole=np.sqrt(np.concatenate([a.variance, b.variance]))[:, None],
+        coordinates=both.coordinates[:, None],
+        kind=np.array([a.kind]),
+        posterior=posterior,
+    )
+    size = len(a.independent)
+    other = np.roll(np.arange(2 * size), size)
+    return passes.half(passes.ratio_variance(other, np.zeros((2 * size, 1)))[:size], level)

@@ -1,12 +1,18 @@
-"""Times of passes and their ratios with intervals: the device's doubt, the host's, and a measured time.
+"""Compute pass times and their ratios, with prediction intervals.
 
-Use :func:`prediction_intervals` for many, :func:`cost` for one workload. Errors of the device's kernels are one linear
-model (:mod:`simulator.uncertainty.error_model`). The host is one number, but what it does to a pass is not linear: it
-shows only where it is slower than the device. So a pass is asked at three hosts: the usual one and the two ends of the
-interval of hosts, and what changes there joins the device's interval, root of sum of squares, on either side.
+Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
+model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
+device. Each pass is therefore evaluated at three host speeds: the typical one and both ends of the host interval. On
+each side, the change is combined with the device interval as a root of sum of squares.
 
-A measured time of one of the passes is one observation of this model: hosts on which it is likely count more
-(Bayes' rule on a grid of host speeds), and at each of them the kernels' errors are conditioned on what is left.
+A measured pass time is one observation. Bayes' rule weights a grid of host speeds; kernel errors are conditioned on the
+remaining difference.
+
+Symbols
+-------
+W : passes
+z : speed of the host, standard deviations from the typical host
+h : host speeds at which passes are evaluated
 """
 
 from __future__ import annotations
@@ -20,8 +26,9 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import FloatArray
-from simulator.cost.forward import TIMES, ForwardPass, forward_passes
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, OperatorTimes, level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.operators import TIMES, OperatorTimes
 from simulator.units import seconds, seconds_between
 from simulator.workload import ROLES, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -30,21 +37,21 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 MIXED_LOG_SD = 0.05
-"""Of the ratio of host times where another mix of kernels is launched: the same host, not the same work."""
+"""Log standard deviation of the ratio of host times where another mix of kernels is launched on the same host."""
 
 MEASURED_LOG_SD = 0.01
-"""Of a measured time of a whole pass: run to run."""
+"""Log standard deviation of a measured time of a whole pass from run to run."""
 
 _GRID = np.linspace(-5.0, 5.0, 201)
-"""Speeds of hosts that a measured time chooses among, standard deviations."""
+"""Host speeds that a measured time selects from, standard deviations."""
 
 CONSISTENT_SD = 2.5
-"""Standard deviations from its prediction at which a measured time is not believed."""
+"""Standard deviations from its prediction beyond which a measured time is ignored."""
 
 
 @dataclass(frozen=True)
 class PredictionIntervals:
-    """W passes: times and ratios to another pass each, s and 1, with intervals."""
+    """Times of W passes, s, and ratios to another pass each, with intervals."""
 
     seconds: FloatArray
     lower: FloatArray
@@ -57,43 +64,43 @@ class PredictionIntervals:
 
 @dataclass(frozen=True)
 class Inferred:
-    """What a measured time says: factors on predicted times of the host and of the kernels."""
+    """What follows from a measured time: factors on the predicted times of the host and of the kernels."""
 
     host: float
     device: float
-    predicted_s: float  # before it was known
-    deviation: float  # standard deviations between the two, on the host that explains it best
-    consistent: bool  # else nothing is moved by it
-    layer_s: float  # of the host to launch one layer, by this; 0 under a graph
-    host_s: float  # of the host in the whole measured pass, by this
+    predicted_s: float  # without the measured time
+    deviation: float  # between measured and predicted time on the most likely host, standard deviations
+    consistent: bool  # False: predictions do not change
+    layer_s: float  # time of the host to launch one layer; 0 under a graph
+    host_s: float  # time of the host in the whole measured pass
     host_bound: bool
 
 
 @dataclass(frozen=True)
 class _Hosts:
-    """Passes at some speeds of the host: times (h, W) and the part of them that follows the device."""
+    """Passes at h host speeds: times (h, W) and the part of them that follows the device."""
 
     seconds: FloatArray
     share: FloatArray
 
     @classmethod
-    def at(cls, p: ForwardPass, z: FloatArray) -> _Hosts:
+    def at(cls, p: PredictedPass, z: FloatArray) -> _Hosts:
         seconds, share = zip(*(p.at(float(one)) for one in z), strict=True)
         return cls(np.stack(seconds), np.stack(share))
 
 
 def prediction_intervals(
-    p: ForwardPass,
+    p: PredictedPass,
     level: float,
     other: NDArray[np.intp],
     same: FloatArray,
     mixed: NDArray[np.bool_],
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
-    """Passes with intervals at a level, and their ratios to pass ``other`` (W,).
+    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,).
 
-    ``same`` (W, G) is of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) says where the host launches another mix
-    than in the other pass; ``measured`` is the index of a pass and its measured time, s.
+    ``same`` (W, G) is that of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches
+    another mix than in the other pass; ``measured`` is the index of a pass and its measured time, s.
     """
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
@@ -106,18 +113,17 @@ def prediction_intervals(
             z = _quantiles(weights, 0.5 + 0.5 * np.array([-1.0, 0.0, 1.0]) * math.erf(scale / math.sqrt(2.0)))
     hosts = _Hosts.at(p, z)
     a, b = hosts.share, hosts.share[:, other]
-    together = 0.5 * (
-        variance + variance[other] - uncertainty.ratio_variance(other, same)
-    )  # covariance with the other pass
+    # covariance with the other pass
+    together = 0.5 * (variance + variance[other] - uncertainty.ratio_variance(other, same))
     own = a * a * variance + alike + apart
     between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
     between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
     mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and inferred is not None and inferred.consistent:
-        hosts, told = _conditioned(p, hosts, variance, same, *measured)
-        own = own - told**2 + mix * (1.0 - a[1]) ** 2  # the time told of the host of the other mix
-        between = between - (told - told[:, other]) ** 2
+        hosts, explained = _conditioned(p, hosts, variance, same, *measured)
+        own = own - explained**2 + mix * (1.0 - a[1]) ** 2  # the measured time is that of another mix on the host
+        between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
     lower, upper = _ends(log, scale**2 * own)
     ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[1]) * (1.0 - b[1])))
@@ -126,16 +132,16 @@ def prediction_intervals(
     return PredictionIntervals(times, np.exp(lower), np.exp(upper), *ratios, inferred)
 
 
-def _of_engine(p: ForwardPass) -> tuple[float, float]:
-    """Variances of the log of a pass that no operator explains: alike in all models, and of each by itself."""
+def _of_engine(p: PredictedPass) -> tuple[float, float]:
+    """Return the variances of the log of a pass that no operator explains: common to all models, and of each model."""
     return p.engine.log_sd.value**2, p.engine.apart_log_sd.value**2
 
 
 def _conditioned(
-    p: ForwardPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
+    p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
 ) -> tuple[_Hosts, FloatArray]:
-    """Passes at each host once pass ``at`` took so long; and of each (h, W) its covariance with that time's log, in
-    units of that log's standard deviation."""
+    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the
+    log of that time, in units of the standard deviation of that log."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
     ratio = p.uncertainty.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
@@ -147,11 +153,12 @@ def _conditioned(
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Ends of intervals of logs (h, W) at three hosts, the middle one the prediction; squares of half-widths at each.
+    """Return the ends of intervals of logs (h, W) at three hosts, the middle one the prediction; ``square`` holds
+    squared half-widths at each.
 
-    What the device is unsure of shows more beside one host than beside another: on either side, half of its square as
-    beside the usual host, half as beside the one farthest on that side. Against planted hosts and kernels the usual
-    host alone covers 81 % where host and device take equally long, this 86 %.
+    Device errors matter more next to one host than next to another. On either side, half of their square is that next
+    to the typical host, half that next to the host farthest on that side. On planted hosts and kernels that take
+    equally long, the typical host alone covers 81 %, this rule 86 %.
     """
     square, every = np.maximum(square, 0.0), np.arange(log.shape[1])
     low, high = log.argmin(axis=0), log.argmax(axis=0)
@@ -160,8 +167,8 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     return log[1] - np.sqrt(below), log[1] + np.sqrt(above)
 
 
-def _hosts_given(p: ForwardPass, variance: float, at: int, seconds: float) -> tuple[FloatArray, Inferred]:
-    """Weights of the speeds of :data:`_GRID` after a pass took so long, and what it says."""
+def _hosts_given(p: PredictedPass, variance: float, at: int, seconds: float) -> tuple[FloatArray, Inferred]:
+    """Return the weights of the host speeds of :data:`_GRID` given a measured pass, and what follows from it."""
     hosts = _Hosts.at(p, _GRID)
     log, share = np.log(seconds / hosts.seconds[:, at]), hosts.share[:, at]
     whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
@@ -188,47 +195,66 @@ def _hosts_given(p: ForwardPass, variance: float, at: int, seconds: float) -> tu
 
 
 def _quantiles(weights: FloatArray, at: Any) -> Any:
-    """Speeds of hosts below which shares of the weights of :data:`_GRID` lie."""
+    """Return the host speeds below which shares of the weights of :data:`_GRID` lie."""
     return np.interp(at, np.cumsum(weights) - 0.5 * weights, _GRID)
 
 
-def intervals(p: ForwardPass, level: float) -> tuple[FloatArray, FloatArray]:
-    """Intervals of the times of passes at a level."""
+def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
+    """Return the intervals of the times of passes at a level."""
     every = np.arange(len(p.workloads))
     found = prediction_intervals(p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool))
     return found.lower, found.upper
 
 
 @dataclass(frozen=True, repr=False)
-class Cost(OperatorTimes):
-    """Times of a workload on a device, s: of each row's execution (eager: all kernels it stands for), and in all."""
+class WorkloadTimes(OperatorTimes):
+    """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
 
     role: NDArray[np.str_]  # of each row
     count: FloatArray  # its executions
     total_s: float
-    total_lower_s: float  # interval of that time
+    total_lower_s: float  # prediction interval
     total_upper_s: float
     device_s: float  # the rows times their counts, and the gaps
     gap_s: float  # idle between the kernels of a graph
     host_s: float  # to launch and to schedule, hidden or not
-    host_bound: bool  # the host, not the device, sets the pace
+    host_bound: bool  # the host, not the device, takes most of the time
 
     def _title(self) -> str:
         total = seconds_between(self.total_s, self.total_lower_s, self.total_upper_s)
-        host = f"host {seconds(self.host_s)}{' sets the pace' if self.host_bound else ''}"
-        device = f"device {seconds(self.device_s)}{f', {seconds(self.gap_s)} of it gaps' if self.gap_s else ''}"
+        host = f"host {seconds(self.host_s)}{' (host-bound)' if self.host_bound else ''}"
+        device = f"device {seconds(self.device_s)}{f', {seconds(self.gap_s)} of it in gaps' if self.gap_s else ''}"
         return f"{total}: {device}, {host}; {len(self.seconds)} rows"
 
 
-def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
-    """Cost of one workload ``w`` on one device ``hw`` in its engine (:func:`forward_passes`), s; arrays have an element
-    a row.
+def workload_time(w: Workload, hw: HardwareProfile, level: float = 0.9) -> WorkloadTimes:
+    """Return the time of one workload on one device in its engine, operator by operator.
 
-    ``level``, in (0, 1), is that of the intervals. InputError for what cannot run there.
+    Parameters
+    ----------
+    w : Workload
+        The workload (:func:`simulator.lower`).
+    hw : HardwareProfile
+        The device.
+    level : float
+        Level of the prediction intervals, in (0, 1).
 
+    Returns
+    -------
+    WorkloadTimes
+        Times, s: arrays with one element per row of the workload, and totals (``total_s``, ``total_lower_s``,
+        ``total_upper_s``, ``device_s``, ``gap_s``, ``host_s``).
+
+    Raises
+    ------
+    InputError
+        For a workload that the device or the engine cannot run, or a level outside (0, 1).
+
+    Examples
+    --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> c = cost(w, simulator.load_hardware("h100"))
+    >>> c = workload_time(w, simulator.load_hardware("h100"))
     >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
     (False, True, 'qkv')
     """
@@ -236,4 +262,4 @@ def cost(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Cost:
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
     lower, upper = (end[0].item() for end in intervals(p, level))
     ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}
-    return Cost(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)
+    return WorkloadTimes(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 
 import simulator
-from calibration.fit.core import shapes
-from calibration.fit.gemm import fit_gemm
+from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
-from simulator.cost.gemm_model import Machine
+from simulator.cost.base import Machine
 from simulator.predict.grid import Grid
 from simulator.predict.sweep import piece_results, pieces
 
@@ -262,7 +261,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     for rows in (400, 4000):
         at = rng.permutation(len(data.fit))[:rows]
         began = time.perf_counter()
-        section = fit_gemm(shapes(*data.fit[at].T, data.fit_s[at], Machine.of(hw, "bf16")), hw).section
+        section = fit_gemm(products(*data.fit[at].T, data.fit_s[at], Machine.of(hw, "bf16")), hw).section
         out[f"fit_s_{rows}"] = time.perf_counter() - began
         profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
         rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)  # weights the tables rotate
@@ -277,7 +276,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
 
     def estimate(seqs: range) -> None:
         for seq in seqs:
-            simulator.cost(simulator.lower(model, phase="prefill", batch=1, seq=seq), profile)
+            simulator.workload_time(simulator.lower(model, phase="prefill", batch=1, seq=seq), profile)
 
     estimate(range(100, 101))
     out["models_per_s"] = 200 / timed(lambda: estimate(range(128, 328)), time.process_time)

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layouts import folder_of, save_shards, tensors_of
+from operator_times import decode_time, prefill_time
 from scale import grid
 
-from calibration.fit.gemm import fit_gemm
+from calibration.fit.attention import calls_of, fit_attention
+from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
-from simulator.cost.gemm import gemm_time
+from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -20,6 +23,7 @@ from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
 from simulator.predict.sweep import compute_part, piece_results, pieces, sweep
 from simulator.pruning import prune
+from simulator.uncertainty.operators import gemm_time
 
 Floor = Callable[..., None]
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
@@ -37,7 +41,7 @@ def shapes() -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: str, floor: Floor) -> None:
-    """Core, residual and interval of the shipped profile."""
+    """Analytical time, residual and interval of the shipped profile."""
     hw = load_hardware(name)
     section = hw.section("gemm", "bf16")
     time = benchmark(gemm_time, *shapes, hw)
@@ -85,11 +89,39 @@ def test_comparing_a_stack(benchmark: Any) -> None:
     assert len(c["speedup"]) == 1 + len(pruned)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_few_attention_calls(benchmark: Any, phase: str, floor: Floor) -> None:
+    hw = load_hardware("h100_sxm")
+    if phase == "prefill":
+        benchmark(prefill_time, [1, 64], 2048, 2048, 32, 8, 128, hw)
+    else:
+        benchmark(decode_time, [1, 64], 2048, 32, 8, 128, hw)
+    floor(f"milliseconds for two calls, {phase}", 1e3 * benchmark.stats["min"], 1.0, False)
+
+
+def test_headers_of_a_large_checkpoint(benchmark: Any, floor: Floor, tmp_path: Path) -> None:
+    """LLaMA-2-70B in thirty files."""
+    folder, model = folder_of(tmp_path, "llama-2-70b"), load_model("llama-2-70b")
+    save_shards(folder, tensors_of(model), 30)
+    assert benchmark.pedantic(load_model, (folder,), rounds=3) == model
+    floor("seconds to read the headers of LLaMA-2-70B", benchmark.stats["min"], 1.0, False)
+
+
 @pytest.mark.parametrize("rows", [100, 400, 4000])
 def test_fit_of_gemms(benchmark: Any, rows: int, floor: Floor) -> None:
     """Time to fit a profile's GEMM section from the measurements that ship."""
     records = load_measurements("h100_sxm/gemm/trtllm", "bf16")
     at = np.random.default_rng(0).permutation(len(records))[:rows]
-    shapes = (np.asarray(getattr(records, name), dtype=np.float64)[at] for name in ("m", "n", "k", "seconds"))
-    benchmark.pedantic(fit_gemm, (*shapes, load_hardware("h100_sxm")), rounds=1)
+    hw, some = load_hardware("h100_sxm"), records.select(at)
+    data = products(some.m, some.n, some.k, some.seconds, Machine.of(hw))
+    benchmark.pedantic(fit_gemm, (data, hw), rounds=1)
     floor(f"seconds to fit {rows} rows", benchmark.stats["min"], 60.0, False)
+
+
+def test_fit_of_attention(benchmark: Any, floor: Floor) -> None:
+    records = load_measurements("h100_sxm/attention_decode/trtllm", "bf16")
+    some = records.select(np.random.default_rng(0).permutation(len(records))[:400])
+    hw = load_hardware("h100_sxm")
+    calls = calls_of(some, "attention_decode", Machine.of(hw, "bf16"))
+    benchmark.pedantic(fit_attention, (calls, hw.architecture), rounds=3)
+    floor("seconds to fit 400 rows of attention", benchmark.stats["min"], 3.0, False)

@@ -8,11 +8,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from simulator.cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,9 +60,9 @@ def _refuse(constant: str) -> None:
 
 
 @pytest.fixture
-def cli(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Program:
-    """The whole program, or the one that the test's module names."""
-    return Program(import_module(getattr(request.module, "PROGRAM", "calibration.cli")).run, capsys)
+def cli(capsys: pytest.CaptureFixture[str]) -> Program:
+    """The program."""
+    return Program(run, capsys)
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from calibration.fit.profile import fit_profile
 from calibration.measure.interrupt import Interrupted
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.runners.runs import DATASHEET, keep_apart
-from calibration.runners.targets import asked_operators, asked_workloads
-from simulator.cost.gemm import gemm_time
+from calibration.runners.targets import target_operators, target_workloads
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
@@ -72,6 +72,7 @@ def files() -> set[str]:
 CSV = "m,n,k,dtype,latency_us\n8,4096,4096,bf16,14.5\n16,4096,4096,bf16,15\n8,1024,4096,bf16,{}\n"
 
 
+@pytest.mark.quick
 def test_import_counts_what_it_refuses_and_maps_columns(cli: Any) -> None:
     Path("t.csv").write_text(CSV.format(-3))
     out, err = cli("import t.csv -o o.parquet --hardware h100")
@@ -143,11 +144,11 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
 def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
     table("r.parquet", 60, 1.15, load_hardware("h100"))
     out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert "What 42 rows say of this machine" in out  # the others repeat one of them
+    assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 100
-    anchor = load_hardware("p.yaml").anchor
-    assert (anchor.provenance.rows, anchor.provenance.device) == (42, "planted H100")
+    update = load_hardware("p.yaml").local_update
+    assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
     assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out("hardware show p.yaml")
     parts = [cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")]
     before, after = (part["errors"]["mape"] for part in parts)
@@ -169,7 +170,7 @@ fit none.parquet -o p.yaml --hardware h100           | cannot be read
 fit f.parquet -o p.yaml --hardware h100              | 10 rows are too few
 fit r.parquet -o p.yaml --hardware h100 --dtype fp8  | nothing to fit
 validate h100                                        | expected a PROFILE and RECORDS, or --protocol
-validate h100 a100_sxm/gemm/nothing                  | nor a shipped measurement
+validate h100 a100_sxm/gemm/nothing                  | no file, folder or shipped measurement
 validate h100 r.parquet --html no/x.html             | does not exist
 validate h100 r.parquet --protocol                   | --protocol
 validate --protocol --table a10                      | did you mean
@@ -178,7 +179,7 @@ validate --protocol --table stacks --wheel no.whl    | no.whl: cannot be read
 validate --protocol --table stacks --jobs 0          | expected at least 1
 measure gpu -o run                                   | device 'gpu' is unknown
 measure cpu -o r.parquet                             | is a file
-measure cpu cuda -o run                              | expected one, got 2
+measure cpu cuda -o run                              | unexpected extra argument
 calibrate cpu -o a/b                                 | does not exist
 """
 
@@ -218,7 +219,7 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     (second,) = cli.json("measure cuda -o run --budget 60s")
     assert second["resumed"] > 20
     assert f'"planned": {second["planned"]},' in out
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
+    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     counted = ("resumed", "ok", "noisy", "unsupported", "skipped")
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
@@ -235,13 +236,13 @@ def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: p
     monkeypatch.setattr(stopped, "play", interrupted)
     planted.append(stopped)
     _, err = cli("measure cuda -o run --budget 60s", 130)
-    assert "the same command goes on from here" in err
+    assert "run the command again to resume" in err
 
 
 BAD_RUNS = {
     "--budget 0": "expected a time above zero",
     "--budget soon": "expected a time such as 2min",
-    "--dtype fp8": "device cuda:0 has none; it has bf16, fp16, fp32",
+    "--dtype fp8": "not supported by device cuda:0; supported: bf16, fp16, fp32",
     "--hardware h1000": "did you mean",
     "--for lama": "unknown",
 }
@@ -264,20 +265,12 @@ def test_folders_of_other_devices_are_refused(planted: list[Any], cli: Any) -> N
     assert Path("run/records.jsonl").read_bytes() == before
 
 
-def test_runs_of_several_machines_merge(planted: list[Any], cli: Any) -> None:
-    for seed in (0, 1):
-        cli(f"measure cuda -o {seed} --budget 20s --seed {seed}")
-    (merged,) = cli.json("measure --merge 0 1 -o all.jsonl")
-    assert merged["records"] == sum(len(read_store(Path(seed, "records.jsonl")).rows) for seed in "01")
-    cli("fit all.jsonl -o p.yaml --hardware h100")
-
-
 def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    wanted = {(op.m, op.n, op.k) for op in asked_operators(asked, load_hardware("h100"), every=False)}
+    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    wanted = {(op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
@@ -285,10 +278,10 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
     asked: list[set[str]] = []
 
     def wanted(*args: Any, **options: Any) -> Any:
-        asked.append({ROLES[role] for role in asked_workloads(*args, **options)[0][0].role})
+        asked.append({ROLES[role] for role in target_workloads(*args, **options)[0][0].role})
         raise InputError("enough")
 
-    monkeypatch.setattr("calibration.runners.targets.asked_workloads", wanted)
+    monkeypatch.setattr("calibration.runners.targets.target_workloads", wanted)
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]
@@ -298,17 +291,18 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
-    assert "rows say of this machine and its software" in out
+    assert "rows from this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
-    assert set(profile.anchor.arrays["kind"].tolist()) == {0, 1, 2, 3}
+    assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    asked = asked_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
-    first = [op.key for op in asked_operators(asked, load_hardware(Path("run", DATASHEET)))][:10]
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "anchor"]
+    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    first = [op.key for op in target_operators(targets, load_hardware(Path("run", DATASHEET)))][:10]
+    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 
 
+@pytest.mark.quick
 def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli: Any) -> None:
     one = device(launch_s=8e-6)
     planted.append(one)
@@ -319,7 +313,8 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
         "layer_eager",
     }
     assert one.clock() < 30.0
-    found = re.match(r"host: (\S+) us a launch \+-(\d+) % \(was 16.5 us a launch \+-(\d+) %\), (\S+) us an eager", out)
+    expected = r"host: (\S+) us per launch \+-(\d+) % \(before: 16.5 us per launch \+-(\d+) %\), (\S+) us per eager"
+    found = re.match(expected, out)
     assert found is not None, out
     launch, half, before, layer = (float(text) for text in found.groups())
     assert launch == pytest.approx(8.0, rel=0.1)
@@ -327,7 +322,7 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
     assert layer == pytest.approx(LAYER_LAUNCHES * launch, rel=0.01)
     profile = load_hardware("run/profile.yaml")
     eager = "speedup qwen2.5-0.5b --phase decode --batch 1 --seq 128 --engine hf"
-    assert (profile.name, profile.anchor.provenance.rows) == ("h100_sxm", 6)
+    assert (profile.name, profile.local_update.provenance.rows) == ("h100_sxm", 6)
     (moved,), (shipped,) = (
         [r for r in cli.json(f"{eager} --family depth --sparsity 0.5 --hardware {name}") if r["family"] == "depth"]
         for name in ("run/profile.yaml", "h100")
@@ -343,10 +338,10 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
 def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], cli: Any) -> None:
     planted.append(device(CPU, launch_s=8e-6))
     out, err = cli("calibrate host -o run --hardware h100")
-    assert "the host is Some CPU (4 threads), timed without a GPU" in err
-    assert "was 16.5 us" in out
-    assert "take --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
-    assert "--dtype bf16: cpu has none; it has fp32" in cli.refused("calibrate host -o no --hardware cpu")
+    assert "the host Some CPU (4 threads) was timed without a GPU" in err
+    assert "before: 16.5 us" in out
+    assert "use --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
+    assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
     assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
     assert not Path("no").exists()
 

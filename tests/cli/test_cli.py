@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import configparser
 import csv
 import io
 import json
 import math
+import os
 import re
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,12 @@ import pytest
 import typer
 
 import simulator
-from calibration.cli.program import app
 from simulator.cli import render
 from simulator.cli import speedup as speedup_command
+from simulator.cli.program import COMMANDS, GROUP, program
 from simulator.engines.engine import list_engines
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "simulator.cli"
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
     "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s dense_lower dense_upper "
@@ -39,13 +41,13 @@ BAD = """
 speedup llama-3.1-8b --hardware h10_sxm                              | did you mean h100_sxm
 speedup llama-3.1-8b --hardware h100@tensorrt                        | h100_sxm: stack 'tensorrt' is unknown
 gemm 1 1 1 --hardware h100@torch,a100                                | Known: sglang, trtllm
-gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu was fitted for no stack
+gemm 1 1 1 --hardware cpu@vllm --dtype fp32                          | cpu: expected no stack
 speedup llama-3.1-8c --hardware h100                                 | did you mean llama-3.1-8b
 @ --family depht                                                     | did you mean depth
 @ --method shortgtp                                                  | did you mean shortgpt
 @ --method shortgpt --family depth                                   | give no family or option with it
 @ --method shortgpt --option unit=mlp                                | give no family or option with it
-@ --method llm-pruner --sparsity 0.9                                 | prunes 26 of 32 layers, expected less than 0.812
+@ --method llm-pruner --sparsity 0.9                                 | less than 0.812, as it prunes 26 of 32 layers
 methods shortgtp                                                     | did you mean shortgpt
 explain llama-3.1-8b --hardware h100                                 | expected one family or method to explain
 explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2
@@ -120,6 +122,7 @@ def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
     assert re.search("config.json.*hidden_size", cli.refused("speedup config.json --hardware h100"))
 
 
+@pytest.mark.quick
 def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     Path("mine.yaml").write_text("name: mine\n  title: [\n")
     assert "mine.yaml:" in cli.refused("speedup llama-3.1-8b --hardware mine.yaml")
@@ -135,6 +138,7 @@ def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     assert json.loads(cli("hardware check bad.yaml --json", 2)[0])["problems"]
 
 
+@pytest.mark.quick
 def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
@@ -146,6 +150,7 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     assert "ZeroDivisionError: planted" in err
 
 
+@pytest.mark.quick
 def test_json_is_written_in_one_place() -> None:
     files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
     writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
@@ -159,6 +164,7 @@ def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> 
     assert not [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.quick
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
     records = cli.json(f"{SPEEDUP} --family depth --sparsity 0.1,0.25 --phase prefill,decode --batch 1,8")
     assert len(records) == 2 * 2 * 2
@@ -173,6 +179,7 @@ def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli:
             assert record[key] == getattr(expected, key)
 
 
+@pytest.mark.quick
 def test_csv_keeps_every_digit(cli: Any) -> None:
     line = f"{SPEEDUP} --family width,low_rank --phase decode"
     assert cli.out(f"{line} --csv out.csv") == ""
@@ -218,6 +225,7 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
         assert name in out
 
 
+@pytest.mark.quick
 def test_narrow_layouts_lose_columns_not_devices() -> None:
     table = simulator.table(["llama-3.1-8b"], ["a100", "h100"], ["depth"], [0.25])
     layouts = list(speedup_command.speedup_layouts(table.rows))
@@ -237,6 +245,7 @@ def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_say
         assert "alignment" not in fast["conclusion"]
 
 
+@pytest.mark.quick
 def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_ends_it(cli: Any) -> None:
     (record,) = cli.json("explain llama-3.1-8b --family dynamic_depth --sparsity 0.3 --hardware h100")
     steps = [step["factor"] for step in record["waterfall"]]
@@ -272,7 +281,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "989" in cli.out("hardware show h100")
     for name, stack in (("h100", "sglang +calibrated .* SGLang"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
         assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
-    assert re.search(r"gemm +int8_wo +sglang +borrowed .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
+    assert re.search(r"gemm +int8_wo +sglang +inherited .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
     own = tmp_path / "own.yaml"
     assert cli.json(f"hardware new own -o {own}") == {"file": str(own)}
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")
@@ -308,6 +317,7 @@ def test_methods_are_listed_and_predicted_under_their_names(
     assert "sheared-llama (width_cross+width) 60 %" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
 
 
+@pytest.mark.quick
 def test_version_and_help(cli: Any) -> None:
     assert cli.out("--version").startswith("prunesim ")
     assert cli.out("") == cli.out("--help")
@@ -344,6 +354,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
     assert "\x1b" not in cli.out("speedup --help") + cli.refused("speedup llama-3.1-8b")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
@@ -356,7 +367,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim methods shortg", ["shortgpt"]),
         ("prunesim hardware show mi", ["mi300x"]),
         ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
-        ("prunesim quality llama", []),
+        ("prunesim quality --fam", ["--family"]),
     ],
 )
 def test_a_shell_completes_names(line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,9 +408,10 @@ def commands(command: Any, path: str = "") -> list[str]:
     return [found for name, sub in inner.items() for found in commands(sub, f"{path} {name}")]
 
 
+@pytest.mark.quick
 def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli: Any) -> None:
     readme = (ROOT / "README.md").read_text()
-    found = commands(typer.main.get_command(app))
+    found = commands(typer.main.get_command(program()))
     assert len(found) >= 8
     assert not [command for command in found if f"prunesim {command}" not in readme]
     for command in found:
@@ -409,20 +421,45 @@ def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli:
 
 
 HEAVY = {"matplotlib", "torch", "pandas", "pyarrow"}
+OTHER_COMMANDS = {f"simulator.cli.{place.partition(':')[0]}" for name, place in COMMANDS if name != "speedup"}
 
 
 @pytest.mark.parametrize(
-    ("program", "line", "heavy"),
+    ("line", "heavy"),
     [
-        ("simulator.cli", "--help", {*HEAVY, "numpy", "pydantic", "scipy"}),
-        ("calibration.cli", "--help", {*HEAVY, "numpy", "scipy", "yaml"}),
-        ("simulator.cli", f"{SPEEDUP} --family depth", HEAVY),
+        ("--help", {*HEAVY, "numpy", "pydantic", "scipy", "yaml"}),
+        (f"{SPEEDUP} --family depth", {*HEAVY, "calibration", *OTHER_COMMANDS}),
     ],
 )
-def test_no_command_imports_what_it_does_not_need(program: str, line: str, heavy: set[str], python: Any) -> None:
-    code = f"import sys, {program} as p; p.run({line.split()}); print(sorted({heavy} & set(sys.modules)))"
+def test_no_command_imports_what_it_does_not_need(line: str, heavy: set[str], python: Any) -> None:
+    code = f"import sys, simulator.cli as p; p.run({line.split()}); print(sorted({heavy} & set(sys.modules)))"
     status, out, lines = python(["-c", code])
     assert (status, lines, out.decode().splitlines()[-1]) == (0, [], "[]")
-    if program == "calibration.cli":
-        for name in ("import", "measure", "fit", "validate", "calibrate", "speedup"):
-            assert f"  {name} " in out.decode()
+
+
+def test_help_lists_the_commands_of_other_packages(cli: Any) -> None:
+    listed = re.findall(r"^  ([a-z-]+)  ", cli.out("--help"), re.MULTILINE)
+    assert {"import", "measure", "fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert cli.out("--help speedup") == cli.out("--help")
+
+
+def test_installed_entry_points_are_those_of_setup_cfg() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    declared = config["options.entry_points"][GROUP].strip().splitlines()
+    found = sorted(f"{point.name} = {point.value}" for point in entry_points(group=GROUP))
+    assert found == sorted(declared), "the installed package is out of date: pip install -e ."
+
+
+def test_a_package_registers_a_command(tmp_path: Path, python: Any) -> None:
+    """Another package's function becomes a command; it cannot replace one of the program's own."""
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\ngreet = other:greet\nmethods = other:greet\n")
+    (tmp_path / "other.py").write_text("def greet(name: str) -> None:\n    print('hello', name)\n")
+    where = {"environment": {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}}
+    assert python(["-m", "simulator.cli", "greet", "you"], **where) == (0, b"hello you\n", [])
+    status, out, _ = python(["-m", "simulator.cli", "methods", "sleb"], **where)
+    assert (status, b"hello" in out) == (0, False)

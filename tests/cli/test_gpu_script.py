@@ -93,7 +93,7 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> 
 def test_the_script_runs_end_to_end_in_simulated_time(tmp_path: Path) -> None:
     model, out = tmp_path / "config.json", tmp_path / "run"
     model.write_text(TINY)
-    done = run(tmp_path, "-m calibration.cli", DEVICE="replay:planted", MODEL=str(model), SEQ="64", BUDGET="60")
+    done = run(tmp_path, "-m simulator.cli", DEVICE="replay:planted", MODEL=str(model), SEQ="64", BUDGET="60")
     assert done.returncode == 0, f"{done.stdout}\n{(out / 'log.txt').read_text()[-3000:]}"
     assert "decoder: left out" in done.stdout
     bounds = list(csv.DictReader((out / "bf16" / "upper_bound.csv").read_text().splitlines()))
@@ -108,8 +108,8 @@ def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     model, out = tmp_path / "config.json", tmp_path / "run"
     model.write_text(TINY)
     settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64"}
-    budget = os.environ.get("PRUNESIM_SCRIPT_S", "150")
-    done = run(tmp_path, "-m calibration.cli", **settings, BUDGET=budget)
+    budget = os.environ.get("PRUNESIM_SCRIPT_S", "100")
+    done = run(tmp_path, "-m simulator.cli", **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"
     profile = load_hardware(out / "fp32" / "profile.yaml")

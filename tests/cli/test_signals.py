@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,14 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--family", "depth", "--sparsity", "0.25"]
-from calibration.cli import main
+from simulator.cli import main
 main()
 """
 
 SWEEP = """
 import sys
 from simulator.predict import sweep, workers
-from calibration.cli import main
+from simulator.cli import main
 
 def waits(index):
     import time
@@ -54,7 +53,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["simulator.cli", "numpy", "simulator.predict.result"])
+@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.predict.rows"])
 def test_an_interrupt_during_imports_is_one_line(name: str, python: Any) -> None:
     """Of the program, and of a command, where the callbacks of imports swallow exceptions."""
     status, out, lines = python(["-c", AT_IMPORT, name])
@@ -79,17 +78,15 @@ def test_workers_end_with_the_program_and_without_a_word(
         assert process.stdout.readline() == "ready\n"
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
-        began = time.monotonic()
         (os.killpg if to_group else os.kill)(process.pid, number)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=30)  # a worker sleeps for 60 s
     assert (process.returncode, said) == ENDS[number]
-    assert time.monotonic() - began < 20.0
     _, alive = psutil.wait_procs(children, timeout=5)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
     assert not (tmp_path / "t.parquet.parts").exists()  # nothing to go on with
 
 
 def test_terminated_in_a_command_without_workers(python: Any) -> None:
-    code = "import os, signal, simulator.cli as c; from simulator.start import start\n"
-    code += "c.run = lambda words: os.kill(os.getpid(), signal.SIGTERM)\nstart('simulator.cli')"
+    code = "import os, signal, simulator.cli.program as p; from simulator.start import start\n"
+    code += "p.run = lambda words: os.kill(os.getpid(), signal.SIGTERM)\nstart('simulator.cli.program')"
     assert python(["-c", code]) == (143, b"", ["prunesim: terminated"])

@@ -1,26 +1,25 @@
-"""Attention times: geometry against brute force, physics, limits, speed."""
+"""Attention times: geometry against brute force, physics, limits."""
 
 from __future__ import annotations
 
-import timeit
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_times import decode_time, prefill_time
 
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.attention_model import Calls, causal_blocks, prefill_work
+from simulator.cost.attention_model import Geometry, causal_blocks, prefill_work
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, Section
 from simulator.workload import attention_pairs
+
+pytestmark = pytest.mark.quick
 
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "l40s")
 NAMES, DIMS = st.sampled_from(DEVICES), st.sampled_from([64, 128])
@@ -57,7 +56,7 @@ def test_geometry_equals_brute_force(q: int, history: int, window: int) -> None:
 
 
 def test_flops_and_bytes_of_work() -> None:
-    work = prefill_work(Calls(*(np.array(float(x)) for x in (2, 128, 128, 32, 8, 64))), {"pads": 1.0, "packs": 0.0})
+    work = prefill_work(Geometry(*(np.array(float(x)) for x in (2, 128, 128, 32, 8, 64))), {"pads": 1.0, "packs": 0.0})
     assert float(work.flops) == 4 * 2 * 32 * 64 * (128 * 129 // 2)
     assert float(work.moved_bytes) == 2 * 64 * (2 * 2 * 32 * 128 + 2 * 2 * 8 * 128)
 
@@ -68,7 +67,7 @@ def test_prefill_never_beats_the_roofline(
     name: str, batch: int, q: int, history: int, heads: tuple[int, int], dim: int, density: float
 ) -> None:
     hw = load_hardware(name)
-    t = prefill_attention_time(batch, q, q + history, *heads, dim, hw, density=density, block=64)
+    t = prefill_time(batch, q, q + history, *heads, dim, hw, density=density, block=64)
     pairs = q * history + q * (q + 1) / 2
     flop_s = 4.0 * batch * heads[0] * dim * pairs * density / (hw.peak_flop_per_s("bf16") * hw.clock_headroom)
     bytes_s = 2.0 * batch * dim * (2 * heads[0] * q + 2 * heads[1] * (q + history)) / hw.bandwidth_bytes_per_s
@@ -83,11 +82,11 @@ def test_decode_reads_its_cache_cold(
     name: str, batch: int, kv: int, heads: tuple[int, int], dim: int, cache: str
 ) -> None:
     hw = load_hardware(name)
-    t = decode_attention_time(batch, kv, *heads, dim, hw, kv_dtype=cache)
+    t = decode_time(batch, kv, *heads, dim, hw, kv_dtype=cache)
     size = 2.0 * batch * heads[1] * kv * dim * (2 if cache == "bf16" else 1)
     assert float(t.seconds) >= size / hw.bandwidth_bytes_per_s
     assert float(t.lower) >= size / hw.bandwidth_bytes_per_s
-    warm = decode_attention_time(batch, kv, *heads, dim, hw, kv_dtype=cache, cold=False)
+    warm = decode_time(batch, kv, *heads, dim, hw, kv_dtype=cache, cold=False)
     assert float(warm.seconds) <= float(t.seconds) * (1 + 1e-12)
 
 
@@ -100,10 +99,10 @@ def bare(name: str) -> object:
 def test_more_work_is_never_faster_by_more_than_a_step(name: str) -> None:
     hw = bare(name)
     q = np.arange(1, 4097)
-    t = prefill_attention_time(4, q, q, 32, 8, 128, hw).seconds
+    t = prefill_time(4, q, q, 32, 8, 128, hw).seconds
     assert np.all(np.diff(t) >= -1e-12)
     b = np.arange(1, 513)
-    t = decode_attention_time(b, 2048, 32, 8, 128, hw).seconds
+    t = decode_time(b, 2048, 32, 8, 128, hw).seconds
     # splitting the cache over the SMs comes in whole splits and waves: one sequence more may fill them better, by no
     # more than one split
     assert np.all(t[1:] >= t[:-1] * 0.6)
@@ -112,7 +111,7 @@ def test_more_work_is_never_faster_by_more_than_a_step(name: str) -> None:
 
 def test_fewer_blocks_cost_less_but_small_ones_cost_more_than_their_share() -> None:
     blocks = {"density": [1.0, 0.25, 0.25, 0.25, 1.0, 0.99], "block": [0, 16, 64, 128, 16, 16]}
-    t = prefill_attention_time(1, 8192, 8192, 32, 8, 128, bare("h100_sxm"), **blocks).seconds
+    t = prefill_time(1, 8192, 8192, 32, 8, 128, bare("h100_sxm"), **blocks).seconds
     assert t[0] > t[1] > t[2] > t[3] > 0.25 * t[0] * 0.9
     assert t[4] == t[0] >= t[5]
 
@@ -124,16 +123,16 @@ def test_what_no_fit_has_seen_widens_the_interval() -> None:
         {"window": 4096},
     )  # as wide as the prompt
     hw, levels = load_hardware("h100_sxm"), ({"level": 0.5}, {}, {"level": 0.99})
-    times = [prefill_attention_time(1, 4096, 4096, 32, 8, 128, hw, **o) for o in (*levels, *options)]
+    times = [prefill_time(1, 4096, 4096, 32, 8, 128, hw, **o) for o in (*levels, *options)]
     narrow, usual, *wider = (float(np.log(t.upper / t.lower)) for t in times)
     assert narrow < usual < min(wider)
 
 
 def test_a_window_bounds_the_work() -> None:
     hw = load_hardware("h100_sxm")
-    prefill = prefill_attention_time(1, 16384, 16384, 32, 8, 128, hw, window=[4096, 0]).seconds
+    prefill = prefill_time(1, 16384, 16384, 32, 8, 128, hw, window=[4096, 0]).seconds
     assert prefill[0] < 0.7 * prefill[1]
-    decode = decode_attention_time(8, [4096, 4096, 65536], 32, 8, 128, hw, window=[8192, 0, 4096]).seconds
+    decode = decode_time(8, [4096, 4096, 65536], 32, 8, 128, hw, window=[8192, 0, 4096]).seconds
     assert decode[0] == decode[2]
     assert decode[1] == pytest.approx(decode[0], rel=0.2)  # a kernel of its own where the stack has one
 
@@ -141,10 +140,10 @@ def test_a_window_bounds_the_work() -> None:
 @pytest.mark.parametrize("name", DEVICES)
 def test_limits(name: str) -> None:
     hw = bare(name)
-    assert prefill_attention_time(8, 8192, 8192, 32, 8, 128, hw).bottlenecks == "compute"
-    assert prefill_attention_time(1, 16, 16, 8, 8, 64, hw).bottlenecks == "launch"
-    assert decode_attention_time(1, 16, 8, 8, 128, hw).bottlenecks == "launch"
-    assert decode_attention_time(64, 16384, 32, 8, 128, hw).bottlenecks in {"memory", "latency"}
+    assert prefill_time(8, 8192, 8192, 32, 8, 128, hw).bottlenecks == "compute"
+    assert prefill_time(1, 16, 16, 8, 8, 64, hw).bottlenecks == "launch"
+    assert decode_time(1, 16, 8, 8, 128, hw).bottlenecks == "launch"
+    assert decode_time(64, 16384, 32, 8, 128, hw).bottlenecks in {"memory", "latency"}
 
 
 def test_a_section_brings_constants_residual_and_intervals() -> None:
@@ -154,26 +153,17 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     plain = replace(base, sections={("attention_decode", "bf16"): Section(constants)})
     wide = Section(constants, residual_grid.arrays(), 3.0)
     fitted = replace(base, sections={("attention_decode", "bf16"): wide})
-    a, b = (decode_attention_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
+    a, b = (decode_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
     assert b.seconds == pytest.approx(1.5 * a.seconds)
     assert (b.upper / b.seconds > a.upper / a.seconds).all()
 
 
 def test_shapes_broadcast_and_bad_formats_are_named() -> None:
     hw = load_hardware("a100")
-    t = prefill_attention_time(np.ones((3, 1)), np.array([16, 128]), 4096, 32, 8, 128, hw)
-    assert t.seconds.shape == t.upper.shape == t.bound.shape == t.roofline_s.shape == (3, 2)
-    assert len(prefill_attention_time([], [], [], [], [], [], hw).seconds) == 0
+    t = prefill_time(np.ones((3, 1)), np.array([16, 128]), 4096, 32, 8, 128, hw)
+    assert t.seconds.shape == t.upper.shape == t.bottleneck.shape == t.roofline_s.shape == (3, 2)
+    assert len(prefill_time([], [], [], [], [], [], hw).seconds) == 0
     with pytest.raises(InputError, match="fp8"):
-        prefill_attention_time(1, 16, 16, 8, 8, 64, hw, dtype="fp8")
+        prefill_time(1, 16, 16, 8, 8, 64, hw, dtype="fp8")
     with pytest.raises(InputError, match="bf17"):
-        decode_attention_time(1, 16, 8, 8, 64, hw, kv_dtype="bf17")
-
-
-@pytest.mark.parametrize("call", [prefill_attention_time, decode_attention_time])
-def test_a_small_call_is_quick(call: Callable[..., object]) -> None:
-    lengths = [[2048, 2048]] * (2 if call is prefill_attention_time else 1)
-    run = partial(call, [1, 64], *lengths, 32, 8, 128, load_hardware("h100_sxm"))
-    run()
-    # 0.09 ms measured on an idle core; the rest is room for a busy machine
-    assert min(timeit.repeat(run, number=1, repeat=50)) < 1e-3
+        decode_time(1, 16, 8, 8, 64, hw, kv_dtype="bf17")

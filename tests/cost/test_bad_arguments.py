@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
 
 import simulator
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.collective import collective_time
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.experts import experts_time
 from simulator.errors import InputError
 from simulator.predict.scenario import Scenario
+
+pytestmark = pytest.mark.quick
 
 NAN, INF = float("nan"), float("inf")
 TEXT: list[Any] = ["8", b"8", None, [8, "x"], {}, 8 + 1j]
@@ -35,18 +34,18 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         simulator.gemm_time,
         {"m": THREE, "n": THREE, "k": 64, "hw": HW},
         {"m": [*SIZES, *SHAPED], "n": [*SIZES, *SHAPED], "k": [*SIZES, *SHAPED, 2**31]}
-        | {"kernel": [7, 0.5, "dense", True]}
+        | {"kernel": [7, 0.5, "2:4", True, ["dense", None], ["dense", "x", "dense"]]}
         | {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "cold": ["no", 2]}
         | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": ["h100", None]},
     ),
-    "prefill_attention_time": (
-        prefill_attention_time,
+    "prefill_time": (
+        prefill_time,
         {"batch": THREE, "q_len": 128, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
         {**dict.fromkeys(("batch", "heads", "kv_heads", "head_dim"), SIZES), "q_len": [*SIZES, 129], "kv_len": SIZES}
         | {"window": [-1, 2.5, *SHAPED], "density": [0, 1.5, NAN], "block": [-1, NAN], "level": [2], "hw": ["h100"]},
     ),
-    "decode_attention_time": (
-        decode_attention_time,
+    "decode_time": (
+        decode_time,
         {"batch": THREE, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
         {"kv_len": [*SIZES, *SHAPED], "value_dim": [-1, 0.5], "latent": ["yes", 0.5], "cold": [None], "kv_dtype": [[]]},
     ),
@@ -86,7 +85,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         | {"dense_s": [NAN, INF, -1, 0, True, "1 ms", [1.0]]},
     ),
     "speedups": (simulator.speedups, {"dense": DENSE, "pruned": [PRUNED], "hw": HW}, {"pruned": [3, ["depth"]]}),
-    "cost": (simulator.cost, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
+    "workload_time": (simulator.workload_time, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
     "memory": (
         simulator.memory,
         {"workload": DENSE, "hw": HW},

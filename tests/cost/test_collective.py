@@ -7,18 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from operator_times import collective_time
 
 from calibration.build_profiles import datasheet
-from calibration.fit.collective import Messages, fit_collective
+from calibration.fit.collective import CollectiveFit
 from calibration.fit.profile import fit_profile
+from calibration.fit.section import fit_section
 from calibration.records.importers import import_table
-from calibration.records.table import Records, Source
-from simulator.cost.collective import KINDS, collective_core, collective_time
+from calibration.records.timing_table import Records, Source
+from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.errors import InputError
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Link
 from simulator.hardware.save import save_hardware
+
+pytestmark = pytest.mark.quick
 
 PAYLOAD = np.geomspace(1e2, 1e10, 120)
 
@@ -28,7 +32,7 @@ def bare(name: str) -> HardwareProfile:
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COLLECTIVES)
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "l40s"])
 def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, devices: int) -> None:
     hw = bare(name)
@@ -71,19 +75,17 @@ def test_bad_input_is_named() -> None:
 
 
 def test_an_engine_s_own_all_reduce_is_used_where_it_is_faster_and_allowed() -> None:
-    sizes, two = np.geomspace(1e3, 1e9, 50), np.full(50, 8.0)
+    sizes = np.geomspace(1e3, 1e9, 50)
+    calls = Messages(np.zeros(50, dtype=np.intp), sizes, np.full(50, 8.0), Link("nvlink4", 450e9, 1e-6, 8))
     default = {name: constant.default("nvlink") for name, constant in CONSTANTS.items()}
-    with_own, without = (
-        collective_core(np.zeros(50, dtype=np.intp), sizes, two, 450e9, {**default, "own_devices": n}).total
-        for n in (8.0, 4.0)
-    )
+    with_own, without = (calls.seconds({**default, "own_devices": n}) for n in (8.0, 4.0))
     assert np.all(with_own <= without)
     assert with_own[0] < 0.5 * without[0]
     large = sizes > default["own_bytes"]
     np.testing.assert_array_equal(with_own[large], without[large])
 
 
-def test_doubt_of_hosts_is_wider_over_pcie_and_with_more_devices() -> None:
+def test_intervals_are_wider_over_pcie_and_with_more_devices() -> None:
     nvlink, pcie = bare("h100_sxm"), bare("l40s")
     widths = [
         float(t.upper / t.seconds) for t in (collective_time(1e9, n, hw) for hw in (nvlink, pcie) for n in (2, 8))
@@ -99,15 +101,15 @@ TRUTH = {
 }
 
 
-def planted(noise: float) -> Messages:
+def planted(noise: float) -> CollectiveFit:
     rng = np.random.default_rng(7)
     code, size, devices = (a.ravel() for a in np.meshgrid(np.arange(4), 2.0 ** np.arange(9, 30), [2.0, 4.0, 8.0]))
-    seconds = collective_core(code, size, devices, 450e9, TRUTH).total * np.exp(noise * rng.normal(size=code.size))
-    return Messages(code, size, devices, seconds, Link("nvlink4", 450e9, 1e-6, 8))
+    calls = Messages(code, size, devices, Link("nvlink4", 450e9, 1e-6, 8))
+    return CollectiveFit(calls, calls.seconds(TRUTH) * np.exp(noise * rng.normal(size=code.size)))
 
 
 def test_fit_recovers_planted_constants() -> None:
-    fit = fit_collective(planted(0.01))
+    fit = fit_section(planted(0.01))
     for name in ("t0_s", "hop_s", "e_link", "pipe_s", "own_t0_s", "own_e", "own_step_s"):
         constant = fit.section.constants[name]
         assert constant.std_error is not None
@@ -121,21 +123,22 @@ def test_fit_recovers_planted_constants() -> None:
 def test_fit_refuses_too_few_and_skips_what_no_link_can_do() -> None:
     messages = planted(0.0)
     with pytest.raises(ValueError, match="at least 20"):
-        fit_collective(messages.take(slice(0, 10)))
+        fit_section(messages.take(slice(0, 10)))
     seconds = messages.seconds.copy()
     seconds[:2], seconds[-1] = np.nan, 1e-9
-    assert fit_collective(replace(messages, seconds=seconds)).rows == len(seconds) - 3
+    assert fit_section(replace(messages, seconds=seconds)).rows == len(seconds) - 3
 
 
 def test_records_make_a_section_that_is_saved_and_used(tmp_path: Path) -> None:
-    m, hw = planted(0.0), bare("h100_sxm")
+    measured, hw = planted(0.0), bare("h100_sxm")
+    m, seconds = measured.calls, measured.seconds
     rows = Records.from_columns(
         [Source("H100", {"NCCL": "2"}, kernel="mine")],
         operator="collective",
-        role=np.array(KINDS)[m.code],
+        role=np.array(COLLECTIVES)[m.code],
         n=m.payload.astype(np.int64),
         batch=m.devices.astype(np.int64),
-        seconds=m.seconds,
+        seconds=seconds,
         launch="graph",
     )
     fitted = fit_profile(hw, rows).profile
@@ -144,22 +147,23 @@ def test_records_make_a_section_that_is_saved_and_used(tmp_path: Path) -> None:
     save_hardware(fitted, path)
     again = load_hardware(path)
     for kind in ("all_reduce", "all_to_all"):
-        of_kind = m.code == KINDS.index(kind)
+        of_kind = m.code == COLLECTIVES.index(kind)
         t = collective_time(m.payload[of_kind], m.devices[of_kind], again, kind=kind)
-        np.testing.assert_allclose(t.seconds, m.seconds[of_kind], rtol=0.02)
+        np.testing.assert_allclose(t.seconds, seconds[of_kind], rtol=0.02)
 
 
 def test_the_library_s_all_reduce_gives_way_to_the_engine_s_own() -> None:
-    m = planted(0.0)
+    measured = planted(0.0)
+    m = measured.calls
     both = np.concatenate([m.code, np.zeros(40, dtype=np.intp)])
     payload = np.concatenate([m.payload, 2.0 ** np.tile(np.arange(9, 29), 2)])
     rows = Records.from_columns(
         [Source("H100", kernel="mine"), Source("H100", kernel="NCCL")],
         operator="collective",
-        role=np.array(KINDS)[both],
+        role=np.array(COLLECTIVES)[both],
         n=payload.astype(np.int64),
         batch=np.concatenate([m.devices, np.full(40, 8.0)]).astype(np.int64),
-        seconds=np.concatenate([m.seconds, np.ones(40)]),
+        seconds=np.concatenate([measured.seconds, np.ones(40)]),
         source=np.where((both == 0) & (np.arange(both.size) < m.code.size), 0, 1),
         launch="graph",
     )
@@ -190,8 +194,8 @@ def test_accuracy_on_sizes_left_out_of_a_table(wheel_tables: Path, gpu: str, sta
 
 def test_more_bytes_never_take_less_time_whatever_the_noise() -> None:
     hw = bare("h100_sxm")
-    fitted = hw.calibrated({("collective", "*"): fit_collective(planted(0.15)).section})
-    for kind in KINDS:
+    fitted = hw.calibrated({("collective", "*"): fit_section(planted(0.15)).section})
+    for kind in COLLECTIVES:
         for devices in (2, 4, 8):
             t = collective_time(np.geomspace(256, 1e10, 2000), devices, fitted, kind=kind).seconds
             assert np.all(t >= np.maximum.accumulate(t) * (1 - 1e-5))

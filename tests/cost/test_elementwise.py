@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from operator_times import elementwise_time
 
 from calibration.build_profiles import rtx_tables
-from calibration.fit.elementwise import Moves, fit_elementwise
+from calibration.fit.elementwise import ElementwiseFit
+from calibration.fit.section import fit_section
 from calibration.validation.protocol import score_elementwise
-from simulator.cost.elementwise import class_code, class_place, class_residual, elementwise_core, elementwise_time
+from simulator.cost.elementwise import Moves, class_code, class_residual
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
@@ -18,6 +20,7 @@ from simulator.hardware.library import load_hardware
 from simulator.workload import ROLES, role_code
 
 
+@pytest.mark.quick
 def test_every_role_has_a_class_by_code_and_by_name() -> None:
     codes = class_code(np.arange(len(ROLES)))
     assert class_code(ROLES).tolist() == codes.tolist()
@@ -28,6 +31,7 @@ def test_every_role_has_a_class_by_code_and_by_name() -> None:
         class_code("mlp_nrm")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
 def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None:
     hw = replace(load_hardware(name), sections={})
@@ -45,6 +49,7 @@ def test_small_ones_cost_the_floor_and_large_ones_their_bytes(name: str) -> None
     assert np.all(t.seconds[large] >= t.roofline_s[large])
 
 
+@pytest.mark.quick
 def test_halving_the_bandwidth_doubles_a_large_operator() -> None:
     hw = replace(load_hardware("h100_sxm"), sections={})
     half = replace(hw, bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s / 2)
@@ -52,19 +57,20 @@ def test_halving_the_bandwidth_doubles_a_large_operator() -> None:
     assert b / a == pytest.approx(2.0, rel=1e-3)
 
 
-def planted(seed: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, float]]:
+def planted(seed: int, noise: float) -> tuple[ElementwiseFit, dict[str, float]]:
     rng = np.random.default_rng(seed)
     truth = {n: k.default("ada") for n, k in CONSTANTS.items()} | {"l2_share": 1.1}
     truth |= {"t0_norm_s": 3e-6, "e_norm": 0.8, "l2_norm": 2.0, "t0_rotary_s": 2e-6, "e_rotary": 0.6, "l2_rotary": 3.0}
     size = np.exp(rng.uniform(np.log(1e4), np.log(1e10), 400))
     code = rng.choice([CLASSES.index("norm"), CLASSES.index("rotary")], 400)
-    time = elementwise_core(size, code, 72e6, 1.0e12, truth)[0] * np.exp(noise * rng.normal(size=400))
-    return size, code, time, truth
+    calls = Moves(size, code, 72e6, 1.0e12, "ada")
+    return ElementwiseFit(calls, calls.seconds(truth) * np.exp(noise * rng.normal(size=400))), truth
 
 
+@pytest.mark.quick
 def test_fit_recovers_planted_constants() -> None:
-    size, code, time, truth = planted(3, 0.01)
-    fit = fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada"))
+    measured, truth = planted(3, 0.01)
+    fit = fit_section(measured)
     for name in ("t0_norm_s", "e_norm", "l2_norm", "t0_rotary_s", "e_rotary", "l2_rotary", "l2_share"):
         constant = fit.section.constants[name]
         assert constant.std_error is not None
@@ -74,34 +80,35 @@ def test_fit_recovers_planted_constants() -> None:
     assert fit.section.accuracy["mape"] < 0.02
 
 
+@pytest.mark.quick
 def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
-    size, code, time, _ = planted(3, 0.01)
+    measured, _ = planted(3, 0.01)
     with pytest.raises(ValueError, match="at least 20"):
-        fit_elementwise(Moves(size[:10], code[:10], time[:10], 72e6, 1.0e12, "ada"))
-    time[:3] = [np.nan, -1.0, 0.0]
-    assert fit_elementwise(Moves(size, code, time, 72e6, 1.0e12, "ada")).rows == 397
+        fit_section(measured.take(slice(0, 10)))
+    measured.seconds[:3] = [np.nan, -1.0, 0.0]
+    assert fit_section(measured).rows == 397
 
 
+@pytest.mark.quick
 def test_a_section_brings_its_residual() -> None:
-    size, code, time, _ = planted(5, 0.0)
-    fit = fit_elementwise(Moves(size, code, time * np.where(size > 1e7, 1.3, 1.0), 72e6, 1.0e12, "ada"))
+    measured, _ = planted(5, 0.0)
+    size, code = measured.calls.bytes_, measured.calls.code
+    fit = fit_section(replace(measured, seconds=measured.seconds * np.where(size > 1e7, 1.3, 1.0)))
     facts = {"l2_bytes": 72e6, "bandwidth_bytes_per_s": 1.0e12}
     hw = replace(load_hardware("rtx_4090"), **facts, sections={("elementwise", "bf16"): fit.section})
     shown = elementwise_time(size, 0.0, hw, role=np.array(CLASSES)[code]).seconds
     residual = class_residual(fit.section.arrays)
     assert residual is not None
-    core, *_ = elementwise_core(size, code, 72e6, 1.0e12, fit.constants.values)
-    assert shown == pytest.approx(core * np.exp(residual(class_place(size, code))))
+    e = measured.calls.estimate(fit.constants.values)
+    assert shown == pytest.approx(e.time * np.exp(residual(e.position)))
 
 
 def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyped-def]
     hw = load_hardware("rtx_4090")
     r = rtx_tables(shared_data, hw)
     r = r.select(r.is_operator("elementwise"))
-    moves = Moves(
-        r.read_bytes + r.write_bytes, class_code(r.role), r.seconds, hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada"
-    )
-    scores = [score_elementwise(moves, hw, 400, seed) for seed in (0, 1, 2)]
+    moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada")
+    scores = [score_elementwise(ElementwiseFit(moves, r.seconds), hw, 400, seed) for seed in (0, 1, 2)]
     # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
     assert np.mean([s["mape"] for s in scores]) < 6.0
     assert np.mean([s["mape over 10us"] for s in scores]) < 7.5

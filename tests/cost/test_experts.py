@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from operator_times import errors_of, experts_time
 
-from calibration.fit.experts import Layers, fit_experts, layers_of
+from calibration.fit.experts import ExpertsFit, layers_of
+from calibration.fit.section import fit_section
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
-from calibration.records.experts import too_slow
-from simulator.cost.experts import TILES, dealt_load, drawn_load, experts_core, experts_time
-from simulator.cost.gemm_model import Machine
+from calibration.records.aiconfigurator_experts import too_slow
+from simulator.cost import experts as experts_model
+from simulator.cost.base import Machine
+from simulator.cost.experts import TILES, Layers, dealt_load, drawn_load
 from simulator.errors import InputError
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
@@ -45,6 +48,7 @@ def test_touched_experts_and_tiles_are_those_of_tokens_that_choose_by_chance(
     assert np.exp(np.log(ratio).mean(axis=0)).tolist() == pytest.approx([1.0] * len(TILES), abs=0.08)
 
 
+@pytest.mark.quick
 def test_touched_by_hand() -> None:
     assert experts_touched([1, 2], 8, 2).tolist() == pytest.approx([2.0, 8 * (1 - 0.75**2)])
     assert experts_touched(1, 8, 2, 1.0) == pytest.approx(2.0)  # a token uses two, however they are liked
@@ -54,18 +58,20 @@ def test_touched_by_hand() -> None:
     assert many[-1] == pytest.approx(128, rel=1e-3)
 
 
+@pytest.mark.quick
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
     """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
-    for skew, experts, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
+    for skew, most, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
         load = np.sort(np.exp(np.log(EXPERT_RANGE) * skew * (np.arange(128) + 0.5) / 128))[::-1]
         load /= load.sum()
-        assert np.searchsorted(np.cumsum(load), 0.9) == pytest.approx(experts, abs=3)
+        assert np.searchsorted(np.cumsum(load), 0.9) == pytest.approx(most, abs=3)
         assert 1 + (load * np.log(load)).sum() / np.log(128) == pytest.approx(short, abs=0.02)
         chance = experts_chance(128, 8, skew)
         few = load.reshape(len(chance), -1).mean(axis=1)[::-1]
         np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
 
 
+@pytest.mark.quick
 def test_a_benchmark_deals_tokens_out() -> None:
     m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
     even = dealt_load(m, experts, active, 0.0)
@@ -77,6 +83,7 @@ def test_a_benchmark_deals_tokens_out() -> None:
     assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list_hardware())
 def test_never_faster_than_physics(name: str) -> None:
     hw = load_hardware(name)
@@ -92,6 +99,7 @@ def test_never_faster_than_physics(name: str) -> None:
         assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()  # where a kernel steps up it is flat afterwards
 
 
+@pytest.mark.quick
 def test_arrays_broadcast_and_bad_formats_are_named() -> None:
     hw = load_hardware("h100@vllm")
     t = experts_time(TOKENS[:, None], 768, 2048, [128, 96], 8, hw)
@@ -103,22 +111,24 @@ def test_arrays_broadcast_and_bad_formats_are_named() -> None:
         experts_time(1, *QWEN, hw, dtype="nvfp4")
 
 
+@pytest.mark.quick
 def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_known() -> None:
     hw = load_hardware("h100@trtllm")
     bf16, fp8 = (experts_time(64, *QWEN, hw, dtype=dtype).seconds for dtype in ("bf16", "fp8"))
     assert 0.5 < fp8 / bf16 < 0.75
-    own = experts_time(64, *QWEN, load_hardware("h100@vllm"), weight_dtype="mxfp4")
-    lent = experts_time(64, *QWEN, load_hardware("a100@vllm"), weight_dtype="mxfp4")
-    assert own.uncertainty is not None
-    assert lent.uncertainty is not None
-    assert "experts quantised" not in own.uncertainty.names
-    assert "experts quantised" in lent.uncertainty.names
+    own, fallback = (
+        errors_of(experts_model.experts, 64, *QWEN, load_hardware(name), weight_dtype="mxfp4")
+        for name in ("h100@vllm", "a100@vllm")
+    )
+    assert "experts quantised" not in own.factors
+    assert "experts quantised" in fallback.factors
     generic = experts_time(64, *QWEN, load_hardware("t4"), dtype="fp16")
-    assert generic.uncertainty is not None
-    assert {"experts default", "experts generic"} <= set(generic.uncertainty.names)
+    unknown = errors_of(experts_model.experts, 64, *QWEN, load_hardware("t4"), dtype="fp16")
+    assert {"experts default", "experts generic"} <= set(unknown.factors)
     assert generic.upper / generic.seconds > 1.5
 
 
+@pytest.mark.quick
 def test_fewer_experts_save_what_they_no_longer_read() -> None:
     """A quarter of the experts removed: the decode of one sequence reads as many as before, that of 256 reads a quarter
     fewer, a long prefill computes as much; narrower experts save in all three."""
@@ -129,21 +139,21 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     assert ratio[4] == pytest.approx(0.75, abs=0.05)
     assert ratio[-1] == pytest.approx(1.0, abs=0.1)
     assert (narrow.seconds < 0.97 * dense.seconds).all()
-    assert dense.uncertainty is not None
-    assert fewer.uncertainty is not None
     # what both share cancels in their ratio
-    half = ratio_half(fewer.uncertainty, dense.uncertainty, 0.9, None)
+    errors = [errors_of(experts_model.experts, TOKENS, 768, 2048, number, 8, hw) for number in (96, 128)]
+    half = ratio_half(*errors)
     assert (half < np.log(dense.upper / dense.seconds)).all()
 
 
-def test_a_width_off_16_is_slow_and_doubtful() -> None:
+@pytest.mark.quick
+def test_a_width_off_16_is_slow_and_its_interval_wide() -> None:
     hw = load_hardware("h100@vllm")
     aligned, off = (experts_time(256, n, 2048, 128, 8, hw) for n in (704, 696))
     assert off.seconds > 1.5 * aligned.seconds
     assert off.upper / off.seconds > 1.2 * aligned.upper / aligned.seconds
 
 
-def planted(**values: float) -> Layers:
+def planted(**values: float) -> ExpertsFit:
     """Times of five models by known constants, 2 % of noise."""
     machine, rng = Machine.of(datasheet("h100_sxm")), np.random.default_rng(0)
     models = [
@@ -160,40 +170,40 @@ def planted(**values: float) -> Layers:
         for m in 2 ** np.arange(0, 15)
         for s in (0, 1.01)
     ]
-    m, n, k, e, a, s = np.array(rows, dtype=F8).T
+    calls = Layers(machine, *np.array(rows, dtype=F8).T)
     known = {name: c.default("hopper") for name, c in CONSTANTS.items()} | values
-    total = experts_core(dealt_load(m, e, a, s), m, n, k, e, a, machine, known, warm=True).total
-    return Layers(machine, m, n, k, e, a, s, total * np.exp(rng.normal(0, 0.02, len(m))))
+    return ExpertsFit(calls, calls.seconds(known) * np.exp(rng.normal(0, 0.02, len(rows))), "hopper")
 
 
 def test_planted_constants_are_recovered() -> None:
     known = {"t0_s": 3e-5, "e_tc": 0.6, "e_d": 0.8, "e_io": 1.0, "tile_rows": 30.0, "narrow": 60.0}
-    part = fit_experts(planted(**known), "hopper")
+    part = fit_section(planted(**known))
     for name, value in known.items():
         found = part.section.constants[name]
         assert found.std_error is not None
         assert abs(found.value - value) < 4 * found.std_error + 0.03 * value, name
     assert part.section.accuracy["mape"] < 0.03
-    with pytest.raises(ValueError, match="experts: expected at least 300 rows, got 10"):
-        fit_experts(planted().take(np.arange(10)), "hopper")
+    with pytest.raises(ValueError, match="experts: expected at least 300 usable rows, got 10"):
+        fit_section(planted().take(np.arange(10)))
 
 
 def test_the_shipped_section_is_what_its_table_gives_and_holds_models_left_out() -> None:
     hw, records = load_hardware("h100@trtllm"), load_measurements("h100_sxm/experts/trtllm")
-    layers = layers_of(records, Machine.of(hw))
-    part, ships = fit_experts(layers, "hopper"), hw.section("experts", "bf16")
+    measured = layers_of(records, Machine.of(hw), "hopper")
+    layers, part, ships = measured.calls, fit_section(measured), hw.section("experts", "bf16")
     for name, constant in ships.constants.items():
         assert part.section[name] == pytest.approx(constant.value, rel=1e-3), name
     assert part.section.accuracy["mape"] < 0.065
     bare = replace(part.section, arrays={})
     error = [
-        np.abs(np.log(experts_time(*sizes, hw_, skew=layers.skew, dealt=True).seconds / layers.seconds)).mean()
+        np.abs(np.log(experts_time(*sizes, hw_, skew=layers.skew, dealt=True).seconds / measured.seconds)).mean()
         for sizes in [(layers.m, layers.n, layers.k, layers.experts, layers.active)]
         for hw_ in (hw, hw.calibrated({("experts", "bf16"): bare}))
     ]
-    assert error[0] < 0.85 * error[1]  # the lattice takes up part of what the form leaves
+    assert error[0] < 0.85 * error[1]  # the residual takes up part of what the analytical time leaves
 
 
+@pytest.mark.quick
 def test_untuned_kernels_are_found_by_other_widths() -> None:
     m, n = (a.ravel() for a in np.meshgrid([1.0, 8.0, 64.0], [256.0, 512.0, 1024.0], indexing="ij"))
     seconds = 1e-5 + 1e-8 * n * m**0.1

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.forward import forward_passes, operator_times
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.forward import forward_passes, operator_times
+from simulator.uncertainty.intervals import workload_time
 from simulator.workload import ROLES, Kind, Workload, dtype_code
 from simulator.workload_batch import WorkloadBatch
+
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_a_pass_of_several_workloads_is_that_of_each(hw: simulator.HardwareProfi
     np.testing.assert_allclose(workloads.total(p.share) + p.gap_s / p.device_s, 1.0, rtol=1e-12)
     for i, start in enumerate(workloads.starts):
         rows = slice(start, start + workloads.lengths[i])
-        alone = cost(workloads.rows.take(np.arange(rows.start, rows.stop)), hw)
+        alone = workload_time(workloads.rows.take(np.arange(rows.start, rows.stop)), hw)
         np.testing.assert_allclose(p.time.upper[rows], alone.upper, rtol=1e-12)
         for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound"):
             assert getattr(p, name)[i] == pytest.approx(getattr(alone, name), rel=1e-12)
@@ -52,13 +54,13 @@ def test_a_pass_of_several_workloads_is_that_of_each(hw: simulator.HardwareProfi
 def test_eager_is_host_bound_in_small_decode_and_device_bound_in_prefill() -> None:
     fast = simulator.load_hardware("h100")
     decode, prefill = ({"phase": "decode", "batch": 1, "seq": 128}, {"phase": "prefill", "batch": 4, "seq": 2048})
-    eager, graph = cost(_lower(**decode, engine="hf"), fast), cost(_lower(**decode), fast)
+    eager, graph = workload_time(_lower(**decode, engine="hf"), fast), workload_time(_lower(**decode), fast)
     groups, hf = WorkloadBatch.of([_lower(**decode)]).groups, load_engine("hf")
     assert eager.host_bound
     launches = groups.count[0] @ hf.kernels[groups.role]
     assert eager.host_s == pytest.approx(launches * fast.section("runtime", "*")["host_op_s"] + hf.each_pass.value)
     assert eager.total_s >= max(eager.host_s, graph.total_s) * (1 - 1e-12)
-    long = cost(_lower(**prefill, engine="hf"), fast)
+    long = workload_time(_lower(**prefill, engine="hf"), fast)
     assert not long.host_bound
     # the host runs ahead: only the first launches are waited for
     assert long.total_s == pytest.approx(long.device_s, rel=0.01)
@@ -85,7 +87,7 @@ def test_a_cpu_waits_after_every_kernel_and_launches_those_beside_itself(tmp_pat
     rows.append({"kind": Kind.ELEMENTWISE, "role": "activation", "read_bytes": 4096, "count": 5})
     w = Workload.from_rows([row | {"dtype": fp32, "weight_dtype": fp32} for row in rows])
     p = forward_passes(WorkloadBatch.of([w.replace(meta=replace(w.meta, engine=str(mine)))]), cpu)
-    runtime, (router, activation) = cpu.section("runtime", "*"), operator_times(w, cpu).seconds
+    runtime, (router, activation) = cpu.section("runtime", "*"), operator_times(w, cpu)[0].seconds
     waits, beside = 3 * 4 + 5 * 2, 3 * 3  # an activation is two kernels, and streams its data in both
     assert p.row_s == pytest.approx([3 * router, 5 * 2 * activation], rel=1e-12)
     assert p.gap_s[0] == pytest.approx(waits * runtime["graph_gap_s"] + beside * runtime["host_op_s"], rel=1e-12)
@@ -101,15 +103,15 @@ def test_ideal_roofline_is_the_larger_of_flops_and_bytes(hw: simulator.HardwareP
 
 def test_two_formats_in_one_workload_are_timed_each_in_its_own(hw: simulator.HardwareProfile) -> None:
     rows = [{"role": "q", "m": 512, "n": 4096, "k": 4096, "dtype": code, "weight_dtype": code} for code in (0, 3)]
-    both = operator_times(Workload.from_rows(rows), hw).seconds
-    alone = [operator_times(Workload.from_rows([row]), hw).seconds[0] for row in rows]
+    both = operator_times(Workload.from_rows(rows), hw)[0].seconds
+    alone = [operator_times(Workload.from_rows([row]), hw)[0].seconds[0] for row in rows]
     assert both.tolist() == alone
     assert both[0] > both[1]
 
 
 def test_an_unknown_engine_is_refused(hw: simulator.HardwareProfile) -> None:
     with pytest.raises(InputError, match=r"engine 'jit' is unknown; Known: .*vllm"):
-        cost(_lower(phase="decode", engine="jit"), hw)
+        workload_time(_lower(phase="decode", engine="jit"), hw)
 
 
 def test_an_engine_prefers_the_kernels_of_its_stack_and_a_stack_asked_for_stays() -> None:
@@ -126,24 +128,27 @@ def test_what_an_engine_fuses_with_quantising_is_never_below_the_roofline() -> N
     h100 = simulator.load_hardware("h100")
     w = _lower(phase="decode", batch=8, dtype="fp8", engine="trtllm")
     gemm = (w.kind == Kind.GEMM) & (w.layers > 0)
-    bare, fused = (operator_times(w, h100, engine=load_engine(name)) for name in ("", "trtllm"))
+    bare, fused = (operator_times(w, h100, engine=load_engine(name))[0] for name in ("", "trtllm"))
     assert (fused.seconds[gemm] < bare.seconds[gemm]).all()
     assert (fused.seconds >= np.minimum(fused.roofline_s, bare.seconds) * (1 - 1e-12)).all()
     assert (fused.lower <= fused.seconds).all()
     assert (fused.seconds <= fused.upper).all()
     sixteen = _lower(phase="decode", batch=8, engine="trtllm")
-    bare, same = (operator_times(sixteen, h100, engine=load_engine(name)).seconds for name in ("", "trtllm"))
+    bare, same = (operator_times(sixteen, h100, engine=load_engine(name))[0].seconds for name in ("", "trtllm"))
     assert bare.tolist() == same.tolist()
 
 
 def test_kernels_that_an_engine_lacks_are_refused(hw: simulator.HardwareProfile) -> None:
     half = simulator.prune(_lower(phase="decode", engine="vllm"), "semi_structured", 0.5)
     with pytest.raises(InputError, match="vllm has no 2:4 kernels; these engines have: compile, hf, reference, trtllm"):
-        cost(half, hw)
+        workload_time(half, hw)
     eight = simulator.prune(_lower(phase="decode", engine="hf", dtype="fp8"), "semi_structured", 0.5)
     with pytest.raises(InputError, match="hf has no fp8 2:4 kernels; these engines have: reference, trtllm"):
-        cost(eight, simulator.load_hardware("h100"))
+        workload_time(eight, simulator.load_hardware("h100"))
     with pytest.raises(InputError, match="hf has no kernels for fp8 weights alone; it has: int8, int4"):
-        cost(_lower(phase="decode", engine="hf", weight_dtype="fp8"), hw)
+        workload_time(_lower(phase="decode", engine="hf", weight_dtype="fp8"), hw)
     for engine in ("", "reference"):
-        assert cost(simulator.prune(_lower(phase="decode", engine=engine), "semi_structured", 0.5), hw).total_s > 0.0
+        assert (
+            workload_time(simulator.prune(_lower(phase="decode", engine=engine), "semi_structured", 0.5), hw).total_s
+            > 0.0
+        )

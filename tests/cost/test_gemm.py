@@ -1,8 +1,8 @@
-"""The GEMM model: physics, alignment, formats, the ladder, and the small print of its interface."""
+"""The GEMM model: physics, alignment, formats, the steps, and the small print of its interface."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.cost.gemm import GemmTime, alignment_halvings, gemm_steps, gemm_time
-from simulator.cost.gemm_model import Core, Machine, core_time, machine_core
+from simulator.cost.base import Machine
+from simulator.cost.gemm import alignment_halvings
+from simulator.cost.gemm_model import ReadyModel, analytical_time, ready_model
 from simulator.cost.gemm_shapes import CHUNK, PRECISION
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import STEPS, TIMES, gemm_steps, gemm_time
 from simulator.workload import Kernel
+
+pytestmark = pytest.mark.quick
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 sizes = st.integers(1, 40_000)
@@ -27,17 +31,23 @@ def defaults(architecture: str) -> dict[str, float]:
     return {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
 
 
-def core_of(gpu: str, dtype: Any = np.float64) -> Core:
-    return machine_core(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
+def model_of(gpu: str, dtype: Any = np.float64) -> ReadyModel:
+    return ready_model(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
 
 
 @settings(max_examples=200, deadline=None)
-@given(m=sizes, n=widths, k=widths, gpu=st.sampled_from(GPUS), kernel=st.sampled_from([0, 1, 2, 3]))
-def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: int) -> None:
+@given(
+    m=sizes,
+    n=widths,
+    k=widths,
+    gpu=st.sampled_from(GPUS),
+    kernel=st.sampled_from(["dense", "sparse24", "unstructured", "block_sparse"]),
+)
+def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) -> None:
     hw = load_hardware(gpu)
     t = gemm_time(m, n, k, hw, kernel=kernel)
-    peak = hw.peak_flop_per_s("bf16", sparse=kernel == 1) * hw.clock_headroom
-    stored = 1.125 if kernel == 1 else 2.0
+    peak = hw.peak_flop_per_s("bf16", sparse=kernel == "sparse24") * hw.clock_headroom
+    stored = 1.125 if kernel == "sparse24" else 2.0
     assert t.seconds >= 2.0 * m * n * k / peak
     assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
     assert t.lower <= t.seconds <= t.upper
@@ -47,22 +57,22 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: int) 
 @settings(max_examples=100, deadline=None)
 @given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
 def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
-    """The analytic core: a step up to the next whole tile may be cheaper only by two tiles' difference in
+    """The analytical model: a step up to the next whole tile may be cheaper only by two tiles' difference in
     efficiency."""
-    core = core_of(gpu)
+    model = model_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
     larger = shape.copy()
     larger[axis] += (128, 256, 128)[axis]
-    small, large = core_time(*shape, core).total_us[0], core_time(*larger, core).total_us[0]
+    small, large = (analytical_time(*sizes, model).total_us[0] for sizes in (shape, larger))
     assert large >= 0.85 * small  # split-K: one more whole k-step of a tile can balance better
 
 
 def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
     machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
     constants = defaults("cpu") | {"pack": 1.0, "pack_m": 4.0, "t0": 1e-7, "e_d": 1.0}
-    core = machine_core(machine, constants)
+    model = ready_model(machine, constants)
     m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
-    t = core_time(m, wide, wide, core)
+    t = analytical_time(m, wide, wide, model)
     weights_us = 4e6 * 4096.0**2 / 3e10
     np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
     np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
@@ -77,7 +87,7 @@ def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
     rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
     half = replace(machine, peak_flop_per_s=rates[0], bandwidth_bytes_per_s=rates[1])
     shapes = np.array([[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]], dtype=np.float64).T
-    fast, slowed = core_time(*shapes, machine_core(machine, c)), core_time(*shapes, machine_core(half, slow))
+    fast, slowed = analytical_time(*shapes, ready_model(machine, c)), analytical_time(*shapes, ready_model(half, slow))
     np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
 
 
@@ -107,10 +117,10 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 
 @pytest.mark.parametrize(
     ("gpu", "options", "decode", "prefill"),
-    [(gpu, {"kernel": 1}, (0.0, 1.02), (1.1, 2.0)) for gpu in GPUS]
+    [(gpu, {"kernel": "sparse24"}, (0.0, 1.02), (1.1, 2.0)) for gpu in GPUS]
     + [
         ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
-        ("h100", {"kernel": 2, "density": 0.5}, (1, 1), (1, 1)),
+        ("h100", {"kernel": "unstructured", "density": 0.5}, (1, 1), (1, 1)),
     ],
 )
 def test_other_kernels_gain_where_their_saving_is_the_limit(
@@ -123,23 +133,23 @@ def test_other_kernels_gain_where_their_saving_is_the_limit(
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_ladder_ends_in_the_time_and_starts_at_the_roofline(gpu: str) -> None:
+def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
     hw = load_hardware(gpu)
     m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
-    rungs = gemm_steps(m, n, k, hw)
-    assert list(rungs) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
+    steps = gemm_steps(m, n, k, hw)
+    assert tuple(steps) == STEPS == ("roofline", "tile", "wave", "alignment", "kernel", "launch")
     time = gemm_time(m, n, k, hw)
-    assert (rungs["launch"] == time.seconds).all()
+    assert (steps["launch"] == time.seconds).all()
     compute = 2.0 * m * n * k / hw.peak_flop_per_s("bf16")
     roofline = np.maximum(compute, 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s)
-    np.testing.assert_allclose(rungs["roofline"], roofline, rtol=1e-6)
-    assert (rungs["tile"] >= rungs["roofline"] * (1 - 1e-6)).all()
-    assert (rungs["wave"] >= rungs["tile"]).all()
-    assert (rungs["alignment"][2:] > 1.1 * rungs["wave"][2:]).all()
-    assert (rungs["alignment"][:2] == rungs["wave"][:2]).all()
+    np.testing.assert_allclose(steps["roofline"], roofline, rtol=1e-6)
+    assert (steps["tile"] >= steps["roofline"] * (1 - 1e-6)).all()
+    assert (steps["wave"] >= steps["tile"]).all()
+    assert (steps["alignment"][2:] > 1.1 * steps["wave"][2:]).all()
+    assert (steps["alignment"][:2] == steps["wave"][:2]).all()
 
 
-def test_bounds_name_the_limit_and_levels_nest() -> None:
+def test_bottlenecks_are_named_and_levels_nest() -> None:
     hw = load_hardware("h100")
     t, narrow, wide = (
         gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, level=v) for v in (0.9, 0.5, 0.99)
@@ -167,14 +177,16 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
     whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
     for i in {0, size // 2, size - 1}:
         alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
-        assert all(
-            getattr(whole, f.name)[i] == getattr(alone, f.name) for f in fields(GemmTime) if f.name != "uncertainty"
-        )
+        assert all(getattr(whole, name)[i] == getattr(alone, name) for name in TIMES)
+        assert all(values[i] == alone.details[name] for name, values in whole.details.items())
 
 
 def test_single_precision_is_enough() -> None:
     shapes = np.ceil(2.0 ** np.random.default_rng(0).uniform(0, 15, (3, 5000)))
-    exact, quick = core_time(*shapes, core_of("a100")), core_time(*shapes.astype(PRECISION), core_of("a100", PRECISION))
+    exact, quick = (
+        analytical_time(*shapes, model_of("a100")),
+        analytical_time(*shapes.astype(PRECISION), model_of("a100", PRECISION)),
+    )
     np.testing.assert_allclose(quick.total_us, exact.total_us, rtol=5e-6)
 
 
@@ -184,8 +196,8 @@ def test_whole_waves_are_whole() -> None:
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
         for dtype in (np.float64, np.float32):
             m, n, k = (np.full(1, v, dtype=dtype) for v in (128 * sm, 256, 64))
-            core = machine_core(machine, defaults("ampere"), dtype)
-            assert core_time(m, n, k, core).total_us < core_time(m + dtype(1), n, k, core).total_us
+            model = ready_model(machine, defaults("ampere"), dtype)
+            assert analytical_time(m, n, k, model).total_us < analytical_time(m + dtype(1), n, k, model).total_us
 
 
 @pytest.mark.parametrize(("m", "n", "shape"), [([], [], (0,)), (1, 64, ()), ([[1], [1]], [[64, 64, 64]], (2, 3))])
@@ -201,7 +213,8 @@ def test_times_have_the_shape_of_what_was_asked(m: Any, n: Any, shape: tuple[int
         ((1, 64, 64), {"level": 1.0}, "level: expected a number between 0 and 1, such as 0.9, got 1.0"),
         ((1, 64, 64), {"dtype": "fp12"}, "fp12"),
         ((1, 64, 64), {"weight_dtype": "int3"}, "int3"),
-        ((1, 64, 64), {"kernel": 9}, "kernel: expected 0 dense, .*, got 9"),
+        ((1, 64, 64), {"kernel": 9}, "kernel: expected names of kernels, or their codes, got 9"),
+        ((1, 64, 64), {"kernel": "2:4"}, "kernel '2:4' is unknown; .*sparse24"),
     ],
 )
 def test_bad_input_is_one_line(shape: tuple[float, ...], options: dict[str, object], message: str) -> None:

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.cost.forward import ForwardPass, forward_passes
 from simulator.cost.host import Host
 from simulator.engines.engine import load_engine
+from simulator.uncertainty.forward import ForwardPass, forward_passes
 from simulator.workload import Workload
 from simulator.workload_batch import WorkloadBatch
+
+pytestmark = pytest.mark.quick
 
 H100 = simulator.load_hardware("h100")
 SEGMENT = np.array([0, 1, 2, 3, 4, 5])  # a group in each place of both phases

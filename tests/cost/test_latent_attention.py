@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_times import decode_time, errors_of, prefill_time
 
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.attention_model import Calls, decode_work, prefill_work
+from simulator.cost import attention
+from simulator.cost.attention_model import Geometry, decode_work, prefill_work
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+
+pytestmark = pytest.mark.quick
 
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "l40s", "rtx_pro_6000", "b200_sxm", "h20", "a6000")
 PROMPT: dict[str, Any] = {"head_dim": 192, "value_dim": 128}
@@ -25,10 +28,10 @@ def sizes(*values: float) -> list[Any]:
 
 def test_work_of_a_prompt_and_of_a_decode_by_hand() -> None:
     known = {"value_dim": np.array(128.0)}
-    prompt = prefill_work(Calls(*sizes(2, 128, 128, 16, 16, 192), **known), {"pads": 1.0, "packs": 0.0})
+    prompt = prefill_work(Geometry(*sizes(2, 128, 128, 16, 16, 192), **known), {"pads": 1.0, "packs": 0.0})
     assert float(prompt.flops) == 2 * (192 + 128) * 2 * 16 * (128 * 129 // 2)
     assert float(prompt.moved_bytes) == pytest.approx(2 * 2 * 128 * 16 * 2 * (192 + 128))
-    decode = decode_work(Calls(*sizes(8, 1, 4096, 128, 1, 576), value_dim=np.array(512.0), latent=True))
+    decode = decode_work(Geometry(*sizes(8, 1, 4096, 128, 1, 576), value_dim=np.array(512.0), latent=True))
     assert float(decode.flops) == pytest.approx(2 * (576 + 512) * 8 * 128 * 4096)
     assert float(decode.cache_bytes) == 8 * 4096 * 576 * 2  # the latent once, whatever the heads
     assert float(decode.io_bytes) == pytest.approx(8 * 128 * (576 + 512) * 2)
@@ -44,8 +47,8 @@ def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
 ) -> None:
     hw = load_hardware(name)
     rates = [hw.peak_flop_per_s(dtype) for dtype in ("bf16", cache) if dtype in hw.rates]
-    prompt = prefill_attention_time(batch, kv, kv, heads, heads, hw=hw, kv_dtype=cache, **PROMPT)
-    decode = decode_attention_time(batch, kv, heads, hw=hw, kv_dtype=cache, **DECODE)
+    prompt = prefill_time(batch, kv, kv, heads, heads, hw=hw, kv_dtype=cache, **PROMPT)
+    decode = decode_time(batch, kv, heads, hw=hw, kv_dtype=cache, **DECODE)
     pairs, size = kv * (kv + 1) / 2, 1 if cache == "fp8" else 2
     fastest = max(rates) * hw.clock_headroom * (1 + 1e-12)
     assert prompt.lower >= 2 * 320 * batch * heads * pairs / fastest
@@ -58,41 +61,41 @@ def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
 
 def test_arrays_broadcast_and_a_long_cache_of_few_heads_is_bound_by_memory_alone() -> None:
     hw = load_hardware("h100@trtllm")
-    t = decode_attention_time(64, 8192, np.array([[8], [16], [128]]), hw=hw, **DECODE | {"value_dim": [512, 512]})
+    t = decode_time(64, 8192, np.array([[8], [16], [128]]), hw=hw, **DECODE | {"value_dim": [512, 512]})
     assert t.seconds.shape == (3, 2)
     assert t.bottlenecks[0, 0] == "memory"
     assert t.seconds[1, 0] < 1.05 * t.seconds[0, 0]  # heads share one latent
     assert 1.05 * t.seconds[0, 0] < t.seconds[2, 0] < 2.0 * t.seconds[0, 0]
-    wide = decode_attention_time(64, 8192, 16, 16, 192, hw)  # what expanded heads would read
+    wide = decode_time(64, 8192, 16, 16, 192, hw)  # what expanded heads would read
     assert wide.seconds > 5.0 * t.seconds[1, 0]
 
 
 def test_sections_of_their_own_and_wide_where_nothing_was_fitted() -> None:
     hw = load_hardware("h100@sglang")
     status = [hw.section(operator, "bf16").status for operator in ("mla_decode", "mla_prefill", "attention_decode")]
-    assert status == ["calibrated", "borrowed", "calibrated"]  # SGLang's prompts are not in the tables
+    assert status == ["calibrated", "inherited", "calibrated"]  # SGLang's prompts are not in the tables
     widths = []
     for name in ("h100@trtllm", "h20", "l40s", "a6000"):  # fitted; fitted, but other stacks differ; nothing there
-        t = decode_attention_time(8, 8192, 128, hw=load_hardware(name), **DECODE)
+        t = decode_time(8, 8192, 128, hw=load_hardware(name), **DECODE)
         widths.append(float(t.upper / t.seconds))
     assert widths[0] < 1.4
     assert widths[2] > 4.0
     assert widths[3] > widths[2]
     vllm = load_hardware("l40s").serving(("vllm", "sglang", "trtllm"))  # Triton runs there, as for SGLang
-    t = decode_attention_time(8, 8192, 128, hw=vllm, **DECODE)
+    t = decode_time(8, 8192, 128, hw=vllm, **DECODE)
     assert t.upper < 1.5 * t.seconds
     hopper = (load_hardware("h200").serving((stack, "sglang")) for stack in ("sglang", "vllm"))
-    wide, other = (decode_attention_time(8, 8192, 128, hw=hw, kv_dtype="fp8", **DECODE) for hw in hopper)
+    wide, other = (decode_time(8, 8192, 128, hw=hw, kv_dtype="fp8", **DECODE) for hw in hopper)
     assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds  # SGLang converts fp8 caches there
-    generic = decode_attention_time(8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
-    assert "mla_decode generic" in generic.uncertainty.names
+    generic = errors_of(attention.decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
+    assert "mla_decode generic" in generic.factors
 
 
 def test_calls_of_two_attentions_are_refused() -> None:
     hw = load_hardware("h100")
     with pytest.raises(InputError, match="all calls of plain attention, or none"):
-        prefill_attention_time(1, 64, 64, 8, 8, 192, hw, value_dim=[0, 128])
+        prefill_time(1, 64, 64, 8, 8, 192, hw, value_dim=[0, 128])
     with pytest.raises(InputError, match="all calls of plain attention, or none"):
-        decode_attention_time(1, 64, 8, 1, 576, hw, latent=[True, False])
-    plain, same = (decode_attention_time(1, 64, 8, 1, 128, hw, value_dim=v).seconds for v in (0, np.array([0])))
+        decode_time(1, 64, 8, 1, 576, hw, latent=[True, False])
+    plain, same = (decode_time(1, 64, 8, 1, 128, hw, value_dim=v).seconds for v in (0, np.array([0])))
     assert plain == same

@@ -1,4 +1,4 @@
-"""Exact shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
+"""Measured shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from operator_times import decode_time, prefill_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.records.exact import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
-from calibration.records.table import Flag, Records, Source
+from calibration.records.exact_shapes import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
+from calibration.records.timing_table import Flag, Records, Source
 from calibration.runners.cases import settings_of
 from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.gemm import gemm_steps, gemm_time
-from simulator.cost.measured_shapes import Exact, exact_of
+from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
+from simulator.uncertainty.operators import gemm_steps, gemm_time
+
+pytestmark = pytest.mark.quick
 
 SIZE = st.integers(1, 2**21 - 1)
 SHAPES = st.lists(st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True)
@@ -34,40 +36,40 @@ def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any
     return dict(zip(NAMES, (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)), strict=True))
 
 
-def _exact(shapes: Any) -> Exact:
-    exact = exact_of(_arrays(shapes))
-    assert exact is not None
-    return exact
+def _measured(shapes: Any) -> MeasuredShapes:
+    measured = measured_shapes(_arrays(shapes))
+    assert measured is not None
+    return measured
 
 
 @given(SHAPES)
 def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -> None:
-    hit, seconds, half = _exact(shapes).at(*np.array(shapes).T)
-    assert hit.all()
-    assert seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
-    assert (half == 0.01).all()
+    every = _measured(shapes).at(*np.array(shapes).T)
+    assert every.rows.all()
+    assert every.seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
+    assert (every.log_half == 0.01).all()
     steps = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
     near = [(a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in steps]
-    found, times, _ = _exact(shapes).at(*np.array(near).T)
-    assert found.tolist() == [shape in set(shapes) for shape in near]
-    assert np.isnan(times[~found]).all()
+    found = _measured(shapes).at(*np.array(near).T)
+    assert found.rows.tolist() == [shape in set(shapes) for shape in near]
+    assert len(found.seconds) == len(found.log_half) == found.rows.sum()
 
 
 @pytest.mark.parametrize("odd", [8.5, 0.0, -8.0, np.nan, np.inf, 2.0**22, 2.0**40])
 def test_what_no_key_can_hold_is_not_found(odd: float) -> None:
     with np.errstate(invalid="ignore"):
         side = np.array([64.0, 64.0])
-        hit, _, _ = _exact([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
-    assert hit.tolist() == [False, True]
+        found = _measured([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
+    assert found.rows.tolist() == [False, True]
 
 
-def test_an_answer_has_the_shape_of_its_question_and_nothing_measured_finds_nothing() -> None:
+def test_rows_have_the_shape_that_was_asked_and_nothing_measured_finds_nothing() -> None:
     grid = np.array([[8, 9], [8, 8]])
-    hit, seconds, _ = _exact([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
-    assert hit.tolist() == [[True, False], [True, True]]
-    assert seconds.shape == (2, 2)
+    found = _measured([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
+    assert found.rows.tolist() == [[True, False], [True, True]]
+    assert found.seconds.tolist() == [1.0, 1.0, 1.0]  # one for each of the rows that was measured
     for arrays in ({}, {"values": np.zeros(3)}, _arrays(np.zeros((0, 3), dtype=np.int64))):
-        assert exact_of(arrays) is None
+        assert measured_shapes(arrays) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,9 @@ def test_an_answer_has_the_shape_of_its_question_and_nothing_measured_finds_noth
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        exact_of({name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None})
+        measured_shapes(
+            {name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None}
+        )
 
 
 def _records(**columns: Any) -> Records:
@@ -117,7 +121,7 @@ def test_a_device_that_repeats_itself_well_has_narrow_intervals() -> None:
     rng = np.random.default_rng(3)
     for sigma in (0.002, 0.05):
         seconds = 1e-3 * np.exp(sigma * rng.standard_normal(400))
-        anchors = _records(m=4096, n=4096, k=4096, purpose="anchor", seconds=seconds)
+        anchors = _records(m=4096, n=4096, k=4096, purpose="drift_check", seconds=seconds)
         assert repeatability(anchors) == pytest.approx(sigma, rel=0.15)
         arrays = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")
         assert arrays["exact_log_half"].tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]
@@ -160,27 +164,37 @@ def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
     hw, mine = _profile([(1, 4096, 4096), (2048, 14336, 4096)])
     m, n, k = np.array([1, 2, 2048, 2048]), np.array([4096, 4096, 14336, 14336]), np.array([4096, 4096, 4096, 4097])
     model, t = gemm_time(m, n, k, hw), gemm_time(m, n, k, mine)
-    assert t.measured.tolist() == [True, False, True, False]
-    assert model.measured.tolist() == [False] * 4
+    assert t.details["measured"].tolist() == [True, False, True, False]
+    assert model.details["measured"].tolist() == [False] * 4
     assert t.seconds.tolist() == pytest.approx((model.seconds * [1.3, 1.0, 1.3, 1.0]).tolist())
-    assert (t.upper / t.seconds)[t.measured].tolist() == pytest.approx([np.exp(0.01)] * 2)
+    assert (t.upper / t.seconds)[t.details["measured"]].tolist() == pytest.approx([np.exp(0.01)] * 2)
     assert t.lower[1] == model.lower[1]
     wide = gemm_time(m, n, k, mine, level=0.99)
     assert wide.upper[0] > t.upper[0]
     assert gemm_steps(m, n, k, mine)["launch"].tolist() == t.seconds.tolist()
-    assert gemm_time(2048, 14336, 4096, mine).measured.shape == ()
+    assert gemm_time(2048, 14336, 4096, mine).details["measured"].shape == ()
 
 
 @pytest.mark.parametrize(
-    "other", [{"kernel": 1}, {"kernel": 3}, {"cold": False}, {"copies": 3}, {"dtype": "fp16"}, {"weight_dtype": "int8"}]
+    "other",
+    [
+        {"kernel": "sparse24"},
+        {"kernel": "block_sparse"},
+        {"cold": False},
+        {"copies": 3},
+        {"dtype": "fp16"},
+        {"weight_dtype": "int8"},
+    ],
 )
 def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, Any]) -> None:
     hw, mine = _profile([(1, 4096, 4096)])
     t = gemm_time(1, 4096, 4096, mine, **other)
-    assert not t.measured
+    assert not t.details["measured"]
     if "dtype" not in other:
         assert t.seconds == gemm_time(1, 4096, 4096, hw, **other).seconds
-    assert gemm_time(1, 4096, 4096, mine, kernel=2).measured  # zeros without structure run the dense kernel
+    assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details[
+        "measured"
+    ]  # zeros without structure run the dense kernel
 
 
 def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
@@ -188,7 +202,7 @@ def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
     _, mine = _profile(shapes)
     m = np.arange(1, 10_001)
     t = gemm_time(m, 4096, 4096, mine, kernel=np.where(m % 2 == 0, 0, 1))
-    assert t.measured.tolist() == [(i - 1) % 3 == 0 and i < 9000 and i % 2 == 0 for i in m.tolist()]
+    assert t.details["measured"].tolist() == [(i - 1) % 3 == 0 and i < 9000 and i % 2 == 0 for i in m.tolist()]
 
 
 def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> None:
@@ -200,9 +214,9 @@ def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> No
     def wavy(op: Operator) -> float:
         heads = op.heads, op.kv_heads, op.head_dim
         if op.kind == "attention_prefill":  # as the profile has it
-            return float(prefill_attention_time(op.batch, op.q_len, op.kv_len, *heads, hw).seconds)
+            return float(prefill_time(op.batch, op.q_len, op.kv_len, *heads, hw).seconds)
         if op.kind == "attention_decode":
-            return float(decode_attention_time(op.batch, op.kv_len, *heads, hw).seconds)
+            return float(decode_time(op.batch, op.kv_len, *heads, hw).seconds)
         return base(op) * float(np.exp(0.1 * np.sin(1.7 * op.m + 0.013 * op.n + 0.007 * op.k)))
 
     families = ["depth", "width", "width_cross", "low_rank"]

@@ -24,6 +24,8 @@ from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
 
@@ -114,7 +116,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def _device(fake: FakeCuda, **options: Any) -> CudaDevice:
-    return CudaDevice(0, backend=fake, place="cpu", nvml=None, **options)
+    return CudaDevice(0, backend=fake, torch_device="cpu", nvml=None, **options)
 
 
 GEMM = Operator("gemm", m=4, n=128, k=64)
@@ -170,7 +172,7 @@ def test_without_graphs(fake: FakeCuda) -> None:
     assert hot.sample(10) == pytest.approx(1e-5)
     assert "flush" not in hot.method
     assert device._flush is None
-    with pytest.raises(Unsupported, match="switched off"):
+    with pytest.raises(Unsupported, match="disabled"):
         device.prepare(Operator("launch_graph"))
     assert device.describe().stack["timing"] == "events"
     eager = device.prepare(Operator("launch_eager"))
@@ -183,7 +185,7 @@ def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fak
     for op in (Operator("launch_eager"), Operator("layer_eager", kv_len=16, cold=False)):
         before = fake.captured
         prepared = device.prepare(op)
-        assert prepared.method == "host clock round launches one by one"
+        assert prepared.method == "host clock around single launches"
         assert (fake.captured, fake.replays) == (before, 0)
         assert 0 < prepared.sample(10) < 0.1
     assert "layer_eager in fp8" in device.refuses(Operator("layer_eager", "fp8", kv_len=16))
@@ -193,7 +195,7 @@ def test_a_run_through_the_fake(fake: FakeCuda) -> None:
     kept: list[Any] = []
     device = _device(fake)
     gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 128))]
-    plan = replace(in_order(gemms, Rates(1e14, 1e12)), anchor=GEMM)
+    plan = replace(in_order(gemms, Rates(1e14, 1e12)), drift_check=GEMM)
     outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=1e-3))
     assert outcome.counts.ok == 2
     assert {round(r["median_s"] * 1e6) for r in kept} == {10}
@@ -211,7 +213,7 @@ def test_number_formats_by_compute_capability() -> None:
     [
         (Operator("gemm_2to4", m=16, n=64, k=64), (7, 5), "dtype bf16 needs a newer GPU"),
         (Operator("gemm_2to4", "fp16", m=16, n=64, k=64), (7, 5), "sparse tensor cores"),
-        (Operator("gemm_2to4", "fp32", m=16, n=64, k=64), (9, 0), "fp16 and bf16"),
+        (Operator("gemm_2to4", "fp32", m=16, n=64, k=64), (9, 0), "expected fp16 or bf16"),
         (Operator("gemm_2to4", m=16, n=48, k=64), (9, 0), "n a multiple of 32"),
         (Operator("gemm", "fp8", m=16, n=24, k=64), (9, 0), "multiples of 16"),
         (Operator("gemm", "fp8", m=16, n=32, k=64), (8, 0), "newer GPU"),
@@ -263,7 +265,7 @@ def test_other_errors_stay_what_they_are_and_what_does_not_fit_is_not_allocated(
     fake.launch_error = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
         _device(fake).prepare(GEMM)
-    with pytest.raises(OutOfMemory, match="are allowed"):
+    with pytest.raises(OutOfMemory, match="bytes, limit"):
         _device(fake, memory_limit_bytes=1e4).prepare(GEMM)
 
 
@@ -286,8 +288,8 @@ def test_the_description_names_the_stack(fake: FakeCuda) -> None:
 
 
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(InputError, match="there are 1 CUDA GPUs"):
-        CudaDevice(3, backend=FakeCuda(), place="cpu", nvml=None)
+    with pytest.raises(InputError, match="expected cuda:0 to cuda:0"):
+        CudaDevice(3, backend=FakeCuda(), torch_device="cpu", nvml=None)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="sees no CUDA GPU"):
             open_device("cuda")

@@ -24,6 +24,8 @@ from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from simulator.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 GEMM = Operator("gemm", m=128, n=1024, k=1024)
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
@@ -48,17 +50,17 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("gem", {}, "kind 'gem'"),
+        ("gem", {}, "kind: expected one of .*, got 'gem'"),
         ("copy", {"n": 1, "x": 1}, "'x'"),
-        ("gemm", {"m": 1, "n": 1, "k": 0}, "k must be at least 1"),
+        ("gemm", {"m": 1, "n": 1, "k": 0}, "k: expected at least 1, got 0"),
         ("gemm", {"dtype": "bf17", "m": 1, "n": 1, "k": 1}, "bf17"),
         ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
         ("low_rank", {"m": 1, "n": 1, "k": 1}, "rank"),
-        ("gather_gemm", {"m": 4, "n": 1, "k": 1, "rows": 5}, "5 rows of 4"),
-        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role must be up or down"),
-        ("grouped_gemm", {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"}, "9 features in groups of 4"),
+        ("gather_gemm", {"m": 4, "n": 1, "k": 1, "rows": 5}, "rows: expected at most 4, the tokens, got 5"),
+        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role: expected up or down"),
+        ("grouped_gemm", {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"}, "block: 4 does not divide 9 features"),
         ("elementwise", {"m": 1, "n": 1, "role": "gemm"}, "role"),
-        ("attention_decode", {**_ATTENTION, "heads": 3}, "no multiple"),
+        ("attention_decode", {**_ATTENTION, "heads": 3}, "heads: expected a multiple of 2, got 3"),
         ("attention_prefill", {**_ATTENTION, "q_len": 9}, "exceeds kv_len"),
     ],
 )

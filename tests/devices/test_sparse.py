@@ -81,7 +81,7 @@ def test_older_torch_searches_the_algorithm_alone(library: Library, monkeypatch:
 
 def test_a_decoder_searches_once_for_equal_shapes_and_equals_the_masked_one(library: Library) -> None:
     made = random_decoder(replace(CONFIG, qkv_bias=True), dtype="fp32")
-    pruned = prune_decoder(replace(made, place=CPU), "semi_structured", 0.5)
+    pruned = prune_decoder(replace(made, device=CPU), "semi_structured", 0.5)
     masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
     torch.testing.assert_close(run(pruned)[0], run(masked)[0])
     kinds = len({tuple(p.factors[0].shape) for _, _, p in pruned.projections()})

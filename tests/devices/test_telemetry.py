@@ -10,6 +10,8 @@ import pytest
 
 from calibration.devices.telemetry import UNKNOWN, CpuReader, NvmlReader, Snapshot, throttled, waited
 
+pytestmark = pytest.mark.quick
+
 
 class FakeNvml:
     """NVML with planted answers; names in ``broken`` raise as a driver does that does not support them."""

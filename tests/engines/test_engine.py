@@ -17,6 +17,8 @@ from simulator.files.yaml import MAX_BYTES
 from simulator.predict.scenario import Scenario
 from simulator.workload import ROLES
 
+pytestmark = pytest.mark.quick
+
 GOOD = """\
 schema_version: 1
 name: mine
@@ -245,7 +247,7 @@ def test_two_engines_with_the_same_values_take_the_same_time(tmp_path: Path) -> 
         copy.write_text((SHIPPED / f"{name}.yaml").read_text())
         model, hw = simulator.load_model("llama-3.2-1b"), simulator.load_hardware("h100")
         ours, theirs = (
-            simulator.cost(simulator.lower(model, phase="decode", batch=4, seq=300, engine=engine), hw)
+            simulator.workload_time(simulator.lower(model, phase="decode", batch=4, seq=300, engine=engine), hw)
             for engine in (name, str(copy))
         )
         assert ours.total_s == theirs.total_s

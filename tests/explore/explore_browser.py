@@ -29,7 +29,7 @@ from simulator.predict.result import Result
 from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds
 
-PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from calibration.cli import main; main()")
+PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from simulator.cli import main; main()")
 
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-component-update", "--disable-sync")
 """With what Playwright passes itself: the browser calls nobody on its own account."""

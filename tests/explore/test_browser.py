@@ -170,8 +170,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "escapes.json": (b"\x01" * 1_000_000, "escapes.json:1:1: is not JSON"),
     "weights.bin": (bytes(range(256)), "weights.bin: is not UTF-8 text; expected a config.json"),
     f"{HOSTILE}.json": (STRANGE, f"architecture '{HOSTILE}' is not supported"),
-    "short.safetensors": (b"\x01", "short.safetensors: is no safetensors file: its header would not fit into it"),
-    "long.safetensors": (b"\xff" * 99, "long.safetensors: is no safetensors file: its header would not fit into it"),
+    "short.safetensors": (b"\x01", "short.safetensors: is not a safetensors file: its header would not fit into it"),
+    "long.safetensors": (b"\xff" * 99, "long.safetensors: is not a safetensors file: its header would not fit into it"),
     "alone.safetensors": (struct.pack("<Q", 2) + b"{}", "alone.safetensors: expected the config.json of its folder"),
     "mine.yaml": (b"name: mine", "mine.yaml:1:1: schema_version: is missing"),
 }

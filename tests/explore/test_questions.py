@@ -9,6 +9,8 @@ import pytest
 
 from simulator.explore.questions import CALLBACKS
 
+pytestmark = pytest.mark.quick
+
 pytest.importorskip("dash")
 
 

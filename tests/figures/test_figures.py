@@ -112,7 +112,7 @@ def drawn() -> dict[str, Figure]:
 
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])
 def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    for name in ("dots, one point", "waterfall", "roofline"):
+    for name in ("dots, one point", "roofline"):  # waterfalls: in the next test
         save_figure(drawn[name], tmp_path / f"1{suffix}")
         save_figure(FIGURES[name](), tmp_path / f"2{suffix}")
         assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes(), name
@@ -198,6 +198,7 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> N
     check_print(drawn[name])
 
 
+@pytest.mark.quick
 def test_every_family_has_a_look_of_its_own() -> None:
     assert set(STYLES) == set(FAMILIES)
     assert len({(a.marker, a.color, a.hollow) for a in STYLES.values()}) == len(STYLES)
@@ -208,6 +209,7 @@ def test_every_family_has_a_look_of_its_own() -> None:
     assert in_order(reversed(list(STYLES))) == list(STYLES)
 
 
+@pytest.mark.quick
 def test_points_are_drawn_where_they_are() -> None:
     data = points(["depth", "width"], [0.1, 0.5], ["decode"], ["h100"])
     (ax,) = speedup_figure(**data).axes
@@ -218,6 +220,7 @@ def test_points_are_drawn_where_they_are() -> None:
         np.testing.assert_allclose(lines[style_of(name).color].get_ydata(), data["speedup"][own])
 
 
+@pytest.mark.quick
 def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of_their_setting() -> None:
     data = points(["depth", "width", "low_rank"], [0.1, 0.5], ["prefill", "decode"], ["a100", "h100"])
     figure = speedup_figure(**data)
@@ -234,6 +237,7 @@ def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of
             np.testing.assert_array_equal(np.round(line.get_ydata()[order]), range(6))
 
 
+@pytest.mark.quick
 def test_models_with_a_sparsity_each_have_a_line_each() -> None:
     same = ["decode"] * 2, ["h100"] * 2
     figure = speedup_figure(*same, ["a-small", "b-small"], [0.31, 0.52], [1.2, 1.6], [1.1, 1.4], [1.3, 1.8])
@@ -247,6 +251,7 @@ def roofs(ax: Any) -> tuple[Any, Any]:
     return lines[0], lines[1] if len(lines) > 1 else None
 
 
+@pytest.mark.quick
 def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
     fast, slow = (roof("x", 2048.0, headroom=h) for h in (1.25, 1.0))
     points = np.asarray(fast.achieved_flop_per_s) * 1.5  # above the datasheet's rate, below that of the highest clock
@@ -285,6 +290,7 @@ def test_predicted_rates_above_the_datasheet_lie_below_the_highest_line() -> Non
     assert datasheet.get_ydata().max() < rate < highest.get_ydata().max()
 
 
+@pytest.mark.quick
 def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
     factors = [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83]
     (ax,) = waterfall_figure([steps("x", factors)]).axes
@@ -292,6 +298,7 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
     assert last.get_x() + last.get_width() == pytest.approx(1.333 * np.prod(factors))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("call", "says"),
     [

@@ -8,6 +8,8 @@ import pytest
 
 from simulator.files.write import remove_left, replacing, write_whole
 
+pytestmark = pytest.mark.quick
+
 pytest.importorskip("fcntl")
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.fit.core import Shapes, fit_constants, free_constants, shapes, timed
 from calibration.fit.errors import few_groups
-from calibration.fit.gemm import fit_gemm, starting_constants
-from calibration.fit.residual import ALONE, FEW_OWN, FewRows, blocks, evaluate, solve, terms_of
-from simulator.cost.gemm import gemm_time, with_section
-from simulator.cost.gemm_model import Machine, machine_core
+from calibration.fit.gemm import GemmFit, fit_gemm, free_constants, products, starting_constants
+from calibration.fit.residual import FewRows, evaluate, gemm_blocks, solve
+from calibration.fit.solver import ConstantsFit
+from simulator.cost.base import Machine
+from simulator.cost.gemm import with_section
 from simulator.hardware.library import load_hardware
+from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")
@@ -23,21 +24,26 @@ PLANTED = {"t0": 2.4e-6, "e_tc": 0.72, "tau": 1.3e-7, "e_d": 0.88, "t_s": 2.0e-6
 TRUTH = {**START, **PLANTED}
 
 
-def timed_by(data: Shapes, truth: dict[str, float], noise: float = 0.0, seed: int = 0, on: Machine = MACHINE) -> Shapes:
-    """Shapes with the times of planted constants and log-normal noise."""
-    rng = np.random.default_rng(seed)
-    return replace(data, seconds=1e-6 * timed(data, on, truth).total_us * np.exp(noise * rng.normal(size=len(data))))
+def timed_by(data: GemmFit, truth: dict[str, float], noise: float = 0.0, seed: int = 0, **changes: Any) -> GemmFit:
+    """GEMMs, with changes to machine or copies, with the times of planted constants and log-normal noise."""
+    rng, calls = np.random.default_rng(seed), replace(data.calls, **changes)
+    return replace(data, calls=calls, seconds=calls.seconds(truth) * np.exp(noise * rng.normal(size=len(data))))
 
 
-def planted(size: int, seed: int, noise: float = 0.02) -> Shapes:
+def constants(data: GemmFit, start: dict[str, float] = START, free: tuple[str, ...] | None = None) -> ConstantsFit:
+    return replace(data, start=start, free=free).constants()
+
+
+def planted(size: int, seed: int, noise: float = 0.02) -> GemmFit:
     rng = np.random.default_rng(seed)
     m = np.ceil(2.0 ** rng.uniform(0, 13, size))
     n, k = (64.0 * np.ceil(2.0 ** rng.uniform(0, 8, size)) for _ in range(2))
-    return timed_by(shapes(m, n, k, np.ones(size), MACHINE, np.inf), TRUTH, noise, seed + 1000)
+    return timed_by(products(m, n, k, np.ones(size), MACHINE, np.inf), TRUTH, noise, seed + 1000)
 
 
+@pytest.mark.quick
 def test_planted_constants_are_recovered() -> None:
-    fit = fit_constants(planted(1500, 3), MACHINE, START, tuple(PLANTED))
+    fit = constants(planted(1500, 3), free=tuple(PLANTED))
     assert set(fit.std_errors) == set(PLANTED)
     for name, error in fit.std_errors.items():
         assert abs(fit.values[name] - TRUTH[name]) < 3 * error < 0.3 * TRUTH[name], name
@@ -52,8 +58,8 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
     m = rng.choice([1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0, 512.0], 300)
     n, k = (64.0 * np.ceil(2.0 ** rng.uniform(0, 6, 300)) for _ in range(2))
     truth = {**start, "pack": 1.4, "pack_m": pack_m, "e_d": 0.6}
-    data = timed_by(shapes(m, n, k, np.ones(300), machine, np.inf), truth, 0.02, on=machine)
-    fit = fit_constants(data, machine, start)
+    data = timed_by(products(m, n, k, np.ones(300), machine, np.inf), truth, 0.02)
+    fit = constants(data, start)
     assert fit.values["pack_m"] == pack_m
     assert "pack_m" in fit.fixed
     for name in ("pack", "e_d"):
@@ -63,27 +69,29 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
 @pytest.mark.slow
 def test_intervals_of_planted_constants_cover() -> None:
     hits = []
-    for seed in range(400):
-        fit = fit_constants(planted(200, seed), MACHINE, START, tuple(PLANTED))
+    for seed in range(150):
+        fit = constants(planted(200, seed), free=tuple(PLANTED))
         hits += [abs(np.log(fit.values[x] / TRUTH[x])) < 1.96 * e / fit.values[x] for x, e in fit.std_errors.items()]
     assert 0.92 <= np.mean(hits) <= 0.98
 
 
+@pytest.mark.quick
 def test_constant_without_a_shape_in_its_regime_is_named_and_kept() -> None:
     data = planted(600, 0)
-    fit = fit_constants(data.take((data.m >= 1024) & (data.n >= 4096) & (data.k >= 4096)), MACHINE, START)
+    large = np.all([data.calls.m >= 1024, data.calls.n >= 4096, data.calls.k >= 4096], axis=0)
+    fit = constants(data.take(large))
     assert "b_hit" in fit.fixed  # cold weights, compute-bound: nothing waits for L2
     assert (fit.fitted()["b_hit"].value, fit.fitted()["b_hit"].status) == (START["b_hit"], "fixed")
     assert not set(fit.fixed) & set(fit.std_errors)
-    hopper, ampere = (free_constants(Machine.of(load_hardware(g), "bf16")) for g in ("h100", "a100"))
+    hopper, ampere = (free_constants(Machine.of(load_hardware(g))) for g in ("h100", "a100"))
     assert set(ampere) - set(hopper) == {"b_l2"}
 
 
-def test_solving_by_row_equals_solving_by_node() -> None:
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_solving_by_row_equals_solving_by_node(by_rows: bool) -> None:
     data = planted(120, 2)
-    target = 0.1 * np.sin(np.log2(data.m)) + 0.05 * np.cos(np.log2(data.n))
-    parts = timed(data, MACHINE, TRUTH)
-    prepared = blocks(data, parts, machine_core(MACHINE, TRUTH), (("time", "nk"),), ALONE, FEW_OWN)
+    target = 0.1 * np.sin(data.position[0]) + 0.05 * np.cos(data.position[1])
+    prepared = gemm_blocks(data.position, by_rows)
     few, every = FewRows.of(prepared), np.arange(len(data))
     dual = few.dual(target, every, rounds=1)
     fitted = few.at(dual, every, every)
@@ -97,17 +105,19 @@ def test_solving_by_row_equals_solving_by_node() -> None:
     np.testing.assert_allclose(robust, fitted, atol=0.03)
 
 
-def test_fit_beats_its_core_on_a_smooth_distortion_and_its_intervals_cover() -> None:
+def test_fit_beats_its_analytical_model_on_a_smooth_distortion_and_its_intervals_cover() -> None:
     data = planted(900, 5, noise=0.03)
-    data = replace(data, seconds=data.seconds * np.exp(0.15 * np.sin(np.log2(data.m)) * np.cos(np.log2(data.k))))
+    log_m, _, log_k = data.position
+    data = replace(data, seconds=data.seconds * np.exp(0.15 * np.sin(log_m) * np.cos(log_k)))
     test, section = data.take(slice(450, 900)), fit_gemm(data.take(slice(0, 450)), HW).section
-    time = gemm_time(test.m, test.n, test.k, HW.calibrated({("gemm", "bf16"): section}))
+    time = gemm_time(test.calls.m, test.calls.n, test.calls.k, HW.calibrated({("gemm", "bf16"): section}))
     error = np.abs(time.seconds / test.seconds - 1.0)
     assert error.mean() < 0.05  # the wobble alone is 6.6 % on average, the noise 2.4 %
     assert 0.84 <= np.mean((test.seconds >= time.lower) & (test.seconds <= time.upper)) <= 0.97
     assert section.accuracy["mape"] == pytest.approx(error.mean(), rel=0.35)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -121,38 +131,46 @@ def test_fit_beats_its_core_on_a_smooth_distortion_and_its_intervals_cover() -> 
 def test_bad_arrays_are_refused_with_counts(change: dict[str, np.ndarray], message: str) -> None:
     good = {"m": np.ones(30), "n": np.full(30, 64.0), "k": np.full(30, 64.0), "seconds": np.full(30, 1e-5)}
     with pytest.raises(ValueError, match=message):
-        fit_gemm(shapes(**{**good, **change}, machine=MACHINE), HW)
+        fit_gemm(products(**{**good, **change}, machine=MACHINE), HW)
 
 
+@pytest.mark.quick
 def test_l2_is_no_slower_than_dram_and_a_constant_on_its_bound_stays_there() -> None:
     slow_l2 = {**TRUTH, "b_hit": 0.4 * MACHINE.bandwidth_bytes_per_s, "c_l2": 1.0}
-    data = timed_by(replace(planted(800, 4), copies=np.ones(800)), slow_l2, 0.01)
-    fit = fit_constants(data, MACHINE, START)
+    fit = constants(timed_by(planted(800, 4), slow_l2, 0.01, copies=np.ones(800)))
     assert fit.values["b_hit"] == pytest.approx(MACHINE.bandwidth_bytes_per_s, rel=1e-9)
     assert (fit.fixed["b_hit"], fit.fitted()["b_hit"].status) == ("at its lower bound", "fixed")
 
 
+@pytest.mark.quick
 def test_weight_only_kernels_have_a_section_of_their_own() -> None:
     machine, start = Machine.of(HW, "int4_wo"), starting_constants(HW, "int4_wo")
     assert (machine.element_bytes, machine.weight_bytes) == (2.0, 0.5)
     assert (start["tau"], start["t0"] > START["t0"]) == (START["tau"] / 4.0, True)
     truth = {**start, "t0": 9e-6, "e_d": 0.6}
-    data = timed_by(replace(planted(300, 6), copies=np.full(300, np.inf)), truth, 0.01, on=machine)
+    data = timed_by(planted(300, 6), truth, 0.01, machine=machine)
     fit = fit_gemm(data, HW, dtype="int4_wo")
     assert fit.constants.values["t0"] == pytest.approx(9e-6, rel=0.05)
     with_own = with_section(HW, "int4_wo", fit.section)
     shape: dict[str, Any] = {"dtype": "bf16", "weight_dtype": "int4"}
-    own, lent = (gemm_time(data.m, data.n, data.k, hw, **shape).seconds for hw in (with_own, HW))
-    assert np.abs(own / data.seconds - 1.0).mean() < 0.03 < np.abs(lent / data.seconds - 1.0).mean()
+    sizes = data.calls.m, data.calls.n, data.calls.k
+    own, dense_only = (gemm_time(*sizes, hw, **shape).seconds for hw in (with_own, HW))
+    assert np.abs(own / data.seconds - 1.0).mean() < 0.03 < np.abs(dense_only / data.seconds - 1.0).mean()
     dense = (gemm_time(8, 4096, 4096, hw).seconds.item() for hw in (with_own, HW))
     assert len(set(dense)) == 1  # nothing of it is in other formats
 
 
-def test_finer_lattices_are_fitted_where_asked_for() -> None:
-    data = planted(200, 8)
-    counts = [len(fit_gemm(data, HW, fine=fine).section.arrays["terms"]) for fine in (False, True)]
-    assert counts == [1, 1 + len(terms_of(MACHINE, own=False))]
+def test_a_prior_of_another_stack_makes_a_small_sample_enough() -> None:
+    other = fit_gemm(planted(600, 9), HW).section
+    few, test = planted(12, 10), planted(300, 11)
+    with pytest.raises(ValueError, match="at least 20 shapes, got 12"):
+        fit_gemm(few, HW)
+    section = fit_gemm(few, HW, prior=other).section
+    sizes = test.calls.m, test.calls.n, test.calls.k
+    time = gemm_time(*sizes, HW.calibrated({("gemm", "bf16"): section})).seconds
+    assert np.abs(time / test.seconds - 1.0).mean() < 0.04
 
 
+@pytest.mark.quick
 def test_intervals_from_few_projections_are_wider() -> None:
     assert few_groups(2) > few_groups(10) > few_groups(1000) > 1

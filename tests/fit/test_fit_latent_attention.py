@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from operator_times import decode_time
 
-from calibration.fit.attention import REGISTRY, MeasuredCalls, fit_attention
-from calibration.validation.accuracy import Table
+from calibration.fit.attention import AttentionFit, fit_attention
+from calibration.validation.accuracy import TableChoice
 from calibration.validation.protocol import evaluate_table
-from simulator.cost.attention import decode_attention_time
-from simulator.cost.gemm_model import Machine
+from simulator.cost.attention import Attention
+from simulator.cost.attention_model import Geometry
+from simulator.cost.base import Machine
+from simulator.hardware.constants import MLA_DECODE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 
 HW = load_hardware("a100_sxm_80gb")
 
 
-def planted(rows: int, form: dict[str, float]) -> MeasuredCalls:
+def planted(rows: int, form: dict[str, float]) -> AttentionFit:
     """Decode over a latent cache of a kernel of some structure."""
     rng = np.random.default_rng(3)
     heads, batch = 2.0 ** rng.integers(0, 8, rows), 2.0 ** rng.integers(0, 10, rows)
     length, one = np.round(2.0 ** rng.uniform(4, 15, rows)), np.ones(rows)
     shape = batch, one, length, heads, one, 576.0 * one
-    c = MeasuredCalls("mla_decode", Machine.of(HW), *shape, seconds=one, value_dim=512.0 * one)
-    truth = {name: constant.default("ampere") for name, constant in REGISTRY[c.phase].items()} | form
-    return replace(c, seconds=c.core(c.work(truth), truth).total_s * np.exp(0.01 * rng.normal(size=rows)))
+    geometry = Geometry(*shape, value_dim=512.0 * one, latent=True, warm=one)
+    calls = Attention("decode", True, geometry, Machine.of(HW), Machine.of(HW).peak_flop_per_s)
+    truth = {name: constant.default("ampere") for name, constant in CONSTANTS.items()} | form
+    return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)), 2.0)
 
 
 @pytest.mark.parametrize(("rows", "split_keys"), [(64.0, 128.0), (16.0, 1e6)])
@@ -37,13 +39,13 @@ def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float
     assert fit.section["unit_bytes_per_s"] == pytest.approx(2e10, rel=0.05)
     assert fit.section.arrays["kinds"].tolist() == [[pytest.approx(np.log2(576)), 0, 0]]
     hw = HW.calibrated({("mla_decode", "bf16"): fit.section})
-    sizes = c.batch, c.kv_len, c.heads, c.kv_heads, c.head_dim
-    t = decode_attention_time(*sizes, hw, value_dim=512, latent=True, cold=False)
+    g = c.calls.geometry
+    t = decode_time(g.batch, g.kv_len, g.heads, g.kv_heads, g.head_dim, hw, value_dim=512, latent=True, cold=False)
     assert np.abs(t.seconds / c.seconds - 1.0).mean() < 0.02
 
 
 @pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 7.5), ("mla_decode", 5.0)])
 def test_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
-    result = evaluate_table(Table(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
+    result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
     assert result["mape"] < mape
     assert result["coverage"] > 85.0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_times import elementwise_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
@@ -14,16 +15,15 @@ from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
-from calibration.records.lines import records_of, shape_of
 from calibration.records.store import Header
-from calibration.records.table import Records, Source
+from calibration.records.stored_timings import records_of, shape_of
+from calibration.records.timing_table import Records, Source
 from calibration.validation.report import markdown
 from calibration.validation.validate import validate
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm import BLOCK_SPARSE, GROUPS_K, GROUPS_N, gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")
@@ -105,23 +105,23 @@ def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:
 def test_few_rows_leave_the_default_and_say_so() -> None:
     few = Records.concat([timed(rows(kind, 5), planted(kind, 0.5)) for kind in OF])
     enough = timed(rows("gather_gemm", 20), planted("gather_gemm", 0.7))
-    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few, a fit needs 6"):
+    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few; a fit needs 6"):
         fit_profile(HW, few)
     fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
-    assert "block-sparse attention bf16: 5 rows are too few, a fit needs 6" in fit.notes
+    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6" in fit.notes
     assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
 
 
-def test_without_a_fit_of_dense_rows_nothing_is_leant_on() -> None:
+def test_rows_that_need_a_fit_of_dense_rows_are_refused_without_it() -> None:
     bare = replace(HW, sections={}, stacks={}, stack="")
-    with pytest.raises(InputError, match="20 rows lean on a fit of dense gemm, of which there is none"):
+    with pytest.raises(InputError, match="20 rows need a fit of dense gemm, which is missing"):
         fit_profile(bare, timed(rows("gather_gemm", 20), bare))
 
 
 def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:
     one = rows("gather_gemm", 10)
     three = one.replace(fused=np.zeros(10, dtype=bool))
-    product, dense = (gemm_time(one.rows, one.n, one.k, HW, kernel=k).seconds for k in (BLOCK_SPARSE, 0))
+    product, dense = (gemm_time(one.rows, one.n, one.k, HW, kernel=k).seconds for k in ("block_sparse", "dense"))
     moved = [2.0 * one.rows * width for width in (one.k, one.n)]
     copies = [
         elementwise_time(size + 4.0 * one.rows, size, HW, role=role, added=True).seconds
@@ -133,12 +133,12 @@ def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:
     plain = timed(three, HW, 0.02)
     fit = fit_profile(HW, Records.concat([plain, timed(one, planted("gather_gemm", 0.7))]))
     assert constant(fit, "gather_gemm").value == pytest.approx(0.7, rel=1e-3)
-    known = "10 rows have no fit of their own; validation compares them with the sum of their parts"
+    known = "10 rows have no separate fit; validation compares them with the sum of their parts"
     assert f"gather_gemm: {known}" in fit.notes
 
 
-@pytest.mark.parametrize(("role", "kernel"), [("up", GROUPS_N), ("down", GROUPS_K)])
-def test_a_grouped_product_is_one_kernel_or_three_for_each_group(role: str, kernel: int) -> None:
+@pytest.mark.parametrize(("role", "kernel"), [("up", "groups_n"), ("down", "groups_k")])
+def test_a_grouped_product_is_one_kernel_or_three_for_each_group(role: str, kernel: str) -> None:
     sizes = {"m": [64, 4096], "n": 4096, "k": 2048, "block": 128, "density": 0.5, "role": role, "fused": [True, False]}
     r = Records.from_columns([SOURCE], operator="grouped_gemm", seconds=1.0, **sizes)  # type: ignore[arg-type]
     one, three = predict(r, HW).time.seconds

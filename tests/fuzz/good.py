@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
-from layouts import LAYOUTS, gguf, stored_as, tensors_of
+from layouts import LAYOUTS, stored_as, tensors_of
 
 from calibration.records.parquet import write_records
 from calibration.records.store import Header
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from simulator.models.headers import BITS
 from simulator.models.library import load_model
 
@@ -57,6 +57,21 @@ SLEB,depth,llama-2-7b,0.2,ppl,false,7.26,12,,C4,a paper,unit=layer,
 Slice,width_cross,llama-2-7b,0.25,ppl,false,7.26,10,,C4,a paper,residual_projections=true,
 2:4,semi_structured,llama-2-7b,0.5,ppl,false,7.26,10.5,,C4,a paper,,note
 """
+HARNESS = {
+    "results": {
+        "arc_easy": {"alias": "arc_easy", "acc,none": 0.6, "acc_stderr,none": 0.01, "acc_norm,none": 0.55},
+        "wikitext": {"word_perplexity,none": 9.5, "word_perplexity_stderr,none": "N/A"},
+        "gsm8k": {"exact_match,strict-match": 0.2, "exact_match,flexible-extract": 0.25},
+        "piqa": {"acc,none": 0.7},
+    },
+    "group_subtasks": {"arc_easy": [], "wikitext": [], "gsm8k": [], "piqa": []},
+    "versions": {"arc_easy": 1.0, "wikitext": 2.0, "gsm8k": 3.0, "piqa": 1.0},
+    "n-shot": {"arc_easy": 0, "wikitext": 0, "gsm8k": 5, "piqa": 0},
+    "higher_is_better": {"arc_easy": {"acc": True, "acc_norm": True}, "wikitext": {"word_perplexity": False}},
+    "config": {"model": "hf", "model_args": "pretrained=meta-llama/Llama-2-7b", "limit": None},
+    "model_name": "meta-llama/Llama-2-7b",
+}
+"""Results of lm-evaluation-harness."""
 SPEEDUPS = """\
 family,sparsity,speedup,speedup_lower,speedup_upper,model,hardware,phase,batch,seq
 depth,0.1,1.1,1.05,1.15,llama-2-7b,h100_sxm,prefill,1,2048
@@ -93,10 +108,9 @@ _MEASUREMENT = """{
 "median_s": 1e-5, "lower_s": 0.9e-5, "upper_s": 1.2e-5, "samples_s": [1e-5, 1.1e-5],
 "status": "ok", "method": "cuda graph", "drifted": false}"""
 _OTHERS = """[
-{"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "anchor", "drifted": true},
+{"key": "copy", "operator": {"kind": "copy", "n": 4096}, "median_s": 1e-6, "purpose": "drift_check", "drifted": true},
 {"key": "elementwise", "operator": {"kind": "elementwise", "m": 64, "n": 4096, "role": "residual"}, "median_s": 1e-6},
 {"key": "gemm big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"}]"""
-RESULTS = ({"plan": 1}, {"method": "depth", "fraction": 0.25, "realised": 0.25, "losses": [1.0, 2.0]})
 
 
 _HEADER = Header(
@@ -115,7 +129,7 @@ def crc_line(row: Any) -> bytes:
 
 
 SMALL = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise", "anchor")
+OPERATORS = ("gemm", "attention_prefill", "attention_decode", "elementwise", "local_update")
 
 _FACTS, _FITTED = (
     (ROOT / f"hardware_profiles/rtx_4090{stack}.yaml").read_text(encoding="utf-8").replace("rtx_4090", "mine")
@@ -132,10 +146,9 @@ with np.load(ROOT / f"hardware_profiles/rtx_4090.vllm.{_DIGEST[:12]}.npz") as _f
 SHIPPED = FACTS + STACK[STACK.index("calibrated:") :]
 
 ARRAYS: dict[str, Any] = {
-    "gemm.bf16.terms": np.array([[0, 1, -1], [11, -1, -1]]),
-    "gemm.bf16.grids": np.array([[[1.0, 1, 2], [1, 1, 2], [1, 1, 2]], [[0, 1, 4], [1, 1, 2], [1, 1, 2]]]),
-    "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
-    "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
+    "gemm.bf16.start": np.array([1.0, 1.0, 1.0]),
+    "gemm.bf16.step": np.array([1.0, 2.0, 1.0]),
+    "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).reshape(2, 2, 2).astype("f4"),
     "gemm.bf16.measured": np.array([[0.0, 6.0, 6.0], [12.0, 14.0, 14.0]]),
     "gemm.bf16.exact_m": np.array([1, 17]),
     "gemm.bf16.exact_n": np.array([4096, 8810]),
@@ -149,11 +162,11 @@ ARRAYS: dict[str, Any] = {
     "attention_decode.bf16.step": np.ones(3),
     "attention_decode.bf16.values": np.zeros((3, 2, 1)),
     "elementwise.bf16.start": np.array(14.0),
-    "elementwise.bf16.values": np.zeros((7, 5)),
-    **{f"anchor.{name}": np.full(2, 0.1) for name in ("own", "local", "log_ratio")},
-    "anchor.kind": np.array([0, 1]),
-    "anchor.place": np.ones((2, 3)),
-    "anchor.shared": np.ones((2, 2)),
+    "elementwise.bf16.values": np.zeros((8, 5)),
+    **{f"local_update.{name}": np.full(2, 0.1) for name in ("independent", "correlated", "log_ratio")},
+    "local_update.kind": np.array([0, 1]),
+    "local_update.coordinates": np.ones((2, 3)),
+    "local_update.systematic": np.ones((2, 2)),
 }
 """Small arrays of every operator that has some, and exact shapes."""
 
@@ -167,13 +180,19 @@ def profile_with(raw: bytes, file: str = "arrays.npz", operators: Iterable[str] 
     """Text of a profile that names these bytes as the arrays of some operators."""
     provenance = SMALL[SMALL.index("      provenance:") : SMALL.index("      constants:")]
     text = SMALL[: SMALL.index("calibrated:")] + "calibrated:\n"
-    for operator in sorted(operators, key="anchor".__eq__):
+    for operator in sorted(operators, key="local_update".__eq__):
         names = ", ".join(name.rpartition(".")[2] for name in arrays_of(operator))
-        start = "      columns: [machine launch, gemm launch]\n" if operator == "anchor" else "      constants: {}\n"
+        start = (
+            "      factors: [machine launch, gemm launch]\n" if operator == "local_update" else "      constants: {}\n"
+        )
         section = f"{provenance}{start}      arrays:\n        file: {file}\n"
         section += f'        sha256: "{hashlib.sha256(raw).hexdigest()}"\n        names: [{names}]\n'
-        if operator == "anchor":
-            text = text.removesuffix("calibrated:\n") + "anchor:\n" + re.sub("^    ", "", section, flags=re.MULTILINE)
+        if operator == "local_update":
+            text = (
+                text.removesuffix("calibrated:\n")
+                + "local_update:\n"
+                + re.sub("^    ", "", section, flags=re.MULTILINE)
+            )
         else:
             text += f"  {operator}:\n    bf16:\n{section}"
     return text
@@ -250,8 +269,6 @@ CHECKPOINTS = (*map(_checkpoint, SMALL_CONFIGS), *(_checkpoint(SMALL_CONFIGS[0],
 
 INDEX = {"weight_map": {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(CHECKPOINTS[0])}}
 """The index of the first of them, in two files."""
-
-GGUF = gguf(load_model({**SMALL_CONFIGS[0], "num_hidden_layers": 1}), 1)
 
 
 def with_digest(raw: bytes, file: str) -> str:

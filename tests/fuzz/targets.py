@@ -28,10 +28,9 @@ from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 import simulator
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
-from calibration.records.lines import content_records, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.store import merge, read_store
-from calibration.runners.quality_results import Results
+from calibration.records.store import read_store
+from calibration.records.stored_timings import content_records, untimed
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.app import make_app
@@ -132,7 +131,7 @@ def engine(path: Path) -> None:
     for phase in ("decode", "serve"):
         new = 4 if phase == "serve" else 0
         w = simulator.lower(model, phase=phase, batch=3, seq=130, new_tokens=new, engine=str(path))
-        c = simulator.cost(w, simulator.load_hardware("h100"))
+        c = simulator.workload_time(w, simulator.load_hardware("h100"))
         finite(c.total_s, c.total_lower_s, c.total_upper_s, c.device_s)
 
 
@@ -239,11 +238,6 @@ def index(path: Path) -> None:
     finite(simulator.lower(model, phase="decode", batch=1, seq=16).flops.sum())
 
 
-@Target("model.gguf", lambda rng: edit_bytes(good.GGUF, rng), "models show {}")
-def gguf_header(path: Path) -> None:
-    finite(simulator.lower(simulator.load_model(path), phase="decode", batch=1, seq=16).flops.sum())
-
-
 @Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")
 def config(path: Path) -> None:
     model = simulator.load_model(path)
@@ -294,25 +288,13 @@ def _run_lines(rows: Sequence[Any], rng: random.Random) -> bytes:
     return seldom(b"".join(map(good.crc_line, edit_parts(rows, rng, _LINE_EDITS, 2))), rng)
 
 
-_MERGE = "measure --merge {} -o out.jsonl"
-
-
-@Target("records.jsonl", lambda rng: _run_lines(good.RUN, rng), _IMPORT, _MERGE)
+@Target("records.jsonl", lambda rng: _run_lines(good.RUN, rng), _IMPORT)
 def jsonl(path: Path) -> None:
     content = read_store(path)
     untimed(content.rows)
     content_records(content)
     if path.stat().st_size % 4 == 0:
-        merge([path], path.with_name("merged.jsonl"))
         imported(path)
-
-
-@Target("quality.jsonl", lambda rng: _run_lines(good.RESULTS, rng))
-def results(path: Path) -> None:
-    with Results(path, {"plan": 1}) as found:
-        for method, fraction in found.points:
-            assert np.isfinite(found.points[method, fraction]["losses"]).all()
-            assert 0.0 <= found.points[method, fraction]["realised"] <= 1.0
 
 
 def _make_replay(rng: random.Random) -> bytes:
@@ -338,6 +320,20 @@ def quality(path: Path) -> None:
     # an engine that has kernels for every family, so that what is refused is the file
     found, _ = fronts(model, ["h100_sxm"], rows, choose_axis(rows), ["decode"], [1], [64], engine=["reference"])
     assert all(np.isfinite((p.loss, p.speedup)).all() for f in found for p in f.points)
+
+
+def _make_harness(rng: random.Random) -> bytes:
+    return seldom(json.dumps(mutate.json_tree(good.HARNESS, rng, 2)).encode(), rng)
+
+
+@Target("results.json", _make_harness)
+def harness(path: Path) -> None:
+    path.with_name("dense.json").write_text(json.dumps(good.HARNESS))
+    listed = path.with_name("listed.csv")
+    listed.write_text(f"results,family,sparsity\ndense.json,dense,0\n{path.name},width,0.3\n")
+    rows = load_quality(listed).rows
+    assert len(read_quality(table_text(rows))) == len(rows)
+    assert all(np.isfinite(row.relative_loss) for row in rows)
 
 
 @Target("speedups.csv", lambda rng: mutate.csv_text(good.SPEEDUPS, rng), f"{_PARETO} --measured {{}}")

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything a GPU can be asked for, in under ten minutes: see README.md beside this file.
+# Run all measurements on a GPU in less than ten minutes; see README.md in this folder.
 set -euo pipefail
 
 device=${DEVICE:-cuda}
 model=${MODEL:-llama-3.1-8b}
-layers=${LAYERS:-}                # decoder and bound on the first N layers, where memory is short
+layers=${LAYERS:-}                # decoder and bound use the first N layers, for little memory
 dtypes=${DTYPES:-"bf16 fp16"}
 seq=${SEQ:-2048}
 batch=${BATCH:-1}
 sparsity=${SPARSITY:-0.5}
-total=${BUDGET:-480}              # seconds of measuring; starting, fitting and drawing come on top
-read -r -a prunesim <<<"${PRUNESIM:-python -m calibration.cli}"
+total=${BUDGET:-480}              # seconds of measurement, without start-up, fits and figures
+read -r -a prunesim <<<"${PRUNESIM:-python -m simulator.cli}"
 out=${1:-gpu-run}
 
 mkdir -p "$out"
@@ -20,7 +20,7 @@ log=$out/log.txt
 
 share() { awk -v total="$total" -v part="$1" 'BEGIN { printf "%.1fs", total * part }'; }
 
-# a step that fails is named and counted; those after it still run, because a lent machine may not come back
+# a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again
 failed=0
 step() {
     local name=$1 status=0
@@ -41,7 +41,7 @@ cut=()
 [[ -n $layers ]] && cut=(--layers "$layers")
 shape=(--phase prefill,decode --batch "$batch" --seq "$seq" --sparsity "$sparsity")
 
-# 1. calibrate every number format: GEMM, 2:4, low-rank pairs, attention, elementwise, launches; fitted and judged on shapes held out
+# 1. calibrate every number format: GEMM, 2:4, low-rank pairs, attention, elementwise, launches; fit, and validate on held-out shapes
 count=$(wc -w <<<"$dtypes")
 for dtype in $dtypes; do
     part=$(awk -v n="$count" -v first="$([[ $dtype == "$first" ]] && echo 1 || echo 0)" \
@@ -51,15 +51,15 @@ done
 # 2. the measured upper bound of every family, into the run of the first format
 step "upper bound" upper-bound "$model" --device "$device" -o "$out/$first" --dtype "$first" --budget "$(share 0.2)" \
     "${shape[@]}" ${cut[@]+"${cut[@]}"}
-# 3. the decoder really executed in every family, predicted by the profile of step 1
+# 3. the decoder executed in every family, predicted with the profile of step 1
 if [[ $device == replay:* ]]; then
-    echo "== decoder: left out, since a replayed device runs none" | tee -a "$log"
+    echo "== decoder: skipped, since a replayed device cannot run it" | tee -a "$log"
 else
     step "decoder" compare "$model" --device "$device" -o "$out/$first" --dtype "$first" --budget "$(share 0.3)" \
         "${shape[@]}" ${cut[@]+"${cut[@]}"}
 fi
 
-# 4. one page that leads to the rest
+# 4. a page with links to all results
 {
     echo "# $model on $device"
     echo

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simulator import cost, load_model, lower
+from simulator import load_model, lower, workload_time
 from simulator.errors import InputError
 from simulator.hardware import library, save
 from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
@@ -33,13 +33,12 @@ from simulator.hardware.library import (
 )
 from simulator.hardware.profile import (
     ARCHITECTURES,
-    OPERATORS,
     OTHER_STACK,
     SAME_STACK,
     STACKS,
-    Anchor,
     Fitted,
     HardwareProfile,
+    LocalUpdate,
     Provenance,
     Section,
 )
@@ -47,6 +46,8 @@ from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.template import new_hardware
 from simulator.units import EXAMPLES
+
+pytestmark = pytest.mark.quick
 
 BAD = Path(__file__).parents[1] / "bad_profiles"
 GOOD = (BAD / "good.yaml").read_text()
@@ -82,7 +83,7 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
             save_stack(hw, stack, tmp_path / f"{name}.{stack}.yaml")
     shipped = profiles_folder().glob(f"{name}.*")  # saving a shipped profile again would change nothing
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in shipped}
-    for operator in OPERATORS:
+    for operator in CONSTANTS:
         section = hw.section(operator, "bf16" if "bf16" in hw.rates else "fp16")
         for constant, known in CONSTANTS[operator].items():
             assert known.low <= section[constant] <= known.high, constant
@@ -245,7 +246,7 @@ def test_what_is_no_file_and_files_that_take_too_much(tmp_path: Path) -> None:
     assert "is a folder" in check_hardware(tmp_path)[0]
     assert "cannot be read" in check_hardware(tmp_path / "gone.yaml")[0]
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "no regular file" in check_hardware(tmp_path / "pipe.yaml")[0]
+    assert "not a regular file" in check_hardware(tmp_path / "pipe.yaml")[0]
     assert "larger than 1 MB" in check_hardware(write(tmp_path, GOOD + "#" * 1_000_001))[0]
     bomb = "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 4}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
     (problem,) = check_hardware(write(tmp_path, bomb))
@@ -275,8 +276,8 @@ def calibrated() -> HardwareProfile:
         provenance,
         "calibrated",
     )
-    provenance = replace(provenance, borrowed_from="a100_sxm_80gb")
-    runtime = Section({"host_op_s": Fitted(1e-5)}, provenance=provenance, status="borrowed")
+    provenance = replace(provenance, inherited_from="a100_sxm_80gb")
+    runtime = Section({"host_op_s": Fitted(1e-5)}, provenance=provenance, status="inherited")
     return load_hardware("h100").calibrated({("gemm", "bf16"): gemm, ("runtime", "*"): runtime})
 
 
@@ -335,7 +336,7 @@ CHARACTERS = st.characters(categories=["L", "N", "P", "Zs"])
 TEXT = st.text(CHARACTERS, min_size=1, max_size=40).map(str.strip).filter(lambda text: text and text.isprintable())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_saved_is_read_again(data: st.DataObject, tmp_path: Path) -> None:
     hw = calibrated()
@@ -385,7 +386,7 @@ def test_arrays_of_another_version_are_refused(tmp_path: Path) -> None:
     npz.unlink()
     assert "cannot be read" in check_hardware(path)[0]
     npz.mkdir()
-    assert "no regular file" in check_hardware(path)[0]
+    assert "not a regular file" in check_hardware(path)[0]
 
 
 def _zip(**entries: bytes) -> bytes:
@@ -408,8 +409,8 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "no readable .npz"),
-        (b"no zip at all", "no readable .npz"),
+        (b"", "not a readable .npz"),
+        (b"no zip at all", "not a readable .npz"),
         (_zip(other=_npy(np.zeros(3))), "is not in the .npz"),
         (_zip(x=b""), "bad header"),
         (_zip(x=b"\x93NUMPY\x09\x00"), "bad header"),
@@ -435,7 +436,7 @@ def test_bad_arrays(raw: bytes, says: str, tmp_path: Path) -> None:
         )
 
 
-def test_sections_are_defaults_or_borrowed_between_the_16_bit_types_only(tmp_path: Path) -> None:
+def test_sections_are_defaults_or_inherited_between_the_16_bit_types_only(tmp_path: Path) -> None:
     text = GOOD[: GOOD.index("calibrated:")]
     for part in (r"  max_clock:.*\n", r"  link:\n(?:    .*\n)+", r"aliases:.*\n"):
         text, changed = re.subn(part, "", text)
@@ -446,11 +447,11 @@ def test_sections_are_defaults_or_borrowed_between_the_16_bit_types_only(tmp_pat
     assert section.status == section.constants["t0"].status == "default"
     assert section["t0"] == 2.7e-6  # the default of its architecture
     hw = load_hardware(write(tmp_path, GOOD))
-    own, borrowed = hw.section("gemm", "bf16"), hw.section("gemm", "fp16")
-    assert (own.status, borrowed.status) == ("calibrated", "borrowed")
-    assert own["e_tc"] == borrowed["e_tc"] == 0.81
-    assert borrowed.provenance is not None
-    assert borrowed.provenance.borrowed_from == "my_gpu gemm bf16"
+    own, inherited = hw.section("gemm", "bf16"), hw.section("gemm", "fp16")
+    assert (own.status, inherited.status) == ("calibrated", "inherited")
+    assert own["e_tc"] == inherited["e_tc"] == 0.81
+    assert inherited.provenance is not None
+    assert inherited.provenance.inherited_from == "my_gpu gemm bf16"
     assert own["e_d"] == 0.81  # not fitted: the default, and it says so
     assert own.constants["e_d"].status == "default"
     assert hw.section("gemm", "fp8").status == hw.section("attention_decode", "bf16").status == "default"
@@ -468,7 +469,7 @@ def stacked(folder: Path) -> Path:
     path = write(folder, GOOD[: GOOD.index("calibrated:")])
     hw = load_hardware(path)
     save_stack(
-        hw.calibrated({("gemm", "bf16"): section(1e-6, "", spread=0.8)}), "sglang", folder / "my_gpu.sglang.yaml"
+        hw.calibrated({("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}), "sglang", folder / "my_gpu.sglang.yaml"
     )
     both = {("gemm", "bf16"): section(2e-6, ""), ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)})}
     save_stack(hw.calibrated(both), "trtllm", folder / "my_gpu.trtllm.yaml")
@@ -481,10 +482,10 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     hw, other = load_hardware(path), load_hardware(f"{path}@trtllm")
     assert (list(hw.stacks), hw.stack, other.stack) == (["sglang", "trtllm"], "sglang", "trtllm")
     assert [hw.section("gemm", "bf16")["t0"], other.section("gemm", "bf16")["t0"]] == [1e-6, 2e-6]
-    lent = hw.section("gemm", "int4_wo")
-    assert (lent["t0"], lent.status, lent.stack) == (3e-6, "borrowed", "trtllm")
-    assert lent.provenance is not None
-    assert lent.provenance.borrowed_from == "my_gpu trtllm"
+    inherited = hw.section("gemm", "int4_wo")
+    assert (inherited["t0"], inherited.status, inherited.stack) == (3e-6, "inherited", "trtllm")
+    assert inherited.provenance is not None
+    assert inherited.provenance.inherited_from == "my_gpu trtllm"
     assert other.section("gemm", "int4_wo").status == "calibrated"
     assert hw.on("trtllm") is other is load_hardware(path, stack="trtllm") is load_hardware(f"{path}@ TRTLLM")
     pinned = hw.on("sglang")
@@ -503,15 +504,19 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     assert not any("." in name for name in list_hardware())
 
 
-def test_a_spread_is_the_section_s_own_on_the_user_s_stack_alone(tmp_path: Path) -> None:
+def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path: Path) -> None:
     path = stacked(tmp_path)
     for same, factors in ((False, (OTHER_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
         hw = load_hardware(path, same_stack=same)
-        assert hw.spread(hw.section("gemm", "bf16")) == factors
-        assert hw.spread(hw.section("gemm", "int4_wo")) == hw.spread(hw.section("gemm", "fp8")) == (OTHER_STACK, 1.0)
+        assert hw.error_scales(hw.section("gemm", "bf16")) == factors
+        assert (
+            hw.error_scales(hw.section("gemm", "int4_wo"))
+            == hw.error_scales(hw.section("gemm", "fp8"))
+            == (OTHER_STACK, 1.0)
+        )
     own = load_hardware(write(tmp_path, GOOD))  # its own calibration, with stacks beside it
     assert (own.stack, own.same_stack, list(own.stacks)) == ("", True, ["", "sglang", "trtllm"])
-    assert own.spread(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
+    assert own.error_scales(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
     save_hardware(
         load_hardware("h100"), tmp_path / "copy.yaml"
     )  # a copy of a shipped one is no calibration of one's own
@@ -519,20 +524,20 @@ def test_a_spread_is_the_section_s_own_on_the_user_s_stack_alone(tmp_path: Path)
     assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "sglang")
 
 
-def test_stacks_of_a_sibling(tmp_path: Path) -> None:
+def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
     pcie, sxm = load_hardware("h100_pcie"), load_hardware("h100")
     assert list(pcie.stacks) == list(sxm.stacks)
-    for key, lent in pcie.on("trtllm").sections.items():
-        assert lent.status == "borrowed"
-        assert lent.constants is sxm.on("trtllm").sections[key].constants
-        assert lent.provenance is not None
-        assert lent.provenance.borrowed_from.startswith("h100_sxm ")
+    for key, inherited in pcie.on("trtllm").sections.items():
+        assert inherited.status == "inherited"
+        assert inherited.constants is sxm.on("trtllm").sections[key].constants
+        assert inherited.provenance is not None
+        assert inherited.provenance.inherited_from.startswith("h100_sxm ")
     assert ("collective", "*") in sxm.sections
     assert ("collective", "*") not in pcie.sections  # another link
     h200 = load_hardware("h200@trtllm")  # int8_wo: what its sibling's stack has alone
-    assert [h200.section("gemm", dtype).status for dtype in ("bf16", "int8_wo")] == ["calibrated", "borrowed"]
+    assert [h200.section("gemm", dtype).status for dtype in ("bf16", "int8_wo")] == ["calibrated", "inherited"]
     old = load_hardware(write(tmp_path, GOOD.replace("vendor:", "stacks_of: h100_sxm\nvendor:")))
-    assert old.section("attention_decode", "bf16").status == "borrowed"
+    assert old.section("attention_decode", "bf16").status == "inherited"
     assert ("gemm", "fp8") not in old.sections  # it has no such arithmetic
     path = write(tmp_path, GOOD.replace("vendor:", "stacks_of: h101_sxm\nvendor:"))
     assert "did you mean h100_sxm" in check_hardware(path)[0]
@@ -546,13 +551,13 @@ def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) ->
         ("h100@tensorrt", "h100_sxm: stack 'tensorrt' is unknown; .*Known: sglang, trtllm, vllm"),
         ("h100@", "Known: sglang, trtllm"),
         ("h100@torch", "Known: sglang, trtllm, vllm"),
-        ("cpu@vllm", "cpu was fitted for no stack; ask for it without 'vllm'"),
+        ("cpu@vllm", "cpu: expected no stack, as nothing was fitted for one, got 'vllm'"),
         ("h10@vllm", "did you mean h100"),
-        (f"{write(tmp_path, GOOD)}@vllm", "my_gpu was fitted for no stack"),
+        (f"{write(tmp_path, GOOD)}@vllm", "my_gpu: expected no stack"),
     ):
         with pytest.raises(InputError, match=says):
             load_hardware(name)
-    with pytest.raises(InputError, match="another stack"):
+    with pytest.raises(InputError, match="expected one stack"):
         load_hardware("h100@vllm", stack="trtllm")
 
 
@@ -583,13 +588,13 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
 
 def test_what_is_no_profile_and_no_stack_says_so(tmp_path: Path) -> None:
     path = stacked(tmp_path)
-    with pytest.raises(InputError, match="fitted for one stack; ask for my_gpu@STACK"):
+    with pytest.raises(InputError, match="expected a profile, got the sections of one stack; load my_gpu@STACK"):
         load_hardware(tmp_path / "my_gpu.trtllm.yaml")
     hw = load_hardware(path)
     for stack, name, says in (
         ("vllm", "my_gpu.trtllm.yaml", "ends in .vllm.yaml"),
         ("tensorrt", "my_gpu.tensorrt.yaml", "stack 'tensorrt' is unknown"),
-        ("vllm", "my_gpu.vllm.yaml", "nothing of my_gpu was fitted for vllm"),
+        ("vllm", "my_gpu.vllm.yaml", "my_gpu has no section that was fitted for vllm"),
     ):
         with pytest.raises(InputError, match=says):
             save_stack(replace(hw, sections={}), stack, tmp_path / name)
@@ -607,26 +612,30 @@ def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
     assert load_hardware(path).sections["gemm", "int4_wo"].arrays["x"].shape == (3,)
 
 
-def anchored(rows: int = 5) -> Anchor:
+def updated(rows: int = 5) -> LocalUpdate:
     rng = np.random.default_rng(1)
-    arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("own", "local", "log_ratio")}
-    arrays |= {"shared": rng.normal(size=(rows, 2)), "place": rng.uniform(0, 12, (rows, 3)), "kind": np.arange(rows)}
+    arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")}
+    arrays |= {
+        "systematic": rng.normal(size=(rows, 2)),
+        "coordinates": rng.uniform(0, 12, (rows, 3)),
+        "kind": np.arange(rows),
+    }
     provenance = Provenance("local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows)
-    return Anchor(provenance, ("machine launch", "gemm compute"), arrays)
+    return LocalUpdate(provenance, ("machine launch", "gemm compute"), arrays)
 
 
-def test_an_anchor_is_kept(tmp_path: Path) -> None:
-    anchor = anchored()
-    save_hardware(replace(load_hardware("h100"), anchor=anchor), tmp_path / "mine.yaml")
-    loaded = load_hardware(tmp_path / "mine.yaml").anchor
+def test_a_local_update_is_kept(tmp_path: Path) -> None:
+    update = updated()
+    save_hardware(replace(load_hardware("h100"), local_update=update), tmp_path / "mine.yaml")
+    loaded = load_hardware(tmp_path / "mine.yaml").local_update
     assert loaded is not None
-    assert (loaded.provenance, loaded.columns) == (anchor.provenance, anchor.columns)
-    for name, array in anchor.arrays.items():
+    assert (loaded.provenance, loaded.factors) == (update.provenance, update.factors)
+    for name, array in update.arrays.items():
         np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
     text = (tmp_path / "mine.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace('["machine launch", "gemm compute"]', "[machine launch]"))
     assert (
-        "anchor: columns: expected one name a column of the array shared, 2"
+        "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
         in check_hardware(tmp_path / "mine.yaml")[0]
     )
 
@@ -634,21 +643,21 @@ def test_an_anchor_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"kind": None}, "array kind is missing"),
+        ({"kind": None}, "needs array kind, which is missing"),
         ({"kind": np.zeros(5)}, "whole numbers"),
-        ({"own": np.zeros(4)}, "array own: expected the shape"),
-        ({"own": -np.ones(5)}, "array own: expected values from 0"),
+        ({"independent": np.zeros(4)}, "array independent: expected the shape"),
+        ({"independent": -np.ones(5)}, "array independent: expected values from 0"),
         ({"log_ratio": np.full(5, 7.0)}, "array log_ratio: expected values from -5 to 5"),
-        ({"place": np.zeros((5, 2))}, "array place: expected the shape"),
-        ({"shared": np.zeros(5)}, "array shared: expected the shape"),
-        ({name: a[:0] for name, a in anchored().arrays.items()}, "rows from 1"),
-        (dict(anchored(MOST_ROWS + 1).arrays), "rows from 1"),
+        ({"coordinates": np.zeros((5, 2))}, "array coordinates: expected the shape"),
+        ({"systematic": np.zeros(5)}, "array systematic: expected the shape"),
+        ({name: a[:0] for name, a in updated().arrays.items()}, "rows from 1"),
+        (dict(updated(MOST_ROWS + 1).arrays), "rows from 1"),
     ],
 )
-def test_bad_anchor(changes: dict[str, Any], says: str) -> None:
-    arrays = {name: a for name, a in {**anchored().arrays, **changes}.items() if a is not None}
+def test_bad_local_update(changes: dict[str, Any], says: str) -> None:
+    arrays = {name: a for name, a in {**updated().arrays, **changes}.items() if a is not None}
     with pytest.raises(ValueError, match=says):
-        check_arrays("anchor", arrays)
+        check_arrays("local_update", arrays)
 
 
 def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: Path) -> None:
@@ -676,8 +685,8 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
     hw = load_hardware(path)
     assert (hw.name, hw.l2_bytes, hw.link and hw.link.max_devices) == ("my_gpu", 4 * 2**20, 8)
     for name, where, said in (
-        ("My GPU", path, "is there already"),
-        ("H100", tmp_path / "h.yaml", "is that of h100_sxm, which ships"),
+        ("My GPU", path, "expected a new file"),
+        ("H100", tmp_path / "h.yaml", "is a name of the shipped h100_sxm"),
         ("a/b", tmp_path / "h.yaml", "expected a name of lower-case letters"),
         ("own", tmp_path / "h.json", "ends in .yaml"),
     ):
@@ -693,6 +702,6 @@ def test_generic_defaults_say_how_far_they_are_off() -> None:
         stranger = replace(hw, sections={}, stacks={}, stack="", architecture="cdna3")
         for phase, batch, seq in (("decode", 1, 1024), ("decode", 64, 1024), ("prefill", 1, 512), ("prefill", 4, 2048)):
             w = lower(load_model("llama-3.1-8b"), phase=phase, batch=batch, seq=seq)
-            told = cost(w, stranger)
-            inside.append(told.total_lower_s <= cost(w, hw).total_s <= told.total_upper_s)
+            told = workload_time(w, stranger)
+            inside.append(told.total_lower_s <= workload_time(w, hw).total_s <= told.total_upper_s)
     assert np.mean(inside) >= 0.85

@@ -11,10 +11,12 @@ from planted import SHAPES, go, items, plan_of
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import Faults, ReplayDevice
 from calibration.devices.telemetry import UNKNOWN, Snapshot
-from calibration.measure.plan import ANCHOR, Item, Plan
-from calibration.records.lines import records_of
+from calibration.measure.plan import DRIFT_CHECK, Item, MeasurementPlan
 from calibration.records.store import Header
-from calibration.records.table import PURPOSES
+from calibration.records.stored_timings import records_of
+from calibration.records.timing_table import PURPOSES
+
+pytestmark = pytest.mark.quick
 
 ALL = len(SHAPES)
 
@@ -33,7 +35,7 @@ class Slowed(ReplayDevice):
 
 def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
     records = records_of(kept, Header("planted"))
-    rows = records.select(records.purpose != PURPOSES.index(ANCHOR))
+    rows = records.select(records.purpose != PURPOSES.index(DRIFT_CHECK))
     shapes = zip(rows.m.tolist(), rows.n.tolist(), rows.k.tolist(), strict=True)
     exact = [ReplayDevice().seconds(Operator("gemm", m=m, n=n, k=k)) for m, n, k in shapes]
     return len(rows), max(rows.seconds / exact - 1.0)
@@ -83,9 +85,9 @@ def test_a_quiet_device_is_measured_in_full() -> None:
         assert record["samples_s"]
 
 
-def test_anchors_come_first_every_twentieth_and_last() -> None:
+def test_drift_checks_come_first_every_twentieth_and_last() -> None:
     _, kept = go(ReplayDevice())
-    places = [i for i, record in enumerate(kept) if record["purpose"] == ANCHOR]
+    places = [i for i, record in enumerate(kept) if record["purpose"] == DRIFT_CHECK]
     assert places == [0, 21, 42]
     assert [kept[i]["block"] for i in places] == [1, 2, 3]
     assert {record["block"] for record in kept[1:21]} == {1}
@@ -124,7 +126,7 @@ def test_throttling_that_does_not_end_is_flagged_and_the_run_goes_on() -> None:
 @pytest.mark.parametrize(
     ("faults", "status", "count", "reason"),
     [
-        (Faults(noisy={2, 7}, noise=0.5), "noisy", 2, "interval of the median"),
+        (Faults(noisy={2, 7}, noise=0.5), "noisy", 2, "median known to"),
         (Faults(nan={2, 6}), "refused", 2, "nan"),
         (Faults(out_of_memory_bytes=18e6), "skipped", 5, "out of memory"),
     ],
@@ -138,13 +140,13 @@ def test_faults_are_flagged_with_their_reason(faults: Faults, status: str, count
 
 
 @pytest.mark.parametrize(("drift_per_s", "drifted"), [(0.02, 2), (1e-4, 0)])
-def test_clock_drift_above_the_limit_is_flagged_by_the_anchor(drift_per_s: float, drifted: int) -> None:
+def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(drift_per_s: float, drifted: int) -> None:
     outcome, kept = go(ReplayDevice(faults=Faults(drift_per_s=drift_per_s)))
-    first, *later = [r["drift"] for r in kept if r["purpose"] == ANCHOR]
+    first, *later = [r["drift"] for r in kept if r["purpose"] == DRIFT_CHECK]
     assert first == 0.0 < min(later)
     assert (max(later) > 0.02) == (drifted > 0)
     assert outcome.counts.drifted == drifted
-    assert any("drifted by" in problem for problem in outcome.problems) == (drifted > 0)
+    assert any("drift checks differ" in problem for problem in outcome.problems) == (drifted > 0)
 
 
 def test_a_missing_nvml_is_unknown_and_not_fine() -> None:
@@ -159,7 +161,7 @@ def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> Non
     assert not outcome.complete
     assert [r["status"] for r in items(kept)] == ["ok"] * 7
     assert outcome.counts.left == ALL - 7
-    outcome, kept = go(ReplayDevice(faults=Faults(lost_at=0)))  # at the first anchor
+    outcome, kept = go(ReplayDevice(faults=Faults(lost_at=0)))  # at the first drift check
     assert outcome.stopped.startswith("device lost: ")
     assert kept == []
 
@@ -167,7 +169,7 @@ def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> Non
 def test_what_a_device_lacks_is_named() -> None:
     ops = [Operator("gemm_2to4", m=16, n=64, k=64), Operator("gemm", m=16, n=64, k=64)]
     device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
-    _, kept = go(device, Plan(tuple(Item(op) for op in ops), anchor=ops[1]))
+    _, kept = go(device, MeasurementPlan(tuple(Item(op) for op in ops), drift_check=ops[1]))
     assert [r["reason"] for r in kept if r["status"] == "unsupported"] == ["gemm_2to4 needs sparse tensor cores"]
 
 

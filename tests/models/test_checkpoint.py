@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import folder_of, gguf, save, save_shards, stored_as, tensors_of, write
+from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.errors import InputError
 from simulator.models.checkpoint import from_tensors
@@ -61,7 +60,7 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
         assert (
             "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008" in model.found
         )
-        assert "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 by the config.json" in model.found
+        assert "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the config.json" in model.found
     assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
     found = table([str(folder)], ["h100"], ["depth"], [0.25])
     assert found.notes[0] == whole.found
@@ -138,10 +137,10 @@ def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
 
 WORDS = {
     "flap": ("width in layers 1-31: 17 to 31 of 32 heads, 17 to 31 of", "an MLP of 8,001 to 10,911 of 11,008"),
-    "shortgpt, numbered as before": ("depth: layers 21-29 gone (27.0 % of the parameters)",),
-    "shortgpt, numbered anew": ("depth: 9 of 32 layers gone (27.0 % of the parameters)",),
+    "shortgpt, numbered as before": ("depth: layers 21-29 removed (27.0 % of the parameters)",),
+    "shortgpt, numbered anew": ("depth: 9 of 32 layers removed (27.0 % of the parameters)",),
     "slicegpt": ("width_cross: hidden 3,072 of 4,096 (25.0 % of the parameters)",),
-    "attention and MLPs dropped": ("depth: attention of layers 29-31 gone, MLP of layers 3 gone",),
+    "attention and MLPs dropped": ("depth: attention of layers 29-31 removed, MLP of layers 3 removed",),
     "one product in place of a sublayer": ("depth: attention of layers 0-2 one product, MLP of layers 9 one product",),
     "a smaller vocabulary": ("vocabulary: 30,000 of 32,000",),
     "mixtral": ("experts: 6 of 8 in layers 0-31 (24.1 % of the parameters)",),
@@ -204,25 +203,25 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
     ("change", "says"),
     [
         ({AT + "self_attn.q_proj.weight": F16(4000, 4096)}, r"3\.self_attn\.q_proj: expected a multiple of head_dim"),
-        ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968 .* got 4,096"),
-        ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008 as layers.3.mlp.gate_proj has, got 8,810"),
-        ({AT + "mlp.up_proj.weight": F16(11008, 3072)}, "expected a width of 4,096 as"),
+        ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968, .* got 4,096"),
+        ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810"),
+        ({AT + "mlp.up_proj.weight": F16(11008, 3072)}, "expected a width of 4,096, as"),
         ({AT + "mlp.up_proj.weight": F16(11008)}, "expected 2 dimensions, got 1"),
         ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
         ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
-        ({AT + "mlp.up_proj.bias": F16(11008)}, "hold .* parameters, their shapes make"),
-        ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: is none of a known layer"),
-        ({AT + "attn_shortcut_Q": F16(4096, 4096)}, "attn_shortcut_Q: is none of a known layer"),
-        ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: is there twice"),
-        ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "holds layer 32; expected fewer than 32"),
-        ({AT + "input_layernorm.weight": None}, "layers 3 hold .* it lacks input_layernorm"),
-        ({AT + "self_attn.v_proj.weight": None}, "layers 3 hold .* it lacks self_attn.v_proj"),
+        ({AT + "mlp.up_proj.bias": F16(11008)}, "layers 0-31: expected 202,409,472 parameters, got"),
+        ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: belongs to no known layer"),
+        ({AT + "attn_shortcut_Q": F16(4096, 4096)}, "attn_shortcut_Q: belongs to no known layer"),
+        ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
+        ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
+        ({AT + "input_layernorm.weight": None}, "layers 3: .* it lacks input_layernorm"),
+        ({AT + "self_attn.v_proj.weight": None}, "layers 3: .* it lacks self_attn.v_proj"),
         ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
-        ({"model.norm.weight": None}, "its shapes make 6,738,415,616"),
-        ({"lm_head.weight": None}, "holds no lm_head.weight"),
-        ({"model.embed_tokens.weight": None}, "holds no embed_tokens.weight"),
+        ({"model.norm.weight": None}, "expected 6,738,415,616 parameters for its shapes"),
+        ({"lm_head.weight": None}, "expected lm_head.weight, or"),
+        ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),
         ({"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))}, "lm_head: expected a head of 16 bits"),
-        ({AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))}, "is in 16 bits or more, .*up_proj in fp8"),
+        ({AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))}, "is in 16 bits or more, .*up_proj is in fp8"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Tensor | None], says: str) -> None:
@@ -232,11 +231,11 @@ def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Ten
     assert str(caught.value).startswith("folder: ")
 
 
-def test_what_is_no_decoder_is_left_out_and_told() -> None:
+def test_parameters_outside_the_decoder_are_ignored_and_reported() -> None:
     vision = {"vision_tower.layers.0.self_attn.q_proj.weight": F16(64, 64), "score.weight": F16(2, 4096)}
     found = from_tensors(LLAMA, tensors_of(LLAMA) | vision, "x")
     assert found == LLAMA
-    assert found.found.endswith("12,288 parameters beside the decoder are left out")
+    assert found.found.endswith("12,288 parameters outside the decoder are ignored")
 
 
 def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: Path) -> None:
@@ -263,16 +262,8 @@ def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
     for target in ("/etc/passwd", "/dev/zero", "/proc/self/environ", "model.safetensors", "/nowhere"):
         link.unlink()
         link.symlink_to(target)
-        with pytest.raises(InputError, match=r"no safetensors file: its header would not fit into it$|is missing"):
+        with pytest.raises(InputError, match=r"not a safetensors file: its header would not fit into it$|is missing"):
             load_model(folder)
-
-
-def test_headers_of_a_large_model_take_less_than_a_second(tmp_path: Path) -> None:
-    folder, model = folder_of(tmp_path, "llama-2-70b"), load_model("llama-2-70b")
-    save_shards(folder, tensors_of(model), 30)
-    start = time.perf_counter()
-    assert load_model(folder) == model
-    assert time.perf_counter() - start < 1.0
 
 
 def test_many_headers_stay_within_memory(tmp_path: Path) -> None:
@@ -282,34 +273,11 @@ def test_many_headers_stay_within_memory(tmp_path: Path) -> None:
         save(folder / f"{file}.safetensors", empty)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match=r"headers of more than 24 MB"):
+        with pytest.raises(InputError, match=r"expected headers of at most 24 MB"):
             load_model(folder)
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:
         tracemalloc.stop()
-
-
-def test_a_gguf_file_is_read_by_its_header(tmp_path: Path) -> None:
-    file = tmp_path / "own.gguf"
-    for kind in (1, 12):  # F16, Q4_K
-        file.write_bytes(gguf(shaped(LLAMA, llm_pruner), kind))
-        model = load_model(str(file))
-        assert (model.name, model.parameters) == ("own", 5_709_025_280)
-        assert model.layout == shaped(LLAMA, llm_pruner).layout
-        assert ("packed formats of a GGUF file are not timed" in model.found) is (kind == 12)
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4), st.integers(0, 3000))
-@example([], 10)
-@example([(16, 255), (23, 255)], 0)
-def test_damaged_gguf_files_are_read_or_refused(tmp_path: Path, edits: list[tuple[int, int]], cut: int) -> None:
-    content = bytearray(gguf(replace(LLAMA, layers=1, windows=(0,)), 1))
-    for at, byte in edits:
-        content[at % len(content)] = byte
-    (tmp_path / "a.gguf").write_bytes(bytes(content[: cut or None]))
-    with contextlib.suppress(InputError):
-        assert lower(load_model(tmp_path / "a.gguf"), seq=16).parameters > 0
 
 
 def entry(**changes: Any) -> bytes:
@@ -325,11 +293,11 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
     [
         (b"", 2**60, "its header would not fit"),
         (b"version https://git-lfs.github.com/spec/v1", 0x206E6F6973726576, "Git LFS pointer"),
-        (b" " * (MAX_HEADER_BYTES + 1), None, "header of 8,000,001 bytes"),
+        (b" " * (MAX_HEADER_BYTES + 1), None, "expected a header of at most 8,000,000 bytes, got 8,000,001"),
         (b"{" * 100_000, None, "not JSON"),
-        (b"[" * 1_000_000, None, "holds more than"),
-        (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "holds more than"),
-        (b"[]", None, "no JSON object"),
+        (b"[" * 1_000_000, None, "got too many values"),
+        (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "got too many values"),
+        (b"[]", None, "not a JSON object"),
         (b'{"a": 1}', None, "expected dtype, shape and data_offsets"),
         (b'{"a": {"dtype": "F16", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', None, "not JSON"),
         (entry(dtype="F17"), None, "dtype 'F17' is unknown"),
@@ -339,7 +307,7 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (entry(shape=[True, 4]), None, "expected a shape"),
         (entry(shape=[2**40, 2**40]), None, "expected a shape"),
         (entry(shape=[1] * 9), None, "expected a shape"),
-        (entry(shape=[3, 2]), None, "other bytes than its shape"),
+        (entry(shape=[3, 2]), None, "its number of bytes does not match its shape"),
         (entry(data_offsets=[8, 0]), None, "outside the file"),
         (entry(data_offsets=[0, 2**50]), None, "outside the file"),
         (entry(data_offsets=[-8, 0]), None, "outside the file"),
@@ -372,7 +340,7 @@ def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, 
         (b'{"weight_map": {"a": 3}}', "names of files in this folder"),
         (b'{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors' is missing"),
         (b'{"weight_map": {"a": "dir.safetensors"}}', "is missing"),
-        (json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(), "5,000 safetensors files"),
+        (json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(), "safetensors files, got 5,000"),
         (b" " * 17_000_000, "is larger than 16 MB"),
     ],
 )

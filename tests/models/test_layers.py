@@ -17,6 +17,8 @@ from simulator.models.lower import lower
 from simulator.workload import ROLES, Kind, Workload
 from simulator.workload_batch import WorkloadBatch, cache_bytes
 
+pytestmark = pytest.mark.quick
+
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100}
 LLAMA = {"intermediate_size": 1024, "num_key_value_heads": 2, **SHAPE}
 BLOCKS = [
@@ -208,8 +210,8 @@ def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one a layer"),
-        (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one a layer, got"),
+        (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one per layer"),
+        (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one per layer, got"),
         (PUZZLE | {"block_configs": [*BLOCKS[:3], 7]}, "block_configs: expected a list of 4 objects"),
         (search({}), r"block_configs\[3\].attention.n_heads_in_group: missing; expected an integer"),
         (search({"n_heads_in_group": 3}), r"\[3\].attention.n_heads_in_group: expected a divisor of .* 8, got 3"),

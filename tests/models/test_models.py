@@ -16,6 +16,8 @@ from simulator.errors import InputError
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
 from simulator.models.library import list_models, load_model
 
+pytestmark = pytest.mark.quick
+
 SHIPPED = Path(__file__).parents[2] / "simulator/models"
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
 LLAMA: dict[str, Any] = {"model_type": "llama", "intermediate_size": 176, **SHAPE}
@@ -72,7 +74,7 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     [
         ("lama-2-7b", "model 'lama-2-7b' is unknown; did you mean llama-2-7b"),
         *(
-            (name, "is not a name or a path|is unknown|no such file")
+            (name, "expected a name or a path|is unknown|no such file")
             for name in ("", "  ", "a\0b", "x" * 5000, "no/such/folder/", "./nothing.json")
         ),
         *((source, "expected a name, a path or a configuration") for source in (None, 3, ["llama-2-7b"], 1.5)),

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
 import simulator
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES, prune
+from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Kind, Phase, Workload
 from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, memory, weights_bytes
+
+pytestmark = pytest.mark.quick
 
 lower = partial(lowering.lower, engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
@@ -174,8 +176,8 @@ def test_a_serve_takes_the_time_of_its_parts() -> None:
     for engine in ("", "reference", "trtllm"):
         whole = forward_passes(WorkloadBatch.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
         model = load_model("llama-3.1-8b")
-        prefill = simulator.cost(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
-        decode = simulator.cost(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
+        prefill = simulator.workload_time(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
+        decode = simulator.workload_time(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
         assert whole.phase_s[0] == pytest.approx([batch * prefill, steps * decode], rel=1e-9)
         assert whole.total_s[0] == pytest.approx(batch * prefill + steps * decode, rel=1e-9)
     assert np.isfinite(memory(serve(), hw).total_bytes)

@@ -22,7 +22,7 @@ from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.predict.speedup import speedup
 from simulator.pruning import prune
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.intervals import workload_time
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import memory
 
@@ -173,7 +173,7 @@ def test_many_decodes_share_rows_and_change_nothing(name: str, flops: float, mon
     for column in ("flops", "bytes"):
         assert getattr(few, column).sum() == pytest.approx(getattr(each, column).sum(), rel=flops or 1e-12)
     assert memory(few, hw) == memory(each, hw)
-    assert cost(few, hw).total_s == pytest.approx(cost(each, hw).total_s, rel=1e-4)
+    assert workload_time(few, hw).total_s == pytest.approx(workload_time(each, hw).total_s, rel=1e-4)
     for family in ("depth", "kv_cache", "token"):
         ratios = [speedup(w, prune(w, family, 0.5), hw) for w in (few, each)]
         assert ratios[0].speedup == pytest.approx(ratios[1].speedup, rel=1e-4), family
@@ -260,7 +260,7 @@ FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHA
         ("llama-2-13b", 16, "tensor", "attention heads 40"),
         ("qwen2.5-7b", 7, "tensor", "MLP width 18944"),
         (FOUR, 6, "tensor", "llama has 4 key/value heads; one number must divide the other"),
-        ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline takes at most one device a layer"),
+        ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline has at most one device per layer"),
     ],
 )
 def test_what_does_not_divide_is_refused(model: Any, devices: int, parallel: str, reason: str) -> None:

@@ -6,11 +6,14 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 import simulator
 from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
 from simulator.predict.explain import explanations
 from simulator.predict.table import table
+
+pytestmark = pytest.mark.quick
 
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:

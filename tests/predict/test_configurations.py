@@ -194,7 +194,7 @@ def test_written_configurations_are_predicted_as_they_say(
     assert "on all 4 devices, engines and requests" in told.out
     Path("out/depth/config.json").write_text("{}")
     assert run([*words, "--write", "out"]) == 2
-    assert "out/depth/config.json: exists and says something else" in capsys.readouterr().err
+    assert "out/depth/config.json: exists with different content" in capsys.readouterr().err
     assert Path("out/depth/config.json").read_text() == "{}"
 
 

@@ -17,6 +17,8 @@ from simulator.predict.explain import explanations
 from simulator.predict.prunings import ALIKE
 from simulator.predict.table import table
 
+pytestmark = pytest.mark.quick
+
 DENSE = simulator.load_model("llama-2-7b")
 GONE = Block(0, 0, 11008)  # a layer without attention
 H100 = simulator.load_hardware("h100")

@@ -17,7 +17,7 @@ from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
-from simulator.predict.pareto import bands, frontier, fronts, judge, read_measured
+from simulator.predict.pareto import bands, frontier, fronts, judge, margins, read_measured
 from simulator.predict.quality import QualityTable, choose_axis, load_quality
 
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
@@ -71,6 +71,13 @@ def test_sure_needs_intervals_apart() -> None:
     far = bands(judge([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
     assert [b.sure for b in near] == [True, False]
     assert [b.sure for b in far] == [True, True]
+
+
+def test_margins_turn_round() -> None:
+    below = np.array([[0.0, 0.2, 0.1], [0.05, 0.0, 0.1], [0.1, 0.1, 0.0]])
+    found = margins([1.0, 1.1, 1.3], below)
+    np.testing.assert_allclose(found, -found.T)
+    assert found[1, 0] == pytest.approx(np.log(1.1) / 0.05)  # down to 0 it is 0.05, not 0.2
 
 
 def test_fronts_cite_and_do_not_mix() -> None:

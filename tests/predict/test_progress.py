@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from simulator.predict.advise import advise
-from simulator.predict.claims import verdicts
 from simulator.predict.explain import explanations
 from simulator.predict.grid import Grid
 from simulator.predict.pareto import fronts
 from simulator.predict.quality import load_quality
 from simulator.predict.sweep import sweep_results
 from simulator.predict.table import table
+
+pytestmark = pytest.mark.quick
 
 MODEL, TWO, NARROW = "llama-3.2-1b", ["h100", "a100"], {"family": ["depth"]}
 QUALITY = load_quality(None).of_model("llama-2-7b")
@@ -25,7 +26,6 @@ LONG: dict[str, Callable[..., Any]] = {
     "sweep_results": partial(sweep_results, Grid((MODEL,), ("h100",), (0.5,), ("prefill", "decode"), (1,), (128,))),
     "advise": partial(advise, MODEL, TWO, 1.2, ["decode"], **NARROW),
     "fronts": partial(fronts, "llama-2-7b", TWO, QUALITY, QUALITY.axes()[0]),
-    "verdicts": partial(verdicts, MODEL, ["h100"]),
 }
 
 

@@ -14,7 +14,6 @@ from simulator.files.csv import read_csv
 from simulator.models.library import list_models
 from simulator.predict.quality import (
     COLUMNS,
-    FOLDER,
     QualityRow,
     choose_axis,
     list_quality,
@@ -22,6 +21,8 @@ from simulator.predict.quality import (
     read_quality,
     table_text,
 )
+
+pytestmark = pytest.mark.quick
 
 ROW = {
     "method": "SLEB",
@@ -83,17 +84,6 @@ def test_published_values_spot_checked() -> None:
         7.24,
         {"residual_projections": True},
     )
-
-
-def test_provenance_counts_every_row(shared_data: Path) -> None:
-    from calibration.validation.published_quality import clean
-
-    source = shared_data / "pruning_quality.csv"
-    table, refused = clean(source)
-    assert table_text(table.rows) == (FOLDER / "published.csv").read_text(encoding="utf-8")
-    assert len(table) + sum(refused.values()) == len(source.read_text(encoding="utf-8").splitlines()) - 1
-    note = (FOLDER / "PROVENANCE.md").read_text(encoding="utf-8")
-    assert all(f"- {count}: {why}" in note for why, count in refused.items())
 
 
 def test_losses_of_the_taxonomy_paper(shared_data: Path) -> None:

@@ -13,9 +13,12 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.table import table
 from simulator.routing import experts_touched
-from simulator.uncertainty.intervals import cost
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
+
+pytestmark = pytest.mark.quick
 
 H200 = simulator.load_hardware("h200_sxm")
 FP8 = {"dtype": "fp8", "weight_dtype": "fp8_block", "engine": "sglang"}
@@ -32,7 +35,7 @@ def lowered(name: str, **options: Any) -> Workload:
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_are_timed_within_physics(name: str, phase: str, parallel: str) -> None:
     w = lowered(name, phase=phase, parallel=parallel)
-    found = cost(w, H200)
+    found = workload_time(w, H200)
     assert (found.seconds >= found.roofline_s / H200.clock_headroom * (1 - 1e-9)).all()
     assert (found.lower <= found.seconds).all()
     assert (found.seconds <= found.upper).all()
@@ -57,7 +60,9 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
 
 
 def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
-    even, usual, uneven = (cost(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2))
+    even, usual, uneven = (
+        workload_time(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2)
+    )
     assert uneven < usual < even  # few tokens: what is read rules
     many = {"phase": "prefill", "batch": 8, "devices": 1}
     flat, steep = (lowered("qwen3-30b-a3b", **many, skew=s) for s in (0, 2))
@@ -92,11 +97,11 @@ def test_transformers_launches_each_expert_that_is_used() -> None:
     used = float(experts_touched(4, 128, 8))
     assert launches(workloads, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
     assert launches(workloads, load_engine("vllm"))[0, row] == 48
-    assert cost(w, H200).host_bound
+    assert workload_time(w, H200).host_bound
 
 
 def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
     plain, latent = lowered("qwen3-30b-a3b", devices=1), lowered("deepseek-v2-lite", devices=1)
-    both = simulator.cost.forward.passes(WorkloadBatch.of([plain, latent]), H200)
-    alone = [cost(w, H200).device_s for w in (plain, latent)]
+    both = forward_passes(WorkloadBatch.of([plain, latent]), H200)
+    alone = [workload_time(w, H200).device_s for w in (plain, latent)]
     assert both.device_s == pytest.approx(alone)

@@ -23,7 +23,7 @@ from simulator.predict.gemms import gemm_table
 from simulator.predict.prunings import Pruning, families
 from simulator.predict.result import COLUMNS, Result, Results
 from simulator.predict.scenario import Scenario
-from simulator.pruning import GENERAL
+from simulator.pruning import general_families
 from simulator.workload import PHASES, Workload
 
 MODEL = ["llama-3.1-8b"]
@@ -35,6 +35,7 @@ def table(**asked: Any) -> Results:
     return simulator.table(**{**usual, **asked})
 
 
+@pytest.mark.quick
 def test_records_are_the_single_predictions_in_order() -> None:
     found = table(
         hardware=["h100", "a100"], family=["width", "depth"], sparsity=[0.5, 0.25], phase=["decode", "prefill"],
@@ -62,14 +63,16 @@ def test_records_are_the_single_predictions_in_order() -> None:
         )
 
 
+@pytest.mark.quick
 def test_names_that_mean_the_same_count_once() -> None:
     twice = table(
         hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
     )
     assert len(twice) == 1
-    assert families(["width", "all"]) == ("width", *(name for name in GENERAL if name != "width"))
+    assert families(["width", "all"]) == ("width", *(name for name in general_families() if name != "width"))
 
 
+@pytest.mark.quick
 def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
     reference = {"engine": ["reference"]}
     found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
@@ -85,6 +88,7 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
         table(hardware=["h100", "a100"], family=["depth", "width"], scenario=Scenario(dtype="fp8"))
 
 
+@pytest.mark.quick
 def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
     found = table(models=["llama-2-70b"], hardware=["h200", "4090"], sparsity=[0.1, 0.5])
     at = {(r.hardware, r.sparsity): r for r in found}
@@ -95,6 +99,7 @@ def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
     assert [r.dense_fits for r in found] == [r.dense_memory_bytes <= r.capacity_bytes for r in found]
 
 
+@pytest.mark.quick
 def test_more_positions_than_a_model_has_are_noted() -> None:
     assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
     (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
@@ -103,6 +108,7 @@ def test_more_positions_than_a_model_has_are_noted() -> None:
     assert "2056" in note
 
 
+@pytest.mark.quick
 def test_settings_reach_the_prediction() -> None:
     def times(setting: Scenario) -> tuple[float, float]:
         (r,) = table(scenario=setting)
@@ -119,12 +125,14 @@ def test_settings_reach_the_prediction() -> None:
     assert generate.dense_s > 15 * plain[0]
 
 
+@pytest.mark.quick
 def test_progress_counts_every_combination() -> None:
     seen: list[tuple[int, int]] = []
     table(hardware=["h100", "a100"], phase=["prefill", "decode"], progress=lambda done, of: seen.append((done, of)))
     assert seen == [(2, 4), (4, 4)]
 
 
+@pytest.mark.quick
 def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     found = table(sparsity=[0.25, 0.5])
@@ -136,7 +144,8 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
         found.to_pandas()
 
 
-@pytest.mark.parametrize("family", list(GENERAL))
+@pytest.mark.quick
+@pytest.mark.parametrize("family", list(general_families()))
 def test_every_family_is_explained_exactly(family: str) -> None:
     for e in explanations(
         MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
@@ -148,6 +157,7 @@ def test_every_family_is_explained_exactly(family: str) -> None:
         assert reached == pytest.approx(e.result.speedup, rel=1e-9)
 
 
+@pytest.mark.quick
 def test_a_sparsity_by_projection_is_explained() -> None:
     (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
     (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
@@ -156,7 +166,7 @@ def test_a_sparsity_by_projection_is_explained() -> None:
     assert asdict(e.result).keys() == asdict(whole).keys()
 
 
-@pytest.mark.parametrize("family", list(GENERAL))
+@pytest.mark.parametrize("family", list(general_families()))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     ("model", "setting"),
@@ -169,7 +179,7 @@ def test_a_sparsity_by_projection_is_explained() -> None:
 )
 def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
     """Whatever a family says of the requests that a call may prune together."""
-    shapes = tuple((b, s) for s in (7, 300, 8192) for b in (1, 3, 64))
+    shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
     scenario = replace(setting, model=model, phase=phase, shapes=shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
         refused: list[str] = []
@@ -197,6 +207,7 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
             assert batch.realised[j] == pytest.approx(applied.realised, abs=1e-12)
 
 
+@pytest.mark.quick
 def test_gemm_table_is_the_product() -> None:
     rows = gemm_table([1, 64], [4096], [4096, 1024], ["h100", "4090"])
     assert [(r.hardware, r.m, r.k) for r in rows] == [
@@ -211,6 +222,7 @@ def test_gemm_table_is_the_product() -> None:
     assert sparse.seconds < dense.seconds
 
 
+@pytest.mark.quick
 def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -> None:
     real, link = tmp_path / "real.csv", tmp_path / "link.csv"
     real.write_text("old")
@@ -223,6 +235,7 @@ def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.csv", "real.csv"]
 
 
+@pytest.mark.quick
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     write_whole("/dev/null", b"x")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)

@@ -19,6 +19,8 @@ from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import Kind, Workload
 
+pytestmark = pytest.mark.quick
+
 
 def dense(model: str = "llama-2-7b", phase: str = "decode", seq: int = 2048) -> Workload:
     return simulator.lower(simulator.load_model(model), phase=phase, batch=1, seq=seq)
@@ -117,11 +119,11 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             "llm-pruner",
             0.82,
             "decode",
-            r"llm-pruner at sparsity 0.82: prunes 26 of 32 layers, expected less than 0.812",
+            r"llm-pruner at sparsity 0.82: expected less than 0.812, as it prunes 26 of 32 layers",
         ),
-        ("pyramiddrop", 0.8, "prefill", "first stage is dense, expected less than 0.75"),
-        ("minference", 0.9, "decode", "minference: prunes in prefill; decode stays dense"),
-        ("wanda-2:4", 0.25, "decode", "2:4 removes exactly 0.5"),
+        ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as its first stage is dense"),
+        ("minference", 0.9, "decode", "minference: expected phase prefill, got decode"),
+        ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
     ],
 )

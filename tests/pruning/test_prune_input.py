@@ -10,6 +10,8 @@ from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import PHASES, Applied, Workload
 
+pytestmark = pytest.mark.quick
+
 STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "experts"]
 DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
 TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]
@@ -104,24 +106,24 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("depth", 25, {}, r"for 25 % write 0.25"),
         *(("depth", s, {}, rf"sparsity {s:g}: expected a fraction in \[0, 1\)") for s in (1.0, -0.1, np.nan, np.inf)),
         *(("depth", s, {}, f"got {s!r}") for s in ("0.5", True, None)),
-        ("depth", [0.5] * 6, {}, "family depth takes no sparsity by layer"),
+        ("depth", [0.5] * 6, {}, "family depth: expected one fraction, got a sparsity by layer"),
         ("depth", {"q": 0.5}, {}, r"projection \(for family depth\) 'q' is unknown; .*attention, mlp"),
         ("depth", 0.5, {"unit": "head"}, "option unit: expected layer or both or attention or mlp, got 'head'"),
         ("depth", 0.5, {"drop": [1, 1, 2]}, "option drop: expected 3 different layers from 0 to 5"),
         ("depth", 0.5, {"drop": [1, 2, 6]}, "option drop: expected 3 different layers"),
         ("depth", 0.5, {"drop": 3}, "option drop: expected layer numbers, got 3"),
-        ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "exclude each other"),
+        ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "expected no unit with a sparsity by projection"),
         ("width", 0.5, {"aline": 8}, "option of family width 'aline' is unknown; did you mean align"),
         ("width", 0.5, {"align": 0}, "option align: expected a whole number from 1 up, got 0"),
         ("width", 0.5, {"align": 2.5}, "option align: expected a whole number from 1 up, got 2.5"),
         ("width", 0.5, {"inner": 200}, "option inner: expected a multiple of 1 up to the inner width 176, got 200"),
-        ("width", [0.5] * 5, {}, "sparsity by layer: expected 6 fractions, one a layer of this model, got 5"),
+        ("width", [0.5] * 5, {}, "sparsity by layer: expected 6 fractions, one per layer of this model, got 5"),
         ("width", [0.5] * 5 + [1.5], {}, "sparsity of layer 5: 1.5: expected"),
         ("width", {}, {}, "sparsity by projection: expected some of attention, mlp, got none"),
-        ("width_cross", {"mlp": 0.5}, {}, "family width_cross takes no sparsity by projection"),
-        ("width_cross", [0.5] * 6, {}, "family width_cross takes no sparsity by layer"),
+        ("width_cross", {"mlp": 0.5}, {}, "family width_cross: expected one fraction, got a sparsity by projection"),
+        ("width_cross", [0.5] * 6, {}, "family width_cross: expected one fraction, got a sparsity by layer"),
         ("width_cross", 0.5, {"residual_projections": 1}, "option residual_projections: expected true or false, got 1"),
-        ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: 2:4 removes exactly 0.5"),
+        ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: expected 0.5, as 2:4 removes half"),
         ("semi_structured", {"downn": 0.5}, {}, "'downn' is unknown; did you mean down"),
         ("semi_structured", 0.5, {"n": 1}, "family semi_structured has no option 'n'; it has none"),
         ("unstructured", {"gate_up": 0.5}, {}, "sparsity of gate_up: this workload has no such projection; it has q,"),
@@ -130,8 +132,8 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("sparse_attention", 0.5, {"block": 32}, "option block: expected 16 or 64 or 128, got 32"),
         ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
-        ("token", [0.5] * 3 + [0.4] * 3, {}, "sparsity of layer 3: a dropped token cannot come back; .*at least 0.5"),
-        ("token", [0.5] * 6, {"start": 2}, "option start: a sparsity by layer says already"),
+        ("token", [0.5] * 3 + [0.4] * 3, {}, "layer 3: expected at least 0.5, as dropped tokens do not"),
+        ("token", [0.5] * 6, {"start": 2}, "option start: expected no start with a sparsity by layer"),
         ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
     ],
 )

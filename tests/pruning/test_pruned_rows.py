@@ -11,7 +11,7 @@ from simulator.pruning import FAMILIES, prune
 from simulator.pruning._tokens import token_points
 from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
 
-SPARSITIES = (0.1, 0.25, 0.5, 0.7)
+SPARSITIES = (0.1, 0.5, 0.7)
 SHAPES = {**DECODERS, "llama-3.1-8b": Decoder(4096, 32, 32, 8, 128, 14336, 128256)}
 
 
@@ -41,13 +41,14 @@ OPTIONS = [
 def test_flops_and_parameters(family: str, options: dict[str, object], phase: str, name: str) -> None:
     d = SHAPES[name]
     for s in SPARSITIES if family != "semi_structured" else (0.5,):
-        for batch in (1, 3, 16, 40, 600):
+        for batch in (1, 3, 40, 600):
             dense = workload(d, phase, batch)
             want = pytest.approx(expected(d, phase, batch, 48, 3, family, s, **options), rel=1e-12)
             assert counts(prune(dense, family, s, ideal=True, **options)) == want, (s, batch)
             assert counts(prune(dense, family, s, **options)) == want, (s, batch)
 
 
+@pytest.mark.quick
 def test_parameters_of_llama_2_7b_at_width() -> None:
     """LLaMA-2-7B at 20 %: 26 of 32 heads (25.6) and an inner width of 8816, from the published shapes."""
     dense = simulator.lower(simulator.load_model("llama-2-7b"), phase="prefill", batch=1, seq=128, engine="")
@@ -59,6 +60,7 @@ def test_parameters_of_llama_2_7b_at_width() -> None:
     assert set(odd.k[odd.is_role("o")]) == {26 * 128}
 
 
+@pytest.mark.quick
 def test_overhead_flops_are_those_of_router_and_projection() -> None:
     d = DECODERS["gqa"]
     for phase, tokens in (("prefill", 96), ("decode", 2)):
@@ -76,6 +78,7 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
             assert np.isclose(full.flops[full.overhead].sum(), 6 * extra)
 
 
+@pytest.mark.quick
 def test_devices_prune_their_own_share() -> None:
     model = simulator.load_model("llama-3.1-8b")
     dense = simulator.lower(model, phase="decode", batch=4, seq=512, devices=2, engine="")
@@ -92,6 +95,7 @@ def test_devices_prune_their_own_share() -> None:
     assert float((reduced.read_bytes * reduced.count)[inside].sum()) == pytest.approx(2 * 32 * 2 * 4096 * 2)
 
 
+@pytest.mark.quick
 def test_overheads_of_an_8_bit_model_move_its_16_bit_stream() -> None:
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), seq=1024, dtype="fp8")
     pruned = prune(dense, "dynamic_depth", 0.5, kernel="gathered")
@@ -118,6 +122,7 @@ def moved(w: Workload, role: str) -> float:
     return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
 
 
+@pytest.mark.quick
 def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
     w = workload(GQA)
     pruned = prune(w, "depth", 0.5, unit="attention")
@@ -132,6 +137,7 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
     assert not (whole.layer >= 0).any()  # 6 layers: 0.99 takes all
 
 
+@pytest.mark.quick
 def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
     wide = workload(GQA).expand()
     wide = wide.replace(window=np.where(wide.is_role("attention"), np.array([8, 0, 8, 0, 8, 0])[wide.layer], 0))
@@ -143,6 +149,7 @@ def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
     assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
 
 
+@pytest.mark.quick
 def test_width_keeps_query_heads_a_group_and_scales_what_moves() -> None:
     w = workload(GQA)
     pruned = prune(w, "width", 0.3)  # 2.8 of 4 groups -> 3, 123.2 of 176 -> 128
@@ -158,6 +165,7 @@ def test_width_keeps_query_heads_a_group_and_scales_what_moves() -> None:
     assert shapes(fused, "qkv", "gate_up") == {"qkv": [(96, 192, 64)], "gate_up": [(96, 256, 64)]}
 
 
+@pytest.mark.quick
 def test_width_cross_shrinks_the_stream_everywhere() -> None:
     w = workload(GQA, "decode", 4)
     pruned = prune(w, "width_cross", 0.5)
@@ -170,6 +178,7 @@ def test_width_cross_shrinks_the_stream_everywhere() -> None:
         assert moved(pruned, role) == moved(w, role)
 
 
+@pytest.mark.quick
 def test_semi_structured_and_unstructured_keep_shapes() -> None:
     w = workload(MHA)
     sparse = prune(w, "semi_structured", 0.5)
@@ -185,6 +194,7 @@ def test_semi_structured_and_unstructured_keep_shapes() -> None:
     assert only(scattered, "down", "kernel") == Kernel.DENSE
 
 
+@pytest.mark.quick
 def test_low_rank_pairs_stand_next_to_each_other() -> None:
     w = workload(MHA)  # down: N 96, K 384 -> 0.5 * 36864 / 480 = 38 -> 48
     pruned = prune(w, "low_rank", {"down": 0.5})
@@ -199,6 +209,7 @@ def test_low_rank_pairs_stand_next_to_each_other() -> None:
     assert (tiny.n[first] <= np.minimum(tiny.k[first], tiny.n[tiny.stage == 2])).all()
 
 
+@pytest.mark.quick
 def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
     w = workload(GQA, "decode", 1)
     pruned = prune(w, "dynamic_depth", 0.25, kernel="gathered")
@@ -214,6 +225,7 @@ def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
     assert only(skipped, "attention", "kv_len") == 37  # 0.75 * 49 = 36.75
 
 
+@pytest.mark.quick
 def test_dynamic_depth_in_a_batch_is_binomial() -> None:
     pruned = prune(workload(GQA, "decode", 2), "dynamic_depth", 0.25, kernel="gathered")
     at = pruned.is_role("down")
@@ -229,6 +241,7 @@ def test_dynamic_depth_in_a_batch_is_binomial() -> None:
     assert pruned.overhead.sum() == 2 + 2 * 2 * 2
 
 
+@pytest.mark.quick
 def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere() -> None:
     """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads of 16 features."""
     w = workload(GQA, "decode", 4)
@@ -249,6 +262,7 @@ def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere(
     assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(w, "dynamic_depth", 0.25, ideal=True)
 
 
+@pytest.mark.quick
 def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
     w = workload(MHA, "prefill", 2)
     tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
@@ -266,6 +280,7 @@ def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
     assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
 
 
+@pytest.mark.quick
 def test_vectors_alone_gain_from_scattered_zeros() -> None:
     alone = prune(workload(GQA, "decode", 1), "unstructured", 0.5, kernel="spmv")
     assert set(alone.kernel[alone.is_role("q", "down")]) == {Kernel.SPMV}
@@ -273,6 +288,7 @@ def test_vectors_alone_gain_from_scattered_zeros() -> None:
     assert set(several.kernel[several.is_role("q", "down")]) == {Kernel.UNSTRUCTURED}
 
 
+@pytest.mark.quick
 def test_dynamic_depth_splits_fused_queries_from_keys() -> None:
     pruned = prune(workload(FUSED, "prefill", 1), "dynamic_depth", 0.5, ideal=True)
     found = shapes(pruned, "q", "qkv")
@@ -281,6 +297,7 @@ def test_dynamic_depth_splits_fused_queries_from_keys() -> None:
     assert pruned.parameters == pytest.approx(workload(FUSED).parameters, rel=1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     w = workload(MHA, "decode", batch)
@@ -300,6 +317,7 @@ def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     assert shapes(pruned, "router") == {"router": [(batch, 6, 96), (batch, 32, 96)]}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_sparse_attention_scores_blocks(block: int) -> None:
     w = workload(GQA, "prefill", 2, 256)
@@ -315,6 +333,7 @@ def test_sparse_attention_scores_blocks(block: int) -> None:
     assert only(decode, "attention", "bytes") - query == pytest.approx(0.6 * (full - query))
 
 
+@pytest.mark.quick
 def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
     w = workload(GQA, "generate", 2, 48, 3)
     pruned = prune(w, "token", 0.5)
@@ -335,6 +354,7 @@ def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
     assert everywhere.m[everywhere.is_role("lm_head")].tolist() == [48, 2]
 
 
+@pytest.mark.quick
 def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     w = workload(GQA, "generate", 2, 48, 3)
     pruned = prune(w, "kv_cache", 0.9)  # 4.8 -> 5 of 48
@@ -353,6 +373,7 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     assert only_prefill.overhead.sum() == 3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048, 2**40])
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.77, 0.9, 0.999])
 def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
@@ -366,6 +387,7 @@ def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
         assert 0.8 < spread / (tokens * keep * (1 - keep)) < 1.2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
 def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
     more = {} if phase == "decode" else {"new_tokens": 16}

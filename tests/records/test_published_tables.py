@@ -20,6 +20,8 @@ from simulator.predict.quality import parse_options
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import DTYPES
 
+pytestmark = pytest.mark.quick
+
 Row = dict[str, str]
 
 ENGINES = {"reference", "hf", "compile", "vllm", "sglang", "trtllm"}

@@ -15,10 +15,10 @@ import pytest
 from calibration.devices.protocol import OPERATORS as KINDS
 from calibration.devices.protocol import Operator
 from calibration.records import store as store_module
-from calibration.records.lines import content_records, records_of, shape_of, untimed
 from calibration.records.parquet import read_records, write_records
-from calibration.records.store import Header, Store, encode_line, merge, parse, read_store
-from calibration.records.table import OPERATORS, Flag, Records, Source
+from calibration.records.store import Header, Store, encode_line, parse, read_store
+from calibration.records.stored_timings import records_of, shape_of, untimed
+from calibration.records.timing_table import OPERATORS, Flag, Records, Source
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "records.jsonl"
 
 
+@pytest.mark.quick
 def test_what_is_written_is_read_and_a_run_is_resumed(path: Path) -> None:
     rows = written(path)
     assert read_store(path).rows == tuple(rows)
@@ -140,40 +141,30 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
 @pytest.mark.parametrize(
     ("order", "says"),
     [
-        ((0, 1, 0, 2, 3), ":3: a second header"),
-        ((0, 1, 2, 3, 0, 1), ":5: a second header"),  # one file behind another
-        ((0, 1, 2, 2, 3), ":4: line 3 once more"),
-        ((0, 1, 2, 3, 1), ":5: line 2 once more"),
+        ((0, 1, 0, 2, 3), ":3: second header"),
+        ((0, 1, 2, 3, 0, 1), ":5: second header"),  # one file after another
+        ((0, 1, 2, 2, 3), ":4: repeats line 3"),
+        ((0, 1, 2, 3, 1), ":5: repeats line 2"),
         ((0, 2, 3), ":2: was written as line 3: lines are missing or in another order"),
         ((0, 1, 3, 2), ":3: was written as line 4"),
     ],
 )
 def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place(
-    order: tuple[int, ...], says: str, path: Path, tmp_path: Path
+    order: tuple[int, ...], says: str, path: Path
 ) -> None:
     written(path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[at] for at in order))
-    for opened in (read_store, lambda file: Store(file, HEADER), lambda file: merge([file], tmp_path / "out.jsonl")):
+    for opened in (read_store, lambda file: Store(file, HEADER)):
         refused(f"^{path}{says}", opened, path)
-
-
-def test_a_file_of_version_0_1_has_no_numbers_and_is_read_and_resumed(path: Path) -> None:
-    lines = [encode_line({"run": "r1", "time": "2026", **row(number)}) for number in range(2)]
-    path.write_bytes(b"".join([encode_line(HEADER.as_dict()), *lines]))
-    with Store(path, HEADER) as store:
-        store.append(row(2))
-    assert keys(path) == [f"gemm m={number}" for number in range(3)]
-    path.write_bytes(path.read_bytes() + lines[1])
-    refused(":5: line 3 once more", read_store, path)
 
 
 def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
-        (b"m,n,k\n1,2,3\n", "is no store"),
-        (b"hello", "is no store"),
-        (encode_line({"prunesim": "records", "schema": 2}), "schema 2; this version reads schema 1"),
-        (encode_line({"prunesim": "records", "schema": 1}), "header lacks device"),
+        (b"m,n,k\n1,2,3\n", "not a store"),
+        (b"hello", "not a store"),
+        (encode_line({"prunesim": "records", "schema": 1}), "expected schema 2, got 1; .*: measure again"),
+        (encode_line({"prunesim": "records", "schema": 2}), "header lacks device"),
     ):
         path.write_bytes(content)
         for opened in (read_store, lambda file: Store(file, HEADER)):
@@ -222,7 +213,7 @@ def test_a_full_disk_loses_nothing(
             patch.setattr(store_module, where, full)
             if truncate_fails:
                 patch.setattr(os, "ftruncate", full)
-            refused("No space left on device; the records before this one are safe", store.append, row(3))
+            refused("No space left on device; earlier records are safe", store.append, row(3))
         if not truncate_fails:
             assert path.read_bytes() == whole
         elif where == "_write":
@@ -231,48 +222,15 @@ def test_a_full_disk_loses_nothing(
     assert keys(path) == [f"gemm m={i}" for i in (0, 1, 2, 4)]
 
 
-def test_stores_of_several_machines_are_joined(tmp_path: Path) -> None:
-    a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
-    first = written(a, 2)
-    written(b, 3, Header(HEADER.device, HEADER.stack, run="r2"))
-    b.write_bytes(b.read_bytes()[:-5])
-    content = merge([a, b, a], out)
-    assert content == read_store(out).__class__(content.header, content.rows, 1, content.end)
-    kept = [(run, f"gemm m={m}") for run in ("r1", "r2") for m in (0, 1)]
-    assert [(r["run"], r["key"]) for r in content.rows] == kept
-    assert read_store(out).rows[:2] == tuple(first)
-    assert read_store(out).header.extra["runs"] == ["r1", "r2"]
-    again = merge([out, a], tmp_path / "again.jsonl")
-    assert again.rows == content.rows  # merging what is merged adds nothing
-    records = content_records(read_store(out))
-    assert (len(records), [s.run for s in records.sources]) == (4, ["r1", "r2"])
-    with Store(a, HEADER) as store:  # anchors of one run are kept apart
-        for block in (1, 2):
-            store.append(row(0, purpose="anchor", block=block))
-    assert len(merge([a, a], tmp_path / "anchors.jsonl").rows) == 4
-
-
-def test_what_cannot_be_merged_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    a, b, out = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "out.jsonl"))
-    written(a, 1)
-    written(b, 1, Header("NVIDIA H100", HEADER.stack))
-    refused("device 'NVIDIA H100', not of 'NVIDIA A100'", merge, [a, b], out)
-    assert not out.exists()
-    refused("is itself one of the stores", merge, [a], a)
-    refused("nothing to merge", merge, [], out)
-    with Store(out, HEADER):
-        refused("another process", merge, [a], out)
-
-
 def test_flags_purposes_and_spread_of_measured_rows() -> None:
     interval = {"lower_s": 1e-6, "upper_s": 3e-6, "samples_s": [1.0] * 9}
     rows = [
-        row(0, purpose="anchor", block=1, drifted=False),
-        row(1, block=1, status="noisy", **interval, method="events round a graph of 20 launches"),
+        row(0, purpose="drift_check", block=1, drifted=False),
+        row(1, block=1, status="noisy", **interval, method="events around a graph of 20 launches"),
         row(2, block=1, status="throttled", purpose="holdout"),
-        row(0, purpose="anchor", block=2, drifted=True),
-        row(3, block=2, method="perf_counter_ns round a loop"),
-        row(0, purpose="anchor", block=3, drifted=False),
+        row(0, purpose="drift_check", block=2, drifted=True),
+        row(3, block=2, method="perf_counter_ns around a loop"),
+        row(0, purpose="drift_check", block=3, drifted=False),
         row(4, block=3),
         {"key": "gemm", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory: 9 GB"},
     ]
@@ -288,6 +246,7 @@ def test_flags_purposes_and_spread_of_measured_rows() -> None:
     assert untimed(rows) == {"skipped: out of memory: 9 GB": 1}
 
 
+@pytest.mark.quick
 def test_every_operator_a_device_offers_becomes_a_record() -> None:
     shape = {"m": 8, "n": 64, "k": 32, "rank": 16, "rows": 4, "batch": 2, "q_len": 1, "kv_len": 16}
     shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
@@ -330,6 +289,7 @@ def table() -> Records:
     return Records.from_columns(sources, **names, **sizes, **times)
 
 
+@pytest.mark.quick
 def test_records_survive_parquet() -> None:
     records = table()
     assert records.labels().tolist() == ["int8_wo", "fp8", "bf16"]
@@ -342,6 +302,7 @@ def test_records_survive_parquet() -> None:
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
 
 
+@pytest.mark.quick
 def test_columns_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown columns"):
         Records.from_columns([Source("A")], size_m=1)

@@ -17,20 +17,20 @@ torch = pytest.importorskip("torch")
 from decoder_reference import CONFIG  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from calibration.cli import run  # noqa: E402
+from calibration.cli.compare import comparison_figure  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import Compared, Row, rows_of, summary  # noqa: E402
-from calibration.runners.compare_figure import compare_figure  # noqa: E402
+from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
 from calibration.validation.scores import spearman  # noqa: E402
+from simulator.cli import run  # noqa: E402
 from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
@@ -49,7 +49,7 @@ def _cases(**settings: Any) -> list[Case]:
     return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Scenario(engine=""), **settings})[0]
 
 
-def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Compared:
+def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
     return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
 
 
@@ -193,7 +193,7 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
         assert found.stopped.startswith("device lost: 3")
         assert found.left == len(cases) - 3
     assert rows_of(cases, found.records, HW) == []
-    with pytest.raises(InputError, match="nothing was measured"):
+    with pytest.raises(InputError, match="expected at least one measured case"):
         summary([])
 
 
@@ -220,13 +220,13 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
     cases = _cases()
     for options, message in (
         ({"budget_s": 0.0}, "budget"),
-        ({"dtype": "int8"}, "runs in fp32, bf16, fp16"),
+        ({"dtype": "int8"}, "expected one of fp32, bf16, fp16"),
         ({"device": ReplayDevice()}, "cpu or cuda"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no Llama-style"):
+    with pytest.raises(InputError, match="not a Llama-style"):
         comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
     assert not (tmp_path / "run").exists()
     _compare(tmp_path, cases[:1])
@@ -239,7 +239,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
 def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("CUDA out of memory. Tried to allocate")
     monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
-    with pytest.raises(InputError, match="does not fit on cpu; --layers"):
+    with pytest.raises(InputError, match="does not fit on cpu; use its first layers with --layers"):
         _compare(tmp_path, _cases())
 
 
@@ -257,12 +257,12 @@ def test_rank_correlation_by_hand() -> None:
     assert found == pytest.approx([0.0, -1.0, math.nan, math.nan], abs=1e-12, nan_ok=True)
 
 
-def _row(predicted: float, measured: float, **changes: Any) -> Row:
-    base: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 1.0)
+def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
+    base: dict[str, Any] = dict.fromkeys(ComparedSpeedup.__dataclass_fields__, 1.0)
     base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
     base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
     base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
-    return Row(**{**base, "predicted": predicted, "measured": measured, **changes})
+    return ComparedSpeedup(**{**base, "predicted": predicted, "measured": measured, **changes})
 
 
 def test_agreement_by_hand() -> None:
@@ -273,24 +273,19 @@ def test_agreement_by_hand() -> None:
     assert {name: b["count"] for name, b in comparing.by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
-def test_the_figure_has_a_panel_a_phase(tmp_path: Path) -> None:
-    from simulator.figures.save import save_figure
-
+def test_the_figure_has_a_panel_per_phase_and_sparsity() -> None:
+    """Families have one row in all panels; a case without a time leaves its row empty."""
     grid = itertools.product(("depth", "token"), (1.25, 1.5), ("prefill", "decode"))
     rows = [_row(1.1 * s, s, family=f, sparsity=s - 1, phase=p) for f, s, p in grid]
-    figure = compare_figure(rows)
-    assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
-    texts = figure.axes[0].texts[0].get_text()
-    assert "4 cases" in texts
-    assert "median error 10.0 %" in texts
-    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    found = sorted((float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 3)) for line in drawn)
-    assert found == [(1.25, 1.375)] * 2 + [(1.5, 1.65)] * 2
-    save_figure(figure, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(compare_figure(rows[:1]).axes) == 1
-    with pytest.raises(InputError, match="expected one comparison"):
-        compare_figure([])
+    figure = comparison_figure(rows[:-1])
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"{phase}, {percent} % removed" for percent in (25, 50) for phase in ("prefill", "decode")
+    ]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["depth", "token"]
+    for ax, measured in zip(figure.axes, ([1.25, 1.25], [1.25, 1.25], [1.5, 1.5], [1.5, math.nan])):
+        bars = [segment[0][0] for segment in ax.collections[-1].get_segments() if len(segment)]
+        assert bars == pytest.approx([m for m in measured if m == m])
+    assert "measured" in [t.get_text() for t in figure.legends[0].texts]
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +314,7 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
     assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [list(row) for row in rows] == [list(Row.__dataclass_fields__)] * 2
+    assert [list(row) for row in rows] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
 
 
 BAD = {

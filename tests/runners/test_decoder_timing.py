@@ -20,6 +20,8 @@ from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
 
 
@@ -53,7 +55,7 @@ def test_prefill_and_decode_are_captured(family: str, monkeypatch: pytest.Monkey
     for name in ("prefill", "decode"):
         monkeypatch.setattr(timing, name, noted(name))
     made = random_decoder(CONFIG, dtype="fp32")
-    decoder = replace(prune_decoder(made, family, 0.5) if family else made, place="cuda:0")  # its tensors are not
+    decoder = replace(prune_decoder(made, family, 0.5) if family else made, device="cuda:0")  # its tensors are not
     for phase in ("prefill", "decode"):
         planted = PlantedCuda(passes)
         for name, value in vars(planted).items():
@@ -73,17 +75,17 @@ def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: 
     for family in DYNAMIC:
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"
-        assert executor._runtime(replace(pruned, place="cuda:0")) == "cuda_graph"
+        assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
     monkeypatch.setattr(*NO_TRITON)
-    runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), place="cuda:0")) for f in DYNAMIC}
+    runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
     assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}
 
 
 def test_graphs_are_refused_without_a_gpu_and_for_what_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr(*NO_TRITON)
-    routed = replace(prune_decoder(decoder, "dynamic_depth", 0.5), place="cuda:0")
-    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth decides on the host")):
+    routed = replace(prune_decoder(decoder, "dynamic_depth", 0.5), device="cuda:0")
+    for first, reason in ((decoder, "CUDA graphs"), (routed, "dynamic_depth selects kernels on the host")):
         for phase in ("prefill", "decode"):
             with pytest.raises(Unsupported, match=reason):
                 timing._ready(first, 1, 8, phase, "cuda_graph", lambda: 0.0)

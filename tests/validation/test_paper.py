@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.cli import run
 from calibration.validation.paper import BATCHES, equal_depths, kernel_charts, outside_gemms, table_2
+from simulator.cli import run
 
 OTHER_KERNELS = {("M gathered", 1024), ("M gathered", 2048), ("M reference", 4096)}
 FUSED_AND_SMALL = {(f"{axis} reference groups of 128", size) for axis in "NK" for size in (1024, 2048)}

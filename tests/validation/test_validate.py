@@ -13,21 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_times import decode_time, elementwise_time, prefill_time
 
 from calibration.cli.pages import constants_of
 from calibration.fit.errors import neighbours
 from calibration.fit.profile import fit_profile, provenance_of
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.validation.report import html, markdown, write_html, write_markdown
 from calibration.validation.scores import by_size, coverage, part_errors, part_speedups, summary
 from calibration.validation.validate import validate
-from simulator.cost.attention import decode_attention_time, prefill_attention_time
-from simulator.cost.elementwise import elementwise_time
-from simulator.cost.gemm import gemm_time
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -51,6 +50,7 @@ def gemms(factor: float = 1.0, noise: float = 0.0, rows: int = 300, seed: int = 
     return Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=seconds)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
 def test_a_planted_factor_is_the_error_reported(factor: float) -> None:
     part = validate(HW, gemms(factor)).parts[0]
@@ -82,6 +82,7 @@ def test_planted_noise_shows_in_errors_and_coverage() -> None:
     assert data["speedup"]["pairs"] > 100
 
 
+@pytest.mark.quick
 def test_pairs_are_all_that_differ_in_one_size_by_at_most_a_factor_of_four() -> None:
     rng = np.random.default_rng(3)
     sizes = {name: rng.choice([1.0, 2.0, 4.0, 16.0], 60) for name in "mnk"}
@@ -100,13 +101,14 @@ def test_baselines_are_the_rooflines_they_say() -> None:
     assert part.simple_s == pytest.approx([flop + 3e-6, moved / 0.8 + 3e-6], rel=1e-6)
 
 
+@pytest.mark.quick
 def test_every_operator_is_compared_with_its_own_model() -> None:
     shape = {"batch": 2, "heads": 32, "kv_heads": 8, "head_dim": 128}
-    prefill = prefill_attention_time(2, 1024, 1024, 32, 8, 128, HW).seconds
-    warm, cold = (decode_attention_time(2, 1024, 32, 8, 128, HW, cold=c).seconds for c in (False, True))
+    prefill = prefill_time(2, 1024, 1024, 32, 8, 128, HW).seconds
+    warm, cold = (decode_time(2, 1024, 32, 8, 128, HW, cold=c).seconds for c in (False, True))
     role = ROLES.index("activation")
     moved = elementwise_time(2e6, 1e6, HW, role=role).seconds
-    sparse = gemm_time(512, 4096, 4096, HW, kernel=1).seconds
+    sparse = gemm_time(512, 4096, 4096, HW, kernel="sparse24").seconds
     rows: list[dict[str, Any]] = [
         {"operator": "attention_prefill", "q_len": 1024, "kv_len": 1024, "seconds": float(prefill), **shape},
         {"operator": "attention_decode", "q_len": 1, "kv_len": 1024, "seconds": float(cold), **shape},
@@ -120,9 +122,10 @@ def test_every_operator_is_compared_with_its_own_model() -> None:
     assert [p.operator for p in report.parts] == ["gemm_2to4", "attention_prefill", "attention_decode", "elementwise"]
     for part in report.parts:
         assert np.abs(part.error).max() < 1e-6, part.operator
-    assert dict(report.skipped) == {"launch_graph is no single operator of the model": 1}
+    assert dict(report.skipped) == {"launch_graph is not a single operator of the model": 1}
 
 
+@pytest.mark.quick
 def test_nothing_to_validate_says_why() -> None:
     hw = bare("a100_sxm_80gb")
     r = Records.from_columns([SOURCE], m=8, n=64, k=64, dtype="fp8", seconds=1e-5)
@@ -130,15 +133,15 @@ def test_nothing_to_validate_says_why() -> None:
         validate(hw, r)
     with pytest.raises(InputError, match="nothing to validate in fp16"):
         validate(hw, gemms(), dtype="fp16")
-    with pytest.raises(InputError, match="the time is no positive number"):
+    with pytest.raises(InputError, match="the time is not positive and finite"):
         validate(hw, Records.from_columns([SOURCE], m=8, n=64, k=64, seconds=[-1.0, np.nan]))
 
 
 def test_rows_a_profile_was_fitted_on_are_named_so() -> None:
     rows = gemms(factor=1.1, noise=0.02)
     profile = fit_profile(HW, rows).profile
-    assert validate(profile, rows).parts[0].seen
-    assert not validate(profile, gemms(seed=1)).parts[0].seen
+    assert validate(profile, rows).parts[0].in_fit
+    assert not validate(profile, gemms(seed=1)).parts[0].in_fit
 
 
 def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -> None:
@@ -154,7 +157,7 @@ def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -
 def test_throttled_rows_stay_out_and_flagged_ones_are_counted() -> None:
     fit = fit_profile(HW, gemms(noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185])))
     assert fit.parts[0].rows == 190
-    assert any(note.startswith("10 rows were measured under throttling") for note in fit.notes)
+    assert any(note == "10 rows excluded: measured under throttling" for note in fit.notes)
     assert any(note.startswith("5 of 190 rows are flagged NOISY") for note in fit.notes)
 
 
@@ -168,7 +171,7 @@ def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few, a fit needs 20"):
+    with pytest.raises(InputError, match=r"gemm bf16: 10 rows are too few; a fit needs 20"):
         fit_profile(HW, gemms(rows=10))
 
 
@@ -177,7 +180,7 @@ def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     slow = {**section.constants, "sparse_step": replace(section.constants["sparse_step"], value=0.5)}
     planted = replace(HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
     m, n, k = (a.ravel() for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij"))
-    seconds = gemm_time(m, n, k, planted, kernel=1).seconds
+    seconds = gemm_time(m, n, k, planted, kernel="sparse24").seconds
     sparse = Records.from_columns([SOURCE], operator="gemm_2to4", m=m, n=n, k=k, seconds=seconds)
     dense = gemms(noise=0.005, rows=200)
     found = fit_profile(HW, Records.concat([dense, sparse])).profile.sections["gemm", "bf16"]
@@ -203,6 +206,7 @@ def check_golden(name: str, text: str) -> None:
     assert text == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.quick
 def test_golden_validation_report() -> None:
     hw, rows = golden_records()
     origin = provenance_of(rows.select(rows.m < 0).tidy(), "2026-01-01")
@@ -252,6 +256,7 @@ def test_a_device_with_markup_in_its_name_is_text_in_markdown_and_in_html() -> N
     assert "software: torch &lt;b&gt;." in page
 
 
+@pytest.mark.quick
 def test_html_escapes_what_it_is_given() -> None:
     text = "# <script>\n| a | b |\n| --- | --- |\n| <script> | 1 |\n\n- <script>\n\n![<script>](<script>)\n\n<script>"
     assert "<script>" not in html(text)

@@ -1,14 +1,13 @@
-"""Every pruning family applied to a decoder's weights, or switched on in its execution.
+"""Prune a decoder by any family: change its weights, or set the rule of its passes.
 
-Widths, ranks and counts are rounded as in ``simulator.pruning``, so that what runs here has the shapes that are
-predicted there. Here what is removed is chosen by the size of the weights, which makes no difference to the time; the
-functions that remove it serve :mod:`calibration.runners.quality_methods` as well, which chooses by published criteria.
+Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted shapes. The size of the
+weights selects what is removed, which does not affect the time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -28,25 +27,25 @@ from simulator.predict.scenario import one_of
 from simulator.pruning import _edits
 
 ALIGN = 16
-"""Widths and ranks are rounded up to a multiple of this unless told otherwise, as the simulator's families do."""
+"""Widths and ranks are rounded up to a multiple of this by default, as in the simulator's families."""
 
 DYNAMIC: Mapping[str, Callable[..., Rule]] = {
     rule.family: rule for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
 }
-"""Families that decide while the decoder runs."""
+"""Families that decide during a pass."""
 
 
 def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any) -> Decoder:
-    """The decoder with a fraction in [0, 1) removed by a family; families compose, but at most one may be dynamic.
+    """Remove a fraction in [0, 1) of a decoder by a family; families compose, with at most one dynamic family.
 
-    ``options`` are those of the family's function here, or the fields of its rule. An InputError for an unknown family
-    or option, or a combination that cannot run; Unsupported where the device has no kernel (2:4 needs a CUDA GPU).
+    ``options`` are parameters of the family's function, or fields of its rule. InputError: unknown family or option, or
+    a combination that cannot run. Unsupported: the device has no kernel (2:4 needs a CUDA GPU).
     """
     known = {**STATIC, **DYNAMIC}
     if family not in known:
         raise unknown("pruning family", family, known)
     if not 0.0 <= sparsity < 1.0:
-        raise InputError(f"sparsity {sparsity:g}: expected a fraction in [0, 1), such as 0.25")
+        raise InputError(f"sparsity: expected a fraction in [0, 1), such as 0.25, got {sparsity:g}")
     if sparsity == 0.0:
         return decoder
     names = [name for name in signature(known[family]).parameters if name not in ("decoder", "sparsity", "keep")]
@@ -56,58 +55,44 @@ def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any
         if family in STATIC:
             return STATIC[family](decoder, sparsity, **options)
         if decoder.rule is not None:
-            only = f"only one dynamic family can run at a time, not {family} too"
-            raise InputError(f"decoder: {decoder.rule.family} is on already; {only}")
+            raise InputError(f"decoder: expected one dynamic family, got {decoder.rule.family} and {family}")
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
 def whole_share(share: float, of: int) -> int:
-    """``share`` of ``of`` rounded to the nearest whole, halves up."""
+    """Return ``share`` of ``of`` rounded to the nearest whole number, halves up."""
     return int(_edits.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    """``keep`` of ``width`` rounded up to a multiple of ``align``, and no more than ``width``."""
+    """Return ``keep`` of ``width`` rounded up to a multiple of ``align``, at most ``width``."""
     return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
 def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
-    """Rank of a weight (n, k) of which two factors have the share of parameters that is left."""
+    """Return the rank at which two factors of a weight (n, k) have the remaining share of its parameters."""
     exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)
     return min(max(math.ceil(exact / align), 1) * align, n, k)
 
 
 def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
-    """``round(s L)`` layers (or one kind of sublayer in as many layers) vanish: the deepest but the last."""
+    """Remove ``round(s L)`` layers, or one kind of sublayer in as many layers: the deepest except the last."""
     one_of("option unit", unit, ("layer", "both", "attention", "mlp"))
-    many = len(decoder.layers)
-    gone = whole_share(sparsity, many)
-    end = many - 1 if gone < many else many
-    removed = range(end - gone, end)
+    layers = len(decoder.layers)
+    count = whole_share(sparsity, layers)
+    end = layers - 1 if count < layers else layers
+    removed = range(end - count, end)
     if unit in ("layer", "both"):
-        return without_layers(decoder, removed)
+        return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in removed))
     kind = Attention if unit == "attention" else Mlp
     return decoder.changed(lambda i, part: None if i in removed and isinstance(part, kind) else part)
 
 
-def without_layers(decoder: Decoder, gone: Collection[int]) -> Decoder:
-    """The decoder without some whole layers."""
-    return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in gone))
-
-
 def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
-    """KV groups with their query heads, and MLP channels, are sliced out of the weights."""
-    return narrowed(decoder, sparsity, lambda i, role, p: p.weight.float().pow(2).sum(0), align)
-
-
-def narrowed(
-    decoder: Decoder, sparsity: float, saliency: Callable[[int, str, Projection], Tensor], align: int = ALIGN
-) -> Decoder:
-    """KV groups and MLP channels sliced out by the saliency of the inputs of o and down, given (layer, role,
-    projection)."""
+    """Remove KV groups with their query heads, and MLP channels, from the weights."""
 
     def change(number: int, part: Any) -> Any:
-        size = saliency(number, part.roles[-1], getattr(part, part.roles[-1]))
+        size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
         if isinstance(part, Mlp):
             index = best(size, aligned(len(size), 1.0 - sparsity, align))
             return replace(part, gate=part.gate.rows(index), up=part.up.rows(index), down=part.down.columns(index))
@@ -117,28 +102,31 @@ def narrowed(
             (groups[:, None] * features + torch.arange(features, device=groups.device)).flatten()
             for features in (decoder.head_dim, share * decoder.head_dim)
         )
-        sliced = {"q": part.q.rows(q), "k": part.k.rows(kv), "v": part.v.rows(kv), "o": part.o.columns(q)}
-        return replace(part, **sliced, heads=kept * share, kv_heads=kept)
+        return replace(
+            part,
+            q=part.q.rows(q),
+            k=part.k.rows(kv),
+            v=part.v.rows(kv),
+            o=part.o.columns(q),
+            heads=kept * share,
+            kv_heads=kept,
+        )
 
     return decoder.changed(change)
 
 
-def width_cross(
-    decoder: Decoder, sparsity: float, *, align: int = ALIGN, residual_projections: bool = False
-) -> Decoder:
-    """The hidden size is sliced everywhere. Norms keep the scale they had over the whole width, as if the features
-    removed were zero."""
+def width_cross(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
+    """Reduce the hidden size everywhere. Norms keep their scale, as if the removed features were zero."""
     before = decoder.hidden
     kept = aligned(before, 1.0 - sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
     scale = math.sqrt(before / kept)  # a mean over fewer features is larger by its square
-    turn = torch.eye(kept, dtype=decoder.embedding.dtype, device=index.device) if residual_projections else None
 
     def change(number: int, part: Any) -> Any:
         *readers, writer = part.roles
         sliced = {role: getattr(part, role).columns(index) for role in readers}
         sliced[writer] = getattr(part, writer).rows(index)
-        return replace(part, norm=part.norm.index_select(0, index) * scale, turn=turn, **sliced)
+        return replace(part, norm=part.norm.index_select(0, index) * scale, **sliced)
 
     embedding = decoder.embedding.index_select(1, index).contiguous()
     return replace(
@@ -151,7 +139,7 @@ def width_cross(
 
 
 def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
-    """Each W becomes (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
+    """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
     def factorise(number: int, role: str, p: Projection) -> Projection:
@@ -165,12 +153,12 @@ def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decode
 
 
 def semi_structured(decoder: Decoder, sparsity: float) -> Decoder:
-    """2:4 zeros in every projection, run by the sparse tensor cores; refused on a device that has none."""
+    """Make every projection 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
     if sparsity != 0.5:
-        raise InputError(f"semi_structured at sparsity {sparsity:g}: 2:4 removes exactly 0.5")
-    if not decoder.place.startswith("cuda"):
-        raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.place!r} has none")
-    algorithms: dict[tuple[int, int], Any] = {}  # searched once for each shape of weights
+        raise InputError(f"semi_structured (2:4): expected sparsity 0.5, got {sparsity:g}")
+    if not decoder.device.startswith("cuda"):
+        raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
+    algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
 
     def pack(number: int, role: str, p: Projection) -> Projection:
         found = algorithms.setdefault(tuple(p.weight.shape), {})
@@ -180,7 +168,7 @@ def semi_structured(decoder: Decoder, sparsity: float) -> Decoder:
 
 
 def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
-    """The smallest weights of every projection set to zero; dense kernels compute them all the same."""
+    """Set the smallest weights of every projection to zero; dense kernels still compute them."""
 
     def zero(number: int, role: str, p: Projection) -> Projection:
         flat = p.weight.flatten()
@@ -190,21 +178,21 @@ def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
     return each_projection(decoder, zero)
 
 
-def two_of_four(weight: Tensor, saliency: Tensor | None = None) -> Tensor:
-    """The weight with two of every four neighbours in a row zeroed: the smallest, or those of least saliency.
+def two_of_four(weight: Tensor) -> Tensor:
+    """Set the smallest two of every four neighbours in a row of a weight to zero.
 
     >>> two_of_four(torch.tensor([[1.0, -3.0, 2.0, 0.5]])).tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
     if weight.shape[1] % 4:
-        raise InputError(f"semi_structured: needs input features in fours, got {weight.shape[1]}")
-    fours = (weight.abs() if saliency is None else saliency).view(len(weight), -1, 4)
+        raise InputError(f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}")
+    fours = weight.abs().view(len(weight), -1, 4)
     keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
     return weight.where(keep.view_as(weight), 0.0)
 
 
 def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], Projection]) -> Decoder:
-    """The decoder with a function of (layer, role, projection) in place of every projection."""
+    """Apply a function of (layer, role, projection) to every projection of a decoder."""
     return decoder.changed(
         lambda i, part: replace(part, **{role: change(i, role, getattr(part, role)) for role in part.roles})
     )
@@ -217,11 +205,11 @@ STATIC: Mapping[str, Callable[..., Decoder]] = {
 
 
 def _routed(decoder: Decoder, rule: Any) -> Decoder:
-    """A decoder under a rule, with random routers where it needs some."""
+    """Set the rule of a decoder, with random routers if the rule needs them."""
 
     def router(outputs: int, generator: torch.Generator) -> Tensor:
         weight = torch.randn(outputs, decoder.hidden, generator=generator) / math.sqrt(decoder.hidden)
-        return weight.to(device=decoder.place, dtype=decoder.embedding.dtype)
+        return weight.to(device=decoder.device, dtype=decoder.embedding.dtype)
 
     def routed(layer: Layer) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(rule.seed)
@@ -238,12 +226,12 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
 
 
 def _head_blocks(a: Attention) -> Blocks:
-    """Query and output weights by KV group: the rows of q lie in this order already."""
+    """Return query and output weights by KV group; the rows of q have this order already."""
     return Blocks(a.q.weight, a.o.weight.t().contiguous(), a.kv_heads)
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:
-    """Gate, up and down weights by groups of channels: no more than asked for, and the last filled up with zeros."""
+    """Return gate, up and down weights in at most ``groups`` groups of channels; zeros fill the last group."""
     channels = m.down.weight.shape[1]
     width = -(-channels // groups)
     groups = -(-channels // width)

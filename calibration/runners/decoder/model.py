@@ -1,8 +1,8 @@
 """Weights of a Llama-style decoder, dense or pruned, as frozen data: projections, sublayers, layers.
 
-Such a decoder has RMS norms before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
-Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). :func:`random_decoder` makes one of a model's shape, :func:`from_weights` takes
-a checkpoint's.
+The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
+Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). :func:`random_decoder` makes a decoder with the shape of a model,
+:func:`from_weights` a decoder with the weights of a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 @dataclass(frozen=True)
 class Projection:
-    """One weight (n, k), plain or sparse, or several that are applied one after the other, and a bias."""
+    """A weight (n, k), dense or sparse, or several weights in sequence, and a bias."""
 
     factors: tuple[Tensor, ...]
     bias: Tensor | None = None
@@ -37,57 +37,61 @@ class Projection:
         return linear(x, self.factors[-1], self.bias)
 
     def of_rows(self, x: Tensor, index: Tensor, count: Tensor, add_to: Tensor = None) -> Tensor:
-        """Of the first ``count`` rows of x (tokens, k) that ``index`` names, a number on the device, by the kernel that
-        computes no others; in other rows the result is undefined, or what was there."""
-        if type(self.factors[-1]) not in _PLAIN:  # a sparse weight has no such kernel
+        """Apply the projection to the first ``count`` rows of ``index`` of x (tokens, k); a kernel skips the others.
+
+        ``count`` is on the device. Other rows of the result are undefined, or unchanged in ``add_to``.
+        """
+        if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no such kernel
             y = self(x)
             rest = torch.arange(len(index), device=x.device) >= count
             return y if add_to is None else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
         for weight in self.factors[:-1]:
             x = kernels().gather_gemm(x, weight, index, count)
-        more = {"out": add_to, "add": add_to is not None}
-        return kernels().gather_gemm(x, self.factors[-1], index, count, self.bias, **more)
+        return kernels().gather_gemm(x, self.factors[-1], index, count, self.bias, out=add_to, add=add_to is not None)
 
     @property
     def weight(self) -> Tensor:
-        """The one weight of a dense projection; families that slice or mask weights need it."""
+        """The single weight of a dense projection, for families that slice or mask it."""
         if len(self.factors) != 1 or type(self.factors[0]) not in _PLAIN:
-            raise InputError("decoder: this projection is factorised or sparse already; prune in another order")
+            raise InputError("decoder: the projection is factorised or sparse already; prune in another order")
         return self.factors[0]
 
     def rows(self, index: Tensor) -> Projection:
-        """Some of the output features."""
+        """Return the projection to some of its output features."""
         bias = None if self.bias is None else self.bias.index_select(0, index)
         return Projection((self.weight.index_select(0, index).contiguous(),), bias)
 
     def columns(self, index: Tensor) -> Projection:
-        """Some of the input features."""
+        """Return the projection of some of its input features."""
         return Projection((self.weight.index_select(1, index).contiguous(),), self.bias)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A copy of a sublayer's weights by groups, so that what a token uses of them is whole rows next to each other."""
+    """A copy of a sublayer's weights by groups, so a token uses whole neighbouring rows."""
 
-    inner: Tensor  # (rows, hidden): what makes a group's features (of an MLP: its gate's, then its up's), by group
-    outer: Tensor  # (features, hidden): the weight that takes the features back to the hidden state, transposed
-    groups: int  # of equal width
+    inner: Tensor  # (rows, hidden): rows that compute a group's features (MLP: gate, then up), by group
+    outer: Tensor  # (features, hidden): transposed weight from the features to the hidden state
+    groups: int  # number of groups of equal width
 
     @property
     def width(self) -> int:
         """Features of a group."""
         return len(self.outer) // self.groups
 
+    def weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inner and outer weights of each group."""
+        return zip(self.inner.chunk(self.groups), self.outer.chunk(self.groups), strict=True)
+
 
 @dataclass(frozen=True)
 class Sublayer:
-    """What both sublayers have beside their projections."""
+    """Fields of both sublayers except their projections."""
 
-    roles: ClassVar[tuple[str, ...]] = ()  # of the projections: the last writes the hidden state, the others read it
+    roles: ClassVar[tuple[str, ...]] = ()  # names of the projections: the last writes the hidden state, others read it
     norm: Tensor
-    turn: Tensor = None  # the residual projection that width_cross may add
-    router: Tensor = None  # of dynamic depth and width
-    blocks: Blocks | None = None  # of dynamic width: q and o by KV group, or the MLP by groups of channels
+    router: Tensor = None  # for dynamic depth and width
+    blocks: Blocks | None = None  # for dynamic width: q and o by KV group, or the MLP by groups of channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class Mlp(Sublayer):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer; a sublayer that has been removed is None."""
+    """A layer; a removed sublayer is None."""
 
     attention: Attention | None
     mlp: Mlp | None
@@ -121,18 +125,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder ready to run; ``rule`` (a ``run.Rule``) says what a pass leaves out, if anything."""
+    """A decoder that can run; ``rule`` (a ``run.Rule``) determines what a pass skips."""
 
     name: str
     dtype: str
-    place: str
+    device: str
     head_dim: int
     embedding: Tensor  # (vocabulary, hidden)
     final_norm: Tensor
     head: Tensor  # (vocabulary, hidden)
     layers: tuple[Layer, ...]
     epsilon: float = 1e-5
-    frequencies: Tensor | None = None  # (head_dim / 2,) of the rotary positions; those of Llama if None
+    frequencies: Tensor | None = None  # (head_dim / 2,) of the rotary positions; None: Llama's
     rotary_scale: float = 1.0
     rule: Any = None
 
@@ -142,14 +146,14 @@ class Decoder:
         return int(self.embedding.shape[1])
 
     def projections(self) -> Iterator[tuple[int, str, Projection]]:
-        """Layer number, role and weights of every projection there is."""
+        """Yield layer number, role and projection of every projection."""
         for number, layer in enumerate(self.layers):
             for sublayer in (layer.attention, layer.mlp):
                 for role in sublayer.roles if sublayer is not None else ():
                     yield number, role, getattr(sublayer, role)
 
     def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
-        """The decoder with a function of (layer number, sublayer) in place of every sublayer that is there."""
+        """Apply a function of (layer number, sublayer) to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
             parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
@@ -158,7 +162,7 @@ class Decoder:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuse a model that this decoder cannot run (InputError), with every reason."""
+    """Raise InputError, with every reason, for a model that this decoder cannot run."""
     whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
     reasons = {
         "it has routed experts": config.experts > 0,
@@ -174,22 +178,21 @@ def check_model(config: ModelConfig) -> None:
         "its output projections have biases": config.o_bias or config.mlp_bias,
     }
     if found := [reason for reason, true in reasons.items() if true]:
-        raise InputError(f"decoder: {config.name} is no Llama-style model: {'; '.join(found)}")
+        raise InputError(f"decoder: {config.name} is not a Llama-style model: {'; '.join(found)}")
 
 
 def random_decoder(
-    config: ModelConfig, *, dtype: str = "bf16", place: str = "cpu", layers: int | None = None, seed: int = 0
+    config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", layers: int | None = None, seed: int = 0
 ) -> Decoder:
-    """A decoder of a model's shape on a torch device, with random weights of a size that keeps activations near one.
+    """Return a decoder with the shape of a model and random weights that keep activations near one.
 
-    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. Refuses a model that is no Llama-style
-    one (InputError).
+    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. InputError: not a Llama-style model.
     """
     check_model(config)
-    generator = torch.Generator(device=place).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=place)
+        return torch.randn(*shape, generator=generator, device=device)
 
     def weight(rows: int, columns: int) -> Tensor:
         return (normal(rows, columns) / math.sqrt(columns)).to(TORCH_DTYPE[dtype])
@@ -203,7 +206,7 @@ def random_decoder(
     mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
     weights: dict[str, Tensor] = {}
     for at in (f"model.layers.{i}" for i in range(config.layers if layers is None else layers)):
-        # in this order: the generator's numbers are the decoder
+        # the order of these lines determines the random weights
         weights |= {f"{at}.{name}.weight": near(1.0, config.head_dim) for name in qk_norms}
         for norm, part, shapes in (("input", "self_attn", attention), ("post_attention", "mlp", mlp)):
             weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
@@ -215,8 +218,7 @@ def random_decoder(
     if not config.tied:
         weights["lm_head.weight"] = weight(config.vocab, h)
     weights["model.norm.weight"] = near(1.0, h)
-    heads = {"heads": config.heads, "kv_heads": config.kv_heads}
-    return from_weights(config.name, weights, **heads, dtype=dtype, place=place)
+    return from_weights(config.name, weights, heads=config.heads, kv_heads=config.kv_heads, dtype=dtype, device=device)
 
 
 def from_weights(
@@ -226,19 +228,18 @@ def from_weights(
     heads: int,
     kv_heads: int,
     dtype: str = "fp32",
-    place: str = "cpu",
+    device: str = "cpu",
     **constants: Any,
 ) -> Decoder:
-    """A decoder with the weights of a Hugging Face checkpoint, by their names there
-    (``model.layers.0.self_attn.q_proj.weight``, ...).
+    """Return a decoder with the weights of a Hugging Face checkpoint (``model.layers.0.self_attn.q_proj.weight``, ...).
 
-    ``constants`` are the last fields of a :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
+    ``constants`` are fields of :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
     """
 
     def get(key: str) -> Tensor:
         if key not in weights:
             raise InputError(f"decoder: the checkpoint of {name} has no weight {key!r}")
-        return weights[key].to(device=place, dtype=TORCH_DTYPE[dtype])
+        return weights[key].to(device=device, dtype=TORCH_DTYPE[dtype])
 
     def maybe(key: str) -> Tensor | None:
         return get(key) if key in weights else None
@@ -258,4 +259,14 @@ def from_weights(
     head, final_norm = maybe("lm_head.weight"), get("model.norm.weight")
     head = embedding if head is None else head
     head_dim = len(made[0].attention.q.weight) // heads if made and made[0].attention else 0
-    return Decoder(name, dtype, place, head_dim, embedding, final_norm, head, tuple(made), **constants)
+    return Decoder(
+        name=name,
+        dtype=dtype,
+        device=device,
+        head_dim=head_dim,
+        embedding=embedding,
+        final_norm=final_norm,
+        head=head,
+        layers=tuple(made),
+        **constants,
+    )

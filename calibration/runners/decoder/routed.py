@@ -1,12 +1,12 @@
-"""Rules that really save what they leave out: tokens gathered and scattered under a router, blocks of keys skipped,
-tokens dropped, the cache cut. (Groups of heads and channels for each token: ``widths``.)
+"""Rules that skip work: routed tokens, skipped blocks of keys, dropped tokens, shortened caches. (``widths`` has groups
+of heads and channels per token.)
 
-Every choice is made from the data; nothing is computed and then masked, except inside the blocks of queries of
-:func:`routed_attention`. In a decode step of dynamic depth the number of tokens that run is drawn (binomial) and the
-router says which, because random weights have no threshold that means a given share.
+The data determines every choice. Nothing is computed and then masked, except within the blocks of queries of
+:func:`routed_attention`. In a decode step of dynamic depth, the number of active tokens is drawn (binomial) and the
+router ranks them, because random weights have no threshold for a given share.
 
-On a GPU with Triton all of it stays on the device: kernels skip by what they read there, and shapes do not depend on
-data, so that CUDA graphs can hold prefill and decode. Elsewhere the host reads the choices and launches what is left.
+On a GPU with Triton everything stays on the device: kernels read the choices there, and shapes do not depend on data,
+so CUDA graphs can hold prefill and decode. On other devices the host reads the choices and launches the remaining work.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from calibration.runners.decoder.model import Attention, Mlp, Tensor
 from calibration.runners.decoder.run import Cache, Rule, State, joined, split_heads
 from simulator.errors import InputError
 
-_ROWS = 128  # queries attended together: what lies after the last of them is not computed
+_ROWS = 128  # queries per block; keys after the last query of a block are not computed
 
 
 def at_least_one(share: float, of: int) -> int:
-    """A share of ``of`` things, rounded as the simulator's families do (without NumPy: decode steps are short).
+    """Return a share of ``of``, rounded as in the simulator's families, without NumPy because decode steps are short.
 
     >>> at_least_one(0.5, 3), at_least_one(0.1, 3)
     (2, 1)
@@ -39,19 +39,19 @@ def at_least_one(share: float, of: int) -> int:
 
 
 def best(scores: Tensor, many: int) -> Tensor:
-    """Places of the largest scores along the last axis, ascending."""
+    """Return the indices of the largest scores along the last axis, ascending."""
     return scores.topk(many, dim=-1).indices.sort(dim=-1).values
 
 
-def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    """Causal attention of queries (batch, heads, chosen, d) at ascending ``places`` (batch, chosen) over all keys.
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
 
-    Queries go in blocks of 128; each block sees the keys up to its last query, masked where they lie after a query.
+    Each block of 128 queries sees the keys up to its last query; a mask hides the keys after each query.
     """
     out = torch.empty_like(q)
     for start in range(0, q.shape[2], _ROWS):
         block = slice(start, start + _ROWS)
-        some = places[:, block]
+        some = positions[:, block]
         seen = int(some[:, -1].max()) + 1
         mask = torch.arange(seen, device=q.device)[None, None, :] <= some[:, :, None]
         out[:, :, block] = masked_attention(q[:, :, block], k[:, :, :seen], v[:, :, :seen], mask[:, None])
@@ -59,7 +59,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
 
 
 def shared_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Scores of queries (batch, heads, queries, d) by KV head: (batch, kv_heads, heads of each, queries, keys)."""
+    """Return scores of queries (batch, heads, queries, d) as (batch, kv_heads, heads of each, queries, keys)."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = grouped.flatten(2, 3) @ k.transpose(-1, -2)
     return scores.float().div_(math.sqrt(q.shape[-1])).unflatten(2, grouped.shape[2:4])
@@ -67,7 +67,7 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a share of the tokens, chosen by a router of two outputs, computes each sublayer but k and v."""
+    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer, except k and v."""
 
     family: ClassVar[str] = "dynamic_depth"
     skips: ClassVar[bool] = True
@@ -81,42 +81,41 @@ class TokenRouting(Rule):
             index, count, runs = self._drawn(s, "attention", a.router, x)
             q = s.turned(split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm)
             out = flex.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
-            x = x if a.turn is None else F.linear(x, a.turn)
             return a.o.of_rows(joined(out)[:, 0], index, count, x[:, 0])[:, None]
-        rows, places = self._chosen(s, "attention", a.router, x)
+        rows, positions = self._chosen(s, "attention", a.router, x)
         if not len(rows):
-            return _scattered(x, rows, None, a.turn)
+            return x
         if not s.decoding:
             some = h.flatten(0, 1).index_select(0, rows).view(len(x), -1, x.shape[2])
-            q = s.queries(a, some, s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1))
-            out = (flex.placed if skipping.in_triton(s.decoder.place) else routed_attention)(q, k, v, places)
+            q = s.queries(a, some, s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1))
+            out = (flex.at_positions if skipping.in_triton(s.decoder.device) else routed_attention)(q, k, v, positions)
         elif len(rows) == len(x):
             out = decode_attention(s.queries(a, h), k, v)
-        else:  # each sequence over its own cache, which is not copied for it
+        else:  # each sequence reads its cache in place, without a copy
             q = s.queries(a, h.index_select(0, rows))
             one = [decode_attention(q[i : i + 1], k[b : b + 1], v[b : b + 1]) for i, b in enumerate(rows.tolist())]
             out = torch.cat(one)
-        return _scattered(x, rows, a.o(joined(out)).flatten(0, 1), a.turn)
+        return _scattered(x, rows, a.o(joined(out)).flatten(0, 1))
 
     def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
         if self._in_place(s):
             index, count, _ = self._drawn(s, "mlp", m.router, x)
             h = s.norm(x[:, 0], m.norm)
             inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
-            x = x if m.turn is None else F.linear(x, m.turn)
+
             return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
         rows, _ = self._chosen(s, "mlp", m.router, x)
         if not len(rows):
-            return _scattered(x, rows, None, m.turn)
+            return x
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
-        return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))), m.turn)
+        return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))))
 
     def _in_place(self, s: State) -> bool:
-        """Whether kernels leave rows out where they lie: only then is their number no shape."""
-        return s.decoding and skipping.in_triton(s.decoder.place)
+        """Whether kernels skip rows in place, so their number is not a shape."""
+        return s.decoding and skipping.in_triton(s.decoder.device)
 
     def _drawn(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a decode step: sequences, those that run first; how many run, drawn on the device; and which."""
+        """Return the sequences of a decode step, active ones first; the number of active ones, drawn; their mask."""
         index = _votes(x[:, 0], router).argsort(descending=True)
         count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
         first = torch.arange(len(x), device=x.device) < count
@@ -125,36 +124,34 @@ class TokenRouting(Rule):
         return index, count, runs
 
     def _chosen(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the flattened batch that run (a fixed share of a prompt), and their places in it (batch, chosen)."""
+        """Return active rows of the flattened batch (prompt: a fixed share) and their positions (batch, chosen)."""
         scores = _votes(x, router)
         if s.decoding:
             if "generator" not in s.kept:
                 s.kept["generator"] = np.random.default_rng(self.seed)
-            places = rows = best(scores[:, 0], int(s.kept["generator"].binomial(len(x), self.keep)))
+            positions = rows = best(scores[:, 0], int(s.kept["generator"].binomial(len(x), self.keep)))
         else:
-            places = best(scores, at_least_one(self.keep, x.shape[1]))
-            rows = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
-        s.note(what, places)
-        return rows, places
+            positions = best(scores, at_least_one(self.keep, x.shape[1]))
+            rows = (positions + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
+        s.note(what, positions)
+        return rows, positions
 
 
 def _votes(x: Tensor, router: Tensor) -> Tensor:
-    """How much a router of two outputs wants each token to run."""
+    """Return the score of each token from a router of two outputs."""
     votes = F.linear(x, router).float()
     return votes[..., 1] - votes[..., 0]
 
 
-def _scattered(x: Tensor, rows: Tensor, y: Tensor | None, turn: Tensor) -> Tensor:
-    """Outputs of some tokens, if any, added back in their places; x may be overwritten."""
-    x = x if turn is None else F.linear(x, turn)
-    if y is not None:
-        x.view(-1, x.shape[-1]).index_add_(0, rows, y)
+def _scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+    """Add the outputs of some tokens to x, in place."""
+    x.view(-1, x.shape[-1]).index_add_(0, rows, y)
     return x
 
 
 @dataclass(frozen=True)
 class BlockAttention(Rule):
-    """Sparse attention: of the blocks of keys those whose mean key fits a block of queries, or a decoded one, best."""
+    """Sparse attention over the key blocks whose mean key fits a block of queries, or a decoded query, best."""
 
     family: ClassVar[str] = "sparse_attention"
     skips: ClassVar[bool] = True
@@ -167,20 +164,19 @@ class BlockAttention(Rule):
         table, q_len = self._table(q, k), q.shape[2]
         s.kept["means", s.layer] = block_means(k, self.block)
         s.note("attention", table)
-        by_blocks = flex.block_sparse if skipping.in_triton(s.decoder.place) else block_sparse_attention
+        by_blocks = flex.block_sparse if skipping.in_triton(s.decoder.device) else block_sparse_attention
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether each block of queries sees each block of keys, its own among them: one table for all heads and
-        sequences.
+        """Return which blocks of keys each block of queries sees, for all heads and sequences.
 
-        As many blocks as :func:`calibration.devices.attention.block_layout` keeps.
+        The diagonal block is included; :func:`calibration.devices.attention.block_layout` keeps as many blocks.
         """
         mean_q, mean_k = (block_means(x, self.block).float().mean((0, 1)) for x in (q, k))
         scores, rows = mean_q @ mean_k.t(), -(-q.shape[2] // self.block)
         whole = len(scores)
         number = torch.arange(rows, device=q.device)
-        if rows > whole:  # the queries of a block that is not whole see what those before them see
+        if rows > whole:  # an incomplete last block uses the scores of the block before it
             scores = F.pad(scores[number.clamp(max=whole - 1)], (0, 1)) if whole else scores.new_zeros(1, 1)
         earlier = number < number[:, None]
         many = torch.ceil(self.keep * (number + 1.0).double() - 1e-9).clamp(min=1) - 1
@@ -188,7 +184,7 @@ class BlockAttention(Rule):
         return (earlier & (rank < many[:, None])) | (number == number[:, None])
 
     def _chosen(self, s: State, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a share of the prompt's blocks, for each KV head, and of all newer positions."""
+        """Return keys and values of a share of the prompt's blocks, per KV head, and of all newer positions."""
         means = s.kept["means", s.layer]
         batch, kv_heads, blocks, head_dim = means.shape
         if not blocks:
@@ -206,14 +202,17 @@ class BlockAttention(Rule):
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
-    """Mean of each whole block of positions, (batch, heads, blocks, d)."""
+    """Return the mean of each whole block of positions, (batch, heads, blocks, d)."""
     whole = x.shape[2] // block
     return x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3)
 
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """Token: only prompt tokens that the last one attends to most (at layer 0: evenly spread) go on from ``start``."""
+    """Token pruning: from layer ``start`` on, keep the prompt tokens with most attention of the last token.
+
+    At layer 0 the kept tokens are evenly spread.
+    """
 
     family: ClassVar[str] = "token"
     keep: float
@@ -227,7 +226,7 @@ class TokenDropping(Rule):
 
     def enter(self, s: State, x: Tensor) -> Tensor:
         if not 0 <= self.start < len(s.decoder.layers):
-            raise InputError(f"token: start at layer {self.start}, but there are {len(s.decoder.layers)} layers")
+            raise InputError(f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got {self.start}")
         if s.decoding or s.layer != self.start:
             return x
         batch, seq, hidden = x.shape
@@ -235,17 +234,17 @@ class TokenDropping(Rule):
         if "scores" in s.kept:
             scores = s.kept["scores"]
             scores[:, -1] = torch.inf
-            places = best(scores, many)
+            positions = best(scores, many)
         else:
-            places = torch.linspace(seq - 1, 0, many, device=x.device).round().long().flip(0).expand(batch, many)
-        s.note("token", places)
-        s.cos, s.sin = s.cos[places].unsqueeze(1), s.sin[places].unsqueeze(1)
-        return x.gather(1, places[..., None].expand(batch, many, hidden))
+            positions = torch.linspace(seq - 1, 0, many, device=x.device).round().long().flip(0).expand(batch, many)
+        s.note("token", positions)
+        s.cos, s.sin = s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1)
+        return x.gather(1, positions[..., None].expand(batch, many, hidden))
 
 
 @dataclass(frozen=True)
 class CacheCut(Rule):
-    """KV cache: positions stay that the prompt's last ``observed`` queries attend to most, by sequence and KV head."""
+    """KV cache: keep the positions with most attention of the prompt's last ``observed`` queries, per KV head."""
 
     family: ClassVar[str] = "kv_cache"
     keep: float
@@ -262,7 +261,9 @@ class CacheCut(Rule):
         some, many = min(self.observed, seq), at_least_one(self.keep, seq)
         seen = torch.ones(some, seq, dtype=torch.bool, device=q.device).tril(seq - some)
         scores = shared_scores(q[:, :, -some:], k).masked_fill_(~seen, -torch.inf)
-        places = best(scores.softmax(-1).sum((2, 3)), many)
-        s.note("cache", places)
-        wide = places[..., None].expand(*places.shape, k.shape[3])
-        cache.k[:, :, :many], cache.v[:, :, :many], cache.length = k.gather(2, wide), v.gather(2, wide), many
+        positions = best(scores.softmax(-1).sum((2, 3)), many)
+        s.note("cache", positions)
+        wide = positions[..., None].expand(*positions.shape, k.shape[3])
+        cache.k[:, :, :many] = k.gather(2, wide)
+        cache.v[:, :, :many] = v.gather(2, wide)
+        cache.length = many

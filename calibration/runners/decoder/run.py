@@ -1,6 +1,6 @@
-"""The forward pass: a prefill of prompts, decode steps of one token a sequence, the loss of every token of a window.
+"""The forward pass: a prefill of prompts, decode steps of one token per sequence, the logits of a whole window.
 
-Whatever may be decided while it runs is a method of a :class:`Rule`; that of a dense decoder decides nothing.
+Decisions during a pass are methods of a :class:`Rule`; the rule of a dense decoder decides nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from calibration.runners.decoder.model import Attention, Decoder, Mlp, Tensor
 
 @dataclass
 class Cache:
-    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, of which ``length`` positions are filled."""
+    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, with ``length`` filled positions."""
 
     k: Tensor
     v: Tensor
@@ -28,31 +28,31 @@ class Cache:
 
 @dataclass
 class State:
-    """A pass under way, and what it leaves for the next."""
+    """State of a pass, kept for the next pass."""
 
     decoder: Decoder
-    prompt: int  # its tokens
-    room: int = 0  # positions that caches have beside those of the prefill
-    trace: dict[tuple[int, str], Any] | None = None  # receives what a rule decides, by (layer, what)
-    position: int = 0  # of the first token of the pass; after it, of the next token
+    prompt: int  # tokens of the prompt
+    room: int = 0  # cache positions after those of the prefill
+    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, what)
+    position: int = 0  # position of the pass's first token; after the pass, of the next token
     decoding: bool = False  # whether this is a decode step
-    layer: int = 0  # the layer that runs
-    cos: Tensor = None  # rotary tables of the tokens that run, (tokens, head_dim)
+    layer: int = 0  # current layer
+    cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
     sin: Tensor = None
-    caches: dict[int, Cache] = field(default_factory=dict)  # by layer; one without attention has none
-    kept: dict[Any, Any] = field(default_factory=dict)  # what a rule remembers from one sublayer to the next
+    caches: dict[int, Cache] = field(default_factory=dict)  # by layer; layers without attention have none
+    kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
 
     def note(self, what: str, value: Any) -> None:
-        """Leave a decision in the trace."""
+        """Add a decision to the trace."""
         if self.trace is not None:
             self.trace[self.layer, what] = value
 
     def mark(self) -> tuple[int, dict[int, int]]:
-        """Where the caches stand, for :meth:`rewind`."""
+        """Return the lengths of the caches, for :meth:`rewind`."""
         return self.position, {layer: cache.length for layer, cache in self.caches.items()}
 
     def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
-        """Forget tokens decoded since the mark."""
+        """Remove the tokens decoded after the mark."""
         self.position, lengths = mark
         for layer, length in lengths.items():
             self.caches[layer].length = length
@@ -61,16 +61,16 @@ class State:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
-        """Query or key heads, normed where the model does, and rotated by this pass's tables or others."""
+        """Normalise query or key heads, if the model does, and rotate them by the given or this pass's tables."""
         heads = heads if norm is None else self.norm(heads, norm)
-        return (self.decoder.rule or DENSE).rotated(heads, *(tables or (self.cos, self.sin)))
+        return rotary(heads, *(tables or (self.cos, self.sin)))
 
     def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
-        """Query heads of normed tokens, rotated."""
+        """Return the rotated query heads of normalised tokens."""
         return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated key heads and value heads of normed tokens, put into the cache; when decoding, all that it holds."""
+        """Add rotated key heads and value heads of normalised tokens to the cache; return them (decode: the cache)."""
         k = self.turned(split_heads(a.k(h), a.kv_heads), a.k_norm)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
@@ -87,100 +87,78 @@ class State:
 
 
 class Rule:
-    """What a pass leaves out: nothing, unless a method is overridden. What a rule remembers is in ``State.kept``."""
+    """Decisions of a pass; this base class skips nothing. ``State.kept`` is the memory of a rule."""
 
     family: ClassVar[str] = ""
     skips: ClassVar[bool] = False
-    """Leaves out work that its data names."""
+    """Whether data determines the skipped work."""
 
-    def on_host(self, place: str) -> bool:
-        """Whether the host reads on a torch device which kernels run, so that no CUDA graph can hold them."""
-        return self.skips and not skipping.in_triton(place)
+    def on_host(self, device: str) -> bool:
+        """Whether the host selects the kernels from data, which a CUDA graph cannot hold."""
+        return self.skips and not skipping.in_triton(device)
 
     def enter(self, s: State, x: Tensor) -> Tensor:
-        """The residual stream on its way into a layer."""
+        """Return the residual stream before a layer."""
         return x
 
     def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
-        """The residual stream after an attention sublayer."""
+        """Return the residual stream after an attention sublayer."""
         h = s.norm(x, a.norm)
-        self.observe(s, "attention", h)
         k, v = s.keys_values(a, h)
         out = joined(self.attend(s, s.queries(a, h), k, v))
-        self.observe(s, "o", out)
-        return added(x, a.o(out), a.turn)
-
-    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Heads turned by their positions."""
-        return rotary(x, cos, sin)
+        return x + a.o(out)
 
     def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Outputs of the heads, of the shape of ``q`` (batch, heads, tokens, d)."""
+        """Return the outputs of the heads, in the shape of ``q`` (batch, heads, tokens, d)."""
         return decode_attention(q, k, v) if s.decoding else prefill_attention(q, k, v)
 
     def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
-        """The residual stream after an MLP."""
+        """Return the residual stream after an MLP."""
         h = s.norm(x, m.norm)
-        self.observe(s, "mlp", h)
-        inner = self.channels(s, gated(m.gate(h), m.up(h)))
-        self.observe(s, "down", inner)
-        return added(x, m.down(inner), m.turn)
-
-    def channels(self, s: State, inner: Tensor) -> Tensor:
-        """Channels of the MLP, (batch, tokens, inner)."""
-        return inner
-
-    def observe(self, s: State, where: str, value: Tensor) -> None:
-        """Sees the inputs of projections: ``attention`` (of q, k, v), ``o``, ``mlp`` (of gate, up), ``down``."""
+        return x + m.down(gated(m.gate(h), m.up(h)))
 
 
 DENSE = Rule()
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+    """Map (batch, tokens, heads * d) to (batch, heads, tokens, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def joined(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, d) -> (batch, tokens, heads * d)."""
+    """Map (batch, heads, tokens, d) to (batch, tokens, heads * d)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def added(x: Tensor, y: Tensor, turn: Tensor) -> Tensor:
-    """The residual stream and a sublayer's output."""
-    return x + y if turn is None else F.linear(x, turn).add_(y)
 
 
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
 ) -> tuple[Tensor, State]:
-    """Logits (batch, vocab) after prompts (batch, seq), and the state to go on from, with ``room`` in its caches."""
+    """Return logits (batch, vocab) after prompts (batch, seq), and the state, with ``room`` positions in its caches."""
     with torch.no_grad():
         state = State(decoder, tokens.shape[1], room, trace)
         return _logits(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
-    """Logits (batch, vocab) after one more token (batch, 1) of each sequence, which goes into the state's caches."""
+    """Add one token (batch, 1) of each sequence to the state's caches; return the logits (batch, vocab) after it."""
     with torch.no_grad():
         state.decoding = True
         return _logits(decoder, _through(state, token)[:, -1])
 
 
-def token_losses(decoder: Decoder, ids: Tensor, start: int) -> Tensor:
-    """Negative log-likelihoods (n - start,) of a window's tokens (n,) from ``start`` on, where the prompt ends."""
+def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Logits (n, vocab) after every token of a window (n,)."""
     with torch.no_grad():
-        x = _through(State(decoder, start), ids[None])[0]
-        return F.cross_entropy(_logits(decoder, x[start - 1 : -1]), ids[start:], reduction="none")
+        return _logits(decoder, _through(State(decoder, len(ids)), ids[None])[0])
 
 
 def _through(s: State, tokens: Tensor) -> Tensor:
-    """The residual stream after all layers."""
+    """Return the residual stream after all layers."""
     decoder, rule = s.decoder, s.decoder.rule or DENSE
     x = F.embedding(tokens, decoder.embedding)
-    places = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
-    tables = rotary_tables(places, decoder.head_dim, x.dtype, decoder.frequencies)
+    positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
+    tables = rotary_tables(positions, decoder.head_dim, x.dtype, decoder.frequencies)
     s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
     for number, layer in enumerate(decoder.layers):
         s.layer = number

@@ -1,6 +1,6 @@
-"""Two decoders timed in turns, pass by pass: what disturbs the machine disturbs both, and their ratio least of all.
+"""Time two decoders in alternating passes: disturbances affect both, so their ratio is stable.
 
-:func:`time_pair` times two; an :class:`Executor` times the pruned decoders of cases against the dense one.
+:func:`time_pair` times two decoders; an :class:`Executor` times the pruned decoders of cases against the dense decoder.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from simulator.predict.scenario import one_of
 from simulator.workload import PHASES
 
 LONGEST_S = 30.0
-"""Time for the pairs of one case, whatever the budget."""
+"""Maximum time for the pairs of one case."""
 WINDOW_S = 4e-3
 PRECISION = 0.005
 LEAST, ENOUGH, MOST = 3, 8, 200
-"""Pairs taken at least, pairs after which a precise ratio ends the measurement, and pairs at most."""
+"""Minimum number of pairs, number after which a precise ratio ends the measurement, and maximum number."""
 
 RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
-"""How a pass is launched: as one graph, or kernel by kernel."""
+"""Launches of a pass: as one graph, or kernel by kernel."""
 
 
 @dataclass(frozen=True)
 class PairTimes:
-    """Raw samples of two decoders, s a pass, one of each a pair."""
+    """Raw samples of two decoders, s per pass; a pair has one of each."""
 
     first_s: Sequence[float]
     second_s: Sequence[float]
-    loops: int  # passes a sample
+    loops: int  # passes per sample
 
 
 def time_pair(
@@ -57,18 +57,18 @@ def time_pair(
     time_limit_s: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PairTimes:
-    """Time a phase of two decoders on one device in turns.
+    """Time a phase of two decoders on one device in alternation.
 
-    Prefill leaves out drawing the next token; decode repeats one step at the same position, after ``seq`` cached ones.
-    Both are launched eagerly or from a CUDA graph. The time limit is for the pairs after a first pass of each; at least
-    :data:`LEAST` are taken unless they take three times as long. Ends early when the interval (95 %) of the median
-    ratio is within :data:`PRECISION` of it. Unsupported without CUDA graphs, or for a family whose kernels depend on
-    its data.
+    Prefill excludes the choice of the next token; decode repeats one step at the same position, after ``seq`` cached
+    positions. Launches are eager or from a CUDA graph. The time limit applies to the pairs after a first pass of each
+    decoder; at least :data:`LEAST` pairs are timed, within three times the limit. The measurement ends early if the
+    95 % interval of the median ratio is within :data:`PRECISION`. Unsupported: no CUDA graphs, or kernels of the family
+    depend on data.
     """
     one_of("phase", phase, PHASES[:2])
     one_of("runtime", runtime, RUNTIMES)
     samplers = [_ready(decoder, batch, seq, phase, runtime, clock) for decoder in (first, second)]
-    once = [sample(1) for sample in samplers]  # also warms caches and kernels' choices
+    once = [sample(1) for sample in samplers]  # also warms caches and selects kernels
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
         sample(loops)
@@ -90,14 +90,13 @@ def time_pair(
 def _ready(
     decoder: Decoder, batch: int, seq: int, phase: str, runtime: str, clock: Callable[[], float]
 ) -> Callable[[int], float]:
-    """A function that runs a number of passes and returns the time of one."""
-    cuda = decoder.place.startswith("cuda")
+    """Return a function that runs a number of passes and returns the time per pass."""
+    cuda = decoder.device.startswith("cuda")
     graph = runtime == "cuda_graph"
     if graph and not cuda:
-        raise Unsupported(f"cuda_graph: device {decoder.place!r} has no CUDA graphs")
-    if graph and decoder.rule is not None and decoder.rule.on_host(decoder.place):
-        why = "decides on the host which kernels run, so no graph can hold it"
-        raise Unsupported(f"cuda_graph: {decoder.rule.family} {why}")
+        raise Unsupported(f"cuda_graph: device {decoder.device!r} has no CUDA graphs")
+    if graph and decoder.rule is not None and decoder.rule.on_host(decoder.device):
+        raise Unsupported(f"cuda_graph: {decoder.rule.family} selects kernels on the host, which no graph can hold")
     tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.embedding.device)
     step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
@@ -128,7 +127,7 @@ def _decode_step(decoder: Decoder, tokens: Any) -> Callable[[], Any]:
 
 
 def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
-    """A pass as a CUDA graph; positions and lengths are those of the recording, which is the pass that is timed."""
+    """Record a pass as a CUDA graph; replays keep its positions and lengths."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -142,50 +141,66 @@ def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class Executor:
-    """Times cases in turns with the dense decoder; one that cannot run ends as a record with the reason."""
+    """Time cases in alternation with the dense decoder; a case that cannot run gives a record with the reason."""
 
     def __init__(self, device: Device, config: ModelConfig, dtype: str, runtime: str, seed: int) -> None:
         self.device, self.runtime = device, runtime
-        self.kept: dict[tuple[str, float], Decoder] = {}  # the one pruned decoder that was made last
+        self.kept: dict[tuple[str, float], Decoder] = {}  # the last pruned decoder
         try:
-            self.dense = random_decoder(config, dtype=dtype, place=device.name, seed=seed)
+            self.dense = random_decoder(config, dtype=dtype, device=device.name, seed=seed)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            fewer = "--layers N takes its first N layers"
+            fewer = "use its first layers with --layers"
             raise InputError(f"{config.name} in {dtype} does not fit on {device.name}; {fewer}") from None
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Status, reason and, where it ran, times of a case, building its decoder included in the seconds it has."""
+        """Return status, reason and times of a case; ``seconds`` include making its decoder."""
         try:
             return {"status": OK, **self._timed(case, self.device.clock() + seconds)}
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
-        except Exception as error:  # a kernel may raise anything; one family must not end the comparison
+        except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
             status = SKIPPED if is_out_of_memory(error) else FAILED
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def _timed(self, case: Case, end: float) -> dict[str, Any]:
         which = (case.family, case.sparsity)
         if which not in self.kept:
-            self.kept.clear()  # before the next one is made: two large models may fit, three not
+            self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
             self.kept[which] = prune_decoder(self.dense, *which)
         pruned = self.kept[which]
-        # the first passes and the cache take their part too
+        # the first passes and the cache take time too
         limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
-        where: dict[str, Any] = {"batch": case.batch, "seq": case.seq, "phase": case.phase, "time_limit_s": limit}
-        runtime, why = self.runtime or self._runtime(pruned), ""
+
+        def timed(runtime: str) -> PairTimes:
+            return time_pair(
+                self.dense,
+                pruned,
+                batch=case.batch,
+                seq=case.seq,
+                phase=case.phase,
+                runtime=runtime,
+                time_limit_s=limit,
+            )
+
+        runtime, reason = self.runtime or self._runtime(pruned), ""
         try:
-            times = time_pair(self.dense, pruned, **where, runtime=runtime)
+            times = timed(runtime)
         except RuntimeError as error:
             if runtime != "cuda_graph" or self.runtime or is_out_of_memory(error):
                 raise
-            runtime = "eager"  # what a graph cannot hold is launched one by one
-            why = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
-            times = time_pair(self.dense, pruned, **where, runtime=runtime)
-        found = {"loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
-        return {"reason": why, "runtime": runtime, **found}
+            runtime = "eager"
+            reason = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
+            times = timed(runtime)
+        return {
+            "reason": reason,
+            "runtime": runtime,
+            "loops": times.loops,
+            "dense_s": times.first_s,
+            "pruned_s": times.second_s,
+        }
 
     def _runtime(self, pruned: Decoder) -> str:
-        graph = pruned.place.startswith("cuda") and not (pruned.rule and pruned.rule.on_host(pruned.place))
+        graph = pruned.device.startswith("cuda") and not (pruned.rule and pruned.rule.on_host(pruned.device))
         return "cuda_graph" if graph else "eager"

@@ -1,5 +1,0 @@
-"""``python -m calibration.cli``: the same as the ``prunesim`` command."""
-
-from calibration.cli import main
-
-main()

@@ -1,0 +1,135 @@
+"""Fit a section of a profile: constants, residual, held-out errors and section scale, written once for every operator.
+
+An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model (:class:`simulator.cost.base.Calls`), the
+search for its constants, and the blank grid of its residual. Use :func:`fit_section`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fit import solver
+from calibration.fit.errors import accuracy_of, section_scale
+from calibration.fit.residual import Regularisation, fit_grid
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
+from simulator.arrays import FloatArray, IndexArray
+from simulator.cost.base import Calls
+from simulator.cost.residual_grid import ResidualGrid
+from simulator.hardware.profile import Provenance, Section
+from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
+
+FOLDS = 5
+
+FitT = TypeVar("FitT", bound="Fit")
+
+
+@dataclass(frozen=True)
+class Fit(ABC):
+    """Measured rows of one operator of one device and software stack, with the method of their fit."""
+
+    calls: Calls
+    seconds: FloatArray
+
+    FEWEST: ClassVar[int] = 20  # usable rows that a fit needs
+    REGULARISATION: ClassVar[Regularisation]
+    ROUNDS: ClassVar[int] = 3  # of robust weights in the residual's fit
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def take(self: FitT, rows: NDArray[Any]) -> FitT:
+        """Return rows by mask or index."""
+        return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
+
+    @abstractmethod
+    def groups(self, by: str = "") -> IndexArray:
+        """Return the number of the group of each row: folds hold out whole groups."""
+
+    @abstractmethod
+    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+        """Return the fitted constants; the search begins at ``start``, else at the defaults."""
+
+    @abstractmethod
+    def blank(self) -> ResidualGrid:
+        """Return a residual grid of zeros that covers the rows."""
+
+    def usable(self: FitT) -> FitT:
+        """Return the rows that a fit may use."""
+        return self
+
+    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
+        """Return the log of analytical over measured time."""
+        return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
+
+    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
+        """Return the grid fitted to the log residuals of the analytical model."""
+        position = self.calls.estimate(values).position
+        return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
+
+    def covariance(self, prior: float) -> solver.Covariance:
+        """Return the function that computes the covariance of the logs of constants from derivatives; ``prior`` is
+        their prior standard deviation."""
+
+        def found(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+            raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
+            every = np.concatenate([raw, solver.HUBER / prior * np.eye(len(minimum.names))])
+            freedom = max(len(self) - len(minimum.names), 1)
+            squares = np.minimum(minimum.rows**2, (3 * solver.HUBER) ** 2)
+            residual_sd = float(np.sqrt(np.sum(squares) / freedom))
+            return solver.gauss_newton(every, residual_sd), residual_sd
+
+        return found
+
+    def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
+        """Return the arrays that a section stores."""
+        return residual.arrays()
+
+    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+        """Return scores from log predicted over measured of held-out rows."""
+        return accuracy_of(np.expm1(errors))
+
+    def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:
+        """Return the section scale: the factor on correlated and independent errors that covers held-out rows."""
+        e = self.calls.estimate(values)
+        return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
+
+
+def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
+    """Return log predicted over measured of each row, by a fit to the other folds."""
+    errors = np.zeros(len(fit))
+    for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
+        rest, held = fit.take(train), fit.take(test)
+        values = rest.constants(start).values
+        residual = rest.residual(values)
+        errors[test] = held.log_residual(values) + residual(held.calls.estimate(values).position)
+    return errors
+
+
+def fit_section(
+    fit: Fit, *, start: Mapping[str, float] | None = None, seed: int = 0, provenance: Provenance | None = None
+) -> FittedPart:
+    """Fit the section of one operator; folds, by ``seed``, hold out groups of rows.
+
+    ValueError with fewer usable rows than the operator needs.
+    """
+    rows = fit.usable()
+    if len(rows) < fit.FEWEST:
+        few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"
+        raise ValueError(f"{fit.calls.operator}: {few}")
+    constants = rows.constants(start)
+    errors = held_out(rows, constants.values, seed)
+    section = Section(
+        constants.fitted(),
+        rows.arrays(rows.residual(constants.values)),
+        rows.scale(errors, constants.values),
+        rows.accuracy(errors, constants.values),
+        provenance,
+        "calibrated",
+    )
+    return FittedPart(section, constants, len(rows), errors)

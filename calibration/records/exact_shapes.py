@@ -1,0 +1,110 @@
+"""Convert records of exact shapes to the arrays of a profile, with an interval of each time.
+
+Use :func:`with_exact` to add the records with purpose ``exact`` to a profile; :func:`exact_arrays` returns only the
+arrays. :mod:`simulator.cost.measured_shapes` defines their format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+
+from calibration.records.timing_table import PURPOSES, Flag, Records
+from simulator.arrays import Array
+from simulator.hardware.constants import EXACT_NAMES as NAMES
+from simulator.hardware.profile import HardwareProfile
+from simulator.workload import DTYPES
+
+UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
+
+_Z90, _Z95 = 1.6449, 1.9600
+
+
+def repeatability(records: Records) -> float:
+    """Return the standard deviation of the log time of a repeated measurement, from the drift checks.
+
+    It is computed from the median absolute deviation, which one burst of load does not change. It is
+    :data:`UNKNOWN_REPEAT` for fewer than three drift checks.
+    """
+    checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
+    group = checks.groups()
+    deviations: list[float] = []
+    for g in np.unique(group):
+        times = np.log(checks.seconds[group == g])
+        if len(times) >= 3:
+            deviations.extend(np.abs(times - np.median(times)))
+    return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
+
+
+def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact",)) -> dict[str, Array]:
+    """Return measured cold dense GEMMs of one number format (activations and weights) as arrays of a section.
+
+    A shape measured several times gets the median and an interval that contains its times. Throttled rows are excluded.
+    Drift checks among the records determine the repeatability. The result is empty if there is no such row.
+
+    >>> from calibration.records.timing_table import Source
+    >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
+    >>> r = Records.from_columns([Source("d")], m=[8, 8], n=64, k=32, **times)
+    >>> exact_arrays(r, "bf16")["exact_s"].round(9).tolist()
+    [1.01e-06]
+    """
+    r, code = records, DTYPES.index(dtype)
+    cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
+    wanted = np.isin(r.purpose, [PURPOSES.index(p) for p in purposes])
+    rows = r.select(cold_gemm & wanted & r.timed & ((r.flags & Flag.THROTTLED) == 0))
+    if not len(rows):
+        return {}
+    again = repeatability(records)
+    # an unknown or infinite interval counts as the limit of drift
+    spreads = np.where(np.isfinite(rows.spread), rows.spread, _Z95 * UNKNOWN_REPEAT)
+    group = rows.groups("n", "k", "m")
+    shapes, seconds, halves = [], [], []
+    for g in range(int(group.max()) + 1):
+        at = np.flatnonzero(group == g)
+        times, first = rows.seconds[at], at[0]
+        between = 0.5 * float(np.log(times.max() / times.min()))
+        sigma = math.hypot(float(np.median(spreads[at])) / _Z95, again)
+        shapes.append((rows.m[first], rows.n[first], rows.k[first]))
+        seconds.append(np.median(times))
+        halves.append(max(_Z90 * sigma, between))
+    return dict(zip(NAMES, (*np.array(shapes, dtype=np.int64).T, np.array(seconds), np.array(halves)), strict=True))
+
+
+def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[str] = ("exact",)) -> HardwareProfile:
+    """Return a profile with the measured exact shapes of the records; the same profile if there are none.
+
+    Only calibrated GEMM sections take shapes, each of its number format, because the provenance must name their stack.
+    """
+    sections = dict(profile.sections)
+    for (operator, dtype), section in profile.sections.items():
+        fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
+        if fitted and (arrays := _allowed(exact_arrays(records, dtype, purposes), profile, dtype)):
+            sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**_others(section.arrays), **arrays}))
+    return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
+
+
+def without_exact(profile: HardwareProfile) -> HardwareProfile:
+    """Return the profile without measured shapes: the cost model alone."""
+    sections = dict(profile.sections)
+    for key, section in sections.items():
+        if "exact_m" in section.arrays:
+            sections[key] = replace(section, arrays=MappingProxyType(_others(section.arrays)))
+    return replace(profile, sections=MappingProxyType(sections))
+
+
+def _others(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the arrays of a section except exact shapes."""
+    return {name: values for name, values in arrays.items() if name not in NAMES}
+
+
+def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
+    """Exclude times below the datasheet's arithmetic limit at the highest clock: such measurements are invalid."""
+    if not arrays or dtype not in profile.rates:
+        return {}
+    flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]
+    good = arrays["exact_s"] >= flops / (profile.peak_flop_per_s(dtype) * max(1.0, profile.clock_headroom))
+    return {name: values[good] for name, values in arrays.items()} if good.any() else {}

@@ -1,0 +1,366 @@
+"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks.
+
+Each reader knows one format: the meaning and units of its columns, how times were measured, and unreliable collections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.records.aiconfigurator_experts import EXPERTS_SHAPE, read_experts
+from calibration.records.screening import Screen
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
+from simulator.arrays import Array
+from simulator.errors import InputError, one_line, unknown
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
+
+RawColumns = Mapping[str, Array]
+
+TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
+"""Names of a column of times, with the unit in seconds."""
+
+_ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Rows of a file before they are checked."""
+
+    columns: RawColumns  # columns of ``Records`` over all rows: float64, or names
+    sources: tuple[Source, ...]
+    screen: Screen  # the rows, with those that the reader refused
+    rotated: bool = False  # whether GEMMs rotated a few copies of their weights; the number is inferred
+    still: bool = False  # whether operands were not random numbers, which saves power and makes arithmetic too fast
+    notes: tuple[str, ...] = ()
+
+
+def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
+    """Return a draft of a table that this program wrote, to check it again."""
+    columns = {name: getattr(records, name) for name in records.SCHEMA}
+    columns["operator"] = np.array(OPERATORS, dtype=object)[records.operator]
+    return Draft(columns, records.sources, Screen(len(records)), notes=notes)
+
+
+AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
+# fmt: off
+_AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
+    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8_block"), "nvfp4": ("nvfp4", "nvfp4"), "int8": ("int8", "int8"),
+    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"), "w4a16_mxfp4": ("bf16", "mxfp4"),
+}
+_AIC_SHARED = ("framework", "version", "device", "op_name", "kernel_source", "latency")
+_AIC_GEMM = ("gemm_dtype", "m", "n", "k")
+_AIC_SIZES = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+_AIC_ATTENTION = (
+    "batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "attn_dtype", "kv_cache_dtype", "step",
+)
+_AIC_COLLECTIVE = ("num_gpus", "message_size")
+_AIC_COLLECTIVES = {name: name.replace("alltoall", "all_to_all") for name in (
+    "all_reduce", "all_gather", "alltoall", "reduce_scatter",
+)}
+_AIC_OPERATORS: Mapping[str, str] = {
+    "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
+    **dict.fromkeys(_AIC_COLLECTIVES, "collective"), "moe": "experts",
+    "mla_context": "mla_prefill", "mla_generation": "mla_decode",
+}
+_AIC_MLA = ("batch_size", "isl", "num_heads", "mla_dtype", "kv_cache_dtype", "step")
+# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
+_AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
+# fmt: on
+# device, framework and version of decode times above the memory's bandwidth, its bytes/s and L2 bytes (datasheet)
+_AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
+_AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
+
+
+def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
+    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts.
+
+    Its times are milliseconds. A context row has ``isl`` new positions over ``step`` cached positions; a generation row
+    has one new position over ``step``. MLA's tables give only the heads: in a context row a key has 192 features and a
+    value 128; a generation row reads the latent cache. (SGLang's collector passes keys of one head to its kernels; on
+    other devices than the B200 it times the path of a decode, which prompts do not take.) A collective's
+    ``message_size`` counts elements per device: before an all-reduce, reduce-scatter or all-to-all; after an
+    all-gather.
+    """
+    _need(table, _AIC_SHARED, path)
+    operator = _texts(table["op_name"])
+    for name in np.unique(operator):
+        if name not in _AIC_OPERATORS:
+            raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
+    kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
+    gemm = kind == "gemm"
+    collective = kind == "collective"
+    experts = kind == "experts"
+    mla = kind in _AIC_LATENT
+    shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": EXPERTS_SHAPE}
+    _need(table, shapes.get(kind, _AIC_MLA if mla else _AIC_ATTENTION), path)
+    size = len(table["latency"])
+    screen = Screen(size)
+    kernel = _texts(table["kernel_source"])
+    columns: dict[str, Array] = {
+        "operator": _mapped(operator, _AIC_OPERATORS),
+        "seconds": _number(table["latency"]) * 1e-3,
+        "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
+    }
+    if gemm:
+        columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
+        columns["copies"] = np.full(size, 6.0)
+        formats = (table["gemm_dtype"],) * 2
+    elif collective:
+        of = "allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"
+        _need(table, (of,), path)
+        roles = {theirs: float(ROLES.index(ours)) for theirs, ours in _AIC_COLLECTIVES.items()}
+        columns |= {"batch": _number(table["num_gpus"]), "role": np.array([roles[name] for name in operator])}
+        columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}  # every replay sends the same buffer
+        formats = (table[of],) * 2
+    elif experts:
+        columns |= read_experts(table, kernel, screen)
+        formats = (table["moe_dtype"],) * 2
+    else:
+        step, isl = _number(table["step"]), _number(table["isl"])
+        columns |= {ours: _number(table[theirs]) for theirs, ours in _AIC_SIZES.items() if theirs in table}
+        if mla:
+            one = (kind == "mla_decode") | (np.char.upper(_texts(table["framework"])) == "SGLANG")
+            columns["kv_heads"] = np.where(one, 1.0, columns["heads"])
+            columns["head_dim"], columns["n"] = (np.full(size, width) for width in _AIC_LATENT[kind])
+            absorbed = one & (kind == "mla_prefill") & (kernel != "trtllm_mla")
+            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
+        columns |= {"q_len": isl, "kv_len": isl + step, "window": _number(table.get("window_size", np.zeros(size)))}
+        # every replay reads the same cache again
+        columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}
+        formats = (table["mla_dtype" if mla else "attn_dtype"], table["kv_cache_dtype"])
+    for name, column in zip(("dtype", "weight_dtype"), formats, strict=True):
+        text = _texts(column)
+        for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
+            screen.refuse(text == other, f"number format {other} is not modelled")
+        of_weights = (gemm or experts) and name == "weight_dtype"
+        columns[name] = _mapped(text, {aic: pair[of_weights] for aic, pair in _AIC_DTYPES.items()})
+    if collective:
+        element = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+        columns["n"] = _number(table["message_size"]) * element
+    # NCCL's version is listed under the engine that contains it
+    framework = np.where(kernel == "NCCL", "NCCL", _texts(table["framework"]))
+    keys = np.stack([_texts(table["device"]), framework, _texts(table["version"]), kernel], axis=1)
+
+    if kind == "attention_decode":
+        _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
+    if "beam_width" in table:
+        screen.refuse(_number(table["beam_width"]) != 1, "beam search")
+    kinds, columns["source"] = _unique_rows(keys)
+    origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
+    sources = tuple(
+        Source(
+            device=device,
+            stack={name: version},
+            kernel=implementation,
+            method=AICONFIGURATOR_METHOD,
+            origin=origin,
+            digest=digest,
+            licence="Apache-2.0",
+        )
+        for device, name, version, implementation in kinds
+    )
+    still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
+    return Draft(columns, sources, screen, rotated=gemm, still=still)
+
+
+def _mapped(text: Array, names: Mapping[str, str]) -> Array:
+    """Return each text's name in this program, or ``bf16``."""
+    values, inverse = np.unique(text, return_inverse=True)
+    return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
+
+
+def _refuse_above_peak(screen: Screen, columns: RawColumns, known: Array) -> None:
+    """Refuse decode rows of a known collection whose cache exceeds L2 and is read faster than the memory allows."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
+        fast = cache / columns["seconds"] > _AIC_PEAK_BYTES_PER_S
+    reason = f"decode faster than the memory's {_AIC_PEAK_BYTES_PER_S / 1e12:g} TB/s, known of this collection"
+    screen.refuse(known & (cache > _AIC_L2_BYTES) & fast, reason)
+
+
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table
+
+# model of the element-wise rows: hidden size, width of the MLP, width of k and v
+_HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
+# fmt: off
+_ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features read and written per token
+    "act_fn": ("activation", 2.0 * _INNER, _INNER),
+    "embedding": ("embedding", _HIDDEN, _HIDDEN),
+    "layernorm": ("attention_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),  # vLLM adds the residual in the same kernel
+    "final_layernorm": ("final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
+    "rotary_emb": ("rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
+}
+_KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
+    "qkv_proj": ("gemm", "qkv"), "down_proj": ("gemm", "down"), "lm_head": ("gemm", "lm_head"),
+    "attn_prefill_causal": ("attention_prefill", ""), "attn_decode": ("attention_decode", ""),
+}
+# fmt: on
+
+
+def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
+    """Read a table of measured GEMMs (dense and 2:4), attention and element-wise operators, each row with a source.
+
+    Rows of operators that are not one kernel of this program (two chained GEMMs, attention without a mask) are refused
+    by name. The column ``group`` (rows of one experiment) becomes the source's ``run``.
+    """
+    _need(table, MEASURED, path)
+    op = table["op"]
+    size = len(op)
+    screen = Screen(size)
+    blank = np.full(size, "", dtype=object)
+    columns: dict[str, Array] = {"seconds": _number(table["latency_us"]) * 1e-6}
+    columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
+    columns.setdefault("m", np.full(size, np.nan))
+    operator, role = np.full(size, "gemm", dtype=object), np.full(size, -1.0)
+    reads, writes = np.zeros(size), np.zeros(size)
+    for name in np.unique(op.astype(str)).tolist():
+        rows = op == name
+        kind, of_role = _kernel_of(name)
+        if not kind:
+            screen.refuse(rows, f"{name}: {of_role}")
+            continue
+        operator[rows] = kind
+        if of_role:
+            role[rows] = ROLES.index(of_role)
+        if kind == "elementwise":
+            reads[rows], writes[rows] = (columns["m"][rows] * 2.0 * width for width in _ELEMENTWISE[name][1:])
+    columns |= {"operator": operator, "role": role, "read_bytes": reads, "write_bytes": writes}
+    kernel_time = np.array(["kernel time" in note for note in table["note"]])
+    columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
+    # kernel times are from a running model, whose weights come from memory; other rows are loops over one shape
+    columns["cold"] = kernel_time & (operator == "gemm")
+    # the first number format a text names (``fp16/bf16 (presumed)`` -> ``fp16``)
+    named = np.array([str(v).replace("/", " ").split(" ")[0] for v in table["dtype"]], dtype=object)
+    columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", named, DTYPES, "bf16")
+    vague = int((table["dtype"] != columns["dtype"]).sum())
+    note = f"{vague} rows name several number formats; the first one is used"
+    if "group" in table:  # its batch is 1 or the number of chained products
+        columns.pop("batch", None)
+    group, kernel = (table["group"], op) if "group" in table else (blank, blank)  # else op does not name the kernel
+    keys = np.stack([table["gpu"], table["source"], table["note"], group, kernel], axis=1).astype(str)
+    kinds, columns["source"] = _unique_rows(keys)
+    sources = tuple(Source(device=g, kernel=k, method=n, origin=s, digest=digest, run=r) for g, s, n, r, k in kinds)
+    return Draft(columns, sources, screen, notes=(note,) if vague else ())
+
+
+def _kernel_of(op: str) -> tuple[str, str]:
+    """Return operator and role of a row's ``op``; without an operator, "" and the reason to refuse it."""
+    if op in _ELEMENTWISE:
+        return "elementwise", _ELEMENTWISE[op][0]
+    if op in _KERNELS:
+        return _KERNELS[op]
+    if op == "attn_prefill_noncausal":
+        return "", "attention without a causal mask is not modelled"
+    if op.startswith("ffn_"):
+        return "", "two chained GEMMs with other kernels between them, not one GEMM"
+    if op.startswith("dense"):
+        return "gemm", ""
+    if op.startswith("sparse24"):
+        return "gemm_2to4", ""
+    return "", "unknown operator"
+
+
+_NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
+_SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float8": "fp8"}
+
+
+def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
+    """Read a CSV with a header, whose columns are named as in ``Records`` or by the map.
+
+    The time is one of the columns of :data:`TIME_UNITS`, so its unit is known. Other columns are ignored and listed in
+    a note.
+    """
+    known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags")] + list(TIME_UNITS)
+    for name, theirs in column_map.items():
+        if name not in known:
+            raise unknown(f"{path}: column map: column", name, known)
+        if theirs not in table:
+            raise unknown(f"{path}: column", theirs, table)
+    taken = {**{name: name for name in known if name in table and name not in column_map}, **column_map}
+    times = [name for name in taken if name in TIME_UNITS]
+    has = f"the file has {', '.join(table)}"
+    if len(times) != 1:
+        found = f"found {', '.join(times)}" if times else has
+        names = ", ".join(TIME_UNITS)
+        raise InputError(f"{path}: expected one column of times, named or mapped to one of {names}; {found}")
+    left = sorted(set(table) - set(taken.values()))
+    size = len(next(iter(table.values())))
+    screen = Screen(size)
+    columns: dict[str, Array] = {"seconds": _number(table[taken.pop(times[0])]) * TIME_UNITS[times[0]]}
+    for name, theirs in taken.items():
+        text = table[theirs]
+        if name == "weight_dtype" and "dtype" in taken:
+            text = np.where(text == "", table[taken["dtype"]], text)
+        if name == "role":
+            columns[name] = np.array([-1.0 if v == "" else ROLES.index(v) if v in ROLES else np.nan for v in text])
+            screen.refuse(np.isnan(columns[name]), "role is unknown")
+            columns[name] = np.nan_to_num(columns[name], nan=-1.0)
+        elif name in _NAMES:
+            spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
+            columns[name] = _chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
+            if not np.isin(spelt.astype(str), _NAMES[name]).any():
+                raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
+        else:
+            columns[name] = _number(text)
+    columns.setdefault("operator", np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object))
+    missing = [name for name in _ATTENTION_SHAPE if name not in columns]
+    if missing and any(str(o).startswith("attention") for o in set(columns["operator"])):
+        raise InputError(f"{path}: attention needs the columns {', '.join(missing)}; {has}")
+    missing = [name for name in ("m", "n", "k") if name not in columns]
+    if missing and "gemm" in columns["operator"]:
+        raise InputError(f"{path}: column {missing[0]} is missing; {has} (name them with a column map)")
+    columns.setdefault("dtype", np.full(size, "bf16", dtype=object))
+    columns.setdefault("weight_dtype", columns["dtype"])
+    columns["cold"] = columns["cold"] != 0 if "cold" in columns else np.ones(size, np.bool_)
+    for name in ("density", "sample_count", "read_bytes", "write_bytes"):
+        if name in columns:
+            columns[name] = np.where(np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1])
+    source = Source(device=device, origin=path.name, digest=digest)
+    notes = (f"columns not used: {', '.join(left)}",) if left else ()
+    return Draft(columns, (source,), screen, notes=notes)
+
+
+def _texts(column: Array) -> Array:
+    """Return a column as texts of one line."""
+    return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
+
+
+def _number(column: Array) -> Array:
+    """Return a column as float64; other values become NaN, and their rows are refused later."""
+    if column.dtype.kind in "iufb":
+        return column.astype(np.float64)
+
+    def one(value: Any) -> float:
+        try:
+            return float(value) if "_" not in str(value) else np.nan
+        except (TypeError, ValueError):
+            return np.nan
+
+    return np.array([one(value) for value in column.tolist()], dtype=np.float64)
+
+
+def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
+    """Return a column of names; refuse the rows of unknown names and replace them, since every row needs a value."""
+    bad = ~np.isin(text.astype(str), choices)
+    for value in np.unique(text[bad].astype(str)):
+        screen.refuse(text == value, f"{name} {str(value)!r} is unknown")
+    return np.asarray(np.where(bad, otherwise, text))
+
+
+def _need(table: RawColumns, names: Sequence[str], path: Path) -> None:
+    """Raise InputError if a file lacks some of these columns."""
+    if missing := [name for name in names if name not in table]:
+        raise InputError(f"{path}: column {', '.join(missing)} missing; the file has {', '.join(table)}")
+
+
+def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
+    """Return the distinct rows of a text table in order of appearance, and each row's index among them."""
+    rows = [tuple(row) for row in keys.tolist()]
+    index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return list(index), np.array([index[row] for row in rows], dtype=np.int64)

@@ -1,0 +1,241 @@
+"""Measured times as a table: one row per timing, columns of equal length, and the sources of the rows.
+
+Make a table with :meth:`Records.from_columns` (arrays) or :meth:`Records.from_rows` (mappings). Cut and join tables
+with :meth:`Records.select` and :meth:`Records.concat`. Facts that many rows share (device, software, method) are a
+:class:`Source`; the ``source`` column holds its index. ``parquet`` and ``store`` read and write files;
+``stored_timings`` converts the lines of a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import IntFlag
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from calibration.devices.protocol import OPERATORS as KINDS
+from simulator.arrays import Array
+from simulator.columns import Table, column
+from simulator.errors import InputError, unknown
+from simulator.workload import DTYPES, ROLES
+
+T = TypeVar("T", bound="Records")
+
+_MLA = {name.replace("attention", "mla"): (*KINDS[name], "n") for name in ("attention_prefill", "attention_decode")}
+_IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
+NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
+"""Required dimensions of each operator. Collectives (the role is their kind), routed experts and latent attention
+(``mla_``: a prompt has separate keys and values, a decode has the latent as both) are imported, never measured here."""
+_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
+OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
+"""Names of timed operators; the index is the code in the ``operator`` column and in files, so new names come last."""
+# how the launch counts in a time: not in kernel times of a profiler, as a gap in a graph, as host time
+LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
+PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # of a measurement; unknown in imports
+
+
+class Flag(IntFlag):
+    """Defects of a row that is kept."""
+
+    NOISY = 1  # the interval of the median missed its target within the time limit
+    THROTTLED = 2  # the device ran below its clocks, also when repeated
+    DRIFT = 4  # the next drift check differed by more than its limit
+    CONFLICT = 8  # several timings of this shape differ; the row holds their median
+
+
+@dataclass(frozen=True)
+class Source:
+    """Origin of rows: the facts that many rows share."""
+
+    device: str  # the hardware as it names itself
+    stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
+    kernel: str = ""  # the implementation, where the source names it
+    method: str = ""  # how times were measured
+    origin: str = ""  # file, package or run that the rows were read from
+    digest: str = ""  # SHA-256 of the origin, hexadecimal
+    licence: str = ""  # SPDX name of the licence of the data; empty for your own data
+    date: str = ""  # ISO 8601
+    run: str = ""  # name of the measuring run; equal shapes of one run are one measurement
+
+    @property
+    def software(self) -> str:
+        """The stack on one line: ``torch 2.9, CUDA 13.0``."""
+        return ", ".join(f"{name} {version}" for name, version in self.stack.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that are not empty as a JSON-ready mapping."""
+        return {name: value for name, value in {**vars(self), "stack": dict(self.stack)}.items() if value}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Source:
+        """Return a source from :meth:`as_dict`; InputError for unknown names and wrong types."""
+        names = {f.name for f in fields(cls)}
+        if extra := sorted(set(data) - names):
+            raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
+        for name, value in data.items():
+            texts = value.values() if name == "stack" and isinstance(value, Mapping) else [value]
+            if not all(isinstance(text, str) for text in texts) or (name == "stack" and isinstance(value, str)):
+                right = "names and versions" if name == "stack" else "text"
+                raise InputError(f"source: {name}: expected {right}, got {value!r:.60}")
+        return cls(**{"device": "", **data})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Records(Table):
+    """Timings as columns of equal length: what was timed, then the time and its quality.
+
+    >>> r = Records.from_columns([Source("A100")], m=[1, 2], n=8, k=4, seconds=[1e-6, 2e-6])
+    >>> len(r), r.select(r.m > 1).seconds.tolist(), r.labels().tolist()
+    (2, [2e-06], ['bf16', 'bf16'])
+    """
+
+    operator: Array = column(np.int8, 0)
+    role: Array = column(np.int16, -1)  # index into workload.ROLES; -1 where the operator has none
+    dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
+    weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; dtype by default
+    m: Array = column(np.int64, 0)  # GEMM, elementwise, experts: tokens
+    # GEMM: output features; elementwise: features; copy, collective: bytes; experts, mla: width of an expert, a value
+    n: Array = column(np.int64, 0)
+    k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
+    rank: Array = column(np.int64, 0)  # low_rank: width between the factors
+    rows: Array = column(np.int64, 0)  # gather_gemm: tokens computed
+    batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices
+    q_len: Array = column(np.int64, 0)  # attention: query positions per sequence
+    kv_len: Array = column(np.int64, 0)  # attention: key positions per sequence; the last q_len are the queries
+    heads: Array = column(np.int64, 0)
+    kv_heads: Array = column(np.int64, 0)
+    head_dim: Array = column(np.int64, 0)
+    window: Array = column(np.int64, 0)  # attention: sliding window, 0 for none
+    block: Array = column(np.int64, 0)  # attention_block_sparse: edge of a block
+    density: Array = column(np.float64, 1.0)  # computed share of the work
+    read_bytes: Array = column(np.float64, 0.0)  # elementwise, copy
+    write_bytes: Array = column(np.float64, 0.0)
+    cold: Array = column(np.bool_, True)  # weights come from memory, not from a cache
+    copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
+    experts: Array = column(np.int64, 0)  # experts on the device
+    active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
+    skew: Array = column(np.float64, 0.0)  # experts: exponent of the power law of their tokens; 0: uniform
+    fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
+    seconds: Array = column(np.float64, np.nan)  # s, median of the samples (the mean, if the source has no median)
+    spread: Array = column(np.float64, np.nan)  # relative half-width of the median's 95 % interval; NaN: unknown
+    sample_count: Array = column(np.int32, 0)  # number of raw samples; 0: unknown
+    launch: Array = column(np.int8, 0)  # index into LAUNCHES
+    flags: Array = column(np.int32, 0)  # Flag bits
+    purpose: Array = column(np.int8, 0)  # index into PURPOSES
+    source: Array = column(np.int32, 0)  # index into sources
+    sources: tuple[Source, ...] = ()
+
+    TITLE = "records "
+    CODES = MappingProxyType(
+        {"operator": OPERATORS, "role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES}
+        | {"launch": LAUNCHES, "purpose": PURPOSES}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if len(self) and not (self.source.min() >= 0 and self.source.max() < len(self.sources)):
+            known, most = len(self.sources), self.source.max()
+            raise ValueError(f"records column source: expected indices into {known} sources, got up to {most}")
+
+    @classmethod
+    def coerced(cls, name: str, values: Any) -> Array:
+        """Return names as codes and numbers as they are; ValueError for numbers that the column's type cannot hold."""
+        given = super().coerced(name, values)
+        if given.dtype.kind not in "biuf":
+            raise ValueError(f"records column {name}: expected numbers, got {given.dtype}")
+        kind = cls.SCHEMA[name][0]
+        if issubclass(kind, np.integer) and given.size:
+            most = len(cls.CODES[name]) - 1 if name in cls.CODES else int(np.iinfo(kind).max)
+            least = -1 if name == "role" else 0 if name in cls.CODES else int(np.iinfo(kind).min)
+            low, high = given.min(), given.max()
+            if not (least <= low and high <= most):  # also true for NaN
+                right = f"expected whole numbers from {least} to {most}"
+                raise ValueError(f"records column {name}: {right}, got {low} to {high}")
+        return given
+
+    @classmethod
+    def from_columns(cls: type[T], *sources: Any, size: int | None = None, **columns: Any) -> T:
+        """Return a table of columns: scalars broadcast, missing columns take defaults, codes may be names."""
+        if "dtype" in columns:
+            columns.setdefault("weight_dtype", columns["dtype"])
+        return super().from_columns(*sources, size=size, **columns)
+
+    @classmethod
+    def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *sources: Any) -> T:
+        """Return a table of mappings; InputError for names that are not columns."""
+        full = ({"weight_dtype": row["dtype"], **row} if "dtype" in row else row for row in rows)
+        return super().from_rows(full, *sources)
+
+    @classmethod
+    def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
+        """Join the rows of several tables; equal sources are kept once."""
+        sources: list[Source] = []
+        recoded = [cls.from_columns([])]  # so zero tables give an empty table
+        for part in parts:
+            for source in part.sources:
+                if source not in sources:
+                    sources.append(source)
+            codes = np.array([sources.index(source) for source in part.sources], dtype=np.int32)
+            recoded.append(part.replace(source=codes[part.source]))
+        return super().concat(recoded, **{"sources": tuple(sources), **others})
+
+    select = Table.take
+
+    def tidy(self) -> Records:
+        """Return the same rows without unused sources."""
+        used, source = np.unique(self.source, return_inverse=True)
+        return self.replace(source=source.reshape(-1), sources=tuple(self.sources[i] for i in used))
+
+    def is_operator(self, *names: str) -> Array:
+        """Mask of the rows of these operators."""
+        return np.isin(self.operator, self.coerced("operator", names))
+
+    @property
+    def timed(self) -> Array:
+        """Mask of the rows with a finite, positive time."""
+        return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
+
+    def labels(self) -> Array:
+        """Return each row's number format as profiles name it; ``int8_wo`` has int8 weights only."""
+        names = np.array(DTYPES, dtype=object)
+        mixed, suffix = self.dtype != self.weight_dtype, np.where(names == "fp8_block", "", "_wo").astype(object)
+        return np.asarray(np.where(mixed, (names + suffix)[self.weight_dtype], names[self.dtype]))
+
+    def of_dtype(self, label: str) -> Records:
+        """Return the rows of one number format, named as in :meth:`labels`."""
+        labels = self.labels()
+        if label not in labels:
+            raise unknown("dtype", label, np.unique(labels).tolist())
+        return self.select(labels == label)
+
+    def groups(self, *names: str) -> Array:
+        """Return the number of each row's group: equal where these columns are equal (default: :data:`SHAPE`)."""
+        table = np.stack([getattr(self, name).astype(np.float64) for name in names or SHAPE], axis=1)
+        if not len(table):
+            return np.zeros(0, dtype=np.int64)
+        _, inverse = np.unique(table, axis=0, return_inverse=True)
+        return np.asarray(inverse, dtype=np.int64).reshape(-1)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of columns and sources; equal tables have equal digests."""
+        sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
+        for name in self.SCHEMA:
+            if name not in LATER or getattr(self, name).any():
+                sha.update(name.encode() + np.ascontiguousarray(getattr(self, name)).tobytes())
+        return sha.hexdigest()
+
+
+LATER = ("experts", "active", "skew", "fused")
+"""Columns that are omitted from files and digests if they are all zero, so older tables keep their digests."""
+
+SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
+"""Columns of what was timed and how: equal in two timings of one shape."""
+
+COUNTS: tuple[str, ...] = tuple(name for name in SHAPE if Records.SCHEMA[name][0] is np.int64)
+"""Columns of :data:`SHAPE` that are dimensions: whole numbers."""

@@ -1,0 +1,147 @@
+"""The program: finds a command by its name, runs it, and turns what goes wrong into one line and an exit status.
+
+A command is a function or a ``typer.Typer`` with commands of its own. Those of the simulator are in :data:`COMMANDS`;
+other packages register theirs as entry points of the group :data:`GROUP`. Only the command that is called is imported;
+help and completion of the program itself import all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from simulator._version import __version__
+from simulator.errors import InputError, one_line
+from simulator.start import INTERRUPTED
+
+GROUP = "prunesim.commands"
+"""Entry points that add commands: ``name = package.module:command``."""
+
+COMMANDS: tuple[tuple[str, str], ...] = (
+    ("hardware", "hardware:app"),
+    ("models", "models:app"),
+    ("engines", "engines:app"),
+    ("gemm", "gemm:gemm"),
+    ("speedup", "speedup:speedup"),
+    ("explain", "explain:explain"),
+    ("methods", "methods:command"),
+    ("advise", "advise:command"),
+    ("sweep", "sweep:command"),
+    ("pareto", "pareto:pareto"),
+    ("explore", "explore:command"),
+    ("report", "report:command"),
+)
+"""Commands of the simulator in the order of ``--help``, and where they are in this package."""
+
+
+def program(only: str = "") -> typer.Typer:
+    """Return the program with one command, or with all where there is no such command."""
+    app = typer.Typer(
+        name="prunesim",
+        help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    own = dict(COMMANDS)
+    if only in own:
+        _add(app, only, _load(own[only]))
+        return app
+    from importlib.metadata import entry_points  # reads the metadata of every installed package
+
+    registered = {point.name: point for point in entry_points(group=GROUP) if point.name not in own}
+    if only in registered:
+        _add(app, only, registered[only].load())
+        return app
+    for name, place in COMMANDS:
+        _add(app, name, _load(place))
+    for name in sorted(registered):
+        _add(app, name, registered[name].load())
+    return app
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"simulator.cli.{module}"), name)
+
+
+def _add(app: typer.Typer, name: str, command: Any) -> None:
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+    else:
+        app.command(name)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunesim {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
+    try:
+        app = program(arguments[0] if arguments else "")
+        words = list(arguments) or ["--help"]
+        code = typer.main.get_command(app).main(words, prog_name="prunesim", standalone_mode=False)
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # typer makes a status of Ctrl-C, and says nothing
+            return _fail("interrupted", INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        _drop_output()  # the reader (head, less) has seen enough
+        return 1
+    except OSError as error:
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except SystemExit as stop:  # once a shell's question is answered
+        return int(stop.code or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _fail("there is not enough memory for this; ask for fewer settings at a time", 1)
+    except Exception as error:
+        # usage errors of the option parser; its class is not public in every version of typer, its method is
+        if hasattr(error, "format_message"):
+            context = getattr(error, "ctx", None)
+            return _fail(f"{error.format_message()} See '{context.command_path if context else 'prunesim'} --help'", 2)
+        if os.environ.get("PRUNESIM_DEBUG"):
+            raise
+        return _fail(
+            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1
+        )
+
+
+def _fail(message: str, status: int) -> int:
+    """Print one line to standard error."""
+    print(one_line(f"prunesim: {' '.join(message.split())}"), file=sys.stderr)
+    return status
+
+
+def _drop_output() -> None:
+    """Send what standard output could not take nowhere, or the interpreter would complain of it on its way out."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,135 @@
+"""Describe what was fitted on a device: sections of constants and arrays, their provenance, and local updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from numpy.typing import NDArray
+
+from simulator.display import Displayed, as_plain, by_column
+from simulator.errors import unknown
+from simulator.files.fields import NumberField
+from simulator.hardware.constants import CONSTANTS
+
+ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
+"""Operators whose section is the same for all number formats; its dtype is "*"."""
+
+RowCount = Annotated[int, NumberField(0, 1e12, "400", whole=True)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
+
+    value: float
+    std_error: float | None = None
+    status: str = "fitted"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Data that a section was fitted on."""
+
+    source: str
+    digest: str
+    date: str
+    software: str
+    device: str
+    protocol: str
+    rows: RowCount
+    inherited_from: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Section(Displayed):
+    """Fitted values of one operator and number format; ``section["name"]`` is the value of a constant."""
+
+    constants: Mapping[str, Fitted]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)  # read-only, such as a residual grid
+    # factor on correlated and independent errors at which 90 % of the held-out rows of its own table are covered
+    section_scale: float = 1.0
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on held-out shapes
+    provenance: Provenance | None = None
+    status: str = "default"  # or "calibrated" or "inherited"
+    stack: str = ""  # software stack of its file; "" for the user's own calibration
+
+    def __getitem__(self, name: str) -> float:
+        return self.constants[name].value
+
+    def _title(self) -> str:
+        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Return one row per constant."""
+        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """Rows measured on the user's machine that update the predictions of a whole profile."""
+
+    provenance: Provenance
+    factors: tuple[str, ...]  # names of the error factors, the columns of ``systematic``
+    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape (rows,), systematic
+    # has (rows, factors), coordinates has (rows, 3)
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+
+
+SectionKey = tuple[str, str]
+"""Operator and number format."""
+
+Sections = Mapping[SectionKey, Section]
+
+
+def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[str, Any]:
+    """Return a section as plain values, with its origin in a few words."""
+    about, origin = section.provenance, ""
+    if about:
+        other = about.inherited_from.removeprefix(f"{name} {section.stack}")
+        origin = f"as {other}" if other else about.software
+    return {
+        "operator": operator,
+        "dtype": dtype,
+        "stack": section.stack,
+        "status": section.status,
+        "constants": section.constants,
+        "accuracy": section.accuracy,
+        "section_scale": section.section_scale,
+        "rows": about.rows if about else 0,
+        "origin": origin,
+    }
+
+
+def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
+    """Return the error factors that a section has because nothing was fitted.
+
+    These are "default" for a section of defaults, and also "generic" if no GPU of its architecture was ever fitted.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> [unfitted("gemm", load_hardware(n).section("gemm", "fp16"), n) for n in ("h100", "t4")]
+    [(), ('default', 'generic')]
+    """
+    if section.status != "default":
+        return ()
+    known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())
+    return ("default",) if known else ("default", "generic")
+
+
+@lru_cache(maxsize=64)
+def default_section(operator: str, kind: str) -> Section:
+    if operator not in CONSTANTS:
+        raise unknown("operator", operator, CONSTANTS)
+    values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
+    return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
+
+
+@lru_cache(maxsize=64)
+def inherited(section: Section, origin: str) -> Section:
+    provenance = section.provenance
+    if provenance is not None:
+        provenance = replace(provenance, inherited_from=provenance.inherited_from or origin)
+    return replace(section, status="inherited", provenance=provenance)

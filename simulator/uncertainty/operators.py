@@ -1,0 +1,225 @@
+"""Predicted times of operators with prediction intervals.
+
+Use :func:`gemm_time` for GEMMs, :func:`operator_time` for the estimate of any cost model
+(:mod:`simulator.cost`), :func:`predicted` for its errors too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import flag
+from simulator.arrays import Array, FloatArray
+from simulator.cost import gemm
+from simulator.cost.base import BOTTLENECKS, Estimate
+from simulator.cost.gemm_shapes import Options
+from simulator.display import Displayed, table_html
+from simulator.hardware.profile import HardwareProfile
+from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
+from simulator.uncertainty.posterior import posterior_of
+from simulator.units import seconds, seconds_between
+
+
+@dataclass(frozen=True, repr=False)
+class OperatorTimes(Displayed):
+    """Times of operators, arrays of one shape, s.
+
+    ``bottleneck`` holds codes, indices into :data:`simulator.cost.base.BOTTLENECKS`; ``bottlenecks`` their names.
+    """
+
+    seconds: FloatArray  # predicted kernel time, launch overhead inside a CUDA graph included
+    lower: FloatArray  # prediction interval at the requested level
+    upper: FloatArray
+    roofline_s: FloatArray  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
+    bottleneck: NDArray[Any]  # int8
+    details: Mapping[str, Array] = field(default_factory=dict, kw_only=True, repr=False)  # choices of the cost model
+
+    @property
+    def bottlenecks(self) -> NDArray[np.str_]:
+        """Names of the bottlenecks."""
+        out: NDArray[np.str_] = np.array(BOTTLENECKS)[self.bottleneck]
+        return out
+
+    def _title(self) -> str:
+        times, many = self.seconds, np.size(self.seconds)
+        if many != 1:
+            ends = f", {seconds(float(times.min()))} to {seconds(float(times.max()))}" if many else ""
+            return f"{' x '.join(map(str, times.shape))} times{ends}"
+        one = seconds_between(times.item(), self.lower.item(), self.upper.item())
+        return f"{one}, {self.bottlenecks.item()}-bound"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """The arrays, flat, bottlenecks by their names."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        columns = own | {"bottleneck": self.bottlenecks} | dict(self.details)
+        return {name: np.ravel(values) for name, values in columns.items() if np.shape(values) == self.seconds.shape}
+
+    def _html(self) -> str:
+        ends = {"lower": "lower_s", "upper": "upper_s"}
+        return table_html({ends.get(name, name): values for name, values in self._columns().items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arrays as lists, s, bottlenecks by their names."""
+        details = {name: values.tolist() for name, values in self.details.items()}
+        return super().to_dict() | {"bottleneck": self.bottlenecks.tolist()} | details
+
+
+TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck")
+"""Arrays of :class:`OperatorTimes`."""
+
+
+def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
+    """Return times with prediction intervals from an estimate, and the errors of the times.
+
+    The profile's local update moves the times. No end of an interval is below the floor of physics.
+    """
+    half_scale = level_scale(level)
+    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
+    time, shape = e.time, np.shape(e.time)
+    if posterior is None:
+        variance, half = uncertainty.variance, COVERAGE_FACTOR * half_scale
+    else:
+        shift, variance = posterior.at(uncertainty)
+        time, half = time * np.exp(shift).reshape(shape), posterior.coverage_factor * half_scale
+    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(shape)
+    time = np.maximum(time, e.floor)
+    ends: list[FloatArray] = [time, np.maximum(time / width, e.floor), time * width, e.roofline]
+    if e.unit_s != 1.0:
+        ends = [e.unit_s * values.astype(np.float64) for values in ends]
+    middle, lower, upper, roofline_s = ends
+    times = OperatorTimes(middle, lower, upper, roofline_s, e.bottleneck, details=e.details)
+    if e.measured is not None and e.measured.rows.any():
+        at, known = e.measured.rows, e.measured.seconds
+        width = np.exp(e.measured.log_half * half_scale)
+        times.seconds[at], times.lower[at], times.upper[at] = known, known / width, known * width
+    return times, uncertainty
+
+
+def empty_times(size: int) -> dict[str, Any]:
+    """Return the arrays of :class:`OperatorTimes` for ``size`` operators, zeros."""
+    return {name: np.zeros(size, dtype=np.int8 if name == "bottleneck" else np.float64) for name in TIMES}
+
+
+def operator_time(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> OperatorTimes:
+    """Return times with prediction intervals from the estimate of a cost model on a profile.
+
+    >>> from simulator.cost import attention
+    >>> from simulator.hardware.library import load_hardware
+    >>> hw = load_hardware("h100")
+    >>> operator_time(attention.decode(8, 4096, 32, 8, 128, hw), hw).bottlenecks.item()
+    'memory'
+    """
+    return predicted(e, hw, level)[0]
+
+
+def gemm_predicted(
+    m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options, level: float = 0.9, *, detail: bool = False
+) -> tuple[OperatorTimes, list[tuple[Any, Uncertainty]]]:
+    """Return times of GEMMs, and the errors of some flat rows at a time: chunks fit the processor's cache."""
+    shape, chunks = gemm.estimates(m, n, k, hw, options, steps=detail)
+    size = int(np.prod(shape))
+    columns = empty_times(size)
+    details: dict[str, Array] = {}
+    errors = []
+    for rows, e in chunks:
+        times, uncertainty = predicted(e, hw, level)
+        errors.append((rows, uncertainty))
+        for name in TIMES:
+            columns[name][rows] = getattr(times, name)
+        found = dict(times.details)
+        if detail:
+            fixed = np.minimum(found["fixed_s"] * found["residual"], times.seconds)
+            found |= {"roofline": times.roofline_s, "kernel": times.seconds - fixed, "launch": times.seconds}
+        found["measured"] = np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
+        for name, values in found.items():
+            details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
+    shaped: dict[str, Any] = {name: values.reshape(shape) for name, values in columns.items()}
+    return OperatorTimes(**shaped, details={name: v.reshape(shape) for name, v in details.items()}), errors
+
+
+def gemm_time(
+    m: Any,
+    n: Any,
+    k: Any,
+    hw: HardwareProfile,
+    *,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    kernel: Any = "dense",
+    density: Any = 1.0,
+    block: Any = 0,
+    cold: bool = True,
+    copies: Any = None,
+    level: float = 0.9,
+    detail: bool = False,
+) -> OperatorTimes:
+    """Return the time of y[m, n] = x[m, k] w[k, n]; arrays broadcast.
+
+    Parameters
+    ----------
+    m, n, k : int or array
+        Tokens, output features, input features; at least 1.
+    hw : HardwareProfile
+        The device.
+    dtype, weight_dtype : str
+        Number format of activations and arithmetic, and of stored weights (default: the same). A narrower weight format
+        means a weight-only quantised kernel.
+    kernel : str or array
+        ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense), ``block_sparse`` (tiles of
+        tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count
+        what is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
+    density : float or array
+        Share of weights that are not zero, in [0, 1]; only ``spmv`` gains by it beyond its format.
+    block : int or array
+        Features of the groups that are skipped; 0: wide groups.
+    cold : bool
+        True: weights come from DRAM, as in a decoder. False: they are as warm as L2 allows.
+    copies : int or array, optional
+        Weights that a benchmark uses in turn: their footprint decides how warm they are. Overrides ``cold``; ``inf``
+        means cold weights.
+    level : float
+        Level of the prediction interval, in (0, 1).
+    detail : bool
+        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
+        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+
+    Returns
+    -------
+    OperatorTimes
+        ``seconds``, ``lower``, ``upper``, ``roofline_s``, s, and ``bottleneck``, arrays of the broadcast shape;
+        ``details["measured"]`` marks shapes that the profile has measured.
+
+    Raises
+    ------
+    InputError
+        For a number format that the device lacks, sizes that are no whole numbers from 1 up, an unknown kernel, or a
+        level outside (0, 1).
+
+    Examples
+    --------
+    >>> from simulator import gemm_time, load_hardware
+    >>> t = gemm_time([1, 2048], 4096, 4096, load_hardware("a100"))
+    >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
+    (['memory', 'compute'], True)
+    """
+    options = Options(dtype, weight_dtype, kernel, cold, copies, density, block)
+    return gemm_predicted(m, n, k, hw, options, level, detail=flag("detail", detail))[0]
+
+
+STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
+"""Steps of :func:`gemm_steps`."""
+
+
+def gemm_steps(m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options | None = None) -> Mapping[str, Array]:
+    """Return the time of GEMMs built up effect by effect, s.
+
+    "roofline" is max(FLOP / peak, bytes / bandwidth); "tile" adds the chosen tile's padding, "wave" the idle SMs of the
+    last wave, "alignment" n or k off 16 bytes; "kernel" is everything except the fixed time, "launch" the whole time.
+    """
+    times, _ = gemm_predicted(m, n, k, hw, options or Options(), detail=True)
+    return {name: times.details[name] for name in STEPS}

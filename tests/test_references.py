@@ -1,0 +1,105 @@
+"""What docstrings and pages refer to exists: roles (``:func:`...` ``), dotted names of the packages, files.
+
+Links between pages are checked in ``test_docs.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import calibration
+import simulator
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (simulator, calibration)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = {"torch", "triton", "pynvml", "dash", "plotly", "werkzeug", "flask", "pandas", "pyarrow"}
+"""Packages without which some modules cannot be imported; references in and to those are then not checked."""
+
+ROLE = re.compile(r":(?:func|class|mod|data|meth|attr|exc|obj):`~?([\w.]+)`")
+DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")
+QUOTED = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
+PLACEHOLDER = re.compile("NAME|STACK|FAMILY|FOLDER")
+TOPS = ("simulator", "calibration", "tests", "docs", "hardware_profiles", "notebooks", ".ci")
+
+
+@cache
+def imported(name: str) -> ModuleType | None:
+    """A module; None where there is none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in OPTIONAL:
+            pytest.skip(f"no module {missing}")
+        return None
+
+
+def follows(held: Any, names: list[str]) -> bool:
+    """Whether a chain of attributes, or of fields without a default, leads somewhere."""
+    for name in names:
+        fields = getattr(held, "__annotations__", {})
+        if not hasattr(held, name) and name not in fields:
+            return False
+        held = getattr(held, name) if hasattr(held, name) else fields[name]
+    return True
+
+
+def resolves(target: str, home: ModuleType | None = None) -> bool:
+    """Whether a name leads to a module or to what one holds, from ``home`` or one of its classes where given."""
+    names = target.split(".")
+    if home is not None:
+        classes = [held for held in vars(home).values() if isinstance(held, type)]
+        if any(follows(held, names) for held in (home, *classes)):
+            return True
+    for cut in range(len(names), 0, -1):
+        if (module := imported(".".join(names[:cut]))) is not None:
+            return follows(module, names[cut:])
+    return False
+
+
+def modules() -> Iterator[str]:
+    for package in PACKAGES:
+        yield package.__name__
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                yield found.name
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_references_of_a_module_resolve(name: str) -> None:
+    module = imported(name)
+    assert module is not None
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    roles = {target for target in ROLE.findall(text) if not resolves(target, module)}
+    dotted = {target for target in DOTTED.findall(text) if not resolves(target)}
+    assert roles | dotted == set()
+
+
+def exists(path: str, page: Path) -> bool:
+    """Whether there is such a file: from the root, a package or the page; a bare name anywhere."""
+    if any((home / path).exists() for home in (ROOT, ROOT / "simulator", ROOT / "calibration", page.parent)):
+        return True
+    return "/" not in path and any(next((ROOT / top).rglob(path), None) for top in TOPS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_and_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = {target for target in DOTTED.findall(text) if not resolves(target)}
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paths = (path for path in QUOTED.findall(prose) if not PLACEHOLDER.search(path))
+    ours = {path for path in paths if path.endswith(".py") or path.startswith(tuple(f"{top}/" for top in TOPS))}
+    assert names | {path for path in ours if not exists(path, page)} == set()
