@@ -40,7 +40,7 @@ HW = load_hardware("a100")
 
 
 def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
-    how = {"seq": [128], "setting": Scenario(engine="reference"), **settings}
+    how = {"seq": [128], "scenario": Scenario(engine="reference"), **settings}
     return settings_of(MODEL, families=[family], sparsities=[sparsity], **how)[0]
 
 
@@ -80,7 +80,7 @@ def test_counts_are_those_of_the_workload() -> None:
     ],
 )
 def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: str, change: dict[int, int]) -> None:
-    how: Any = {"seq": [128], "setting": Scenario(engine="reference"), "phases": [phase], "sparsities": [0.5]}
+    how: Any = {"seq": [128], "scenario": Scenario(engine="reference"), "phases": [phase], "sparsities": [0.5]}
     (case,) = settings_of("llama-3.2-1b", families=[family], **how)[0]
     dense, pruned = (
         {sizes: n for (kind, sizes), n in plain_kernels(w).items() if kind.startswith("attention")}
