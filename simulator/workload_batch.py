@@ -292,11 +292,6 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
     return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
 
 
-def bytes_needed(workloads: WorkloadBatch, *, reserve_bytes: float = RESERVE_BYTES) -> FloatArray:
-    """Bytes each workload needs on the device that holds most: ``memory(...).total_bytes`` of many at once."""
-    return np.asarray(weights_bytes(workloads) + cache_bytes(workloads) + activation_bytes(workloads) + reserve_bytes)
-
-
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Bytes of the parameters of each workload."""
     w = workloads.rows
