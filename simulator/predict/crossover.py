@@ -1,5 +1,4 @@
-"""Which family is fastest in each cell of a map, and whether that is certain; seen from the columns of a table, without
-models."""
+"""Find the fastest family in each cell of a map, and whether it is certain, from the columns of a table."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Winners:
-    """The fastest prediction of every cell, by rising cell."""
+    """Fastest prediction of every cell, by rising cell."""
 
     row: NDArray[np.intp]  # of the table
     gains: NDArray[np.bool_]  # whether it is faster than the dense model
@@ -19,7 +18,7 @@ class Winners:
 
 
 def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Winners:
-    """Find the fastest family of each cell; one entry a prediction, ``cell`` an integer.
+    """Find the fastest family of each cell; one entry per prediction, ``cell`` an integer.
 
     >>> speedup, lower, upper = [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9]
     >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, speedup, lower, upper)
@@ -28,7 +27,7 @@ def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: Array
     """
     where, names, value = np.asarray(cell), np.asarray(family), np.asarray(speedup, dtype=float)
     low, high = np.asarray(lower, dtype=float), np.asarray(upper, dtype=float)
-    order = np.lexsort((-np.arange(len(where)), value, where))  # of equal ones the first
+    order = np.lexsort((-np.arange(len(where)), value, where))  # of equal speedups the first
     row = order[np.append(where[order][1:] != where[order][:-1], True)] if len(order) else order
     _, place = np.unique(where, return_inverse=True)
     rival = np.ones(len(row))
