@@ -18,7 +18,7 @@ from simulator.uncertainty.factors import ERROR_FACTORS, ErrorSize, add_errors, 
 from simulator.uncertainty.posterior import Posterior
 
 # the section is written and read
-from calibration.records.table import Records, Source
+from calibration.records.timing_table import Records, Source
 from calibration.fit.profile import provenance_of
 from dataclasses import replace
 

@@ -28,7 +28,7 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
         assert name == f"{recipe.hardware}.{recipe.stack}"
         assert recipe.hardware in list_hardware()
         assert recipe.stack in STACKS
-        assert recipe.lender in ("", *RECIPES)
+        assert recipe.prior in ("", *RECIPES)
         assert {CHOICES[table].hardware for table in recipe.tables} <= {recipe.hardware}
         assert {CHOICES[table].stack for table in recipe.tables} in (set(), {recipe.stack}, {recipe.stack, "nccl"})
     own = [table for recipe in RECIPES.values() for table in recipe.tables if CHOICES[table].stack != "nccl"]
@@ -83,7 +83,7 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shipped, "build", lambda *_: fit)
     monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
     lines = make("b200_sxm.sglang", tmp_path)
-    assert "b200_sxm.sglang attention_decode bf16: kept as it is, its rows are in the wheel" in lines
+    assert "b200_sxm.sglang attention_decode bf16: kept, its rows are in the wheel" in lines
     assert "b200_sxm.sglang: a note" in lines
     copy = tmp_path / "b200_sxm.yaml"
     copy.write_bytes((profiles_folder() / copy.name).read_bytes())
@@ -91,7 +91,9 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
     assert again[decode].provenance == before[decode].provenance
     monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
-    assert any("nothing kept of the file before" in line for line in make("b200_sxm.sglang", tmp_path))
+    assert any(
+        "no section kept, because the earlier file cannot be read" in line for line in make("b200_sxm.sglang", tmp_path)
+    )
     assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
 
 
@@ -99,7 +101,7 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
     lines: list[str] = []
     how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
     assert main([NAME, *how], report=lines.append) == 0
-    assert f"{NAME} mla_decode bf16: kept as it is, not asked for" in lines
+    assert f"{NAME} mla_decode bf16: kept, not selected" in lines
     for file in profiles_folder().glob(f"{NAME}.*"):  # the shipped one is what its table gives, to the byte
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
     assert main([NAME, "--operator", "experts_", "-o", str(tmp_path)]) == 2

@@ -82,19 +82,19 @@ def families() -> Iterator[Line]:
         sparsity = SPARSITIES[turn % 2]
         named = sorted({sparsity, 0.5})  # 2:4 has no sparsity but 0.5
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": [engine]}
-        setting = Scenario(dtype=DTYPES[gpu])
+        scenario = Scenario(dtype=DTYPES[gpu])
         cells = (model, gpu, engine, phase, batch, seq, DTYPES[gpu])
-        for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, setting=setting, **request):
+        for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, scenario=scenario, **request):
             family, removed = line.case.split()[-2:]
             if float(removed) == sparsity or family == "semi_structured":
                 yield line
 
 
-def settings() -> Iterator[Line]:
+def scenarios() -> Iterator[Line]:
     """Number formats, several GPUs, skewed experts and published methods."""
     for phase, batch, seq in REQUESTS:
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": ["vllm"]}
-        for gpu, model, name, setting in (
+        for gpu, model, name, scenario in (
             ("h100_sxm", "llama-3.1-8b", "fp8", Scenario(dtype="fp8")),
             ("a100_sxm_80gb", "llama-3.1-8b", "int4", Scenario(weight_dtype="int4")),
             ("h100_sxm", "llama-3.1-8b", "kv-fp8", Scenario(kv_dtype="fp8")),
@@ -104,7 +104,7 @@ def settings() -> Iterator[Line]:
         ):
             cells = (model, gpu, "vllm", phase, batch, seq, name)
             asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
-            yield from record_lines(cells, setting=setting, **asked, **request)
+            yield from record_lines(cells, scenario=scenario, **asked, **request)
         if phase in ("prefill", "decode"):
             cells = ("llama-2-7b", "a100_sxm_80gb", "vllm", phase, batch, seq, "bf16")
             asked = {"models": ["llama-2-7b"], "hardware": ["a100_sxm_80gb"], "method": list(simulator.METHODS)}
@@ -182,7 +182,7 @@ def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
 
 
 def test_no_prediction_moves() -> None:
-    new = {line.case: line for part in (families, settings, operators) for line in part()}
+    new = {line.case: line for part in (families, scenarios, operators) for line in part()}
     old = {line.case: line for line in map(line_of, GOLDEN.read_text("utf-8").splitlines())} if GOLDEN.exists() else {}
     found = moves(old, new)
     if os.environ.get("PRUNESIM_GOLDEN") == "write":

@@ -30,7 +30,10 @@ MODULES = {
 }
 """Files of packages and modules."""
 
-NAMES = {"doubt", "settle", "settled", "granted", "contest", "believed", "implied", "rooms"}
+NAMES = {
+    *("doubt", "doubts", "settle", "settled", "granted", "contest", "contests", "believed", "implied", "rooms", "odds"),
+    *("rung", "rungs", "ladder", "lent", "borrowed", "misfit", "misfits", "stiffness", "lattice", "lattices"),
+}
 """Parts of names in the code, in small letters."""
 
 WHOLE_NAMES = {"OpTime", "PassDoubt", "MULTIPLIER", "REACH_OCTAVES"}
@@ -38,11 +41,28 @@ WHOLE_NAMES = {"OpTime", "PassDoubt", "MULTIPLIER", "REACH_OCTAVES"}
 
 PAGES = {
     *("doubt", "unsure", "settle", "settled", "contest", "contests", "rung", "rungs", "ladder", "lent", "believed"),
-    *("granted", "wall", "walls", "implied", "house", "room", "rooms", "misfit", "stiffness", "borrows", "dearer"),
+    *("granted", "wall", "walls", "implied", "house", "room", "rooms", "misfit", "misfits", "stiffness", "borrows"),
+    *("dearer", "lattice", "lattices"),
 }
 """Words of pages, ``docs/commands.md`` with every help text among them."""
 
-TEXTS = {"settle", "settled", "contest", "rung", "lent", "stiffness", "walls", "implied", "rooms", "house", "riddle"}
+TEXTS = {
+    *("doubt", "doubts", "unsure", "settle", "settled", "odds", "contest", "contests", "rival", "rivals", "believed"),
+    *(
+        "rung",
+        "rungs",
+        "ladder",
+        "lent",
+        "borrowed",
+        "borrows",
+        "misfit",
+        "misfits",
+        "stiffness",
+        "granted",
+        "promised",
+    ),
+    *("wall", "walls", "implied", "lattice", "lattices", "rooms", "house", "riddle"),
+}
 """Words of docstrings, comments and messages."""
 
 ANYWHERE = re.compile("|".join(NAMES | WHOLE_NAMES | TEXTS), re.IGNORECASE)

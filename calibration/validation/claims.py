@@ -27,7 +27,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.predict.pareto import Front, Point, fronts, independent
 from simulator.predict.quality import choose_axis, load_quality
 from simulator.predict.scenario import profiles
-from simulator.pruning import GENERAL
+from simulator.pruning import general_families
 from simulator.units import percent
 from simulator.workload import Workload
 
@@ -112,7 +112,7 @@ def claim_outcomes(
 def _pruned(dense: Workload) -> list[tuple[str, float, Workload]]:
     """Every family at every sparsity that it can take."""
     out = []
-    for family, sparsity in itertools.product(GENERAL, SPARSITIES):
+    for family, sparsity in itertools.product(general_families(), SPARSITIES):
         try:
             out.append((family, sparsity, simulator.prune(dense, family, sparsity)))
         except InputError:  # 2:4 removes a half

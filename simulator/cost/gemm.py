@@ -1,9 +1,9 @@
 """GEMM cost: the analytical model meets a profile (constants, residual, alignment, measured shapes).
 
-Use :func:`estimates` for the cost of shapes, chunk by chunk, and :func:`gemm_steps` for the same time built up effect
-by effect. The analytical form is :mod:`simulator.cost.gemm_model`. Its residual is a grid over log2 of m, n, k. Shapes
-that a profile has measured (:mod:`simulator.cost.measured_shapes`) take the measured time. No prediction beats the
-datasheet at the highest clock.
+Use :func:`estimates` for the cost of shapes, chunk by chunk, and :func:`~simulator.uncertainty.operators.gemm_steps`
+for the same time built up effect by effect. The analytical form is :mod:`simulator.cost.gemm_model`. Its residual is a
+grid over log2 of m, n, k. Shapes that a profile has measured (:mod:`simulator.cost.measured_shapes`) take the measured
+time. No prediction beats the datasheet at the highest clock.
 
 Symbols
 -------
@@ -177,7 +177,7 @@ def estimates(
 ) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
     """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
 
-    ``steps`` also fills the estimate's ``details`` with what the model chose and with the steps of :func:`gemm_steps`.
+    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps.
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
     codes, given = read_shapes(m, n, k, options)
@@ -304,7 +304,7 @@ def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
 def _details(
     kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
 ) -> dict[str, Array]:
-    """Return what the model chose, and the times of :func:`gemm_steps` between the roofline and the kernel, s."""
+    """Return what the model chose, and the times of the steps between the roofline and the kernel, s."""
     model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
     tile_m, tile_n, split = model.tile_m[a.tile, 0] * one, model.tile_n[a.tile, 0] * one, a.split * one
     fixed_s = model.t0_us * 1e-6 * one

@@ -194,7 +194,7 @@ class HardwareProfile(Displayed):
 
     @property
     def label(self) -> str:
-        """Name, with "@stack" if the stack was selected by name; :func:`load_hardware` accepts that.
+        """Name, with "@stack" if the stack was selected by name; :func:`simulator.load_hardware` accepts that.
 
         A profile with a local update is marked "(anchored)".
         """

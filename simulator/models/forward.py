@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """Checked arguments of :func:`lower`, with number formats as codes."""
+    """Checked arguments of :func:`simulator.models.lower.lower`, with number formats as codes."""
 
     model: ModelConfig
     phase: str

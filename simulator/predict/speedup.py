@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator.arguments import instance
+from simulator.hardware.profile import HardwareProfile
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import results_of
 from simulator.predict.prunings import Pruning, applied
 from simulator.predict.result import Result, Results
 from simulator.predict.scenario import Scenario
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.workload import Workload
+from simulator.workload import Workload
 
 
 def speedups(
@@ -65,6 +63,7 @@ def speedups(
     >>> [round(r.speedup, 2) for r in speedups(dense, pruned, simulator.load_hardware("h100"))]
     [1.0, 1.26]
     """
+    instance("hw", hw, HardwareProfile, "load_hardware")
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
     prunings = [Pruning(family, requested) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))

@@ -144,7 +144,7 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
 def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
     table("r.parquet", 60, 1.15, load_hardware("h100"))
     out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert "Effects of this machine and its software from 42 rows" in out  # the others repeat one of them
+    assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 100
     update = load_hardware("p.yaml").local_update
@@ -170,7 +170,7 @@ fit none.parquet -o p.yaml --hardware h100           | cannot be read
 fit f.parquet -o p.yaml --hardware h100              | 10 rows are too few
 fit r.parquet -o p.yaml --hardware h100 --dtype fp8  | nothing to fit
 validate h100                                        | expected a PROFILE and RECORDS, or --protocol
-validate h100 a100_sxm/gemm/nothing                  | no such file, folder or shipped measurement
+validate h100 a100_sxm/gemm/nothing                  | no file, folder or shipped measurement
 validate h100 r.parquet --html no/x.html             | does not exist
 validate h100 r.parquet --protocol                   | --protocol
 validate --protocol --table a10                      | did you mean
@@ -291,7 +291,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
-    assert "Effects of this machine and its software" in out
+    assert "rows from this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
@@ -338,9 +338,9 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
 def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], cli: Any) -> None:
     planted.append(device(CPU, launch_s=8e-6))
     out, err = cli("calibrate host -o run --hardware h100")
-    assert "the host is Some CPU (4 threads), timed without a GPU" in err
+    assert "the host Some CPU (4 threads) was timed without a GPU" in err
     assert "before: 16.5 us" in out
-    assert "take --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
+    assert "use --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
     assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
     assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
     assert not Path("no").exists()

@@ -95,7 +95,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         simulator.table,
         {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
         {"models": ["llama-3.2-1b"], "hardware": ["h100", [3]], "family": ["depth", [[]]], "sparsity": [0.25, "5"]}
-        | {"batch": [1, [0], [2.5], [True], ["8"], [[]]], "seq": [64, [NAN]], "phase": ["decode", [3]], "setting": [{}]}
+        | {
+            "batch": [1, [0], [2.5], [True], ["8"], [[]]],
+            "seq": [64, [NAN]],
+            "phase": ["decode", [3]],
+            "scenario": [{}],
+        }
         | {"options": ["align", 3], "method": [3], "engine": ["vllm"], "pruned": ["x"]},
     ),
     "Scenario": (

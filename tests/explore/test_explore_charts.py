@@ -31,7 +31,7 @@ from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import STYLES, label
 from simulator.predict.explain import explanations
 from simulator.predict.gemms import gemm_points
-from simulator.pruning import GENERAL
+from simulator.pruning import general_families
 from simulator.units import percent, ratio, seconds
 
 pytest.importorskip("plotly", reason="the extra explore is not installed")
@@ -44,7 +44,7 @@ STATES = {
     "generate": replace(DECODE, phase="generate", new_tokens=16, engine="hf", detail="dynamic_width", at=0.3),
     "serve": replace(DECODE, phase="serve", new_tokens=32, batch=16, engine="sglang", versus="hf"),
     "every family": State(
-        families=tuple(GENERAL),
+        families=tuple(general_families()),
         gpus=("rtx_4090",),
         engine="reference",
         dtype="fp16",
@@ -344,9 +344,9 @@ def test_text_has_contrast_aa() -> None:
 
 def test_families_differ_without_colour() -> None:
     chart = charts(STATES["every family"], WIDE)["speedup"]
-    curves = [named(chart, label(family))[0] for family in GENERAL]
+    curves = [named(chart, label(family))[0] for family in general_families()]
     shapes = {(t["marker"]["symbol"], t["marker"]["color"] == PAPER, t["line"]["dash"]) for t in curves}
-    assert len(shapes) == len(GENERAL)
+    assert len(shapes) == len(general_families())
 
 
 @pytest.mark.parametrize("most", [WIDE, PAGE, PHONE])

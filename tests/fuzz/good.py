@@ -146,10 +146,9 @@ with np.load(ROOT / f"hardware_profiles/rtx_4090.vllm.{_DIGEST[:12]}.npz") as _f
 SHIPPED = FACTS + STACK[STACK.index("calibrated:") :]
 
 ARRAYS: dict[str, Any] = {
-    "gemm.bf16.terms": np.array([[0, 1, -1], [11, -1, -1]]),
-    "gemm.bf16.grids": np.array([[[1.0, 1, 2], [1, 1, 2], [1, 1, 2]], [[0, 1, 4], [1, 1, 2], [1, 1, 2]]]),
-    "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).astype("f4"),
-    "gemm.bf16.measured_m": np.array([1.0, 16.0, 17.0, 256.0, 4096.0]),
+    "gemm.bf16.start": np.array([1.0, 1.0, 1.0]),
+    "gemm.bf16.step": np.array([1.0, 2.0, 1.0]),
+    "gemm.bf16.values": np.linspace(-0.1, 0.1, 8).reshape(2, 2, 2).astype("f4"),
     "gemm.bf16.measured": np.array([[0.0, 6.0, 6.0], [12.0, 14.0, 14.0]]),
     "gemm.bf16.exact_m": np.array([1, 17]),
     "gemm.bf16.exact_n": np.array([4096, 8810]),

@@ -13,6 +13,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.predict.table import table
 from simulator.routing import experts_touched
+from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Kind, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -101,6 +102,6 @@ def test_transformers_launches_each_expert_that_is_used() -> None:
 
 def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
     plain, latent = lowered("qwen3-30b-a3b", devices=1), lowered("deepseek-v2-lite", devices=1)
-    both = simulator.cost.forward.passes(WorkloadBatch.of([plain, latent]), H200)
+    both = forward_passes(WorkloadBatch.of([plain, latent]), H200)
     alone = [workload_time(w, H200).device_s for w in (plain, latent)]
     assert both.device_s == pytest.approx(alone)

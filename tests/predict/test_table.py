@@ -23,7 +23,7 @@ from simulator.predict.gemms import gemm_table
 from simulator.predict.prunings import Pruning, families
 from simulator.predict.result import COLUMNS, Result, Results
 from simulator.predict.scenario import Scenario
-from simulator.pruning import GENERAL
+from simulator.pruning import general_families
 from simulator.workload import PHASES, Workload
 
 MODEL = ["llama-3.1-8b"]
@@ -69,7 +69,7 @@ def test_names_that_mean_the_same_count_once() -> None:
         hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
     )
     assert len(twice) == 1
-    assert families(["width", "all"]) == ("width", *(name for name in GENERAL if name != "width"))
+    assert families(["width", "all"]) == ("width", *(name for name in general_families() if name != "width"))
 
 
 @pytest.mark.quick
@@ -145,7 +145,7 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("family", list(GENERAL))
+@pytest.mark.parametrize("family", list(general_families()))
 def test_every_family_is_explained_exactly(family: str) -> None:
     for e in explanations(
         MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
@@ -166,7 +166,7 @@ def test_a_sparsity_by_projection_is_explained() -> None:
     assert asdict(e.result).keys() == asdict(whole).keys()
 
 
-@pytest.mark.parametrize("family", list(GENERAL))
+@pytest.mark.parametrize("family", list(general_families()))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     ("model", "setting"),

@@ -280,15 +280,14 @@ def test_intervals_cover_planted_hosts_and_kernels(
     others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
     batch = batch_with(dense, others)
     p = forward_passes(batch, H100)
-    uncertainty, rng, groups = p.each.uncertainty, np.random.default_rng(7), p.workloads.groups
-    assert uncertainty is not None
-    columns = uncertainty.shared[uncertainty.shared.any(axis=1)]  # whatever others the error model has
+    uncertainty, rng, groups = of_rows(p), np.random.default_rng(7), p.workloads.groups
+    columns = uncertainty.systematic[uncertainty.systematic.any(axis=1)]
     shape = np.array([0, 1, 2, 0, 1, 2, 0, 3, 2])  # the fourth is the narrower layer; depth has the shapes of dense
     similar = correlation(uncertainty.coordinates, uncertainty.coordinates)
     root = np.linalg.cholesky(similar * np.outer(uncertainty.correlated, uncertainty.correlated) + 1e-12 * np.eye(9))
     rows = np.flatnonzero(np.isin(np.arange(9) % 3, (1, 2)))  # the embedding moves nothing
     inside = []
-    for _ in range(240):
+    for _ in range(160):
         systematic, correlated, own, apart = rng.normal(size=(4, max(9, len(columns))))
         error = columns.T @ systematic[: len(columns)] + root @ correlated[:9]
         error = error + np.sqrt(uncertainty.independent) * own[shape]

@@ -205,13 +205,13 @@ def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> 
 def test_experts_are_judged_on_held_out_models() -> None:
     """The table that ships: a line a format, errors and coverage of times, and of ratios of narrower experts."""
     rows = run_protocol(["experts"], seeds=(0, 1))
-    (found,) = means(rows, "experts h100_sxm, models left out")
+    (found,) = means(rows, "experts h100_sxm, held-out models")
     assert (found["method"], found["seeds"]) == ("trtllm bf16", 2)
     assert found["mape"] < 8.0
     assert found["speedup median"] < 6.0
     assert 80.0 < found["coverage"] < 99.0
     assert 80.0 < found["ratio coverage"] < 99.5
-    columns = dict(columns_of_table(rows, "experts h100_sxm, models left out"))
+    columns = dict(columns_of_table(rows, "experts h100_sxm, held-out models"))
     assert {"MAPE", "coverage", "ratios in"} <= columns.keys()
     error, *_ = against_targets(rows, published=False)
     assert error.met
