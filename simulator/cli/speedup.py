@@ -157,7 +157,7 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}
                 bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
-                columns.append(render.Column("bottleneck", ["", *bottlenecks], right=False))
+                columns.append(render.Column("bottle-\nneck", ["", *bottlenecks], right=False))
         return columns
 
     for detail in (4, 3, 2, 1):

@@ -158,8 +158,8 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
         host = f"{seconds(inferred.layer_s)} per layer, {host}"
     if inferred.host_bound:
         return f"{hardware}: {predicted}: host-bound ({host})"
-    beside = f", the host {host}" if inferred.host_s else ""
-    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{beside}"
+    also = f", the host {host}" if inferred.host_s else ""
+    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"
 
 
 def uncalibrated(hardware: Iterable[str], calibrated: Iterable[bool]) -> tuple[str, ...]:

@@ -219,9 +219,9 @@ def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bo
     launches another mix of kernels."""
     groups, spent = p.workloads.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
-    alike = np.abs(each - each[other]) <= 1e-9 * each[other]
+    equal = np.abs(each - each[other]) <= 1e-9 * each[other]
     untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
-    same = np.where(untouched, 1.0, np.where(alike, SAME_SHAPE, 0.0))
+    same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
     return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
 
 

@@ -14,7 +14,7 @@ class Winners:
 
     row: NDArray[np.intp]  # of the table
     gains: NDArray[np.bool_]  # whether it is faster than the dense model
-    sure: NDArray[np.bool_]  # whether its interval lies above 1 and above that of every other family in the cell
+    sure: NDArray[np.bool_]  # whether its interval is above 1 and above the intervals of other families in the cell
 
 
 def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Winners:
@@ -30,7 +30,7 @@ def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: Array
     order = np.lexsort((-np.arange(len(where)), value, where))  # of equal speedups the first
     row = order[np.append(where[order][1:] != where[order][:-1], True)] if len(order) else order
     _, place = np.unique(where, return_inverse=True)
-    rival = np.ones(len(row))
+    competitor = np.ones(len(row))
     others = names != names[row][place]
-    np.maximum.at(rival, place[others], high[others])
-    return Winners(row, value[row] > 1.0, low[row] > rival)
+    np.maximum.at(competitor, place[others], high[others])
+    return Winners(row, value[row] > 1.0, low[row] > competitor)

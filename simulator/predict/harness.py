@@ -88,7 +88,7 @@ class Results:
 
 
 def expanded(listed: CsvTable, folder: Path) -> CsvTable:
-    """Return the rows of a quality table, given the CSV that lists results files and the folder it lies in.
+    """Return the rows of a quality table, given the CSV that lists results files, and its folder.
 
     Raises
     ------

@@ -5,7 +5,7 @@ arrays. Quality loss is the relative drop of one metric under one protocol (:mod
 are predicted with their interval, or measured by the caller. A *band* is the range of quality budgets in which one
 family is the fastest.
 
-One of two points is certainly faster if the interval of the ratio of their speedups lies on one side of 1. Errors that
+One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
 both share, such as those of the dense model, cancel in this ratio (:func:`margins`).
 """
 
@@ -247,7 +247,7 @@ def _nested(values: NDArray[Any]) -> Halves:
 
 
 def _place(p: Point) -> tuple[float, float]:
-    """Sort key: rising loss, at equal loss falling speedup."""
+    """Return a sort key: rising loss, at equal loss falling speedup."""
     return p.loss, -p.speedup
 
 

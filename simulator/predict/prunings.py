@@ -127,20 +127,20 @@ def prunings_of(
     if method and (family is not None or options):
         raise InputError("method: sets its own family and options; give no family or option with it")
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
-    usual: list[tuple[float, ...]]
+    defaults: list[tuple[float, ...]]
     if method:
         from simulator.pruning._methods import load_method
 
         found = [Pruning.of_method(name) for name in once(method)]
-        usual = [load_method(p.method).sparsities for p in found]
+        defaults = [load_method(p.method).sparsities for p in found]
     else:
         extra, names = tuple((options or {}).items()), families(("all",) if family is None else family, models)
         found = [Pruning(name, options=extra) for name in names]
-        usual = [SPARSITIES] * len(found)
+        defaults = [SPARSITIES] * len(found)
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
-    return tuple(p.at(s) for p, own in zip(found, usual) for s in (own if fractions is None else fractions))
+    return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:

@@ -175,8 +175,8 @@ def read_quality(text: bytes | str, name: str = "quality table", folder: Path = 
         table = read_csv(text, name, REQUIRED)
     rows = table.each(_row)
     _check_together(rows, table.lines, name)
-    usual = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
-    return QualityTable(tuple(rows), name, usual)
+    default = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
+    return QualityTable(tuple(rows), name, default)
 
 
 def _row(cells: Mapping[str, str]) -> QualityRow:
@@ -205,8 +205,7 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     if cells.get("relative_loss"):
         written, given = _number(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
-            says = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
-            raise InputError(f"relative_loss: {says}")
+            raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
     return row
 
 
@@ -243,8 +242,8 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
     for row, line in zip(rows, lines):
         like, at = first.setdefault((row.metric,), (row, line))
         if like.higher_is_better != row.higher_is_better:
-            says = f"line {at} says {str(like.higher_is_better).lower()} of {row.metric!r}"
-            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {says}")
+            other = f"line {at} has {str(like.higher_is_better).lower()} for {row.metric!r}"
+            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {other}")
         like, at = first.setdefault((row.model, row.axis), (row, line))
         if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
             both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"

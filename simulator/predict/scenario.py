@@ -149,11 +149,13 @@ def check_measured(found: Sequence[Scenario], hardware: Sequence[HardwareProfile
         "model": {s.model for s in found},
         "hardware": {hw.label for hw in hardware},
         "engine": {s.engine for s in found},
-        "phase, batch and seq": {(s.phase, s.shapes) for s in found},
+        "phase": {s.phase for s in found},
+        "batch": {batch for s in found for batch, _ in s.shapes},
+        "seq": {seq for s in found for _, seq in s.shapes},
     }
     for name, values in axes.items():
         if len(values) > 1:
-            raise InputError(f"dense time: is of one scenario; expected one {name}, got {len(values)}")
+            raise InputError(f"dense time: belongs to one scenario; expected one {name}, got {len(values)}")
 
 
 def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, new_tokens: int) -> float:

@@ -59,16 +59,16 @@ class Waterfall(Displayed, tuple[Step, ...]):
 
 NOTES: Mapping[str, str] = {
     "rounding": "rounded to whole layers, head groups and aligned widths",
-    "parts not pruned": "attention, lm_head, norms left alone: gives the FLOP bound",
-    "memory-bound operators": "limited by bytes, not FLOPs: gives the roofline bound",
-    "zeros the kernel computes": "the kernel computes the zeros, or fetches them",
+    "parts not pruned": "unpruned attention, lm_head and norms: the FLOP bound",
+    "memory-bound operators": "limited by bytes, not FLOPs: the roofline bound",
+    "zeros the kernel computes": "the kernel computes or fetches zeros",
     "tile quantisation": "shapes padded to whole tiles",
     "wave quantisation": "the last wave of tiles leaves SMs idle",
-    "alignment": "widths off 8 (16-bit) leave the fast kernels",
-    "kernel efficiency": "what kernels reach of the roofline at these shapes",
-    "overhead operators": "routers, gathers, selections, projections pruning adds",
+    "alignment": "widths off multiples of 8 (16-bit) use slower kernels",
+    "kernel efficiency": "efficiency of the kernels at these shapes",
+    "overhead operators": "routers, gathers, ... that pruning adds",
     "launch": "fixed time of each kernel, and the gaps between kernels",
-    "host time": "launches and scheduling of the host, where not hidden",
+    "host time": "launches and scheduling that the device does not hide",
 }
 """Step -> meaning."""
 
