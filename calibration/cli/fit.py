@@ -145,6 +145,4 @@ def show_update(done: Updated) -> None:
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
-    render.show(
-        fits, "Mean error of the rows: by the profile before the update, and each predicted from the others after it"
-    )
+    render.show(fits, "Mean error of the rows, before the update and after it (each predicted from the others)")

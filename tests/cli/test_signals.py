@@ -53,7 +53,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.predict.rows"])
+@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.predict.table"])
 def test_an_interrupt_during_imports_is_one_line(name: str, python: Any) -> None:
     """Of the program, and of a command, where the callbacks of imports swallow exceptions."""
     status, out, lines = python(["-c", AT_IMPORT, name])

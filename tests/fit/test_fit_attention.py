@@ -113,7 +113,7 @@ def test_unusable_rows_are_counted_by_reason() -> None:
     assert sum(counts.values()) == 6
     assert counts["the time is not positive"] == 2
     assert counts["a value is not finite"] == 1
-    assert "heads are no multiple of KV heads" in counts
+    assert "heads are not a multiple of KV heads" in counts
     with pytest.raises(ValueError, match="at least 20 usable rows, got 19"):
         fit_attention(c.take(np.arange(19)), "hopper")
 
