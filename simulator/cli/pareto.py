@@ -71,9 +71,7 @@ def pareto(
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
             print(front_text(front), end="\n\n")
-        print(
-            "optimal: no other point is as fast at no more loss (*: with the whole interval over other families)"
-        )
+        print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
     if figure:
         from simulator.cli.drawing import draw_fronts
 

@@ -67,8 +67,8 @@ NOTES: Mapping[str, str] = {
     "alignment": "widths off multiples of 8 (16-bit) use slower kernels",
     "kernel efficiency": "efficiency of the kernels at these shapes",
     "overhead operators": "routers, gathers, ... that pruning adds",
-    "launch": "fixed time of each kernel, and the gaps between kernels",
-    "host time": "launches and scheduling that the device does not hide",
+    "launch": "fixed time of each kernel, gaps between kernels",
+    "host time": "launches and scheduling not hidden by the device",
 }
 """Step -> meaning."""
 
