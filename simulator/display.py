@@ -105,7 +105,7 @@ def as_plain(value: Any) -> Any:
     >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a")})
     {'sizes': [1, 2], 'file': 'a'}
     """
-    if hasattr(value, "tolist"):  # of NumPy, which is not imported here: simple commands need none
+    if hasattr(value, "tolist"):  # NumPy value; NumPy is not imported here, since simple commands do not need it
         return value.tolist()
     if isinstance(value, str | int | float | None):
         return value
@@ -228,7 +228,7 @@ def few(names: Iterable[str], most: int = 4) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text on one line for Markdown and HTML: characters that either takes for markup become entities.
+    """Return a text on one line for Markdown and HTML, with entities for markup characters.
 
     >>> markdown_text("<b> a|b *c*")
     '&#60;b&#62; a&#124;b &#42;c&#42;'

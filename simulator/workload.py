@@ -277,8 +277,8 @@ class Workload(Table):
 
     def _title(self) -> str:
         about, applied = self.meta, "".join(f", {a.family} {percent(a.sparsity)}" for a in self.meta.applied)
-        asked = f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq}, {about.dtype}{applied}"
-        return f"{asked}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
+        request = f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq}, {about.dtype}{applied}"
+        return f"{request}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
 
     def _columns(self) -> Mapping[str, Any]:
         """Return columns with names instead of codes, and FLOPs and bytes."""

@@ -1,16 +1,15 @@
-"""Many workloads as one table, rows one after the other: what a device's time does not enter, and the memory of each.
+"""Concatenate many workloads in one table, and compute their sums and memory.
 
-Use :meth:`WorkloadBatch.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to ask whether
-one fits on a device. Counted for the device that holds most:
+Use :meth:`WorkloadBatch.of` to count, sum or time hundreds of workloads in a few passes, :func:`memory` to check
+whether a workload fits on a device. Memory is that of the fullest device:
 
-- weights: parameters x bytes of their format; 2:4 weights compressed, with their indices. Scattered zeros are stored,
-  as dense kernels need. Scales of quantised weights are left out (a 16-bit scale for 128 weights adds 3 % to 4-bit
-  ones).
-- cache: keys and values of the longest length a layer reaches, no more than its sliding window.
-- activations: two tensors of the residual stream, and the larger of q, k, v and the attention's output, of gate, up and
-  their product, of what routed experts gather and compute, and of the logits. One forward pass without chunks; an
-  allocator's fragmentation is not in it.
-- a reserve for what no tensor shows: :data:`RESERVE_BYTES`.
+- weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
+  dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
+- cache: keys and values of the longest length of each layer, at most its sliding window.
+- activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
+  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One forward pass without
+  chunks, without an allocator's fragmentation.
+- a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ if TYPE_CHECKING:
 
 
 RESERVE_BYTES = 1e9
-"""Set aside for CUDA context, library workspaces and framework: a stated default, not a measurement."""
+"""Memory of CUDA context, library workspaces and framework: an assumed default, not a measurement."""
 
 MOST_DEVICES = 1024
-"""Where the search for a number of devices that is enough ends."""
+"""Largest number of devices to try."""
 
 FEW_ROWS = 200
-"""Rows below which looking for equal operators costs more than timing them twice."""
+"""Number of rows below which a search for equal operators costs more than timing them twice."""
 
 _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
@@ -51,16 +50,16 @@ _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
 
 def segment_of(w: Workload) -> NDArray[np.int64]:
-    """Place of each row on the stream: phase x 3 + 0 before the layers, 1 in them, 2 after them."""
+    """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the layers."""
     return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of each workload that share phase, place in the pass, kind and role, hence an error and a launch."""
+    """Groups of rows of each workload with the same segment, kind and role, which share errors and launches."""
 
     cell: IndexArray  # of each row: workload x group
-    segment: IndexArray  # of each group, as the next two: of :func:`segment_of`
+    segment: IndexArray  # (:func:`segment_of`) of each group, as the next two
     kind: IndexArray
     role: IndexArray
     count: FloatArray  # workload x group: executions
@@ -71,32 +70,31 @@ class Groups:
         return self.cell % len(self.segment)
 
     def sums(self, column: FloatArray) -> FloatArray:
-        """Sums of a column of the rows, workload x group."""
+        """Return the sums of a column of the rows, workload x group."""
         return sums(self.cell, column, self.count.shape)
 
 
 def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatArray:
-    """Sums of a column by cell of a table."""
+    """Return the sums of a column by cell of a table."""
     out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
     return np.asarray(out, dtype=np.float64).reshape(shape)
 
 
 @dataclass(frozen=True)
 class WorkloadBatch:
-    """Workloads one after the other, dense ones and pruned versions of them; all of one model's phase, formats and
-    engine.
+    """Concatenated workloads, dense and pruned, with one phase, formats and engine.
 
     >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
     >>> WorkloadBatch.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
     [3.0, 5.0]
     """
 
-    rows: Workload  # all their rows; its meta is that of the first
+    rows: Workload  # rows of all workloads; its meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray  # of each: all have a cache, though a dynamic method may skip some in a step
-    dense: IndexArray  # index of the dense workload of each, its own where it is dense
-    pruning: IndexArray  # of each, an index into the prunings that were asked for; -1: dense
-    sparsity: FloatArray  # asked for
+    sequences: IndexArray  # of each workload, all with a cache; a dynamic method may skip some in a step
+    dense: IndexArray  # index of the dense workload of each; a dense workload has itself
+    pruning: IndexArray  # index into the requested prunings; -1: dense
+    sparsity: FloatArray  # requested
     realised: FloatArray  # after rounding
 
     def __post_init__(self) -> None:
@@ -106,7 +104,7 @@ class WorkloadBatch:
 
     @classmethod
     def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
-        """Workloads of which each is taken for a dense one."""
+        """Return a batch of workloads, all as dense ones."""
         many = len(workloads)
         return cls(
             rows=Workload.concat(workloads),
@@ -120,7 +118,7 @@ class WorkloadBatch:
 
     @classmethod
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
-        """One batch of several, whose indices of dense workloads are those in the whole."""
+        """Concatenate batches."""
         if len(batches) == 1:
             return batches[0]
         return cls(
@@ -134,7 +132,7 @@ class WorkloadBatch:
         )
 
     def take(self, index: IndexArray) -> WorkloadBatch:
-        """Some of the workloads, the dense ones of all of them included."""
+        """Return the workloads ``index``, which includes their dense workloads."""
         lengths, place = self.lengths[index], np.full(len(self), -1)
         place[index] = np.arange(len(index))
         first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
@@ -162,25 +160,25 @@ class WorkloadBatch:
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def total(self, column: FloatArray) -> FloatArray:
-        """Sum of a column of the rows, by workload."""
+        """Return the sum of a column of the rows, by workload."""
         return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
 
     def largest(self, column: Any) -> Any:
-        """Maximum of a column of the rows, by workload."""
+        """Return the maximum of a column of the rows, by workload."""
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
     def flops(self) -> FloatArray:
-        """FLOPs of each row, all its executions."""
+        """FLOPs of all executions of each row."""
         return self.rows.flops
 
     @cached_property
     def bytes(self) -> FloatArray:
-        """Bytes each row must at least move, all its executions."""
+        """Minimum bytes of all executions of each row."""
         return self.rows.bytes
 
     def bound(self, column: FloatArray) -> FloatArray:
-        """Ratio of the sums of a column of the rows, dense to pruned, by workload; what pruning adds is excluded."""
+        """Return the ratio of sums of a column, dense to pruned, by workload, without overhead operators."""
         totals = self.total(np.where(self.rows.overhead, 0.0, column))
         return np.asarray(totals[self.dense] / totals)
 
@@ -196,8 +194,8 @@ class WorkloadBatch:
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
-        """First row of each kind of operator, latent attention apart, and the workloads that have some of it, be it in
-        their dense one."""
+        """First row of each kind of operator (latent attention is separate), and the workloads that have the kind
+        themselves or in their dense workload."""
         code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
         for kind in np.flatnonzero(np.bincount(code)).tolist():
             rows = np.flatnonzero(code == kind)
@@ -207,7 +205,7 @@ class WorkloadBatch:
 
     @cached_property
     def groups(self) -> Groups:
-        """The groups of the rows."""
+        """Groups of the rows."""
         w = self.rows
         code = (segment_of(w) * len(Kind) + w.kind) * len(ROLES) + w.role
         occurs = np.bincount(code) > 0
@@ -219,7 +217,7 @@ class WorkloadBatch:
 
     @cached_property
     def shapes(self) -> tuple[Workload, IndexArray]:
-        """Different operators as far as their time goes, and which of them each row is; of few rows, each as it is."""
+        """Operators with different times, and the operator of each row; a table of few rows is returned unchanged."""
         w, every = self.rows, np.arange(len(self.rows))
         if len(w) < FEW_ROWS:
             return w, every
@@ -231,20 +229,20 @@ class WorkloadBatch:
         columns += [w.experts, w.value_dim, w.latent]
         columns += [c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)]
         key = np.zeros(len(w), dtype=np.uint64)
-        for column in columns:  # a mixing hash: what it makes equal is checked below
+        for column in columns:  # a mixing hash; equal hashes are checked below
             key ^= np.ascontiguousarray(column).view(np.uint64)
             key *= np.uint64(0x9E3779B97F4A7C15)
             key ^= key >> np.uint64(29)
         _, first, which = np.unique(key, return_index=True, return_inverse=True)
         which = which.reshape(-1)
-        if any((column[first][which] != column).any() for column in columns):  # two operators of one hash
+        if any((column[first][which] != column).any() for column in columns):  # two operators have one hash
             return w, every
         return w.take(first), which
 
 
 @dataclass(frozen=True, repr=False)
 class Memory(Displayed):
-    """Bytes on the device that holds most, and the verdict."""
+    """Bytes on the fullest device, and the verdict."""
 
     weights_bytes: float
     cache_bytes: float
@@ -253,23 +251,23 @@ class Memory(Displayed):
     total_bytes: float
     capacity_bytes: float
     fits: bool
-    devices_needed: int  # smallest power of two that share weights and cache evenly and fit; 0: none up to MOST_DEVICES
-    verdict: str  # one sentence for people
+    devices_needed: int  # smallest power of two that fits, with equal shares; 0: none up to MOST_DEVICES
+    verdict: str  # one sentence
 
     def _title(self) -> str:
         return self.verdict
 
 
 def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
-    """Memory of a workload, pruned or not, on a device ``hw`` of ``memory_bytes``, ``reserve_bytes`` of which are set
-    aside; a model that is too large is a verdict, no InputError.
+    """Return the memory of a workload on a device ``hw``, including a reserve of ``reserve_bytes``; a model that is too
+    large is a verdict, not an InputError.
 
     Examples
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
     >>> print(memory(w, simulator.load_hardware("h100")).verdict)
-    does not fit: needs 130.0 GiB of 79.6 GiB (1.6x); fits on 2 devices
+    does not fit: needs 130.0 GiB, 79.6 GiB available (1.6x); fits on 2 devices
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
@@ -279,28 +277,27 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
     weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes
     fits = total <= capacity
-    # what devices share; of a pipeline's fullest stage too much, so that this never promises too much
+    # the part that devices share; overestimated for the fullest stage of a pipeline
     shared, whole = (weights + cache) * devices, activation + reserve_bytes
     sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
     needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
-    of = f"{total / 2**30:.1f} GiB of {capacity / 2**30:.1f} GiB"
+    need, have = f"{total / 2**30:.1f} GiB", f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}"
     way = f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
-    each = " each" if devices > 1 else ""
-    verdict = f"does not fit: needs {of}{each} ({total / capacity:.1f}x); {way}"
+    verdict = f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
     if fits:
-        verdict = f"fits: {of}{each} ({total / capacity:.0%})"
+        verdict = f"fits: {need} of {have} ({total / capacity:.0%})"
     return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
 
 
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Bytes of the parameters of each workload."""
+    """Return the bytes of the parameters of each workload."""
     w = workloads.rows
     element = DTYPE_BYTES[w.weight_dtype]
     gemm = w.kind == Kind.GEMM
     each = w.params * element
     sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
     if sparse.any():
-        # by the value kept: rows that run only sometimes, or often, may own more or less than one weight for it
+        # per kept value: rows that run less or more than once per layer share weights
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params * w.repeats - values
         bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
@@ -310,7 +307,7 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
     inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
-    tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has its own copy
+    tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy
     first = workloads.total(np.where(~inside & ~head, stored, 0.0))
     last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
     return np.asarray(
@@ -319,7 +316,7 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Bytes of keys and values of each workload at the longest length each layer reaches."""
+    """Return the bytes of keys and values of each workload at the longest length of each layer."""
     w = workloads.rows
     at = np.flatnonzero(w.is_attention)
     if not len(at):
@@ -331,7 +328,7 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
     each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
-    # decodes of a generate have one row a length, of which the longest counts
+    # decodes of generate have one row per length; the longest counts
     run, group = np.unique((workloads.owner[at] * span + start) * span + size, return_inverse=True)
     most = np.zeros(len(run))
     np.maximum.at(most, group.reshape(-1), each)
@@ -344,14 +341,14 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Peak bytes of activations in one forward pass of each workload; for rows of several widths, the widest."""
+    """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
     w, size = workloads.rows, len(workloads)
     gemm = w.kind == Kind.GEMM
     element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
     def widest(width: Any, stage: int) -> FloatArray:
-        """The largest tensor of every workload and role, those inside a low-rank pair left out."""
+        """Return the largest tensor of every workload and role, except those inside a low-rank pair."""
         usable = np.flatnonzero(gemm & (w.stage != stage))
         most = np.zeros(size * len(ROLES))
         np.maximum.at(most, cell[usable], tokens[usable] * width[usable])
@@ -361,18 +358,18 @@ def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
         return np.maximum(workloads.largest(np.where(w.is_role(role), column, 0.0)), 0.0)
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
-    # the embedding: all tokens, where a layer computes some
+    # the embedding has all tokens; layers may compute fewer
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    # what routed experts gather, and their gate and up
+    # gathered tokens of routed experts, and their gate and up
     routed = largest("experts", tokens * w.active * (w.k + 2.0 * w.n))
     widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, routed)), outer[:, _HEAD])
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 
 
 def _stage_share(workloads: WorkloadBatch) -> FloatArray:
-    """Share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
+    """Return the share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
     w = workloads.rows
     layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
     return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

@@ -1,9 +1,8 @@
-"""The command line: ``prunesim``. A thin layer that reads options, calls one function of the library and prints what it
-returns.
+"""Provide the command line ``prunesim``: each command reads options, calls one library function and prints its result.
 
-Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 bad input, said in one
-line; 1 failed (a file that cannot be written, a program error). Nothing heavy is imported before a command needs it;
-:mod:`simulator.cli.program` itself is imported late, so that the program answers signals from its start.
+Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 invalid input (one-line
+message); 1 failed (a file that cannot be written, a program error). Commands import large packages only if needed;
+:mod:`simulator.cli.program` is imported late, so the program handles signals from its start.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ def run(arguments: Sequence[str]) -> int:
     Parameters
     ----------
     arguments : sequence of str
-        What follows the name of the program.
+        Arguments after the name of the program.
 
     Returns
     -------
     int
-        The exit status: 0, 2 for bad input, 1 for a failure, 130 when interrupted.
+        Exit status: 0, 2 for invalid input, 1 for a failure, 130 if interrupted.
     """
     from simulator.cli import program
 
@@ -30,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the ``prunesim`` command."""
+    """Run the ``prunesim`` command (its entry point)."""
     from simulator.start import start
 
     start("simulator.cli.program")

@@ -1,4 +1,4 @@
-"""``prunesim advise``: which pruning reaches a target."""
+"""``prunesim advise``: find prunings that reach a target."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def command(
 ) -> None:
     """Find the minimum pruning that reaches a target.
 
-    First configurations: layers, hidden size, heads, KV heads and MLP inner width that reach it on every device, engine
-    and request at once with the fewest parameters removed. Then, for each of these, the minimum sparsity of each
-    family, and what else would reach the target.
+    Prints configurations (layers, hidden size, heads, KV heads and MLP inner width) that reach the target on every
+    device, engine and request with the fewest parameters removed. Then, for each device, engine and request: the
+    minimum sparsity of each family, and alternatives.
     """
     from simulator.predict.advise import advise
     from simulator.predict.caveats import uncalibrated
     from simulator.predict.configurations import Target
 
-    asked = run.requests(known, ideal=ideal)
+    requested = run.requests(known, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
     aim = Target(target, None if latency is None else options.duration("--latency", latency), tokens_per_s)
@@ -55,12 +55,12 @@ def command(
             model,
             options.names("--hardware", hardware),
             aim,
-            asked.phase,
-            asked.batch,
-            asked.seq,
+            requested.phase,
+            requested.batch,
+            requested.seq,
             options.names("--family", family),
-            engine=asked.engine,
-            scenario=asked.scenario,
+            engine=requested.engine,
+            scenario=requested.scenario,
             probability=confidence,
             progress=report,
         )
@@ -83,7 +83,7 @@ def command(
 
 
 def _written(folder: str, model: str, found: Sequence[Configuration]) -> tuple[str, ...]:
-    """A config.json of each configuration in a folder of its name; says where."""
+    """Write the config.json of each configuration to a folder of its name; return a note on the files."""
     from simulator.models.changes import content_of, write_config
 
     content = content_of(model)
@@ -96,7 +96,7 @@ def _written(folder: str, model: str, found: Sequence[Configuration]) -> tuple[s
 
 
 def _configurations(found: Sequence[Configuration]) -> None:
-    """Shapes, and what they reach: in the same table for one device and request, in a second table for several."""
+    """Print shapes and results: in one table for one device and request, else in two."""
     first, requests = found[0].result, dict.fromkeys(c.result.request for c in found)
     shapes = list({c.configuration: c for c in found}.values())
     reached = [
@@ -131,13 +131,13 @@ def _configurations(found: Sequence[Configuration]) -> None:
             *([("<request", lambda c: f"{c.result.phase} {c.result.batch} x {c.result.seq}")] if differ else []),
             *reached,
         )
-        render.show(render.narrowed(columns, 5 + differ), "what they reach there")
+        render.show(render.narrowed(columns, 5 + differ), "their results")
     print("probability: of reaching the target, from the speedup interval")
 
 
 def _print(group: Sequence[Advice], others: Sequence[Alternative], aligned: bool) -> None:
-    """One device, request and engine: families, steps of their widths unless configurations show aligned ones, and
-    alternatives."""
+    """Print families, steps of their widths (unless configurations show aligned widths) and alternatives, for one
+    device, request and engine."""
     first = group[0].result
     columns = render.columns(
         group,
@@ -163,7 +163,7 @@ def _print(group: Sequence[Advice], others: Sequence[Alternative], aligned: bool
                 ("speedup", lambda s: render.ratio(s[1].result.speedup)),
                 ("<target", lambda s: _reached(s[1].reached)),
             ),
-            "aligned widths near them where time steps down (saves: against the next wider one)",
+            "aligned widths nearby where time steps down (saves: against the next wider width)",
         )
     if others:
         print()

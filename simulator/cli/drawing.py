@@ -1,6 +1,4 @@
-"""What commands predict, as figures in files: labels of panels, and one function a command. They need matplotlib, so
-commands import them late.
-"""
+"""Draw the predictions of commands as figures. The functions need matplotlib, so commands import them late."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def setting_label(r: Any) -> str:
-    """A short label of phase (with the new tokens of a generate or serve) and batch."""
+    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
     return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
 
 
@@ -30,7 +28,7 @@ def _several(values: Sequence[object]) -> bool:
 
 
 def draw_speedups(results: Sequence[Result], path: str) -> None:
-    """Speedup against sparsity for a table of results."""
+    """Draw speedup against sparsity for a table of results."""
     lengths, models = _several([r.seq for r in results]), _several([r.model for r in results])
     rows = [
         (f"{r.model}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "") for r in results
@@ -39,20 +37,20 @@ def draw_speedups(results: Sequence[Result], path: str) -> None:
 
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
-    """Frontiers, a panel each."""
+    """Draw frontiers, one panel each."""
     lengths = _several([f.seq for f in found])
     names = [f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in found]
     save_figure(fronts_of(found, names), path)
 
 
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
-    """The loss waterfalls of explanations, a panel each."""
+    """Draw the waterfalls of explanations, one panel each."""
     lengths = _several([e.result.seq for e in found])
     _draw_panels(waterfall_figure, steps_of, found, path, lambda r: f", seq {r.seq}" if lengths else "")
 
 
 def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
-    """Dense and pruned GEMMs of the layers of explanations on the roofline, a panel each."""
+    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
     _draw_panels(roofline_figure, roof_of, found, path, lambda _: "")
 
 
@@ -67,7 +65,7 @@ def _draw_panels(
 
 
 def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
-    """Single GEMMs on the roofline, a panel a device."""
+    """Draw single GEMMs on the roofline, one panel per device."""
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):
         own = [r for r in rows if r.hardware == name]
@@ -76,5 +74,5 @@ def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
         first = own[0]
         peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
         roofs.append(Roof(name, *peaks, names, *points, headroom=first.clock_headroom))
-    warm = "" if rows[0].cold else " (weights from the L2 cache: the slope, that of memory, does not bound them)"
+    warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
     save_figure(roofline_figure(roofs, names=f"M × N × K{warm}"), path)

@@ -1,4 +1,4 @@
-"""``prunesim engines``: how serving stacks run a decoder, what is known of one, whether a file is sound."""
+"""``prunesim engines``: list engines, show one, check a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(help="Engines: list them, show one, check a file.")
 
 @app.command("list")
 def list_(as_json: options.Json = False) -> None:
-    """List the engines that ship."""
+    """List the shipped engines."""
     from simulator.engines.engine import DEFAULT_ENGINE, list_engines, load_engine
 
     engines = [load_engine(name) for name in list_engines()]
@@ -31,7 +31,7 @@ def list_(as_json: options.Json = False) -> None:
     columns = render.columns(
         engines,
         ("<name", lambda e: e.name + (" (default)" if e.name == DEFAULT_ENGINE else "")),
-        ("<what", lambda e: e.title),
+        ("<software", lambda e: e.title),
         ("<host", _host),
         ("<2:4 kernels", lambda e: ", ".join(e.sparse24) or "none"),
         ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),
@@ -53,9 +53,7 @@ def show(
     also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
     print(f"{engine.title}: {engine.name}{also}\n")
     rows = list(_values(engine))
-    columns = render.columns(
-        rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<hosts differ by", lambda r: r[2])
-    )
+    columns = render.columns(rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2]))
     room = max(render.width() - render.table_width(columns) - 2, 20)
     sources = [textwrap.shorten(r[3], room, placeholder="...") for r in rows]
     render.show([*columns, render.Column("source", sources, right=False)])
@@ -79,35 +77,36 @@ def check(file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json:
 
 
 def _host(e: Engine) -> str:
-    """What an engine's host takes, in a few words."""
+    """Return the host time of an engine as text."""
     parts = [] if e.graph else ["every launch"]
-    parts += [f"{render.seconds(e.each_pass.value)} a pass"] if e.each_pass.value else []
-    parts += [f"{render.seconds(e.each_sequence.value)} a sequence"] if e.each_sequence.value else []
-    return " + ".join(parts) or "nothing shows"
+    parts += [f"{render.seconds(e.each_pass.value)}/pass"] if e.each_pass.value else []
+    parts += [f"{render.seconds(e.each_sequence.value)}/sequence"] if e.each_sequence.value else []
+    return " + ".join(parts) or "hidden"
 
 
 def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
-    """Name, value, spread and source of what an engine says."""
+    """Yield name, value, spread over hosts and source of each value of an engine."""
     yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
     yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
-    yield "under a CUDA graph", ", ".join(e.graph) or "nothing", "", ""
-    yield "logits of a prompt", e.logits, "", ""
+    yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
+    yield "prompt logits", e.logits, "", ""
     yield "cache", e.cache, "", ""
     for role, many in e.launches.items():
-        yield f"launches, {role}", str(many) if many else "none: part of another's", "", ""
-    for name, time in (("host, a pass", e.each_pass), ("host, a sequence", e.each_sequence), ("gap in a graph", e.gap)):
+        yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
+    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence, "gap in a graph": e.gap}
+    for name, time in times.items():
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"
             yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
     shares = {
-        "quantising fused": e.quantize_fused,
-        "a GEMM of one token": e.one_token,
-        "waits for others' prompts": e.prefill_wait,
-        "own code of a pruned model": e.own_code,
-        "not explained (log sd)": e.log_sd,
+        "fused quantisation": e.quantize_fused,
+        "GEMM of one token": e.one_token,
+        "wait for other prompts": e.prefill_wait,
+        "custom modelling code": e.own_code,
+        "unexplained (log sd)": e.log_sd,
     }
     for name, share in shares.items():
         if share.source:
             yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
-    yield "weights alone in", ", ".join(e.weight_only) or "no format", "", ""
-    yield "2:4 in", ", ".join(e.sparse24) or "no format", "", ""
+    yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
+    yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""

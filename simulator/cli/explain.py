@@ -1,4 +1,4 @@
-"""``prunesim explain``: where the nominal speedup of a pruned model is lost, as a table and in a sentence."""
+"""``prunesim explain``: decompose a predicted speedup, as a table and in a sentence."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def explain(
     """Explain where a nominal speedup is lost.
 
     Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several
-    engines stand side by side.
+    engines are shown side by side.
     """
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.explain import conclusion, explanations
 
-    asked = run.requests(known, ideal=ideal)
+    requested = run.requests(known, ideal=ideal)
     with render.progress("explaining") as report:
         found = explanations(
             model,
             options.devices(hardware, same_stack),
             family,
             None if sparsity is None else options.sparsity("--sparsity", sparsity),
-            asked.phase,
-            asked.batch,
-            asked.seq,
+            requested.phase,
+            requested.batch,
+            requested.seq,
             method=method,
             pruned=[] if pruned is None else options.names("--pruned", pruned),
-            engine=asked.engine,
-            scenario=asked.scenario,
+            engine=requested.engine,
+            scenario=requested.scenario,
             options=options.settings("--option", option),
             progress=report,
         )
@@ -87,7 +87,7 @@ def explain(
 
 
 def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
-    """Explanations of the same pruning, request and device together, an engine each."""
+    """Group explanations of the same pruning, request and device, one per engine."""
     groups: dict[tuple[object, ...], list[Explanation]] = {}
     for e in found:
         r = e.result
@@ -96,7 +96,7 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    """What was pruned of a checkpoint, and what a measured time says; each line once."""
+    """Return notes on pruned checkpoints and a measured time, each once."""
     from simulator.predict.caveats import inferred_line
     from simulator.predict.prunings import difference_lines
 
@@ -120,7 +120,7 @@ def _print(together: Sequence[Explanation]) -> None:
         columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
     shown, room = columns, available - render.table_width(columns) - 2
     if room >= 20:
-        shown = [*columns, render.Column("what it is", [_cut(step.note, room) for step in first.steps], right=False)]
+        shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
     name = f"{r.pruned or r.method} ({r.family})" if r.pruned or r.method else r.family

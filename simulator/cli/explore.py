@@ -1,4 +1,4 @@
-"""``prunesim explore``: the page in a browser, served by this machine to itself."""
+"""``prunesim explore``: serve the page to a browser on this machine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from urllib.parse import quote
 from simulator.cli import options, render
 from simulator.cli.options import opt
 
-Hardware = Annotated[str | None, opt("--hardware", "LIST", "Devices to begin with: names, aliases or YAML files.")]
+Hardware = Annotated[str | None, opt("--hardware", "LIST", "Initial devices: names, aliases or YAML files.")]
 
 
 def command(
     hardware: Hardware = None,
-    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 takes a free one.")] = 8050,
+    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8050,
     no_browser: Annotated[bool, opt("--no-browser", None, "Do not open a browser.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Explore predictions in the browser.
 
-    The page is served on 127.0.0.1 only and loads nothing from elsewhere; its state is its address. Of files of one's
-    own it reads those given here, and what is dropped on it. Needs the extra "explore". Ctrl-C stops it.
+    The page is served on 127.0.0.1 only and loads nothing from other hosts; its address contains its state. It reads
+    only files given here or dropped on it. Needs the extra "explore". Ctrl-C stops it.
     """
     from simulator.explore.app import HOST, server
     from simulator.explore.state import State
@@ -30,7 +30,7 @@ def command(
 
     gpus = [] if hardware is None else [reference(name) for name in options.names("--hardware", hardware)]
     if gpus:
-        State(gpus=tuple(gpus))  # refuses two of one name
+        State(gpus=tuple(gpus))  # rejects two with one name
     served = server(port, [gpu for gpu in gpus if gpu not in shipped_names()])
     url = f"http://{HOST}:{served.port}/" + (f"?gpu={quote(','.join(gpus), safe=',/')}" if gpus else "")
     if as_json:

@@ -1,4 +1,4 @@
-"""``prunesim gemm``: the time of single matrix products, and what it is made of."""
+"""``prunesim gemm``: predict and decompose the time of single GEMMs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ N = Annotated[str, arg("N", "Output features; a comma list for several.")]
 K = Annotated[str, arg("K", "Input features; a comma list for several.")]
 SemiStructured = Annotated[bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")]
 Warm = Annotated[bool, opt("--warm", None, "Weights already in the L2 cache; by default they come from memory.")]
-Explain = Annotated[bool, opt("--explain", None, "Show how the roofline grows to the predicted time.")]
+Explain = Annotated[bool, opt("--explain", None, "Show the steps from the roofline to the predicted time.")]
 # fmt: on
 
 _MEANING = {
-    "roofline": "FLOP / peak or bytes / bandwidth, whichever is longer",
+    "roofline": "the longer of FLOPs / peak and bytes / bandwidth",
     "tile": "shape padded to whole tiles",
     "wave": "last wave of tiles leaves SMs idle",
-    "alignment": "N or K no multiple of 8",
-    "kernel": "what the kernel reaches of that",
+    "alignment": "N or K not a multiple of 8",
+    "kernel": "the kernel's efficiency at this shape",
     "launch": "fixed time of a kernel",
 }
 
@@ -48,8 +48,7 @@ def gemm(
 ) -> None:
     """Predict the time of a matrix product.
 
-    The product is y[M,N] = x[M,K] w[K,N], weights w coming from memory and activations x from where they were just
-    written.
+    The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written.
     """
     sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
     output = render.Output(json, figures=[figure])
@@ -88,13 +87,13 @@ def _print(rows: Sequence[GemmRecord]) -> None:
 
 
 def _print_steps(row: GemmRecord) -> None:
-    """The steps from the datasheet roofline to the predicted time."""
+    """Print the steps from the datasheet roofline to the predicted time."""
     names, values = list(row.steps_s), list(row.steps_s.values())
     factors = ["", *(f"x{value / before:.3f}" for before, value in itertools.pairwise(values))]
     columns = [
         render.Column("effect", names, right=False),
         render.Column("factor", factors),
         render.Column("time", [render.seconds(value) for value in values]),
-        render.Column("what it is", [_MEANING.get(name, "") for name in names], right=False),
+        render.Column("meaning", [_MEANING.get(name, "") for name in names], right=False),
     ]
     render.show(columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: {row.bottleneck}-bound")

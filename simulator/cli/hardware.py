@@ -1,4 +1,4 @@
-"""``prunesim hardware``: what devices there are, what is known of one, whether a profile is sound."""
+"""``prunesim hardware``: list devices, show one, check a profile, write a new one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="Devices: list them, show one, check a profile.")
 
 @app.command("list")
 def list_(json: options.Json = False) -> None:
-    """List the devices that ship."""
+    """List the shipped devices."""
     from simulator.hardware.library import list_hardware, load_hardware
 
     profiles = [load_hardware(name) for name in list_hardware()]
@@ -48,8 +48,7 @@ def show(
     """Show one device: datasheet, sources, fits.
 
     Prints datasheet facts with their sources, and stack, status, accuracy and section scale of each fitted section: the
-    factor on correlated and independent errors at which 90 % of the held-out rows of its table are
-    covered.
+    factor on correlated and independent errors at which 90 % of the held-out rows of its table are covered.
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.profile import unfitted
@@ -92,11 +91,11 @@ def show(
     print()
     if hw.local_update is not None:
         about = hw.local_update.provenance
-        print(f"anchored: {about.rows} rows measured on {about.device} with {about.software} move all of it\n")
+        print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
     sections = hw.to_dict()["sections"]
     if not sections:
         generic = "generic" in unfitted("gemm", hw.section("gemm", next(iter(hw.rates))), hw.architecture)
-        of = f"generic defaults, as no {hw.architecture} GPU was ever fitted," if generic else "architecture defaults"
+        of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
         print(f"not calibrated: {of} and wide intervals")
         return
     columns = render.columns(
@@ -131,8 +130,8 @@ def check(file: Annotated[str, arg("FILE", "YAML profile or stack file.")], as_j
 
 @app.command()
 def new(
-    name: Annotated[str, arg("NAME", "Of the GPU: lower-case letters, digits, _ - and .")],
-    out: Annotated[str, options.opt("--output -o", "FILE", "Where to; by default NAME.yaml.")] = "",
+    name: Annotated[str, arg("NAME", "Name of the GPU: lower-case letters, digits, _ - and .")],
+    out: Annotated[str, options.opt("--output -o", "FILE", "File to write. Default: NAME.yaml.")] = "",
     as_json: options.Json = False,
 ) -> None:
     """Write a commented profile of a GPU to fill in."""
@@ -142,7 +141,7 @@ def new(
     if as_json:
         render.show_json({"file": str(path)})
     else:
-        print(f"{path}: put a value in the place of each FILL_IN, then: prunesim hardware check {path}")
+        print(f"{path}: replace each FILL_IN by a value, then run: prunesim hardware check {path}")
 
 
 def _rate(value: float | None) -> str:
@@ -150,7 +149,7 @@ def _rate(value: float | None) -> str:
 
 
 def _stacks(hw: HardwareProfile) -> str:
-    """Stacks a device was fitted on, the preferred one first, and the sibling that lends some."""
+    """Return the stacks that a device was fitted on, the default first; or the related GPU of inherited sections."""
     names = [stack or "own" for stack in hw.stacks]
     sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
     if sibling and all(s.status == "inherited" for sections in hw.stacks.values() for s in sections.values()):
@@ -163,5 +162,5 @@ def _accuracy(values: dict[str, float]) -> str:
 
 
 def _facts(hw: HardwareProfile) -> dict[str, Any]:
-    """What a list says of each device."""
+    """Return the values of a device for a list."""
     return {name: value for name, value in hw.to_dict().items() if name not in ("sources", "sections")}

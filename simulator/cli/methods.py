@@ -1,4 +1,4 @@
-"""``prunesim methods``: published pruning methods that ``--method`` knows."""
+"""``prunesim methods``: list the published pruning methods of ``--method``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from simulator.pruning._methods import Method
 
 LEAST = 24
-"""Columns of the narrowest column of what a method does."""
+"""Characters of the narrowest column of removed work."""
 
 
 def command(
     name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None, as_json: options.Json = False
 ) -> None:
-    """List published pruning methods, each with its family, what it removes and its paper.
+    """List published pruning methods, each with its family, removed work and paper.
 
-    Their names are for --method of speedup and explain, and for methods: in the grid of a sweep.
+    Use their names with --method of speedup and explain, and as methods: in the grid of a sweep.
     """
     from simulator.pruning._methods import METHODS, load_method
 
@@ -34,9 +34,9 @@ def command(
         room = render.width() - render.table_width(columns) - 2
         if room >= LEAST:
             what = [textwrap.shorten(m.what, room, placeholder="...") for m in found]
-            columns.insert(2, render.Column("what goes", what, right=False))
+            columns.insert(2, render.Column("removed", what, right=False))
         render.show(columns)
-        more = "prunesim methods NAME says more; widths and ranks are rounded as the family rounds them"
+        more = "prunesim methods NAME shows details; widths and ranks are rounded as in the family"
         print(f"\n{textwrap.fill(more, render.width())}")
     else:
         for key, value in _plain(found[0]).items():
@@ -53,5 +53,5 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return ", ".join(f"{name}={option}" for name, option in value.items()) or "those of the family"
+        return ", ".join(f"{name}={option}" for name, option in value.items()) or "defaults of the family"
     return ", ".join(str(v) for v in value)

@@ -1,4 +1,4 @@
-"""``prunesim models``: the models known by name, and the shapes of one."""
+"""``prunesim models``: list the models known by name, show the shapes of one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def list_(json: options.Json = False) -> None:
 
 
 def _shapes(model: ModelConfig) -> str:
-    """Shapes of the layers, of the usual one where they differ."""
+    """Return the shapes of the layers as text; of the most frequent kind if they differ."""
     kinds = len(set(model.layout))
     layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
@@ -50,9 +50,9 @@ def _shapes(model: ModelConfig) -> str:
         heads = f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} + {model.latent.rotary}"
     mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
     if model.experts:
-        mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} a token")
-    usual = "mostly " if kinds > 1 else ""
-    return f"{layers}, hidden {model.hidden}, {usual}{heads}, {' beside '.join(mlps)}, vocabulary {model.vocab:,}"
+        mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
+    mostly = "mostly " if kinds > 1 else ""
+    return f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary {model.vocab:,}"
 
 
 @app.command()
@@ -73,7 +73,7 @@ def show(
     workload = lower(model, phase="prefill", batch=batch, seq=seq)
     gemms = workload.take((workload.kind == Kind.GEMM) | (workload.kind == Kind.EXPERTS))
     total = float(workload.flops.sum())
-    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # layers of other shapes may share some
+    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # different layers may share shapes
     for i in range(len(gemms)):
         shape = {"role": ROLES[gemms.role[i]], **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")}}
         row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})

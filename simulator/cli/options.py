@@ -1,6 +1,6 @@
-"""Reading option texts: comma lists, numbers, NAME=VALUE pairs, and the options that several commands share.
+"""Parse option texts (comma lists, numbers, NAME=VALUE pairs), and define the options that several commands share.
 
-:class:`Run` holds what every prediction is asked for; :func:`expanded` puts its fields among the options of a command.
+:class:`Run` has the options of every prediction; :func:`expanded` adds its fields to the options of a command.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ NAMES: Mapping[str, str] = {
     "--phase": "workload.PHASES",
     **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "workload.DTYPES"),
 }
-"""Options and arguments -> where the names are that a shell completes."""
+"""Option or argument -> place of the names for shell completion."""
 
 
 def completing(where: str) -> Callable[[str], list[str]] | None:
-    """A shell's question for the names of something public, the last of a comma list; imported when it is asked.
+    """Return the shell completion of names from a place, for the last entry of a comma list; it imports them late.
 
     >>> complete = completing("workload.PHASES")
     >>> complete and complete("decode,pre")
@@ -51,13 +51,13 @@ def completing(where: str) -> Callable[[str], list[str]] | None:
 
 
 def opt(flags: str, metavar: str | None, text: str) -> Any:
-    """An option; ``flags`` are its names, separated by blanks."""
+    """Declare an option; ``flags`` are its names, separated by blanks."""
     names = completing(NAMES.get(flags, ""))
     return typer.Option(*flags.split(), metavar=metavar, help=text, autocompletion=names)
 
 
 def arg(metavar: str, text: str, like: str = "") -> Any:
-    """An argument; a shell completes it as the one of :data:`NAMES` that it is like, if not by its own name."""
+    """Declare an argument; shell completion uses the entry ``like`` of :data:`NAMES`, else that of ``metavar``."""
     return typer.Argument(metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, "")))
 
 
@@ -76,12 +76,12 @@ Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
-Engine = Annotated[str, opt("--engine", "NAME", "How the model is run: see prunesim engines list, or a YAML file.")]
+Engine = Annotated[str, opt("--engine", "NAME", "Engine (see prunesim engines list) or YAML file.")]
 Engines = Annotated[
-    str, opt("--engine", "LIST", "How the model is run: see prunesim engines list, or YAML files; several at once.")
+    str, opt("--engine", "LIST", "Engines (see prunesim engines list) or YAML files; a comma list for several.")
 ]
 DenseTime = Annotated[
-    str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this setting, such as 18.6ms.")
+    str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")
 ]
 DenseTokens = Annotated[
     float | None, opt("--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")
@@ -96,8 +96,8 @@ WeightDtype = Annotated[
 KvDtype = Annotated[
     str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
 ]
-Devices = Annotated[int, opt("--devices", "N", "Number of devices the model is spread over.")]
-Parallel = Annotated[str, opt("--parallel", "NAME", "How it is spread: tensor, expert or pipeline.")]
+Devices = Annotated[int, opt("--devices", "N", "Number of devices that share the model.")]
+Parallel = Annotated[str, opt("--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")]
 Skew = Annotated[
     float | None,
     opt(
@@ -117,7 +117,7 @@ Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf
 
 @dataclass(frozen=True)
 class Run:
-    """How the models of a prediction are run, as texts of the command line."""
+    """Options of every prediction, as texts of the command line."""
 
     phase: Phase = "prefill"
     batch: Batch = "1"
@@ -133,7 +133,7 @@ class Run:
     skew: Skew = None
 
     def requests(self, known: Known | None = None, *, ideal: bool = False) -> Requests:
-        """The options read, with a measured time of the dense model where there is one."""
+        """Parse the options, with a measured time of the dense model, if any."""
         from simulator.predict.scenario import Scenario
         from simulator.routing import EXPERT_SKEW
 
@@ -161,7 +161,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Requests:
-    """Axes of a prediction, as :func:`simulator.table` takes them, and what all have in common."""
+    """Axes of a prediction for :func:`simulator.table`, and their common scenario."""
 
     phase: Sequence[str]
     batch: Sequence[int]
@@ -177,37 +177,29 @@ class Known:
     dense_time: DenseTime = None
     dense_tokens_per_s: DenseTokens = None
 
-    def added(self, asked: Requests) -> Requests:
-        """The same with the measured time in the scenario."""
+    def added(self, requests: Requests) -> Requests:
+        """Return requests with the measured time in the scenario."""
         if self.dense_time is None and self.dense_tokens_per_s is None:
-            return asked
+            return requests
         if self.dense_time is not None and self.dense_tokens_per_s is not None:
             raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
-        axes: dict[str, Sequence[object]] = {"phase": asked.phase, "batch": asked.batch, "seq": asked.seq}
-        for name, values in {**axes, "engine": asked.engine}.items():
-            if len(values) > 1:
-                raise InputError(f"--dense-time: is of one scenario; expected one {name}, got {len(values)}")
         from simulator.predict.scenario import dense_seconds
 
         if self.dense_time is not None:
             seconds = duration("--dense-time", self.dense_time)
         else:
-            request = asked.phase[0], asked.batch[0], asked.seq[0]
-            seconds = dense_seconds(self.dense_tokens_per_s, *request, asked.scenario.new_tokens)
-        return replace(asked, scenario=replace(asked.scenario, dense_s=seconds))
+            first = requests.phase[0], requests.batch[0], requests.seq[0]
+            seconds = dense_seconds(self.dense_tokens_per_s, *first, requests.scenario.new_tokens)
+        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds))
 
 
-KNOWN = Known()
-"""The default of a command's parameter ``known``."""
+KNOWN, RUN = Known(), Run()
+"""Defaults of the parameters ``known`` and ``run`` of commands."""
 
 
-RUN = Run()
-"""The default of a command's parameter ``run``."""
-
-
-def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose parameters that default to a dataclass of options (as :data:`RUN`) become those options, in their
-    place and with those defaults, but for some that are left out and keep them.
+def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator of commands that replaces parameters which default to a dataclass of options (as :data:`RUN`)
+    by these options and defaults; omitted options keep their defaults.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -217,7 +209,7 @@ def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., No
             parts = [(p.name, p.default, types[p.name])]
             if is_dataclass(p.default):
                 hints = get_type_hints(type(p.default), include_extras=True)
-                shared = [f.name for f in fields(p.default) if f.name not in left_out]
+                shared = [f.name for f in fields(p.default) if f.name not in omitted]
                 groups[p.name] = p.default, shared
                 parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
             for name, default, kind in parts:
@@ -225,8 +217,8 @@ def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., No
 
         @wraps(command)
         def called(**given: Any) -> None:
-            for name, (usual, shared) in groups.items():
-                given[name] = replace(usual, **{option: given.pop(option) for option in shared})
+            for name, (default, shared) in groups.items():
+                given[name] = replace(default, **{option: given.pop(option) for option in shared})
             command(**given)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -237,7 +229,7 @@ def expanded(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def names(option: str, text: str) -> list[str]:
-    """A comma list of names.
+    """Parse a comma list of names.
 
     >>> names("--hardware", "a100, h100")
     ['a100', 'h100']
@@ -249,7 +241,7 @@ def names(option: str, text: str) -> list[str]:
 
 
 def devices(text: str, same_stack: bool = False) -> list[Any]:
-    """Devices of ``--hardware``: names, or with ``--same-stack`` their profiles."""
+    """Parse ``--hardware`` into names, or with ``--same-stack`` into profiles."""
     if not same_stack:
         return names("--hardware", text)
     from simulator.hardware.library import load_hardware
@@ -258,7 +250,7 @@ def devices(text: str, same_stack: bool = False) -> list[Any]:
 
 
 def duration(option: str, text: str) -> float:
-    """A time with its unit, s.
+    """Parse a time with its unit, s.
 
     >>> duration("--latency", "12ms")
     0.012
@@ -270,7 +262,7 @@ def duration(option: str, text: str) -> float:
 
 
 def integers(option: str, text: str) -> list[int]:
-    """A comma list of whole numbers.
+    """Parse a comma list of whole numbers.
 
     >>> integers("--batch", "1,64")
     [1, 64]
@@ -279,7 +271,7 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """A comma list of numbers.
+    """Parse a comma list of numbers.
 
     >>> fractions("--sparsity", "0.1,0.25")
     [0.1, 0.25]
@@ -288,7 +280,7 @@ def fractions(option: str, text: str) -> list[float]:
 
 
 def sparsity(option: str, text: str) -> float | dict[str, float]:
-    """One fraction, or fractions by projection kind.
+    """Parse one fraction, or fractions by projection kind.
 
     >>> sparsity("--sparsity", "0.3"), sparsity("--sparsity", "q=0.1,down=0.5")
     (0.3, {'q': 0.1, 'down': 0.5})
@@ -300,7 +292,7 @@ def sparsity(option: str, text: str) -> float | dict[str, float]:
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of them, or a word.
+    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of these, or a word.
 
     >>> settings("--option", ["inner=8810", "kv_dense=false", "rank=16,32"])
     {'inner': 8810, 'kv_dense': False, 'rank': [16, 32]}
@@ -319,12 +311,11 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise InputError(f"{option} {text!r}: expected {wanted}") from None
+        raise InputError(f"{option} {text!r}: expected a {'whole ' if kind is int else ''}number") from None
 
 
 def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
-    """A name and a value."""
+    """Parse a name and a value."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (name and equals and value):
         raise InputError(f"{option} {text!r}: expected {expected}")

@@ -1,6 +1,4 @@
-"""``prunesim pareto``: speedups against quality loss, the frontier, and the family that is fastest at each quality
-budget.
-"""
+"""``prunesim pareto``: find the frontier of speedup and quality loss, and the fastest family at each quality budget."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 # fmt: off
 Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")]
-QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Take the quality rows of this model instead.")]
+QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Use the quality rows of this model instead.")]
 Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
 Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
 Measured = Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")]
@@ -41,9 +39,9 @@ def pareto(
 ) -> None:
     """Show which pruned models no other model beats in both speed and quality.
 
-    Quality is measured, on one metric under one protocol: by papers (the shipped tables, used by default), by a table
-    of yours, or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted, or
-    measured where --measured has it.
+    Quality is measured, on one metric under one protocol: by papers (the shipped tables, the default), in your table,
+    or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted, unless
+    --measured has a value.
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
@@ -53,7 +51,7 @@ def pareto(
     config = load_model(model)
     table = load_quality(quality).of_model(quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
-    devices, asked = options.names("--hardware", hardware), run.requests()
+    devices, requested = options.names("--hardware", hardware), run.requests()
     known = read_measured(measured) if measured else ()
     with render.progress("predicting") as report:
         found, notes = fronts(
@@ -61,11 +59,11 @@ def pareto(
             devices,
             table,
             axis,
-            asked.phase,
-            asked.batch,
-            asked.seq,
-            engine=asked.engine,
-            scenario=asked.scenario,
+            requested.phase,
+            requested.batch,
+            requested.seq,
+            engine=requested.engine,
+            scenario=requested.scenario,
             measured=known,
             progress=report,
         )
@@ -73,7 +71,7 @@ def pareto(
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         for front in found:
             print(front_text(front), end="\n\n")
-        print("optimal: no other point is as fast at no more loss (*: and faster for sure than other families there)")
+        print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
     if figure:
         from simulator.cli.drawing import draw_fronts
 
@@ -85,7 +83,7 @@ def pareto(
         more = " ..." if len(others) > 4 else ""
         render.note(f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{more}")
     if table.models[0] != config.name.lower():
-        render.note(f"quality is that of {table.models[0]}, speed that of {config.name}")
+        render.note(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
     from simulator.predict.caveats import uncalibrated
 
     for line in uncalibrated((f.hardware for f in found), (f.calibrated for f in found)):
@@ -93,12 +91,12 @@ def pareto(
 
 
 def front_title(front: Front) -> str:
-    """What a frontier is one of."""
+    """Return the title of a frontier."""
     return f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
 
 
 def front_text(front: Front) -> str:
-    """A frontier as text: its points by rising loss, then the bands."""
+    """Return a frontier as text: points by rising loss, then bands."""
     columns = render.first_fitting(_layouts(front), render.width())
     table = render.table_text(columns, f"{front_title(front)}\n{front.axis}", color=render.colored())
     sentences = "; ".join(band_text(b) for b in front.bands)
@@ -111,22 +109,22 @@ def front_text(front: Front) -> str:
 
 
 def band_text(band: Band) -> str:
-    """A band as the paper writes it.
+    """Return a band as text, as in the paper.
 
     >>> from simulator.predict.pareto import Band
     >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True))
     '0-4 % depth (1.10-1.20x)'
     >>> band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))
-    'from 17 % width (1.50x, not sure)'
+    'from 17 % width (1.50x, uncertain)'
     """
     low, high = f"{100 * band.low:.3g}", f"{100 * band.high:.3g}"
-    reach = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"
+    budget = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"
     speeds = list(dict.fromkeys(f"{s:.2f}" for s in (band.speedup_low, band.speedup_high)))
-    return f"{reach} {band.family} ({'-'.join(speeds)}x{'' if band.sure else ', not sure'})"
+    return f"{budget} {band.family} ({'-'.join(speeds)}x{'' if band.sure else ', uncertain'})"
 
 
 def _layouts(front: Front) -> Iterator[list[render.Column]]:
-    """Layouts from the one with sources down to the narrowest."""
+    """Yield layouts from the widest, with sources, to the narrowest."""
     points = front.points
 
     def layout(source: bool, beaten: bool, interval: bool) -> list[render.Column]:
@@ -142,12 +140,12 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
             ("<beaten by", lambda p: p.beaten_by),
             ("<source", lambda p: p.source),
         )
-        left_out = {"speed": not any(p.measured for p in points), "beaten by": not beaten, "source": not source}
+        omitted = {"speed": not any(p.measured for p in points), "beaten by": not beaten, "source": not source}
         dense = {"method": "dense", "loss": "0 %", "speedup": "1.00"}
         return [
             render.Column(c.title, [dense.get(c.title, ""), *c.cells], c.right)
             for c in rows
-            if not left_out.get(c.title)
+            if not omitted.get(c.title)
         ]
 
     yield layout(True, True, True)

@@ -1,8 +1,8 @@
-"""The program: finds a command by its name, runs it, and turns what goes wrong into one line and an exit status.
+"""Find a command by name, run it, and convert errors to one line and an exit status.
 
-A command is a function or a ``typer.Typer`` with commands of its own. Those of the simulator are in :data:`COMMANDS`;
-other packages register theirs as entry points of the group :data:`GROUP`. Only the command that is called is imported;
-help and completion of the program itself import all.
+A command is a function or a ``typer.Typer`` with subcommands. Commands of the simulator are in :data:`COMMANDS`; other
+packages register commands as entry points of the group :data:`GROUP`. Only the requested command is imported; help and
+completion of the program import all commands.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("explore", "explore:command"),
     ("report", "report:command"),
 )
-"""Commands of the simulator in the order of ``--help``, and where they are in this package."""
+"""Commands of the simulator in the order of ``--help``, and their places in this package."""
 
 
 def program(only: str = "") -> typer.Typer:
-    """Return the program with one command, or with all where there is no such command."""
+    """Return the program with one command, or with all if the command does not exist."""
     app = typer.Typer(
         name="prunesim",
         help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
@@ -79,8 +79,8 @@ def _add(app: typer.Typer, name: str, command: Any) -> None:
         app.command(name)(command)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"prunesim {__version__}")
         raise typer.Exit
 
@@ -100,13 +100,13 @@ def run(arguments: Sequence[str]) -> int:
         words = list(arguments) or ["--help"]
         code = typer.main.get_command(app).main(words, prog_name="prunesim", standalone_mode=False)
         sys.stdout.flush()
-        if code == INTERRUPTED:  # typer makes a status of Ctrl-C, and says nothing
+        if code == INTERRUPTED:  # typer converts Ctrl-C to a status without a message
             return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:
-        _drop_output()  # the reader (head, less) has seen enough
+        _drop_output()  # the reader (head, less) ended
         return 1
     except OSError as error:
         _drop_output()
@@ -114,14 +114,14 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{where}{error.strerror or error}", 1)
     except typer.Exit as stop:
         return int(stop.exit_code)
-    except SystemExit as stop:  # once a shell's question is answered
+    except SystemExit as stop:  # after shell completion
         return int(stop.code or 0)
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
     except MemoryError:
-        return _fail("there is not enough memory for this; ask for fewer settings at a time", 1)
+        return _fail("not enough memory; request fewer scenarios at once", 1)
     except Exception as error:
-        # usage errors of the option parser; its class is not public in every version of typer, its method is
+        # usage errors of the option parser: their class is not public in every version of typer, this method is
         if hasattr(error, "format_message"):
             context = getattr(error, "ctx", None)
             return _fail(f"{error.format_message()} See '{context.command_path if context else 'prunesim'} --help'", 2)
@@ -139,7 +139,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _drop_output() -> None:
-    """Send what standard output could not take nowhere, or the interpreter would complain of it on its way out."""
+    """Discard unwritten output, which would cause an error message when the interpreter exits."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
-"""Output for people and machines: tables that fit their width, JSON, CSV, notes, and a progress bar for what takes
-long.
+"""Print tables that fit the width, JSON, CSV, notes, and a progress bar of long commands.
 
-A table is offered as several layouts from the most detailed down; the first that fits the width is printed, so no cell
-is ever wrapped. What is not a terminal counts as 120 columns wide.
+A table has several layouts, the most detailed first; the first that fits the width is printed, so no cell is wrapped.
+Pipes and files have 120 columns.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ PIPED_WIDTH = 120
 """Columns of a table that goes to a pipe or a file."""
 
 PROGRESS_AFTER_S = 2.0
-"""A progress bar shows up only when a command has run for so long."""
+"""Run time after which a progress bar appears, s."""
 
 # fmt: off
 BOTTLENECKS_SHORT: Mapping[str, str] = {
@@ -48,9 +47,7 @@ BOTTLENECKS_SHORT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: a title (lines separated by newlines), cells of text, aligned right unless told otherwise;
-    style by cell.
-    """
+    """A column of a table: a title (may have several lines), cells of text, alignment, and a style per cell."""
 
     title: str
     cells: Sequence[str]
@@ -59,17 +56,17 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters of the widest line."""
+        """Number of characters of the widest line."""
         return max(len(line) for text in (self.title, *self.cells) for line in text.split("\n"))
 
 
 def width() -> int:
-    """Columns there are on standard output."""
+    """Return the number of columns of standard output."""
     return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else PIPED_WIDTH
 
 
 def table_width(columns: Sequence[Column]) -> int:
-    """Columns a table takes.
+    """Return the width of a table in characters.
 
     >>> table_width([Column("a", ["123"]), Column("b", ["1"])])
     6
@@ -78,8 +75,7 @@ def table_width(columns: Sequence[Column]) -> int:
 
 
 def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
-    """Columns of a table with a row for each of ``rows``: titles, and how to write a row; "<" before a title aligns
-    left.
+    """Return the columns of a table of ``rows`` from titles and functions of a row; "<" before a title aligns left.
 
     >>> print(table_text(columns([1, 20], ("<name", "item {}".format), ("n", str))))
     name      n
@@ -94,7 +90,7 @@ def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) ->
 
 
 def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
-    """As many of the columns as fit the width, from the left, but no fewer than the least."""
+    """Return as many columns as fit the width, from the left, but at least ``least``."""
     kept = list(columns)
     while len(kept) > least and table_width(kept) > width():
         kept.pop()
@@ -102,7 +98,7 @@ def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
 
 
 def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Column]:
-    """The first layout that fits, or the last one."""
+    """Return the first layout that fits, or the last."""
     columns: list[Column] = []
     for columns in layouts:
         if table_width(columns) <= available:
@@ -111,7 +107,7 @@ def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Colum
 
 
 def table_text(columns: Sequence[Column], title: str = "", *, color: bool = False) -> str:
-    """A table as text with a ruled header; no line is wrapped, trailing blanks are cut.
+    """Return a table as text with a line under the header, without wrapping or trailing blanks.
 
     >>> print(table_text([Column("name", ["a", "bc"], right=False), Column("n", ["1", "20"])]))
     name   n
@@ -130,7 +126,7 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
     for i in range(len(columns[0].cells)):
         table.add_row(*(Text(c.cells[i], style=c.styles[i] if c.styles else "") for c in columns))
     out = io.StringIO()
-    # the layout was chosen to fit: rich gets all the room it asks for, so it never wraps or cuts
+    # the layout fits the width: rich has unlimited width, so it never wraps or cuts
     colors = "standard" if color else None
     console = Console(file=out, width=2000, height=100, force_terminal=color, color_system=colors, legacy_windows=False)  # type: ignore[arg-type]
     if title:
@@ -140,34 +136,34 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
 
 
 def _rule(box: Any) -> Any:
-    """Only a line under the header, in characters every terminal has."""
+    """Return a box style with only a line under the header, in ASCII characters."""
     return box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def show(columns: Sequence[Column], title: str = "") -> None:
-    """Print a table to standard output, in colour on a terminal that wants it."""
+    """Print a table to standard output, in colour if the terminal supports it."""
     print(table_text(columns, textwrap.fill(title, width()), color=colored()))
 
 
 def colored() -> bool:
-    """Whether to colour: never with NO_COLOR set, else with FORCE_COLOR, else on a terminal whose TERM is not dumb."""
-    asked = os.environ.get
-    terminal = sys.stdout.isatty() and asked("TERM") != "dumb"
-    return not asked("NO_COLOR") and bool(asked("FORCE_COLOR") or terminal)
+    """Return whether to colour: not with NO_COLOR, else with FORCE_COLOR or on a terminal whose TERM is not dumb."""
+    variable = os.environ.get
+    terminal = sys.stdout.isatty() and variable("TERM") != "dumb"
+    return not variable("NO_COLOR") and bool(variable("FORCE_COLOR") or terminal)
 
 
 def note(text: str) -> None:
-    """One line for the user, to standard error."""
+    """Print one line to standard error."""
     print("note:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
 def interval(found: Any) -> str:
-    """A speedup with its interval."""
+    """Return a speedup with its interval as text."""
     return f"{ratio(found.speedup)} ({ratio(found.speedup_lower)}-{ratio(found.speedup_upper)})"
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Print a record, or a list with one record a line, as JSON: numbers in full, null for what is no number.
+    """Print a record, or a list with one record per line, as JSON: exact numbers, null for NaN and infinity.
 
     >>> show_json([{"a": 0.1, "b": {"c": float("nan")}}, {"a": 2}])
     [
@@ -181,7 +177,7 @@ def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
 
 
 def checked(file: str, problems: Sequence[str], as_json: bool) -> None:
-    """Print what is wrong with a file, a line each; exits with 2 where anything is."""
+    """Print the problems of a file, one per line; exit with 2 if there are any."""
     if as_json:
         show_json({"file": file, "problems": problems})
     elif not problems:
@@ -195,7 +191,7 @@ def checked(file: str, problems: Sequence[str], as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the rows of a command go: --json, --csv or a table, and --figure beside them; checked before any work."""
+    """Output of a command: --json, --csv or a table, and figures; checked before any work."""
 
     json: bool
     csv: str | None = None
@@ -214,7 +210,7 @@ class Output:
             check_target(self.csv)
 
     def write(self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None) -> bool:
-        """Write rows (others as CSV, where given); whether a table is wanted instead."""
+        """Write rows (CSV: ``for_csv``, if given); return whether to print a table instead."""
         if self.json:
             show_json(rows)
         elif self.csv:
@@ -232,9 +228,7 @@ class Output:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with steps done and steps in all; draws a bar on a terminal once a command has run for two
-    seconds.
-    """
+    """Yield a function of steps done and their number that draws a bar on a terminal after some seconds."""
     start = time.monotonic()
     shown = False
     usable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

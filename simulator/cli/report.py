@@ -1,4 +1,4 @@
-"""``prunesim report``: the page of a selection as one HTML file to pass on."""
+"""``prunesim report``: write the page of a selection as one HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Model = Annotated[str, arg("MODEL", "Name of a model, its config.json, or the ad
 Output = Annotated[str, opt("-o --output", "FILE", "HTML file to write.")]
 Hardware = Annotated[str | None, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")]
 Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all.")]
-Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, points of the curves.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed: the points of the curves.")]
 Phase = Annotated[str | None, opt("--phase", "NAME", "prefill, decode, generate or serve.")]
 Batch = Annotated[int | None, opt("--batch", "N", "Sequences in a batch.")]
 Seq = Annotated[int | None, opt("--seq", "N", "Prompt tokens or cached positions of a sequence.")]
@@ -29,12 +29,12 @@ NewTokens = Annotated[int | None, opt("--new-tokens", "N", "Tokens that generate
 Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
-Engine = Annotated[str | None, opt("--engine", "NAME", "How the model is run; see prunesim engines list.")]
+Engine = Annotated[str | None, opt("--engine", "NAME", "Engine (see prunesim engines list) or YAML file.")]
 Versus = Annotated[str | None, opt("--versus", "NAME", "Second engine; its waterfall is drawn next to the first.")]
-Dense = Annotated[str | None, opt("--dense-time", "TIME", "Measured time of the dense model on the one GPU: 18.6ms.")]
+Dense = Annotated[str | None, opt("--dense-time", "TIME", "Measured time of the dense model on one GPU: 18.6ms.")]
 Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
 WeightDtype = Annotated[str | None, opt("--weight-dtype", "NAME", "Format of stored weights.")]
-Devices = Annotated[int | None, opt("--devices", "N", "Devices the model is spread over.")]
+Devices = Annotated[int | None, opt("--devices", "N", "Number of devices that share the model.")]
 Pruned = Annotated[str | None, opt("--pruned", "PATH", "An existing pruned model: a checkpoint or config.json.")]
 Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds, or pruned.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
@@ -65,8 +65,8 @@ def command(
 ) -> None:
     """Write a selection as one HTML file.
 
-    The file holds the figures of prunesim explore, the table, the notes and the commands, opens from disk and fetches
-    nothing. Options that are left out are as the page starts with. Needs the extra "explore".
+    The file has the figures of prunesim explore, the table, the notes and the commands. It opens from disk and fetches
+    nothing. Defaults of options are the page's initial state. Needs the extra "explore".
     """
     from simulator.files.write import check_target
 
@@ -103,7 +103,7 @@ def command(
 
 
 def _engine(name: str) -> str:
-    """An engine by the name that an address takes, else by its path."""
+    """Return the name of a shipped engine, else its path."""
     from simulator.engines.engine import list_engines, load_engine
 
     found = load_engine(name)
@@ -111,7 +111,7 @@ def _engine(name: str) -> str:
 
 
 def _start(model: str) -> State:
-    """The state of an address, or the page's first one with a model."""
+    """Return the state of an address, or the page's initial state with a model."""
     from simulator.explore.dropped import PREFIX
     from simulator.explore.state import State, strict_query
     from simulator.models.library import list_models, load_model

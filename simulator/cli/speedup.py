@@ -1,4 +1,4 @@
-"""``prunesim speedup``: the table of predicted speedups, as text, JSON, CSV or figure."""
+"""``prunesim speedup``: print predicted speedups as text, JSON, CSV or figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Sparsity = Annotated[
     str | None,
-    opt("--sparsity", "LIST", "Fractions removed, each in [0, 1): 0.1,0.25,0.5, or those of a method's paper."),
+    opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."),
 ]
 
 
@@ -36,37 +36,37 @@ def speedup(
     memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
     same_stack: options.SameStack = False,
     json: options.Json = False,
-    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV, numbers in full (- for standard output).")] = None,
+    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None,
     figure: options.Figure = None,
 ) -> None:
     """Predict how much faster a pruned model is.
 
-    Every combination of the lists is predicted. One that a family does not support (2:4 at 0.25) is excluded with a
-    note, or an error when it is the only one. With --pruned, existing models are compared with the dense one.
+    Every combination of the lists is predicted. A combination that a family does not support (2:4 at 0.25) is excluded
+    with a note, or an error if it is the only one. With --pruned, existing models are compared with the dense one.
     """
     output = render.Output(json, csv, [figure])
     chosen = None if family is None else options.names("--family", family)
     methods = [] if method is None else options.names("--method", method)
     extra = options.settings("--option", option)
     if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
-        raise InputError("--option: expected one family, for options belong to a family")
+        raise InputError("--option: expected one family: options belong to a family")
     from simulator.predict.caveats import uncalibrated
     from simulator.predict.table import table
 
-    asked = run.requests(known, ideal=ideal)
+    requested = run.requests(known, ideal=ideal)
     with render.progress("predicting") as report:
         found = table(
             [model],
             options.devices(hardware, same_stack),
             chosen,
             None if sparsity is None else options.fractions("--sparsity", sparsity),
-            asked.phase,
-            asked.batch,
-            asked.seq,
+            requested.phase,
+            requested.batch,
+            requested.seq,
             method=methods,
             pruned=[] if pruned is None else options.names("--pruned", pruned),
-            engine=asked.engine,
-            scenario=asked.scenario,
+            engine=requested.engine,
+            scenario=requested.scenario,
             options=extra,
             progress=report,
         )
@@ -82,7 +82,7 @@ def speedup(
 
 
 def _print(results: Sequence[Result], memory: bool) -> None:
-    """One table per scenario, rows by family and sparsity, devices side by side."""
+    """Print one table per scenario, rows by family and sparsity, devices side by side."""
     groups: dict[str, list[Result]] = {}
     for r in results:
         groups.setdefault(r.scenario, []).append(r)
@@ -107,7 +107,7 @@ def _print(results: Sequence[Result], memory: bool) -> None:
 
 
 def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
-    """Results by as many devices side by side as fit in the narrowest layout with intervals, evenly spread."""
+    """Split results into tables of as many devices as fit in the narrowest layout with intervals, equally many each."""
     names = list(dict.fromkeys(r.hardware for r in results))
     for tables in range(1, len(names) + 1):
         count = -(-len(names) // tables)
@@ -118,7 +118,7 @@ def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]
 
 
 def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
-    """Layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
+    """Yield layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     dense = {h: next(r for r in results if r.hardware == h) for h in hardware}
@@ -151,13 +151,13 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             whole = dense[h]
             half = math.sqrt(whole.dense_upper / whole.dense_lower) - 1.0
-            sure = f" +-{100.0 * half:.0f} %" if interval else ""
-            cells = [render.seconds(whole.dense_s) + sure, *(shown(r) if r else "-" for r in found)]
+            error = f" +-{100.0 * half:.0f} %" if interval else ""
+            cells = [render.seconds(whole.dense_s) + error, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}
                 bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
-                columns.append(render.Column("bottleneck", ["", *bottlenecks], right=False))
+                columns.append(render.Column("bottle-\nneck", ["", *bottlenecks], right=False))
         return columns
 
     for detail in (4, 3, 2, 1):
@@ -169,26 +169,26 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
 
 
 def _kind(results: Sequence[Result]) -> str:
-    """What the names of rows are."""
+    """Return the title of the column of row names."""
     return "model" if results[0].pruned else "method" if results[0].method else "family"
 
 
 def _crossed(results: Sequence[Result]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
-    """Devices, rows (family, sparsity) in order, and the record where they meet."""
+    """Return devices, rows (family, sparsity), and the result of each device and row."""
     hardware = list(dict.fromkeys(r.hardware for r in results))
     rows = list(dict.fromkeys((r.family, r.sparsity) for r in results))
     return hardware, rows, {(r.hardware, (r.family, r.sparsity)): r for r in results}
 
 
 def _style(r: Result | None) -> str:
-    """Green where the whole interval is a gain, red where it is a loss."""
+    """Return green if the whole interval is a gain, red if it is a loss."""
     if r is None:
         return ""
     return "green" if r.speedup_lower > 1.0 else "red" if r.speedup_upper < 1.0 else ""
 
 
 def _print_serving(results: Sequence[Result]) -> None:
-    """Serving numbers: new tokens/s per device, waiting times, the largest batch that fits."""
+    """Print serving numbers: new tokens/s per device, latencies, the largest batch that fits."""
     waits = "; time to first token depends on how requests arrive" if results[0].phase == "serve" else ""
     for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
         mine = [r for r in results if r.hardware == h]
@@ -209,7 +209,7 @@ def _print_serving(results: Sequence[Result]) -> None:
 
 
 def _print_memory(results: Sequence[Result]) -> None:
-    """Memory of the dense and the pruned models against each device's capacity."""
+    """Print the memory of the dense and the pruned models against each device's capacity."""
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     first = results[0]

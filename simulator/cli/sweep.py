@@ -1,4 +1,4 @@
-"""``prunesim sweep``: a grid of predictions into a Parquet file."""
+"""``prunesim sweep``: write a grid of predictions to a Parquet file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from simulator.cli.options import arg, opt
 
 # fmt: off
 Grid = Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")]
-Output = Annotated[str, opt("--output -o", "FILE", "Parquet file; FILE.parts holds it while it grows.")]
-Where = Annotated[str | None, opt("--where", "TEXT", "Rows to keep, as 'speedup > 1.3 and batch == 1'.")]
+Output = Annotated[str, opt("--output -o", "FILE", "Parquet file; FILE.parts has finished parts during the sweep.")]
+Where = Annotated[str | None, opt("--where", "TEXT", "Rows to keep, such as 'speedup > 1.3 and batch == 1'.")]
 Jobs = Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")]
 Most = Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")]
 # fmt: on
@@ -45,7 +45,7 @@ def command(
         "notes": list(done.notes),
     }
     if render.Output(json).write([row]):
-        again = f", {done.resumed} of {done.partitions} parts found done" if done.resumed else ""
+        again = f", {done.resumed} of {done.partitions} parts from an earlier run" if done.resumed else ""
         counts = f"{done.rows:,} rows of {done.configurations:,} configurations"
         print(f"{done.target}: {counts} in {render.seconds(done.seconds)}{again}")
         for line in done.notes:

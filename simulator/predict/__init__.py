@@ -1,1 +1,1 @@
-"""From scenarios, prunings and devices to results, and what is built on results: advice, frontiers, sweeps."""
+"""Predict results for scenarios, prunings and devices, and derive advice, frontiers and sweeps from them."""

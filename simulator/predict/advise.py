@@ -1,10 +1,9 @@
-"""The inverse question: which pruning reaches a target?
+"""Find the prunings that reach a target.
 
-Use :func:`advise`. Configurations (:mod:`simulator.predict.configurations`) reach it on all devices, engines and
-requests at once. Then the minimum sparsity of each family is searched on each device: on a coarse grid of sparsities,
-and then on a fine one between the last that misses the target and the first that reaches it. Around it, for families
-that change widths, the aligned widths are timed one by one: time falls in steps, and a width just above a step wastes
-time.
+Use :func:`advise`. Configurations (:mod:`simulator.predict.configurations`) reach the target on all devices, engines
+and requests at once. The minimum sparsity of each family is searched per device, first on a coarse grid of sparsities,
+then on a fine grid between the last that misses the target and the first that reaches it. For families that change
+widths, aligned widths near the result are timed too: time falls in steps, and a width just above a step wastes time.
 """
 
 from __future__ import annotations
@@ -38,48 +37,48 @@ if TYPE_CHECKING:
     from simulator.workload import Workload
 
 COARSE, FINE = 0.02, 0.001
-"""Steps of the search, first and then between the two neighbours it found."""
+"""Steps of the coarse and the fine grid of sparsities."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("depth", "semi_structured"), ("width", "semi_structured"),
     ("depth", "kv_cache"), ("width", "kv_cache"), ("depth", "token"),
 )  # fmt: skip
-"""Families that go together, are not the same lever twice, and not a configuration."""
+"""Families to combine: they remove different things, and no configuration covers the pair."""
 
 FORMATS: tuple[tuple[str | None, str | None], ...] = (("int8", None), ("int4", None), (None, "fp8"))
-"""Formats of weights and cache to set beside pruning."""
+"""Formats of weights and cache, as alternatives to pruning."""
 
-ALIGN = 16  # widths looked at are multiples of it, as the families round to
-REACH = 0.06  # how far around the width that was found, as a share of the dense one
-MOST_WIDTHS = 1000  # of a model that is wider than any, every so many
-STEPS = 3  # named at most
-STEEP = 3.0  # a step is a fall of the time so many times the average over its surroundings
+ALIGN = 16  # widths are multiples of it, as families round to
+NEIGHBOURHOOD = 0.06  # widths around the result, as a share of the dense width
+MOST_WIDTHS = 1000  # most widths to time; larger ranges are thinned
+STEPS = 3  # most steps to report
+STEEP = 3.0  # factor over the average fall of the time around it from which a fall is a step
 
 
 @dataclass(frozen=True, repr=False)
 class WidthStep(HasResult):
-    """A width at which time has just stepped down."""
+    """A width just below a step of the time."""
 
     result: Result
-    name: str  # what has this width: inner (of the MLP), hidden, or rank (of the down projection)
+    name: str  # dimension: inner (of the MLP), hidden, or rank (of the down projection)
     width: int
-    fraction: float  # removed of it (family width: of the MLP alone, attention as advised)
-    saved: float  # share of the time, against the next wider aligned width
-    reached: bool  # whether the target is
+    fraction: float  # removed share of the dimension (family width: of the MLP only, attention as advised)
+    saved: float  # share of the time of the next wider aligned width
+    reached: bool  # whether the target is reached
 
 
 @dataclass(frozen=True, repr=False)
 class Advice(HasResult):
-    """A family for one device and request, at the minimum sparsity that reaches the target, or else at the fastest."""
+    """A family on one device and request, at the minimum sparsity that reaches the target, else at the fastest."""
 
     result: Result
     target: float
     reached: bool  # by some sparsity up to LARGEST_SPARSITY
     sure_sparsity: float | None  # the minimum at which the whole interval reaches the target
-    steps: tuple[WidthStep, ...]  # aligned widths around it where time steps down; none for families that change none
+    steps: tuple[WidthStep, ...]  # aligned widths nearby where time steps down; empty for families that keep widths
 
     def to_dict(self) -> dict[str, Any]:
-        """The result's fields, then its own."""
+        """Return the result's fields, then the others, with steps as dictionaries."""
         return super().to_dict() | {"steps": [step.to_dict() for step in self.steps]}
 
     def _title(self) -> str:
@@ -91,7 +90,7 @@ class Advice(HasResult):
 
 @dataclass(frozen=True, repr=False)
 class Alternative(HasResult):
-    """Something other than one family that may reach the target."""
+    """A pair of families, or a number format, that may reach the target."""
 
     result: Result
     what: str
@@ -106,13 +105,13 @@ _COLUMNS: Mapping[str, str] = {
     "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
 }
 # fmt: on
-"""Columns that a notebook shows of each table of :class:`Advised`."""
+"""Table of :class:`Advised` -> columns to display in a notebook."""
 
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice by family, best first for each device and request; alternatives; notes; and configurations, the one that
-    keeps most parameters first."""
+    """Advice by family, best first for each device and request; alternatives; notes; and configurations, by falling
+    number of parameters."""
 
     advice: tuple[Advice, ...]
     alternatives: tuple[Alternative, ...]
@@ -120,7 +119,7 @@ class Advised(Displayed):
     configurations: tuple[Configuration, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Advice, then configurations, as dictionaries."""
+        """Return advice, then configurations, as dictionaries."""
         return [held.to_dict() for held in (*self.advice, *self.configurations)]
 
     def _title(self) -> str:
@@ -129,7 +128,7 @@ class Advised(Displayed):
         return f"reached by {reached} of {len(families)} families, and by {len(shapes)} configurations"
 
     def _columns(self) -> Mapping[str, Any]:
-        """One row per row of :meth:`rows`."""
+        """Return the columns of :meth:`rows`."""
         return by_column(self.rows())
 
     def _html(self) -> str:
@@ -155,11 +154,11 @@ def advise(
     probability: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Advised:
-    """What reaches a target: a :class:`Target`, or a number, which is a speedup above 1. Requests, engines and scenario
-    are those of :func:`simulator.table`.
+    """Find what reaches a target: a :class:`Target`, or a speedup above 1. Requests, engines and scenario are those of
+    :func:`simulator.table`.
 
-    ``probability`` is the minimum probability with which a configuration must reach it, from the speedup's interval;
-    ``progress`` is called with steps done and their number.
+    ``probability`` is the minimum probability with which a configuration must reach the target, from the speedup's
+    interval; ``progress`` is called with steps done and their number.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.result.family, a.reached) for a in found.advice]
@@ -171,9 +170,9 @@ def advise(
     chosen, devices = families(family, [config]), profiles(hardware)
     if not chosen:
         raise InputError("family: expected at least one")
-    asked = scenarios(scenario, [config], engine, phase, batch, seq)
-    check_measured(asked, devices)
-    targets = [Targets.of(one, devices, target) for one in asked]
+    requested = scenarios(scenario, [config], engine, phase, batch, seq)
+    check_measured(requested, devices)
+    targets = [Targets.of(one, devices, target) for one in requested]
     kinds, rest = 0, len(targets) * len(devices)
 
     def of_kinds(done: int, total: int) -> None:
@@ -207,7 +206,7 @@ def advise(
 
 
 class _Search:
-    """One scenario: every family on the coarse grid, pruned once for all devices, and a finer search around it."""
+    """Search for one scenario: all families on the coarse grid, pruned once for all devices, then on finer grids."""
 
     target: float
 
@@ -226,19 +225,19 @@ class _Search:
         supported = {self.prunings[i].family for i in self.coarse.pruning if i >= 0}
         self.families = [name for name in chosen if name in supported]
         for name, found in reasons.items():
-            if name not in supported:  # one sparsity may be right, and the engine have no kernels
+            if name not in supported:  # report a sparsity without pattern only if the engine lacks no kernels
                 error = min(found, key=lambda text: "at sparsity" in text)
                 notes[error if name in error else f"{name}: {error}"] = None
 
     def on(self, hw: HardwareProfile, target: float) -> tuple[list[Advice], list[Alternative]]:
-        """Advice of every family on a device, best first, and the alternatives there."""
+        """Return the advice for every family on a device, best first, and the alternatives."""
         self.target = target
         coarse = results_of(self.coarse, self.prunings, [hw], self.scenario, _reject)
         least, sure = (self.least(coarse, hw, name) for name in ("speedup", "speedup_lower"))
         family, advice = plain(coarse.columns["family"]), []
         for name in self.families:
             sparsity = least.get(name)
-            if sparsity is None:  # none reaches the target: the fastest
+            if sparsity is None:  # no sparsity reaches the target: take the fastest
                 fastest = np.where(family == name, coarse.columns["speedup"], 0.0).argmax()
                 sparsity = float(coarse.columns["sparsity"][fastest])
             advice.append(
@@ -250,17 +249,17 @@ class _Search:
                     steps=self.steps(name, sparsity, hw) if name in least else (),
                 )
             )
-        # those that reach the target first, by sparsity; then the others by how close they come
+        # families that reach the target by sparsity, then the others by speedup
         advice.sort(key=lambda a: (not a.reached, a.result.sparsity if a.reached else -a.result.speedup))
         others = [*self.pairs(hw, coarse, least), *self.formats(hw)]
         return advice, sorted(others, key=lambda o: (not o.reached, -o.result.speedup))
 
     def results(self, prunings: Sequence[Pruning], hw: HardwareProfile) -> Results:
-        """Results of some prunings; one that is not supported has none."""
+        """Return the results of the supported ones of some prunings."""
         return results_of(batch_of(self.scenario, prunings, _reject), prunings, [hw], self.scenario, _reject)
 
     def least(self, coarse: Results, hw: HardwareProfile, name: str) -> dict[str, float]:
-        """The minimum sparsity of each family whose speedup (or its lower end) reaches the target."""
+        """Return the minimum sparsity of each family whose speedup (or its lower end) reaches the target."""
         first = self.first(coarse, name)
         fine = []
         for family, (row, sparsity) in first.items():
@@ -272,13 +271,13 @@ class _Search:
         return {family: sparsity for family, (_, sparsity) in {**first, **finer}.items()}
 
     def first(self, results: Results, name: str) -> dict[str, tuple[int, float]]:
-        """The first row of each family that reaches the target, and its sparsity."""
+        """Return the first row of each family that reaches the target, and its sparsity."""
         family, sparsity = plain(results.columns["family"]), results.columns["sparsity"].tolist()
         reaches = np.flatnonzero(results.columns[name] >= self.target).tolist()
         return {family[row]: (row, sparsity[row]) for row in reversed(reaches)}
 
     def steps(self, family: str, sparsity: float, hw: HardwareProfile) -> tuple[WidthStep, ...]:
-        """Where time steps down around a sparsity, wider first; "width" keeps its KV groups, varies the inner width."""
+        """Find steps of the time around a sparsity, wider first; "width" keeps KV groups and varies the inner width."""
         down = np.flatnonzero(self.dense.is_role("down") & (self.dense.stage == 0))
         if not len(down) or family not in ("width", "width_cross", "low_rank"):
             return ()
@@ -286,11 +285,12 @@ class _Search:
         name, whole = {
             "width": ("inner", float(inner)),
             "width_cross": ("hidden", float(hidden)),
-            "low_rank": ("rank", hidden * inner / (hidden + inner)),  # at which the factors are as large as the weight
+            "low_rank": ("rank", hidden * inner / (hidden + inner)),  # the factors are as large as the weight
         }[family]
         around = (1.0 - sparsity) * whole
-        low = max(ALIGN, round((around - REACH * int(whole)) / ALIGN) * ALIGN)
-        high = min(int(whole) // ALIGN * ALIGN, round((around + REACH * int(whole)) / ALIGN) * ALIGN)
+        distance = NEIGHBOURHOOD * int(whole)
+        low = max(ALIGN, round((around - distance) / ALIGN) * ALIGN)
+        high = min(int(whole) // ALIGN * ALIGN, round((around + distance) / ALIGN) * ALIGN)
         widths = list(range(low, high + 1, ALIGN * (1 + max(0, high - low) // (ALIGN * MOST_WIDTHS))))
         fractions = [1.0 - width / whole for width in widths]
         sparsities = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
@@ -298,7 +298,7 @@ class _Search:
         if len(results) < 4:
             return ()
         at, time = results.pruning.tolist(), results.columns["pruned_s"]
-        # widths rise, and time with them: the extra time of the next wider one
+        # widths and times rise: the relative extra time of the next wider width
         fall = time[1:] / time[:-1] - 1.0
         steep = np.flatnonzero(fall > max(1e-4, STEEP * max(float(np.log(time[-1] / time[0])) / len(fall), 0.0)))
         steep = steep[np.argsort(-fall[steep], kind="stable")][:STEPS]
@@ -315,7 +315,7 @@ class _Search:
         )
 
     def pairs(self, hw: HardwareProfile, coarse: Results, least: Mapping[str, float]) -> list[Alternative]:
-        """Pairs of families at the minimum equal sparsity that reaches the target, if less than either alone."""
+        """Return pairs of families at the minimum equal sparsity that reaches the target, if below that of either."""
         family, ideal, out = plain(coarse.columns["family"]), self.scenario.ideal, []
         for pair in PAIRS:
             if not set(pair) <= set(self.families):
@@ -333,7 +333,7 @@ class _Search:
         return out
 
     def formats(self, hw: HardwareProfile) -> list[Alternative]:
-        """Narrower formats of weights and cache, without pruning."""
+        """Return narrower formats of weights and cache, without pruning."""
         one, out = self.scenario, list[Alternative]()
         for weight, cache in FORMATS:
             changed = replace(one, weight_dtype=weight or one.weight_dtype, kv_dtype=cache or one.kv_dtype)
@@ -347,13 +347,13 @@ class _Search:
         return out
 
     def alternatives(self, hw: HardwareProfile, named: Sequence[tuple[str, Workload]]) -> list[Alternative]:
-        """Workloads instead of the dense one, timed."""
+        """Compare named workloads with the dense workload."""
         one = self.scenario
         results = speedups(self.dense, [w for _, w in named], hw, one.level, dense_s=one.dense_s)
         return [Alternative(r, what, r.speedup >= self.target) for (what, _), r in zip(named, results)]
 
 
 def _reject(_pruning: int | None, reason: str, device: str) -> None:
-    """Ignore what a family does not support, but not what a device cannot run."""
+    """Ignore prunings that a family does not support; raise InputError if a device cannot run one."""
     if device:
         raise InputError(reason)

@@ -1,8 +1,7 @@
-"""Scenarios pruned in few calls: every request of a scenario by every pruning, as one batch of workloads.
+"""Prune every request of a scenario by every pruning, in few calls, into one batch of workloads.
 
-Use :func:`batch_of`. Most families look only at widths, heads and layers, which the requests of one model share, so the
-rows of many requests go through the family's function together; each family states what it allows
-(``Family.together``).
+Use :func:`batch_of`. Most families depend only on widths, heads and layers, which all requests of a model share. One
+call of such a family prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
 """
 
 from __future__ import annotations
@@ -29,21 +28,20 @@ Group = tuple[int, ...]
 """Indices of some requests of a scenario."""
 
 Together = Mapping[str, Sequence[tuple[Group, Workload]]]
-"""What a family can prune together -> the requests of each call, and their rows as one workload."""
+"""``Family.together`` -> the requests of each call, and their rows as one workload."""
 
 Reject = Callable[[int | None, str, str], None]
-"""Called with what is excluded: the index of a pruning (None: the dense model), why, and the device ("": all). May
-raise instead."""
+"""Receives an exclusion: index of the pruning (None: the dense model), reason, and device ("": all). It may raise."""
 
 
 def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
-    """A :data:`Reject` that raises an InputError."""
+    """Raise InputError: the default :data:`Reject`."""
     raise InputError(reason)
 
 
 def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
-    """The dense workloads of a scenario, one per shape, then their pruned versions by pruning; what a family or the
-    engine does not support is rejected.
+    """Return the dense workloads of a scenario, one per shape, then their pruned versions by pruning; versions that a
+    family or the engine does not support go to ``reject``.
 
     >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
     >>> batch = batch_of(scenario, [Pruning("depth", 0.25), Pruning("width", 0.5)], rejecting)
@@ -59,7 +57,7 @@ def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) ->
         reasons: dict[str, None] = {}
         for group, rows, lengths in _parts(scenario, pruning, together, reasons):
             batch = _pruned(scenario, group, rows, lengths, pruning, i)
-            # only an existing model has other number formats than the dense one
+            # other prunings have the number formats of the dense model
             other = pruning.model is not None or (rows.kernel == Kernel.SPARSE24).any()
             if reason := unable or (refusal(batch) if other else ""):
                 reasons[reason] = None
@@ -71,7 +69,7 @@ def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) ->
 
 
 def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
-    """A dense workload and pruned versions of it, all of one request; pruning ``i`` is that of the i-th of them."""
+    """Return a dense workload and its pruned versions, of one request; pruning ``i`` is the i-th version."""
     versions = listed("pruned", pruned)
     instance("dense", dense, Workload, "simulator.lower")
     for w in versions:
@@ -83,17 +81,17 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 def _pruned(
     scenario: Scenario, group: Group, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
 ) -> WorkloadBatch:
-    """Some requests after a pruning."""
+    """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
-    asked = pruning.sparsity if pruning.method else steps[-1].sparsity
-    assert isinstance(asked, float | int)
+    requested = pruning.sparsity if pruning.method else steps[-1].sparsity
+    assert isinstance(requested, float | int)
     return WorkloadBatch(
         rows=rows,
         lengths=lengths,
         sequences=np.array([scenario.shapes[i][0] for i in group], dtype=np.intp),
         dense=np.array(group, dtype=np.intp),
         pruning=np.full(many, index),
-        sparsity=np.full(many, float(asked)),
+        sparsity=np.full(many, float(requested)),
         realised=np.full(many, 1.0 - math.prod(1.0 - step.realised for step in steps)),
     )
 
@@ -116,7 +114,7 @@ def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
     for length in dict.fromkeys(seq for _, seq in shapes):
         first = len(groups)
         for i in sorted((i for i, (_, seq) in enumerate(shapes) if seq == length), key=lambda i: shapes[i][0]):
-            # token pruning tells rows of all tokens from rows of one token per sequence by their number
+            # token pruning distinguishes rows of all tokens from rows of one token per sequence by their number
             if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
                 groups.append([])
             groups[-1].append(i)
@@ -128,7 +126,7 @@ Part = tuple[Group, Workload, IndexArray]
 
 
 def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[Part]:
-    """Requests after a pruning, some at a time; why others are rejected goes to ``reasons``."""
+    """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
     if pruning.model is not None:
         pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
@@ -143,13 +141,13 @@ def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: di
 def _prune(
     scenario: Scenario, group: Group, rows: Workload, call: Callable[[Workload], Workload], reasons: dict[str, None]
 ) -> list[Part]:
-    """A group in one call where that works, else one call per request."""
+    """Prune a group in one call if possible, else in one call per request."""
     try:
         pruned = call(rows)
     except InputError as error:
         reasons[str(error)] = None
         if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
-            return []  # it is the sparsity, not the request
+            return []  # the sparsity is the reason, not the request
     else:
         lengths = _lengths(pruned, 2 if scenario.phase in ("generate", "serve") else 1, len(group))
         if lengths is not None:
@@ -166,8 +164,7 @@ def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
 
 
 def _lengths(pruned: Workload, passes: int, many: int) -> IndexArray | None:
-    """Rows of each of ``many`` requests: each pass begins with its embedding. None where that does not separate
-    them."""
+    """Return the number of rows of each of ``many`` requests, whose passes begin with an embedding; else None."""
     if many == 1:
         return np.array([len(pruned)])
     begins = np.flatnonzero(pruned.role == role_code("embedding")[0])

@@ -1,5 +1,5 @@
-"""What limits a prediction, one line each: :func:`beyond_measured`, :func:`better_than_bound`, :func:`fallback`,
-:func:`uncalibrated`, :func:`inferred_line`."""
+"""Notes on the limits of a prediction, one line each: :func:`beyond_measured`, :func:`better_than_bound`,
+:func:`fallback`, :func:`uncalibrated`, :func:`inferred_line`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simulator.uncertainty.intervals import Inferred
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
-"""Speedup over its roofline bound, share of the time, and octaves outside the measured sizes that are worth a word."""
+"""Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
 
 # fmt: off
 PARTS: Mapping[str, str] = MappingProxyType({
@@ -38,13 +38,13 @@ PARTS: Mapping[str, str] = MappingProxyType({
     "elementwise": "elementwise operators",
 })
 # fmt: on
-"""Operators of a profile, and what people call them."""
+"""Operator of a profile -> name in notes."""
 
 _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
-    """A note where GEMMs that take a share of the time lie far outside the sizes the profile was fitted on, else "".
+    """Return a note if GEMMs with a share of the time are far outside the sizes that the profile was fitted on, or "".
 
     >>> from simulator import load_hardware, load_model, lower
     >>> beyond_measured(lower(load_model("llama-3.1-8b"), phase="prefill"), load_hardware("h100"))
@@ -69,10 +69,9 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
-    """Whose kernels are used where a profile has none of the stack that a workload's engine runs, else "".
+    """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or "".
 
-    A stack that was asked for by name is never a fallback. Where no GPU of the architecture was fitted, this is stated
-    instead.
+    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this.
 
     >>> from simulator import load_hardware, load_model, lower
     >>> w = lower(load_model("llama-3.1-8b"), phase="decode", dtype="fp16", engine="sglang")
@@ -101,7 +100,7 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
 
 
 def sections_of(w: Workload) -> dict[str, str]:
-    """Parts of a profile that a workload needs, and the number format of the section of each."""
+    """Return the operators of a profile that a workload needs, and the number format of each section."""
     kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
     first = (int(row) for row in np.unique(kinds, return_index=True)[1])
     found = {row: (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]]) for row in sorted(first)}
@@ -110,11 +109,11 @@ def sections_of(w: Workload) -> dict[str, str]:
 
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
-    """Why a speedup lies above its roofline bound, which operator runs nearer to its roofline pruned than dense; ""
-    where it does not lie above it.
+    """Explain a speedup above its roofline bound by the operator that is closer to its roofline pruned than dense;
+    return "" for other speedups.
 
-    Such a gain is a step of one stack's kernels at the dense shape, not what pruning takes away. Where no operator
-    gains, what is taken away ran farther from its roofline than what stays (the head, for one).
+    Such a gain is due to a step of one stack's kernels at the dense shape, not to the removed work. If no operator
+    gains, the removed work was farther from its roofline than the rest (such as the head).
     """
     if speedup <= BETTER * bound:
         return ""
@@ -127,7 +126,7 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     lost = np.where(both, time_d * (1.0 - np.divide(share[0], share[1], out=np.ones(len(both)), where=both)), 0.0)
     most = int(np.argmax(lost))
     better = f"better than its bound of {bound:.2f}x because"
-    if lost[most] < 0.1 * (1.0 - bound / speedup) * time_d.sum():  # no operator is to blame
+    if lost[most] < 0.1 * (1.0 - bound / speedup) * time_d.sum():  # no operator explains the gain
         return f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
@@ -140,14 +139,14 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, scenario: Scenario) -> Inferred | None:
-    """What the measured time of a scenario says about a device and its host; None where there is none."""
+    """Infer device and host speed from the measured time of a scenario; None without a measured time."""
     if scenario.dense_s is None:
         return None
     return compare(batch_with(dense, [dense]), hw, scenario.level, scenario.dense_s)[1]
 
 
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
-    """What a measured time of the dense model says about a machine, in one line."""
+    """Return a line on the host and kernels inferred from a measured time of the dense model."""
     predicted = f"{seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
     if not inferred.consistent:
         apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
@@ -159,12 +158,12 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
         host = f"{seconds(inferred.layer_s)} per layer, {host}"
     if inferred.host_bound:
         return f"{hardware}: {predicted}: host-bound ({host})"
-    beside = f", the host {host}" if inferred.host_s else ""
-    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{beside}"
+    also = f", the host {host}" if inferred.host_s else ""
+    return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"
 
 
 def uncalibrated(hardware: Iterable[str], calibrated: Iterable[bool]) -> tuple[str, ...]:
-    """The note on devices for whose predictions not every cost model was fitted there, if there are any.
+    """Return the note on devices whose predictions use cost models that were not fitted on the device, if any.
 
     >>> uncalibrated(["t4", "h100", "t4"], [False, True, False])
     ('t4: not all required cost models are calibrated; intervals are wider',)
@@ -174,14 +173,14 @@ def uncalibrated(hardware: Iterable[str], calibrated: Iterable[bool]) -> tuple[s
 
 
 def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:
-    """Time of one execution of each row, and the device as the workload's engine runs it."""
+    """Return the time of one execution of each row, and the device with the kernels of the workload's engine."""
     engine = load_engine(w.meta.engine)
     hw = hw.serving(engine.stacks)
     return operator_times(w, hw, engine=engine)[0], hw
 
 
 def _by_role(w: Workload, hw: HardwareProfile) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Time and roofline of each kind x role of a workload, s; what pruning adds is left out."""
+    """Return time and roofline of each kind x role of a workload, s, without overhead operators."""
     t, code = _times(w, hw)[0], w.kind.astype(np.int64) * len(ROLES) + w.role
     size, kept = len(Kind) * len(ROLES), np.where(w.overhead, 0.0, w.count)
     return np.bincount(code, t.seconds * kept, size), np.bincount(code, t.roofline_s * kept, size)

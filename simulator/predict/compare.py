@@ -1,8 +1,8 @@
-"""Times of a batch of workloads, each against its dense one: the columns of :class:`~simulator.predict.result.Results`.
+"""Compare the workloads of a batch with their dense workloads, into :class:`~simulator.predict.result.Results`.
 
 Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device that follow from
-times. :func:`against` compares pruned workloads with each other: what two of them have in common cancels in their
-ratio, so its interval is narrower than that of either speedup. A shape that occurs several times is timed once.
+times. :func:`against` compares pruned workloads with each other: errors that two of them share cancel in their ratio,
+so its interval is narrower than the interval of either speedup. Equal shapes are timed once.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 SAME_SHAPE = 0.99
-"""Correlation of the errors of operators of which only the number changed: what a kernel's surroundings do is left."""
+"""Correlation of the errors of equal operators in two workloads; the kernels around them differ."""
 
 
 def compare(
     batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
 ) -> tuple[dict[str, Array], Inferred | None]:
-    """Every workload of a batch against its dense one on one device: the columns of a result that follow from times,
-    with one entry per workload (``bottleneck`` as an index into ``BOTTLENECKS``).
+    """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
+    index into ``BOTTLENECKS``), on one device; and what is inferred from a measured time.
 
-    ``level`` is that of the intervals. ``dense_s`` is a measured time of the first workload; what it says about the
-    machine is returned too. InputError for what cannot run.
+    ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
+    workload that cannot run.
     """
     p, dense = forward_passes(batch, hw, level), batch.dense
     if dense_s is not None:
@@ -84,8 +84,8 @@ def results_of(
     scenario: Scenario,
     reject: Reject = rejecting,
 ) -> Results:
-    """Results of the pruned workloads of a batch by request (shapes of the scenario), pruning and device; prunings that
-    a device cannot run are rejected."""
+    """Return the results of the pruned workloads of a batch by request (shapes of the scenario), pruning and device;
+    prunings that a device cannot run go to ``reject``."""
     found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, scenario, reject)]
     if not found:
         return Results.empty()
@@ -109,8 +109,8 @@ def results_of(
 def against(
     batch: WorkloadBatch, hw: HardwareProfile, others: Sequence[IndexArray], level: float = 0.9
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Log speedup (R, W) of every workload of a batch over R others of it, indices (W,) each, and how far its interval
-    extends below and above it."""
+    """Return the log speedup (R, W) of every workload of a batch over R others of the batch, indices (W,) each, and the
+    half-widths of its interval below and above."""
     p, every = forward_passes(batch, hw, level), []
     for other in others:
         found = prediction_intervals(p, level, other, *_alike(other, p))
@@ -123,7 +123,7 @@ def against(
 def _timed(
     batch: WorkloadBatch, hw: HardwareProfile, scenario: Scenario, reject: Reject
 ) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
-    """Some of the pruned workloads of a batch, and their columns on a device."""
+    """Yield indices of pruned workloads of a batch, and their columns on a device."""
     dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
     if not len(pruned):
         return
@@ -137,14 +137,14 @@ def _timed(
         yield pruned, timed(pruned)
         return
     except InputError:
-        asked = np.unique(batch.pruning[pruned]).tolist()
+        requested = np.unique(batch.pruning[pruned]).tolist()
     try:
         timed(pruned[:0])
     except InputError as error:
-        for i in (None, *asked):
+        for i in (None, *requested):
             reject(i, str(error), hw.label)
         return
-    for i in asked:
+    for i in requested:
         at = np.flatnonzero(batch.pruning == i)
         try:
             yield at, timed(at)
@@ -160,7 +160,7 @@ def _identity(
     at: IndexArray,
     ideal: bool,
 ) -> dict[str, Array | Labels]:
-    """What identifies some predictions of a batch."""
+    """Return the columns that identify some predictions of a batch."""
     meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
     weights, cache = _formats(batch)
     columns: dict[str, Array | Labels] = {
@@ -173,16 +173,15 @@ def _identity(
         "devices": np.full(len(at), meta.devices),
         "ideal": np.full(len(at), ideal),
     }
-    alike, none = {"model": meta.model, "engine": load_engine(meta.engine).name}, np.zeros(len(at), dtype=np.int32)
-    alike |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
-    for name, text in {**alike, "parallel": meta.parallel}.items():
+    equal, none = {"model": meta.model, "engine": load_engine(meta.engine).name}, np.zeros(len(at), dtype=np.int32)
+    equal |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
+    for name, text in {**equal, "parallel": meta.parallel}.items():
         columns[name] = Labels(none, (text,))
     return columns
 
 
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:
-    """Number formats of the layers' weights (of routed experts where there are any: one may be theirs alone) and of
-    the cache."""
+    """Return the number formats of the layers' weights (of routed experts, if the model has some) and of the cache."""
     rows, first = batch.rows, slice(int(batch.lengths[0]))
     kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
     experts, gemm = kind == Kind.EXPERTS, (kind == Kind.GEMM) & (rows.layer[first] >= 0)
@@ -191,10 +190,10 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
 
 
 def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[str, Array | Labels]:
-    """Memory of some workloads and of their dense ones on devices of some capacity."""
+    """Return the memory columns of some workloads and their dense workloads; ``capacity`` in bytes per workload."""
     cache, activations = cache_bytes(batch), activation_bytes(batch)
     needed = weights_bytes(batch) + cache + activations + RESERVE_BYTES
-    # one more sequence needs its cache and, except in a serve, whose prompts are computed one by one, its activations
+    # a further sequence needs its cache and its activations; serve computes prompts one by one
     each = (cache + (0.0 if batch.rows.meta.phase == "serve" else activations)) / batch.sequences
     columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}
     for name, which in (("dense", batch.dense[at]), ("pruned", at)):
@@ -206,7 +205,7 @@ def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[
 
 
 def _calibrated(p: ForwardPass) -> BoolArray:
-    """Of each workload: whether every cost model that it and its dense one need is calibrated."""
+    """Return for each workload whether all cost models that it and its dense workload need are calibrated."""
     w, out = p.workloads.rows, np.ones(len(p.workloads), dtype=bool)
     for row, has in p.workloads.kinds:
         part = section_of(w, row)
@@ -216,20 +215,20 @@ def _calibrated(p: ForwardPass) -> BoolArray:
 
 
 def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """(W, G) correlation of errors of groups with those in another workload, and (W,) whether its host launches another
-    mix of kernels."""
+    """Return the correlation (W, G) of errors of groups with those of another workload, and whether (W,) the host
+    launches another mix of kernels."""
     groups, spent = p.workloads.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
-    alike = np.abs(each - each[other]) <= 1e-9 * each[other]
+    equal = np.abs(each - each[other]) <= 1e-9 * each[other]
     untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
-    same = np.where(untouched, 1.0, np.where(alike, SAME_SHAPE, 0.0))
-    return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or launched less often
+    same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
+    return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
 
 
 def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Of each workload: new tokens/s of all devices, time to first token and per further token, s; NaN where the phase
-    has none. In a serve, a request waits for a share of the other prompts before its first token, for the rest between
-    its own tokens."""
+    """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
+    phases. In serve, a request waits for a share of the other prompts before its first token, for the rest between its
+    tokens."""
     meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
     sequences = p.workloads.sequences.astype(np.float64)
     if meta.phase == "prefill":

@@ -1,9 +1,9 @@
-"""Shapes that reach a target with the fewest parameters removed, on all devices, engines and requests at once.
+"""Find the shapes that reach a target with the fewest parameters removed, on all devices, engines and requests at once.
 
-Use :func:`configurations_of`. Each of :data:`KINDS` changes other dimensions, to values that kernels like; of every
-kind the answer is the one that keeps most parameters. For each combination of the other dimensions, the widest value
-of the last that reaches is found by bisection; time is a staircase, so those that keep a little more are then tried
-too.
+Use :func:`configurations_of`. Each of :data:`KINDS` changes certain dimensions, to aligned values; the result is the
+configuration of that kind that keeps most parameters. For each combination of the other dimensions, bisection finds the
+largest value of the last dimension that reaches the target. Time falls in steps, so configurations that keep slightly
+more parameters are then tried too.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "all": ("layers", "hidden", "kv_heads", "inner"),
     }
 )
-"""Kinds of configurations and the dimensions they change; query heads go with their KV heads."""
+"""Kinds of configurations and the dimensions they change; query heads are removed with their KV heads."""
 
 FAMILIES = MappingProxyType({"layers": "depth", "kv_heads": "width", "inner": "width", "hidden": "width_cross"})
-"""Families of pruning by the dimension they change."""
+"""Dimension -> family that changes it."""
 
 LARGEST_SPARSITY = 0.9
-"""Of a dimension, or of what a family prunes, at most: beyond it no published method keeps a model useful."""
+"""Largest sparsity of a dimension or family: no published method keeps a model useful beyond it."""
 
 ALIKE = 0.5
-"""Of several dimensions none loses a smaller share than so much of another's: else one would change in name only."""
+"""Smallest ratio of the shares that two dimensions lose: a dimension that hardly changes does not count."""
 
 ALIGN = (128, 64)
-"""Widths are multiples of the first that the dense one is a multiple of, else of the last; on each device too."""
+"""Widths are multiples, per device, of the first that divides the dense width, else of the last."""
 
 MOST_COMBINATIONS = 1000
-"""Of the dimensions but the last that are looked at; of more, every other value first, then those around the best."""
+"""Most combinations of the dimensions except the last; more are thinned, then refined around the best."""
 
 MOST_VALUES = 512
-"""Of one dimension; of a model that has more, as none does, every so many."""
+"""Most values of one dimension; more are thinned."""
 
 ROWS_AT_ONCE = 200_000
 """Operators timed together, which bounds the memory."""
@@ -74,38 +74,34 @@ ROWS_AT_ONCE = 200_000
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached, one of three: a speedup, a time or a throughput of a pass (a request of a serve)."""
+    """A target: a speedup, or a time or throughput of a pass (of a request in serve)."""
 
     speedup: float | None = None
     latency_s: float | None = None
-    tokens_per_s: float | None = None  # new ones of all sequences, in prefill those of the prompts
+    tokens_per_s: float | None = None  # new tokens of all sequences; in prefill, prompt tokens
 
     def __post_init__(self) -> None:
         given = [value for value in vars(self).values() if value is not None]
         if len(given) != 1:
-            raise InputError("target: expected a speedup, a latency or tokens a second, one of them")
+            raise InputError("target: expected one of speedup, latency and tokens/s")
         if self.speedup is not None and not 1.0 < self.speedup <= 1000.0:
             raise InputError(f"target {self.speedup:g}: expected a speedup above 1, such as 1.5")
         if not 1e-9 < given[0] < 1e12:
-            raise InputError(f"target {given[0]:g}: expected a positive number of a usual size")
+            raise InputError(f"target {given[0]:g}: expected a number between 1e-9 and 1e12")
 
     def over(self, dense_s: float, scenario: Scenario) -> float:
-        """The speedup required where the dense model needs a time; at most 1 where that is enough."""
+        """Return the required speedup over a dense time; at most 1 if the dense model reaches the target."""
         if self.speedup is not None:
             return self.speedup
+        if self.latency_s is not None:
+            return dense_s / self.latency_s
         ((batch, seq),) = scenario.shapes
-        known = (
-            dense_seconds(self.tokens_per_s, scenario.phase, batch, seq, scenario.new_tokens)
-            if self.tokens_per_s
-            else 0.0
-        )
-        seconds = self.latency_s or known
-        return dense_s / seconds
+        return dense_s / dense_seconds(self.tokens_per_s, scenario.phase, batch, seq, scenario.new_tokens)
 
 
 @dataclass(frozen=True, repr=False)
 class Configuration(HasResult):
-    """Shapes of a pruned model and what they reach in one scenario on one device."""
+    """Shapes of a pruned model, and their result in one scenario on one device."""
 
     result: Result
     configuration: str  # one of KINDS
@@ -128,8 +124,8 @@ class Configuration(HasResult):
 
 
 def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
-    """Probability that a speedup is at least a target, from its interval: on either side of the prediction its log is
-    normal, with the standard deviation that the end of the interval at this level implies.
+    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
+    with the standard deviation that follows from that end of the interval.
 
     >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
     [0.95, 0.5, 0.05, 0.0]
@@ -145,7 +141,7 @@ def _quantile(probability: float) -> float:
 
 @dataclass(frozen=True)
 class Targets:
-    """A scenario with one request on some devices, and the speedup that each has to reach."""
+    """A scenario with one request on some devices, and the speedup required on each."""
 
     scenario: Scenario
     hardware: Sequence[HardwareProfile]
@@ -153,22 +149,22 @@ class Targets:
 
     @classmethod
     def of(cls, scenario: Scenario, hardware: Sequence[HardwareProfile], target: Target) -> Targets:
-        """The speedups; a time or throughput requires another one on each device."""
+        """Return the required speedups; for a target time or throughput they differ by device."""
         alone = WorkloadBatch.of(scenario.workloads)
         times = [compare(alone, hw, scenario.level, scenario.dense_s)[0]["dense_s"][0].item() for hw in hardware]
         return cls(scenario, hardware, [target.over(dense_s, scenario) for dense_s in times])
 
     @property
     def dense(self) -> Workload:
-        """The dense workload."""
+        """Return the dense workload."""
         return self.scenario.workloads[0]
 
     def lower(self, model: ModelConfig) -> Workload:
-        """A model in the same scenario."""
+        """Return the workload of another model in the same scenario."""
         return replace(self.scenario, model=model).workloads[0]
 
     def reached(self, models: Sequence[ModelConfig], probability: float) -> NDArray[np.bool_]:
-        """Which of some models reach every target with a probability; one that cannot run does not."""
+        """Return which models reach every target with at least a probability; models that cannot run do not."""
         out, lowered = np.zeros(len(models), dtype=bool), []
         for i, model in enumerate(models):
             with suppress(InputError):  # a number of heads that the devices cannot share
@@ -189,7 +185,7 @@ class Targets:
         return out
 
     def rows(self, found: Mapping[str, ModelConfig], configs: Sequence[Mapping[str, Any]]) -> Iterator[Configuration]:
-        """One row per device and configuration."""
+        """Yield one row per device and configuration."""
         dense, lowered = self.dense.meta.config, [self.lower(m) for m in found.values()]
         for hw, target in zip(self.hardware, self.speedups):
             results = speedups(self.dense, lowered, hw, self.scenario.level, dense_s=self.scenario.dense_s)
@@ -218,12 +214,12 @@ def configurations_of(
     content: Mapping[str, Any] = NONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Configuration], list[str]]:
-    """Configurations of a model that reach all targets, the one that keeps most parameters first, with one row per
+    """Return the configurations of a model that reach all targets, by falling number of parameters, one row per
     scenario and device; and notes.
 
-    ``families`` are those that may be used, ``probability`` is the minimum probability of reaching each target (0.5:
-    the prediction reaches it), ``content`` is the model's ``config.json``, if it has one: configurations that it cannot
-    express are excluded. ``progress`` is called with kinds done and in all.
+    ``families`` are the allowed families, ``probability`` is the minimum probability of reaching each target (0.5: the
+    prediction reaches it). ``content`` is the model's ``config.json``, if it has one; configurations that it cannot
+    express are excluded. ``progress`` is called with kinds done and their number.
 
     >>> from simulator.hardware.library import load_hardware
     >>> from simulator.models.library import load_model
@@ -235,8 +231,8 @@ def configurations_of(
     if not 0.0 < probability < 1.0:
         raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
     if model.blocks or model.experts or model.latent:
-        alike = "configurations are offered for layers that are all alike, without routed experts or latent attention"
-        return [], [f"{model.name}: {alike}"]
+        needed = "configurations need equal layers without routed experts or latent attention"
+        return [], [f"{model.name}: {needed}"]
     space = _space(model, max(p.scenario.devices if p.scenario.parallel != "pipeline" else 1 for p in places))
     allowed = [name for name, family in FAMILIES.items() if family in families and name in space]
     found: dict[str, ModelConfig] = {}
@@ -249,16 +245,16 @@ def configurations_of(
             out[left] = place.reached([models[i] for i in left], probability)
         return out
 
-    asked: dict[str, Space] = {}
+    spaces: dict[str, Space] = {}
     for name, dimensions in KINDS.items():
         free = {d: space[d] for d in dimensions if d in allowed}
-        if free and free.keys() not in [other.keys() for other in asked.values()]:
-            asked[name] = free
-    for done, (name, one) in enumerate(asked.items(), start=1):
+        if free and free.keys() not in [other.keys() for other in spaces.values()]:
+            spaces[name] = free
+    for done, (name, one) in enumerate(spaces.items(), start=1):
         if best := _best(model, one, reached):
             found[name] = best
-        progress(done, len(asked))
-    if missed := [name for name in asked if name not in found]:
+        progress(done, len(spaces))
+    if missed := [name for name in spaces if name not in found]:
         notes.append(f"no configuration of {', '.join(missed)} alone reaches the target everywhere")
     keys = {}
     for name, new in found.items():
@@ -274,17 +270,17 @@ def configurations_of(
 # -- search ------------------------------------------------------------------------------------------------------------
 
 Space = Mapping[str, NDArray[np.int64]]
-"""Dimension -> its values, falling, all below the dense one."""
+"""Dimension -> its values below the dense value, falling."""
 
 Reached = Callable[[Sequence["ModelConfig"]], NDArray[np.bool_]]
 
 
 AGAIN = 300
-"""Of those that keep more than the best found, the nearest so many are tried: time falls in steps."""
+"""Number of configurations with slightly more parameters than the best that are tried: time falls in steps."""
 
 
 def _space(model: ModelConfig, devices: int) -> dict[str, NDArray[np.int64]]:
-    """Aligned values of each dimension that the model's configuration can say."""
+    """Return the aligned values of each dimension that the model's configuration can express."""
     steps = {"layers": 1, "kv_heads": ALIGN[-1] // math.gcd(ALIGN[-1], model.head_dim)}
     for name, shared in (("hidden", 1), ("inner", devices)):
         step = next((a for a in ALIGN if getattr(model, name) % a == 0), ALIGN[-1])
@@ -302,7 +298,7 @@ def _space(model: ModelConfig, devices: int) -> dict[str, NDArray[np.int64]]:
 
 
 def _pruned(model: ModelConfig, values: Mapping[str, int]) -> ModelConfig:
-    """A model with some of its dimensions changed."""
+    """Return a model with some dimensions changed."""
     new = dict(values)
     if "hidden" in new and not free_heads(model):
         new["kv_heads"] = new["hidden"] // model.head_dim
@@ -313,7 +309,7 @@ def _pruned(model: ModelConfig, values: Mapping[str, int]) -> ModelConfig:
 
 
 def _best(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
-    """The model of a space that reaches and keeps most parameters."""
+    """Return the model of a space that reaches the target and keeps most parameters."""
     *others, last = space
     looked = dict(space)
     while math.prod(len(looked[name]) for name in others) > MOST_COMBINATIONS:
@@ -326,20 +322,20 @@ def _best(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | N
     near = {}
     for name, values in space.items():
         at = int(np.flatnonzero(values == getattr(found, name))[0])
-        reach = thinned.get(name, 1) if name != last else len(values)
-        near[name] = values[max(0, at - reach) : at + reach + 1]
+        around = thinned.get(name, 1) if name != last else len(values)
+        near[name] = values[max(0, at - around) : at + around + 1]
     fewer = 2 * math.prod(map(len, near.values())) <= math.prod(map(len, space.values()))
     return _best(model, near, reached) if fewer else found
 
 
 def _widest(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
-    """The same, with every combination of the dimensions but the last looked at."""
+    """Return the same as :func:`_best`, from all combinations of the dimensions except the last."""
     *others, last = space
     values, dense = space[last], [getattr(model, name) for name in others]
     combinations = list(itertools.product(*(space[name] for name in others)))
     grid = np.array(combinations, dtype=np.int64).reshape(len(combinations), len(others))
     low, high = np.zeros(len(grid), dtype=np.intp), np.full(len(grid), len(values) - 1)  # wider ones come first
-    if others:  # what the last may lose beside what the others do
+    if others:  # range of the last dimension by the shares that the others lose
         lost, of_last = 1.0 - grid / dense, 1.0 - values / getattr(model, last)
         least, most = lost.max(axis=1) * ALIKE, lost.min(axis=1) / ALIKE
         low = np.searchsorted(of_last, least - 1e-9)
@@ -355,13 +351,13 @@ def _widest(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig |
 
     rows, every = np.arange(len(grid)), np.arange(len(values))
     widest, narrowest = (np.array([model_at(r, at).parameters for r in rows.tolist()], float) for at in (0, -1))
-    along = (values - values[-1]) / max(1, values[0] - values[-1])  # parameters are linear in the last
+    along = (values - values[-1]) / max(1, values[0] - values[-1])  # parameters are linear in the last dimension
     kept = narrowest[:, None] + along * (widest - narrowest)[:, None]
     inside = (low[:, None] <= every) & (every <= high[:, None])
     rows = rows[good(rows, high)]
     if not len(rows):
         return None
-    low, high = low[rows] - 1, high[rows]  # between the narrowest that is not known to reach and the widest that is
+    low, high = low[rows] - 1, high[rows]  # between the narrowest that may miss and the widest that reaches
     while (may := (high - low > 1) & (kept[rows, low + 1] > kept[rows, high].max())).any():
         middle = (low + high) // 2
         yes = may.copy()

@@ -1,4 +1,4 @@
-"""Predictions with the waterfall that explains them, and their conclusion in a sentence."""
+"""Explain predictions: a waterfall of the losses, and a conclusion in a sentence."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from simulator.workload import Workload
 
 NOTABLE = 0.985
-"""A step with a smaller factor (or one above the inverse) is mentioned."""
+"""Steps with a factor below it (or above its inverse) are mentioned."""
 
 NARROWER = frozenset(("width", "width_cross", "low_rank"))
-"""Families that leave as many kernels as before, or more."""
+"""Families that keep the number of kernels or raise it."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,8 +43,8 @@ class Explanation(HasResult):
     dense: Workload = field(repr=False)
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
-    inferred: Inferred | None = None  # what a measured time of the dense model says
-    dense_s: float | None = field(default=None, repr=False)  # that time
+    inferred: Inferred | None = None  # from a measured time of the dense model
+    dense_s: float | None = field(default=None, repr=False)  # the measured time
 
     def _title(self) -> str:
         return self.result._title()
@@ -54,7 +54,7 @@ class Explanation(HasResult):
 
     @cached_property
     def layer_s(self) -> float:
-        """Host time to launch one layer of the dense model where either model is host-bound, s; else 0."""
+        """Host time to launch one layer of the dense model if either model is host-bound, s; else 0."""
         if self.inferred is not None and self.inferred.consistent:
             return self.inferred.layer_s if self.inferred.host_bound else 0.0
         p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
@@ -62,7 +62,7 @@ class Explanation(HasResult):
 
     @cached_property
     def reason(self) -> str:
-        """Why the speedup lies above its roofline bound; "" where it does not."""
+        """Reason for a speedup above its roofline bound; "" for other speedups."""
         r = self.result
         return better_than_bound(self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound)
 
@@ -83,9 +83,9 @@ def explanations(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Explanation, ...]:
-    """Waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), of one published
-    method, or of each of some existing pruned models, for every engine, phase, batch, length and device; the other
-    arguments are those of :func:`simulator.table`.
+    """Return the waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), one
+    published method, or existing pruned models, for every engine, phase, batch, length and device; the other arguments
+    are those of :func:`simulator.table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -105,26 +105,26 @@ def explanations(
         raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
     if by_kind is not None:
         prunings = (prunings[0].at(by_kind),)
-    asked = scenarios(scenario, [config], engine, phase, batch, seq)
-    check_measured(asked, devices)
-    requests = [(one.phase, one.shapes) for one in asked]  # engines of one request follow one another
-    asked.sort(key=lambda one: requests.index((one.phase, one.shapes)))
+    requested = scenarios(scenario, [config], engine, phase, batch, seq)
+    check_measured(requested, devices)
+    order = [(one.phase, one.shapes) for one in requested]  # by request, then engine
+    requested.sort(key=lambda one: order.index((one.phase, one.shapes)))
     out: list[Explanation] = []
-    for one in asked:
+    for one in requested:
         for pruning in prunings:
             (dense,), workloads = one.workloads, batch_of(one, [pruning], rejecting)
             w = pruning.apply(dense, one)
             for hw, r in zip(devices, results_of(workloads, [pruning], devices, one)):
                 steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
-                # as the waterfall composes it, to the last digit
+                # rounded as in the waterfall
                 r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
                 out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
-                progress(len(out), len(asked) * len(prunings) * len(devices))
+                progress(len(out), len(requested) * len(prunings) * len(devices))
     return tuple(out)
 
 
 def conclusion(e: Explanation) -> str:
-    """The nominal and the predicted speedup, the bottleneck, and the largest losses, in one sentence."""
+    """Return nominal and predicted speedup, bottleneck and largest losses in one sentence."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
     what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
@@ -147,7 +147,7 @@ def conclusion(e: Explanation) -> str:
 
 
 def _host_bound(e: Explanation) -> str:
-    """What to know first where a model is host-bound, else ""."""
+    """Return advice for a host-bound model, else ""."""
     if not e.layer_s:
         return ""
     engine = load_engine(e.dense.meta.engine)

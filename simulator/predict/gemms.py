@@ -1,7 +1,7 @@
-"""Single matrix products as records: time, interval, rate, limit, and the steps from the roofline to the time.
+"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the time.
 
 Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a
-roofline; :func:`simulator.gemm_time` is the array function beneath.
+roofline. Both call the array function :func:`simulator.gemm_time`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GemmPoints:
 
 @dataclass(frozen=True)
 class GemmRecord:
-    """One product y[M,N] = x[M,K] w[K,N] on one device."""
+    """One GEMM y[M,N] = x[M,K] w[K,N] on one device."""
 
     m: int
     n: int
@@ -52,12 +52,12 @@ class GemmRecord:
     upper_s: float
     roofline_s: float
     bottleneck: str
-    flop_per_s: float  # FLOPs that are not multiplications by zero, over the time
+    flop_per_s: float  # FLOPs without multiplications by zero, over the time
     peak_flop_per_s: float  # dense datasheet rate
-    clock_headroom: float  # highest clock over that of the datasheet's rate
+    clock_headroom: float  # highest clock over the clock of the datasheet rate
     bandwidth_bytes_per_s: float
     intensity: float  # FLOP/byte
-    steps_s: Mapping[str, float]  # time with each effect and all before it
+    steps_s: Mapping[str, float]  # time with each effect and all previous ones
 
 
 def gemm_table(
@@ -72,7 +72,7 @@ def gemm_table(
     cold: bool = True,
     level: float = 0.9,
 ) -> tuple[GemmRecord, ...]:
-    """Every combination of tokens, output and input features on every device.
+    """Predict every combination of tokens, output features, input features and device.
 
     >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
     >>> r.roofline_s < r.seconds < r.upper_s
@@ -127,7 +127,7 @@ def gemm_table(
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
-    """GEMMs of a workload as points of a roofline; those that pruning adds (routers) are left out.
+    """Return the GEMMs of a workload as points of a roofline, without those that pruning adds (routers).
 
     >>> from simulator import load_hardware, load_model, lower
     >>> points = gemm_points(lower(load_model("llama-3.1-8b"), phase="decode"), load_hardware("h100"))

@@ -1,7 +1,7 @@
-"""The grid of a sweep: its axes, and the YAML file that names them.
+"""Define the grid of a sweep, in Python or in a YAML file.
 
-Use :func:`read_grid` for a file, :class:`Grid` to write one in Python. Everything a sweep could refuse is refused here,
-before any work, with ``file:line:column: key: what is wrong, what would be right``.
+Use :func:`read_grid` for a file, :class:`Grid` in Python. Both reject invalid input before any work starts; errors of a
+file are ``file:line:column: key: reason, expected value``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
 
 MOST_POINTS = 100_000
-"""Longest axis; a longer one is a mistake in a step."""
+"""Most values of a progression; more indicate a wrong step."""
 
 _SMALL = "llama-3.2-1b"
-"""A model on which options of families are tried."""
+"""Model with which options of families are checked."""
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
 AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "engines", "devices")
@@ -40,7 +40,7 @@ AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "engines", "devices")
 
 @dataclass(frozen=True)
 class Formats:
-    """Number formats of a run; None: as the first says."""
+    """Number formats of a run; None: the format follows from ``dtype``."""
 
     dtype: str = "bf16"
     weight_dtype: str | None = None
@@ -49,7 +49,7 @@ class Formats:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A list, or one value that stands for a list; each value once."""
+    """A list or one value; repeated values are dropped."""
 
     kind: FieldType
 
@@ -65,7 +65,7 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """An axis of numbers: a list, one, or ``{from, to, step}`` or ``{from, to, times}``, ends included where hit."""
+    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
 
     number: NumberField
     rule: Callable[[float], Any] = float
@@ -96,7 +96,7 @@ class _Numbers:
         if "from" not in nodes or "to" not in nodes:
             return []
         if ("step" in nodes) == ("times" in nodes):
-            problems.add(node, key, "expected either step or times beside from and to")
+            problems.add(node, key, "expected either step or times with from and to")
             return []
         how = "step" if "step" in nodes else "times"
         start, end, by = (kinds[name].read(nodes[name], join(key, name), problems) for name in ("from", "to", how))
@@ -114,7 +114,7 @@ class _Numbers:
 
 
 class _Family:
-    """A family's name, "all", or a mapping of names to options; gives the choices it stands for."""
+    """A family's name, "all", or a mapping of names to options."""
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         if node.kind != "mapping":
@@ -139,7 +139,7 @@ class _Family:
 
 
 class _Families:
-    """An axis of them."""
+    """An axis of families."""
 
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         groups = _Axis(_Family()).read(node, key, problems)
@@ -147,7 +147,7 @@ class _Families:
 
 
 class _Option:
-    """A whole number, a number, true, false, a word, or a list of them; what it must be, the family says."""
+    """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Any:
         if node.kind == "list":
@@ -164,7 +164,7 @@ class _Option:
 
 
 class _Formats:
-    """A dtype, or a mapping that has it and may have the two others."""
+    """A dtype, or a mapping with a dtype and optionally the two other formats."""
 
     def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
         dtype = TextField(DTYPES)
@@ -200,8 +200,8 @@ def _engine(text: str) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Axes of a sweep, every combination of which is predicted, and what holds for the whole of it; the annotations are
-    the schema of its file.
+    """Axes of a sweep, which predicts every combination, and options of the whole sweep. The annotations are the schema
+    of the file.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
     >>> grid.size == 2 * 2 * 2 * len(general_families())
@@ -217,12 +217,12 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
     seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
-    # every family where neither they nor methods are named; the methods are appended
+    # all families if neither families nor methods are given; methods are appended
     families: Annotated[tuple[Pruning, ...], _Families()] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
     devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()  # published ones
+    methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()
     # as in a scenario, for the whole grid
     parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
@@ -235,11 +235,11 @@ class Grid:
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
-        profiles(self.hardware)  # refuses two that bear one name
+        profiles(self.hardware)  # rejects two with one name
 
     @property
     def size(self) -> int:
-        """Configurations in the product."""
+        """Number of configurations."""
         return math.prod(len(getattr(self, name)) for name in AXES)
 
     def scenario(
@@ -251,7 +251,7 @@ class Grid:
         phase: str,
         shapes: tuple[tuple[int, int], ...],
     ) -> Scenario:
-        """Some points of the grid."""
+        """Return a scenario of the grid with some shapes."""
         return Scenario(
             model=model,
             phase=phase,
@@ -268,17 +268,17 @@ class Grid:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Plain values, for a digest and for people."""
+        """Return the axes as plain values, for digests and manifests."""
         formats = [list(vars(f).values()) for f in self.dtypes]
         return {**vars(self), "families": [[p.family, p.label] for p in self.families], "dtypes": formats}
 
 
 def read_grid(path: str | Path) -> Grid:
-    """The grid a YAML file describes; InputError, its first problem as ``file:line:column: key: reason``.
+    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``.
 
     An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published ones, beside
-    the families named or in their place; a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods,
+    with or without families; a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
     """
     problems = Problems(str(path))
     text = read_text(Path(path), problems)
@@ -294,6 +294,6 @@ def read_grid(path: str | Path) -> Grid:
                 return grid
             reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
             problems.add(root.entries["seqs"][1], "seqs", reason)
-    # a wrong key is said before the missing one it was meant for
+    # an unknown key is reported before the missing key that it may stand for
     first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
     raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))

@@ -1,4 +1,4 @@
-"""Results files of EleutherAI's lm-evaluation-harness as rows of a quality table (:mod:`simulator.predict.quality`).
+"""Read results files of EleutherAI's lm-evaluation-harness as a quality table (:mod:`simulator.predict.quality`).
 
 Use :func:`expanded` with a CSV of the columns ``results``, ``family``, ``sparsity`` and optionally ``method`` and
 ``options``. Each row is one model. ``results`` is the file ``results_*.json`` that ``lm_eval --output_path`` writes, or
@@ -10,8 +10,8 @@ model and the fraction removed::
     out/width-25,width,0.25,LLM-Pruner
     out/depth-25,depth,0.25,ShortGPT
 
-Every metric that the dense and the pruned model share becomes a row. So does the mean of ``acc`` over their tasks,
-which is what is compared unless another metric is named.
+Every metric that the dense and the pruned model share becomes a row, and so does the mean of ``acc`` over their tasks,
+the default metric.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ COLUMNS: tuple[str, ...] = (
     *("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned"),
     *("protocol", "source", "options"),
 )
-"""Columns of the rows that they become."""
+"""Columns of the rows returned."""
 
 DENSE = "dense"
 MEAN = "mean acc of "
-"""How the name of the mean accuracy begins."""
+"""Start of the name of the mean accuracy."""
 
 NOT_METRICS = ("sample_len", "sample_count", "bypass")
 """Numbers among the metrics that do not measure quality."""
@@ -80,15 +80,15 @@ class Results:
 
     model: str
     values: Mapping[Metric, Value]
-    tasks: tuple[str, ...]  # those that are not part of a group
+    tasks: tuple[str, ...]  # tasks that are not part of a group
 
     def accuracies(self) -> dict[Metric, Value]:
-        """Accuracies of whole tasks, above 0."""
+        """Return the accuracies of whole tasks, above 0."""
         return {key: v for key, v in self.values.items() if key.is_accuracy and key.task in self.tasks and v.value > 0}
 
 
 def expanded(listed: CsvTable, folder: Path) -> CsvTable:
-    """Return the rows of a quality table, given the CSV that lists results files and the folder it lies in.
+    """Return the rows of a quality table, given the CSV that lists results files, and its folder.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def read_results(folder: Path, name: str) -> Results:
         raise InputError("results: is empty")
     files = [path]
     if path.is_dir():
-        # lm_eval writes into a folder of the model's name; the names of its files hold the time
+        # lm_eval writes into a folder named after the model; file names contain the time
         inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")]
         files = sorted(inside, key=lambda file: file.name, reverse=True)
         if not files:
@@ -137,7 +137,7 @@ def read_results(folder: Path, name: str) -> Results:
         groups = content.get("group_subtasks")
         parts |= {str(task) for some in _mapping(groups).values() if isinstance(some, list) for task in some}
     if len(models) > 1:
-        raise InputError(f"results: {path}: holds results of several models: {', '.join(models)}; name a folder of one")
+        raise InputError(f"results: {path}: has results of several models: {', '.join(models)}; name a folder of one")
     if not values:
         raise InputError(f"results: {path}: no metric of lm-evaluation-harness found under 'results'")
     return Results(next(iter(models)), values, tuple(task for task in tasks if task not in parts))
@@ -160,28 +160,28 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _values(content: Mapping[str, Any]) -> Iterator[tuple[Metric, Value]]:
-    """Finite metrics of a file; standard errors and counts are not metrics."""
+    """Yield the finite metrics of a file; standard errors and counts are not metrics."""
     shots, versions, better = (_mapping(content.get(name)) for name in ("n-shot", "versions", "higher_is_better"))
     limit = _mapping(content.get("config")).get("limit")
     for task, found in content["results"].items():
-        told = [f"{shots[task]}-shot"] if task in shots else []
-        told += [f"task version {versions[task]}"] if task in versions else []
-        told += [f"limited to {limit} samples"] if limit is not None else []
-        protocol = ", ".join(["lm-evaluation-harness", *told])
+        stated = [f"{shots[task]}-shot"] if task in shots else []
+        stated += [f"task version {versions[task]}"] if task in versions else []
+        stated += [f"limited to {limit} samples"] if limit is not None else []
+        protocol = ", ".join(["lm-evaluation-harness", *stated])
         for key, value in _mapping(found).items():
             name, _, chosen = key.partition(",")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST_VALUE:
                 continue
             if name in NOT_METRICS or name.endswith("_stderr"):
                 continue
-            # files of versions that do not state the direction: perplexities and bits are better when lower
+            # older versions do not state the direction: lower perplexities and bits are better
             lower = any(part in name for part in ("perplexity", "bits_per_byte", "loss"))
             higher = _mapping(better.get(task)).get(name, not lower)
             yield Metric(task, name, chosen), Value(float(value), higher is True, protocol)
 
 
 def _rows(cells: Mapping[str, str], dense: Results, pruned: Results) -> Iterator[list[str]]:
-    """Cells for each metric that both models have, then for the mean accuracy."""
+    """Yield the cells for each metric that both models have, then for the mean accuracy."""
     shared = [key for key in dense.values if key in pruned.values]
     if not shared:
         raise InputError(f"results: {cells['results']}: shares no metric with the dense model")

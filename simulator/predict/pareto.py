@@ -1,12 +1,12 @@
-"""Acceleration against quality: speedups joined with quality rows, and the frontier of what no other point beats.
+"""Join speedups with quality rows, and find the frontier: the points that no other point beats in both.
 
-Use :func:`fronts` for the frontiers of a model (a device, engine, phase, batch and length each), :func:`frontier` for
-the rule itself on arrays. Quality loss is the relative drop of one metric under one protocol, see
-:mod:`simulator.predict.quality`; speedups are predicted with their interval, or measured where the caller has them. A
-*band* is the range of quality budgets in which one family is the fastest.
+Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length, :func:`frontier` for
+arrays. Quality loss is the relative drop of one metric under one protocol (:mod:`simulator.predict.quality`). Speedups
+are predicted with their interval, or measured by the caller. A *band* is the range of quality budgets in which one
+family is the fastest.
 
-Which of two points is faster is sure where the 90 % interval of the ratio of their speedups says so: what both have in
-common, the dense model among it, cancels there (:func:`margins`).
+One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
+both share, such as those of the dense model, cancel in this ratio (:func:`margins`).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 Halves = tuple[tuple[float, ...], ...]
 
 DENSE = "dense"
-"""Family of the dense model's own point: no loss, speedup 1."""
+"""Family of the dense model's point: no loss, speedup 1."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned model on the plane of quality loss and speedup; the order of the fields is that of JSON keys."""
+    """One pruned model with quality loss and speedup; the fields are the JSON keys, in order."""
 
     model: str
     hardware: str
@@ -67,8 +67,8 @@ class Point:
     speedup_upper: float
     measured: bool
     optimal: bool  # no other point is as fast at no more loss
-    sure: bool  # and the interval of its speedup over each point of another family at no more loss lies above 1
-    beaten_by: str  # where not optimal: the fastest point at no more loss
+    sure: bool  # optimal, and the interval of its speedup over points of other families at no more loss is above 1
+    beaten_by: str  # if not optimal: the fastest point at no more loss
     bottleneck: str
     calibrated: bool
     source: str
@@ -93,7 +93,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Front:
-    """The frontier of one device, phase, batch and length."""
+    """Frontier of one device, engine, phase, batch and length."""
 
     model: str
     hardware: str
@@ -106,12 +106,12 @@ class Front:
     bands: tuple[Band, ...]
     calibrated: bool
     level: float
-    below: Halves = ()  # [i][j]: how far the interval of log(speedup of point i / of point j) reaches below it
+    below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other point beats: none is at least as fast at no more loss, and better in one of the two; of
-    equal points all count. InputError when there are none or a value is not finite.
+    """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
+    Equal points do not beat each other. Raises InputError without points or for a value that is not finite.
 
     >>> frontier([0.0, 0.1, 0.2, 0.2], [1.0, 1.3, 1.2, 1.6]).tolist()
     [True, True, False, True]
@@ -125,30 +125,30 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 
 def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
-    """How sure it is that point i is faster than point j, (n, n): the log of the ratio of their speedups, in units of
-    how far its interval reaches towards 0. From 1 up it is faster for sure, from -1 down slower.
+    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
+    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
 
-    ``speedup`` (n,); ``below`` (n, n) how far the interval of log(speedup i / speedup j) reaches below it.
+    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it.
 
     >>> margins([1.0, 1.21], [[0.0, 0.1], [0.1, 0.0]]).round(1).tolist()
     [[0.0, -1.9], [1.9, 0.0]]
     """
-    log, reach = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
+    log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
-    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, reach, reach.T), 1e-12))
+    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
 
 
 def independent(points: Sequence[Point]) -> Halves:
-    """``Front.below`` of points that have nothing in common, from their own intervals."""
+    """Return ``Front.below`` of points without shared errors, from their intervals."""
     low, mid, high = np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
     return _nested(np.hypot((mid - low)[:, None], high - mid))
 
 
 def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
-    """The family that is fastest at each quality budget among judged points; the dense model until one beats it.
+    """Return the family that is fastest at each quality budget among marked points, or the dense model.
 
-    Bands come by rising loss, without gaps, neighbours of one family joined, the last one open. ``below`` as of
-    :func:`judge`.
+    Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
+    is that of :func:`marked`.
     """
     best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
@@ -160,8 +160,8 @@ def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, .
         if high <= low:
             continue
         p = points[i]
-        rivals = (ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high)
-        sure = p.speedup_lower > 1.0 and all(rivals)
+        others = (ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high)
+        sure = p.speedup_lower > 1.0 and all(others)
         if out and out[-1].family == p.family:
             out[-1] = replace(out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure)
         else:
@@ -183,13 +183,12 @@ def fronts(
     measured: Sequence[Measured] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
-    """Frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and the rows that could
-    not be used.
+    """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
+    the rows that cannot be used.
 
     Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
-    another model of its kind. ``measured`` speedups replace predictions where their conditions fit.
-    No row on the axis that the model and the devices support is an InputError. ``progress`` is called with frontiers
-    done and in all.
+    another model of its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if
+    the model and the devices support no row. ``progress`` is called with frontiers done and their number.
     """
     rows = quality.on_axis(axis).rows
     if not rows:
@@ -216,10 +215,10 @@ def fronts(
                 raise InputError(f"{none}: {'; '.join(notes)}")
             order = sorted(range(len(points)), key=lambda i: _place(points[i]))
             below = _below(workloads, results, hw, points, order, one.level)
-            judged = judge([points[i] for i in order], below)
-            calibrated = all(q.calibrated or q.measured for q in judged)
+            found = marked([points[i] for i in order], below)
+            calibrated = all(q.calibrated or q.measured for q in found)
             where = (config.name, hw.label, one.phase, b, s, one.engine_name)
-            out.append(Front(*where, axis, judged, bands(judged, below), calibrated, one.level, below))
+            out.append(Front(*where, axis, found, bands(found, below), calibrated, one.level, below))
             progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 
@@ -232,11 +231,11 @@ def _below(
     order: Sequence[int],
     level: float,
 ) -> Halves:
-    """``Front.below`` of points in an order: predicted ones from what their passes have in common, measured ones of
-    their own intervals."""
+    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have
+    only their intervals."""
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
-    pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # of one request: by pruning, as the points
+    pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
     some = batch.take(np.r_[0, pruned])
     _, together, _ = against(some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level)
     below = np.where(measured[:, None] | measured, alone, together.T[1:])
@@ -248,14 +247,13 @@ def _nested(values: NDArray[Any]) -> Halves:
 
 
 def _place(p: Point) -> tuple[float, float]:
-    """Points by rising loss, of equal loss the fastest first."""
+    """Return a sort key: rising loss, at equal loss falling speedup."""
     return p.loss, -p.speedup
 
 
-def judge(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
-    """Points by rising loss with ``optimal``, ``sure`` and ``beaten_by`` filled in; the dense model (loss 0, speedup 1)
-    takes part. ``below`` is that of :class:`Front`, in the order of the points; None where they have nothing in
-    common."""
+def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
+    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the dense model (loss 0,
+    speedup 1). ``below`` is that of :class:`Front`, in the order of the points; None without shared errors."""
     halves = np.array(independent(points) if below is None else below)
     order = sorted(range(len(points)), key=lambda i: _place(points[i]))
     points = [points[i] for i in order]
@@ -263,10 +261,10 @@ def judge(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, 
     mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
     out = []
     for i, (p, optimal) in enumerate(zip(points, mask.tolist())):
-        rivals = [q for q in points if q is not p and q.loss <= p.loss]
+        competitors = [q for q in points if q is not p and q.loss <= p.loss]
         others = [ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family]
         sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and all(others)
-        fastest = max(rivals, key=lambda q: q.speedup, default=None)
+        fastest = max(competitors, key=lambda q: q.speedup, default=None)
         beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
         winner = fastest.name if fastest and beaten else "the dense model"
         out.append(replace(p, optimal=optimal, sure=sure, beaten_by="" if optimal else winner))
@@ -274,9 +272,9 @@ def judge(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, 
 
 
 def _point(row: QualityRow, record: Result, measured: Sequence[Measured]) -> Point:
-    """A point, not yet judged."""
+    """Return the point of a row, not yet marked."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
-    shared["method"] = row.method  # as the source names it; the record is of a family
+    shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
         shared |= {
@@ -290,10 +288,10 @@ def _point(row: QualityRow, record: Result, measured: Sequence[Measured]) -> Poi
 
 
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
-"""Columns of measured speedups that must equal those of a point, where there are any and they are not empty."""
+"""Optional columns of measured speedups; values that are not empty must equal those of the point."""
 
 SAME_SPARSITY = 5e-4
-"""Fractions this close are the same: tables print three digits."""
+"""Largest difference of equal fractions: tables print three digits."""
 
 
 @dataclass(frozen=True)
@@ -307,16 +305,16 @@ class Measured:
     upper: float
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
-        """Whether it was measured under these conditions."""
+        """Return whether the speedup was measured under these conditions."""
         same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
 def read_measured(path: str | Path) -> tuple[Measured, ...]:
-    """Measured speedups from a CSV file, to stand where predictions would; InputError in one line.
+    """Read measured speedups from a CSV file, to replace predictions.
 
-    Columns: family, sparsity, speedup (dense time over pruned time); optional :data:`MATCHED`, and the ends of the
-    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this form.
+    Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format.
     """
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 

@@ -1,6 +1,6 @@
-"""How a dense model is pruned: by a family at a sparsity, by a published method, or to an existing pruned model.
+"""Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an existing pruned model.
 
-Use :func:`prunings_of` for those that a user asks for.
+Use :func:`prunings_of` for the prunings that a user requests.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)
-"""Default fractions removed."""
+"""Default sparsities."""
 
 ALIKE: tuple[str, ...] = ("engine", "phase", "batch", "seq", "new_tokens", "dtype", "devices", "parallel")
-"""What a pruned and a dense workload must have in common to be compared."""
+"""Fields of ``Meta`` that a pruned and a dense workload must share."""
 
 Excluded = dict[str, list[float]]
-"""Reason -> sparsities that are excluded for it."""
+"""Reason -> excluded sparsities."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Pruning:
     """One way to prune a model. The families of a method or of an existing model are joined by "+"."""
 
     family: str
-    sparsity: float | Mapping[str, float] = 0.0  # of any form that :func:`simulator.prune` takes
+    sparsity: float | Mapping[str, float] = 0.0  # as in :func:`simulator.prune`
     options: tuple[tuple[str, Any], ...] = ()  # of the family or method, sorted
-    method: str = ""  # name of a published one
+    method: str = ""  # name of a published method
     model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
 
     @classmethod
     def of_method(cls, name: str, sparsity: float = 0.0) -> Pruning:
-        """A published method."""
+        """Return the pruning of a published method."""
         from simulator.pruning._methods import load_method
 
         method = load_method(name)
@@ -52,22 +52,22 @@ class Pruning:
 
     @classmethod
     def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
-        """An existing pruned model."""
+        """Return the pruning that leads to an existing pruned model."""
         families, share = difference_of(dense, pruned)
         return cls("+".join(families) or "none", share, model=pruned)
 
     def at(self, sparsity: float | Mapping[str, float]) -> Pruning:
-        """The same at another sparsity."""
+        """Return the same pruning at another sparsity."""
         return replace(self, sparsity=sparsity)
 
     @property
     def title(self) -> str:
-        """What a user calls it."""
+        """Name of the existing model, method or family."""
         return self.model.name if self.model is not None else self.method or self.family
 
     @property
     def label(self) -> str:
-        """The options as text: ``align=64``."""
+        """Options as text: ``align=64``."""
         return ",".join(f"{name}={value}" for name, value in self.options)
 
     @property
@@ -80,7 +80,7 @@ class Pruning:
         return load_method(self.method).together
 
     def apply(self, dense: Workload, scenario: Scenario) -> Workload:
-        """The pruned workload of a dense one of a scenario."""
+        """Return the pruned workload of a dense workload of a scenario."""
         if self.model is not None:
             meta = dense.meta
             alone = replace(scenario, model=self.model, phase=meta.phase, shapes=((meta.batch, meta.seq),))
@@ -94,7 +94,7 @@ class Pruning:
 
 
 def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
-    """Names of families, each once; ``all`` stands for every one that makes sense for some of the models.
+    """Return names of families, each once; ``all`` selects every family that applies to at least one of the models.
 
     >>> families(["width", "depth", "width"])
     ('width', 'depth')
@@ -116,8 +116,8 @@ def prunings_of(
     sparsity: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Pruning, ...]:
-    """Families (None: all), or published methods instead, each at every sparsity (None: :data:`SPARSITIES`, for a
-    method those of its paper); or existing pruned models."""
+    """Return the prunings of families (None: all) or published methods, each at every sparsity (None:
+    :data:`SPARSITIES`, or those of a method's paper); or of existing pruned models."""
     if pruned:
         if method or family is not None or options or sparsity is not None:
             raise InputError("pruned: a model sets its own pruning; give no family, method, sparsity or option with it")
@@ -127,24 +127,24 @@ def prunings_of(
     if method and (family is not None or options):
         raise InputError("method: sets its own family and options; give no family or option with it")
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
-    usual: list[tuple[float, ...]]
+    defaults: list[tuple[float, ...]]
     if method:
         from simulator.pruning._methods import load_method
 
         found = [Pruning.of_method(name) for name in once(method)]
-        usual = [load_method(p.method).sparsities for p in found]
+        defaults = [load_method(p.method).sparsities for p in found]
     else:
         extra, names = tuple((options or {}).items()), families(("all",) if family is None else family, models)
         found = [Pruning(name, options=extra) for name in names]
-        usual = [SPARSITIES] * len(found)
+        defaults = [SPARSITIES] * len(found)
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
-    return tuple(p.at(s) for p, own in zip(found, usual) for s in (own if fractions is None else fractions))
+    return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:
-    """Note why a pruning is excluded."""
+    """Record why a pruning is excluded."""
     title, sparsity = pruning.title, pruning.sparsity
     if device:
         reason = f"{title} on {device}: {reason}"
@@ -155,7 +155,7 @@ def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "")
 
 
 def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ...]:
-    """One line per reason, with the sparsities that it excludes; of more than ``most`` only the ends."""
+    """Return one line per reason, with its sparsities; of more than ``most`` only the ends."""
     out = []
     for reason, at in excluded.items():
         values = [f"{s:g}" for s in sorted(set(at))]
@@ -170,7 +170,7 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
 
 @lru_cache(maxsize=64)
 def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, ...], float]:
-    """Families in which a pruned model differs from its dense one, and the share of parameters gone or zero."""
+    """Return the families in which a pruned model differs from its dense model, and the removed share of parameters."""
     from simulator.models.difference import difference
 
     words = (re.match("[a-z_]+", line) for line in difference(dense, pruned))
@@ -180,8 +180,8 @@ def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, .
 
 
 def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """A line on a checkpoint whose tensors differ from its configuration, and one on what was pruned of an existing
-    model."""
+    """Return a line on a checkpoint whose tensors differ from its configuration, and one on how an existing model
+    differs from the dense model."""
     own = (dense.found,) if dense.found else ()
     if pruned == dense:
         return own
@@ -193,7 +193,7 @@ def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
-    """InputError where two workloads are not of one request.
+    """Raise InputError if two workloads have different requests.
 
     >>> import simulator
     >>> model = simulator.load_model("llama-3.2-1b")
@@ -208,7 +208,7 @@ def check_alike(dense: Workload, pruned: Workload) -> None:
 
 
 def as_pruned(dense: Workload, pruned: Workload) -> Workload:
-    """A workload of an existing pruned model, with its difference from the dense model as if it had been applied."""
+    """Return the workload of a pruned model with its difference from the dense model as a pruning step."""
     check_alike(dense, pruned)
     own, ours, theirs = pruned.meta.applied[len(dense.meta.applied) :], dense.meta.config, pruned.meta.config
     other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
@@ -216,15 +216,14 @@ def as_pruned(dense: Workload, pruned: Workload) -> Workload:
         return pruned
     names, share = difference_of(ours, theirs) if other else ((), 0.0)
     step = Applied("+".join(names) or "none", share, share)
-    if own[:1] == (step,):  # known already
+    if own[:1] == (step,):  # already recorded
         return pruned
     return pruned.replace(meta=replace(pruned.meta, applied=(*dense.meta.applied, step, *own)))
 
 
 def applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
-    """Families that pruned a dense workload to another, joined by "+", and the fractions that they removed together:
-    asked for, and after rounding."""
+    """Return the families that pruned a workload, joined by "+", and their total sparsity, requested and realised."""
     steps = as_pruned(dense, pruned).meta.applied[len(dense.meta.applied) :]
-    asked = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
+    requested = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
     realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
-    return "+".join(step.family for step in steps) or "none", asked, realised
+    return "+".join(step.family for step in steps) or "none", requested, realised

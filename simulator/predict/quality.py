@@ -1,12 +1,11 @@
-"""Quality tables: what pruning costs in quality, one measured point a row, read from CSV and checked.
+"""Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
-Use :func:`load_quality` for a shipped table (by name) or a user's own (by path), :meth:`QualityTable.of_model` to
-choose a model and :meth:`QualityTable.axes` for the (metric, protocol) pairs that it has. Two numbers are comparable
-only on one axis: the same metric under the same protocol, hence over the same dense value. A table that breaks this is
-refused with the line that does.
+Use :func:`load_quality` for a shipped table (by name) or your own (by path), :meth:`QualityTable.of_model` to choose a
+model and :meth:`QualityTable.axes` for its (metric, protocol) pairs. Numbers are comparable only on one axis: the same
+metric under the same protocol, hence with the same dense value. Other tables are rejected; the error names the line.
 
-Columns are the fields of :class:`QualityRow`, options and note optional, and ``relative_loss``, checked against the two
-values where it is given. Further columns are ignored. A CSV with the column ``results`` instead lists results files of
+Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
+is checked against the two values. Further columns are ignored. A CSV with the column ``results`` lists results files of
 lm-evaluation-harness (:mod:`simulator.predict.harness`).
 """
 
@@ -26,24 +25,23 @@ from simulator.predict.harness import LISTED, MEAN, expanded
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
-"""Where the shipped tables lie."""
+"""Folder of the shipped tables."""
 
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-"""Columns of a table as :func:`table_text` writes them."""
+"""Columns that :func:`table_text` writes."""
 
 LOSS_TOLERANCE = 5e-4
-"""A written relative loss may differ from that of the two values by so much, absolutely or relatively: tables print few
-digits."""
+"""Largest difference of a stated relative loss from the computed one, absolute or relative: tables print few digits."""
 
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, order=True)
 class Axis:
-    """What may share an axis of a figure: one metric under one protocol."""
+    """One metric under one protocol, whose values are comparable."""
 
     metric: str
     protocol: str
@@ -57,27 +55,27 @@ class QualityRow:
     """Quality of one pruned model."""
 
     method: str
-    family: str  # of section "pruning"
+    family: str
     model: str
-    sparsity: float  # fraction removed, as the source counts it
+    sparsity: float  # as the source counts it
     metric: str
     higher_is_better: bool
     dense: float  # value of the metric
     pruned: float
     protocol: str  # how it was measured: data, length, calibration, fine-tuning
-    source: str  # where the row is from
+    source: str  # source of the row
     options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
     note: str = ""
 
     @property
     def relative_loss(self) -> float:
-        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 where pruning did good."""
+        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 if quality improved."""
         drop = self.dense - self.pruned if self.higher_is_better else self.pruned - self.dense
         return drop / self.dense
 
     @property
     def axis(self) -> Axis:
-        """The axis on which the row may be compared."""
+        """Axis of the row."""
         return Axis(self.metric, self.protocol)
 
 
@@ -87,40 +85,40 @@ class QualityTable:
 
     rows: tuple[QualityRow, ...]
     name: str = "quality table"  # for messages
-    metric: str = ""  # that is compared where none is named; empty: none in particular
+    metric: str = ""  # default metric, if any
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Models there are rows of, in order of their names."""
+        """Models of the rows, sorted by name."""
         return tuple(sorted({r.model for r in self.rows}))
 
     def of_model(self, model: str) -> QualityTable:
-        """The rows of one model (its name without regard to case); :class:`InputError` when there are none."""
+        """Return the rows of one model (case is ignored); raise :class:`InputError` if there are none."""
         rows = tuple(r for r in self.rows if r.model.lower() == model.lower())
         if not rows:
             raise InputError(f"{self.name}: {unknown('model', model, self.models)}")
         return replace(self, rows=rows)
 
     def axes(self) -> tuple[Axis, ...]:
-        """Axes there are points on: those with most families first, then most points."""
+        """Return the axes of the rows: those with most families first, then most rows."""
         on: dict[Axis, list[QualityRow]] = {}
         for r in self.rows:
             on.setdefault(r.axis, []).append(r)
         return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
 
     def on_axis(self, axis: Axis) -> QualityTable:
-        """The rows on one axis."""
+        """Return the rows on one axis."""
         return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
 
 
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
-    """The axis that a metric and a protocol, or unique parts of their names, describe.
+    """Return the axis of a metric and a protocol, given by name or part of it.
 
-    Case does not matter, and empty stands for any; a table with a usual metric takes that one first. Of several axes
-    the one with most families and points is taken, or with ``strict`` none: InputError, as when no axis fits, since
+    Case is ignored, and empty text matches all; a table's default metric takes precedence. Of several axes the one with
+    most families and rows is returned; with ``strict`` this is an InputError. No matching axis is always an error:
     metrics and protocols are never mixed.
 
     >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
@@ -133,21 +131,23 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
         fitting = exact
     listed = "; ".join(map(str, fitting or axes))
     if not fitting:
-        asked = " and ".join(f"{kind} {text!r}" for kind, text in (("metric", metric), ("protocol", protocol)) if text)
-        raise InputError(f"{table.name}: no rows with {asked}; there are: {listed}")
+        requested = " and ".join(
+            f"{kind} {text!r}" for kind, text in (("metric", metric), ("protocol", protocol)) if text
+        )
+        raise InputError(f"{table.name}: no rows with {requested}; there are: {listed}")
     if strict and len(fitting) > 1:
         raise InputError(f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}")
     return fitting[0]
 
 
 def list_quality() -> tuple[str, ...]:
-    """Names of the shipped tables."""
+    """Return the names of the shipped tables."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
 def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
-    """A shipped table by name, any CSV file by path, or all that ships, rows measured by this project first; InputError
-    in one line ``file:line: column: what is wrong``.
+    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first.
+    Errors are one line ``file:line: column: reason``.
 
     >>> len(load_quality("published").of_model("llama-2-7b")) > 20
     True
@@ -167,8 +167,7 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
 
 
 def read_quality(text: bytes | str, name: str = "quality table", folder: Path = Path()) -> QualityTable:
-    """A table from the text of a CSV file in a folder; see the module for its columns and :func:`load_quality` for its
-    errors."""
+    """Return the table of the text of a CSV file in a folder; columns: see the module, errors: :func:`load_quality`."""
     table = read_csv(text, name)
     if "results" in table.header:
         table = expanded(read_csv(text, name, LISTED), folder)
@@ -176,8 +175,8 @@ def read_quality(text: bytes | str, name: str = "quality table", folder: Path = 
         table = read_csv(text, name, REQUIRED)
     rows = table.each(_row)
     _check_together(rows, table.lines, name)
-    usual = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
-    return QualityTable(tuple(rows), name, usual)
+    default = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
+    return QualityTable(tuple(rows), name, default)
 
 
 def _row(cells: Mapping[str, str]) -> QualityRow:
@@ -202,12 +201,11 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     options = parse_options(cells.get("options", ""), cells["family"])
     row = QualityRow(**known, options=options, note=cells.get("note", ""))
     if not math.isfinite(row.relative_loss):
-        raise InputError(f"dense: {cells['dense']} is too small beside pruned {cells['pruned']} for a ratio")
+        raise InputError(f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}")
     if cells.get("relative_loss"):
         written, given = _number(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
-            says = f"{written:g} does not follow from dense and pruned, which give {given:.4f}"
-            raise InputError(f"relative_loss: {says}")
+            raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
     return row
 
 
@@ -222,7 +220,7 @@ def _number(cells: Mapping[str, str], column: str) -> float:
 
 
 def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
-    """Options of a family from ``name=value`` texts separated by semicolons.
+    """Return the options of a family from ``name=value`` texts separated by semicolons.
 
     >>> parse_options("residual_projections=true", "width_cross")
     (('residual_projections', True),)
@@ -233,19 +231,19 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
         if not equals or name not in FAMILIES[family].options:
             known = ", ".join(FAMILIES[family].options) or "none"
             raise InputError(f"options: expected name=value; options of family {family} are: {known}; got {part!r}")
-        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit also takes what int refuses
+        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit accepts more than int does
         out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if whole else value)
     return tuple(out.items())
 
 
 def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str) -> None:
-    """Rows that share an axis must share its direction and its dense value, and none may occur twice."""
+    """Check that rows on one axis share the direction and the dense value, and that none occurs twice."""
     first: dict[tuple[Any, ...], tuple[QualityRow, int]] = {}
     for row, line in zip(rows, lines):
         like, at = first.setdefault((row.metric,), (row, line))
         if like.higher_is_better != row.higher_is_better:
-            says = f"line {at} says {str(like.higher_is_better).lower()} of {row.metric!r}"
-            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {says}")
+            other = f"line {at} has {str(like.higher_is_better).lower()} for {row.metric!r}"
+            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {other}")
         like, at = first.setdefault((row.model, row.axis), (row, line))
         if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
             both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"
@@ -257,7 +255,7 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
-    """CSV text of rows, with :data:`COLUMNS`: what :func:`read_quality` reads."""
+    """Return rows as CSV text with the columns :data:`COLUMNS`."""
     out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}

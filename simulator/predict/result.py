@@ -1,6 +1,6 @@
-"""What is predicted: a :class:`Result` each, :class:`Results` for many as columns.
+"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns.
 
-The fields of :class:`Result` are the keys of ``--json``, of CSV and Parquet files and of data frames.
+The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from simulator.units import percent, ratio, seconds, seconds_between
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Result(Displayed):
-    """One prediction: how much faster a pruned model is than its dense one. Times in s; None where the phase has no
-    such number.
+    """One prediction: the speedup of a pruned model over its dense model. Times in s; None if the phase has no such
+    number.
 
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
@@ -35,8 +35,8 @@ class Result(Displayed):
     model: str
     hardware: str
     engine: str
-    family: str  # of several families, joined by "+"
-    sparsity: float  # asked for; of an existing pruned model, the share of parameters removed
+    family: str  # several families are joined by "+"
+    sparsity: float  # requested; of an existing pruned model, the share of parameters removed
     realised_sparsity: float  # after rounding
     phase: str
     batch: int
@@ -54,7 +54,7 @@ class Result(Displayed):
     flop_bound: float  # ratio of FLOPs; the bounds exclude work that pruning adds
     byte_bound: float  # ratio of bytes
     roofline_bound: float  # ratio of the operators' datasheet rooflines
-    bottleneck: str  # with the largest share of the pruned model's time, one of ``BOTTLENECKS``
+    bottleneck: str  # largest share of the pruned model's time, one of ``BOTTLENECKS``
     tokens_per_s: float | None  # new tokens of the pruned model, on all devices together
     ttft_s: float | None  # time to first token
     tpot_s: float | None  # time per further token
@@ -62,25 +62,25 @@ class Result(Displayed):
     dense_ttft_s: float | None
     dense_tpot_s: float | None
     pruned: str  # name of the existing pruned model, else ""
-    measured_bound: float | None  # ratio of measured dense GEMM times at the shapes of both models, where there are any
-    efficiency: float  # (speedup - 1) / (roofline_bound - 1); NaN where the bound is 1
+    measured_bound: float | None  # ratio of measured dense GEMM times at the shapes of both models, if measured
+    efficiency: float  # (speedup - 1) / (roofline_bound - 1); NaN if the bound is 1
     bottleneck_share: float
     level: float  # of the intervals
-    calibrated: bool  # every cost model used was fitted on the device's own measurements
+    calibrated: bool  # every cost model used was fitted on measurements of the device
     new_tokens: int
     weight_dtype: str
     kv_dtype: str
     devices: int
     parallel: str
     ideal: bool  # work that pruning adds is excluded
-    dense_memory_bytes: float  # on the device that holds most
+    dense_memory_bytes: float  # on the fullest device
     pruned_memory_bytes: float
     capacity_bytes: float
     dense_fits: bool
     pruned_fits: bool
     dense_largest_batch: int  # sequences that fit
     pruned_largest_batch: int
-    method: str  # published one, else ""
+    method: str  # published method, else ""
     options: str  # of the family, as text
 
     @property
@@ -95,16 +95,16 @@ class Result(Displayed):
 
     @property
     def request(self) -> str:
-        """Device, engine, phase, batch and length, in words."""
+        """Device, engine, phase, batch and length as text."""
         return f"{self.hardware}, {self.engine}, {self.phase}, batch {self.batch}, seq {self.seq}"
 
     @property
     def scenario(self) -> str:
-        """Everything but device and pruning, in words."""
+        """Everything except device and pruning as text."""
         name, new = "concurrency" if self.phase == "serve" else "batch", f" + {self.new_tokens} new"
         parts = [self.model, self.phase, f"{name} {self.batch}", f"seq {self.seq}{new if self.new_tokens else ''}"]
-        alike = self.weight_dtype == self.kv_dtype == self.dtype
-        parts.append(self.dtype if alike else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
+        equal = self.weight_dtype == self.kv_dtype == self.dtype
+        parts.append(self.dtype if equal else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
         parts.append(self.engine)
         if self.devices > 1:
             parts.append(f"{self.devices} devices ({self.parallel})")
@@ -119,7 +119,7 @@ class Result(Displayed):
         return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
 
     def _html(self) -> str:
-        """The times, the serving numbers, and how the bounds lead from the nominal to the predicted speedup."""
+        """Return the times, the serving numbers, and the bounds between the nominal and the predicted speedup."""
         tokens = f"{self.dense_tokens_per_s:,.4g} to {self.tokens_per_s:,.4g}" if self.tokens_per_s else None
         facts = {
             "dense": seconds_between(self.dense_s, self.dense_lower, self.dense_upper),
@@ -131,7 +131,7 @@ class Result(Displayed):
         }
         steps = {
             "nominal": 1.0 / (1.0 - self.sparsity),
-            "rounding": 1.0 / max(1.0 - self.realised_sparsity, 1e-9),  # all layers may be gone
+            "rounding": 1.0 / max(1.0 - self.realised_sparsity, 1e-9),  # all layers may be removed
             "parts not pruned": self.flop_bound,
             "memory-bound operators": self.roofline_bound,
             "kernels and host": self.speedup,
@@ -142,14 +142,14 @@ class Result(Displayed):
 _KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
 
 COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
-"""Names of the fields of a result, and what they hold."""
+"""Field of a result -> type."""
 
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A column of texts: codes, and the texts that they stand for."""
+    """A column of texts: codes, which are indices into the texts."""
 
     codes: NDArray[np.int32]
     texts: tuple[str, ...]
@@ -161,21 +161,21 @@ class Labels:
         return len(self.codes)
 
     def tolist(self) -> list[str]:
-        """The texts, one per row, as a list."""
+        """Return the texts, one per row, as a list."""
         return [self.texts[code] for code in self.codes.tolist()]
 
     @property
     def values(self) -> NDArray[np.object_]:
-        """The texts, one per row."""
+        """Texts, one per row."""
         return np.array(self.texts, dtype=object)[self.codes]
 
 
 Columns = Mapping[str, Any]
-"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN where a result has None."""
+"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN for None."""
 
 
 def plain(column: Array | Labels) -> Array:
-    """A column as an array; texts as objects."""
+    """Return a column as an array; texts as objects."""
     return column.values if isinstance(column, Labels) else column
 
 
@@ -188,7 +188,7 @@ _PREDICTED = (
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Results(Displayed):
-    """Predictions, one per row, as columns named like the fields of :class:`Result`; iterates over the results.
+    """Predictions as columns named like the fields of :class:`Result`; iterates over results.
 
     >>> import simulator
     >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
@@ -197,8 +197,10 @@ class Results(Displayed):
     """
 
     columns: Columns
-    notes: tuple[str, ...] = ()  # what was excluded, and what limits the predictions
-    pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)  # of those asked for
+    notes: tuple[str, ...] = ()  # exclusions and limits of the predictions
+    pruning: IndexArray = field(
+        default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False
+    )  # index into the requested prunings
 
     def __len__(self) -> int:
         return len(self.columns["speedup"])
@@ -214,18 +216,18 @@ class Results(Displayed):
 
     @cached_property
     def rows(self) -> tuple[Result, ...]:
-        """The results as objects."""
+        """Results as objects."""
         lists = [known(self.columns[name]) if name in _OPTIONAL else self.columns[name].tolist() for name in COLUMNS]
         return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
 
     def take(self, index: Any) -> Results:
-        """Some rows, by ``index``: integers or a mask."""
+        """Return the rows ``index``: integers or a mask."""
         columns = {name: column[index] for name, column in self.columns.items()}
         return Results(columns, self.notes, self.pruning[index])
 
     @classmethod
     def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:
-        """Rows of several results, ``parts``, one after the other, with ``notes``."""
+        """Return the rows of ``parts`` in order, with ``notes``."""
         columns: dict[str, Array | Labels] = {}
         for name, kind in COLUMNS.items():
             held = [part.columns[name] for part in parts]
@@ -234,13 +236,13 @@ class Results(Displayed):
 
     @classmethod
     def empty(cls) -> Results:
-        """No rows."""
+        """Return results without rows."""
         kinds = {float: np.float64, int: np.int64, bool: np.bool_}
         none = Labels(np.zeros(0, dtype=np.int32), ())
         return cls({name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """``results``, a dictionary each, and ``notes``."""
+        """Return ``results`` as dictionaries, and ``notes``."""
         return {"results": [r.to_dict() for r in self], "notes": list(self.notes)}
 
     def _title(self) -> str:
@@ -248,18 +250,18 @@ class Results(Displayed):
         return f"{len(self):,} predictions of {models} on {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
 
     def _columns(self) -> Mapping[str, Any]:
-        """One row per result."""
+        """Return one row per result."""
         return {name: plain(self.columns[name]) for name in COLUMNS}
 
     def _html(self) -> str:
-        """The columns in which results differ, and the predictions; then the notes."""
+        """Return the columns in which results differ, the predictions, and the notes."""
         columns = self._columns()
         differ = [name for name in _IDENTITY if len(set(columns[name])) > 1]
         return table_html({name: columns[name] for name in (*differ, *_PREDICTED)}) + items_html(self.notes)
 
 
 def _joined(held: Sequence[Array | Labels]) -> Labels:
-    """Text columns one after the other."""
+    """Concatenate text columns."""
     labels = [column for column in held if isinstance(column, Labels)]
     first = np.cumsum([0, *(len(column.texts) for column in labels)])
     codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
@@ -267,17 +269,17 @@ def _joined(held: Sequence[Array | Labels]) -> Labels:
 
 
 def known(column: Array) -> list[Any]:
-    """Values of a column, None where a number is missing."""
+    """Return the values of a column, None for NaN."""
     values: list[Any] = column.tolist()
     return [None if value != value else value for value in values]
 
 
 class HasResult(Displayed):
-    """Base of what adds something to a :attr:`result`; as a dictionary, its own fields follow those of the result."""
+    """Base of classes that add fields to a :attr:`result`."""
 
     result: Result
 
     def to_dict(self) -> dict[str, Any]:
-        """The result's fields, then its own."""
+        """Return the result's fields, then the others."""
         own = super().to_dict()
         return {**own.pop("result"), **own}

@@ -1,7 +1,7 @@
-"""What is asked: a model in an engine, a phase with its batches and lengths, and how it is run.
+"""Define scenarios: a model in an engine, a phase with batches and lengths, number formats and devices.
 
-Use :class:`Scenario` for one, :func:`scenarios` for every combination of some axes. The checks of what a user may ask
-for (phases, batches, lengths, devices) are here as well.
+Use :class:`Scenario` for one, :func:`scenarios` for every combination of some axes. Phases, batches, lengths and
+devices are checked here.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_TOKENS = 2**31 - 1
-"""Largest batch x sequence of a pass: row indices of real kernels have 32 bits."""
+"""Largest batch x sequence of a pass: row indices of kernels have 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One model in one engine and phase at some batches and lengths.
 
-    Functions with axes of their own (:func:`simulator.table`) take one as a template: the axes replace its model,
-    engine, phase and shapes.
+    Functions with axes (:func:`simulator.table`) take a scenario as a template: the axes replace its model, engine,
+    phase and shapes.
 
     >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
     >>> [w.meta.batch for w in scenario.workloads]
@@ -53,7 +53,7 @@ class Scenario:
     new_tokens: int = 128  # tokens that generate and serve decode
     engine: str = DEFAULT_ENGINE  # name or path
     dtype: str = "bf16"
-    weight_dtype: str | None = None  # None: as the checkpoint stores weights, else dtype
+    weight_dtype: str | None = None  # None: format of the checkpoint, else dtype
     kv_dtype: str | None = None  # None: dtype, or bf16 below 16 bits
     devices: int = 1
     parallel: str = "tensor"
@@ -77,7 +77,7 @@ class Scenario:
 
     @property
     def engine_name(self) -> str:
-        """Name of the engine, also where it is a file."""
+        """Name of the engine, also of one loaded from a path."""
         return load_engine(self.engine).name
 
     @cached_property
@@ -110,8 +110,8 @@ def scenarios(
     batch: Iterable[int],
     seq: Iterable[int],
 ) -> list[Scenario]:
-    """Every combination of models, engines (none: that of the template), phases, batches and lengths, in this order;
-    each value is checked and used once.
+    """Return every combination of models, engines (none: the template's), phases, batches and lengths, in this order;
+    values are checked and used once.
 
     >>> [s.shapes for s in scenarios(None, ["llama-3.1-8b"], [], ["decode"], [1, 8, 1], [2048])]
     [((1, 2048),), ((8, 2048),)]
@@ -149,15 +149,17 @@ def check_measured(found: Sequence[Scenario], hardware: Sequence[HardwareProfile
         "model": {s.model for s in found},
         "hardware": {hw.label for hw in hardware},
         "engine": {s.engine for s in found},
-        "phase, batch and seq": {(s.phase, s.shapes) for s in found},
+        "phase": {s.phase for s in found},
+        "batch": {batch for s in found for batch, _ in s.shapes},
+        "seq": {seq for s in found for _, seq in s.shapes},
     }
     for name, values in axes.items():
         if len(values) > 1:
-            raise InputError(f"dense time: is of one scenario; expected one {name}, got {len(values)}")
+            raise InputError(f"dense time: belongs to one scenario; expected one {name}, got {len(values)}")
 
 
 def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, new_tokens: int) -> float:
-    """Time of a pass whose throughput is known, s: new tokens/s of all sequences, in prefill prompt tokens/s.
+    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill prompt tokens/s.
 
     >>> dense_seconds(50.0, "decode", 1, 2048, 128), dense_seconds(50.0, "generate", 2, 12, 100)
     (0.02, 4.0)
@@ -168,24 +170,24 @@ def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, 
 
 
 def batch_name(phase: str) -> str:
-    """What the number of sequences is called in a phase."""
+    """Return the name of the number of sequences in a phase."""
     return "concurrency" if phase == "serve" else "batch"
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
-    """Values without repeats, in order."""
+    """Return values without repeats, in order."""
     return tuple(dict.fromkeys(values))
 
 
 def one_of(kind: str, name: str, choices: Sequence[str]) -> str:
-    """A name, which must be one of the choices."""
+    """Return a name, which must be one of the choices."""
     if not isinstance(name, str) or name not in choices:
         raise unknown(kind, name, choices)
     return name
 
 
 def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
-    """A whole number from 1 up."""
+    """Return a whole number from 1 up."""
     found = whole(value)
     if found is None or not 1 <= found <= largest:
         raise InputError(f"{name} {shown(value)}: expected a whole number from 1 to {largest}")
@@ -193,7 +195,7 @@ def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
 
 
 def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
-    """Loaded devices, each once; InputError for none, and for two of one name, which results could not tell apart."""
+    """Load devices, each once; raise InputError for none, and for two of one name, which results cannot distinguish."""
     found: dict[str, HardwareProfile] = {}
     for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware):
         instance("hardware", hw, HardwareProfile, "load_hardware")

@@ -1,4 +1,4 @@
-"""Speedups of pruned workloads over their dense one on a device.
+"""Predict speedups of pruned workloads over their dense workload on a device.
 
 Use :func:`speedup` for one pair, :func:`speedups` for many pruned versions of one dense workload (one vectorised pass).
 """
@@ -28,7 +28,7 @@ def speedups(
     *,
     dense_s: float | None = None,
 ) -> Results:
-    """Speedups of many pruned versions of a dense workload on one device.
+    """Predict the speedups of many pruned versions of a dense workload on one device.
 
     Parameters
     ----------
@@ -65,9 +65,9 @@ def speedups(
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
-    prunings = [Pruning(family, asked) for family, asked, _ in steps]
-    asked, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
-    batch = replace(batch, sparsity=asked, realised=realised)
+    prunings = [Pruning(family, requested) for family, requested, _ in steps]
+    requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
+    batch = replace(batch, sparsity=requested, realised=realised)
     scenario = Scenario(shapes=((dense.meta.batch, dense.meta.seq),), level=level, dense_s=dense_s)
     return results_of(batch, prunings, [hw], scenario)
 
@@ -75,13 +75,13 @@ def speedups(
 def speedup(
     dense: Workload, pruned: Workload, hw: HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
 ) -> Result:
-    """Speedup of one pruned workload over its dense workload on a device.
+    """Predict the speedup of one pruned workload over its dense workload on a device.
 
     Parameters
     ----------
     dense, pruned : Workload
         The two workloads; ``pruned`` may be of another model, such as a pruned checkpoint, lowered for the same
-        request: then the difference between the models is what was pruned.
+        request.
     hw : HardwareProfile
         The device.
     level : float

@@ -1,7 +1,7 @@
-"""Where a sweep's table grows: a folder of whole parts beside the file, put together and removed when all are there.
+"""Store the parts of a sweep's table in a folder next to the file; join them and remove the folder at the end.
 
-A part is written whole or not at all, so whatever kills a sweep loses the parts in flight and no more; a rerun goes on
-with those that are missing. The folder's manifest says which grid it belongs to, and a lock keeps a second sweep out.
+A part is written whole or not at all, so a killed sweep loses only the parts in progress; a rerun computes the missing
+parts. The folder's manifest identifies the grid, and a lock excludes a second sweep.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
 
 @dataclass(frozen=True)
 class Store:
-    """The parts of one table, the Parquet file to be."""
+    """Parts of one table, which becomes a Parquet file."""
 
     target: Path
-    digest: str  # of everything the content follows from
-    parts: int  # as many there will be
+    digest: str  # of everything that determines the content
+    parts: int  # their number
 
     @property
     def folder(self) -> Path:
-        """Where parts lie until all are there."""
+        """Folder of the parts until all are complete."""
         return self.target.with_name(self.target.name + ".parts")
 
     def part(self, index: int) -> Path:
-        """File of a part."""
+        """Return the file of a part."""
         return self.folder / f"part-{index:06d}.parquet"
 
     def finished(self) -> bool:
-        """Whether the table is there already; InputError where the target is no place for it or something else."""
+        """Return whether the table exists; raise InputError if the target is invalid or another file."""
         check_target(self.target)
         if not self.target.exists():
             return False
@@ -50,14 +50,16 @@ class Store:
         except (OSError, ValueError):
             found = ""
         if found != self.digest:
-            what = "the table of another sweep (grid, profiles or version differ)" if found else "no table of a sweep"
+            what = (
+                "the table of another sweep (grid, profiles or version differ)" if found else "not the table of a sweep"
+            )
             raise InputError(f"{self.target}: exists and is {what}; name another file or remove it")
         return True
 
     @contextlib.contextmanager
     def opened(self, facts: Mapping[str, Any]) -> Iterator[set[int]]:
-        """The folder, made or taken up again, under a lock: indices of the parts that are there. InputError where
-        another sweep is writing, or the parts are another grid's."""
+        """Create or reopen the folder under a lock and return the indices of existing parts. Raises InputError if
+        another sweep is writing, or the parts belong to another grid."""
         manifest, own = self.folder / "manifest.json", {"digest": self.digest, "parts": self.parts}
         self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / "lock", self.target):
@@ -75,7 +77,7 @@ class Store:
                 yield self._there()
             except BaseException:
                 if not self._there():
-                    self.clear()  # nothing to go on with
+                    self.clear()  # nothing to resume
                 raise
 
     def _there(self) -> set[int]:
@@ -86,8 +88,8 @@ class Store:
         write_whole(self.part(index), content)
 
     def assemble(self) -> tuple[int, dict[str, list[float]]]:
-        """All parts in order as one file, a few row groups in memory at a time; the folder is removed. Rows, and notes
-        of the parts."""
+        """Join all parts into one file, with few row groups in memory, and remove the folder; return the number of rows
+        and the notes of the parts."""
         pyarrow, parquet = load_pyarrow()
         notes: dict[str, list[float]] = {}
         waiting: list[Any] = []
@@ -103,7 +105,7 @@ class Store:
                     writer = parquet.ParquetWriter(name, table.schema, compression="zstd", compression_level=1)
                     workloads.enter_context(writer)
                 elif table.schema != writer.schema:
-                    raise self._damaged(index, "its columns are not those of the parts before it")
+                    raise self._damaged(index, "its columns differ from the previous parts")
                 rows += table.num_rows
                 waiting.append(table)
                 if sum(t.num_rows for t in waiting) >= GROUP_ROWS or index == self.parts - 1:
@@ -113,7 +115,7 @@ class Store:
         return rows, notes
 
     def _read(self, index: int) -> tuple[Any, dict[str, list[float]]]:
-        """A part's table, and the settings it left out, by reason."""
+        """Return a part's table, and the excluded sparsities by reason."""
         pyarrow, parquet = load_pyarrow()
         try:
             table = parquet.read_table(self.part(index), use_threads=False)
@@ -122,7 +124,7 @@ class Store:
             raise self._damaged(index, str(error)) from None
         lists = list(notes.values()) if isinstance(notes, dict) else [0]
         if not all(isinstance(at, list) and all(_is_fraction(x) for x in at) for at in lists):
-            raise self._damaged(index, "its notes are none")
+            raise self._damaged(index, "its notes are invalid")
         return table, notes
 
     def _damaged(self, index: int, why: str) -> InputError:
@@ -130,7 +132,7 @@ class Store:
         return InputError(f"{self.part(index)}: is damaged ({one_line(why, 300)}); {way}")
 
     def clear(self) -> None:
-        """Remove the parts, but nothing else that may lie there."""
+        """Remove the parts, but no other files in the folder."""
         for path in [*(self.part(i) for i in range(self.parts)), self.folder / "manifest.json", self.folder / "lock"]:
             path.unlink(missing_ok=True)
         remove_left(self.folder, "*")
@@ -143,19 +145,19 @@ def _is_fraction(value: Any) -> bool:
 
 
 def check_room(target: Path, needed_bytes: float) -> None:
-    """Refuse a table that the disk has no room for, with what is needed and what is free."""
+    """Raise InputError if the disk has too little free space for a table."""
     free = shutil.disk_usage(target.parent).free
     if needed_bytes > free:
-        sizes = f"needs about {needed_bytes / 1e9:.3g} GB while it is put together, and {free / 1e9:.3g} GB are free"
+        sizes = f"needs about {needed_bytes / 1e9:.3g} GB while it is written, {free / 1e9:.3g} GB available"
         raise InputError(f"{target}: {sizes}; take a smaller grid")
 
 
 @contextlib.contextmanager
 def _locked(path: Path, target: Path) -> Iterator[None]:
-    """An exclusive lock of this process, released however it ends."""
+    """Hold an exclusive lock, which is released however the process ends."""
     try:
         import fcntl
-    except ImportError:  # not on Windows: there two sweeps into one file are not told apart
+    except ImportError:  # Windows has no lock: two sweeps into one file are not detected
         yield
         return
     with open(path, "a", encoding="utf-8") as file:

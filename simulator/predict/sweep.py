@@ -1,10 +1,8 @@
-"""Sweeps: the product of models, devices, families, sparsities, phases, batches, lengths, formats and engines as one
-table.
+"""Predict the product of models, devices, families, sparsities, phases, batches, lengths, formats and engines.
 
-Use :func:`sweep` for a Parquet file of any size and :func:`sweep_results` for rows in memory. A grid is cut into
-pieces of bounded memory; each becomes one part of the table, whichever process computes it, and is written
-by the calling process alone. So a sweep that is killed resumes, and the table does not depend on how many
-workers there were.
+Use :func:`sweep` for a Parquet file of any size and :func:`sweep_results` for rows in memory. A grid is cut into pieces
+of bounded memory. Any process can compute a piece; only the calling process writes it, as one part of the table. A
+killed sweep therefore resumes, and the table does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -38,26 +36,26 @@ from simulator.predict.workers import compute_parts
 
 T = TypeVar("T")
 
-MOST_CONFIGURATIONS = 100_000_000  # largest grid unless told otherwise
+MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
-OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, some 100 MB while they are timed
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
 REQUESTS = 64  # (batch, seq) pruned together
 NOTED = 8  # sparsities that a note lists at most
 
-BYTES_PER_ROW = 120.0  # disk while a table is put together: about 50 B in a part, as much in the file, and a margin
+BYTES_PER_ROW = 120.0  # disk while parts are joined: about 50 B in a part, 50 B in the file, and a margin
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did."""
+    """Outcome of a sweep."""
 
     target: Path
     configurations: int  # in the grid
-    rows: int  # in the table, after the filter and without what is not supported
-    resumed: int  # partitions found done
+    rows: int  # in the table: supported, and selected by the filter
+    resumed: int  # partitions of an earlier run
     partitions: int
     seconds: float
-    notes: tuple[str, ...]  # what was left out, one line a reason
+    notes: tuple[str, ...]  # exclusions, one line per reason
 
 
 def sweep(
@@ -69,10 +67,10 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
-    """Predict every combination of a grid, or of the YAML file of one, into a Parquet file.
+    """Predict every combination of a grid, or of the grid in a YAML file, into a Parquet file.
 
-    While it grows there is a folder ``OUT.parts`` beside it; the same call takes up the parts it finds there.
-    Raises InputError before any work, for a bad grid, filter or target, or a grid too large for the disk.
+    The folder ``OUT.parts`` next to the file holds finished parts; the same call resumes from these parts. Raises
+    InputError before any work for an invalid grid, filter or target, or a grid too large for the disk.
 
     Parameters
     ----------
@@ -81,9 +79,9 @@ def sweep(
     jobs : int
         Processes on this machine.
     progress : callable, optional
-        Called with configurations done and in all.
+        Called with configurations done and their number.
     most : int
-        Configurations of the largest grid to accept.
+        Largest number of configurations to accept.
     """
     began = time.monotonic()
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
@@ -119,7 +117,7 @@ def sweep(
 def sweep_results(
     grid: Grid, where: str | None = None, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Results:
-    """A grid's rows in memory, with notes on what was excluded. ``progress`` is called with pieces done and in all.
+    """Return the rows of a grid, with notes on exclusions. ``progress`` is called with pieces done and their number.
 
     >>> grid = Grid(("llama-3.1-8b",), ("h100",), (0.5,), ("decode",), (1, 8), (2048,), engines=("trtllm",))
     >>> found = sweep_results(grid, "family == 'depth'")
@@ -134,7 +132,7 @@ def sweep_results(
 
 
 def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
-    """One piece of a sweep as a Parquet file in memory; the same bytes wherever it runs."""
+    """Return one piece of a sweep as a Parquet file in memory, with the same bytes in every process."""
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
     columns = piece_results(grid, _cached_pieces(grid)[index], excluded, where).columns
@@ -145,7 +143,7 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
         if isinstance(column, Labels):
             texts = pyarrow.array(column.texts, pyarrow.string())
             return pyarrow.DictionaryArray.from_arrays(column.codes, texts).dictionary_decode()
-        return pyarrow.array(column, types[kind], from_pandas=True)  # NaN: not known
+        return pyarrow.array(column, types[kind], from_pandas=True)  # NaN becomes null
 
     schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
     schema = schema.with_metadata({NOTES_KEY: json.dumps(excluded).encode()})
@@ -156,12 +154,12 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
 
 
 Piece = tuple[Scenario, tuple[Pruning, ...]]
-"""Requests of a scenario and the prunings of each, timed together."""
+"""Requests of a scenario and their prunings, timed together."""
 
 
 def pieces(grid: Grid) -> Iterator[Piece]:
-    """The pieces of a grid in the order of the table: by model, format, engine, devices, phase, then some requests by
-    length and batch, then some families and sparsities."""
+    """Yield the pieces of a grid in the order of the table: by model, format, engine, devices, phase, then groups of
+    requests by length and batch, then groups of families and sparsities."""
     shapes = [(b, s) for s in grid.seqs for b in grid.batches]
     prunings = [family.at(s) for family, s in itertools.product(grid.families, grid.sparsities)]
     axes = itertools.product(grid.models, grid.dtypes, grid.engines, grid.devices, grid.phases)
@@ -170,20 +168,20 @@ def pieces(grid: Grid) -> Iterator[Piece]:
         workloads = max(1, min(PART_ROWS // len(grid.hardware), OPERATOR_ROWS // operators))
         many = min(len(shapes), REQUESTS, workloads)
         of_prunings = max(1, workloads // many)
-        if of_prunings >= len(prunings):  # room for more requests
+        if of_prunings >= len(prunings):  # few prunings: take more requests
             many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(prunings)))
         for some, chosen in itertools.product(_even(shapes, many), _even(prunings, of_prunings)):
             yield grid.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
 
 
 def _even(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Values in even runs of at most a size."""
+    """Split values into runs of equal length, at most ``size``."""
     each = -(-len(values) // -(-len(values) // size))
     return [values[i : i + each] for i in range(0, len(values), each)]
 
 
 def piece_results(grid: Grid, piece: Piece, excluded: Excluded, where: str | None = None) -> Results:
-    """Rows of a piece that a filter keeps; what was excluded goes to ``excluded``."""
+    """Return the rows of a piece that a filter keeps; exclusions go to ``excluded``."""
     scenario, prunings = piece
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
@@ -199,7 +197,8 @@ def piece_results(grid: Grid, piece: Piece, excluded: Excluded, where: str | Non
 
 
 def digest(grid: Grid, where: str | None = None) -> str:
-    """Digest of all a table follows from: grid, filter, version, models and the files of profiles and engines."""
+    """Return a digest of all that determines a table: grid, filter, version, models, and files of profiles and
+    engines."""
     facts = json.dumps([__version__, where, grid.facts()], sort_keys=True, default=str)
     sha = hashlib.sha256(facts.encode())
     for name in grid.models:

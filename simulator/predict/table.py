@@ -1,7 +1,7 @@
-"""Many predictions at once: the product of models, devices, engines, prunings, phases, batches and lengths.
+"""Predict the product of models, devices, engines, prunings, phases, batches and lengths.
 
-Use :func:`table`. A combination that a family does not support (2:4 at 0.25) is excluded with a note when there are
-several prunings, and an error when there is only one.
+Use :func:`table`. A combination that a family does not support (2:4 at 0.25) is excluded with a note if there are
+several prunings, and an error if there is only one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from simulator.predict.compare import results_of
 from simulator.predict.prunings import Excluded, Pruning, difference_lines, exclude, excluded_lines, prunings_of
 from simulator.predict.result import Results, plain
 from simulator.predict.scenario import Scenario, batch_name, check_measured, profiles, scenarios
-from simulator.workload_batch import memory
+from simulator.workload_batch import MOST_DEVICES, memory
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -44,27 +44,27 @@ def table(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Speedups of every combination; each dense workload and its pruned versions are timed in one pass per device.
+    """Predict the speedups of every combination.
 
     Parameters
     ----------
     models, hardware : sequences
-        Names, paths or loaded ones; each is used once.
+        Names, paths or loaded objects; each is used once.
     family, sparsity : sequences
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
         :data:`simulator.predict.prunings.SPARSITIES`.
     phase, batch, seq : sequences
-        Of :data:`simulator.workload.PHASES`; sequences; tokens (prefill) or cached positions (decode) per sequence.
+        Phases of :data:`simulator.workload.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
     method : sequence
         Published methods instead of families, keys of :data:`simulator.METHODS`; by default at the sparsities that
         their papers report.
     pruned : sequence
         Existing pruned models (paths of checkpoints) instead of families, with one dense model.
     engine : sequence
-        Names or paths (:func:`simulator.list_engines`); by default that of the scenario.
+        Names or paths (:func:`simulator.list_engines`); by default the scenario's engine.
     scenario : Scenario
-        What all have in common: number formats, devices, new tokens, level of the intervals, a measured dense time, and
-        whether work that pruning adds is excluded (:class:`simulator.predict.scenario.Scenario`).
+        Common inputs: number formats, devices, new tokens, level of the intervals, a measured dense time, and whether
+        work that pruning adds is excluded (:class:`simulator.predict.scenario.Scenario`).
     options : mapping
         Further options of a single family.
     progress : callable
@@ -78,7 +78,7 @@ def table(
     Raises
     ------
     InputError
-        For an unknown name or a value out of range, and where nothing is left to predict.
+        For an unknown name or a value out of range, and if no combination can be predicted.
 
     Examples
     --------
@@ -92,11 +92,11 @@ def table(
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     loaded, devices = [load_model(m) for m in listed("models", models)], profiles(listed("hardware", hardware))
     axes = listed("engine", engine), listed("phase", phase), listed("batch", batch), listed("seq", seq)
-    asked = scenarios(scenario, loaded, *axes)
+    requested = scenarios(scenario, loaded, *axes)
     chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
     existing = listed("pruned", pruned)
     prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options)
-    check_measured(asked, devices)
+    check_measured(requested, devices)
     several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
@@ -107,7 +107,7 @@ def table(
     pairs = dict.fromkeys((m, p.model or m) for m in loaded for p in prunings)
     notes = dict.fromkeys(line for pair in pairs for line in difference_lines(*pair))
     found = []
-    for done, one in enumerate(asked, start=1):
+    for done, one in enumerate(requested, start=1):
         workloads, (dense,) = batch_of(one, prunings, reject), one.workloads
         results = results_of(workloads, prunings, devices, one, reject)
         lines = [*_dense_notes(results, one, dense, devices), *_above_bound(results, prunings, one, dense, devices)]
@@ -115,7 +115,7 @@ def table(
         if len(results):
             found.append(results)
         if progress is not None:
-            progress(done * len(devices), len(asked) * len(devices))
+            progress(done * len(devices), len(requested) * len(devices))
     if not found:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
     return Results.join(found, (*excluded_lines(excluded), *notes))
@@ -124,7 +124,7 @@ def table(
 def _dense_notes(
     results: Results, scenario: Scenario, dense: Workload, devices: Sequence[HardwareProfile]
 ) -> Iterator[str]:
-    """What limits predictions of a dense workload: its length, memory, shapes, profiles, and a measured time."""
+    """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
     about, config = dense.meta, load_model(scenario.model)
     if (reached := about.seq + about.new_tokens) > config.max_positions:
         supported = f"{config.name} supports {config.max_positions} positions"
@@ -143,11 +143,11 @@ def _dense_notes(
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
-    """Why a model does not fit, and what would."""
+    """Return why a model does not fit, and the devices or batch that fit."""
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
-    way = f"fits on {m.devices_needed} devices" if m.devices_needed else "no number of devices tried is enough"
-    room = hw.memory_bytes - (m.total_bytes - m.cache_bytes)
-    largest = int(max(room, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
+    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
+    left = hw.memory_bytes - (m.total_bytes - m.cache_bytes)
+    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
     way += f"; the largest {name} that fits is {largest}" if largest else ""
     return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
 
@@ -159,7 +159,7 @@ def _above_bound(
     dense: Workload,
     devices: Sequence[HardwareProfile],
 ) -> Iterator[str]:
-    """One note per device, on the speedup that lies farthest above its roofline bound."""
+    """Yield one note per device on the speedup that is farthest above its roofline bound."""
     above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
     for hw in devices:
         mine = np.flatnonzero((label == hw.label) & (above > BETTER))

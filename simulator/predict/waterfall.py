@@ -1,4 +1,4 @@
-"""Where the difference between the nominal and the predicted speedup is lost, in named steps: :func:`waterfall`."""
+"""Decompose the difference between nominal and predicted speedup into named steps: :func:`waterfall`."""
 
 from __future__ import annotations
 
@@ -46,37 +46,37 @@ class Waterfall(Displayed, tuple[Step, ...]):
         return f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
 
     def _columns(self) -> Mapping[str, Any]:
-        """One row per step."""
+        """Return one row per step."""
         return by_column(self.to_dict()["steps"])
 
     def _html(self) -> str:
         return bars_html([(step.name, step.speedup) for step in self])
 
     def to_dict(self) -> dict[str, Any]:
-        """``steps``, a dictionary each."""
+        """Return ``steps`` as dictionaries."""
         return {"steps": as_plain(tuple(self))}
 
 
 NOTES: Mapping[str, str] = {
     "rounding": "rounded to whole layers, head groups and aligned widths",
-    "parts not pruned": "attention, lm_head, norms left alone: gives the FLOP bound",
-    "memory-bound operators": "limited by bytes, not FLOPs: gives the roofline bound",
-    "zeros the kernel computes": "the kernel computes the zeros, or fetches them",
+    "parts not pruned": "unpruned attention, lm_head and norms: the FLOP bound",
+    "memory-bound operators": "limited by bytes, not FLOPs: the roofline bound",
+    "zeros the kernel computes": "the kernel computes or fetches zeros",
     "tile quantisation": "shapes padded to whole tiles",
     "wave quantisation": "the last wave of tiles leaves SMs idle",
-    "alignment": "widths off 8 (16-bit) leave the fast kernels",
-    "kernel efficiency": "what kernels reach of the roofline at these shapes",
-    "overhead operators": "routers, gathers, selections, projections pruning adds",
-    "launch": "fixed time of each kernel, and the gaps between kernels",
-    "host time": "launches and scheduling of the host, where not hidden",
+    "alignment": "widths off multiples of 8 (16-bit) use slower kernels",
+    "kernel efficiency": "efficiency of the kernels at these shapes",
+    "overhead operators": "routers, gathers, ... that pruning adds",
+    "launch": "fixed time of each kernel, gaps between kernels",
+    "host time": "launches and scheduling not hidden by the device",
 }
-"""Names of the steps, and what they mean."""
+"""Step -> meaning."""
 
 
 def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s: float | None = None) -> Waterfall:
-    """Named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
+    """Return named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
 
-    Each step adds one effect to the cost model of both workloads and takes the ratio of times again.
+    Each step adds one effect to the times of both workloads; its factor is the change of their ratio.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
     'host time'
     """
     batch = batch_with(dense, [pruned])
-    _, asked, realised = applied(dense, pruned)
+    _, requested, realised = applied(dense, pruned)
     p = forward_passes(batch, hw)
     effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
 
@@ -117,14 +117,14 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
 
     times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
     values = [
-        1.0 / max(1.0 - realised, 1e-9),  # all layers may be gone
+        1.0 / max(1.0 - realised, 1e-9),  # all layers may be removed
         *(ratio(np.where(added, 0.0, column)) for column in (batch.flops, *effects.values())),
         ratio(effects["kernel"]),
         float(p.device_s[0] / p.device_s[1]),
         float(times[0] / times[1]),
     ]
-    before = 1.0 / (1.0 - asked)
-    steps = [Step("nominal", before, before, f"1 / (1 - {asked:.3g}): a fraction of {asked:.3g} removed")]
+    before = 1.0 / (1.0 - requested)
+    steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
     for (name, note), value in zip(NOTES.items(), values, strict=True):
         steps.append(Step(name, value / before, value, note))
         before = value
@@ -132,8 +132,8 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
 
 
 def _effects(p: ForwardPass) -> dict[str, FloatArray]:
-    """Seconds of rows as more and more effects are counted; rows that are not GEMMs go from roofline to kernel at
-    once."""
+    """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to kernel in one
+    step."""
     w, ideal = p.workloads.rows, p.ideal_s
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
@@ -146,7 +146,7 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
 
 
 def _fixed(p: ForwardPass) -> FloatArray:
-    """Time of rows that are not GEMMs without their work, s: elementwise without bytes, a constant of attention."""
+    """Return the fixed time of rows other than GEMMs, s: elementwise without bytes, a constant of attention."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
     for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
         for rows, dtype, _ in by_formats(w, kind):

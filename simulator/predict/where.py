@@ -1,8 +1,7 @@
-"""Conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``: read once, evaluated on columns, never
-run as code.
+"""Parse conditions on the rows of a table, such as ``speedup > 1.3 and batch == 1``, and evaluate them on columns.
 
-Use :func:`parse_filter`. Names of columns, numbers, texts, true and false; comparisons, also chained; ``in`` and ``not
-in`` a list; ``and``, ``or``, ``not``; ``+ - * /``. Nothing else is accepted.
+Use :func:`parse_filter`. It accepts names of columns, numbers, texts, true and false; comparisons, also chained; ``in``
+and ``not in`` a list; ``and``, ``or``, ``not``; ``+ - * /``. Conditions are never run as code.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MOST_CHARACTERS = 2000
 Column = Callable[[str], NDArray[Any]]
 Value = Callable[[Column], Any]
 Filter = Callable[[Column, int], NDArray[np.bool_]]
-"""Rows for which a condition holds, from what gives a column by name and how many values it has."""
+"""Function from columns by name and the number of rows to the rows for which a condition holds."""
 
 # fmt: off
 _OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -40,9 +39,9 @@ _SHOWN = {str: "text", bool: "condition", float: "number"}
 
 
 def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
-    """A condition, checked; ``columns`` says whether a column holds ``str``, ``float``, ``int`` or ``bool``.
+    """Parse and check a condition; ``columns`` maps names to the types ``str``, ``float``, ``int`` or ``bool``.
 
-    Raises InputError where it cannot be read, names no column, compares texts with numbers, or is no condition.
+    Raises InputError for invalid syntax, unknown columns, comparisons of text with numbers, and other expressions.
 
     >>> f = parse_filter("speedup > 1.3 and batch == 1", {"speedup": float, "batch": int})
     >>> table = {"speedup": np.array([1.2, 1.5, 1.6]), "batch": np.array([1, 1, 8])}
@@ -53,15 +52,15 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
         raise InputError(f"--where: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", SyntaxWarning)  # as of "1and": refused, not said and read
+            warnings.simplefilter("error", SyntaxWarning)  # such as "1and": rejected
             parsed = ast.parse(text.strip(), mode="eval")
         kind, value = _Reader(text, columns).read(parsed.body)
     except InputError:
         raise
     except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", None) or str(error) or type(error).__name__
-        wanted = "expected something like speedup > 1.3 and batch == 1"
-        raise InputError(f"--where {text!r}: cannot be read ({reason}); {wanted}") from None
+        example = "expected a condition such as speedup > 1.3 and batch == 1"
+        raise InputError(f"--where {text!r}: cannot be read ({reason}); {example}") from None
     if kind is not bool:
         raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_SHOWN[kind]}")
 
@@ -74,8 +73,7 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Expressions to what they give (``str``, ``float`` or ``bool``) and how that is found; refuses what is not on the
-    list."""
+    """Translate expressions to their type (``str``, ``float`` or ``bool``) and a function that evaluates them."""
 
     text: str
     columns: Mapping[str, type]
@@ -84,7 +82,7 @@ class _Reader:
         if isinstance(node, ast.Name):
             return self.name(node.id)
         if isinstance(node, ast.Constant) and type(node.value) in (str, int, float, bool):
-            # float() refuses a whole number that no column can hold
+            # float() rejects whole numbers that no column can hold
             constant = float(node.value) if type(node.value) is int else node.value
             return type(constant), lambda _: constant
         if isinstance(node, ast.BoolOp):
@@ -111,7 +109,7 @@ class _Reader:
         return (float if kind is int else kind), lambda column: column(name)
 
     def all(self, nodes: Sequence[ast.expr], wanted: type) -> list[Value]:
-        """Values of one kind."""
+        """Return values of one type."""
         found = []
         for node in nodes:
             kind, value = self.read(node)
@@ -121,7 +119,7 @@ class _Reader:
         return found
 
     def comparison(self, node: ast.Compare) -> Value:
-        """One or several in a chain, each with the value before it."""
+        """Return one comparison or a chain, each with the previous value."""
         kind, left = self.read(node.left)
         steps: list[Value] = []
         for op, right in zip(node.ops, node.comparators):
@@ -132,7 +130,7 @@ class _Reader:
                 steps.append(partial(_pair, _OPERATORS[type(op)], left, value))
                 left = value
             else:
-                raise self.refusal(f"cannot compare so in {ast.unparse(node)}")
+                raise self.refusal(f"unsupported comparison in {ast.unparse(node)}")
         return lambda column: reduce(np.logical_and, [step(column) for step in steps])
 
     def refusal(self, why: str) -> InputError:

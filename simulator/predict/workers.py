@@ -1,6 +1,6 @@
-"""Parts of a sweep computed by this process or by others of this machine.
+"""Compute the parts of a sweep in this process or in worker processes on this machine.
 
-Use :func:`compute_parts`. Tasks are pure and return the bytes of their part, which only the calling process writes.
+Use :func:`compute_parts`. Tasks are pure and return the bytes of their part; only the calling process writes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from multiprocessing import active_children, get_context
 
 
 def compute_parts(compute: Callable[[int], bytes], todo: list[int], jobs: int = 1) -> Iterator[tuple[int, bytes]]:
-    """Parts as they come, with their index."""
+    """Yield finished parts with their index."""
     jobs = min(jobs, max(1, len(todo)))
     if jobs == 1:
         for index in todo:
@@ -43,7 +43,7 @@ def compute_parts(compute: Callable[[int], bytes], todo: list[int], jobs: int = 
 
 
 def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: int) -> Iterator[tuple[int, bytes]]:
-    """Results of tasks as they finish, never more than so many under way: their bytes are all that adds up."""
+    """Yield results of tasks as they finish; at most ``many`` run at once, which bounds the memory."""
     waiting = iter(todo)
     under_way: dict[Future[bytes], int] = {}
     while True:
@@ -59,8 +59,7 @@ def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back while a worker may be started: it starts without it, and never has to answer what reaches the
-    whole group, the parent alone."""
+    """Block Ctrl-C while a worker may be started: workers inherit the mask, and only the parent handles the signal."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -72,12 +71,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _follow(parent: int) -> None:
-    """End this worker when the process that started it is gone, whatever killed that."""
+    """End this worker when its parent process has ended for any reason."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if it could not be blocked
     threading.Thread(target=watch, daemon=True).start()

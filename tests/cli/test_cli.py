@@ -296,7 +296,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     shown = cli.out("models show deepseek-v3")
     assert "671,026,419,200 parameters, 37,552,297,472 of them active" in shown
     assert "61 layers of 2 kinds, hidden 7168, mostly 128 heads of 192 on a latent of 512 + 64" in shown
-    assert "gated MLP of 2048 beside 256 experts of 2048, 8 a token" in shown
+    assert "gated MLP of 2048 and 256 experts of 2048, 8 per token" in shown
     assert re.search(r"down +2048 +8192 +14336 +6 ", cli.out("models show nemotron-super-49b"))  # six of 80 layers
 
 

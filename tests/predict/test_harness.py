@@ -128,7 +128,7 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
         ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "evals.csv:3: results: "),
         ("dense.json,dense,,,\n,width,0.3,,\n", "evals.csv:3: results: is empty"),
         ("dense.json,dense,,,\nempty,width,0.3,,\n", "has no file results_*.json"),
-        ("dense.json,dense,,,\nmixed,width,0.3,,\n", "holds results of several models: y, x"),
+        ("dense.json,dense,,,\nmixed,width,0.3,,\n", "has results of several models: y, x"),
         ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
         ("dense.json,dense,,,\nshots.json,width,0.3,,\n", "measured differently: dense: lm-evaluation-harness, 0-shot"),
         ("dense.json,dense,,,\nlimited.json,width,0.3,,\n", "limited to 10.0 samples"),

@@ -17,7 +17,7 @@ from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
 from simulator.figures.save import save_figure
-from simulator.predict.pareto import bands, frontier, fronts, judge, margins, read_measured
+from simulator.predict.pareto import bands, frontier, fronts, margins, marked, read_measured
 from simulator.predict.quality import QualityTable, choose_axis, load_quality
 
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
@@ -39,14 +39,14 @@ def test_frontier_refuses_nothing_and_nan() -> None:
 
 
 def test_dense_model_takes_part() -> None:
-    slow, fast = judge([point("depth", 0.1, 0.95), point("width", 0.2, 1.5)])
+    slow, fast = marked([point("depth", 0.1, 0.95), point("width", 0.2, 1.5)])
     assert (slow.optimal, slow.beaten_by) == (False, "the dense model")
     assert fast.optimal
 
 
 @given(st.lists(planted, min_size=1, max_size=10))
 def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) -> None:
-    points = judge([point(*p) for p in found])
+    points = marked([point(*p) for p in found])
     out = bands(points)
     assert (out[0].low, out[-1].high) == (0.0, math.inf)
     for a, b in itertools.pairwise(out):
@@ -62,13 +62,13 @@ def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) ->
 def test_bands_of_the_paper() -> None:
     """Points as the paper has its frontier give the bands as it states them."""
     paper = [("depth", 0.0, 1.1), ("dynamic_depth", 0.05, 1.2), ("width", 0.17, 1.5), ("width", 0.26, 1.7)]
-    found = bands(judge([point(*p) for p in paper]))
+    found = bands(marked([point(*p) for p in paper]))
     assert [(b.family, b.low) for b in found] == [("depth", 0.0), ("dynamic_depth", 0.05), ("width", 0.17)]
 
 
 def test_sure_needs_intervals_apart() -> None:
-    near = bands(judge([point("depth", 0.1, 1.2, 1.1), point("width", 0.1, 1.25, 1.1)]))
-    far = bands(judge([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
+    near = bands(marked([point("depth", 0.1, 1.2, 1.1), point("width", 0.1, 1.25, 1.1)]))
+    far = bands(marked([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
     assert [b.sure for b in near] == [True, False]
     assert [b.sure for b in far] == [True, True]
 
@@ -178,7 +178,7 @@ def test_command_takes_the_quality_of_another_model_and_says_so(capsys: pytest.C
     assert run(["pareto", "llama-3.1-8b", "--hardware", "h100", "--quality-model", "llama-2-7b", "--csv", "-"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("model,hardware,phase")
-    assert "quality is that of llama-2-7b, speed that of llama-3.1-8b" in err
+    assert "quality: measured on llama-2-7b; speed: predicted for llama-3.1-8b" in err
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_further_columns_and_blank_lines_are_ignored() -> None:
         (text({"family": "dept"}), "did you mean depth"),
         (text({"source": ""}), ":2: source: is empty"),
         (text({"higher_is_better": "maybe"}), ":2: higher_is_better"),
-        (text({"relative_loss": "0.5"}), ":2: relative_loss: 0.5 does not follow"),
+        (text({"relative_loss": "0.5"}), ":2: relative_loss: expected 0.2865"),
         (text({"options": "unit=layer;speed=3"}), ":2: options"),
         (text({}, {"sparsity": "0.2", "dense": "5"}), ":3: dense: mixed metric or protocol: 5 here, 7.26 in line 2"),
         (text({}, {"sparsity": "0.2", "higher_is_better": "true"}), ":3: higher_is_better: mixed metric"),

@@ -243,7 +243,7 @@ def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
     ids=lambda more: next(iter(more)),
 )  # fmt: skip
 def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"dense time: is of one scenario; expected one .*, got 2"):
+    with pytest.raises(InputError, match=r"dense time: belongs to one scenario; expected one .*, got 2"):
         table(**more, scenario=Scenario(dense_s=0.01))
 
 

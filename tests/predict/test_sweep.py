@@ -115,7 +115,7 @@ def test_a_finished_sweep_is_not_done_again_and_not_overwritten(tmp_path: Path) 
     with pytest.raises(InputError, match="exists and is the table of another sweep"):
         sweep(SMALL, out, where="batch == 1")
     out.write_text("notes")
-    with pytest.raises(InputError, match="exists and is no table of a sweep"):
+    with pytest.raises(InputError, match="exists and is not the table of a sweep"):
         sweep(SMALL, out)
     assert out.read_text() == "notes"
 
@@ -252,7 +252,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
     assert [(r.method, r.family, r.sparsity) for r in found] == [
         ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
     ]  # fmt: skip
-    assert any(note.startswith("llm-pruner: prunes 10 of 16 layers") for note in found.notes)
+    assert any("prunes 10 of 16 layers" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_grids_too_large_are_refused_before_any_work(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match=r"704 configurations, more than 100 \(--max\)"):
         sweep(SMALL, tmp_path / "t.parquet", most=100)
     monkeypatch.setattr("simulator.predict.store.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match=r"needs about .* GB while it is put together"):
+    with pytest.raises(InputError, match=r"needs about .* GB while it is written"):
         sweep(SMALL, tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()
 
@@ -318,8 +318,8 @@ def test_grids_too_large_are_refused_before_any_work(tmp_path: Path, monkeypatch
         ("speedup", "expected a condition"),
         ("not speedup", "is a number, expected a condition"),
         ("speedup > 'fast'", "is a text, expected a number"),
-        ("family > 'a'", "cannot compare so"),
-        ("batch in []", "cannot compare so"),
+        ("family > 'a'", "unsupported comparison"),
+        ("batch in []", "unsupported comparison"),
         ("__import__('os').system('true')", "is not allowed"),
         ("speedup.real > 1", "is not allowed"),
         ("[x for x in (1,)]", "is not allowed"),

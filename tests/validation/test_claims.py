@@ -24,7 +24,7 @@ from calibration.validation.claims import (
     order_outcome,
 )
 from simulator.cli import run
-from simulator.predict.pareto import Front, Point, bands, judge
+from simulator.predict.pareto import Front, Point, bands, marked
 from simulator.predict.quality import Axis
 
 WHERE = ("m", "h", "prefill", 1, 1, "vllm")
@@ -48,8 +48,8 @@ PAPER = (
 
 
 def front(*points: Point) -> Front:
-    judged = judge(points)
-    return Front(*WHERE, Axis("acc", "p"), judged, bands(judged), True, 0.9)
+    found = marked(points)
+    return Front(*WHERE, Axis("acc", "p"), found, bands(found), True, 0.9)
 
 
 @pytest.mark.parametrize(
