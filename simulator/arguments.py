@@ -90,6 +90,8 @@ def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
     Traceback (most recent call last):
     simulator.errors.InputError: m, n: expected shapes that broadcast, got (2,), (3,)
     """
+    if len({a.shape for a in arrays.values()}) == 1:
+        return list(arrays.values())
     try:
         return list(np.broadcast_arrays(*arrays.values()))
     except ValueError:

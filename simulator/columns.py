@@ -93,7 +93,7 @@ class Table(Displayed):
     def _of(cls: type[T], values: Mapping[str, Any]) -> T:
         """Return a table of all field values without checks, for columns derived from checked columns."""
         for name in cls.SCHEMA:
-            values[name].flags.writeable = False
+            values[name].setflags(write=False)
         out = object.__new__(cls)
         out.__dict__.update(values)
         return out
@@ -122,17 +122,21 @@ class Table(Displayed):
         for name, values in columns.items():
             if values.shape not in ((), (1,), (size,)):
                 raise InputError(f"{cls.TITLE}column {name}: expected {size} values, got shape {values.shape}")
-        return cls.filled(*others, size=size, **columns)
+        out = cls.filled(*others, size=size, **columns)
+        out.__post_init__()  # checks the fields of all rows too
+        return out
 
     @classmethod
     def filled(cls: type[T], *others: Any, size: int, **columns: Any) -> T:
         """Return a table of ``size`` rows of computed columns, without checks; ``others`` are fields of all rows."""
-        full = []
+        values: dict[str, Any] = {}
         for name, (dtype, default) in cls.SCHEMA.items():
             whole: Array = np.empty(size, dtype)
             whole[:] = columns.get(name, default)
-            full.append(whole)
-        return cls(*full, *others)
+            values[name] = whole
+        shared = [f for f in fields(cls) if f.name not in cls.SCHEMA]  # type: ignore[arg-type]
+        values |= {f.name: f.default for f in shared} | {f.name: other for f, other in zip(shared, others)}
+        return cls._of(values)
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:

@@ -361,13 +361,14 @@ class Workload(Table):
     def bytes(self) -> Array:
         """Minimum bytes of all executions of each row: operands are read once, results are written once."""
         act = DTYPE_BYTES[self.dtype]
-        gemm = self.weight_bytes_each + act * self.m.astype(np.float64) * (self.k + self.n)
+        weights = self.weight_bytes_each
+        gemm = weights + act * self.m.astype(np.float64) * (self.k + self.n)
         cache = 1.0 * self.batch * self.keys_seen * self.key_elements * DTYPE_BYTES[self.weight_dtype]
         cache = np.where(self.kind == _DECODE, cache * self.density, cache)
         query = 1.0 * self.batch * self.heads * self.q_len * (self.head_dim + self.value_features) * act
         moved = self.read_bytes + self.write_bytes
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
-        streams = self.weight_bytes_each + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
+        streams = weights + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
         each = np.where(self.kind == _EXPERTS, streams, each)
         out: Array = each * self.count
         return out

@@ -329,13 +329,10 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
     # decodes of generate have one row per length; the longest counts
-    run, group = np.unique((workloads.owner[at] * span + start) * span + size, return_inverse=True)
-    most = np.zeros(len(run))
-    np.maximum.at(most, group.reshape(-1), each)
-    size = run % span
+    first = workloads.owner[at] * span + start
     inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
     layers = np.zeros(len(workloads) * span)  # owner x layer
-    np.maximum.at(layers, np.repeat(run // span, size) + inside, np.repeat(most, size))
+    np.maximum.at(layers, np.repeat(first, size) + inside, np.repeat(each, size))
     out = layers.reshape(len(workloads), span).sum(axis=1)
     return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
 
@@ -349,13 +346,13 @@ def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
 
     def widest(width: Any, stage: int) -> FloatArray:
         """Return the largest tensor of every workload and role, except those inside a low-rank pair."""
-        usable = np.flatnonzero(gemm & (w.stage != stage))
         most = np.zeros(size * len(ROLES))
-        np.maximum.at(most, cell[usable], tokens[usable] * width[usable])
+        np.maximum.at(most, cell, np.where(gemm & (w.stage != stage), tokens * width, 0.0))
         return most.reshape(size, len(ROLES))
 
     def largest(role: str, column: Any) -> Any:
-        return np.maximum(workloads.largest(np.where(w.is_role(role), column, 0.0)), 0.0)
+        here = w.is_role(role)
+        return np.maximum(workloads.largest(np.where(here, column, 0.0)), 0.0) if here.any() else 0.0
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
     # the embedding has all tokens; layers may compute fewer

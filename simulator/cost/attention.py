@@ -69,13 +69,10 @@ class Kernels:
         width, window = np.asarray(a.head_dim), np.asarray(a.window) > 0
         if width.size and (width == width.flat[0]).all() and (window == window.flat[0]).all():
             width, window = width.flat[0], window.flat[0]
-        best: Any = 0
-        far: Any = np.inf
-        for i, (log_width, windowed, narrower) in enumerate(self.kinds):
-            apart = np.abs(np.log2(width) - log_width) + OTHER_KERNEL * (window != windowed)
-            apart = apart + OTHER_KERNEL * (narrow != narrower)
-            best, far = np.where(apart < far, i, best), np.minimum(apart, far)
-        return best, far
+        log_width, windowed, narrower = self.kinds.T
+        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (window[..., None] != windowed)
+        apart = apart + OTHER_KERNEL * (narrow != narrower)
+        return apart.argmin(axis=-1), apart.min(axis=-1)
 
     def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
         """Return the constants of each call: numbers where the kernels share them."""
@@ -149,7 +146,7 @@ class Attention(Calls):
             roofline=np.maximum(compute_s, bytes_s),
             bottleneck=largest_part(parts.by_bottleneck, shape),
             loadings=loadings,
-            coordinates=np.log2([np.broadcast_to(size, shape).ravel() for size in sizes]).T,
+            coordinates=np.stack([np.log2(size).ravel() for size in sizes], axis=1),
             position=position,
             unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
         )
@@ -223,7 +220,7 @@ def _estimate(
     mla = _is_latent(value_dim, latent)
     r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
     named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-    arrays = np.broadcast_arrays(*(sizes[name] for name in named))
+    arrays = together(**{name: np.asarray(sizes[name]) for name in named})
     batch, q_len, kv_len, heads, kv_heads, head_dim = (a.astype(np.float64) for a in arrays)
     geometry = Geometry(
         batch,

@@ -65,9 +65,11 @@ def bottleneck(name: str) -> int:
 
 def largest_part(parts: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[np.int8]:
     """Return the code of the bottleneck with the largest part, per operator; ``parts`` maps bottlenecks to times."""
-    times = [np.broadcast_to(part, shape) for part in parts.values()]
+    times = np.empty((len(parts), *shape))
+    for i, part in enumerate(parts.values()):
+        times[i] = part
     codes = np.array([bottleneck(name) for name in parts], dtype=np.int8)
-    return np.asarray(codes[np.argmax(times, axis=0)])
+    return np.asarray(codes[times.argmax(axis=0)])
 
 
 def element_bytes(dtype: str, what: str = "dtype") -> float:

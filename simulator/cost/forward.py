@@ -26,7 +26,7 @@ from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.cost import attention, collective, elementwise, gemm
 from simulator.cost.base import BOTTLENECKS, Estimate, bottleneck
 from simulator.cost.gemm_shapes import Options
-from simulator.cost.host import Host, launches
+from simulator.cost.host import Host
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import HardwareProfile
@@ -51,10 +51,18 @@ _CACHE_WRITE = ROLES.index("cache_write")
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
     """Yield the rows of a kind by pair of number formats (one in nearly every workload), those of latent attention
     separately."""
-    rows = np.flatnonzero(w.kind == kind)
-    codes = (w.dtype[rows].astype(np.int64) * len(DTYPES) + w.weight_dtype[rows]) * 2 + (w.value_dim[rows] > 0)
-    for code in sorted(set(codes.tolist())):
-        yield rows[codes == code], DTYPES[code // 2 // len(DTYPES)], DTYPES[code // 2 % len(DTYPES)]
+    return ((rows, dtype, weight) for _, rows, dtype, weight in by_kind(w, kind))
+
+
+def by_kind(w: Workload, only: int | None = None) -> Iterator[tuple[Kind, IndexArray, str, str]]:
+    """Yield the rows of all kinds as :func:`by_formats`, each with its kind; ``only`` those of one."""
+    codes = (w.kind.astype(np.int64) * len(DTYPES) + w.dtype) * len(DTYPES) + w.weight_dtype
+    codes = codes * 2 + (w.value_dim > 0)
+    for code in np.flatnonzero(np.bincount(codes)).tolist():
+        kind, formats = divmod(code // 2, len(DTYPES) ** 2)
+        dtype, weight = divmod(formats, len(DTYPES))
+        if only is None or kind == only:
+            yield Kind(kind), np.flatnonzero(codes == code), DTYPES[dtype], DTYPES[weight]
 
 
 def section_of(w: Workload, row: int) -> str:
@@ -67,55 +75,56 @@ def section_of(w: Workload, row: int) -> str:
 
 def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Estimate]]:
     """Yield rows of a workload and the cost of one execution of each, whatever the mix of operators."""
-    for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        options = Options(dtype, weight, w.kernel[rows], density=w.density[rows], block=w.block[rows])
-        for some, e in gemm.estimates(w.m[rows], w.n[rows], w.k[rows], hw, options)[1]:
-            yield rows[some], e
-    for rows, dtype, cache in by_formats(w, Kind.PREFILL_ATTENTION):
-        yield (
-            rows,
-            attention.prefill(
-                w.batch[rows],
-                w.q_len[rows],
-                w.kv_len[rows],
-                w.heads[rows],
-                w.kv_heads[rows],
-                w.head_dim[rows],
-                hw,
-                value_dim=w.value_dim[rows],
-                window=w.window[rows],
-                density=w.density[rows],
-                block=w.block[rows],
-                dtype=dtype,
-                kv_dtype=cache,
-            ),
-        )
-    for rows, dtype, cache in by_formats(w, Kind.DECODE_ATTENTION):
-        yield (
-            rows,
-            attention.decode(
-                w.batch[rows],
-                w.kv_len[rows],
-                w.heads[rows],
-                w.kv_heads[rows],
-                w.head_dim[rows],
-                hw,
-                value_dim=w.value_dim[rows],
-                latent=w.latent[rows],
-                window=w.window[rows],
-                density=w.density[rows],
-                dtype=dtype,
-                kv_dtype=cache,
-            ),
-        )
-    for rows, dtype, weight in by_formats(w, Kind.EXPERTS):
-        from simulator.cost import experts  # most models have none
+    for kind, rows, dtype, second in by_kind(w):
+        if kind == Kind.GEMM:
+            options = Options(dtype, second, w.kernel[rows], density=w.density[rows], block=w.block[rows])
+            for some, e in gemm.estimates(w.m[rows], w.n[rows], w.k[rows], hw, options)[1]:
+                yield rows[some], e
+        elif kind == Kind.PREFILL_ATTENTION:
+            yield (
+                rows,
+                attention.prefill(
+                    w.batch[rows],
+                    w.q_len[rows],
+                    w.kv_len[rows],
+                    w.heads[rows],
+                    w.kv_heads[rows],
+                    w.head_dim[rows],
+                    hw,
+                    value_dim=w.value_dim[rows],
+                    window=w.window[rows],
+                    density=w.density[rows],
+                    block=w.block[rows],
+                    dtype=dtype,
+                    kv_dtype=second,
+                ),
+            )
+        elif kind == Kind.DECODE_ATTENTION:
+            yield (
+                rows,
+                attention.decode(
+                    w.batch[rows],
+                    w.kv_len[rows],
+                    w.heads[rows],
+                    w.kv_heads[rows],
+                    w.head_dim[rows],
+                    hw,
+                    value_dim=w.value_dim[rows],
+                    latent=w.latent[rows],
+                    window=w.window[rows],
+                    density=w.density[rows],
+                    dtype=dtype,
+                    kv_dtype=second,
+                ),
+            )
+        elif kind == Kind.EXPERTS:
+            from simulator.cost import experts  # most models have none
 
-        sizes = w.m[rows], w.n[rows], w.k[rows], w.experts[rows], w.active[rows]
-        yield rows, experts.experts(*sizes, hw, skew=w.skew[rows], dtype=dtype, weight_dtype=weight)
-    for rows, dtype, _ in by_formats(w, Kind.ELEMENTWISE):
-        moved = w.read_bytes[rows], w.write_bytes[rows]
-        yield rows, elementwise.elementwise(*moved, hw, role=w.role[rows], added=w.overhead[rows], dtype=dtype)
+            sizes = w.m[rows], w.n[rows], w.k[rows], w.experts[rows], w.active[rows]
+            yield rows, experts.experts(*sizes, hw, skew=w.skew[rows], dtype=dtype, weight_dtype=second)
+        elif kind == Kind.ELEMENTWISE:
+            moved = w.read_bytes[rows], w.write_bytes[rows]
+            yield rows, elementwise.elementwise(*moved, hw, role=w.role[rows], added=w.overhead[rows], dtype=dtype)
     between = w.kind == int(Kind.COLLECTIVE)
     for role in collective.COLLECTIVES if between.any() else ():
         if len(rows := np.flatnonzero(between & w.is_role(role))):
@@ -173,25 +182,28 @@ class ForwardPass:
     def at(self, z: float) -> tuple[FloatArray, FloatArray]:
         """Return the time (W,) on a host ``z`` standard deviations slower than the typical host, and the part of it (0
         to 1) that follows the device."""
-        if not self.host:
-            return self.total_s, np.ones(len(self.total_s))
-        total, shown = (part.sum(axis=1) for part in self._phases(z))
+        total, shown = (part.sum(axis=1) for part in (self._phases(z) if z else self._typical))
         return total, shown / np.maximum(total, 1e-300)
 
     def _phases(self, z: float) -> tuple[FloatArray, FloatArray]:
         return self.host.total(self.group_s, self.workloads.groups.segment, z)
 
     @cached_property
+    def _typical(self) -> tuple[FloatArray, FloatArray]:
+        """Time by phase on the typical host, and how much of it follows the device."""
+        return self._phases(0.0)
+
+    @property
     def phase_s(self) -> FloatArray:
         """(W, 2) time by phase, prefill and decode."""
-        return self._phases(0.0)[0]
+        return self._typical[0]
 
     @cached_property
     def total_s(self) -> FloatArray:
         """(W,) time."""
         return np.asarray(self.phase_s.sum(axis=1))
 
-    @cached_property
+    @property
     def host_s(self) -> FloatArray:
         """(W,) time of the host, to launch and to schedule, hidden or not."""
         h = self.host
@@ -200,9 +212,9 @@ class ForwardPass:
     @cached_property
     def device_share(self) -> FloatArray:
         """(W,) part of the time that follows the device."""
-        return self.at(0.0)[1]
+        return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
 
-    @cached_property
+    @property
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
         w, hw = self.workloads.rows, self.hw
@@ -218,12 +230,12 @@ class ForwardPass:
         """Share of each row in the device's time of its workload."""
         return self.row_s / self.device_s[self.workloads.owner]
 
-    @cached_property
+    @property
     def host_bound(self) -> BoolArray:
         """(W,) whether the host, not the device, takes most of the time."""
         return np.asarray(self.device_share < 0.5)
 
-    @cached_property
+    @property
     def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
         """(W,) the bottleneck with the largest share of the time, a code, and that share."""
         cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
@@ -243,13 +255,13 @@ def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
 
 
-def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> FloatArray:
+def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray) -> FloatArray:
     """Return the time (W, G) between the kernels of each group, s: idle inside a graph. A CPU is its own host: it waits
-    after every kernel, and launches the further kernels of an operator."""
-    groups, runtime, launched = workloads.groups, hw.section("runtime", "*"), launches(workloads, engine)
+    after every kernel, and launches the further kernels of an operator. ``launched`` are the kernels."""
+    groups, runtime = workloads.groups, hw.section("runtime", "*")
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
-        return np.where(graph, launched * (runtime["graph_gap_s"] + engine.gap.value), 0.0)
+        return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
     beside = np.where(groups.kind == Kind.ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
@@ -258,13 +270,13 @@ def refusal(workloads: WorkloadBatch) -> str:
     """Return why an engine has no kernels for some of its workloads, else ""."""
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
     gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
-    for code in np.unique(w.dtype[gemm & (w.kernel == Kernel.SPARSE24)]).tolist():
+    for code in sorted(set(w.dtype[gemm & (w.kernel == Kernel.SPARSE24)].tolist())):
         if DTYPES[code] not in engine.sparse24:
             have = ", ".join(name for name in sparse24_engines() if DTYPES[code] in load_engine(name).sparse24)
             formats = f"{DTYPES[code]} " if engine.sparse24 else ""
             return f"{engine.name} has no {formats}2:4 kernels; these engines have: {have or 'none'}"
     narrow = gemm & (DTYPE_BYTES[w.dtype] >= 2.0) & (DTYPE_BYTES[w.weight_dtype] < 2.0)
-    for code in np.unique(w.weight_dtype[narrow]).tolist():
+    for code in sorted(set(w.weight_dtype[narrow].tolist())):
         if DTYPES[code] not in engine.weight_only:
             have = ", ".join(engine.weight_only) or "none"
             hint = "; dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""

@@ -19,7 +19,7 @@ from simulator.arrays import FloatArray
 from simulator.engines.engine import Engine
 from simulator.routing import experts_touched
 from simulator.workload import ROLES, Kind, Phase
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload_batch import WorkloadBatch, sums
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -42,25 +42,29 @@ class Host:
 
     @classmethod
     def of(
-        cls, workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launch_s: float, launch_log_sd: float
+        cls,
+        workloads: WorkloadBatch,
+        engine: Engine,
+        hw: HardwareProfile,
+        launched: FloatArray,
+        launch_s: float,
+        launch_log_sd: float,
     ) -> Host:
-        """Return the host of a pass; ``launch_s`` is its time per launch, the rest is the engine's. A device that is
-        its own host (a CPU) has none next to it."""
+        """Return the host of a pass; ``launched`` are its :func:`launches`, ``launch_s`` is its time per launch, the
+        rest is the engine's. A device that is its own host (a CPU) has none next to it."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
         if hw.architecture == "cpu":
             return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
-        launched = np.where(waits[groups.segment // 3], launches(workloads, engine), 0.0)
-        begins = rows.is_role("embedding")
-        steps = np.stack(
-            [workloads.total(np.where(begins & (rows.phase == p), rows.count, 0.0)) for p in PHASES], axis=1
-        )
-        decoding = begins & (rows.phase == Phase.DECODE)
-        sequences = workloads.total(np.where(decoding, rows.count * rows.m, 0.0))
+        launch = launched * (waits[groups.segment // 3] * launch_s)
+        begins = np.flatnonzero(rows.is_role("embedding"))
+        owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
+        steps = sums(owner * len(PHASES) + phase, count, none.shape)
+        sequences = sums(owner * len(PHASES) + phase, count * rows.m[begins], none.shape)
+        sequences[:, Phase.PREFILL] = 0.0
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
-            steps[:, 0] = 0.0
-        launch = launched * launch_s
+            steps[:, Phase.PREFILL] = 0.0
         layers = groups.count[:, groups.role == _NORM].sum(axis=1)
         return cls(
             launch=launch,
@@ -68,7 +72,7 @@ class Host:
             layer=launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
             each_pass=steps * engine.each_pass.value,
             pass_log_sd=engine.each_pass.log_sd,
-            each_sequence=np.stack([none[:, 0], sequences * engine.each_sequence.value], axis=1),
+            each_sequence=sequences * engine.each_sequence.value,
             sequence_log_sd=engine.each_sequence.log_sd,
         )
 

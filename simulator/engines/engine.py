@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -106,7 +106,7 @@ class Engine(Displayed):
     def _title(self) -> str:
         return f"{self.name}: {self.title}"
 
-    @property
+    @cached_property
     def kernels(self) -> NDArray[np.float64]:
         """Kernels launched for one operator, by role code."""
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)

@@ -52,7 +52,7 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     """
     engine = load_engine(w.meta.engine)
     served = hw.serving(engine.stacks)
-    for rows, dtype, weight in by_formats(w, int(Kind.GEMM)):
+    for rows, dtype, weight in by_formats(w, Kind.GEMM):
         found = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
         if found is None:
             continue

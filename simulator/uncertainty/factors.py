@@ -194,16 +194,17 @@ def uncertainty_of(e: Estimate, scales: tuple[float, float]) -> Uncertainty:
     Loadings "launch", "compute" and "memory" also count for the machine's error factors.
     """
     systematic_scale, scale = scales
-    size, dtype = e.coordinates.shape[0], e.coordinates.dtype
+    shape, dtype = np.shape(e.time), e.coordinates.dtype
     sizes = ERROR_SIZES[e.operator]
     names = [f"machine {name}" for name in e.loadings if f"machine {name}" in ERROR_FACTORS]
     loadings = [e.loadings[name.removeprefix("machine ")] for name in names]
     names += [f"{e.operator} {name}" for name in e.loadings]
     loadings += e.loadings.values()
-    systematic = np.empty((len(names), size), dtype=dtype)
-    for row, name, loading in zip(systematic, names, loadings, strict=True):
-        row[:] = loading if np.ndim(loading) == 0 else np.ravel(loading)
-        row *= systematic_scale * ERROR_FACTORS[name]
+    systematic = np.empty((len(names), *shape), dtype=dtype)
+    for i, loading in enumerate(loadings):
+        systematic[i] = loading
+    systematic = systematic.reshape(len(names), -1)
+    systematic *= np.array([systematic_scale * ERROR_FACTORS[name] for name in names], dtype=dtype)[:, None]
     shares = {**e.loadings, **e.noise}
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():
@@ -215,14 +216,20 @@ def uncertainty_of(e: Estimate, scales: tuple[float, float]) -> Uncertainty:
         correlated = np.hypot(correlated, UNLIKE_LOG_SD / scale * e.unlike)
     if e.active is not None:
         correlated, independent = correlated * e.active, independent * e.active
-    correlated, independent = (
-        np.broadcast_to(np.asarray(v, dtype=dtype).ravel(), (size,)) for v in (correlated, independent)
-    )
-    correlated, independent = correlated * scale, independent * scale**2
+    correlated, independent = (_column(v, shape, dtype) for v in (correlated, independent))
+    correlated *= scale
+    independent *= scale**2
     if e.measured is not None:  # in a pass its surroundings still count, as a correlated error
         at = e.measured.rows.ravel()
         systematic[:, at], independent[at] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
     return Uncertainty(tuple(names), systematic, correlated, independent, e.coordinates, e.kind)
+
+
+def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return a number, or an array of a shape, as a flat array of its own."""
+    out = np.empty(shape, dtype=dtype)
+    out[...] = value
+    return out.reshape(-1)
 
 
 def level_scale(level: float, known: float = 0.9) -> float:
@@ -243,5 +250,9 @@ def _level_scale(level: float, known: float) -> float:
 
 def correlation(a: Array, b: Array) -> Array:
     """Return the correlation (..., len(a), len(b)) of errors at coordinates (..., n, 3)."""
-    distance = sum(np.abs(a[..., :, None, axis] - b[..., None, :, axis]) for axis in range(a.shape[-1]))
-    return np.asarray(np.exp(distance * (-1.0 / LENGTH_SCALE_OCTAVES)))
+    distance = np.abs(a[..., :, None, 0] - b[..., None, :, 0])
+    for axis in range(1, a.shape[-1]):
+        apart = a[..., :, None, axis] - b[..., None, :, axis]
+        distance += np.abs(apart, out=apart)
+    distance *= -1.0 / LENGTH_SCALE_OCTAVES
+    return np.asarray(np.exp(distance, out=distance))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from simulator.arguments import instance
 from simulator.arrays import Array
 from simulator.cost.forward import ForwardPass, engine_factors, estimates, gaps, refusal, streams
-from simulator.cost.host import Host
+from simulator.cost.host import Host, launches
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -39,7 +39,7 @@ from simulator.uncertainty.posterior import Posterior, posterior_of
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import WorkloadBatch
 
-_CHUNK = 512
+_CHUNK = 64  # few enough for the second-level cache
 
 Errors = list[tuple[Any, Uncertainty]]
 """Rows of a workload, and the errors of their times."""
@@ -87,30 +87,24 @@ class PredictedPass(ForwardPass):
         device = np.maximum(self.device_s, 1e-300)
         share, size = self.row_s / device[workloads.owner], len(self.each.seconds)
         correlated, independent = np.zeros((2, size))
-        coordinates = np.zeros((size, 3))
-        factors = {name: np.zeros(size) for _, error in self.errors for name in error.factors}
+        coordinates = np.zeros((3, size))
+        names = tuple(dict.fromkeys(name for _, error in self.errors for name in error.factors))
+        factors = np.zeros((len(names), size))
         for rows, error in self.errors:
-            correlated[rows], independent[rows], coordinates[rows] = (
-                error.correlated,
-                error.independent,
-                error.coordinates,
-            )
-            for name, values in zip(error.factors, error.systematic, strict=True):
-                factors[name][rows] = values
-        variance = correlated * correlated + independent
-        for values in factors.values():
-            variance = variance + values * values
+            correlated[rows], independent[rows] = error.correlated, error.independent
+            coordinates[:, rows] = error.coordinates.T
+            factors[np.array([names.index(name) for name in error.factors])[:, None], rows] = error.systematic
+        variance = correlated * correlated + independent + (factors * factors).sum(axis=0)
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
-        for name, values in factors.items():
-            if values.any():
-                systematic[:, FACTOR_INDEX[name]] = workloads.total(share * values[which])
+        of_row = np.add.reduceat(share * factors[:, which], workloads.starts, axis=1)
+        systematic[:, [FACTOR_INDEX[name] for name in names]] = of_row.T
         systematic[:, FACTOR_INDEX["machine launch"]] += ERROR_FACTORS["machine launch"] * self.gap_s / device
         composed, gaps = self._composed
         own, whole = (groups.sums(share * np.sqrt(v[which] + composed)) + gaps for v in (independent, variance))
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
-        centre = np.stack([groups.sums(share * axis[which]) / time for axis in coordinates.T], axis=-1)
+        centre = np.stack([groups.sums(share * axis[which]) / time for axis in coordinates], axis=-1)
         return PassUncertainty(
             systematic=systematic,
             correlated=groups.sums(share * correlated[which]) * noise,
@@ -143,7 +137,8 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
     hw = hw.serving(engine.stacks)
     shapes, which = workloads.shapes
     each, errors = operator_times(shapes, hw, level, engine)
-    streamed, gap = streams(workloads, engine), gaps(workloads, engine, hw)
+    launched, streamed = launches(workloads, engine), streams(workloads, engine)
+    gap = gaps(workloads, engine, hw, launched)
     row_s = each.seconds[which] * workloads.rows.count * streamed
     return PredictedPass(
         workloads=workloads,
@@ -154,7 +149,7 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
         row_s=row_s,
         group_s=workloads.groups.sums(row_s) + gap,
         group_gap_s=gap,
-        host=Host.of(workloads, engine, hw, *host_launch(hw)),
+        host=Host.of(workloads, engine, hw, launched, *host_launch(hw)),
         each=each,
         errors=errors,
     )
@@ -189,7 +184,7 @@ class PassUncertainty:
     def _correlated_covariance(self, a: Any, b: Any) -> Array:
         """(W,) covariance of the correlated errors of some passes with others."""
         out = np.zeros(len(self.correlated[a]))
-        for kind in np.unique(self.kind[self.correlated.any(axis=0)]):
+        for kind in sorted(set(self.kind.tolist())):
             at = np.flatnonzero(self.kind == kind)
             for first in range(0, len(out), _CHUNK):
                 i, j = a[first : first + _CHUNK, None], b[first : first + _CHUNK, None]

@@ -85,7 +85,7 @@ class _Hosts:
 
     @classmethod
     def at(cls, p: PredictedPass, z: FloatArray) -> _Hosts:
-        seconds, share = zip(*(p.at(float(one)) for one in z), strict=True)
+        seconds, share = zip(*(p.at(one) for one in z.tolist()), strict=True)
         return cls(np.stack(seconds), np.stack(share))
 
 
