@@ -25,6 +25,7 @@ from calibration.runners.runs import DATASHEET, keep_apart
 from calibration.runners.targets import target_operators, target_workloads
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
@@ -355,6 +356,13 @@ def test_host_time_is_fitted_to_layers_where_they_were_measured() -> None:
         assert both["graph_gap_s"] == gap_s
     alone = fit_profile(bare(), r.select(np.array([0]))).profile
     assert alone.section("runtime", "*")["host_op_s"] == 2e-6
+
+
+def test_the_host_time_of_a_busy_cpu_stays_in_the_range_of_profiles(tmp_path: Path) -> None:
+    r = Records.from_columns([Source("x")], operator=["launch_eager"], cold=False, seconds=[4.6e-5])
+    base = replace(load_hardware("cpu"), name="busy", sections=MappingProxyType({}))
+    save_hardware(fit_profile(base, r).profile, tmp_path / "busy.yaml")
+    assert load_hardware(tmp_path / "busy.yaml").section("runtime", "*")["graph_gap_s"] == 2e-5
 
 
 def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_records() -> None:
