@@ -259,8 +259,26 @@ class Memory(Displayed):
 
 
 def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
-    """Return the memory of a workload on a device ``hw``, including a reserve of ``reserve_bytes``; a model that is too
-    large is a verdict, not an InputError.
+    """Return the memory that a workload needs on a device.
+
+    Parameters
+    ----------
+    workload : Workload
+        The workload, from :func:`simulator.lower`.
+    hw : HardwareProfile
+        The device, from :func:`simulator.load_hardware`.
+    reserve_bytes : float
+        Memory that other uses take, bytes.
+
+    Returns
+    -------
+    Memory
+        Bytes by use on the fullest device, and whether they fit; a model that is too large raises no error.
+
+    Raises
+    ------
+    InputError
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

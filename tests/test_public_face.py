@@ -43,14 +43,10 @@ def documented() -> Iterator[tuple[str, Any]]:
 NOT_FITTING = ("ES01", "SA01")
 """Checks of numpydoc that this project does not apply: an extended summary, and a section See Also."""
 
-NOT_YET_VALIDATED = ("Speedup", "Step", "cost", "gemm_time", "memory", "speedup", "speedups", "table", "waterfall")
-"""Public names whose docstrings are not numpydoc yet."""
-
-
 DATA = ("FAMILIES", "METHODS", "__version__")
 
 
-@pytest.mark.parametrize("name", sorted({*simulator.__all__} - {*NOT_YET_VALIDATED, *DATA}))
+@pytest.mark.parametrize("name", sorted({*simulator.__all__} - {*DATA}))
 def test_public_docstrings_are_valid_numpydoc(name: str) -> None:
     validate = pytest.importorskip("numpydoc.validate").validate
     errors = validate(f"simulator.{name}")["errors"]
@@ -76,7 +72,8 @@ def test_the_examples_have_the_types_that_are_declared(tmp_path: Path, monkeypat
     shown = (
         re.findall(r"^```python\n(.*?)^```$", p.read_text("utf-8"), re.M | re.S) for p in pages if p.stem != "model"
     )
-    texts += [text for found in shown for text in found]
+    written = re.compile("from delta_net import")  # a file that docs/adding.md writes, with a test of its own
+    texts += [text for found in shown for text in found if not written.search(text)]
     assert len(texts) > 20
     bodies = (
         f"def example_{i}() -> None:\n{textwrap.indent(text or 'pass', '    ')}\n" for i, text in enumerate(texts)

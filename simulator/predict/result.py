@@ -20,9 +20,74 @@ from simulator.units import percent, ratio, seconds, seconds_between
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Result(Displayed):
-    """One prediction: the speedup of a pruned model over its dense model. Times in s; None if the phase has no such
-    number.
+    """One prediction: the speedup of a pruned model over its dense model.
 
+    Its fields are the keys of ``--json``, CSV, Parquet and ``to_pandas``.
+
+    Parameters
+    ----------
+    model, hardware, engine : str
+        Names.
+    family : str
+        Pruning family; several are joined by "+".
+    sparsity, realised_sparsity : float
+        Fraction requested (of an existing pruned model, the share of parameters removed), and after rounding.
+    phase : str
+        Of prefill, decode, generate and serve.
+    batch, seq : int
+        Sequences, and tokens (prefill) or cached positions (decode).
+    dtype : str
+        Number format of activations and arithmetic.
+    dense_s, dense_lower, dense_upper : float
+        Time of a pass of the dense model, s, with the ends of its interval.
+    pruned_s, pruned_lower, pruned_upper : float
+        Time of a pass of the pruned model, s, with the ends of its interval.
+    speedup, speedup_lower, speedup_upper : float
+        ``dense_s / pruned_s``, with the ends of its interval.
+    flop_bound, byte_bound, roofline_bound : float
+        Ratio of FLOPs, of bytes, and of the operators' datasheet rooflines; all exclude work that pruning adds.
+    bottleneck : str
+        Largest share of the pruned model's time, one of ``BOTTLENECKS``.
+    tokens_per_s, ttft_s, tpot_s : float or None
+        New tokens/s of the pruned model on all devices together, time to first token and time per further token, s;
+        None if the phase has no such number.
+    dense_tokens_per_s, dense_ttft_s, dense_tpot_s : float or None
+        The same numbers of the dense model.
+    pruned : str
+        Name of the existing pruned model, else "".
+    measured_bound : float or None
+        Ratio of measured dense GEMM times at the shapes of both models, if measured.
+    efficiency : float
+        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1.
+    bottleneck_share : float
+        Share of the bottleneck in the pruned model's time, in (0, 1].
+    level : float
+        Level of the intervals, in (0, 1).
+    calibrated : bool
+        Whether every cost model used was fitted on measurements of the device.
+    new_tokens : int
+        Tokens decoded after the prompt; 0 in prefill and decode.
+    weight_dtype, kv_dtype : str
+        Number formats of the weights and of the K/V cache.
+    devices : int
+        Number of devices.
+    parallel : str
+        How the model is divided among the devices.
+    ideal : bool
+        Whether the work that pruning adds is excluded.
+    dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
+        Memory needed on the fullest device, and the memory that a device has, bytes.
+    dense_fits, pruned_fits : bool
+        Whether the memory suffices.
+    dense_largest_batch, pruned_largest_batch : int
+        Most sequences that fit.
+    method : str
+        Published method, else "".
+    options : str
+        Options of the family, as text.
+
+    Examples
+    --------
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
     >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
@@ -35,53 +100,53 @@ class Result(Displayed):
     model: str
     hardware: str
     engine: str
-    family: str  # several families are joined by "+"
-    sparsity: float  # requested; of an existing pruned model, the share of parameters removed
-    realised_sparsity: float  # after rounding
+    family: str
+    sparsity: float
+    realised_sparsity: float
     phase: str
     batch: int
     seq: int
     dtype: str
-    dense_s: float  # time of a pass
-    dense_lower: float  # ends of intervals at ``level``
+    dense_s: float
+    dense_lower: float
     dense_upper: float
     pruned_s: float
     pruned_lower: float
     pruned_upper: float
-    speedup: float  # dense_s / pruned_s
+    speedup: float
     speedup_lower: float
     speedup_upper: float
-    flop_bound: float  # ratio of FLOPs; the bounds exclude work that pruning adds
-    byte_bound: float  # ratio of bytes
-    roofline_bound: float  # ratio of the operators' datasheet rooflines
-    bottleneck: str  # largest share of the pruned model's time, one of ``BOTTLENECKS``
-    tokens_per_s: float | None  # new tokens of the pruned model, on all devices together
-    ttft_s: float | None  # time to first token
-    tpot_s: float | None  # time per further token
+    flop_bound: float
+    byte_bound: float
+    roofline_bound: float
+    bottleneck: str
+    tokens_per_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
     dense_tokens_per_s: float | None
     dense_ttft_s: float | None
     dense_tpot_s: float | None
-    pruned: str  # name of the existing pruned model, else ""
-    measured_bound: float | None  # ratio of measured dense GEMM times at the shapes of both models, if measured
-    efficiency: float  # (speedup - 1) / (roofline_bound - 1); NaN if the bound is 1
+    pruned: str
+    measured_bound: float | None
+    efficiency: float
     bottleneck_share: float
-    level: float  # of the intervals
-    calibrated: bool  # every cost model used was fitted on measurements of the device
+    level: float
+    calibrated: bool
     new_tokens: int
     weight_dtype: str
     kv_dtype: str
     devices: int
     parallel: str
-    ideal: bool  # work that pruning adds is excluded
-    dense_memory_bytes: float  # on the fullest device
+    ideal: bool
+    dense_memory_bytes: float
     pruned_memory_bytes: float
     capacity_bytes: float
     dense_fits: bool
     pruned_fits: bool
-    dense_largest_batch: int  # sequences that fit
+    dense_largest_batch: int
     pruned_largest_batch: int
-    method: str  # published method, else ""
-    options: str  # of the family, as text
+    method: str
+    options: str
 
     @property
     def lower(self) -> float:
@@ -190,6 +255,17 @@ _PREDICTED = (
 class Results(Displayed):
     """Predictions as columns named like the fields of :class:`Result`; iterates over results.
 
+    Parameters
+    ----------
+    columns : mapping of str to array
+        One column per field of :class:`Result`, by name.
+    notes : tuple of str
+        Exclusions and limits of the predictions.
+    pruning : array of int
+        Index of each row into the requested prunings.
+
+    Examples
+    --------
     >>> import simulator
     >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
     >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
@@ -197,10 +273,8 @@ class Results(Displayed):
     """
 
     columns: Columns
-    notes: tuple[str, ...] = ()  # exclusions and limits of the predictions
-    pruning: IndexArray = field(
-        default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False
-    )  # index into the requested prunings
+    notes: tuple[str, ...] = ()
+    pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)
 
     def __len__(self) -> int:
         return len(self.columns["speedup"])

@@ -42,25 +42,57 @@ class Scenario:
     Functions with axes (:func:`simulator.table`) take a scenario as a template: the axes replace its model, engine,
     phase and shapes.
 
+    Parameters
+    ----------
+    model : str or ModelConfig
+        Name, path or shapes of the model; "" in a template.
+    phase : str
+        Of prefill, decode, generate and serve.
+    shapes : tuple of (int, int)
+        Batch, and tokens (prefill) or cached positions (decode).
+    new_tokens : int
+        Tokens that generate and serve decode.
+    engine : str
+        Name or path of the engine.
+    dtype : str
+        Number format of activations and arithmetic.
+    weight_dtype, kv_dtype : str, optional
+        Number formats of weights (default: of the checkpoint, else ``dtype``) and of the K/V cache (default: ``dtype``,
+        or bf16 below 16 bits).
+    devices : int
+        Number of devices.
+    parallel : str
+        How the model is divided among devices: tensor, pipeline or expert.
+    skew : float
+        Load of routed experts: 0 is uniform; 1 gives the busiest expert 200 times the load of the least busy.
+    ideal : bool
+        Exclude the work that pruning adds.
+    level : float
+        Level of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of the dense model's pass, s.
+
+    Examples
+    --------
     >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
     >>> [w.meta.batch for w in scenario.workloads]
     [1, 8]
     """
 
-    model: str | ModelConfig = ""  # "" in a template
+    model: str | ModelConfig = ""
     phase: str = "prefill"
-    shapes: tuple[tuple[int, int], ...] = ((1, 2048),)  # batch, and tokens (prefill) or cached positions (decode)
-    new_tokens: int = 128  # tokens that generate and serve decode
-    engine: str = DEFAULT_ENGINE  # name or path
+    shapes: tuple[tuple[int, int], ...] = ((1, 2048),)
+    new_tokens: int = 128
+    engine: str = DEFAULT_ENGINE
     dtype: str = "bf16"
-    weight_dtype: str | None = None  # None: format of the checkpoint, else dtype
-    kv_dtype: str | None = None  # None: dtype, or bf16 below 16 bits
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
     devices: int = 1
     parallel: str = "tensor"
     skew: float = EXPERT_SKEW
-    ideal: bool = False  # exclude the work that pruning adds
-    level: float = 0.9  # of the intervals
-    dense_s: float | None = None  # measured time of the dense model's pass, s
+    ideal: bool = False
+    level: float = 0.9
+    dense_s: float | None = None
 
     def __post_init__(self) -> None:
         load_engine(self.engine)

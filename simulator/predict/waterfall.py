@@ -27,8 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the waterfall: ``factor`` multiplies the speedup before it to ``speedup``; both are ratios.
+    """One step of the waterfall.
 
+    Parameters
+    ----------
+    name : str
+        Name of the step.
+    factor : float
+        Ratio that multiplies the speedup before the step.
+    speedup : float
+        Speedup after the step, a ratio.
+    note : str
+        Meaning of the step.
+
+    Examples
+    --------
     >>> Step("launch", 0.98, 1.27, "fixed time of each kernel").factor
     0.98
     """

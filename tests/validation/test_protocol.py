@@ -191,7 +191,7 @@ def test_means_over_seeds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size", "mape"), [("a100", None, 5.0), ("h100", 400, 4.6), ("l40s", 400, 11.0), ("h200", 400, 4.7)]
+    ("name", "size", "mape"), [("a100", None, 5.3), ("h100", 400, 4.6), ("l40s", 400, 11.0), ("h200", 400, 4.8)]
 )
 def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> None:
     found = [protocol.evaluate_table(GEMMS[name].load(), size, seed) for seed in protocol.SEEDS]
