@@ -58,7 +58,7 @@ def general_families() -> tuple[str, ...]:
 def prune(
     workload: Workload,
     family: str,
-    sparsity: float | Mapping[str, float] | Sequence[float],
+    sparsity: float | Mapping[str, float] | Sequence[float] | None = None,
     *,
     ideal: bool = False,
     **options: Any,
@@ -72,7 +72,9 @@ def prune(
     family : str
         Pruning family, a key of :data:`simulator.FAMILIES`.
     sparsity : float, mapping of str to float, or sequence of float
-        Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A mapping applies to projections
+        Fraction removed, in [0, 1); 0 changes no row. Required, unless the option ``budget`` of a family (tokens kept)
+        sets it: then the sparsity follows from the length of each request, and the requested sparsity is the realised
+        one. A number applies everywhere. A mapping applies to projections
         ("q", "down", ...) or to the groups "attention", "mlp" and "qkv": projections that are not named stay dense, and
         the entry of a projection overrides that of its group. A sequence has one fraction per layer, first to last.
     ideal : bool
@@ -108,21 +110,29 @@ def prune(
         if not chosen.options:
             raise InputError(f"family {family} has no option {wrong[0]!r}; it has none")
         raise unknown(f"option of family {family}", wrong[0], chosen.options)
-    work, choice = _resolve(workload, chosen, sparsity)
+    work, choice = _resolve(workload, chosen, sparsity, options.get("budget"))
     pruned, realised = workload, 0.0
-    if choice.rows.any():
+    if choice.form == "budget" or choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
             reason = "routed experts and latent attention have no such kernels"
             raise InputError(f"family {family}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if choice.form == "layer":
             pruned = merge_runs(pruned)
-    applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
+    asked = realised if choice.form == "budget" else choice.asked
+    applied = (*workload.meta.applied, Applied(family, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
-def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
+def _resolve(w: Workload, family: Family, sparsity: Any, budget: Any) -> tuple[Workload, Choice]:
     """Return the workload, expanded to one row per layer for a sparsity per layer, and the sparsity of its rows."""
+    if budget is not None:
+        if sparsity is not None:
+            raise InputError(f"option budget: the sparsity follows from it; expected no sparsity, got {sparsity!r}")
+        return w, Choice(np.zeros(len(w)), 0.0, "budget")
+    if sparsity is None:
+        also = " or a budget (tokens kept)" if "budget" in family.options else ""
+        raise InputError(f"sparsity: expected a fraction in [0, 1), such as 0.25{also}, got None")
     if isinstance(sparsity, Mapping):
         return w, _by_projection(w, family, sparsity)
     if np.ndim(plain(sparsity)):

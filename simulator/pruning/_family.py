@@ -41,7 +41,8 @@ class Choice:
 
     rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for projections that are not named
     asked: float  # the scalar, or the mean over layers or over the parameters of the projections
-    form: str = "scalar"  # form of the argument: scalar, projection or layer
+    # form of the argument: scalar, projection, layer, or budget (``rows`` are 0: the family computes them)
+    form: str = "scalar"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,4 +1,4 @@
-"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, FinerCut)."""
+"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, LayerSkip)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
     ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
-    "attention" or "mlp". ``drop`` lists the layers to remove, by default the deepest ones except the last; the choice
-    matters only if layers differ (alternating windows, widths per layer).
+    "attention" or "mlp". ``drop`` lists the layers to remove, or is "last": an exit of all tokens after the layers that
+    stay. By default the deepest layers go, except the last. The choice matters only if layers differ (alternating
+    windows, widths per layer).
     """
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     if unit in SUBLAYERS and choice.form == "projection":
         raise InputError(f"option unit: expected no unit with a sparsity by projection, got {unit!r}")
+    if isinstance(drop, str) and drop != "last":
+        raise InputError(f"option drop: expected layer numbers or last, got {drop!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
     for together in [parts] if unit == "layer" and choice.form != "projection" else [[part] for part in parts]:
         rows = _rows(w, together)
@@ -52,8 +55,9 @@ def _without(w: Workload, parts: list[Part], sparsity: float, drop: Any) -> Work
         return kept if left else kept.take(~rows)
     keep = np.ones(layers, dtype=bool)
     # published methods find the deepest layers, except the last, redundant
-    end = len(there) - 1 if many < len(there) else len(there)
-    keep[there[end - many : end] if drop is None else _named(drop, layers, many)] = False
+    end = len(there) - 1 if many < len(there) and drop is None else len(there)
+    deepest = there[end - many : end]
+    keep[deepest if drop is None or isinstance(drop, str) else _named(drop, layers, many)] = False
     number = np.cumsum(keep) - 1  # new number of each remaining layer
     wide = w.expand()
     rows = _rows(wide, parts)

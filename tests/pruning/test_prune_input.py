@@ -29,7 +29,8 @@ def test_the_registry_is_that_of_the_design() -> None:
     for name, family in FAMILIES.items():
         assert all((family.axis, family.summary, family.cost, family.realised))
         assert family.dynamic == (name not in (*STATIC, "experts"))
-    assert FAMILIES["dynamic_depth"].options == {"kernel": "reference", "prune_kv": False, "router": 2}
+    options = {"kernel": "reference", "prune_kv": False, "router": 2, "unit": "sublayer"}
+    assert FAMILIES["dynamic_depth"].options == options
     assert FAMILIES["semi_structured"].options == {}
 
 
@@ -112,6 +113,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("depth", 0.5, {"drop": [1, 1, 2]}, "option drop: expected 3 different layers from 0 to 5"),
         ("depth", 0.5, {"drop": [1, 2, 6]}, "option drop: expected 3 different layers"),
         ("depth", 0.5, {"drop": 3}, "option drop: expected layer numbers, got 3"),
+        ("depth", 0.5, {"drop": "first"}, "option drop: expected layer numbers or last, got 'first'"),
         ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "expected no unit with a sparsity by projection"),
         ("width", 0.5, {"aline": 8}, "option of family width 'aline' is unknown; did you mean align"),
         ("width", 0.5, {"align": 0}, "option align: expected a whole number from 1 up, got 0"),
@@ -134,7 +136,21 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
         ("token", [0.5] * 3 + [0.4] * 3, {}, "layer 3: expected at least 0.5, as dropped tokens do not"),
         ("token", [0.5] * 6, {"start": 2}, "option start: expected no start with a sparsity by layer"),
-        ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
+        ("dynamic_depth", 0.5, {"unit": "both"}, "option unit: expected sublayer or layer, got 'both'"),
+        ("dynamic_depth", {"mlp": 0.5}, {"unit": "layer"}, "expected unit=sublayer with a sparsity by sublayer"),
+        ("experts", 0.5, {"merged": 1}, "option merged: expected true or false, got 1"),
+        (
+            "experts",
+            0.5,
+            {"merged": True, "fewer": "active"},
+            "option merged: expected fewer=experts with it, got active",
+        ),
+        ("kv_cache", 0.5, {"observed": -1}, "option observed: expected a whole number from 0 up, got -1"),
+        ("kv_cache", 0.5, {"budget": 8}, "option budget: the sparsity follows from it; expected no sparsity, got 0.5"),
+        ("kv_cache", None, {"budget": 0}, "option budget: expected a whole number from 1 up, got 0"),
+        ("kv_cache", None, {}, r"expected a fraction in \[0, 1\), such as 0.25 or a budget \(tokens kept\), got None"),
+        ("sparse_attention", None, {"budget": "8"}, "option budget: expected a whole number from 1 up, got '8'"),
+        ("token", None, {"budget": 8}, "option of family token 'budget' is unknown"),
     ],
 )
 def test_bad_input_is_one_clear_line(family: str, sparsity: object, options: dict[str, object], message: str) -> None:
