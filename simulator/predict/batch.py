@@ -20,7 +20,6 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.predict.prunings import Pruning, check_alike
 from simulator.predict.scenario import Scenario
-from simulator.pruning import FAMILIES
 from simulator.workload import Kernel, Workload, role_code
 from simulator.workload_batch import WorkloadBatch
 
@@ -83,7 +82,7 @@ def _pruned(
 ) -> WorkloadBatch:
     """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
-    requested = pruning.sparsity if pruning.method else steps[-1].sparsity
+    requested = pruning.sparsity if pruning.method and not pruning.budgeted else steps[-1].sparsity
     assert isinstance(requested, float | int)
     return WorkloadBatch(
         rows=rows,
@@ -131,7 +130,7 @@ def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: di
         pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
     model = load_model(scenario.model)
-    if not pruning.method and (lacks := FAMILIES[pruning.family].needs) and not getattr(model, lacks):
+    if (lacks := pruning.needs) and not getattr(model, lacks):
         reasons[f"{model.name} has no routed {lacks}"] = None
         return []
     call = partial(pruning.apply, scenario=scenario)

@@ -71,13 +71,20 @@ class Pruning:
         return ",".join(f"{name}={value}" for name, value in self.options)
 
     @property
+    def budgeted(self) -> bool:
+        """Whether its sparsity follows from the length of a request: it keeps a number of tokens."""
+        return dict(self.options).get("budget") is not None
+
+    @property
+    def needs(self) -> str:
+        """Field of the configuration that a model must have, "" for none."""
+        return next(filter(None, (FAMILIES[name].needs for name in self.family.split("+"))), "")
+
+    @property
     def together(self) -> str:
         """Requests that one call may prune together: see :class:`simulator.pruning.Family`."""
-        if not self.method:
-            return FAMILIES[self.family].together
-        from simulator.pruning._methods import load_method
-
-        return load_method(self.method).together
+        kinds = {"equal length"} if self.budgeted else {FAMILIES[name].together for name in self.family.split("+")}
+        return "equal length" if "equal length" in kinds else "any"
 
     def apply(self, dense: Workload, scenario: Scenario) -> Workload:
         """Return the pruned workload of a dense workload of a scenario."""
@@ -85,12 +92,13 @@ class Pruning:
             meta = dense.meta
             alone = replace(scenario, model=self.model, phase=meta.phase, shapes=((meta.batch, meta.seq),))
             return as_pruned(dense, alone.workloads[0])
+        sparsity = None if self.budgeted else self.sparsity
         if self.method:
             from simulator.pruning._methods import load_method
 
-            assert isinstance(self.sparsity, float | int)
-            return load_method(self.method).prune(dense, self.sparsity, ideal=scenario.ideal)
-        return prune(dense, self.family, self.sparsity, ideal=scenario.ideal, **dict(self.options))
+            assert sparsity is None or isinstance(sparsity, float | int)
+            return load_method(self.method).prune(dense, sparsity, ideal=scenario.ideal)
+        return prune(dense, self.family, sparsity, ideal=scenario.ideal, **dict(self.options))
 
 
 def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
@@ -137,6 +145,9 @@ def prunings_of(
         extra, names = tuple((options or {}).items()), families(("all",) if family is None else family, models)
         found = [Pruning(name, options=extra) for name in names]
         defaults = [SPARSITIES] * len(found)
+    if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
+        raise InputError(f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget")
+    defaults = [(0.0,) if p.budgeted else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
@@ -151,7 +162,9 @@ def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "")
     else:
         reason = reason.replace(f" at sparsity {sparsity:g}", "")
         reason = reason if title in reason else f"{title}: {reason}"
-    excluded.setdefault(reason, []).append(float(sparsity) if isinstance(sparsity, float | int) else 0.0)
+    at = excluded.setdefault(reason, [])
+    if not pruning.budgeted:
+        at.append(float(sparsity) if isinstance(sparsity, float | int) else 0.0)
 
 
 def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ...]:
@@ -161,7 +174,7 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
         values = [f"{s:g}" for s in sorted(set(at))]
         if most is not None and len(values) > most:
             values = [*values[: most // 2], "...", values[-1]]
-        out.append(f"{reason}: excluded at sparsity {', '.join(values)}")
+        out.append(f"{reason}: excluded" + (f" at sparsity {', '.join(values)}" if values else ""))
     return tuple(out)
 
 
