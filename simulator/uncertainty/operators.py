@@ -19,6 +19,7 @@ from simulator.cost import gemm
 from simulator.cost.base import BOTTLENECKS, Estimate
 from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, table_html
+from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
 from simulator.uncertainty.posterior import posterior_of
@@ -146,7 +147,7 @@ def gemm_time(
     m: Any,
     n: Any,
     k: Any,
-    hw: HardwareProfile,
+    hw: str | HardwareProfile,
     *,
     dtype: str = "bf16",
     weight_dtype: str | None = None,
@@ -164,8 +165,8 @@ def gemm_time(
     ----------
     m, n, k : int or array
         Tokens, output features, input features; at least 1.
-    hw : HardwareProfile
-        The device.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
     dtype, weight_dtype : str
         Number format of activations and arithmetic, and of stored weights (default: the same). A narrower weight format
         means a weight-only quantised kernel.
@@ -202,13 +203,13 @@ def gemm_time(
 
     Examples
     --------
-    >>> from simulator import gemm_time, load_hardware
-    >>> t = gemm_time([1, 2048], 4096, 4096, load_hardware("a100"))
+    >>> from simulator import gemm_time
+    >>> t = gemm_time([1, 2048], 4096, 4096, "a100")
     >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
     options = Options(dtype, weight_dtype, kernel, cold, copies, density, block)
-    return gemm_predicted(m, n, k, hw, options, level, detail=flag("detail", detail))[0]
+    return gemm_predicted(m, n, k, load_hardware(hw), options, level, detail=flag("detail", detail))[0]
 
 
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
