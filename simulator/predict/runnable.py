@@ -21,6 +21,7 @@ from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
 from simulator.models.parallel import indivisible
 from simulator.predict.loading import blocks, loading
 from simulator.predict.prunings import Pruning
@@ -179,8 +180,10 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     """
     alone = replace(scenario, devices=1)
     whole = pruning.apply(alone.workloads[0], alone)
+    # one writes a new config.json for a model that one prunes; an existing model has its own
+    config = pruning.model or replace(load_model(scenario.model), mismatch="")
     if scenario.devices == 1:
-        return will_run(whole, hw, config=pruning.model)
+        return will_run(whole, hw, config=config)
     reason = _indivisible(whole, scenario.devices, scenario.parallel)
     try:
         share = pruning.apply(scenario.workloads[0], scenario)
@@ -189,7 +192,7 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
         if not reason:
             raise
         share = whole
-    return will_run(whole, hw, config=pruning.model, share=share, divisible_reason=reason)
+    return will_run(whole, hw, config=config, share=share, divisible_reason=reason)
 
 
 def will_run(
@@ -227,7 +230,7 @@ def will_run(
     """
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
-    own = pruned if share is None else share
+    own, parts = pruned if share is None else share, blocks(pruned)
     engine = load_engine(own.meta.engine)
     loadable, load_reason = loading(pruned, engine, config or pruned.meta.config)
     missing = _kernels(own, engine, hw)
@@ -255,7 +258,7 @@ def will_run(
         aligned_gain_upper=None if gain is None else gain.upper,
         divisible=not divisible_reason,
         divisible_reason=divisible_reason,
-        tensor_parallel=tuple(n for n in DEGREES if not _indivisible(pruned, n, "tensor")),
+        tensor_parallel=tuple(n for n in DEGREES if not any(indivisible(block, n, "tensor") for block in parts)),
         kernels=not (missing or zeros),
         kernels_reason=missing or zeros,
     )

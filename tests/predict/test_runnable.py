@@ -296,6 +296,7 @@ def test_equal_layers_only_need_another_config(tmp_path: Path) -> None:
     stale = checkpoint(tmp_path / "stale", even)
     assert existing("vllm", stale).loadable is False
     assert existing("vllm", stale).load_reason.endswith("; write its shapes into config.json")
+    assert asked("vllm", family("depth", 0.25), stale).loadable  # what one prunes gets a new config.json
     right = checkpoint(tmp_path / "right", even, intermediate_size=8816)
     assert (right.mismatch, right.custom_code) == ("", "")
     assert all(existing(engine, right).loadable for engine in STOCK)
