@@ -28,7 +28,7 @@ from simulator.predict.prunings import Pruning
 from simulator.predict.runnable import runnable
 from simulator.pruning import general_families
 
-NOTHING = Pruning("depth", 0.0)
+NOTHING = Pruning.of("depth", 0.0)
 ROOT = Path(__file__).resolve().parent.parent
 
 

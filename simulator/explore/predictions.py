@@ -158,7 +158,10 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
 
 @lru_cache(maxsize=KEPT)
 def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Cell, ...], str]:
-    families, formats = tuple(map(Pruning, state.drawn)), (Formats(state.arithmetic, state.weights or None),)
+    families, formats = (
+        tuple(Pruning.of(name) for name in state.drawn),
+        (Formats(state.arithmetic, state.weights or None),),
+    )
     axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.engine,), (state.devices,))
     try:
         grid = Grid((state.load(),), profiles, *axes, new_tokens=state.new_tokens, level=state.scenario.level)

@@ -168,6 +168,7 @@ def _identity(
         "family": Labels(pruning, tuple(p.family for p in prunings)),
         "options": Labels(pruning, tuple(p.label for p in prunings)),
         "method": Labels(pruning, tuple(p.method for p in prunings)),
+        "prune": Labels(pruning, tuple(p.prune for p in prunings)),
         "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
         "new_tokens": np.full(len(at), meta.new_tokens),
         "devices": np.full(len(at), meta.devices),

@@ -119,15 +119,15 @@ class _Family:
     def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
         if node.kind != "mapping":
             text = TextField((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(Pruning(name) for name in (general_families() if text == "all" else [text]) if name)
+            return tuple(Pruning.of(name) for name in (general_families() if text == "all" else [text]) if name)
         found = []
         for name, (key_node, value) in node.entries.items():
             family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
             if family:
-                found.append(Pruning(family, options=self.options(value, join(key, name), family, problems)))
+                found.append(Pruning.of(family, options=self.options(value, join(key, name), family, problems)))
         return tuple(found)
 
-    def options(self, node: Node, key: str, family: str, problems: Problems) -> tuple[tuple[str, Any], ...]:
+    def options(self, node: Node, key: str, family: str, problems: Problems) -> dict[str, Any]:
         known = dict.fromkeys(FAMILIES[family].options, _Option())
         options = dict(sorted(ObjectField({}, known).read(node, key, problems).items()))
         if not len(problems):
@@ -135,7 +135,7 @@ class _Family:
                 prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
             except InputError as error:
                 problems.add(node, key, str(error))
-        return tuple(options.items())
+        return options
 
 
 class _Families:
@@ -230,8 +230,8 @@ class Grid:
     level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods else map(Pruning, general_families()))
-        object.__setattr__(self, "families", once((*families, *map(Pruning.of_method, self.methods))))
+        families = self.families or (() if self.methods else map(Pruning.of, general_families()))
+        object.__setattr__(self, "families", once((*families, *map(Pruning.of, self.methods))))
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")

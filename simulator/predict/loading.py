@@ -63,6 +63,8 @@ def features(w: Workload) -> Iterator[str]:
     hidden, plain = int(widths(w)["hidden size"].max(initial=0)), attention & (w.latent == 0) & (w.value_dim == 0)
     if (w.heads[plain] * w.head_dim[plain] != hidden).any():
         yield "heads"
+    if (w.heads[plain] % np.maximum(w.kv_heads[plain], 1)).any():
+        yield "groups"
     mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))
     if (_layers(w, mlp & inside) != _layers(w, attention | (linear & (w.part == Part.ATTENTION)))).any():
         yield "sublayers"

@@ -85,6 +85,8 @@ class Result(Displayed):
         Published method, else "".
     options : str
         Options of the family, as text.
+    prune : str
+        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
 
     Examples
     --------
@@ -147,6 +149,7 @@ class Result(Displayed):
     pruned_largest_batch: int
     method: str
     options: str
+    prune: str
 
     @property
     def lower(self) -> float:

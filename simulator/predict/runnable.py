@@ -171,9 +171,9 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     --------
     >>> import simulator
     >>> scenario = Scenario(model="llama-2-7b", phase="decode", engine="hf")
-    >>> runnable(scenario, Pruning("depth", 0.25)).sentence
+    >>> runnable(scenario, Pruning.of("depth", 0.25)).sentence
     'Yes: stock hf loads it with its shapes in config.json.'
-    >>> odd = Pruning("width", {"mlp": 0.2}, options=(("align", 1),))
+    >>> odd = Pruning.read("width mlp=0.2 align=1")
     >>> found = runnable(scenario, odd, simulator.load_hardware("h100"))
     >>> found.unaligned_width, found.aligned_width, found.aligned
     (8807, 8808, False)

@@ -17,6 +17,7 @@ from simulator.predict.compare import results_of
 from simulator.predict.prunings import Pruning, applied
 from simulator.predict.result import Result, Results
 from simulator.predict.scenario import Scenario
+from simulator.pruning._steps import Step
 from simulator.workload import Workload
 
 
@@ -65,7 +66,7 @@ def speedups(
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
-    prunings = [Pruning(family, requested) for family, requested, _ in steps]
+    prunings = [Pruning((Step(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
     scenario = Scenario(shapes=((dense.meta.batch, dense.meta.seq),), level=level, dense_s=dense_s)

@@ -39,6 +39,7 @@ def table(
     *,
     method: Sequence[str] = (),
     pruned: Sequence[str | ModelConfig] = (),
+    prune: Sequence[str] = (),
     engine: Sequence[str] = (),
     scenario: Scenario | None = None,
     options: Mapping[str, Any] | None = None,
@@ -60,6 +61,9 @@ def table(
         their papers report.
     pruned : sequence
         Existing pruned models (paths of checkpoints) instead of families, with one dense model.
+    prune : sequence
+        Texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans, instead of families
+        (:mod:`simulator.pruning._grammar`).
     engine : sequence
         Names or paths (:func:`simulator.list_engines`); by default the scenario's engine.
     scenario : Scenario
@@ -95,7 +99,8 @@ def table(
     requested = scenarios(scenario, loaded, *axes)
     chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
     existing = listed("pruned", pruned)
-    prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options)
+    texts = listed("prune", prune)
+    prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options, texts)
     check_measured(requested, devices)
     several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
 

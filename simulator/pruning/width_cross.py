@@ -64,5 +64,5 @@ FAMILY = Family(
     summary="reduces the hidden size everywhere: embedding, norms, projections, residual stream, head",
     cost="optional residual projections H'xH', two per layer (residual_projections=True)",
     realised="parameters of the projections removed / parameters of the projections, after rounding the hidden size",
-    per_layer=False,
+    layers="all",
 )

@@ -38,7 +38,7 @@ def asked(engine: str, pruning: Pruning, model: str | ModelConfig = LLAMA, **fie
 
 
 def family(name: str, sparsity: Any, **options: Any) -> Pruning:
-    return Pruning(name, sparsity, tuple(sorted(options.items())))
+    return Pruning.of(name, sparsity, options)
 
 
 def per_layer(engine: str, sparsity: list[float] = RAMP, **options: Any) -> Runnable:
@@ -62,6 +62,7 @@ def existing(engine: str, model: ModelConfig, **fields: Any) -> Runnable:
         ("depth", {"mlp": 0.25}, {}, SERVERS),
         ("width", {"mlp": 0.2}, {}, STOCK),
         ("width", 0.2, {}, (*SERVERS, "hf")),  # gpt-fast has no head_dim
+        ("width", {"heads": 0.2}, {}, ()),  # 26 query heads, 32 KV heads
         ("width_cross", 0.25, {}, (*SERVERS, "hf")),  # 32 heads of 128 in a hidden size of 3,072
         ("width_cross", 0.25, {"residual_projections": True}, ()),
         ("low_rank", 0.25, {}, ()),
@@ -104,6 +105,14 @@ def test_widths_by_layer_need_nemotron_nas_and_equal_heads() -> None:
     other = asked("vllm", Pruning.of_model(qwen, pruned), qwen)
     assert other.load_reason.endswith("only for model_type llama and nemotron-nas, not for qwen3")
     assert will_run(dense).loadable
+
+
+def test_query_heads_alone_must_fill_equal_groups() -> None:
+    uneven, even = (asked("vllm", Pruning.read(f"width heads={s}"), "llama-3.1-8b") for s in (0.2, 0.25))
+    assert uneven.load_reason == (  # 26 heads on 8 KV heads
+        "query heads that are not a multiple of the key/value heads: its attention asserts equal groups"
+    )
+    assert even.load_reason == "with head_dim in config.json"  # 24 heads on 8
 
 
 def test_features_are_those_of_the_rows_by_hand() -> None:
@@ -251,7 +260,9 @@ def test_kernels_of_formats_and_families() -> None:
     assert not zeros.kernels
     assert zeros.sentence == "Yes, but dense kernels compute its scattered zeros, so they save no time."
     assert asked("vllm", family("unstructured", 0.5, kernel="spmv")).works is False
-    assert asked("hf", Pruning("none", model=LLAMA), weight_dtype="fp8").kernels_reason.startswith("hf has no kernels")
+    assert asked("hf", Pruning.of_model(LLAMA, LLAMA), weight_dtype="fp8").kernels_reason.startswith(
+        "hf has no kernels"
+    )
     narrow = asked("vllm", family("width", 0.2), weight_dtype="int4")
     assert (narrow.works, narrow.aligned, narrow.aligned_width) == (True, False, 8832)  # Marlin: 69 times 128
     assert narrow.aligned_gain is None  # not modelled

@@ -135,7 +135,7 @@ def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
 @pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o"])
 def test_many_requests_together_equal_one_by_one(name: str) -> None:
     scenario = Scenario(model="llama-2-7b", phase="generate", shapes=((1, 64), (8, 512)), new_tokens=3)
-    batch = batch_of(scenario, [Pruning.of_method(name, 0.3)], rejecting)
+    batch = batch_of(scenario, [Pruning.of(name, 0.3)], rejecting)
     assert batch.dense.tolist() == [0, 1, 0, 1]
     for i, start, length in list(zip(batch.dense, batch.starts, batch.lengths))[2:]:
         one = METHODS[name].prune(scenario.workloads[i], 0.3)

@@ -145,7 +145,7 @@ def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
     at = last.take(last.is_role("attention"))
     assert (at.window.tolist(), at.layer.tolist(), at.count.tolist()) == ([8, 0], [0, 1], [1, 2])
     assert only(last, "q", "count") == 3
-    named = prune(wide, "depth", 0.5, drop=[1, 3, 5])
+    named = prune(wide, "depth", layers=[1, 3, 5])
     assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
 
 
