@@ -129,4 +129,4 @@ def test_the_page_states_what_the_engine_files_state() -> None:
     cells = [line.strip("|").split("|") for line in table.splitlines()]
     by_engine = {name.strip(): [row[i].strip() for row in cells[2:]] for i, name in enumerate(cells[0]) if i}
     assert by_engine["hf"][:3] == ["yes", f"{len(load_engine('hf').loads['heads'].model_types)} model types", "no"]
-    assert by_engine["trtllm"][3] == "llama, nemotron-nas; multiples of 256"
+    assert by_engine["trtllm"][4] == "llama, nemotron-nas; multiples of 256"
