@@ -235,6 +235,8 @@ class Grid:
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
+        if (p := next((p for p in self.families if p.budgeted), None)) is not None:
+            raise InputError(f"{p.title}: a budget of tokens sets its sparsity, but a sweep has an axis of sparsities")
         profiles(self.hardware)  # rejects two with one name
 
     @property

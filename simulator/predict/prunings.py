@@ -67,7 +67,7 @@ class Pruning:
         families, share = difference_of(dense, pruned)
         return cls((Step("+".join(families) or "none", share),), model=pruned)
 
-    def at(self, sparsity: float | Mapping[str, float]) -> Pruning:
+    def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
         """Return the same pruning of one step at another sparsity."""
         (step,) = self.steps
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
@@ -112,11 +112,16 @@ class Pruning:
             return _options(sorted(load_method(method).options.items()))
         return ",".join(filter(None, (_options(step.options) for step in self.steps)))
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether the sparsity follows from the length of a request: a step keeps a number of tokens."""
+        return any(step.budgeted for step in self.steps)
+
     @cached_property
     def together(self) -> str:
         """Requests that one call may prune together: see :class:`simulator.pruning.Family`."""
-        families = (family for step in self.steps for family in step.families)
-        return max((family.together for family in families), key=["any", "equal length"].index)
+        kinds = {family.together for step in self.steps for family in step.families}
+        return "equal length" if self.budgeted or "equal length" in kinds else "any"
 
     def lacking(self, model: ModelConfig) -> str:
         """Return why a model cannot be pruned so: a part that it lacks, else ""."""
@@ -187,7 +192,7 @@ def prunings_of(
     if method and (family is not None or options):
         raise InputError("method: sets its own family and options; give no family or option with it")
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
-    defaults: list[tuple[float, ...]]
+    defaults: list[tuple[float | None, ...]]
     if method:
         from simulator.pruning._methods import load_method
 
@@ -197,6 +202,9 @@ def prunings_of(
         names = families(("all",) if family is None else family, models)
         found = [Pruning.of(name, options=options) for name in names]
         defaults = [SPARSITIES] * len(found)
+    if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
+        raise InputError(f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget")
+    defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")

@@ -79,7 +79,8 @@ def prune(
         Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A sequence has one fraction per
         layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts of the family
         ``width``, or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts that are not
-        named stay dense; the entry of a projection overrides that of its group.
+        named stay dense; the entry of a projection overrides that of its group. None with the option ``budget`` (tokens
+        kept): the sparsity follows from the length of each request, and the requested sparsity is the realised one.
     layers : sequence of int, optional
         Layers that are pruned, by their numbers from 0. The family ``depth`` removes the fraction of these layers, all
         of them without a ``sparsity``.
@@ -112,7 +113,7 @@ def prune(
     """
     instance("workload", workload, Workload, "simulator.lower")
     flag("ideal", ideal)
-    if sparsity is None and layers is None:
+    if sparsity is None and layers is None and options.get("budget") is None:
         if options:
             raise InputError(f"option {next(iter(options))}: expected a sparsity too, or the option in the text")
         from simulator.pruning._grammar import is_plan, read_steps
@@ -127,21 +128,27 @@ def prune(
         if not chosen.options:
             raise InputError(f"family {pruning} has no option {wrong[0]!r}; it has none")
         raise unknown(f"option of family {pruning}", wrong[0], chosen.options)
-    work, choice = _resolve(workload, chosen, sparsity, layers)
+    work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
     pruned, realised = workload, 0.0
-    if choice.rows.any():
+    if choice.form == "budget" or choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
             reason = "routed experts and latent attention have no such kernels"
             raise InputError(f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:
             pruned = merge_runs(pruned)
-    applied = (*workload.meta.applied, Applied(pruning, choice.asked, realised))
+    asked = realised if choice.form == "budget" else choice.asked
+    applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
-def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any) -> tuple[Workload, Choice]:
+def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any) -> tuple[Workload, Choice]:
     """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its rows."""
+    if budget is not None:
+        for name, given in (("sparsity", sparsity), ("layers", layers)):
+            if given is not None:
+                raise InputError(f"option budget: the sparsity follows from it; expected no {name}, got {given!r}")
+        return w, Choice(np.zeros(len(w)), 0.0, "budget")
     some = None if layers is None else listed_layers(layers, layer_count(w))
     if family.layers == "all" and some is not None:
         raise InputError(f"family {family.name}: expected no layers, as it prunes all layers equally")

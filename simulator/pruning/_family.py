@@ -45,7 +45,8 @@ class Choice:
 
     rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
     asked: float  # the scalar, or the mean over layers or over the parameters of the projections
-    form: str = "scalar"  # form of the argument: scalar, part or layer
+    # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
+    form: str = "scalar"
     parts: Mapping[str, Array] = field(default_factory=dict)  # sparsity of every row by the name of the part
     layers: Array | None = None  # layers from which a family selects whole layers; None: all
 

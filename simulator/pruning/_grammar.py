@@ -164,6 +164,12 @@ def _checked(
         raise _MisplacedError(at, f"{name}: expected one fraction or fractions by part, got both")
     if name in METHODS:
         usual = METHODS[name].sparsities
+        if METHODS[name].budget is not None:
+            if sparsity is not None:
+                raise _MisplacedError(
+                    at, f"{name} keeps a number of tokens, from which its fraction follows; expected none"
+                )
+            return Step(name)
         if sparsity is None and len(usual) > 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
             raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
@@ -171,10 +177,12 @@ def _checked(
     family = FAMILIES[name]
     if layers is not None and family.layers == "all":
         raise _MisplacedError(at, f"family {name}: expected no layers, as it prunes all layers equally")
-    if not parts and sparsity is None and family.default is None and not (layers and family.layers == "some"):
+    whole = (layers is not None and family.layers == "some") or "budget" in options
+    if not parts and sparsity is None and family.default is None and not whole:
         some = f", or parts, such as {name} {family.targets[0]}=0.25" if family.targets else ""
+        some += f", or a budget of tokens, such as {name} budget=1024" if "budget" in family.options else ""
         raise _MisplacedError(end, f"expected a fraction, such as {name} 0.25{some}")
-    if sparsity is None and not parts and not (layers and family.layers == "some"):
+    if sparsity is None and not parts and not whole:
         sparsity = family.default
     return Step(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
 

@@ -16,7 +16,7 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.models.difference import consecutive
 from simulator.pruning import FAMILIES, Family, listed_layers, prune
-from simulator.pruning._family import SUBLAYERS
+from simulator.pruning._family import SUBLAYERS, one_of
 from simulator.pruning._rows import layer_count
 from simulator.workload import Workload
 
@@ -59,6 +59,14 @@ class Step:
         return tuple(FAMILIES[name] for name in names if name in FAMILIES)
 
     @property
+    def budgeted(self) -> bool:
+        """Whether the sparsity follows from the length of a request: the step keeps a number of tokens."""
+        from simulator.pruning._methods import METHODS
+
+        options = METHODS[self.name].options if self.name in METHODS else dict(self.options)
+        return options.get("budget") is not None
+
+    @property
     def removes_layers(self) -> bool:
         """Whether the step removes whole layers."""
         return any(family.layers == "some" for family in self.families)
@@ -71,7 +79,7 @@ class Step:
         if self.name in METHODS:
             return METHODS[self.name].prune(workload, sparsity, ideal=ideal)
         layers = self.layers
-        if sparsity is None and layers is None:
+        if sparsity is None and layers is None and not self.budgeted:
             sparsity = self.families[0].default
             if sparsity is None:
                 raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
@@ -99,11 +107,12 @@ def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = Fals
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]
-    for step in (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest):
-        try:
+    step: Step | None = None
+    try:
+        for step in (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest):
             workload = step.apply(workload, ideal=ideal)
-        except InputError as error:
-            raise InputError(f"{plan}{': ' if plan else ''}{step}: {error}") from None
+    except InputError as error:
+        raise InputError(": ".join(str(part) for part in (plan, step, error) if part)) from None
     return workload
 
 
@@ -147,7 +156,8 @@ def _renumbered(steps: Sequence[Step]) -> Iterator[Step]:
     gone: dict[str, set[int]] = {part: set() for part in SUBLAYERS}
     for step in steps:
         unit = dict(step.options).get("unit", "layer")
-        if step.sparsity is not None or unit not in ("layer", "both", *SUBLAYERS):
+        one_of("unit", unit, ("layer", "both", *SUBLAYERS))
+        if step.sparsity is not None:
             raise InputError(f"{step}: expected no fraction, as several steps remove listed layers")
         for part in SUBLAYERS if unit in ("layer", "both") else (unit,):
             gone[part] |= set(step.layers or ())

@@ -1,9 +1,10 @@
-"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, FinerCut)."""
+"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, LayerSkip)."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._edits import changed, merge_runs, whole_share
@@ -12,21 +13,23 @@ from simulator.pruning._rows import removed, weighted, weights
 from simulator.workload import Part, Workload
 
 
-def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer") -> Pruned:
+def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
     ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
     "attention" or "mlp". The deepest layers except the last are removed, from the listed layers if there is a list;
-    the choice matters only if layers differ (alternating windows, widths per layer).
+    with ``early_exit`` also the last: all tokens exit after the layers that stay. The choice matters only if layers
+    differ (alternating windows, widths per layer).
     """
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
+    flag("option early_exit", early_exit)
     if unit in SUBLAYERS and choice.form == "part":
         raise InputError(f"option unit: expected no unit with a sparsity by part, got {unit!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
     for together in [parts] if unit == "layer" and choice.form != "part" else [[part] for part in parts]:
         rows = _rows(w, together)
         if rows.any():
-            out = _without(out, together, float(choice.rows[rows].max()), choice.layers)
+            out = _without(out, together, float(choice.rows[rows].max()), choice.layers, early_exit)
     before, after = (float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
     return out, removed(before, after)
 
@@ -36,7 +39,7 @@ def _rows(w: Workload, parts: list[Part]) -> Array:
     return mask
 
 
-def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None) -> Workload:
+def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
     rows = _rows(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
     present = np.zeros(layers + 1, dtype=np.int64)  # layers can lack a sublayer
@@ -50,7 +53,7 @@ def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | No
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
     # published methods find the deepest layers, except the last, redundant
-    spared = int(0 < many < len(candidates) and candidates[-1] == there[-1])
+    spared = int(not exits and 0 < many < len(candidates) and candidates[-1] == there[-1])
     end = len(candidates) - spared
     keep = np.ones(layers, dtype=bool)
     keep[candidates[end - many : end]] = False

@@ -318,6 +318,14 @@ def test_methods_are_listed_and_predicted_under_their_names(
 
 
 @pytest.mark.quick
+def test_a_method_with_a_budget_says_where_its_sparsity_comes_from(cli: Any) -> None:
+    lines = dict(line.split(":", 1) for line in cli.out("methods snapkv-1024").splitlines() if ":" in line[:12])
+    assert lines["sparsities"].strip() == "follow from the length: it keeps 1,024 tokens; give no --sparsity"
+    assert "Mistral-7B" in lines["models"]
+    assert "see the paper" in cli.out("methods slicegpt")
+
+
+@pytest.mark.quick
 def test_version_and_help(cli: Any) -> None:
     assert cli.out("--version").startswith("prunesim ")
     assert cli.out("") == cli.out("--help")

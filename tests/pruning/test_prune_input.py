@@ -31,7 +31,8 @@ def test_the_registry_is_that_of_the_design() -> None:
     for name, family in FAMILIES.items():
         assert all((family.axis, family.summary, family.cost, family.realised))
         assert family.dynamic == (name not in (*STATIC, "experts"))
-    assert FAMILIES["dynamic_depth"].options == {"kernel": "reference", "prune_kv": False, "router": 2}
+    options = {"kernel": "reference", "prune_kv": False, "router": 2, "unit": "sublayer"}
+    assert FAMILIES["dynamic_depth"].options == options
     assert FAMILIES["semi_structured"].options == {}
 
 
@@ -139,7 +140,21 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
         ("token", [0.5] * 3 + [0.4] * 3, {}, "layer 3: expected at least 0.5, as dropped tokens do not"),
         ("token", [0.5] * 6, {"start": 2}, "option start: expected no start with a sparsity by layer"),
-        ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
+        ("dynamic_depth", 0.5, {"unit": "both"}, "option unit: expected sublayer or layer, got 'both'"),
+        ("dynamic_depth", {"mlp": 0.5}, {"unit": "layer"}, "expected unit=sublayer with a sparsity by sublayer"),
+        ("experts", 0.5, {"merged": 1}, "option merged: expected true or false, got 1"),
+        (
+            "experts",
+            0.5,
+            {"merged": True, "fewer": "active"},
+            "option merged: expected fewer=experts with it, got active",
+        ),
+        ("kv_cache", 0.5, {"observed": -1}, "option observed: expected a whole number from 0 up, got -1"),
+        ("kv_cache", 0.5, {"budget": 8}, "option budget: the sparsity follows from it; expected no sparsity, got 0.5"),
+        ("kv_cache", None, {"budget": 0}, "option budget: expected a whole number from 1 up, got 0"),
+        ("kv_cache", None, {}, "expected a fraction, such as kv_cache 0.25, or a budget of tokens"),
+        ("sparse_attention", None, {"budget": "8"}, "option budget: expected a whole number from 1 up, got '8'"),
+        ("token", None, {"budget": 8}, "option of family token 'budget' is unknown"),
     ],
 )
 def test_bad_input_is_one_clear_line(family: str, sparsity: object, options: dict[str, object], message: str) -> None:

@@ -27,6 +27,7 @@ OPTIONS = [
         for prune_kv in (True, False)
         for kernel in ("reference", "gathered")
     ),
+    *(("dynamic_depth", {"unit": "layer", "kernel": kernel}) for kernel in ("reference", "gathered")),
     *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
     ("unstructured", {"kernel": "spmv"}),
     *(("width", {"align": align}) for align in (1, 8)),
