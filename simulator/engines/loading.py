@@ -22,6 +22,7 @@ FEATURES: Mapping[str, str] = MappingProxyType(
         "layer_kv_heads": "key/value heads that differ by layer",
         "layer_heads": "query heads that differ by layer",
         "layer_experts": "experts that differ by layer",
+        "expert_choice": "experts that a map, or a number per token, selects after the router",
         "linear": "a linear layer instead of attention or an MLP",
         "low_rank": "low-rank factors of weights",
         "residual_projections": "matrices in the residual stream (SliceGPT)",

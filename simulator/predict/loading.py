@@ -68,8 +68,8 @@ def features(w: Workload) -> Iterator[str]:
     mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))
     if (_layers(w, mlp & inside) != _layers(w, attention | (linear & (w.part == Part.ATTENTION)))).any():
         yield "sublayers"
-    shared = covering(w, routed, w.experts) > 0  # layers with experts have MLPs of another width
-    if any(_differ(down[(down > 0) & (shared == some)]) for some in (False, True)):
+    with_experts = covering(w, routed, w.experts) > 0  # their MLPs have another width
+    if any(_differ(down[(down > 0) & (with_experts == some)]) for some in (False, True)):
         yield "layer_inner"
     if _differ(w.heads[attention]):
         yield "layer_heads"
@@ -77,6 +77,8 @@ def features(w: Workload) -> Iterator[str]:
         yield "layer_kv_heads"
     if _differ(w.experts[routed]) or _differ(w.n[routed]):
         yield "layer_experts"
+    if (w.is_role("select") & w.overhead & (w.part == Part.MLP) & with_experts).any():
+        yield "expert_choice"
     if linear.any():
         yield "linear"
     if (w.stage > 0).any():

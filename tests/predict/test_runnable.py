@@ -115,6 +115,15 @@ def test_query_heads_alone_must_fill_equal_groups() -> None:
     assert even.load_reason == "with head_dim in config.json"  # 24 heads on 8
 
 
+@pytest.mark.parametrize(
+    ("options", "loads"), [("", True), ("fewer=active", True), ("fewer=average", False), ("merged=true", False)]
+)
+def test_experts_of_a_fixed_number_are_loaded(options: str, loads: bool) -> None:
+    found = asked("vllm", Pruning.read(f"experts 0.25 {options}"), "mixtral-8x7b")
+    assert found.loadable is loads
+    assert loads or found.load_reason.startswith("experts that a map, or a number per token, selects after the router")
+
+
 def test_features_are_those_of_the_rows_by_hand() -> None:
     dense = simulator.lower(LLAMA, phase="generate", seq=64, new_tokens=4, engine="trtllm")
 
