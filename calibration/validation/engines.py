@@ -29,6 +29,8 @@ from calibration.validation.published import (
 )
 from calibration.validation.report import table
 from calibration.validation.serving import HeldOut, held_out_models
+from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.loading import FEATURES, Loading
 from simulator.hardware.library import load_hardware
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ def tables() -> list[str]:
     return [
         _summary_table(overall, ("kind",)),
         _summary_table(by_engine, ("kind", "engine", "split")),
+        loads_table(),
         _held_out_table(held_out_models()),
         _summary_table(summaries({"serve": all_rows["serve"]}), ("engine", "gpu")),
         _figure_2(),
@@ -145,6 +148,19 @@ def _summary_table(lines: Iterable[Summary], names: Sequence[str]) -> str:
         for line in lines
     ]
     return table(header, cells, left=range(len(names)))
+
+
+def loads_table() -> str:
+    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no server."""
+    engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
+
+    def cell(found: Loading) -> str:
+        types = ", ".join(found.model_types) if len(found.model_types) <= 3 else f"{len(found.model_types)} model types"
+        multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
+        return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
+
+    cells = [[text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()]
+    return table(["checkpoint with", *(engine.name for engine in engines)], cells, left=range(len(engines) + 1))
 
 
 def _held_out_table(groups: Sequence[HeldOut]) -> str:

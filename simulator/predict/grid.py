@@ -310,9 +310,8 @@ def read_grid(path: str | Path) -> Grid:
         known = replace(field_of(Grid), make=None)
         if "prune" in root.entries and not {"families", "methods"} & root.entries.keys():
             required = dict(known.required)
-            known = replace(
-                known, optional={**known.optional, "sparsities": required.pop("sparsities")}, required=required
-            )
+            optional = {**known.optional, "sparsities": required.pop("sparsities")}
+            known = replace(known, required=required, optional=optional)
         axes = known.read(root, "", problems)
         if not len(problems):
             grid = Grid(**{"sparsities": (), **axes})

@@ -58,7 +58,7 @@ class Result(Displayed):
     measured_bound : float or None
         Ratio of measured dense GEMM times at the shapes of both models, if measured.
     efficiency : float
-        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1.
+        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1 (in ``to_dict`` None).
     bottleneck_share : float
         Share of the bottleneck in the pruned model's time, in (0, 1].
     level : float

@@ -124,7 +124,8 @@ def waterfall(
     """
     batch = batch_with(dense, [pruned])
     _, requested, realised = applied(dense, pruned)
-    p = forward_passes(batch, load_hardware(hw))
+    hw = load_hardware(hw)
+    p = forward_passes(batch, hw)
     effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
 
     def ratio(column: FloatArray) -> float:

@@ -18,7 +18,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.cost import gemm
 from simulator.cost.base import BOTTLENECKS, Estimate
 from simulator.cost.gemm_shapes import Options
-from simulator.display import Displayed, table_html
+from simulator.display import Displayed, as_plain, table_html
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
@@ -66,8 +66,7 @@ class OperatorTimes(Displayed):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists, s, bottlenecks by their names."""
-        details = {name: values.tolist() for name, values in self.details.items()}
-        return super().to_dict() | {"bottleneck": self.bottlenecks.tolist()} | details
+        return super().to_dict() | dict(as_plain({"bottleneck": self.bottlenecks, **self.details}))
 
 
 TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck")
