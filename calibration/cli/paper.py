@@ -199,7 +199,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
                 print("\n".join(lines))
             print()
         print(textwrap.fill(MARGIN, render.width()))
-    for line in uncalibrated([o.hardware for o in found], [o.calibrated for o in found]):
+    for line in uncalibrated(found):
         render.note(line)
 
 

@@ -86,7 +86,7 @@ def pareto(
         render.note(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
     from simulator.predict.caveats import uncalibrated
 
-    for line in uncalibrated((f.hardware for f in found), (f.calibrated for f in found)):
+    for line in uncalibrated(found):
         render.note(line)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -132,11 +133,11 @@ def conclusion(e: Explanation) -> str:
     predicted = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
     parts = [f"{_host_bound(e)}{nominal}, {predicted} on {r.hardware} in {r.engine}, {r.bottleneck}-bound"]
     if losses:
-        parts.append("losses: " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
+        parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
     elif r.speedup > 1:
         parts.append(f"no single step loses more than {100 * (1 - NOTABLE):.1f} %")
     if gains:
-        parts.append("gains: " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
+        parts.append("gains: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
     if e.reason:
         parts.append(e.reason)
     if r.speedup_upper < 1:
@@ -156,7 +157,3 @@ def _host_bound(e: Explanation) -> str:
     if NARROWER & set(e.result.family.split("+")) and engine.own_code.source:
         text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
     return f"{text}. "
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
