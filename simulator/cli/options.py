@@ -112,6 +112,7 @@ Pruned = Annotated[
     str | None, opt("--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")
 ]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
+Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
 
 
