@@ -190,7 +190,7 @@ def same_together(lines: Iterable[str]) -> list[str]:
 
 def status(text: str) -> None:
     """Print one line on the progress of a long command to standard error."""
-    print(one_line(" ".join(text.split())), file=sys.stderr)
+    print("status:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
 def interval(found: Any) -> str:
