@@ -145,6 +145,15 @@ def cell(name: str, value: Any) -> str:
     return str(value)
 
 
+def with_and(parts: Sequence[str]) -> str:
+    """Return names as a list in a sentence.
+
+    >>> with_and(["launch"]), with_and(["launch", "host time", "alignment"])
+    ('launch', 'launch, host time and alignment')
+    """
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
 def facts_html(facts: Mapping[str, Any]) -> str:
     """Return names and values as HTML, without empty values."""
     shown = {name: cell(name, as_plain(value)) for name, value in facts.items()}

@@ -32,6 +32,7 @@ from calibration.validation.serving import HeldOut, held_out_models
 from simulator.engines.engine import list_engines, load_engine
 from simulator.engines.loading import FEATURES, Loading
 from simulator.hardware.library import load_hardware
+from simulator.units import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +99,23 @@ def summary(rows: Sequence[Comparison], kind: str = "", engine: str = "", gpu: s
         coverage=float(np.mean([c.inside for c in rows])),
         half_width=median(c.half_width for c in rows),
     )
+
+
+def of_end_to_end(comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
+    """Return the errors and coverage of the published times and speedups that nothing was fitted on, and the engine and
+    GPU with the largest error."""
+    judged = {k: [c for c in rows if c.split == "judge" and not c.own_code] for k, rows in comparisons.items()}
+    parts = []
+    for kind, name in (("dense", "times of dense models"), ("speedup", "speedups of pruned models")):
+        s = summary(judged[kind])
+        parts.append(f"{name}: median error {percent(s.median)}, {percent(s.coverage)} of {s.rows} in their interval")
+    lines = [s for s in summaries({"dense": judged["dense"], "speedup": judged["speedup"]}) if s.rows > 1]
+    worst = max(lines, key=lambda s: s.median)
+    return [
+        f"On published rows that no parameter was fitted to, {'; '.join(parts)}.",
+        f"Worst, of groups of several rows: {worst.engine} on {worst.gpu} with {percent(worst.median)} "
+        f"({KINDS[worst.kind]}).",
+    ]
 
 
 def tables() -> list[str]:

@@ -123,6 +123,7 @@ Prune = Annotated[
     opt("--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated."),
 ]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
+Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
 
 

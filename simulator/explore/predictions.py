@@ -82,7 +82,7 @@ def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predict
         return Predictions(problem=f"{error}{hint}")
     notes = [*(excluded or ()), *_measured(state), *found.notes]
     existing = _existing(state, model, gpus, notes)
-    notes += uncalibrated(plain(found.columns["hardware"]), found.columns["calibrated"])
+    notes += uncalibrated(found)
     if state.arithmetic != state.dtype:
         notes.append(f"{found[0].weight_dtype} weights are computed in {state.arithmetic}, not {state.dtype}")
     details = _explained(state, model, gpus, scenario, notes)

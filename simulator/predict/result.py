@@ -64,7 +64,11 @@ class Result(Displayed):
     level : float
         Level of the intervals, in (0, 1).
     calibrated : bool
-        Whether every cost model used was fitted on measurements of the device.
+        Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
+    uncalibrated : str
+        Operators with default constants (sections of a profile, joined by "+"), which nothing was fitted for.
+    uncalibrated_share : float
+        Their share of the time of the dense or the pruned model, the larger, in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
     weight_dtype, kv_dtype : str
@@ -134,6 +138,8 @@ class Result(Displayed):
     bottleneck_share: float
     level: float
     calibrated: bool
+    uncalibrated: str
+    uncalibrated_share: float
     new_tokens: int
     weight_dtype: str
     kv_dtype: str
@@ -195,7 +201,8 @@ class Result(Displayed):
             "tokens/s": tokens,
             "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
             "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
-            "interval": percent(self.level) + ("" if self.calibrated else ", not all cost models are calibrated"),
+            "interval": percent(self.level),
+            "not calibrated": None if self.calibrated else f"{percent(self.uncalibrated_share)} of the time",
         }
         steps = {
             "nominal": 1.0 / (1.0 - self.sparsity),

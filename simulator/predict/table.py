@@ -124,7 +124,7 @@ def table(
             progress(done * len(devices), len(requested) * len(devices))
     if not found:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Results.join(found, (*excluded_lines(excluded), *notes))
+    return Results.join(found, (*notes, *excluded_lines(excluded)))
 
 
 def predict(
