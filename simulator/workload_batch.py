@@ -146,6 +146,11 @@ class WorkloadBatch:
             realised=self.realised[index],
         )
 
+    def rows_of(self, index: int) -> slice:
+        """Return the rows of one workload."""
+        start = int(self.starts[index])
+        return slice(start, start + int(self.lengths[index]))
+
     def __len__(self) -> int:
         return len(self.lengths)
 

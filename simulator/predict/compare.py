@@ -22,6 +22,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.formats import label_of
 from simulator.predict.batch import Reject, rejecting
+from simulator.predict.parts import removed_parts
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import COLUMNS, Labels, Results
 from simulator.predict.scenario import Scenario
@@ -192,6 +193,7 @@ def _identity(
         "options": Labels(pruning, tuple(p.label for p in prunings)),
         "method": Labels(pruning, tuple(p.method for p in prunings)),
         "prune": Labels(pruning, tuple(p.prune for p in prunings)),
+        "parts": Labels(pruning, _parts(batch, prunings)),
         "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
         "new_tokens": np.full(len(at), meta.new_tokens),
         "devices": np.full(len(at), meta.devices),
@@ -202,6 +204,16 @@ def _identity(
     for name, text in {**equal, "parallel": meta.parallel}.items():
         columns[name] = Labels(none, (text,))
     return columns
+
+
+def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
+    """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
+    out = [""] * len(prunings)
+    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
+        first = int(np.argmax(batch.pruning == i))
+        dense, pruned = (batch.rows.take(batch.rows_of(at)) for at in (int(batch.dense[first]), first))
+        out[i] = removed_parts(() if prunings[i].model else prunings[i].steps, dense, pruned)
+    return tuple(out)
 
 
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:

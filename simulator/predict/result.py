@@ -91,6 +91,8 @@ class Result(Displayed):
         Options of the family, as text.
     prune : str
         The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
+    parts : str
+        What it removes of each part (layers, heads, widths, experts), after rounding.
 
     Examples
     --------
@@ -156,6 +158,7 @@ class Result(Displayed):
     method: str
     options: str
     prune: str
+    parts: str
 
     @property
     def lower(self) -> float:
@@ -166,6 +169,15 @@ class Result(Displayed):
     def upper(self) -> float:
         """Upper end of the speedup's interval."""
         return self.speedup_upper
+
+    @property
+    def pruning(self) -> str:
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        if self.pruned:
+            return self.pruned
+        name = self.method or self.family
+        simple = self.prune in ("", name, f"{name} {self.sparsity:.9g}")
+        return f"{name} at {percent(self.sparsity)}" if simple else self.prune
 
     @property
     def request(self) -> str:
