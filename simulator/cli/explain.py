@@ -133,7 +133,8 @@ def _print(together: Sequence[Explanation]) -> None:
         shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
-    render.show(shown, f"{r.pruning}, {r.hardware}: {title}")
+    name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
+    render.show(shown, f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()
         print(textwrap.fill(f"removed: {r.parts}", available, subsequent_indent="  ", break_on_hyphens=False))

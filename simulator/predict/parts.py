@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from simulator.arrays import Array, BoolArray
-from simulator.pruning._rows import readers, writers
+from simulator.pruning._rows import layer_count, readers, writers
 from simulator.pruning._steps import Step
 from simulator.units import percent
 from simulator.workload import Kind, Workload
@@ -45,8 +47,8 @@ def sizes(w: Workload) -> dict[str, float]:
         return scale * float((values * w.layers)[rows].sum()) / many if many else 0.0
 
     return {
-        "attention layers": float(w.layers[outputs].sum()),
-        "MLP layers": float(w.layers[down | experts].sum()),
+        "attention layers": _covered(w, outputs),
+        "MLP layers": _covered(w, down | experts),
         "heads": mean(w.heads, attention, devices),
         "KV heads": mean(w.kv_heads, attention, devices),
         "inner width": mean(w.k, down, devices),
@@ -54,6 +56,14 @@ def sizes(w: Workload) -> dict[str, float]:
         "expert width": mean(w.n, experts, devices if w.meta.parallel == "tensor" else 1),
         "hidden size": float(w.n[norm].max(initial=0)),
     }
+
+
+def _covered(w: Workload, rows: BoolArray) -> float:
+    """Return the number of layers of some rows; dynamic families have several rows per layer."""
+    ends = np.zeros(layer_count(w) + 1)
+    np.add.at(ends, w.layer[rows], 1.0)
+    np.add.at(ends, (w.layer + w.layers)[rows], -1.0)
+    return float(np.count_nonzero(np.cumsum(ends) > 0.5))
 
 
 def removed_parts(steps: Sequence[Step], dense: Workload, pruned: Workload) -> str:
