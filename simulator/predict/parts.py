@@ -25,6 +25,9 @@ SIZES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """Family -> part of a request ("": a fraction without parts) -> sizes of which it is the requested share."""
 
+PER_TOKEN = ("dynamic_depth", "dynamic_width")
+"""Families whose sizes depend on the tokens of a request."""
+
 ROUNDED = 0.02
 """Difference of the requested and the realised share of KV heads from which the part ``heads`` is mentioned."""
 
@@ -76,6 +79,8 @@ def removed_parts(steps: Sequence[Step], dense: Workload, pruned: Workload) -> s
     >>> removed_parts(read_steps(text), dense, prune(dense, text))
     'heads 20 % requested, 18.8 % realised (32 to 26); inner width 30 % requested, 29.9 % realised (14,336 to 10,048)'
     """
+    if any(family.name in PER_TOKEN for step in steps for family in step.families):
+        return ""
     before, after, asked = sizes(dense), sizes(pruned), _requested(steps)
     names = list(before)
     if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:

@@ -252,7 +252,7 @@ def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_begins_it
     assert math.prod(steps) == pytest.approx(record["speedup"], rel=1e-12)
     assert steps[0] == pytest.approx(1 / 0.7)
     out = cli.out("explain llama-3.1-8b --prune 'width attention=0.25 mlp=0.5' --hardware h100")
-    assert out.startswith("width at 45.2 % of llama-3.1-8b: nominal 1.82x, predicted 1.")
+    assert out.startswith("width attention=0.25 mlp=0.5 (45.2 % removed) of llama-3.1-8b: nominal 1.82x, predicted 1.")
     assert " ".join(out.partition("\n\n")[0].split()).endswith(").")
     assert "on h100_sxm in vllm (prefill, batch 1, seq 2048), compute-bound; losses: " in " ".join(out.split())
 
