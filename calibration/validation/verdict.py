@@ -100,7 +100,8 @@ def of_validation(report: Report) -> list[str]:
     found = verdicts(report)
     every = _of_parts("all", report.parts, report.level)
     failed = [v for v in found if not v.holds]
-    holds = f"does not hold for {few(v.name for v in failed)}" if failed else "holds"
+    some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
+    holds = f"does not hold{some}" if failed else "holds"
     out = [f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."]
     if len(found) > 1:
         worst = max(failed or found, key=lambda v: v.median)
@@ -129,6 +130,9 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
     worse = [v for v in found if not v.better]
     if not every.better or len(worse) == len(found):
         return [f"Do not use {profile}: {on} it errs more than a datasheet roofline, {every.text}; {longer}."]
+    if not every.covered:
+        narrow = "its intervals are too narrow for its errors"
+        return [f"Do not rely on {profile} yet: {on} {narrow}, {every.text}; {longer}."]
     if worse:
         named = "; ".join(f"{v.name}: {v.errors}" for v in worse)
         return [
@@ -136,8 +140,7 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
             f"{on}, {every.text}.",
             f"Worse than a datasheet roofline: {named}; {longer}.",
         ]
-    wide = "" if every.covered else f" Its intervals are too narrow: {longer}."
-    return [f"Use {profile} as --hardware: {on}, {every.text}.{wide}"]
+    return [f"Use {profile} as --hardware: {on}, {every.text}."]
 
 
 def of_comparison(rows: Sequence[ComparedSpeedup]) -> list[str]:

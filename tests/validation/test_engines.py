@@ -13,9 +13,10 @@ from calibration.measurements import published
 from calibration.validation import engines, serving
 from calibration.validation.acceptance import SERVING
 from calibration.validation.paper import figure_2
-from calibration.validation.published import MISS, Comparison
+from calibration.validation.published import MISS, Comparison, median_error
 from simulator.cli import run
 from simulator.engines.engine import load_engine
+from simulator.units import percent
 
 Found = Mapping[str, Sequence[Comparison]]
 
@@ -120,3 +121,16 @@ def test_the_command_prints_draws_and_gives_json(
     assert {line["engine"] for line in lines} == {"compile", "hf", "reference", "sglang", "trtllm", "vllm"}
     assert run(["validate", "h100", "--end-to-end"]) == 2
     assert run(["validate", "--figure", str(figure)]) == 2
+
+
+def test_the_conclusion_has_errors_and_coverage_of_judged_rows_and_the_worst_group(found: Found) -> None:
+    first, worst = engines.of_end_to_end(found)
+    for kind in ("dense", "speedup"):
+        rows = judged(found, kind)
+        error, inside = median_error(rows), sum(c.inside for c in rows) / len(rows)
+        assert f"median error {percent(error)}, {percent(inside)} of {len(rows)} in their interval" in first
+    some = {kind: judged(found, kind) for kind in ("dense", "speedup")}
+    line = max((s for s in engines.summaries(some) if s.rows > 1), key=lambda s: s.median)
+    assert worst.startswith(
+        f"Worst, of groups of several rows: {line.engine} on {line.gpu} with {percent(line.median)} "
+    )
