@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.validation.validate import Part, Report
+from simulator.arrays import FloatArray
 from simulator.display import few
 from simulator.units import percent, ratio
 
@@ -86,8 +87,11 @@ def verdict_of(
 
 
 def _of_parts(name: str, parts: Sequence[Part], level: float) -> Verdict:
-    columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    return verdict_of(name, *(np.concatenate([getattr(part, c) for part in parts]) for c in columns), level=level)
+    def of_all(column: str) -> FloatArray:
+        return np.concatenate([getattr(part, column) for part in parts])
+
+    measured, predicted, roofline = of_all("measured_s"), of_all("predicted_s"), of_all("roofline_s")
+    return verdict_of(name, measured, predicted, of_all("lower_s"), of_all("upper_s"), roofline, level)
 
 
 def verdicts(report: Report) -> list[Verdict]:
@@ -145,8 +149,14 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
 
 def of_comparison(rows: Sequence[ComparedSpeedup]) -> list[str]:
     """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
-    names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
-    every = verdict_of("speedups", *([getattr(r, name) for r in rows] for name in names))
+    every = verdict_of(
+        "speedups",
+        measured=[r.measured for r in rows],
+        predicted=[r.predicted for r in rows],
+        lower=[r.predicted_lower for r in rows],
+        upper=[r.predicted_upper for r in rows],
+        roofline=[r.roofline_bound for r in rows],
+    )
     first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
     holds = "hold" if every.holds else "do not hold"
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
