@@ -1,7 +1,7 @@
 """Verdicts on predictions: whether they err less than a datasheet roofline and their intervals hold, in sentences.
 
-Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, and :func:`of_validation`,
-:func:`of_calibration` and :func:`of_comparison` for the conclusions of the commands.
+Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, :func:`of_validation`
+and :func:`of_calibration` for conclusions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 from calibration.validation.validate import Part, Report
 from simulator.arrays import FloatArray
 from simulator.display import few
-from simulator.units import percent, ratio
+from simulator.units import percent
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
-    from calibration.runners.compare import ComparedSpeedup
 
 COVERAGE = (85.0, 95.0)
 """Target range of the coverage of 90 % intervals, of times and of ratios, %."""
@@ -145,23 +144,3 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
             f"Worse than a datasheet roofline: {named}; {longer}.",
         ]
     return [f"Use {profile} as --hardware: {on}, {every.text}."]
-
-
-def of_comparison(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
-    every = verdict_of(
-        "speedups",
-        measured=[r.measured for r in rows],
-        predicted=[r.predicted for r in rows],
-        lower=[r.predicted_lower for r in rows],
-        upper=[r.predicted_upper for r in rows],
-        roofline=[r.roofline_bound for r in rows],
-    )
-    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
-    holds = "hold" if every.holds else "do not hold"
-    one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
-    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
-    case = f"{worst.family} {percent(worst.sparsity)} in {worst.phase}"
-    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
-    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
-    return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]

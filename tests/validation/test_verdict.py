@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from calibration.fit.local_update import Fit, Updated
+from calibration.runners.compare import conclusions
 from calibration.validation.validate import Part, Report
-from calibration.validation.verdict import of_calibration, of_comparison, of_validation, verdict_of, verdicts
+from calibration.validation.verdict import of_calibration, of_validation, verdict_of, verdicts
 
 pytestmark = pytest.mark.quick
 
@@ -107,7 +108,7 @@ def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> No
             family=family, measured=measured, predicted=predicted, roofline_bound=2.0, error=error, **ends, **about
         )
 
-    first, worst = of_comparison([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
+    first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
     assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
     assert worst == "Worst: width 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
-    assert "do not hold" in of_comparison([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
+    assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
