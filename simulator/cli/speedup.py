@@ -237,7 +237,9 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             whole = dense[h]
             ends = whole.dense_s, whole.dense_lower, whole.dense_upper
-            dense_time = render.seconds_between(*ends) if interval else render.seconds(whole.dense_s)
+            dense_time = (
+                render.seconds_between(*ends, short=len(hardware) > 1) if interval else render.seconds(whole.dense_s)
+            )
             cells = [dense_time, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
