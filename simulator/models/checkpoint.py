@@ -27,9 +27,12 @@ _NAME = re.compile(
 _BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 
 # Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
-# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis.
-_ATTENTION, _MLP = r"(?:self_attn|attention|attn)\.", r"(?:mlp\.(?:shared_experts?\.)?)?"
-_EXPERT, _EXPERTS = r"(?:mlp|block_sparse_moe)\.experts\.\d{1,5}\.", r"(?:mlp|block_sparse_moe)\.experts\."
+# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. Of a gated
+# delta net: values, channels of the convolution, 1, conv positions, delta heads, features of a value head.
+_ATTENTION, _MLP = r"(?:self_attn|attention|attn)\.", r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
+_ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
+_EXPERT, _EXPERTS = _ROUTED + r"experts\.\d{1,5}\.", _ROUTED + r"experts\."
+_DELTA = r"linear_attn\."
 # fmt: off
 _AXES = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
     _ATTENTION + "q_proj": "q h",
@@ -46,11 +49,17 @@ _AXES = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
     _ATTENTION + "kv_a_layernorm": "rank",
     _ATTENTION + "kv_b_proj": "kv_b rank",
     _ATTENTION + "linear_attn": "h h",
+    _DELTA + "in_proj_qkvz": "delta_in h",
+    _DELTA + "in_proj_ba": "2delta h",
+    _DELTA + "conv1d": "channels 1 conv",
+    _DELTA + "(?:dt_bias|A_log)": "delta",
+    _DELTA + "norm": "value",
+    _DELTA + "out_proj": "h values",
     _MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
     _MLP + "gate_up_proj": "2i h",
     _MLP + "(?:down_proj|fc2|dense_4h_to_h)": "h i",
     "mlp.linear_mlp": "h h",
-    "(?:mlp|block_sparse_moe).(?:gate|router)": "E h",
+    _ROUTED + "(?:gate|router)": "E h",
     "mlp.gate.e_score_correction_bias": "E",
     "mlp.shared_expert_gate": "1 h",
     _EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
@@ -67,7 +76,7 @@ _OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in
 }.items())
 # fmt: on
 _MXFP4 = ("mxfp4", False)  # only of routed experts
-_WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias)")
+_WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
 """Weights in the format of the residual stream."""
 
 
@@ -105,7 +114,7 @@ class _Part:
         """Read widths, formats and parameters of all modules."""
         table = _AXES if self.number >= 0 else _OUTSIDE
         found = {module: _axes(module, table) for module in self.modules}
-        fused = {axes[0]: 0 for axes in found.values() if len(axes) == 3}
+        fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(_EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
@@ -217,7 +226,8 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         notes += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
-    return replace(real, found=f"{real.name} by its tensors: {'; '.join(notes)}" if notes else "")
+    own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
+    return replace(real, found="; ".join(filter(None, (model.found, own))))
 
 
 def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:
@@ -272,12 +282,16 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
     has = {name: part.has(_ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
-    if "rank" in width:
+    if delta := "delta" in width:
+        heads, kv_heads = _delta_heads(part, model)
+    elif "rank" in width:
         heads = kv_heads = part.divided("q", d, "the features of a head,")
     elif "q" in width or "qkv" in width:
         if "qkv" in width and "o" in width:
             part.put("q", width["o"], part.names["o"])
             part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
+        if model.output_gate and "q" in width:  # one product makes queries and gates
+            width["q"] = part.divided("q", 2, "two halves,")
         for name in ("q", "kv", "o"):
             if name not in width:
                 raise InputError(f"{part.where}: layer {part.number} has attention without its {name} projection")
@@ -305,7 +319,24 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
         active=min(old.active, experts) if experts else 0.0,
         expert_inner=width["e"] if experts else 0,
         linear=linear,
+        delta=delta,
     )
+
+
+def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
+    """Return the value heads and key heads of a gated delta net."""
+    width, own = part.widths, model.delta
+    if own is None or (missing := [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]):
+        why = "its config.json has none" if own is None else f"without {missing[0]}"
+        raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
+    keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
+    for name, size in (("delta_in", 2 * (keys + width["values"])), ("value", own.value), ("conv", own.conv)):
+        if width[name] != size:
+            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
+    if width["values"] != width["delta"] * own.value:
+        expected = f"expected {width['delta']} heads of {own.value} features"
+        raise InputError(f"{part.names['values']}: {expected}, got {width['values']:,}")
+    return width["delta"], part.divided("channels", own.key, "the features of a head,", keys)
 
 
 def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
@@ -324,19 +355,26 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         o_bias=some(_ATTENTION + "(?:o_proj|out_proj|dense)"),
         mlp_bias=up,
         down_bias=not up and some(_MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-        router_bias=some("(?:mlp|block_sparse_moe).(?:gate|router)") or some(".*e_score_correction_bias", modules),
+        router_bias=some(_ROUTED + "(?:gate|router)") or some(".*e_score_correction_bias", modules),
         expert_bias=some(_EXPERTS + ".*_bias", modules),
         shared_gate=some("mlp.shared_expert_gate", modules),
         sinks=some(_ATTENTION + "sinks", modules),
-        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else "",
+        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else _unit(model),
         gated=model.gated and not some(_MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
+
+
+def _unit(model: ModelConfig) -> str:
+    """Return the norm of queries and keys that has no weights, if the model has it."""
+    return model.qk_norm if model.qk_norm == "unit" else ""
 
 
 def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
     """Return the model with these layers; its usual layer is the most frequent complete layer."""
     most = Counter(blocks).most_common()
-    usual = next((block for block, _ in most if block.heads and (block.inner or block.experts)), most[0][0])
+    usual = next(
+        (block for block, _ in most if block.heads and not block.delta and (block.inner or block.experts)), most[0][0]
+    )
     real = model.with_usual(usual, ())
     return real if set(blocks) == set(real.layout) else replace(real, blocks=blocks)
 

@@ -19,14 +19,15 @@ from simulator.workload import DTYPES
 class Block:
     """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
 
-    heads: int
-    kv_heads: int
+    heads: int  # query heads; of a gated delta net, value heads
+    kv_heads: int  # of a gated delta net, key heads
     inner: int  # inner width of the MLP; with routed experts, of the shared experts
     experts: int = 0  # routed experts
     active: float = 0.0  # routed experts that a token uses, on one device on average
     expert_inner: int = 0
     rotary: bool = True  # queries and keys are rotated
     linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
+    delta: bool = False  # a gated delta net instead of attention
 
     @property
     def sublayers(self) -> int:
@@ -50,6 +51,19 @@ class Latent:
         return self.rank + self.rotary
 
 
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net (arXiv 2412.06464): a state of key x value features per value head instead of a cache."""
+
+    key: int  # features of a query or key head
+    value: int  # features of a value head
+    conv: int  # positions of the causal convolution of queries, keys and values
+
+    def widths(self, block: Block) -> tuple[int, int]:
+        """Return the features of all keys, and of all values, of a layer."""
+        return block.kv_heads * self.key, block.heads * self.value
+
+
 MOST_WIDTH = 2**31 - 1
 
 _POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")
@@ -57,7 +71,7 @@ _COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "le
 """Fields that are whole numbers; those of _POSITIVE are at least 1."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width"), "weight_dtype": ("", *DTYPES)}
+    {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width", "unit"), "weight_dtype": ("", *DTYPES)}
 )
 
 
@@ -94,8 +108,9 @@ class ModelConfig(Displayed):
         Whether the head shares the weights of the embedding.
     qkv_bias, o_bias, mlp_bias, down_bias : bool
         Which projections have biases; ``down_bias`` is for an MLP without other biases.
-    qk_norm : {"", "head", "width"}
-        RMS norm of queries and keys: none, per head, or over all heads together.
+    qk_norm : {"", "head", "width", "unit"}
+        RMS norm of queries and keys: none, per head, over all heads together, or per head without weights and only in
+        layers with rotary positions.
     norm : {"rms", "layer", "none"}
         Norm with a weight, with a weight and a bias, or a layer norm without parameters.
     pre_norms, post_norms : bool
@@ -122,6 +137,10 @@ class ModelConfig(Displayed):
         Whether a scalar weighs the shared experts.
     sinks : bool
         Whether each head has a learned logit in addition to its keys.
+    output_gate : bool
+        Whether the query projection also makes a gate of the outputs of attention.
+    delta : DeltaNet, optional
+        Gated delta net of the layers that have one instead of attention.
     blocks : tuple of Block
         Each layer, if layers differ.
     weight_dtype : str
@@ -131,7 +150,7 @@ class ModelConfig(Displayed):
     numbers : tuple of int
         Numbers of the layers in a checkpoint.
     found : str
-        Differences of a checkpoint from its configuration, in one line.
+        Parts of the model that are not timed, and differences of a checkpoint from its configuration, in one line.
 
     Raises
     ------
@@ -180,6 +199,8 @@ class ModelConfig(Displayed):
     expert_bias: bool = False
     shared_gate: bool = False
     sinks: bool = False
+    output_gate: bool = False
+    delta: DeltaNet | None = None
     blocks: tuple[Block, ...] = ()
     weight_dtype: str = ""
     sparse24: bool = False
@@ -273,6 +294,8 @@ class ModelConfig(Displayed):
             return h * h
         if not block.heads:
             return 0
+        if block.delta:
+            return self._delta_parameters(block)
         if own is not None:
             queries = h * block.heads * d
             if own.query_rank:
@@ -280,8 +303,17 @@ class ModelConfig(Displayed):
             keys = h * own.cached + own.rank + own.rank * block.heads * (own.plain + own.value)
             return queries + keys + block.heads * own.value * h
         q, kv = block.heads * d, block.kv_heads * d
-        norms = {"": 0, "head": 2 * d, "width": q + kv}[self.qk_norm]
-        return (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + norms + self.sinks * block.heads
+        norms = {"head": 2 * d, "width": q + kv}.get(self.qk_norm, 0)
+        made = (1 + self.output_gate) * q + 2 * kv
+        return (h + self.qkv_bias) * made + (q + self.o_bias) * h + norms + self.sinks * block.heads
+
+    def _delta_parameters(self, block: Block) -> int:
+        """Return the parameters of a gated delta net: projections, convolution, decays, and norm of a head."""
+        own = self.delta
+        assert own is not None
+        keys, values = own.widths(block)
+        projections = self.hidden * (2 * keys + 3 * values + 2 * block.heads)
+        return projections + own.conv * (2 * keys + values) + 2 * block.heads + own.value
 
     def mlp_parameters(self, block: Block) -> int:
         """Return the parameters of the MLP of a ``block``, with routed experts, without norms."""

@@ -12,10 +12,13 @@ from typing import Any
 from simulator.models.config import Block, ModelConfig
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 
-SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
 
 _MXFP4 = dtype_code("mxfp4")
+
+_STATE = dtype_code("fp32")
+"""Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
 Row = dict[str, Any]
 
@@ -105,22 +108,53 @@ class PassRows:
         yield from self.norm_before("attention_norm", part)
         if "attention" in block.linear:
             yield self.linear(part)
+        elif block.delta:
+            yield from self.delta_net(block)
         elif model.latent is not None:
             yield from self.latent_attention(block)
         else:
             q, kv = block.heads * d, block.kv_heads * d
-            for role, n in (("qkv", q + 2 * kv),) if r.fuse_qkv else (("q", q), ("k", kv), ("v", kv)):
+            made = (1 + model.output_gate) * q
+            for role, n in (("qkv", made + 2 * kv),) if r.fuse_qkv else (("q", made), ("k", kv), ("v", kv)):
                 yield self.gemm(role, part, n, h, model.qkv_bias)
-            if model.qk_norm:
-                owned = 2 * d if model.qk_norm == "head" else q + kv
+            if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
+                owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
                 yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
             yield from self.rotary(block, block.heads + block.kv_heads, model.rotary_dim)
             yield self.cache_write(block, 2 * kv)
             row = self.attend(block, {"kv_heads": block.kv_heads, "head_dim": d})
             yield row | {"params": model.sinks * block.heads * self.owns}
+            if model.output_gate:
+                yield self.move("output_gate", part, q, 2 * q, q)
             yield self.gemm("o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
         yield from self.norm_after(part)
+
+    def delta_net(self, block: Block) -> Iterator[Row]:
+        """Yield the rows of a gated delta net: two projections, the convolution with the recurrence, norm and gate."""
+        own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
+        assert own is not None
+        keys, values = own.widths(block)
+        stream = self.request.stream_dtype
+        yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
+        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | {"dtype": stream, "weight_dtype": stream}
+        sizes = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
+        owned = own.conv * (2 * keys + values) + 2 * block.heads
+        yield {
+            "kind": Kind.DELTA_NET,
+            "role": "delta_net",
+            "part": part,
+            "m": self.tokens,
+            "n": values,
+            "batch": self.batch,
+            "window": own.conv,
+            "params": owned * self.owns,
+            "dtype": stream,
+            "weight_dtype": _STATE,
+            **sizes,
+        }
+        yield self.move("gated_norm", part, values, 2 * values, values, own.value)
+        yield self.gemm("o", part, h, values, False)
 
     def latent_attention(self, block: Block) -> Iterator[Row]:
         """Yield the rows of latent attention.

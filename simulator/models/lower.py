@@ -205,7 +205,7 @@ def _lower(r: Request) -> Workload:
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
         return w
-    attending = [(first, many) for first, many, block in part.runs if block.heads]
+    attending = [(first, many) for first, many, block in part.runs if block.heads and not block.delta]
     attention = [
         _attention_columns(r.model.windows[first : first + many], kv_len, executions, first)
         for kv_len, executions in lengths

@@ -1,4 +1,7 @@
-"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA)."""
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA).
+
+In a gated delta net, a group is a key head with its value heads: projections, convolution and state shrink.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from simulator.pruning._family import QKV, SUBLAYERS, Choice, Family, Pruned, wh
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
 from simulator.workload import Kind, Workload
 
-HEADS: tuple[str, ...] = (*QKV, "q_b", "kv_b", "absorb_k", "absorb_v")
+HEADS: tuple[str, ...] = (*QKV, "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
 """Projections whose outputs belong to heads."""
 
 
@@ -30,18 +33,20 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
 
 
 def _attention(w: Workload, s: Array) -> Workload:
-    attention = w.is_attention
+    delta = w.kind == Kind.DELTA_NET
+    attention = w.is_attention | delta
     latent = w.latent > 0  # one vector for all heads
     groups = covering(w, attention, np.where(latent, w.heads, w.kv_heads))
     shrink = (s > 0) & (groups > 0)
     groups = np.maximum(groups, 1)
     kept = np.where(shrink, np.maximum(whole_share(1.0 - s, groups), 1), groups)
-    wide = w.is_role("rotary", "qk_norm", "cache_write")
+    wide = w.is_role("rotary", "qk_norm", "cache_write", "gated_norm", "output_gate")
     wide &= ~(w.is_role("cache_write") & (covering(w, attention, w.latent) > 0))
     n, k, heads = (size * kept // groups for size in (w.n, w.k, w.heads))
+    w = w.replace(params=np.where(delta, w.params * (kept / groups), w.params))
     return resized(
         w,
-        np.where(writers(w, *HEADS) | wide, n, w.n),
+        np.where(writers(w, *HEADS) | wide | delta, n, w.n),
         np.where(readers(w, "o"), k, w.k),
         heads=np.where(attention, heads, w.heads),
         kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), kept, w.kv_heads),

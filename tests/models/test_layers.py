@@ -164,7 +164,7 @@ def test_layers_without_rotary() -> None:
                 "model_type": "gemma3",
                 "text_config": {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1},
             },
-            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3"},
+            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"},
         ),
         ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
