@@ -72,13 +72,21 @@ class Architecture:
         return values
 
 
+_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+
+
 def _layers(blocks: Sequence[Block]) -> Fields:
     """Return the fields of layers: of the usual layer, and of each layer if they differ."""
     whole = [block for block in blocks if block.sublayers == 2 and not (block.linear or block.delta)] or blocks
     usual = Counter(whole).most_common(1)[0][0]
-    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-    fields: Fields = {name: getattr(usual, name) for name in names}
+    fields: Fields = {name: getattr(usual, name) for name in _WIDTHS}
     return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
+
+
+def _each(fields: Fields, layers: int) -> tuple[Block, ...]:
+    """Return each layer of the fields that :func:`_layers` returns."""
+    every: tuple[Block, ...] = fields["blocks"] or (Block(*(fields[name] for name in _WIDTHS)),) * layers
+    return every
 
 
 def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, dense: Callable[[int], bool]) -> Fields:
@@ -99,7 +107,7 @@ def _gpt_oss(read: Reader, values: Fields) -> Fields:
     return _local_experts(read, values) | {"weight_dtype": "mxfp4" if mxfp4 else ""}
 
 
-def _qwen_experts(read: Reader, values: Fields) -> Fields:
+def _qwen_layers(read: Reader, values: Fields) -> Fields:
     step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
 
     def right(value: Any) -> bool:
@@ -107,11 +115,15 @@ def _qwen_experts(read: Reader, values: Fields) -> Fields:
 
     plain = set(read.value("mlp_only_layers", [], f"a list of layers from 0 to {last}", right))
     shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+    width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
+    return _routed(read, values, "num_experts", width, shared, dense)
+
+
+def _qwen_experts(read: Reader, values: Fields) -> Fields:
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
     every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
     windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
-    width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
-    return {"windows": windows} | _routed(read, values, "num_experts", width, shared, dense)
+    return {"windows": windows} | _qwen_layers(read, values)
 
 
 def _glm4_moe(read: Reader, values: Fields) -> Fields:
@@ -133,11 +145,9 @@ def _qwen3_next(read: Reader, values: Fields) -> Fields:
     every = read.integer("full_attention_interval", 4)
     types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
     linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
-    fields = _qwen_experts(read, values)
-    plain = Block(*(fields[name] for name in ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")))
-    blocks = fields["blocks"] or (plain,) * values["layers"]
+    blocks = _each(_qwen_layers(read, values), values["layers"])
     blocks = [replace(b, heads=heads[0], kv_heads=heads[1], delta=True) if d else b for b, d in zip(blocks, linear)]
-    return _layers(blocks) | {"windows": (0,) * values["layers"], "delta": own if any(linear) else None}
+    return _layers(blocks) | {"delta": own if any(linear) else None}
 
 
 def _llama4(read: Reader, values: Fields) -> Fields:
@@ -155,9 +165,8 @@ def _llama4(read: Reader, values: Fields) -> Fields:
     inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
     width = values["inner"]
     fields = _routed(read, {**values, "inner": inner}, "num_local_experts", width, width, lambda i: i not in routed)
-    plain = Block(*(fields[name] for name in ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")))
     rotary = _rotary_layers(read, layers)
-    blocks = [replace(b, rotary=turns) for b, turns in zip(fields["blocks"] or (plain,) * layers, rotary)]
+    blocks = [replace(b, rotary=turns) for b, turns in zip(_each(fields, layers), rotary)]
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary

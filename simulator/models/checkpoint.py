@@ -209,6 +209,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         latent=latent,
         head_dim=latent.plain + latent.rotary if latent is not None else model.head_dim,
         sparse24=sparse24,
+        declared="" if sparse24 else model.declared,
         weight_dtype=stored,
     )
     blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)

@@ -71,7 +71,12 @@ _COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "le
 """Fields that are whole numbers; those of _POSITIVE are at least 1."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width", "unit"), "weight_dtype": ("", *DTYPES)}
+    {
+        "norm": ("rms", "layer", "none"),
+        "qk_norm": ("", "head", "width", "unit"),
+        "weight_dtype": ("", *DTYPES),
+        "declared": ("", "2:4", "unstructured"),
+    }
 )
 
 
@@ -147,6 +152,9 @@ class ModelConfig(Displayed):
         Format in which a checkpoint stores its projections; "" for that of the arithmetic.
     sparse24 : bool
         Whether the projections are stored as 2:4.
+    declared : {"", "2:4", "unstructured"}
+        Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4 is timed as 2:4 in
+        engines with kernels for it, and as dense in others; unstructured sparsity is timed as dense.
     numbers : tuple of int
         Numbers of the layers in a checkpoint.
     found : str
@@ -204,6 +212,7 @@ class ModelConfig(Displayed):
     blocks: tuple[Block, ...] = ()
     weight_dtype: str = ""
     sparse24: bool = False
+    declared: str = ""
     numbers: tuple[int, ...] = field(default=(), compare=False)
     found: str = field(default="", compare=False)
 

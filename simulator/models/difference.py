@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.models.config import Block, ModelConfig
+from simulator.models.huggingface import sparsity_note
 
 _WIDTHS = {
     "heads": "{} heads",
@@ -51,6 +52,8 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         found.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
     if pruned.sparse24 and not dense.sparse24:
         found.append("semi_structured: 2:4 in the projections")
+    if pruned.declared and pruned.declared != dense.declared:
+        found.append(sparsity_note(pruned.declared))
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
         found.append(f"weights in {pruned.weight_dtype}")
     return tuple(found)

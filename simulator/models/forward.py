@@ -40,6 +40,7 @@ class Request:
     skew: float
     fuse_qkv: bool
     fuse_gate_up: bool
+    sparse24: bool
     dtype: int
     weight_dtype: int
     cache_dtype: int
@@ -286,7 +287,7 @@ class PassRows:
         formats = {"dtype": self.request.dtype, "weight_dtype": weights}
         params = (n * k + bias * n) * self.owns
         row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
-        if self.part.sparse24 and role in SPARSE:
+        if self.request.sparse24 and role in SPARSE:
             row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
         return row
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from simulator.arguments import shown
+from simulator.engines.engine import sparse24_engines
 from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
 from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED
@@ -24,7 +25,7 @@ from simulator.models.keys import Reader
 MAX_FILE_BYTES = 1_000_000
 """Largest configuration file that is read; usual files have a few kilobytes."""
 
-SHARED = ("tie_word_embeddings", "quantization_config")
+SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
 """Keys at the top of a file that also hold for its ``text_config``."""
 
 MAX_NAME = 80
@@ -49,10 +50,31 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     if isinstance(own, str) and own.strip("/."):
         name = own.rstrip("/").rsplit("/", 1)[-1]
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
-    parts = (
-        f"{name}: only the text decoder is timed, not the other parts (vision)" if kind != data["model_type"] else ""
+    notes = (
+        [f"{name}: only the text decoder is timed, not the other parts (vision)"] if kind != data["model_type"] else []
     )
-    return ModelConfig(name=name, architecture=kind, found=parts, **ARCHITECTURES[kind].values(read))
+    if declared := _declared(read):
+        notes.append(f"{name}: {sparsity_note(declared)}")
+    values = ARCHITECTURES[kind].values(read)
+    return ModelConfig(name=name, architecture=kind, declared=declared, found="; ".join(notes), **values)
+
+
+def _declared(read: Reader) -> str:
+    """Return the sparsity that compressed-tensors declares: "2:4", "unstructured" or none."""
+    for key in ("quantization_config", "compression_config"):
+        inside = read.data.get(key)
+        sparsity = inside.get("sparsity_config") if isinstance(inside, Mapping) else None
+        if isinstance(sparsity, Mapping) and sparsity.get("sparsity_structure"):
+            return "2:4" if sparsity["sparsity_structure"] == "2:4" else "unstructured"
+    return ""
+
+
+def sparsity_note(declared: str) -> str:
+    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    if declared == "unstructured":
+        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
+    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+    return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 
 def _decoder(read: Reader) -> tuple[str, Reader]:
