@@ -12,57 +12,8 @@ from typing import Any
 from simulator.arguments import AMOUNT, number, shown, whole
 from simulator.display import Displayed, facts_html
 from simulator.errors import InputError, unknown
+from simulator.models.block import Block, DeltaNet, Latent
 from simulator.workload import DTYPES
-
-
-@dataclass(frozen=True)
-class Block:
-    """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
-
-    heads: int  # query heads; of a gated delta net, value heads
-    kv_heads: int  # of a gated delta net, key heads
-    inner: int  # inner width of the MLP; with routed experts, of the shared experts
-    experts: int = 0  # routed experts
-    active: float = 0.0  # routed experts that a token uses, on one device on average
-    expert_inner: int = 0
-    rotary: bool = True  # queries and keys are rotated
-    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
-    delta: bool = False  # a gated delta net instead of attention
-
-    @property
-    def sublayers(self) -> int:
-        """Number of sublayers, attention and MLP, each with its norms."""
-        return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives keys and values."""
-
-    query_rank: int  # rank of the queries; 0: one projection makes them
-    rank: int  # rank of the cached vector
-    rotary: int  # rotated features of a query head, and of the key that all heads share
-    plain: int  # other features of a query or key head
-    value: int  # features of a value head
-
-    @property
-    def cached(self) -> int:
-        """Elements per position in the cache."""
-        return self.rank + self.rotary
-
-
-@dataclass(frozen=True)
-class DeltaNet:
-    """Gated delta net (arXiv 2412.06464): a state of key x value features per value head instead of a cache."""
-
-    key: int  # features of a query or key head
-    value: int  # features of a value head
-    conv: int  # positions of the causal convolution of queries, keys and values
-
-    def widths(self, block: Block) -> tuple[int, int]:
-        """Return the features of all keys, and of all values, of a layer."""
-        return block.kv_heads * self.key, block.heads * self.value
-
 
 MOST_WIDTH = 2**31 - 1
 
@@ -249,6 +200,11 @@ class ModelConfig(Displayed):
         """Shapes of the usual layer."""
         return Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner)
 
+    @property
+    def head_hidden(self) -> int:
+        """Features that the final norm and the head read."""
+        return self.layout[-1].out if self.layout and self.layout[-1].out else self.hidden
+
     def with_usual(self, usual: Block, blocks: tuple[Block, ...]) -> ModelConfig:
         """Return the model with another usual layer and other ``blocks``."""
         return replace(
@@ -294,7 +250,17 @@ class ModelConfig(Displayed):
     @property
     def norm_parameters(self) -> int:
         """Parameters of one norm over the hidden size."""
-        return self.hidden * {"rms": 1, "layer": 2, "none": 0}[self.norm]
+        return self.hidden * self._norm_vectors
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the norm before the head, and of a head that is not tied to the embedding."""
+        width = self.head_hidden
+        return self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
+
+    @property
+    def _norm_vectors(self) -> int:
+        return {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
         """Return the parameters of the attention of a ``block``, without norms of the residual stream."""
@@ -303,8 +269,9 @@ class ModelConfig(Displayed):
             return h * h
         if not block.heads:
             return 0
+        rotates = ("attention" in block.shortcuts) * h * h
         if block.delta:
-            return self._delta_parameters(block)
+            return self._delta_parameters(block) + rotates
         if own is not None:
             queries = h * block.heads * d
             if own.query_rank:
@@ -313,8 +280,11 @@ class ModelConfig(Displayed):
             return queries + keys + block.heads * own.value * h
         q, kv = block.heads * d, block.kv_heads * d
         norms = {"head": 2 * d, "width": q + kv}.get(self.qk_norm, 0)
-        made = (1 + self.output_gate) * q + 2 * kv
-        return (h + self.qkv_bias) * made + (q + self.o_bias) * h + norms + self.sinks * block.heads
+        made = {"q": (1 + self.output_gate) * q, "k": kv, "v": kv}
+        inputs = block.roles("qkv", made).items()
+        weights = sum(block.weights(role, n, h) for role, n in inputs) + block.weights("o", h, q)
+        biases = self.qkv_bias * sum(made.values()) + self.o_bias * h
+        return weights + biases + norms + self.sinks * block.heads + rotates
 
     def _delta_parameters(self, block: Block) -> int:
         """Return the parameters of a gated delta net: projections, convolution, decays, and norm of a head."""
@@ -329,8 +299,13 @@ class ModelConfig(Displayed):
         h, wide = self.hidden, 2 if self.gated else 1
         if "mlp" in block.linear:
             return h * h
-        biases = self.mlp_bias * wide * block.inner + (self.mlp_bias or self.down_bias) * h
-        dense = (wide + 1) * h * block.inner + (block.inner > 0) * biases
+        out, inner = block.out or h, block.inner
+        made = {"gate": inner, "up": inner} if self.gated else {"up": inner}
+        inputs = block.roles("gate_up", made).items()
+        weights = sum(block.weights(role, n, h) for role, n in inputs)
+        weights += block.weights("down", out, inner)
+        biases = self.mlp_bias * wide * inner + (self.mlp_bias or self.down_bias) * out
+        dense = (inner > 0) * (weights + biases) + ("mlp" in block.shortcuts) * h * out
         if not block.experts:
             return dense
         router = (h + self.router_bias) * block.experts + (block.inner > 0) * self.shared_gate * h
@@ -353,8 +328,7 @@ class ModelConfig(Displayed):
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        outside = (self.vocab + self.learned_positions) * self.hidden + self.final_norm * self.norm_parameters
-        return self.layer_parameters + outside + (0 if self.tied else self.vocab * self.hidden)
+        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + self.head_parameters
 
     @property
     def active_parameters(self) -> int:

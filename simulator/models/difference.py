@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.models.huggingface import sparsity_note
 
 _WIDTHS = {
@@ -38,8 +39,13 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
         (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
         (_experts(numbers, olds, pruned.layout), tuple(map(_fewer, olds, pruned.layout)), {}),
-        (_width(dense, pruned, numbers, olds), pruned.layout, {"latent": pruned.latent, "head_dim": pruned.head_dim}),
-        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden}),
+        (
+            _width(dense, pruned, numbers, olds),
+            tuple(replace(b, ranks=(), shortcuts=(), out=0) for b in pruned.layout),
+            {"latent": pruned.latent, "head_dim": pruned.head_dim},
+        ),
+        (_low_rank(numbers, olds, pruned.layout), tuple(replace(b, shortcuts=(), out=0) for b in pruned.layout), {}),
+        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
         (_other(dense, pruned), pruned.layout, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
     ]
     for words, blocks, fields in shrinks:
@@ -154,8 +160,21 @@ def _range(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _low_rank(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+    cut = [(i, new.ranks) for i, old, new in zip(numbers, olds, news) if new.ranks and new.ranks != old.ranks]
+    if not cut:
+        return ""
+    roles = ", ".join(dict.fromkeys(role for _, ranks in cut for role, _ in ranks))
+    sizes = _range(rank for _, ranks in cut for _, rank in ranks)
+    return f"low_rank in layers {runs(i for i, _ in cut)}: ranks of {sizes} in {roles}"
+
+
 def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
-    return f"width_cross: hidden {pruned.hidden:,} of {dense.hidden:,}" if pruned.hidden != dense.hidden else ""
+    found = [f"hidden {pruned.hidden:,} of {dense.hidden:,}"] if pruned.hidden != dense.hidden else []
+    new, old = (sum(len(block.shortcuts) for block in model.layout) for model in (pruned, dense))
+    if many := new - old:
+        found.append(f"{many} residual projections")
+    return f"width_cross: {', '.join(found)}" if found else ""
 
 
 def _other(dense: ModelConfig, pruned: ModelConfig) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
@@ -73,6 +74,11 @@ class PassRows:
         return self.request.seq + (self.steps + 1) / 2
 
     @property
+    def wide(self) -> Row:
+        """Formats of a product of the residual stream."""
+        return {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
+
+    @property
     def head_tokens(self) -> int:
         """Positions that the head computes."""
         return self.tokens if self.request.logits == "all" else self.batch
@@ -90,10 +96,11 @@ class PassRows:
         for first, length, block in model.runs:
             layers = {"layer": first, "layers": length, "count": length}
             rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
+        width = model.head_hidden
         if model.final_norm:
-            rows.append(self.move("final_norm", Part.HEAD, h, 2 * h, h, model.norm_parameters))
-        stream = {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
-        head = self.gemm("lm_head", Part.HEAD, vocab, h, False) | stream | {"m": many}
+            owned = width * model.norm_parameters // h
+            rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
+        head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
         rows.append(head | {"params": 0 if model.tied else head["params"]})
         rows += self.collective("all_gather", Part.HEAD, many, self.request.model.vocab)
         if model.logit_softcap:
@@ -115,9 +122,9 @@ class PassRows:
             yield from self.latent_attention(block)
         else:
             q, kv = block.heads * d, block.kv_heads * d
-            made = (1 + model.output_gate) * q
-            for role, n in (("qkv", made + 2 * kv),) if r.fuse_qkv else (("q", made), ("k", kv), ("v", kv)):
-                yield self.gemm(role, part, n, h, model.qkv_bias)
+            made = {"q": (1 + model.output_gate) * q, "k": kv, "v": kv}
+            for role, n in block.roles("qkv", made, r.fuse_qkv).items():
+                yield from self.projection(block, role, part, n, h, model.qkv_bias)
             if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
                 owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
                 yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
@@ -127,8 +134,9 @@ class PassRows:
             yield row | {"params": model.sinks * block.heads * self.owns}
             if model.output_gate:
                 yield self.move("output_gate", part, q, 2 * q, q)
-            yield self.gemm("o", part, h, q, model.o_bias)
+            yield from self.projection(block, "o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.shortcut(block, part, h)
         yield from self.norm_after(part)
 
     def delta_net(self, block: Block) -> Iterator[Row]:
@@ -138,7 +146,7 @@ class PassRows:
         keys, values = own.widths(block)
         stream = self.request.stream_dtype
         yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
-        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | {"dtype": stream, "weight_dtype": stream}
+        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
         sizes = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
         owned = own.conv * (2 * keys + values) + 2 * block.heads
         yield {
@@ -228,39 +236,51 @@ class PassRows:
 
     def mlp(self, block: Block) -> Iterator[Row]:
         model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
-        bias = model.mlp_bias
+        bias, out = model.mlp_bias, block.out or h
         if not (inner or block.experts or "mlp" in block.linear):
             return
         yield from self.norm_before("mlp_norm", part)
         if "mlp" in block.linear:
             yield self.linear(part)
         elif inner:
-            if model.gated and self.request.fuse_gate_up:
-                yield self.gemm("gate_up", part, 2 * inner, h, bias)
-            else:
-                if model.gated:
-                    yield self.gemm("gate", part, inner, h, bias)
-                yield self.gemm("up", part, inner, h, bias)
+            made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
+            for role, n in block.roles("gate_up", made, model.gated and self.request.fuse_gate_up).items():
+                yield from self.projection(block, role, part, n, h, bias)
             yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
-            yield self.gemm("down", part, h, inner, bias or model.down_bias)
+            yield from self.projection(block, "down", part, out, inner, bias or model.down_bias)
         if block.experts:
             yield from self.routed(block)
-        yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.collective("all_reduce", part, self.tokens, out)
+        yield from self.shortcut(block, part, out)
         yield from self.norm_after(part)
         if model.parallel_residual:
             yield self.move("residual", part, h, 2 * h, h)
 
     def routed(self, block: Block) -> Iterator[Row]:
         """Yield the gate of the shared experts, the router over all experts, and the routed experts of the device."""
-        model, part, h, stream = self.part, Part.MLP, self.part.hidden, self.request.stream_dtype
-        wide = {"dtype": stream, "weight_dtype": stream}
+        model, part, h = self.part, Part.MLP, self.part.hidden
         if model.shared_gate and block.inner:
-            yield self.gemm("shared_gate", part, 1, h, False) | wide
+            yield self.gemm("shared_gate", part, 1, h, False) | self.wide
         all_experts = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
-        yield self.gemm("router", part, all_experts, h, model.router_bias) | wide
+        yield self.gemm("router", part, all_experts, h, model.router_bias) | self.wide
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
         yield row | {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+
+    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[Row]:
+        """Yield the product of a projection, or the two products of its factors."""
+        rank = block.rank(role)
+        if not rank:
+            yield self.gemm(role, part, n, k, bias)
+        else:
+            yield self.gemm(role, part, rank, k, False) | {"stage": 1}
+            yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
+
+    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[Row]:
+        """Yield the product that rotates the residual of a sublayer; pruning added it."""
+        if part.name.lower() in block.shortcuts:
+            row = self.gemm("residual_projection", part, n, self.part.hidden, False)
+            yield row | self.wide | {"overhead": True}
 
     def linear(self, part: Part) -> Row:
         """Return the product that replaces a sublayer; devices that share layers split its inputs."""

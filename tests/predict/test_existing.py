@@ -12,7 +12,8 @@ from layouts import folder_of, save, tensors_of
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.predict.explain import explanations
 from simulator.predict.prunings import ALIKE
 from simulator.predict.table import table
