@@ -126,8 +126,13 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
         elif kind == Kind.DELTA_NET:
             from simulator.cost import delta_net  # most models have none
 
-            sizes = w.m[rows], w.batch[rows], w.heads[rows], w.kv_heads[rows], w.head_dim[rows], w.value_dim[rows]
-            yield rows, delta_net.delta_net(*sizes, hw, conv=w.window[rows], dtype=dtype, state_dtype=second)
+            heads = w.heads[rows], w.kv_heads[rows], w.head_dim[rows], w.value_dim[rows]
+            yield (
+                rows,
+                delta_net.delta_net(
+                    w.m[rows], w.batch[rows], *heads, hw, conv=w.window[rows], dtype=dtype, state_dtype=second
+                ),
+            )
         elif kind == Kind.ELEMENTWISE:
             moved = w.read_bytes[rows], w.write_bytes[rows]
             yield rows, elementwise.elementwise(*moved, hw, role=w.role[rows], added=w.overhead[rows], dtype=dtype)

@@ -145,8 +145,8 @@ def _qwen3_next(read: Reader, values: Fields) -> Fields:
     every = read.integer("full_attention_interval", 4)
     types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
     linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
-    blocks = _each(_qwen_layers(read, values), values["layers"])
-    blocks = [replace(b, heads=heads[0], kv_heads=heads[1], delta=True) if d else b for b, d in zip(blocks, linear)]
+    plain = _each(_qwen_layers(read, values), values["layers"])
+    blocks = [replace(b, heads=heads[0], kv_heads=heads[1], delta=True) if d else b for b, d in zip(plain, linear)]
     return _layers(blocks) | {"delta": own if any(linear) else None}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from simulator.engines.engine import sparse24_engines
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
-from simulator.models.huggingface import sparsity_note
 
 _WIDTHS = {
     "heads": "{} heads",
@@ -63,6 +63,14 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
         found.append(f"weights in {pruned.weight_dtype}")
     return tuple(found)
+
+
+def sparsity_note(declared: str) -> str:
+    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    if declared == "unstructured":
+        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
+    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+    return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 
 def runs(numbers: Iterable[int]) -> str:

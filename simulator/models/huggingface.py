@@ -15,11 +15,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from simulator.arguments import shown
-from simulator.engines.engine import sparse24_engines
 from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
 from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED
 from simulator.models.config import ModelConfig
+from simulator.models.difference import sparsity_note
 from simulator.models.keys import Reader
 
 MAX_FILE_BYTES = 1_000_000
@@ -67,14 +67,6 @@ def _declared(read: Reader) -> str:
         if isinstance(sparsity, Mapping) and sparsity.get("sparsity_structure"):
             return "2:4" if sparsity["sparsity_structure"] == "2:4" else "unstructured"
     return ""
-
-
-def sparsity_note(declared: str) -> str:
-    """Return the pruning family of declared sparsity, and how its weights are timed."""
-    if declared == "unstructured":
-        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
-    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
-    return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 
 def _decoder(read: Reader) -> tuple[str, Reader]:
