@@ -106,9 +106,10 @@ def scenarios() -> Iterator[Line]:
             asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
             yield from record_lines(cells, scenario=scenario, **asked, **request)
         if phase in ("prefill", "decode"):
-            cells = ("llama-2-7b", "a100_sxm_80gb", "vllm", phase, batch, seq, "bf16")
-            asked = {"models": ["llama-2-7b"], "hardware": ["a100_sxm_80gb"], "method": list(simulator.METHODS)}
-            yield from record_lines(cells, **asked, **request)
+            for model, gpu, routed in (("llama-2-7b", "a100_sxm_80gb", False), ("mixtral-8x7b", "h200_sxm", True)):
+                methods = [name for name, method in simulator.METHODS.items() if (method.family == "experts") == routed]
+                asked = {"models": [model], "hardware": [gpu], "method": methods}
+                yield from record_lines((model, gpu, "vllm", phase, batch, seq, "bf16"), **asked, **request)
 
 
 def operators() -> Iterator[Line]:

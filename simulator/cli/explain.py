@@ -1,4 +1,4 @@
-"""``prunesim explain``: decompose a predicted speedup, as a table and in a sentence."""
+"""``prunesim explain``: decompose a predicted speedup, in a sentence and as a table."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ def explain(
     json: options.Json = False,
     figure: options.Figure = None,
     roofline: Roofline = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Explain where a nominal speedup is lost.
 
-    Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several
-    engines are shown side by side.
+    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps lead from the nominal
+    speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side by side. With
+    more than three predictions only the sentences are printed, and the steps with --verbose.
     """
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.predict.explain import conclusion, explanations
+    from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
 
     requested = run.requests(known, ideal=ideal)
     with render.progress("explaining") as report:
@@ -71,12 +73,17 @@ def explain(
         for e in found
     ]
     if output.write(rows):
-        for i, together in enumerate(_by_engine(found)):
+        render.conclude(*conclusions(found))
+        many = len(found) > MOST_CONCLUSIONS
+        if many:
+            for e in found:
+                print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
+        groups = [] if many and not verbose else _by_engine(found)
+        for i, together in enumerate(groups):
             if i:
                 print()
             _print(together)
-        for line in _notes(found):
-            render.note(line)
+        render.notes(_notes(found), verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
@@ -96,19 +103,20 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    """Return notes on pruned checkpoints and a measured time, each once."""
-    from simulator.predict.caveats import inferred_line
+    """Return notes on a measured time, calibration and pruned checkpoints."""
+    from simulator.predict.caveats import inferred_line, uncalibrated
     from simulator.predict.prunings import difference_lines
 
-    lines = [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
+    lines = []
     for e in found:
         if e.inferred is not None and e.dense_s is not None:
             lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
-    return list(dict.fromkeys(lines))
+    lines += uncalibrated(e.result for e in found)
+    return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
 
 
 def _print(together: Sequence[Explanation]) -> None:
-    from simulator.predict.explain import conclusion
+    """Print the waterfalls of some engines next to each other, with times and bounds."""
 
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]
@@ -132,8 +140,6 @@ def _print(together: Sequence[Explanation]) -> None:
         pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
         print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
     print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")
-    for e in together:
-        print(textwrap.fill(conclusion(e), available))
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +37,7 @@ def speedup(
     json: options.Json = False,
     csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None,
     figure: options.Figure = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Predict how much faster a pruned model is.
 
@@ -77,8 +77,7 @@ def speedup(
         from simulator.cli.drawing import draw_speedups
 
         draw_speedups(shown, figure)
-    for line in (*found.notes, *uncalibrated((r.hardware for r in found), (r.calibrated for r in found))):
-        render.note(line)
+    render.notes((*uncalibrated(found), *found.notes), verbose)
 
 
 def _print(results: Sequence[Result], memory: bool) -> None:
@@ -150,9 +149,9 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
                 )
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             whole = dense[h]
-            half = math.sqrt(whole.dense_upper / whole.dense_lower) - 1.0
-            error = f" +-{100.0 * half:.0f} %" if interval else ""
-            cells = [render.seconds(whole.dense_s) + error, *(shown(r) if r else "-" for r in found)]
+            ends = whole.dense_s, whole.dense_lower, whole.dense_upper
+            dense_time = render.seconds_between(*ends) if interval else render.seconds(whole.dense_s)
+            cells = [dense_time, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}

@@ -82,7 +82,7 @@ def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predict
         return Predictions(problem=f"{error}{hint}")
     notes = [*(excluded or ()), *_measured(state), *found.notes]
     existing = _existing(state, model, gpus, notes)
-    notes += uncalibrated(plain(found.columns["hardware"]), found.columns["calibrated"])
+    notes += uncalibrated(found)
     if state.arithmetic != state.dtype:
         notes.append(f"{found[0].weight_dtype} weights are computed in {state.arithmetic}, not {state.dtype}")
     details = _explained(state, model, gpus, scenario, notes)
@@ -158,7 +158,10 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
 
 @lru_cache(maxsize=KEPT)
 def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Cell, ...], str]:
-    families, formats = tuple(map(Pruning, state.drawn)), (Formats(state.arithmetic, state.weights or None),)
+    families, formats = (
+        tuple(Pruning.of(name) for name in state.drawn),
+        (Formats(state.arithmetic, state.weights or None),),
+    )
     axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.engine,), (state.devices,))
     try:
         grid = Grid((state.load(),), profiles, *axes, new_tokens=state.new_tokens, level=state.scenario.level)

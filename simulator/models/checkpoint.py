@@ -183,6 +183,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         expected = f"expected {real.parameters:,} parameters for its shapes"
         raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
     notes = difference(model, real)
+    mismatch = "; ".join(difference(model, replace(real, sparse24=model.sparse24, weight_dtype=model.weight_dtype)))
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
@@ -190,7 +191,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
     own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
-    return replace(real, found="; ".join(filter(None, (model.found, own))))
+    return replace(real, found="; ".join(filter(None, (model.found, own))), mismatch=mismatch)
 
 
 def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:

@@ -73,16 +73,26 @@ def sparsity_note(declared: str) -> str:
     return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 
-def runs(numbers: Iterable[int]) -> str:
-    """Return sorted numbers as text, with consecutive numbers joined.
+def consecutive(numbers: Iterable[int]) -> list[str]:
+    """Return sorted numbers as texts, consecutive numbers as one.
 
-    >>> runs([0, 4, 5, 6])
-    '0, 4-6'
+    >>> consecutive([0, 4, 5, 6])
+    ['0', '4-6']
     """
     parts = []
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [n for _, n in run] * 2
         parts.append(str(first) if first == last else f"{first}-{last}")
+    return parts
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Return sorted numbers as one text, consecutive numbers joined.
+
+    >>> runs([0, 4, 5, 6])
+    '0, 4-6'
+    """
+    parts = consecutive(numbers)
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
 
 

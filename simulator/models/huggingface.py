@@ -56,7 +56,9 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     if declared := _declared(read):
         notes.append(f"{name}: {sparsity_note(declared)}")
     values = ARCHITECTURES[kind].values(read)
-    return ModelConfig(name=name, architecture=kind, declared=declared, found="; ".join(notes), **values)
+    code = _custom_code(data.get("auto_map"))
+    found = "; ".join(notes)
+    return ModelConfig(name=name, architecture=kind, declared=declared, found=found, custom_code=code, **values)
 
 
 def _declared(read: Reader) -> str:
@@ -87,6 +89,16 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
         raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
     shared = {key: read.data[key] for key in SHARED if key in read.data}
     return decoder, Reader({**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config.")
+
+
+def _custom_code(auto_map: Any) -> str:
+    """Return the class of modelling code in the repository of a model, from its ``auto_map``; "" without any.
+
+    >>> _custom_code({"AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM"})
+    'modeling_decilm.DeciLMForCausalLM'
+    """
+    found = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
+    return one_line(found, MAX_NAME) if isinstance(found, str) else ""
 
 
 def _no_constant(text: str) -> float:

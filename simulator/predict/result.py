@@ -58,13 +58,17 @@ class Result(Displayed):
     measured_bound : float or None
         Ratio of measured dense GEMM times at the shapes of both models, if measured.
     efficiency : float
-        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1.
+        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1 (in ``to_dict`` None).
     bottleneck_share : float
         Share of the bottleneck in the pruned model's time, in (0, 1].
     level : float
         Level of the intervals, in (0, 1).
     calibrated : bool
-        Whether every cost model used was fitted on measurements of the device.
+        Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
+    uncalibrated : str
+        Operators with default constants (sections of a profile, joined by "+"), which nothing was fitted for.
+    uncalibrated_share : float
+        Their share of the time of the dense or the pruned model, the larger, in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
     weight_dtype, kv_dtype : str
@@ -85,6 +89,10 @@ class Result(Displayed):
         Published method, else "".
     options : str
         Options of the family, as text.
+    prune : str
+        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
+    parts : str
+        What it removes of each part (layers, heads, widths, experts), after rounding.
 
     Examples
     --------
@@ -132,6 +140,8 @@ class Result(Displayed):
     bottleneck_share: float
     level: float
     calibrated: bool
+    uncalibrated: str
+    uncalibrated_share: float
     new_tokens: int
     weight_dtype: str
     kv_dtype: str
@@ -147,6 +157,8 @@ class Result(Displayed):
     pruned_largest_batch: int
     method: str
     options: str
+    prune: str
+    parts: str
 
     @property
     def lower(self) -> float:
@@ -157,6 +169,15 @@ class Result(Displayed):
     def upper(self) -> float:
         """Upper end of the speedup's interval."""
         return self.speedup_upper
+
+    @property
+    def pruning(self) -> str:
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        if self.pruned:
+            return self.pruned
+        name = self.method or self.family
+        simple = self.prune in ("", name, f"{name} {self.sparsity:.9g}")
+        return f"{name} at {percent(self.sparsity)}" if simple else self.prune
 
     @property
     def request(self) -> str:
@@ -192,7 +213,8 @@ class Result(Displayed):
             "tokens/s": tokens,
             "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
             "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
-            "interval": percent(self.level) + ("" if self.calibrated else ", not all cost models are calibrated"),
+            "interval": percent(self.level),
+            "not calibrated": None if self.calibrated else f"{percent(self.uncalibrated_share)} of the time",
         }
         steps = {
             "nominal": 1.0 / (1.0 - self.sparsity),

@@ -38,7 +38,7 @@ SMALL = replace(
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
-    new_tokens=6, families=tuple(Pruning(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    new_tokens=6, families=tuple(Pruning.of(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
 
 
 def test_options_are_a_column_and_change_the_result() -> None:
-    families = (Pruning("width"), Pruning("width", options=(("align", 512),)))
+    families = (Pruning.of("width"), Pruning.of("width", options={"align": 512}))
     columns = sweep_results(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",))).columns
     assert list(columns) == list(COLUMNS) == [f.name for f in fields(Result)]
     assert plain(columns["options"]).tolist() == ["", "align=512"]
@@ -73,7 +73,7 @@ def test_options_are_a_column_and_change_the_result() -> None:
 
 
 def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (Pruning("depth"),), (Formats("fp8"),)
+    families, formats = (Pruning.of("depth"),), (Formats("fp8"),)
     grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
     found = sweep_results(grid)
     (note,) = found.notes
@@ -236,7 +236,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD))
     grid = read_grid(tmp_path / "g.yaml")
     assert grid.hardware == ("h100_sxm",)
-    assert grid.families == (Pruning("depth"), Pruning("width", options=(("align", 64),)))
+    assert grid.families == (Pruning.of("depth"), Pruning.of("width", options={"align": 64}))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))

@@ -187,7 +187,7 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
         def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
             refused.append(reason)
 
-        batch = batch_of(scenario, [Pruning(family, sparsity)], reject)
+        batch = batch_of(scenario, [Pruning.of(family, sparsity)], reject)
         together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
         for i, dense in enumerate(scenario.workloads):
             try:

@@ -69,7 +69,7 @@ def test_whole_layers_vanish(name: str, phase: str) -> None:
     pruned = prune(w, "depth", 0.5)
     assert pruned.parameters == pytest.approx(left, rel=1e-12)
     assert (pruned.layer + pruned.layers).max() == p.layers - many
-    some = prune(w, "depth", 2 / p.layers, drop=[0, 5])
+    some = prune(w, "depth", layers=[0, 5])
     left = p.parameters - sum(layer_parameters(name, layer) for layer in (0, 5))
     assert some.parameters == pytest.approx(left, rel=1e-12)
 
