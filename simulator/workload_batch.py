@@ -149,10 +149,9 @@ class WorkloadBatch:
             realised=self.realised[index],
         )
 
-    def rows_of(self, index: int) -> slice:
-        """Return the rows of one workload."""
-        start = int(self.starts[index])
-        return slice(start, start + int(self.lengths[index]))
+    def rows_of(self, index: int) -> IndexArray:
+        """Return the indices of the rows of one workload."""
+        return int(self.starts[index]) + np.arange(int(self.lengths[index]))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -316,6 +316,15 @@ def fractions(option: str, text: str) -> list[float]:
     return list(dict.fromkeys(out))
 
 
+def fraction(option: str, text: str) -> float:
+    """Parse one fraction.
+
+    >>> fraction("--sparsity", "25%")
+    0.25
+    """
+    return _checked(option, text, parse_fraction)
+
+
 def _checked(option: str, text: str, parse: Callable[[str], T]) -> T:
     try:
         return parse(text)

@@ -7,6 +7,7 @@ own fields, so a model that the engine does not load still shows which width wou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from simulator.models.library import load_model
 from simulator.models.parallel import indivisible
 from simulator.predict.loading import blocks, loading
 from simulator.predict.prunings import Pruning
+from simulator.predict.result import Results
 from simulator.predict.scenario import Scenario
 from simulator.predict.speedup import speedup
 from simulator.pruning import FAMILIES
@@ -193,6 +195,27 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
             raise
         share = whole
     return will_run(whole, hw, config=config, share=share, divisible_reason=reason)
+
+
+def runnables(
+    found: Results, scenario: Scenario, engines: Sequence[str], hardware: Sequence[HardwareProfile] = ()
+) -> list[Runnable]:
+    """Return the answer for each result of one model, which ``scenario`` names.
+
+    ``engines`` are names or paths, as for :func:`simulator.table`. With ``hardware``, its devices, the gain of an
+    aligned width is predicted for each result.
+    """
+    paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
+    known: dict[tuple[str, int], Runnable] = {}
+    out = []
+    for r, index in zip(found, found.pruning.tolist()):
+        pruning = found.prunings[index]
+        one = replace(scenario, engine=paths[r.engine], phase=r.phase, shapes=((r.batch, r.seq),))
+        if (r.engine, index) not in known:
+            known[r.engine, index] = runnable(one, pruning)
+        answer, hw = known[r.engine, index], profiles.get(r.hardware)
+        out.append(answer if answer.aligned or hw is None else runnable(one, pruning, hw))
+    return out
 
 
 def will_run(

@@ -7,6 +7,7 @@ several prunings, and an error if there is only one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def table(
             progress(done * len(devices), len(requested) * len(devices))
     if not found:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Results.join(found, (*notes, *excluded_lines(excluded)))
+    return replace(Results.join(found, (*notes, *excluded_lines(excluded))), prunings=prunings)
 
 
 def predict(
