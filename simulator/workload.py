@@ -21,6 +21,7 @@ from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.arrays import Array
 from simulator.columns import Table, column
 from simulator.counts import attention_pairs as attention_pairs
+from simulator.counts import delta_bytes, delta_state_bytes
 from simulator.counts import spmv_bytes as spmv_bytes
 from simulator.display import table_html
 from simulator.errors import InputError
@@ -330,10 +331,9 @@ class Workload(Table):
     @property
     def state_bytes_each(self) -> Array:
         """Bytes of the states of all sequences of a delta net: recurrent ones, last positions of the convolution."""
-        recurrent = 1.0 * self.heads * self.head_dim * self.value_dim * DTYPE_BYTES[self.weight_dtype]
-        channels = 2.0 * self.kv_heads * self.head_dim + 1.0 * self.heads * self.value_dim
-        kept = np.maximum(self.window - 1, 0) * channels * DTYPE_BYTES[self.dtype]
-        return np.where(self.kind == _DELTA_NET, self.batch * (recurrent + kept), 0.0)
+        sizes = self.heads, self.kv_heads, self.head_dim, self.value_dim, self.window
+        each = delta_state_bytes(*sizes, DTYPE_BYTES[self.weight_dtype], DTYPE_BYTES[self.dtype])
+        return np.where(self.kind == _DELTA_NET, self.batch * each, 0.0)
 
     @property
     def weight_bytes_each(self) -> Array:
@@ -385,18 +385,11 @@ class Workload(Table):
         streams = weights + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
         each = np.where(self.kind == _EXPERTS, streams, each)
         if len(rows := np.flatnonzero(self.kind == _DELTA_NET)):
-            each[rows] = self.take(rows)._delta_bytes
+            w = self.take(rows)
+            features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
+            each[rows] = delta_bytes(w.m, w.batch, features, w.state_bytes_each, act[rows])
         out: Array = each * self.count
         return out
-
-    @property
-    def _delta_bytes(self) -> Array:
-        """Bytes of one execution of delta nets: inputs, outputs and states; a decode step also reads the states."""
-        features = 2.0 * self.kv_heads * self.head_dim + 2.0 * self.heads * self.value_dim
-        share = np.minimum(self.m / np.maximum(self.batch, 1), 1.0)  # a dynamic method may skip sequences
-        states = self.state_bytes_each * share * np.where(self.m <= self.batch, 2.0, 1.0)
-        moved: Array = DTYPE_BYTES[self.dtype] * self.m * features + states
-        return moved
 
     @property
     def repeats(self) -> Array:
