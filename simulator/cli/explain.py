@@ -51,8 +51,10 @@ def explain(
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.predict.prunings import readable
 
     requested = run.requests(known, ideal=ideal)
+    existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
     with render.progress("explaining") as report:
         found = explanations(
             model,
@@ -63,7 +65,7 @@ def explain(
             requested.batch,
             requested.seq,
             method=method,
-            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            pruned=existing,
             prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
@@ -85,7 +87,7 @@ def explain(
             if i:
                 print()
             _print(together)
-        render.notes(_notes(found), verbose)
+        render.notes([*skipped, *_notes(found)], verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 

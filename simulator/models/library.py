@@ -16,6 +16,9 @@ from simulator.models.huggingface import from_hf_config, read_config
 
 FOLDER = resources.files(__package__)
 
+_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+"""A Hugging Face id, owner/name."""
+
 
 def _key(name: str) -> str:
     """Return a name without case, ``-``, ``_``, ``.`` and spaces, which do not matter."""
@@ -100,4 +103,10 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return _shipped(name)
     if explicit or os.path.exists(source):
         return read_config(source)
-    raise unknown("model", source, list_models())
+    raise unknown("model", source, list_models(), way=_download(source) if _ID.fullmatch(source) else "")
+
+
+def _download(name: str) -> str:
+    """Return how a user gets the ``config.json`` of a Hugging Face id; prunesim opens no connection."""
+    command = f"curl -L https://huggingface.co/{name}/resolve/main/config.json -o config.json"
+    return f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
