@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.figures.roofline import Roof
+from simulator.figures.titles import device_title, engine_title
 from simulator.figures.waterfall import Steps
 from simulator.predict.gemms import gemm_points
 
@@ -39,8 +40,8 @@ def interval(level: float) -> str:
 
 
 def device(r: Any) -> str:
-    """Return the device and engine of a result or a frontier."""
-    return f"{r.hardware}, {r.engine}"
+    """Return the titles of the device and engine of a result or a frontier."""
+    return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
 
 
 def across(devices: int, engines: int = 1) -> int | None:
@@ -56,11 +57,11 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     >>> from simulator.predict.table import table
     >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
     >>> placed(few.rows, ["prefill"] * 2)
-    {'row': ['prefill', 'prefill'], 'column': ['h100_sxm, vllm', 'h100_sxm, hf']}
+    {'row': ['prefill', 'prefill'], 'column': ['H100 SXM, vLLM', 'H100 SXM, Transformers (eager)']}
     """
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
-    devices, engines = [r.hardware for r in found], [r.engine for r in found]
+    devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
     column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
     return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
 
@@ -95,7 +96,8 @@ def steps_of(e: Explanation, title: str) -> Steps:
     """
     (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
-    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
+    notes = [s.note for s in steps]
+    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper, notes)
 
 
 def roof_of(e: Explanation, title: str) -> Roof:

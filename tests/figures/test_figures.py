@@ -226,7 +226,7 @@ def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of
     figure = speedup_figure(**data)
     assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
     lines = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert lines == ["depth  10 %", "50 %", "width  10 %", "50 %", "low rank  10 %", "50 %"]
+    assert lines == ["Depth  10 %", "50 %", "Width  10 %", "50 %", "Low rank  10 %", "50 %"]
     for ax in figure.axes:
         first, second = (line for line in ax.lines if line.get_marker() in ("o", "s"))
         assert first.get_markerfacecolor() != "white" == second.get_markerfacecolor()  # apart in grey print too
