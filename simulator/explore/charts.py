@@ -35,8 +35,8 @@ from simulator.explore.layout import (
 from simulator.explore.predictions import predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.panels import device, roof_of, steps_of
-from simulator.figures.roofline import CYCLE, Roof, drawn, merged
-from simulator.figures.style import BLACK, BLUE, GREEN, VERMILLION, Style, in_order, label, style_of
+from simulator.figures.roofline import Roof, common_ranges, drawn, merged
+from simulator.figures.style import BLACK, BLUE, COLORS, GREEN, GREY, VERMILLION, Style, in_order, label, style_of
 from simulator.figures.titles import device_title
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range, folded
 from simulator.predict.scenario import once
@@ -245,6 +245,9 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
 
 # -- the roofline ------------------------------------------------------------------------------------------------------
 
+CYCLE = tuple(zip((*COLORS, GREY, *COLORS[:3]), "osD^vPXhd<>"))
+"""Colour and marker of each GEMM, in the order of their first occurrence."""
+
 DENSE, PRUNED, ROOF, HIGHEST = "dense (hollow)", "pruned (filled)", "datasheet roofline", "at the highest clock"
 
 
@@ -258,8 +261,8 @@ def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     room = legend_px([*groups, DENSE, PRUNED, ROOF, *([HIGHEST] if faster else [])], len(roofs), most)
     frame = PanelGrid([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
+    low, high, bottom, top = common_ranges(roofs, 2.2)
     for panel, roof in enumerate(roofs):
-        low, high, bottom, top = roof.ranges(2.2)
         x.append(log_axis(low, high, 5))
         y.append({**log_axis(bottom, top, 6), "showticklabels": True})
         data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)

@@ -79,7 +79,8 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
     """Draw speedup against quality loss; ``rows`` has one label per frontier."""
     from simulator.figures.pareto import pareto_figure
 
-    found = columns((p for f in fronts for p in f.points), family="family", method="method", loss="loss", **SPEEDUP)
+    points = [p for f in fronts for p in f.points]
+    found = columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **SPEEDUP)
     for name, labels in placed(fronts, rows).items():
         found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
     axis, level = fronts[0].axis, fronts[0].level
@@ -105,7 +106,7 @@ def roof_of(e: Explanation, title: str) -> Roof:
     omitted: it computes one position of a prompt, far from the other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
-    names = [name for p in points for name in p.role]
+    names = [name.replace("_", " ") for p in points for name in p.role]
     intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
     peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s

@@ -141,8 +141,8 @@ def _roofline(p: Paper) -> Made:
         )
     ]
     caption = (
-        f"GEMMs of the layers on the roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (filled), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
+        f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
+        f"pruned (squares), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
         "dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
@@ -251,8 +251,8 @@ def _pareto(p: Paper) -> Made:
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
-        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint: another point is better in both. "
-        "The strip shows the fastest family within each quality budget, hatched if dynamic."
+        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Numbers: removed, %. Faint: another "
+        "point is better in both. The strip shows the fastest family within each quality budget, hatched if dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

@@ -26,7 +26,7 @@ from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.measured import MeasuredGemms, from_columns, read_measured_gemms
 from simulator.figures.panels import across, device, speedups_of, steps_of
 from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, MEASURED, OPERATORS, draw
-from simulator.figures.pareto import pareto_figure
+from simulator.figures.pareto import REMOVED, pareto_figure
 from simulator.figures.save import save_figure
 from simulator.figures.scatter import MOST_DOTS, RATIO, Cloud, agreement, scatter_figure
 from simulator.figures.staircase import Stairs, staircase_figure
@@ -34,7 +34,7 @@ from simulator.figures.style import style_of
 from simulator.figures.subject import NothingToDraw, Paper, paper
 from simulator.figures.taxonomy import taxonomy_figure
 from simulator.figures.titles import device_title, engine_title
-from simulator.figures.waterfall import waterfall_figure
+from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.predict.explain import explanations
 from simulator.predict.scenario import Scenario
@@ -355,11 +355,58 @@ def test_ratios_out_of_range_are_arrows_with_their_number_and_the_farthest() -> 
 
 def test_a_familys_only_method_is_named_in_the_legend_and_several_beside_their_points() -> None:
     panel = ["prefill"] * 3, ["h100"] * 3, ["depth", "width", "width"], ["SLEB", "FLAP", "LLM-Pruner"]
-    figure = pareto_figure(*panel, [0.1, 0.2, 0.5], [1.1, 1.3, 1.6], [1, 1.2, 1.5], [1.2, 1.4, 1.7], axis="ppl")
+    figure = pareto_figure(
+        *panel, [0.25] * 3, [0.1, 0.2, 0.5], [1.1, 1.3, 1.6], [1, 1.2, 1.5], [1.2, 1.4, 1.7], axis="ppl"
+    )
     assert [t.get_text() for t in figure.legends[0].texts][:2] == ["Depth (SLEB)", "Width"]
     texts = {t.get_text() for t in figure.axes[0].texts}
-    assert {"FLAP", "prefill"} <= texts
-    assert "SLEB" not in texts
+    assert texts == {"25", "FLAP 25", "LLM-Pruner 25", "prefill"}
+
+
+def test_points_of_a_frontier_carry_what_was_removed_and_a_bent_axis_says_where() -> None:
+    panel = ["prefill"] * 3, ["h100"] * 3, ["depth", "depth", "width"], ["SLEB", "SLEB", "FLAP"]
+    ends = [1.1, 1.3, 1.2], [1.0, 1.2, 1.1], [1.2, 1.4, 1.3]
+    losses = [0.1, 0.2, 0.5], [0.1, 4.0, 2.0]
+    straight, bent = (pareto_figure(*panel, [0.125, 0.5, 0.25], loss, *ends, axis="ppl") for loss in losses)
+    for figure in (straight, bent):
+        check_print(figure)
+        assert {"12.5", "50"} <= {t.get_text() for t in figure.axes[0].texts}
+        assert REMOVED in [t.get_text() for t in figure.legends[0].texts]
+    titles = [figure.legends[0].get_title().get_text() for figure in (straight, bent)]
+    assert titles == ["quality loss (%): ppl", "quality loss (%): ppl (linear to 10 %, then logarithmic)"]
+    assert bent.axes[0].get_xscale() == "symlog"
+    (line,) = (x for x in bent.axes[0].lines if list(x.get_xdata()) == [10.0, 10.0])
+    assert line.get_linestyle() == ":" or line.is_dashed()
+
+
+def test_panels_of_a_roofline_share_axes_and_tell_the_models_apart(drawn: dict[str, Drawn]) -> None:
+    figure = drawn["roofline"].figure
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
+    assert [t.get_text() for t in figure.legends[0].texts] == ["dense", "pruned", "datasheet", "highest clock"]
+    for ax in figure.axes:
+        marks = {line.get_marker(): line.get_color() for line in ax.lines if line.get_marker() != "None"}
+        assert set(marks) == {"o", "s"}
+        assert len(set(marks.values())) == 2
+        named = ", ".join(t.get_text().replace("\n", ", ") for t in ax.texts)
+        assert all(re.search(rf"\b{name}\b", named) for name in ("qkv", "o", "gate up", "down"))
+
+
+def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
+    names, factors = ["a", "b", "c", "d", "e"], [1.002, 0.8, 0.993, 1.0, 1.009]
+    two = [Steps("x", names, factors, 1.5, 1.0, 1.3, names), Steps("y", names, [1.0, 1.0, 0.98, 1.0, 1.0], 1.5, 1, 1.6)]
+    (alone,) = folded(two[:1])
+    assert (alone.names, alone.notes[-1]) == (["b", "other (4 steps)"], "a ×1.002; c ×0.993; d ×1.000; e ×1.009")
+    assert alone.factors[-1] == pytest.approx(1.002 * 0.993 * 1.009, rel=1e-15)
+    for before, after in zip(two, folded(two), strict=True):
+        assert after.names == ["b", "c", "other (3 steps)"], "a step stays if it matters in one panel"
+        assert after.reached[-1] == pytest.approx(before.reached[-1], rel=1e-15)
+        assert after.nominal == before.nominal
+    assert folded([Steps("x", ["a", "b"], [1.0, 0.8], 1.5, 1.0, 1.3)])[0].names == ["a", "b"], (
+        "one step alone keeps its name"
+    )
+    rows = waterfall_figure([replace(two[0], title="1"), replace(two[1], title="2")], columns=1)
+    steps = [[t.get_text() for t in ax.get_yticklabels()][1:-1] for ax in rows.axes]
+    assert steps == [["b", "other (4 steps)"], ["c", "other (4 steps)"]]
 
 
 def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
