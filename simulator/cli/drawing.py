@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from simulator.figures.panels import across, device, fronts_of, roof_of, speedups_of, steps_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
-from simulator.figures.titles import device_title, model_title
+from simulator.figures.titles import device_title
 from simulator.figures.waterfall import waterfall_figure
 from simulator.predict.scenario import batch_name
 
@@ -29,13 +29,8 @@ def _several(values: Sequence[object]) -> bool:
 
 
 def draw_speedups(results: Sequence[Result], path: str) -> None:
-    """Draw speedup against sparsity for a table of results."""
-    lengths, models = _several([r.seq for r in results]), _several([r.model for r in results])
-    rows = [
-        (f"{model_title(r.model)}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "")
-        for r in results
-    ]
-    save_figure(speedups_of(results, rows), path)
+    """Draw speedups over batch, length or sparsity, whichever varies."""
+    save_figure(speedups_of(results), path)
 
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:

@@ -23,7 +23,8 @@ from simulator.explore.layout import (
 )
 from simulator.explore.predictions import Cell, predictions, winners
 from simulator.explore.state import State
-from simulator.figures.crossover import NO_GAIN, TOO_LARGE, UNCERTAIN, opacity, short
+from simulator.figures.crossover import NO_GAIN, TOO_LARGE, UNCERTAIN, opacity
+from simulator.figures.layout import short
 from simulator.figures.style import in_order, label, style_of
 from simulator.figures.titles import device_title
 from simulator.predict.scenario import batch_name, once

@@ -61,19 +61,10 @@ def crossover_figure(
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()}, batches, lengths)
-        layout.cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
+        layout.cells(panels, [str(b) for b in batches], [layout.short(n) for n in lengths])
         layout.name_panels(panels, {r: r for r in data["row"]})
         layout.legend_below(figure, handles, lines, "batch")
         return layout.laid_out(figure, "sequence (tokens)")
-
-
-def short(tokens: int) -> str:
-    """Format a number of tokens in few characters.
-
-    >>> short(512), short(8192), short(1000)
-    ('512', '8k', '1000')
-    """
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int]) -> None:

@@ -95,6 +95,15 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
     axis.set_major_formatter(FuncFormatter(text))
 
 
+def short(tokens: int) -> str:
+    """Format a number of tokens in few characters.
+
+    >>> short(512), short(8192), short(1000)
+    ('512', '8k', '1000')
+    """
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
 def in_a_row(panels: int) -> int:
     """Return the number of panels per row: at most three, in rows of equal length if possible.
 

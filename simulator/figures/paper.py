@@ -152,7 +152,7 @@ def _speedup(p: Paper) -> Made:
     found = table(
         [p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], scenario=p.scenario
     )
-    figure = speedups_of(found.rows, [_where(r) for r in found.rows])
+    figure = speedups_of(found.rows)
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "

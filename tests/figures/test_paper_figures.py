@@ -176,9 +176,14 @@ def test_figures_print_in_other_engines(engine: str) -> None:
 @pytest.mark.parametrize(
     ("hardware", "engines", "rows", "columns"),
     [
-        (["h100_sxm"], ["vllm", "hf"], ["decode"], ["H100 SXM, vLLM", "H100 SXM, Transformers (eager)"]),
-        (["h100_sxm"], FOUR, ["decode, H100 SXM"], list(map(engine_title, FOUR))),
-        (["h100_sxm", "l40s"], ["vllm", "hf"], ["decode, vLLM", "decode, Transformers (eager)"], ["H100 SXM", "L40S"]),
+        (["h100_sxm"], ["vllm", "hf"], ["decode, batch 1"], ["H100 SXM, vLLM", "H100 SXM, Transformers (eager)"]),
+        (["h100_sxm"], FOUR, ["decode, batch 1, H100 SXM"], list(map(engine_title, FOUR))),
+        (
+            ["h100_sxm", "l40s"],
+            ["vllm", "hf"],
+            ["decode, batch 1, vLLM", "decode, batch 1, Transformers (eager)"],
+            ["H100 SXM", "L40S"],
+        ),
     ],
 )
 def test_each_engine_has_a_panel_that_names_it(
@@ -187,7 +192,7 @@ def test_each_engine_has_a_panel_that_names_it(
     records = simulator.table(
         ["llama-3.1-8b"], hardware, ["depth", "width"], [0.25, 0.5], ["decode"], engine=engines
     ).rows
-    figure = speedups_of(records, ["decode"] * len(records))
+    figure = speedups_of(records)
     check_print(figure)
     across = len(columns)
     assert [ax.get_title().replace("\n", " ") for ax in figure.axes[:across]] == columns
