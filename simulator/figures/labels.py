@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MARKER_PT = 2.6
 """Half the size of a marker that names keep clear, points."""
 
+GAP_PT = 2.0
+"""Horizontal room between two names, points."""
+
 LONG = 22
 """Characters of a joint name from which its parts are written below each other."""
 
@@ -66,10 +69,11 @@ def write_labels(
         own_names = list(dict.fromkeys(texts[i] for i in group))
         text = (", " if sum(map(len, own_names)) < LONG else "\n").join(own_names)
         point = places[group].mean(axis=0)
-        label = ax.text(*to_data.transform(point), text, **style)
+        x0, y0 = to_data.transform(point).tolist()
+        label = ax.text(x0, y0, text, **style)
         extent = label.get_window_extent()
         label.remove()
-        size = np.array([extent.width, extent.height])
+        size = np.array([extent.width + GAP_PT * scale, extent.height])
         for center, far, strict in _candidates(point, size, scale, reach_pt):
             own = np.concatenate([center - 0.5 * size, center + 0.5 * size])
             line = np.linspace(point, center, 24) if far else np.zeros((0, 2))
@@ -80,7 +84,8 @@ def write_labels(
             crosses = strict and any(_overlaps(along, name).any() for name in names)
             if within and not clash and not crosses:
                 names, taken = np.concatenate([names, own[None]]), np.concatenate([taken, along])
-                ax.text(*to_data.transform(center), text, **style)
+                x0, y0 = to_data.transform(center).tolist()
+                ax.text(x0, y0, text, **style)
                 if far:
                     ax.plot(*to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
                 break

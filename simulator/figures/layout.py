@@ -172,7 +172,8 @@ def wrapped(title: str, room_in: float) -> str:
 def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
     """Write names of the columns above the first row, and the names in ``rows`` right of the last column."""
     (first, _), (_, last) = next(iter(panels)), list(panels)[-1]
-    room_in = (next(iter(panels.values())).figure.get_figwidth() - 0.9) / len({c for _, c in panels})
+    figure: Any = next(iter(panels.values())).figure
+    room_in = (figure.get_figwidth() - 0.9) / len({c for _, c in panels})
     for (r, c), ax in panels.items():
         if r == first:
             ax.set_title(wrapped(c, room_in), pad=5)

@@ -161,7 +161,7 @@ def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
     >>> [style.marker for style in found.values()]
     ['s', 'o']
     """
-    first = {family: name for name, family in reversed(families.items()) if family in STYLES}
+    first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
     used = {(style.color, style.marker) for style in styles.values()}
     colors = {color for color, _ in used}

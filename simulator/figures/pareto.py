@@ -134,9 +134,9 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
     bars = data["lower"] * (1.0 - along) + data["upper"] * along
     ends = np.repeat(steps_x, 2)[1:], np.repeat([*steps_y, steps_y[-1]], 2)[:-1]  # corners of the frontier
     corners = np.linspace(0, len(ends[0]) - 1, 20 * len(ends[0]))
-    frontier_line = [np.interp(corners, np.arange(len(e)), e) for e in ends]
+    line_x, line_y = (np.interp(corners, np.arange(len(e)), e) for e in ends)
     dense = np.linspace(start, end, 60)
-    clear_of = [(np.broadcast_to(x, bars.shape).ravel(), bars.ravel()), frontier_line, (dense, np.ones_like(dense))]
+    clear_of = [(np.broadcast_to(x, bars.shape).ravel(), bars.ravel()), (line_x, line_y), (dense, np.ones_like(dense))]
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
         style = style_of(data["family"][i], position)
         strip: dict[str, Any] = {"hatch": "/////" if style.hollow else None, "linewidth": 0, "clip_on": False}

@@ -296,7 +296,7 @@ def _value_axes(panels: layout.Panels, values: NDArray[np.float64], axis: str, r
             ax.set_xscale("log", base=2)
             margin = max(high / low, 2.0) ** 0.05
             ax.set_xlim(low / margin, high * margin)
-        layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: _tick(axis, value))
+        layout.fixed_ticks(ax.xaxis, ticks.tolist(), lambda value, _: _tick(axis, value))
 
 
 def _tick(axis: str, value: float) -> str:

@@ -57,7 +57,7 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
     count = int(small.sum())
     if count < 2:
         return list(panels)
-    kept, others = np.flatnonzero(~small), np.flatnonzero(small)
+    kept, others = np.flatnonzero(~small).tolist(), np.flatnonzero(small).tolist()
 
     def fold(p: Steps) -> Steps:
         joined = "; ".join(f"{p.names[i]} ×{p.factors[i]:.3f}" for i in others)
