@@ -62,6 +62,18 @@ def list_models() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json")))
 
 
+def model_title(name: str) -> str:
+    """Return the publisher's name of a shipped model; another name is returned unchanged.
+
+    >>> model_title("qwen3-8b"), model_title("llama-2-7b"), model_title("mine")
+    ('Qwen3-8B', 'Llama-2-7b', 'mine')
+    """
+    if name not in list_models():
+        return name
+    published: str = _content(name)["_source"].rsplit("/", 1)[-1]
+    return published.removesuffix("-hf")
+
+
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     """Load the shapes of a model; no weight is read.
 
