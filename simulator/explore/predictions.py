@@ -18,7 +18,7 @@ from simulator.predict.caveats import uncalibrated
 from simulator.predict.crossover import winners as fastest
 from simulator.predict.explain import Explanation, explanations
 from simulator.predict.prunings import Pruning
-from simulator.predict.result import Result, plain
+from simulator.predict.result import Result
 from simulator.predict.table import table
 
 if TYPE_CHECKING:

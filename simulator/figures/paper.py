@@ -211,7 +211,7 @@ def _crossover(p: Paper) -> Made:
     from simulator.predict.prunings import Pruning, families
 
     shapes = tuple(itertools.product(BATCHES, LENGTHS))
-    prunings = [Pruning(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
+    prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
     maps = [
         winners(replace(p.scenario, model=p.model, phase=phase, shapes=shapes), prunings, p.devices)
         for phase in ("prefill", "decode")

@@ -43,7 +43,7 @@ def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[
 
     >>> from simulator.hardware.library import load_hardware
     >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (64, 2048)))
-    >>> found = winners(scenario, [Pruning("depth", 0.5), Pruning("width", 0.5)], [load_hardware("h100")])
+    >>> found = winners(scenario, [Pruning.of("depth", 0.5), Pruning.of("width", 0.5)], [load_hardware("h100")])
     >>> [r.family for r in found.best], found.gains.tolist()
     (['depth', 'depth'], [True, True])
     """

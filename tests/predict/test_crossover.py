@@ -24,7 +24,7 @@ MODEL = "llama-3.1-8b"
 def test_the_winner_is_that_of_the_table_and_certain_by_the_interval_of_its_ratio(phase: str) -> None:
     names, gpus = ("width", "depth", "low_rank"), [load_hardware("h100"), load_hardware("rtx_4090")]
     scenario = Scenario(model=MODEL, phase=phase, shapes=SHAPES)
-    found = winners(scenario, [Pruning(name, 0.5) for name in names], gpus)
+    found = winners(scenario, [Pruning.of(name, 0.5) for name in names], gpus)
     assert {(r.hardware, r.batch, r.seq) for r in found.best} == {(hw.label, *s) for hw in gpus for s in SHAPES}
     overlap = False
     for r, gains, certain in zip(found.best, found.gains, found.certain, strict=True):
@@ -42,8 +42,8 @@ def test_the_winner_is_that_of_the_table_and_certain_by_the_interval_of_its_rati
 
 def test_what_is_not_supported_does_not_compete() -> None:
     scenario = Scenario(model=MODEL, phase="decode", shapes=((1, 2048),), engine="vllm")
-    sparse24 = Pruning("semi_structured", 0.5)
-    found = winners(scenario, [sparse24, Pruning("depth", 0.5)], [load_hardware("h100")])
+    sparse24 = Pruning.of("semi_structured", 0.5)
+    found = winners(scenario, [sparse24, Pruning.of("depth", 0.5)], [load_hardware("h100")])
     assert ([r.family for r in found.best], found.gains.tolist(), found.certain.tolist()) == (["depth"], [True], [True])
     with pytest.raises(InputError, match="vllm has no 2:4 kernels"):
         winners(scenario, [sparse24], [load_hardware("h100")])
@@ -51,7 +51,7 @@ def test_what_is_not_supported_does_not_compete() -> None:
 
 def test_a_large_map_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = Scenario(model=MODEL, phase="decode", shapes=SHAPES)
-    prunings = [Pruning("width", 0.5), Pruning("token", 0.5)]
+    prunings = [Pruning.of("width", 0.5), Pruning.of("token", 0.5)]
     whole = winners(scenario, prunings, [load_hardware("h100")])
     monkeypatch.setattr("simulator.predict.crossover.OPERATOR_ROWS", 1)
     parts = winners(scenario, prunings, [load_hardware("h100")])
