@@ -74,6 +74,60 @@ def parse_quantity(text: str, unit: str) -> float:
     raise InputError(f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}: {problem}')
 
 
+def parse_fraction(text: str) -> float:
+    """Convert a text such as ``0.25`` or ``25 %`` to a number.
+
+    >>> parse_fraction("0.25"), parse_fraction("12.5%")
+    (0.25, 0.125)
+    """
+    body = text.strip()
+    match = _NUMBER.fullmatch(body.removesuffix("%").rstrip())
+    if match is None:
+        raise InputError(f"expected a fraction such as 0.25 or 25%, got {_shown(text)}")
+    return float(Decimal(match.group()) / (100 if body.endswith("%") else 1))
+
+
+def parse_count(text: str) -> int:
+    """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts.
+
+    >>> parse_count("64"), parse_count("32k"), parse_count("1.5k")
+    (64, 32768, 1536)
+    """
+    body = text.strip()
+    size = {"k": 1024, "K": 1024, "M": 1024**2}.get(body[-1:], 1)
+    match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
+    value = _EXACT.multiply(Decimal(match.group()), Decimal(size)) if match else Decimal("NaN")
+    if match is None or value != value.to_integral_value() or abs(value) > 10**15:
+        raise InputError(f"expected a whole number such as 64 or 32k, got {_shown(text)}")
+    return int(value)
+
+
+def parse_ratio(text: str) -> float:
+    """Convert a text such as ``1.5`` or ``1.5x`` to a number.
+
+    >>> parse_ratio("1.5x")
+    1.5
+    """
+    match = _NUMBER.fullmatch(text.strip().removesuffix("x").rstrip())
+    if match is None:
+        raise InputError(f"expected a ratio such as 1.5x, got {_shown(text)}")
+    return float(match.group())
+
+
+def parse_value(text: str) -> bool | int | float | str:
+    """Convert a text to true or false, a whole number, a number or, else, itself.
+
+    >>> [parse_value(text) for text in ("16", "0.5", "true", "mlp")]
+    [16, 0.5, True, 'mlp']
+    """
+    if text in ("true", "false"):
+        return text == "true"
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return text
+    return int(text) if set(text) <= set("+-0123456789") else float(text)
+
+
 def _shown(text: str) -> str:
     return f'"{text[:40]}..."' if len(text) > 40 else f'"{text}"'
 

@@ -5,7 +5,8 @@ whether a workload fits on a device. Memory is that of the fullest device:
 
 - weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
-- cache: keys and values of the longest length of each layer, at most its sliding window.
+- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
+  the length.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
   output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One forward pass without
   chunks, without an allocator's fragmentation.
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, instance, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
-from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
 _SEGMENT[Part.HEAD] = 2
 
-_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b", "gate up gate_up"))
+_QKV, _WIDE = (
+    [ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
+)
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
 
@@ -145,6 +148,10 @@ class WorkloadBatch:
             sparsity=self.sparsity[index],
             realised=self.realised[index],
         )
+
+    def rows_of(self, index: int) -> IndexArray:
+        """Return the indices of the rows of one workload."""
+        return int(self.starts[index]) + np.arange(int(self.lengths[index]))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -258,15 +265,15 @@ class Memory(Displayed):
         return self.verdict
 
 
-def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
+def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
     """Return the memory that a workload needs on a device.
 
     Parameters
     ----------
     workload : Workload
         The workload, from :func:`simulator.lower`.
-    hw : HardwareProfile
-        The device, from :func:`simulator.load_hardware`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile from :func:`simulator.load_hardware`.
     reserve_bytes : float
         Memory that other uses take, bytes.
 
@@ -284,13 +291,12 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
-    >>> print(memory(w, simulator.load_hardware("h100")).verdict)
+    >>> print(memory(w, "h100").verdict)
     does not fit: needs 130.0 GiB, 79.6 GiB available (1.6x); fits on 2 devices
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
-    if not hasattr(hw, "memory_bytes"):
-        raise InputError(f"hw: expected a HardwareProfile (see load_hardware), got {type(hw).__name__}")
+    hw = load_hardware(hw)
     workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, float(hw.memory_bytes)
     weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes
@@ -310,7 +316,7 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of the parameters of each workload."""
     w = workloads.rows
-    element = DTYPE_BYTES[w.weight_dtype]
+    element = DTYPE_BYTES[np.where(w.kind == Kind.DELTA_NET, w.dtype, w.weight_dtype)]
     gemm = w.kind == Kind.GEMM
     each = w.params * element
     sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
@@ -334,9 +340,9 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the bytes of keys and values of each workload at the longest length of each layer."""
+    """Return the bytes of keys, values and states of each workload at the longest length of each layer."""
     w = workloads.rows
-    at = np.flatnonzero(w.is_attention)
+    at = np.flatnonzero(w.is_attention | (w.kind == Kind.DELTA_NET))
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
@@ -344,6 +350,7 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
     batch = np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
     latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
     each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
+    each = np.where(w.kind[at] == Kind.DELTA_NET, batch / np.maximum(w.batch[at], 1) * w.state_bytes_each[at], each)
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
     # decodes of generate have one row per length; the longest counts

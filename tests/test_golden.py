@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
+from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
 
 import simulator
 from simulator.cost.collective import COLLECTIVES
@@ -39,6 +39,7 @@ MODELS = (
     "qwen3-30b-a3b",  # many small experts
     "opt-13b",  # no gate in the MLP
     "nemotron-super-49b",  # layers that differ
+    "qwen3-next-80b-a3b",  # gated delta nets
 )
 DTYPES = {  # GPUs: calibrated on several stacks, on one, and known from a datasheet only; and a CPU
     "h100_sxm": "bf16",
@@ -106,9 +107,10 @@ def scenarios() -> Iterator[Line]:
             asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
             yield from record_lines(cells, scenario=scenario, **asked, **request)
         if phase in ("prefill", "decode"):
-            cells = ("llama-2-7b", "a100_sxm_80gb", "vllm", phase, batch, seq, "bf16")
-            asked = {"models": ["llama-2-7b"], "hardware": ["a100_sxm_80gb"], "method": list(simulator.METHODS)}
-            yield from record_lines(cells, **asked, **request)
+            for model, gpu, routed in (("llama-2-7b", "a100_sxm_80gb", False), ("mixtral-8x7b", "h200_sxm", True)):
+                methods = [name for name, method in simulator.METHODS.items() if (method.family == "experts") == routed]
+                asked = {"models": [model], "hardware": [gpu], "method": methods}
+                yield from record_lines((model, gpu, "vllm", phase, batch, seq, "bf16"), **asked, **request)
 
 
 def operators() -> Iterator[Line]:
@@ -132,6 +134,8 @@ def operators() -> Iterator[Line]:
             ("decode", decode_time(batch, tokens, 32, 8, 128, hw)),
             ("decode:fp8", decode_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
             ("decode:latent", decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
+            ("delta_net:step", delta_net_time(batch, batch, 32, 16, 128, 128, hw)),
+            ("delta_net:prompt", delta_net_time(batch * tokens, batch, 32, 16, 128, 128, hw)),
         ):
             yield from times(profile, name, t, batch, tokens)
         for skew in (0.0, 0.5):

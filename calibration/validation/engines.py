@@ -29,6 +29,8 @@ from calibration.validation.published import (
 )
 from calibration.validation.report import table
 from calibration.validation.serving import HeldOut, held_out_models
+from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.loading import FEATURES, Loading
 from simulator.hardware.library import load_hardware
 from simulator.units import percent
 
@@ -132,6 +134,7 @@ def tables() -> list[str]:
     return [
         _summary_table(overall, ("kind",)),
         _summary_table(by_engine, ("kind", "engine", "split")),
+        loads_table(),
         _held_out_table(held_out_models()),
         _summary_table(summaries({"serve": all_rows["serve"]}), ("engine", "gpu")),
         _figure_2(),
@@ -163,6 +166,19 @@ def _summary_table(lines: Iterable[Summary], names: Sequence[str]) -> str:
         for line in lines
     ]
     return table(header, cells, left=range(len(names)))
+
+
+def loads_table() -> str:
+    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no server."""
+    engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
+
+    def cell(found: Loading) -> str:
+        types = ", ".join(found.model_types) if len(found.model_types) <= 3 else f"{len(found.model_types)} model types"
+        multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
+        return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
+
+    cells = [[text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()]
+    return table(["checkpoint with", *(engine.name for engine in engines)], cells, left=range(len(engines) + 1))
 
 
 def _held_out_table(groups: Sequence[HeldOut]) -> str:
@@ -214,10 +230,13 @@ def _comparison_table(rows: Iterable[Comparison], text: Callable[[float], str] =
 def scatter(comparisons: Mapping[str, Sequence[Comparison]]) -> Figure:
     """Draw predicted against measured dense times and times per token, one panel per engine."""
     from simulator.figures.scatter import Cloud, scatter_figure
+    from simulator.figures.titles import engine_title
 
     rows = [*comparisons["dense"], *comparisons["serve"]]
     clouds = []
     for engine in sorted({c.engine for c in rows}):
         points = [c for c in rows if c.engine == engine]
-        clouds.append(Cloud(engine, [c.measured for c in points], [c.predicted for c in points], what="times"))
+        clouds.append(
+            Cloud(engine_title(engine), [c.measured for c in points], [c.predicted for c in points], what="times")
+        )
     return scatter_figure(clouds)

@@ -19,7 +19,7 @@ Roofline = Annotated[
     str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
 ]
 
-Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed.")]
 
 
 @options.expanded()
@@ -30,6 +30,7 @@ def explain(
     method: Annotated[str | None, opt("--method", "NAME", "Or one published method: see prunesim methods.")] = None,
     sparsity: Sparsity = None,
     pruned: options.Pruned = None,
+    prune: options.Prune = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -50,19 +51,22 @@ def explain(
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.predict.prunings import readable
 
     requested = run.requests(known, ideal=ideal)
+    existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
     with render.progress("explaining") as report:
         found = explanations(
             model,
             options.devices(hardware, same_stack),
             family,
-            None if sparsity is None else options.sparsity("--sparsity", sparsity),
+            None if sparsity is None else options.fraction("--sparsity", sparsity),
             requested.phase,
             requested.batch,
             requested.seq,
             method=method,
-            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            pruned=existing,
+            prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
             options=options.settings("--option", option),
@@ -83,7 +87,7 @@ def explain(
             if i:
                 print()
             _print(together)
-        render.notes(_notes(found), verbose)
+        render.notes([*skipped, *_notes(found)], verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
@@ -98,7 +102,7 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
     groups: dict[tuple[object, ...], list[Explanation]] = {}
     for e in found:
         r = e.result
-        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruned), []).append(e)
+        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruning), []).append(e)
     return list(groups.values())
 
 
@@ -131,8 +135,11 @@ def _print(together: Sequence[Explanation]) -> None:
         shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
-    name = f"{r.pruned or r.method} ({r.family})" if r.pruned or r.method else r.family
-    render.show(shown, f"{name} {render.percent(r.sparsity)}, {r.hardware}: {title}")
+    name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
+    render.show(shown, f"{name}, {r.hardware}: {title}")
+    if r.parts:
+        print()
+        print(textwrap.fill(f"removed: {r.parts}", available, subsequent_indent="  ", break_on_hyphens=False))
     print()
     for e in together:
         r = e.result

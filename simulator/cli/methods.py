@@ -39,13 +39,16 @@ def command(
         more = "prunesim methods NAME shows details; widths and ranks are rounded as in the family"
         print(f"\n{textwrap.fill(more, render.width())}")
     else:
-        for key, value in _plain(found[0]).items():
+        plain = _plain(found[0])
+        if (budget := found[0].budget) is not None:
+            plain["sparsities"] = f"follow from the length: it keeps {budget:,} tokens; give no --sparsity"
+        for key, value in plain.items():
             text = f"{key + ':':<12}{_text(value)}"
             print(textwrap.fill(text, render.width(), subsequent_indent=" " * 12))
 
 
 def _plain(m: Method) -> dict[str, Any]:
-    names = ("name", "family", "what", "options", "sparsities", "phases", "title", "arxiv")
+    names = ("name", "family", "what", "options", "sparsities", "phases", "models", "title", "arxiv")
     return {name: getattr(m, name) for name in names}
 
 
@@ -54,4 +57,4 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, dict):
         return ", ".join(f"{name}={option}" for name, option in value.items()) or "defaults of the family"
-    return ", ".join(str(v) for v in value)
+    return ", ".join(str(v) for v in value) or "see the paper"

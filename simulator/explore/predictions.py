@@ -6,22 +6,19 @@ of text, never an exception.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from simulator.errors import InputError
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.predict.caveats import uncalibrated
-from simulator.predict.crossover import fastest
+from simulator.predict.crossover import winners as fastest
 from simulator.predict.explain import Explanation, explanations
-from simulator.predict.grid import Formats, Grid
 from simulator.predict.prunings import Pruning
-from simulator.predict.result import Result, Results, plain
-from simulator.predict.sweep import sweep_results
+from simulator.predict.result import Result
 from simulator.predict.table import table
 
 if TYPE_CHECKING:
@@ -158,21 +155,13 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
 
 @lru_cache(maxsize=KEPT)
 def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Cell, ...], str]:
-    families, formats = tuple(map(Pruning, state.drawn)), (Formats(state.arithmetic, state.weights or None),)
-    axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.engine,), (state.devices,))
+    shapes = tuple(itertools.product(BATCHES, LENGTHS))
     try:
-        grid = Grid((state.load(),), profiles, *axes, new_tokens=state.new_tokens, level=state.scenario.level)
-        found = sweep_results(grid)
+        scenario = replace(state.scenario, model=state.load(), phase=state.phase, shapes=shapes, dense_s=None)
+        won = fastest(scenario, [Pruning.of(family, state.at) for family in state.drawn], profiles)
     except InputError as error:
         return (), str(error)
-    if not len(found):
-        return (), "; ".join(found.notes) or "nothing to predict"
-    family, hardware, *others = (plain(found.columns[name]) for name in ("family", "hardware", "seq", "batch"))
-    gpu = {name: i for i, name in enumerate(dict.fromkeys(hardware))}
-    cell = np.unique(np.stack([[gpu[name] for name in hardware], *others]), axis=1, return_inverse=True)[1]
-    won = fastest(cell, family, *(found.columns[name] for name in ("speedup", "speedup_lower", "speedup_upper")))
-    best: Results = found.take(won.row)
     return tuple(
         Cell(r, r.family if gains else "", certain)
-        for r, gains, certain in zip(best, won.gains.tolist(), won.sure.tolist())
+        for r, gains, certain in zip(won.best, won.gains.tolist(), won.certain.tolist())
     ), ""

@@ -217,7 +217,7 @@ class _Search:
         self.scenario, self.notes = scenario, notes
         (self.dense,) = scenario.workloads
         grid = [round(COARSE * i, 6) for i in range(1, round(LARGEST_SPARSITY / COARSE) + 1)]
-        self.prunings = [Pruning(name, s) for name, s in itertools.product(chosen, grid)]
+        self.prunings = [Pruning.of(name, s) for name, s in itertools.product(chosen, grid)]
         reasons: dict[str, list[str]] = {}
 
         def reject(pruning: int | None, reason: str, _device: str) -> None:
@@ -243,7 +243,7 @@ class _Search:
             if sparsity is None:  # no sparsity reaches the target: take the fastest
                 fastest = np.where(family == name, coarse.columns["speedup"], 0.0).argmax()
                 sparsity = float(coarse.columns["sparsity"][fastest])
-            r = self.results([Pruning(name, sparsity)], hw)[0]
+            r = self.results([Pruning.of(name, sparsity)], hw)[0]
             advice.append(
                 Advice(
                     result=r,
@@ -271,7 +271,7 @@ class _Search:
             same = row > 0 and plain(coarse.columns["family"])[row - 1] == family
             before = float(coarse.columns["sparsity"][row - 1]) if same else 0.0
             many = round((sparsity - before) / FINE)
-            fine += [Pruning(family, round(before + FINE * i, 6)) for i in range(1, many)]
+            fine += [Pruning.of(family, round(before + FINE * i, 6)) for i in range(1, many)]
         finer = self.first(self.results(fine, hw), name)
         return {family: sparsity for family, (_, sparsity) in {**first, **finer}.items()}
 
@@ -299,7 +299,7 @@ class _Search:
         widths = list(range(low, high + 1, ALIGN * (1 + max(0, high - low) // (ALIGN * MOST_WIDTHS))))
         fractions = [1.0 - width / whole for width in widths]
         sparsities = [{"attention": sparsity, "mlp": f} if family == "width" else f for f in fractions]
-        results = self.results([Pruning(family, one) for one in sparsities], hw)
+        results = self.results([Pruning.of(family, one) for one in sparsities], hw)
         if len(results) < 4:
             return ()
         at, time = results.pruning.tolist(), results.columns["pruned_s"]

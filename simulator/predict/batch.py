@@ -20,7 +20,6 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.predict.prunings import Pruning, check_alike
 from simulator.predict.scenario import Scenario
-from simulator.pruning import FAMILIES
 from simulator.workload import Kernel, Workload, role_code
 from simulator.workload_batch import WorkloadBatch
 
@@ -44,7 +43,7 @@ def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) ->
     family or the engine does not support go to ``reject``.
 
     >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
-    >>> batch = batch_of(scenario, [Pruning("depth", 0.25), Pruning("width", 0.5)], rejecting)
+    >>> batch = batch_of(scenario, [Pruning.of("depth", 0.25), Pruning.of("width", 0.5)], rejecting)
     >>> batch.pruning.tolist(), batch.dense.tolist()
     ([-1, -1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1])
     """
@@ -83,15 +82,13 @@ def _pruned(
 ) -> WorkloadBatch:
     """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
-    requested = pruning.sparsity if pruning.method else steps[-1].sparsity
-    assert isinstance(requested, float | int)
     return WorkloadBatch(
         rows=rows,
         lengths=lengths,
         sequences=np.array([scenario.shapes[i][0] for i in group], dtype=np.intp),
         dense=np.array(group, dtype=np.intp),
         pruning=np.full(many, index),
-        sparsity=np.full(many, float(requested)),
+        sparsity=np.full(many, pruning.requested(rows)),
         realised=np.full(many, 1.0 - math.prod(1.0 - step.realised for step in steps)),
     )
 
@@ -131,8 +128,8 @@ def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: di
         pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
     model = load_model(scenario.model)
-    if not pruning.method and (lacks := FAMILIES[pruning.family].needs) and not getattr(model, lacks):
-        reasons[f"{model.name} has no routed {lacks}"] = None
+    if lacks := pruning.lacking(model):
+        reasons[lacks] = None
         return []
     call = partial(pruning.apply, scenario=scenario)
     return [part for group, rows in together[pruning.together] for part in _prune(scenario, group, rows, call, reasons)]

@@ -22,6 +22,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.formats import label_of
 from simulator.predict.batch import Reject, rejecting
+from simulator.predict.parts import removed_parts, sizes
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import COLUMNS, Labels, Results
 from simulator.predict.scenario import Scenario
@@ -41,7 +42,7 @@ PARTS: Mapping[str, str] = MappingProxyType({
     "gemm": "GEMMs", "experts": "experts",
     "attention_prefill": "prefill attention", "attention_decode": "decode attention",
     "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
-    "elementwise": "elementwise operators",
+    "elementwise": "elementwise operators", "delta_net": "gated delta nets",
 })
 # fmt: on
 """Section of a profile -> name of its operators in notes."""
@@ -191,6 +192,8 @@ def _identity(
         "family": Labels(pruning, tuple(p.family for p in prunings)),
         "options": Labels(pruning, tuple(p.label for p in prunings)),
         "method": Labels(pruning, tuple(p.method for p in prunings)),
+        "prune": Labels(pruning, tuple(p.prune for p in prunings)),
+        "parts": Labels(pruning, _parts(batch, prunings)),
         "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
         "new_tokens": np.full(len(at), meta.new_tokens),
         "devices": np.full(len(at), meta.devices),
@@ -201,6 +204,19 @@ def _identity(
     for name, text in {**equal, "parallel": meta.parallel}.items():
         columns[name] = Labels(none, (text,))
     return columns
+
+
+def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
+    """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
+    out, dense = [""] * len(prunings), dict[int, dict[str, float]]()
+    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
+        first = int(np.argmax(batch.pruning == i))
+        of = int(batch.dense[first])
+        if of not in dense:
+            dense[of] = sizes(batch.rows.take(batch.rows_of(of)))
+        steps = () if prunings[i].model else prunings[i].steps
+        out[i] = removed_parts(steps, dense[of], batch.rows.take(batch.rows_of(first)))
+    return tuple(out)
 
 
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:

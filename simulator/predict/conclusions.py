@@ -1,6 +1,7 @@
-"""Conclusions of ``advise`` and ``pareto``: one to three sentences with their numbers and intervals.
+"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals.
 
-Use :func:`of_advice` and :func:`of_fronts`; :func:`simulator.predict.explain.conclusions` is that of ``explain``.
+Use :func:`of_speedups`, :func:`of_advice` and :func:`of_fronts`; :func:`simulator.predict.explain.conclusions` is that
+of ``explain``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NAMED = 4
 
 
 MOST_FRONTS = 3
-"""Frontiers with a sentence and a table of their own."""
+"""Frontiers with a sentence and a table of their own, and predictions or settings with a sentence."""
 
 
 def speedup_text(r: Result | Point) -> str:
@@ -39,6 +40,46 @@ def probability_text(probability: float) -> str:
     ('52 %', '> 99 %', '< 1 %')
     """
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
+
+
+def of_speedups(results: Sequence[Result]) -> list[str]:
+    """Return how much faster each pruning is: a sentence for each of a few, and of many the fastest of each of a few
+    settings, or of all, with the number of gains and losses.
+
+    >>> from simulator import table
+    >>> print(of_speedups(list(table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode")))[0][:74])
+    depth at 25 % makes llama-3.1-8b 1.26x faster (1.21-1.29) on h100_sxm in v
+    """
+    if len(results) <= MOST_FRONTS:
+        return [_one(r) for r in results]
+    groups: dict[str, list[Result]] = {}
+    for r in results:
+        groups.setdefault(
+            f"{setting(r)}" if len({x.model for x in results}) == 1 else f"{setting(r)} of {r.model}", []
+        ).append(r)
+    if len(groups) <= MOST_FRONTS:
+        return [_fastest(some, f"On {where}") for where, some in groups.items()]
+    best = max(results, key=lambda r: r.speedup)
+    return [_fastest(results, f"Of {len(groups)} settings", f" on {setting(best)}")]
+
+
+def _one(r: Result) -> str:
+    where = f"on {setting(r)}, {r.bottleneck}-bound"
+    if r.speedup_upper < 1.0:
+        text = f"makes {r.model} slower: {speedup_text(r)} {where}"
+    elif r.speedup_lower <= 1.0:
+        text = f"does not surely make {r.model} faster: {speedup_text(r)} {where}"
+    else:
+        ends = f"({ratio(r.speedup_lower)}-{ratio(r.speedup_upper)})"
+        text = f"makes {r.model} {ratio(r.speedup)}x faster {ends} {where}"
+    return f"{r.pruning} {text}."
+
+
+def _fastest(some: Sequence[Result], start: str, where: str = "") -> str:
+    best = max(some, key=lambda r: r.speedup)
+    gains, losses = (sum(test) for test in ([r.speedup_lower > 1 for r in some], [r.speedup_upper < 1 for r in some]))
+    counts = f"{gains} of {len(some)} are faster with their whole interval" + (f", {losses} slower" if losses else "")
+    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}; {counts}."
 
 
 def settings_of(found: Advised) -> Mapping[str, list[Advice]]:

@@ -16,7 +16,7 @@ from simulator.predict.caveats import better_than_bound, inferred_by
 from simulator.predict.compare import results_of
 from simulator.predict.prunings import prunings_of
 from simulator.predict.result import HasResult, Result
-from simulator.predict.scenario import Scenario, check_fraction, check_measured, profiles, scenarios, setting
+from simulator.predict.scenario import Scenario, check_measured, profiles, scenarios, setting
 from simulator.predict.waterfall import Waterfall, waterfall
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
@@ -75,21 +75,22 @@ def explanations(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
     family: str | None = None,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: float | None = None,
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,
     method: str | None = None,
     pruned: Sequence[str | ModelConfig] = (),
+    prune: Sequence[str] = (),
     engine: Sequence[str] = (),
     scenario: Scenario | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Explanation, ...]:
-    """Return the waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), one
-    published method, or existing pruned models, for every engine, phase, batch, length and device; the other arguments
-    are those of :func:`simulator.table`.
+    """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
+    ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
+    :func:`simulator.table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -97,18 +98,15 @@ def explanations(
     True
     """
     config, devices = load_model(model), profiles(hardware)
-    if not pruned and family is None and method is None:
-        raise InputError("family: expected one family or method to explain, or a pruned model")
+    if not (pruned or prune) and family is None and method is None:
+        raise InputError("prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model")
     if family == "all":
         raise InputError("family 'all': expected one family to explain")
-    by_kind = {kind: check_fraction(s) for kind, s in sparsity.items()} if isinstance(sparsity, Mapping) else None
-    fractions = None if sparsity is None else [0.0] if isinstance(sparsity, Mapping) else [sparsity]
+    fractions = None if sparsity is None else [sparsity]
     methods, names = [method] if method else [], None if family is None else [family]
-    prunings = prunings_of([config], names, methods, pruned, fractions, options)
-    if len(prunings) > 1 and not pruned:
+    prunings = prunings_of([config], names, methods, pruned, fractions, options, prune)
+    if len(prunings) > 1 and not (pruned or prune):
         raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
-    if by_kind is not None:
-        prunings = (prunings[0].at(by_kind),)
     requested = scenarios(scenario, [config], engine, phase, batch, seq)
     check_measured(requested, devices)
     order = [(one.phase, one.shapes) for one in requested]  # by request, then engine
@@ -132,8 +130,8 @@ def conclusion(e: Explanation) -> str:
     model in another."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
-    what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
-    nominal = f"{what} at {percent(r.sparsity)} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
+    share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
+    nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
     predicted = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
     parts = [f"{nominal}, {predicted} on {setting(r)}, {r.bottleneck}-bound"]
     if losses:
@@ -157,7 +155,7 @@ def conclusions(found: Sequence[Explanation]) -> list[str]:
         return [conclusion(e) for e in found]
     best, worst = (pick(found, key=lambda e: e.result.speedup).result for pick in (max, min))
     first, settings = found[0].result, len({setting(e.result) for e in found})
-    what = first.pruned or first.method or f"{first.family} at {percent(first.sparsity)}"
+    what = first.pruning
     several = f"{what} and {len(found) // settings - 1} more" if len(found) > settings else what
     ends = " to ".join(
         f"{r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f}) on {setting(r)}" for r in (worst, best)

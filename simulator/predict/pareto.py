@@ -197,7 +197,7 @@ def fronts(
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
     config, devices = load_model(model), profiles(hardware)
-    prunings = [Pruning(row.family, row.sparsity, row.options) for row in rows]
+    prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
     notes: dict[str, None] = {}
 
     def reject(pruning: int | None, reason: str, device: str) -> None:

@@ -1,6 +1,7 @@
 """Prune: pure functions from a workload to the workload of the pruned model.
 
 Use :func:`prune`; :data:`FAMILIES` lists the families. A new family is one new module here with a constant ``FAMILY``.
+The module ``_grammar`` reads texts such as ``width mlp=0.3 + depth 0.25``.
 Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Numbers are rounded to the nearest whole
 number, halves up, unless a family documents another rule.
 """
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arguments import flag, instance, plain
+from simulator.arguments import flag, instance, plain, shown
+from simulator.arrays import Array, FloatArray
 from simulator.errors import InputError, unknown
 from simulator.pruning._edits import merge_runs
-from simulator.pruning._family import GROUPS, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import layer_count, projections, weights
+from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
+from simulator.pruning._rows import covering, layer_count, projections, weights
 from simulator.workload import ROLES, Applied, Part, Workload
 
 __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
@@ -57,9 +59,10 @@ def general_families() -> tuple[str, ...]:
 
 def prune(
     workload: Workload,
-    family: str,
-    sparsity: float | Mapping[str, float] | Sequence[float],
+    pruning: str,
+    sparsity: float | Mapping[str, float | Sequence[float]] | Sequence[float] | None = None,
     *,
+    layers: Sequence[int] | None = None,
     ideal: bool = False,
     **options: Any,
 ) -> Workload:
@@ -69,12 +72,18 @@ def prune(
     ----------
     workload : Workload
         Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
-    family : str
-        Pruning family, a key of :data:`simulator.FAMILIES`.
+    pruning : str
+        Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of ``--prune``
+        (:mod:`simulator.pruning._grammar`), or the path of a plan.
     sparsity : float, mapping of str to float, or sequence of float
-        Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A mapping applies to projections
-        ("q", "down", ...) or to the groups "attention", "mlp" and "qkv": projections that are not named stay dense, and
-        the entry of a projection overrides that of its group. A sequence has one fraction per layer, first to last.
+        Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A sequence has one fraction per
+        layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts of the family
+        ``width``, or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts that are not
+        named stay dense; the entry of a projection overrides that of its group. None with the option ``budget`` (tokens
+        kept): the sparsity follows from the length of each request, and the requested sparsity is the realised one.
+    layers : sequence of int, optional
+        Layers that are pruned, by their numbers from 0. The family ``depth`` removes the fraction of these layers, all
+        of them without a ``sparsity``.
     ideal : bool
         Exclude the work that the method adds (routers, gathers, selections), and use the efficiency of dense kernels:
         the bound of the family. The option ``kernel="ideal"`` of dynamic families has the same effect.
@@ -98,71 +107,152 @@ def prune(
     >>> pruned = simulator.prune(dense, "depth", 0.26)
     >>> pruned.meta.applied[0].realised, round(float(dense.flops.sum() / pruned.flops.sum()), 3)
     (0.25, 1.333)
+    >>> pruned = simulator.prune(dense, "width mlp=0.3 attention=0.25 + depth 0.25")
+    >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
+    [('width', 0.291), ('depth', 0.25)]
     """
     instance("workload", workload, Workload, "simulator.lower")
     flag("ideal", ideal)
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise unknown("pruning family", family, FAMILIES)
-    chosen = FAMILIES[family]
+    if sparsity is None and layers is None and options.get("budget") is None:
+        if options:
+            raise InputError(f"option {next(iter(options))}: expected a sparsity too, or the option in the text")
+        from simulator.pruning._grammar import is_plan, read_steps
+        from simulator.pruning._steps import prune_steps
+
+        steps = read_steps(pruning)
+        return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
+    if not isinstance(pruning, str) or pruning not in FAMILIES:
+        raise unknown("pruning family", pruning, FAMILIES)
+    chosen = FAMILIES[pruning]
     if wrong := [name for name in options if name not in chosen.options]:
         if not chosen.options:
-            raise InputError(f"family {family} has no option {wrong[0]!r}; it has none")
-        raise unknown(f"option of family {family}", wrong[0], chosen.options)
-    work, choice = _resolve(workload, chosen, sparsity)
+            raise InputError(f"family {pruning} has no option {wrong[0]!r}; it has none")
+        raise unknown(f"option of family {pruning}", wrong[0], chosen.options)
+    work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
     pruned, realised = workload, 0.0
-    if choice.rows.any():
+    if choice.form == "budget" or choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
-            reason = "routed experts and latent attention have no such kernels"
-            raise InputError(f"family {family}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
+            reason = "routed experts, latent attention and delta nets have no such kernels"
+            raise InputError(f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
-        if choice.form == "layer":
+        if work is not workload:
             pruned = merge_runs(pruned)
-    applied = (*workload.meta.applied, Applied(family, choice.asked, realised))
+    asked = realised if choice.form == "budget" else choice.asked
+    applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
-def _resolve(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
-    """Return the workload, expanded to one row per layer for a sparsity per layer, and the sparsity of its rows."""
+def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any) -> tuple[Workload, Choice]:
+    """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its rows."""
+    if budget is not None:
+        for name, given in (("sparsity", sparsity), ("layers", layers)):
+            if given is not None:
+                raise InputError(f"option budget: the sparsity follows from it; expected no {name}, got {given!r}")
+        return w, Choice(np.zeros(len(w)), 0.0, "budget")
+    some = None if layers is None else listed_layers(layers, layer_count(w))
+    if family.layers == "all" and some is not None:
+        raise InputError(f"family {family.name}: expected no layers, as it prunes all layers equally")
     if isinstance(sparsity, Mapping):
-        return w, _by_projection(w, family, sparsity)
+        return _by_part(w, family, sparsity, some)
     if np.ndim(plain(sparsity)):
+        if some is not None:
+            raise InputError("layers: expected no layers with a sparsity by layer")
         return _by_layer(w, family, sparsity)
-    fraction = check_fraction(sparsity)
-    return w, Choice(np.where(w.layer >= 0, fraction, 0.0), fraction)
+    whole = sparsity is None and family.layers == "some"
+    fraction = 1.0 if whole else check_fraction(family.default if sparsity is None else sparsity)
+    rows = np.where(w.layer >= 0, fraction, 0.0)
+    if some is None:
+        return w, Choice(rows, fraction)
+    if family.layers == "some":
+        asked = fraction * len(some) / layer_count(w)
+        if asked >= 1.0:
+            raise InputError(f"layers: expected fewer than all {layer_count(w)} layers")
+        return w, Choice(rows, asked, layers=some)
+    return _by_layer(w, family, np.where(np.isin(np.arange(layer_count(w)), some), fraction, 0.0))
+
+
+def listed_layers(layers: Any, many: int) -> Array:
+    """Return layer numbers without repeats, which must be from 0 to ``many`` - 1."""
+    try:
+        found = np.asarray(list(layers))
+    except TypeError:
+        found = np.zeros(0)
+    if not len(found) or found.ndim != 1 or found.dtype.kind not in "iu":
+        raise InputError(f"layers: expected layer numbers, got {shown(layers)}")
+    if wrong := [int(i) for i in found if not 0 <= i < many]:
+        raise InputError(f"layers: expected numbers from 0 to {many - 1}, got {wrong[0]}")
+    return np.unique(found)
 
 
 def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
-    layers = layer_count(w)
-    if not family.per_layer:
+    if family.layers != "each":
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
-    if np.shape(plain(sparsity)) != (layers,):
-        expected = f"expected {layers} fractions, one per layer of this model"
-        raise InputError(f"sparsity by layer: {expected}, got {len(sparsity)}")
-    table = np.array([check_fraction(s, f"sparsity of layer {i}:") for i, s in enumerate(sparsity)])
+    table = _fractions(sparsity, "", layer_count(w))
     wide = w.expand()
     rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
     return wide, Choice(rows, float(table.mean()), "layer")
 
 
-def _by_projection(w: Workload, family: Family, sparsity: Mapping[str, float]) -> Choice:
+def _fractions(sparsity: Any, of: str, layers: int) -> FloatArray:
+    """Return checked fractions, one per layer."""
+    if np.shape(plain(sparsity)) != (layers,):
+        expected = f"expected {layers} fractions, one per layer of this model"
+        raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
+    return np.array([check_fraction(s, f"sparsity{of} of layer {i}:") for i, s in enumerate(sparsity)])
+
+
+def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Array | None) -> tuple[Workload, Choice]:
     if not family.targets:
-        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by projection")
+        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by part")
     if not sparsity:
-        raise InputError(f"sparsity by projection: expected some of {', '.join(family.targets)}, got none")
-    rows, inside = np.zeros(len(w)), projections(w)
+        raise InputError(f"sparsity by part: expected some of {', '.join(family.targets)}, got none")
+    if any(np.ndim(plain(s)) for s in sparsity.values()) or (some is not None and family.layers == "each"):
+        w = w.expand()
+    inside, parts, count = projections(w), {}, layer_count(w)
+    keep, removed = np.ones(len(w)), np.zeros(len(w))
     wider_first = sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS))
     for name in wider_first:
         if name not in family.targets:
-            raise unknown(f"projection (for family {family.name})", name, family.targets)
-        fraction = check_fraction(sparsity[name], f"sparsity of {name}:")
-        if name in SUBLAYERS:
-            mask = (w.layer >= 0) & (w.part == Part[name.upper()])
+            raise unknown(f"part (for family {family.name})", name, family.targets)
+        if np.ndim(plain(sparsity[name])):
+            if family.layers != "each" or name in ONE_SIZE:
+                raise InputError(f"sparsity of {name}: expected one fraction, got a sparsity by layer")
+            table = _fractions(sparsity[name], f" of {name}", count)
         else:
-            mask = projections(w, *GROUPS.get(name, (name,)))
-            if not mask.any():
-                has = dict.fromkeys(ROLES[code] for code in w.role[inside])
-                raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
-        rows[mask] = fraction
+            table = np.full(count, check_fraction(sparsity[name], f"sparsity of {name}:"))
+        if some is not None and family.layers == "each":
+            if name in ONE_SIZE:
+                raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")
+            table[~np.isin(np.arange(count), some)] = 0.0
+        rows = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], 0.0)
+        share = _share(w, name)
+        if not share.any():
+            has = dict.fromkeys(ROLES[code] for code in w.role[inside])
+            raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
+        parts[name] = np.where(share > 0, rows, 0.0)
+        if name in NESTED:  # removes a share of what other parts leave
+            keep *= 1.0 - rows * share
+        else:
+            removed = np.where(share > 0, rows, removed)
+    rows = 1.0 - (1.0 - removed) * keep if keep.min(initial=1.0) < 1.0 else removed
     weight = np.where(inside, weights(w), 0.0)
-    asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(list(sparsity.values())))
-    return Choice(rows, asked, "projection")
+    asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(rows))
+    if some is not None and family.layers == "some":
+        asked *= len(some) / count
+    return w, Choice(rows, asked, "part", parts, some if family.layers == "some" else None)
+
+
+def _share(w: Workload, part: str) -> FloatArray:
+    """Return the share of each row that belongs to a part."""
+    if part in SUBLAYERS:
+        return np.where((w.layer >= 0) & (w.part == Part[part.upper()]), 1.0, 0.0)
+    if part in ONE_SIZE:
+        return np.where(w.layer >= 0, 1.0, 0.0)
+    if part not in NESTED:
+        return np.where(projections(w, *GROUPS.get(part, (part,))), 1.0, 0.0)
+    attention = w.is_attention
+    heads, groups = (covering(w, attention, x.astype(np.float64)) for x in (w.heads, w.kv_heads))
+    fused = np.maximum(heads + 2.0 * groups, 1.0)
+    alone = ("q", "o", "q_b", "kv_b", "absorb_k", "absorb_v") if part == "heads" else ("k", "v")
+    whole = (attention | w.is_role(*alone, "rotary", "qk_norm", "cache_write")) & (w.layer >= 0)
+    return np.where(w.is_role("qkv"), (heads if part == "heads" else 2.0 * groups) / fused, np.where(whole, 1.0, 0.0))

@@ -22,11 +22,19 @@ QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
 """Names of several projections in a sparsity per projection."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
+NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
+"""Parts of the family width whose removal leaves a share of what other parts leave."""
+ONE_SIZE: tuple[str, ...] = ("hidden",)
+"""Parts that have one size in all layers."""
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-WHOLE: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "experts")
-"""Weights of latent attention and of experts: only families that remove whole parts, heads or channels prune them."""
+WHOLE: tuple[str, ...] = (
+    *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
+    *("experts", "delta_in", "delta_ba"),
+)
+"""Weights of latent attention, experts and delta nets: only families that remove whole parts, heads or channels prune
+them."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
-"""Names in a sparsity per projection of families that prune single weights."""
+"""Names in a sparsity per part of families that prune single weights."""
 
 SCORE_BYTES = 4.0
 """Bytes of a score or an index: fp32 or int32."""
@@ -39,9 +47,18 @@ Pruned = tuple[Workload, float]
 class Choice:
     """The requested sparsity, resolved to rows."""
 
-    rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for projections that are not named
+    rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
     asked: float  # the scalar, or the mean over layers or over the parameters of the projections
-    form: str = "scalar"  # form of the argument: scalar, projection or layer
+    # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
+    form: str = "scalar"
+    parts: Mapping[str, Array] = field(default_factory=dict)  # sparsity of every row by the name of the part
+    layers: Array | None = None  # layers from which a family selects whole layers; None: all
+
+    def of(self, part: str) -> Array:
+        """Return the sparsity of every row for a part; without parts it applies to attention and MLP."""
+        if self.form == "part" or part not in SUBLAYERS:
+            return self.parts.get(part, np.zeros(len(self.rows)))
+        return self.rows
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -58,10 +75,12 @@ class Family(Displayed):
     realised: str  # definition of its realised sparsity
     options: Mapping[str, Any] = field(init=False)  # option -> default
     support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
-    targets: tuple[str, ...] = ()  # names in a sparsity per projection
+    targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
     whole: bool = True  # whether it also prunes weights of WHOLE
     needs: str = ""  # field of the configuration that a model must have
-    per_layer: bool = True  # whether it accepts a sparsity per layer
+    # "each" layer can have its own sparsity; it removes "some" layers, from a list if one is given; "all" are equal
+    layers: str = "each"
+    default: float | None = None  # sparsity if none is given
     # requests of one model that one call can prune together: "any", or "equal length" if the function reads the length
     # of the prompt from the workload
     together: str = "any"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.arrays import Array
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
@@ -33,7 +34,8 @@ class Method(Displayed):
     name: str
     family: str  # key of FAMILIES, or two keys joined by "+", applied in order
     what: str  # removed parts, and their layers
-    sparsities: tuple[float, ...]  # sparsities in the paper, as the family defines them
+    # sparsities in the paper, as the family defines them; none if a budget in tokens sets the sparsity
+    sparsities: tuple[float, ...]
     title: str  # title of the paper
     arxiv: str
     options: Mapping[str, Any] = field(default_factory=dict)  # options of its families
@@ -42,32 +44,41 @@ class Method(Displayed):
     # None: the same fraction everywhere; each family prunes the same share of its input
     form: Form | None = field(default=None, repr=False)
     phases: tuple[str, ...] = PHASES  # phases that it prunes
+    models: tuple[str, ...] = ()  # models in the paper
 
     def _title(self) -> str:
         return f"{self.name} ({self.family}): {self.what}"
 
     @property
-    def together(self) -> str:
-        """Requests that one call can prune together, see :class:`simulator.pruning.Family`."""
-        return max((FAMILIES[name].together for name in self.family.split("+")), key=["any", "equal length"].index)
+    def budget(self) -> int | None:
+        """Tokens that it keeps, from which its sparsity follows; None: its sparsity is an argument."""
+        return self.options.get("budget")
 
-    def prune(self, workload: Workload, sparsity: float, *, ideal: bool = False) -> Workload:
+    def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
         """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
+
+        A method with a budget in tokens takes no sparsity: it follows from the length of the request.
 
         >>> import simulator
         >>> dense = simulator.lower(simulator.load_model("llama-7b"), phase="decode", batch=1, seq=128)
         >>> round(METHODS["llm-pruner"].prune(dense, 0.2).parameters / 1e9, 1)  # the paper: 5.4 B
         5.4
         """
-        fraction, phase = check_fraction(sparsity), workload.meta.phase
+        phase = workload.meta.phase
         if phase not in self.phases:
             raise InputError(f"{self.name}: expected phase {' or '.join(self.phases)}, got {phase}")
-        for family, part in zip(self.family.split("+"), self._forms(fraction, workload)):
+        for family, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
             options = {name: value for name, value in self.options.items() if name in FAMILIES[family].options}
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
 
-    def _forms(self, sparsity: float, w: Workload) -> tuple[Any, ...]:
+    def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
+        if self.budget is not None:
+            if requested is not None:
+                follows = f"it keeps {self.budget} tokens, so its sparsity follows from the length"
+                raise InputError(f"{self.name}: {follows}; expected no sparsity, got {requested!r}")
+            return (None,)
+        sparsity = check_fraction(requested)
         if self.form is not None:
             return self.form(sparsity, w)
         if self.layers is None:
@@ -104,7 +115,20 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     if sparsity >= 0.75:
         expected = "expected less than 0.75, as its first stage is dense"
         raise InputError(f"pyramiddrop at sparsity {sparsity:g}: {expected}")
-    stage = 4 * np.arange(layers) // layers
+    return (_decay(4 * np.arange(layers) // layers, sparsity),)
+
+
+def _exits(sparsity: float, w: Workload) -> tuple[Any, ...]:
+    """Let the same share of the remaining tokens exit after every layer; the last layer has no exit."""
+    layers = layer_count(w)
+    if sparsity > 1.0 - 1.0 / layers:
+        expected = f"expected at most {1.0 - 1.0 / layers:.3g}, as every token computes the first of {layers} layers"
+        raise InputError(f"calm at sparsity {sparsity:g}: {expected}")
+    return (_decay(np.arange(layers), sparsity),)
+
+
+def _decay(stage: Array, sparsity: float) -> Array:
+    """Return sparsities per layer, of which a share r^stage stays, with the mean ``sparsity``."""
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0
@@ -112,7 +136,8 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
             low = r
         else:
             high = r
-    return (1.0 - r**stage,)
+    share: Array = 1.0 - r**stage
+    return share
 
 
 def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:
@@ -151,6 +176,12 @@ _TABLE = (
         name="attention-drop", family="depth", options={"unit": "attention"}, sparsities=(0.25, 0.5),
         arxiv="2406.15786", what="attention sublayers, with their cache; every MLP stays",
         title="What Matters in Transformers? Not All Attention is Needed",
+    ),
+    Method(
+        name="layerskip", family="depth", options={"early_exit": True}, sparsities=(0.5,), arxiv="2404.16710",
+        models=("Llama-2-7B", "Llama-2-13B"),
+        what="the last layers: all tokens exit at layer E and go to the head (no self-speculation)",
+        title="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding",
     ),
     # width
     Method(
@@ -228,6 +259,13 @@ _TABLE = (
         title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
     ),
     Method(
+        name="calm", family="dynamic_depth", options={"unit": "layer", "router": 1, "kernel": "gathered"},
+        form=_exits, phases=("decode",), sparsities=(0.67,), arxiv="2207.07061", models=("T5 1.1",),
+        what="tokens exit by a classifier after each layer, each alone in a batch; 0.67: a third of the layers on "
+             "average; k and v of skipped layers are computed",
+        title="Confident Adaptive Language Modeling",
+    ),
+    Method(
         name="deja-vu", family="dynamic_width", sparsities=(0.75,), arxiv="2310.17157",
         what="heads and MLP channels of every layer, chosen for each token",
         title="Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
@@ -249,6 +287,13 @@ _TABLE = (
         name="minference", family="sparse_attention", options={"block": 64}, phases=("prefill",),
         sparsities=(0.95,), arxiv="2407.02490",
         what="blocks of 64 x 64 query-key pairs, by a pattern of each head",
+        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+    ),
+    Method(
+        name="minference-7096", family="sparse_attention", options={"block": 64, "budget": 7096}, phases=("prefill",),
+        sparsities=(), arxiv="2407.02490",
+        models=("Llama-3-8B-1M", "GLM-4-9B-1M", "Yi-200K", "Phi-3-128K", "Qwen2-128K"),
+        what="all but 7,096 keys per query, in 1,000 vertical and 6,096 slash lines of each head",
         title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
     ),
     Method(
@@ -282,6 +327,54 @@ _TABLE = (
         name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
         what="cached positions of the prompt, by the attention of all queries, written out",
         title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    ),
+    *(
+        Method(
+            name=f"snapkv-{budget}", family="kv_cache", options={"observed": 32, "budget": budget}, sparsities=(),
+            arxiv="2404.14469", models=("Mistral-7B-v0.2", "Mixtral-8x7B", "LongChat-7B", "LWM-Text-1M"),
+            what=f"all but {budget:,} cached positions of the prompt, by the attention of its last 32",
+            title="SnapKV: LLM Knows What You are Looking for Before Generation",
+        )
+        for budget in (1024, 2048, 4096)
+    ),
+    Method(
+        name="streaming-llm", family="kv_cache", options={"observed": 0, "budget": 2048, "rolling": True},
+        sparsities=(), arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
+        what="cached positions, of the prompt or new, except the first 4 and the last 2,044; the prefill stays dense",
+        title="Efficient Streaming Language Models with Attention Sinks",
+    ),
+    # experts
+    Method(
+        name="reap", family="experts", sparsities=(0.25, 0.5), arxiv="2510.13999",
+        models=("ERNIE-4.5-21B-A3B", "Qwen3-30B-A3B", "Mixtral-8x7B", "GLM-4.5-Air", "Llama-4-Scout",
+                "Qwen3-Coder-480B-A35B", "Kimi-K2"),
+        what="experts with their router outputs, by gate value times output norm",
+        title="REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
+    ),
+    Method(
+        name="naee", family="experts", sparsities=(0.25, 0.5), arxiv="2402.14800", models=("Mixtral-8x7B",),
+        what="experts with their router outputs, by the error of each layer's output",
+        title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
+              "Models",
+    ),
+    Method(
+        name="naee-skip", family="experts", options={"fewer": "average"}, sparsities=(0.25,), arxiv="2402.14800",
+        models=("Mixtral-8x7B",),
+        what="the second expert of half of the tokens, where its gate value is small; all weights stay",
+        title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
+              "Models",
+    ),
+    Method(
+        name="hc-smoe", family="experts", options={"merged": True}, sparsities=(0.25, 0.5), arxiv="2410.08589",
+        models=("Qwen1.5-MoE-A2.7B", "Mixtral-8x7B"),
+        what="experts, merged by clusters of their outputs; the router keeps its outputs",
+        title="Retraining-Free Merging of Sparse Mixture-of-Experts via Hierarchical Clustering",
+    ),
+    Method(
+        name="m-smoe", family="experts", options={"merged": True}, sparsities=(0.75,), arxiv="2310.01334",
+        models=("Switch-base-32",),
+        what="experts, merged by their routing into about 8 of 32 a layer; the router keeps its outputs",
+        title="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
     ),
 )
 # fmt: on

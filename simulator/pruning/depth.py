@@ -1,11 +1,10 @@
-"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, FinerCut)."""
+"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, LayerSkip)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._edits import changed, merge_runs, whole_share
@@ -14,21 +13,23 @@ from simulator.pruning._rows import removed, weighted, weights
 from simulator.workload import Part, Workload
 
 
-def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", drop: Any = None) -> Pruned:
+def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
     ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
-    "attention" or "mlp". ``drop`` lists the layers to remove, by default the deepest ones except the last; the choice
-    matters only if layers differ (alternating windows, widths per layer).
+    "attention" or "mlp". The deepest layers except the last are removed, from the listed layers if there is a list;
+    with ``early_exit`` also the last: all tokens exit after the layers that stay. The choice matters only if layers
+    differ (alternating windows, widths per layer).
     """
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
-    if unit in SUBLAYERS and choice.form == "projection":
-        raise InputError(f"option unit: expected no unit with a sparsity by projection, got {unit!r}")
+    flag("option early_exit", early_exit)
+    if unit in SUBLAYERS and choice.form == "part":
+        raise InputError(f"option unit: expected no unit with a sparsity by part, got {unit!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
-    for together in [parts] if unit == "layer" and choice.form != "projection" else [[part] for part in parts]:
+    for together in [parts] if unit == "layer" and choice.form != "part" else [[part] for part in parts]:
         rows = _rows(w, together)
         if rows.any():
-            out = _without(out, together, float(choice.rows[rows].max()), drop)
+            out = _without(out, together, float(choice.rows[rows].max()), choice.layers, early_exit)
     before, after = (float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
     return out, removed(before, after)
 
@@ -38,38 +39,29 @@ def _rows(w: Workload, parts: list[Part]) -> Array:
     return mask
 
 
-def _without(w: Workload, parts: list[Part], sparsity: float, drop: Any) -> Workload:
+def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
     rows = _rows(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
     present = np.zeros(layers + 1, dtype=np.int64)  # layers can lack a sublayer
     np.add.at(present, w.layer[rows], 1)
     np.add.at(present, (w.layer + w.layers)[rows], -1)
     there = np.flatnonzero(np.cumsum(present)[:-1] > 0)
-    many = int(whole_share(sparsity, len(there)))
-    if drop is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
+    candidates = there if listed is None else np.intersect1d(there, listed)
+    many = int(whole_share(sparsity, len(candidates)))
+    if listed is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
         left = layers - many
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
-    keep = np.ones(layers, dtype=bool)
     # published methods find the deepest layers, except the last, redundant
-    end = len(there) - 1 if many < len(there) else len(there)
-    keep[there[end - many : end] if drop is None else _named(drop, layers, many)] = False
+    spared = int(not exits and 0 < many < len(candidates) and candidates[-1] == there[-1])
+    end = len(candidates) - spared
+    keep = np.ones(layers, dtype=bool)
+    keep[candidates[end - many : end]] = False
     number = np.cumsum(keep) - 1  # new number of each remaining layer
     wide = w.expand()
     rows = _rows(wide, parts)
     layer = np.where(rows, wide.layer, 0)
     return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
-
-
-def _named(drop: Any, layers: int, many: int) -> Array:
-    try:
-        gone = np.unique(np.asarray(list(drop), dtype=np.int64))
-    except (TypeError, ValueError):
-        raise InputError(f"option drop: expected layer numbers, got {drop!r}") from None
-    if len(gone) != many or (many and not 0 <= gone[0] <= gone[-1] < layers):
-        expected = f"expected {many} different layers from 0 to {layers - 1} (round(sparsity x {layers}))"
-        raise InputError(f"option drop: {expected}, got {drop!r}")
-    return gone
 
 
 FAMILY = Family(
@@ -80,5 +72,5 @@ FAMILY = Family(
     cost="nothing",
     realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
     targets=SUBLAYERS,
-    per_layer=False,
+    layers="some",
 )

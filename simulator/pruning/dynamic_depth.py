@@ -1,4 +1,4 @@
-"""Dynamic depth: a router lets some tokens skip a sublayer (Mixture-of-Depths, D-LLM, SkipGPT)."""
+"""Dynamic depth: some tokens skip a sublayer or a layer (Mixture-of-Depths, SkipGPT), or all later ones (CALM)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from simulator.pruning._added import (
 )
 from simulator.pruning._edits import changed, moved, whole_share
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import layer_count
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
-from simulator.workload import Kernel, Kind, Workload, role_code
+from simulator.workload import Kernel, Kind, Part, Workload, role_code
 
-KEYS = ("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write")
-"""Roles that compute keys and values, for all tokens."""
+KEYS = (
+    *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write"),
+    *("delta_in", "delta_ba", "delta_net"),
+)
+"""Roles that compute keys and values, or update a state, for all tokens."""
 
 KERNELS = ("reference", "gathered", "ideal")
 """GEMMs that skip tiles of tokens sorted by a mask, as in the taxonomy's Triton benchmark; dense GEMMs of tokens that
@@ -38,7 +42,14 @@ its paper: in decode +62 % outside GEMMs, predicted +25 to +74 %."""
 
 
 def dynamic_depth(
-    w: Workload, choice: Choice, *, ideal: bool, kernel: str = "reference", prune_kv: bool = False, router: int = 2
+    w: Workload,
+    choice: Choice,
+    *,
+    ideal: bool,
+    kernel: str = "reference",
+    prune_kv: bool = False,
+    router: int = 2,
+    unit: str = "sublayer",
 ) -> Pruned:
     """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer.
 
@@ -49,14 +60,23 @@ def dynamic_depth(
     probability ``1-s``. Prefill attention with dense keys keeps its rows and computes a share ``1-s`` of the query-key
     pairs (density, block-sparse); decode attention has fewer sequences. Parameters are conserved.
 
-    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer. With ``kernel`` "reference" (the taxonomy's
-    benchmark, github.com/EIT-NLP/LLM-Pruning, PruningInferSim) the mask is selected and, for several tokens, sorted.
+    Early exit is a sparsity per layer that grows with depth: the share of tokens that have left before each layer. Its
+    k and v of later layers are those of the last hidden state (CALM), so they stay dense. In a batch each token exits
+    alone and the others go on, with the same binomial numbers: an engine that runs a layer for the whole batch until
+    its last token has left saves less.
+
+    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer. With ``unit`` "layer" there is one per layer,
+    and tokens are selected and copied once per layer. With ``kernel`` "reference" (the taxonomy's benchmark,
+    github.com/EIT-NLP/LLM-Pruning, PruningInferSim) the mask is selected and, for several tokens, sorted.
     GEMMs skip tiles and do not use cuBLAS; each writes zeros for skipped tokens (``fill``). Norms, rotary and the
     product of gate and up process all tokens. With "gathered", tokens are gathered before a sublayer and scattered
     after it, and everything between processes fewer tokens; a single token needs no copies.
     """
     dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
+    whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
+    if whole_layers and choice.form == "part":
+        raise InputError("option unit: expected unit=sublayer with a sparsity by sublayer, got 'layer'")
     if any(a.family == "dynamic_depth" and a.realised > 0 for a in w.meta.applied):
         raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
     w, s = split_fused_qkv(w, choice.rows) if dense_kv else (w, choice.rows)
@@ -76,7 +96,9 @@ def dynamic_depth(
     if ideal:
         return split_tokens(w, keep), choice.asked
     # router, mask and gather run before the sublayer, scatter after it
-    ends = np.flatnonzero(sublayer_ends(w) & routed)
+    last = ends = np.flatnonzero(sublayer_ends(w) & routed)
+    if whole_layers:
+        ends, last = _layer_ends(w, ends)
     first = before_sublayer(w, ends)
     parts = [(first, overhead_gemm(w, ends, "router", router, hidden_at(w, ends)))]
     if reference:
@@ -85,9 +107,9 @@ def dynamic_depth(
         w = changed(w, routed & w.is_role("activation"), role=role_code("product")[0])
         keep = np.concatenate([keep, np.ones(sum(len(rows) for _, rows in parts))])
     else:
-        parts += _copies(w, ends, first)
-        copies = 1.0 - s[ends[w.m[ends] > 1]]
-        keep = np.concatenate([keep, np.ones(len(ends)), copies, copies])
+        parts += _copies(w, ends, last, first)
+        copies = [1.0 - s[at[w.m[at] > 1]] for at in (ends, last)]
+        keep = np.concatenate([keep, np.ones(len(ends)), *copies])
     return split_tokens(insert(w, parts), keep[insertion(w, parts)]), choice.asked
 
 
@@ -112,15 +134,28 @@ def _masked(w: Workload, ends: Array, first: Array, skips: Array) -> Inserted:
     return [(first[several], sort.replace(count=SORT * sort.count)), (rows - 0.5, fill)]
 
 
-def _copies(w: Workload, ends: Array, first: Array) -> Inserted:
-    """Return gathers before and scatters after sublayers of several tokens."""
-    several = w.m[ends] > 1
-    at = ends[several]
-    m, hidden = w.m[at], hidden_at(w, at)
-    size = m * hidden * stream_bytes(w, at)
-    traffic = {"m": m, "n": hidden, "read_bytes": size + SCORE_BYTES * m, "write_bytes": size}
-    gather, scatter = (overheads(w, at, role, **traffic) for role in ("gather", "scatter"))
-    return [(first[several], gather), (at + 0.5, scatter)]
+def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
+    """Return, of the ends of sublayers, those of the first and of the last sublayer of each layer."""
+    has = {}
+    for part in (Part.ATTENTION, Part.MLP):
+        at, change = ends[w.part[ends] == part], np.zeros(layer_count(w) + 1, dtype=np.int64)
+        np.add.at(change, w.layer[at], 1)
+        np.add.at(change, w.layer[at] + w.layers[at], -1)
+        has[part] = (np.cumsum(change) > 0)[w.layer[ends]]
+    attention = w.part[ends] == Part.ATTENTION
+    return ends[attention | ~has[Part.ATTENTION]], ends[~attention | ~has[Part.MLP]]
+
+
+def _copies(w: Workload, ends: Array, last: Array, first: Array) -> Inserted:
+    """Return gathers before the sublayers ``ends`` and scatters after the sublayers ``last``, of several tokens."""
+
+    def copied(at: Array, role: str) -> Workload:
+        m, hidden = w.m[at], hidden_at(w, at)
+        size = m * hidden * stream_bytes(w, at)
+        return overheads(w, at, role, m=m, n=hidden, read_bytes=size + SCORE_BYTES * m, write_bytes=size)
+
+    several, after = w.m[ends] > 1, last[w.m[last] > 1]
+    return [(first[several], copied(ends[several], "gather")), (after + 0.5, copied(after, "scatter"))]
 
 
 FAMILY = Family(
@@ -128,7 +163,7 @@ FAMILY = Family(
     axis="dynamic M",
     dynamic=True,
     order=7,
-    summary="each sublayer computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
+    summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "
     "batch 1 in decode a sublayer runs or not",
     realised="expected share of token-sublayer pairs skipped",

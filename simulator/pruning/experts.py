@@ -1,41 +1,63 @@
-"""Expert pruning: remove or merge routed experts (REAP, MoE-Pruner, HC-SMoE), or use fewer per token."""
+"""Expert pruning: remove or merge routed experts (REAP, NAEE, HC-SMoE), or use fewer per token."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
+from simulator.pruning._added import insert, overheads
 from simulator.pruning._edits import resized, whole_share
-from simulator.pruning._family import Choice, Family, Pruned, one_of
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import covering, removed
 from simulator.workload import Kind, Workload
 
 
-def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts") -> Pruned:
+def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False) -> Pruned:
     """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
 
-    A merged expert costs as much as a kept expert. Each remaining expert sees more tokens: the FLOPs are the same, with
-    fewer weights to read. With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at
-    least one. With expert parallel, these are numbers over all devices. A model without routed experts does not change.
+    Each remaining expert sees more tokens: the FLOPs are the same, with fewer weights to read. With ``merged``, each
+    group of experts becomes one, which costs as much as a kept expert; the router keeps its E outputs, and a table maps
+    the A chosen ones of a token to their groups (``select``). A token whose choices share a group still counts A times.
+
+    With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at least one. With "average"
+    each token decides by the weights of its experts how many it uses (``select``): ``(1-s) A`` on average, at least
+    one. With expert parallel, these are numbers over all devices. A model without routed experts does not change.
     """
-    one_of("fewer", fewer, ("experts", "active"))
+    one_of("fewer", fewer, ("experts", "active", "average"))
+    if flag("option merged", merged) and fewer != "experts":
+        raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")
     routed = w.kind == Kind.EXPERTS
     devices = w.meta.devices if w.meta.parallel == "expert" else 1
     own: Array = w.experts if fewer == "experts" else w.active
     least = np.ceil(w.active * devices) if fewer == "experts" else np.ones(len(w))
     before = own * devices
-    kept = np.where(routed & (choice.rows > 0), np.maximum(whole_share(1.0 - choice.rows, before), least), before)
+    pruned = routed & (choice.rows > 0)
+    exact = fewer == "average"
+    left = (1.0 - choice.rows) * before if exact else whole_share(1.0 - choice.rows, before)
+    kept = np.where(pruned, np.maximum(left, least), before)
     realised = removed(*(float(values @ (w.count * routed)) for values in (before, kept)))
-    if fewer == "active":
-        return w.replace(active=kept / devices), realised
+    if fewer != "experts":
+        out = w.replace(active=kept / devices)
+        return (_selecting(w, out, pruned) if exact and not ideal else out), realised
     if (uneven := routed & (kept % devices > 0)).any():
         expected = f"expected a multiple of {devices} devices"
         raise InputError(f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts")
-    routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0)
+    routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
     out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
     params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
-    return out.replace(experts=np.where(routed, kept / devices, w.experts), params=params), realised
+    out = out.replace(experts=np.where(routed, kept / devices, w.experts), params=params)
+    return (_selecting(w, out, pruned) if merged and not ideal else out), realised
+
+
+def _selecting(w: Workload, out: Workload, pruned: Array) -> Workload:
+    """Return ``out`` with a kernel before its experts that rewrites which ones each token uses."""
+    at = np.flatnonzero(pruned)
+    m, devices = w.m[at], w.meta.devices if w.meta.parallel == "expert" else 1
+    active = np.round(w.active[at] * devices).astype(np.int64)
+    indices = m * active * SCORE_BYTES
+    return insert(out, [(at - 0.5, overheads(w, at, "select", m=m, n=active, read_bytes=indices, write_bytes=indices))])
 
 
 FAMILY = Family(
@@ -43,7 +65,7 @@ FAMILY = Family(
     axis="static or dynamic N of experts",
     order=12,
     needs="experts",
-    summary="removes or merges routed experts, or activates fewer per token (fewer=active)",
-    cost="nothing; each remaining expert sees more tokens",
+    summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",
+    cost="each remaining expert sees more tokens; merged: a wide router, and a map from its choices to groups",
     realised="routed experts (active ones) removed / routed experts (active ones)",
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from simulator.arguments import flag
 from simulator.pruning._added import insert, overheads
 from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
@@ -12,24 +15,38 @@ from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 
 
-def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) -> Pruned:
+def kv_cache(
+    w: Workload, choice: Choice, *, ideal: bool, observed: int = 32, budget: Any = None, rolling: bool = False
+) -> Pruned:
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
+
+    With ``budget``, keep at most that many prompt positions: the sparsity is ``1 - budget / S``, and a shorter prompt
+    stays whole. With ``rolling``, a generated position replaces an older one: the cache never holds more positions than
+    it keeps of the prompt (or than ``budget``), the newest included.
 
     The prefill saves nothing and adds work in every layer: the last ``observed`` queries score all keys (``mask``: it
     reads K, writes and reads the scores), each KV head selects positions (``select``), and the cache is compacted
-    (``gather``: it reads and writes the kept positions). A decode workload excludes this work. The realised sparsity is
-    the share of evicted prompt positions, averaged over layers.
+    (``gather``: it reads and writes the kept positions). With ``observed`` 0 their place alone decides, without scores.
+    A decode workload excludes this work. The realised sparsity is the share of evicted prompt positions, averaged over
+    layers.
     """
-    observed = whole("observed", observed)
-    prompt = prompt_of(w)
-    kept = np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
-    evicted = np.where(choice.rows > 0, prompt - kept, 0)
+    observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
+    if budget is None:
+        pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
+    else:
+        most = np.full(len(w), whole("budget", budget))
+        pruned = prompt > most
+    kept = np.minimum(most, prompt)
+    evicted = np.where(pruned, prompt - kept, 0)
     decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
-    out = shorter_copies(w, changed(w, decode, kv_len=w.kv_len - evicted))
+    length = w.kv_len - evicted
+    if rolling:
+        length = np.where(pruned | (budget is not None), np.minimum(length, most), length)
+    out = shorter_copies(w, changed(w, decode, kv_len=length))
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
-    at = np.flatnonzero(prefill & (choice.rows > 0))
-    if ideal:
+    at = np.flatnonzero(prefill & pruned)
+    if ideal or not len(at):
         return out, realised
     latent = w.latent[at]  # one vector for all heads, counted half as key and half as value
     keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at])
@@ -45,6 +62,7 @@ def kv_cache(w: Workload, choice: Choice, *, ideal: bool, observed: int = 32) ->
     added = [
         overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)
         for role, (m, n, read, write) in traffic.items()
+        if observed or role == "gather"
     ]
     return insert(out, [(at + 0.5, rows) for rows in added]), realised
 
@@ -55,7 +73,7 @@ FAMILY = Family(
     dynamic=True,
     order=11,
     together="equal length",
-    summary="keeps a share of the prompt's cache",
+    summary="keeps a share of the prompt's cache, or a budget of positions",
     cost="scoring, selection and compaction at the end of the prefill",
     realised="prompt positions evicted from the cache / prompt positions",
     support=("decode", "generate", "serve"),

@@ -12,7 +12,7 @@ from simulator.workload import Kernel, Workload
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
     """Make the projections 2:4 sparse: density 0.5 on sparse tensor cores. The kernel pads ``m`` to a multiple of 8.
 
-    A sparsity per projection or per layer of 0.5 and 0 selects some of the projections.
+    A sparsity per part or per layer of 0.5 and 0 selects some of the projections.
     """
     wrong = choice.rows[projections(w) & (choice.rows > 0) & (choice.rows != 0.5)]
     if len(wrong):
@@ -28,6 +28,7 @@ FAMILY = Family(
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels are less efficient than dense ones; small M gives no speedup, often a slowdown",
     realised="zero parameters / parameters of the projections (0.5)",
+    default=0.5,
     whole=False,
     targets=WEIGHTS,
 )

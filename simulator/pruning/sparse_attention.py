@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from simulator.arrays import Array
 from simulator.pruning._added import insert, overheads
 from simulator.pruning._edits import changed
-from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
+from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
+from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload, attention_pairs
 
 
-def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64) -> Pruned:
+def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None) -> Pruned:
     """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
+
+    With ``budget``, each query sees at most that many keys, so the sparsity grows with the length: in decode it is
+    ``1 - budget / S``; in a prefill early queries see fewer keys anyway. A request within the budget does not change.
 
     Cost per attention: prefill pools queries and keys by block and scores them (``mask``: it reads Q and K, and writes
     one score per block pair and head); decode scores two bounds of the keys in every cached block. Then blocks are
     selected (``select``). Cache and parameters do not change.
     """
     one_of("block", block, (16, 64, 128))
-    rows = w.is_attention & (choice.rows > 0)
-    out = changed(w, rows, density=w.density * (1.0 - choice.rows), block=block, kernel=Kernel.BLOCK_SPARSE)
+    s, realised = (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
+    rows = w.is_attention & (s > 0)
+    out = changed(w, rows, density=w.density * (1.0 - s), block=block, kernel=Kernel.BLOCK_SPARSE)
     at = np.flatnonzero(rows)
     if ideal or not len(at):
-        return out, choice.asked if len(at) else 0.0
+        return out, realised if len(at) else 0.0
     x = w.take(at)
     prefill = x.kind == Kind.PREFILL_ATTENTION
     tiles, blocks = np.where(prefill, np.ceil(x.q_len / block), 1.0), np.ceil(x.keys_seen / block)
@@ -32,9 +39,18 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
     read, tiles = queries + keys * np.where(prefill, x.keys_seen, 2.0 * blocks), x.batch * x.heads * tiles
     scores = tiles * blocks * SCORE_BYTES
     mask = overheads(w, at, "mask", m=x.batch * x.q_len, n=blocks, read_bytes=read, write_bytes=scores)
-    chosen = scores * (1.0 - choice.rows[at])
+    chosen = scores * (1.0 - s[at])
     select = overheads(w, at, "select", m=tiles, n=blocks, read_bytes=scores, write_bytes=chosen)
-    return insert(out, [(at - 0.5, mask), (at - 0.5, select)]), choice.asked
+    return insert(out, [(at - 0.5, mask), (at - 0.5, select)]), realised
+
+
+def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
+    """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all rows."""
+    most = np.where(w.window > 0, np.minimum(w.window, budget), budget)
+    pairs = np.where(w.is_attention, w.pairs, 0.0)
+    share = np.where(pairs > 0, 1.0 - attention_pairs(w.q_len, w.kv_len, most) / np.maximum(pairs, 1.0), 0.0)
+    weight = pairs * w.batch * w.heads * w.count
+    return share, float(weight @ share / weight.sum()) if weight.any() else 0.0
 
 
 FAMILY = Family(
@@ -42,7 +58,8 @@ FAMILY = Family(
     axis="dynamic N, K of attention",
     dynamic=True,
     order=9,
-    summary="computes a share of the q-k blocks (16, 64 or 128); in decode, reads a share of the cache's blocks",
+    summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
+    "share of the cache's blocks",
     cost="scoring and selecting blocks; small blocks cost more per pair",
     realised="share of q-k pairs skipped",
 )

@@ -1,4 +1,8 @@
-"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA)."""
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA).
+
+In a gated delta net, a group is a key head with its value heads: projections, convolution and state shrink. It has no
+query heads or KV heads alone.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +12,80 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import aligned, moved, resized, whole_share
-from simulator.pruning._family import QKV, SUBLAYERS, Choice, Family, Pruned, whole
+from simulator.pruning._edits import aligned, moved, resized, whole_share, with_expert_width, with_inner
+from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
+from simulator.pruning.width_cross import width_cross
 from simulator.workload import Kind, Workload
 
-HEADS: tuple[str, ...] = (*QKV, "q_b", "kv_b", "absorb_k", "absorb_v")
-"""Projections whose outputs belong to heads."""
+HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
+"""Projections whose outputs belong to query heads, or to the heads of a gated delta net."""
+PARTS: tuple[str, ...] = (*SUBLAYERS, *NESTED)
 
 
 def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
     """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
 
-    On tensor-parallel devices both apply to the share of each device, so devices stay balanced. ``inner`` sets the
+    Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads alone; the cache stays),
+    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Heads are rounded to the nearest whole number.
+    On tensor-parallel devices all apply to the share of each device, so devices stay balanced. ``inner`` sets the
     inner width of the whole model, for an existing pruned checkpoint. ``align=1`` gives the odd widths of channel
     pruners.
     """
-    align = whole("align", align)
-    out = _experts(_mlp(_attention(w, choice.rows), choice.rows, align, inner), choice.rows, align)
+    align, mlp = whole("align", align), choice.of("mlp")
+    attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
+    out = _experts(_mlp(attended, mlp, align, inner), mlp, align)
+    if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
+        out, _ = width_cross(out, Choice(choice.of("hidden"), hidden), ideal=ideal, align=align)
     return out, parameters_removed(w, out)
 
 
-def _attention(w: Workload, s: Array) -> Workload:
-    attention = w.is_attention
+def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
+    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone."""
+    delta = w.kind == Kind.DELTA_NET
+    attention = w.is_attention | delta
+    nets = covering(w, attention, delta.astype(np.int64)) > 0
+    alone, kv = np.where(nets, 0.0, alone), np.where(nets, 0.0, kv)
     latent = w.latent > 0  # one vector for all heads
-    groups = covering(w, attention, np.where(latent, w.heads, w.kv_heads))
-    shrink = (s > 0) & (groups > 0)
-    groups = np.maximum(groups, 1)
-    kept = np.where(shrink, np.maximum(whole_share(1.0 - s, groups), 1), groups)
-    wide = w.is_role("rotary", "qk_norm", "cache_write")
-    wide &= ~(w.is_role("cache_write") & (covering(w, attention, w.latent) > 0))
-    n, k, heads = (size * kept // groups for size in (w.n, w.k, w.heads))
+    heads, groups = (covering(w, attention, x) for x in (w.heads, np.where(latent, w.heads, w.kv_heads)))
+    one_vector = covering(w, attention, latent.astype(np.int64)) > 0
+    if (one_vector & (kv > 0)).any():
+        raise InputError("sparsity of kv: latent attention has one vector for all heads; expected attention or heads")
+
+    def left(many: Array, share: Array) -> Array:
+        return np.where((share > 0) & (many > 0), np.maximum(whole_share(1.0 - share, many), 1), many)
+
+    grouped = left(groups, both)
+    some_heads = left(heads * grouped // np.maximum(groups, 1), alone)
+    some_groups = np.where(one_vector, some_heads, left(grouped, kv))
+    heads, groups = np.maximum(heads, 1), np.maximum(groups, 1)
+    queries, fused = writers(w, *HEADS) | w.is_role("gated_norm", "output_gate") | delta, writers(w, "qkv")
+    keys = groups * covering(w, attention, w.head_dim)  # features of all keys
+    n = np.where(queries, w.n * some_heads // heads, np.where(writers(w, "k", "v"), w.n * some_groups // groups, w.n))
+    # what is no key and no value of a fused projection are queries, and gates of the outputs if there are any
+    made = (w.n - 2 * keys) * some_heads // heads + 2 * keys * some_groups // groups
+    n = np.where(fused, made, n)
+    rotated, cached = w.is_role("rotary", "qk_norm"), w.is_role("cache_write") & ~one_vector
+    n = np.where(rotated, w.n * (some_heads + some_groups) // (heads + groups), n)
+    n = np.where(cached, w.n * some_groups // groups, n)
+    share = np.where(
+        rotated, (some_heads + some_groups) / (heads + groups), np.where(cached, some_groups / groups, 1.0)
+    )
+    share = np.where(w.is_role("gated_norm", "output_gate"), some_heads / heads, share)
+    params = np.where(delta, w.params * (some_heads / heads), w.params)
     return resized(
-        w,
-        np.where(writers(w, *HEADS) | wide, n, w.n),
-        np.where(readers(w, "o"), k, w.k),
-        heads=np.where(attention, heads, w.heads),
-        kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), kept, w.kv_heads),
-        **moved(w, np.where(wide, kept / groups, 1.0)),
+        w.replace(params=params),
+        n,
+        np.where(readers(w, "o"), w.k * some_heads // heads, w.k),
+        heads=np.where(attention, some_heads, w.heads),
+        kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), some_groups, w.kv_heads),
+        **moved(w, share),
     )
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
-    down = readers(w, "down")
-    width = covering(w, down, w.k)
-    shrink, divisor = (s > 0) & (width > 0), np.maximum(width, 1)
+    width = covering(w, readers(w, "down"), w.k)
+    shrink = (s > 0) & (width > 0)
     kept = np.where(shrink, aligned(width, 1.0 - s, align), width)
     if inner is not None:
         devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
@@ -61,16 +94,12 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
             expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
-    wide = w.is_role("activation", "product") & (width > 0)
-    n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
-    return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
+    return with_inner(w, kept)
 
 
 def _experts(w: Workload, s: Array, align: int) -> Workload:
     """Make each routed expert narrower; keep all experts."""
-    narrower = (w.kind == Kind.EXPERTS) & (s > 0)
-    n = np.where(narrower, aligned(w.n, 1.0 - s, align), w.n)
-    return w.replace(n=n, params=np.where(narrower, w.params * (n / np.maximum(w.n, 1)), w.params))
+    return with_expert_width(w, np.where(s > 0, aligned(w.n, 1.0 - s, align), w.n))
 
 
 FAMILY = Family(
@@ -80,5 +109,5 @@ FAMILY = Family(
     summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
     cost="alignment and tile effects of the narrower shapes",
     realised="parameters of the projections removed / parameters of the projections, after rounding groups and widths",
-    targets=SUBLAYERS,
+    targets=PARTS,
 )

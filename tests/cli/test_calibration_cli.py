@@ -135,7 +135,7 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
     Path("t.csv").write_text(CSV.format(15))
-    figures = "figures -o drawn --format png --hardware a100 --only"
+    figures = "figures llama-3.1-8b -o drawn --format png --hardware a100 --only"
     for line in (f"{figures} scatter,roofline", "validate a100 a100_sxm/gemm/trtllm", "import t.csv -o o.parquet"):
         assert says in cli.refused(line)
     out, err = cli(f"{figures} staircase")

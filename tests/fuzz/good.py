@@ -50,6 +50,22 @@ AIC_ATTENTION = (
     for b in (1, 8)
 )
 TABLES = (CSV, ATTENTION, MEASURED)
+PRUNINGS: tuple[str, ...] = (
+    "width mlp=0.3 attention=0.25 + depth 0.25",
+    "width heads=0.2 align=64",
+    "low_rank 0.4 layers=8-15 + kv_cache 50%",
+    "depth layers=3,5-7 + width mlp=0.5 layers=0-2",
+    "semi_structured + width mlp=0.1",
+    "slicegpt 0.25",
+)
+PLAN = """\
+prune: kv_cache 0.25
+layers:
+  0-3: width mlp=0.3 attention=0.25
+  4,6: width mlp=0.5
+  8: "depth"
+  10: depth unit=attention + low_rank 0.3
+"""
 QUALITY = """\
 method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note
 SLEB,depth,llama-2-7b,0.1,ppl,false,7.26,9.34,,C4,a paper,unit=layer,

@@ -49,6 +49,8 @@ from simulator.predict.result import COLUMNS
 from simulator.predict.store import Store
 from simulator.predict.sweep import pieces, sweep_results
 from simulator.predict.where import parse_filter
+from simulator.pruning._grammar import read_steps
+from simulator.pruning._steps import Step, prune_steps
 
 Make = Callable[[random.Random], bytes]
 
@@ -170,10 +172,51 @@ def grid(path: Path) -> None:
     found = read_grid(path)
     assert json.dumps(found.facts(), default=str)
     if found.size < 200 and max(found.seqs) * max(found.batches) < 1 << 22:
-        columns, _ = sweep_results(found)
-        finite(*(columns[name] for name in ("speedup", "dense_s", "pruned_s")))
+        results = sweep_results(found)
+        finite(*(results.columns[name] for name in ("speedup", "dense_s", "pruned_s")))
     elif found.size < 1_000_000:
         assert next(pieces(found), None) is not None
+
+
+_PRUNED = "speedup llama-3.2-1b --hardware h100 --prune "
+
+
+@Target("plan.yaml", lambda rng: mutate.yaml_text(good.PLAN, rng), _PRUNED + "{}")
+def plan(path: Path) -> None:
+    _pruned(read_steps(str(path)), str(path))
+
+
+_PRUNE_WORDS = """
+width depth low_rank token experts shortgpt wanda-2:4 semi_structured mlp=0.3 heads=20% attention=.2 kv=0.5 hidden=0.1
+layers=4-11 layers=0,2 layers=99
+layers=3-1 layers= align=16 align=x unit=mlp + ++ = % 0.25 25% 1 -1 0.3.1 = mlp heds=0.2
+Width mlp:0.3 layers=0-99999999 kernel=ideal drop=3 inner=100
+"""
+_PRUNE_EDITS: dict[Edit, int] = {
+    **PART_EDITS,
+    lambda part, rng, parts: [part, rng.choice(_PRUNE_WORDS.split())]: 2,
+    lambda part, rng, parts: [rng.choice(_PRUNE_WORDS.split())]: 2,
+    lambda part, rng, parts: [rng.choice(TEXTS)]: 1,
+}
+
+
+def _make_prune(rng: random.Random) -> bytes:
+    text = " ".join(edit_parts(rng.choice(good.PRUNINGS).split(" "), rng, _PRUNE_EDITS))
+    return seldom(text.encode("utf-8", "surrogatepass"), rng)
+
+
+@Target("prune.txt", _make_prune, names_file=False)
+def prune_text(path: Path) -> None:
+    _pruned(read_steps(path.read_bytes().decode("utf-8", "replace")))
+
+
+def _pruned(steps: tuple[Step, ...], plan: str = "") -> None:
+    """What reads prunes a model, or is refused for it; its own text reads back."""
+    assert read_steps(" + ".join(map(str, steps))) == steps or any(step.options for step in steps)
+    dense = simulator.lower(simulator.load_model("llama-3.2-1b"), phase="decode", batch=2, seq=100)
+    pruned = prune_steps(dense, steps, plan=plan)
+    assert 0.0 < pruned.parameters <= dense.parameters * 1.3
+    finite(pruned.flops.sum(), pruned.bytes.sum())
 
 
 def headers(rng: random.Random) -> bytes:

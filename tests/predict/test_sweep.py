@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ SMALL = replace(
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
-    new_tokens=6, families=tuple(Pruning(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    new_tokens=6, families=tuple(Pruning.of(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
 
 
 def test_options_are_a_column_and_change_the_result() -> None:
-    families = (Pruning("width"), Pruning("width", options=(("align", 512),)))
+    families = (Pruning.of("width"), Pruning.of("width", options={"align": 512}))
     columns = sweep_results(replace(ONE, families=families, sparsities=(0.3,), phases=("prefill",))).columns
     assert list(columns) == list(COLUMNS) == [f.name for f in fields(Result)]
     assert plain(columns["options"]).tolist() == ["", "align=512"]
@@ -73,7 +74,7 @@ def test_options_are_a_column_and_change_the_result() -> None:
 
 
 def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (Pruning("depth"),), (Formats("fp8"),)
+    families, formats = (Pruning.of("depth"),), (Formats("fp8"),)
     grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
     found = sweep_results(grid)
     (note,) = found.notes
@@ -236,7 +237,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD))
     grid = read_grid(tmp_path / "g.yaml")
     assert grid.hardware == ("h100_sxm",)
-    assert grid.families == (Pruning("depth"), Pruning("width", options=(("align", 64),)))
+    assert grid.families == (Pruning.of("depth"), Pruning.of("width", options={"align": 64}))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
@@ -359,3 +360,32 @@ def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match=r'"tables" \(pyarrow is not installed\): .* pip install -e "\.\[tables\]"'):
         sweep(ONE, tmp_path / "t.parquet")
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("layers:\n  0-7: width mlp=0.5\n")
+    (tmp_path / "grid.yaml").write_text(
+        "models: llama-3.2-1b\nhardware: h100\nphases: decode\nbatches: [1, 8]\nseqs: 128\n"
+        f"prune: [width mlp=0.3 heads=0.25, kv_cache budget=64, {plan}]\n"
+    )
+    grid = read_grid(tmp_path / "grid.yaml")
+    assert (grid.size, grid.families, grid.sparsities) == (6, (), ())
+    found = sweep_results(grid)
+    assert plain(found.columns["prune"]).tolist() == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
+    before = digest(grid)
+    plan.write_text("layers:\n  0-7: width mlp=0.25\n")
+    assert digest(read_grid(tmp_path / "grid.yaml")) != before  # the content of a plan counts
+    frame = simulator.sweep(tmp_path / "grid.yaml", tmp_path / "rows.parquet")
+    again = simulator.sweep(read_grid(tmp_path / "grid.yaml"))
+    assert frame["speedup"].tolist() == pytest.approx(again["speedup"].tolist())
+    assert frame.attrs["notes"] == []
+    for text, message in {
+        "prune: width mpl=0.3": "prune: pruning 'width mpl=0.3', column 7: part or option of width 'mpl' is unknown",
+        "": "sparsities: is missing",
+    }.items():
+        (tmp_path / "bad.yaml").write_text(
+            f"models: llama-3.2-1b\nhardware: h100\nphases: decode\nbatches: 1\nseqs: 128\n{text}\n"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_grid(tmp_path / "bad.yaml")

@@ -158,8 +158,8 @@ def test_every_family_is_explained_exactly(family: str) -> None:
 
 
 @pytest.mark.quick
-def test_a_sparsity_by_projection_is_explained() -> None:
-    (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
+def test_a_sparsity_by_part_is_explained() -> None:
+    (e,) = explanations(MODEL[0], ["h100"], prune=["width mlp=0.5"])
     (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
     assert 0.3 < e.result.sparsity < 0.5
     assert 1.0 < e.result.speedup < whole.speedup
@@ -187,7 +187,7 @@ def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str,
         def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
             refused.append(reason)
 
-        batch = batch_of(scenario, [Pruning(family, sparsity)], reject)
+        batch = batch_of(scenario, [Pruning.of(family, sparsity)], reject)
         together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
         for i, dense in enumerate(scenario.workloads):
             try:

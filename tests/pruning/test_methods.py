@@ -22,6 +22,10 @@ from simulator.workload import Kind, Workload
 pytestmark = pytest.mark.quick
 
 
+FRACTIONS = [name for name, method in METHODS.items() if method.budget is None]
+BUDGETS = [name for name, method in METHODS.items() if method.budget is not None]
+
+
 def dense(model: str = "llama-2-7b", phase: str = "decode", seq: int = 2048) -> Workload:
     return simulator.lower(simulator.load_model(model), phase=phase, batch=1, seq=seq)
 
@@ -34,16 +38,31 @@ def layers_with(w: Workload, role: str) -> int:
     return int(w.layers[w.is_role(role) & (w.layer >= 0)].sum())
 
 
+def request(name: str, seq: int = 2048) -> Workload:
+    """Return a dense request of a model and phase that the method prunes."""
+    m = METHODS[name]
+    routed = "qwen3-30b-a3b" if max(m.sparsities, default=0.0) > 0.5 else "mixtral-8x7b"  # 2 of 8 experts per token
+    model = simulator.load_model(routed if m.family == "experts" else "llama-2-7b")
+    if m.family == "kv_cache":
+        return simulator.lower(model, phase="generate", batch=1, seq=seq, new_tokens=2)
+    return simulator.lower(model, phase="prefill" if "prefill" in m.phases else "decode", batch=1, seq=seq)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_sound_and_removes_what_is_asked_of_the_whole_model(name: str) -> None:
+def test_every_method_names_families_options_and_paper(name: str) -> None:
     m = METHODS[name]
     families = m.family.split("+")
     assert set(families) <= FAMILIES.keys()
     assert m.options.keys() <= {option for family in families for option in FAMILIES[family].options}
     assert re.fullmatch(r"\d{4}\.\d{5}", m.arxiv)
     assert m.title
-    phase = "prefill" if "prefill" in m.phases else "decode"
-    whole = dense(phase=phase)
+    assert bool(m.sparsities) == (m.budget is None)
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_every_method_removes_what_is_asked_of_the_whole_model(name: str) -> None:
+    m, whole = METHODS[name], request(name)
+    families = m.family.split("+")
     assert m.prune(whole, 0.0).flops.sum() == whole.flops.sum()
     for sparsity in m.sparsities:
         steps = m.prune(whole, sparsity).meta.applied
@@ -51,6 +70,23 @@ def test_every_method_is_sound_and_removes_what_is_asked_of_the_whole_model(name
         asked, realised = (1.0 - np.prod([1.0 - getattr(s, key) for s in steps]) for key in ("sparsity", "realised"))
         assert asked == pytest.approx(sparsity, abs=1e-9)
         assert realised == pytest.approx(sparsity, abs=0.02)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_budget_sets_the_sparsity_of_each_length(name: str) -> None:
+    m = METHODS[name]
+    assert m.budget is not None
+    found = []
+    for seq in (m.budget // 2, 2 * m.budget, 8 * m.budget):
+        whole = request(name, seq)
+        (step,) = m.prune(whole).meta.applied
+        assert step.sparsity == step.realised
+        found.append(step.realised)
+        assert (m.prune(whole).bytes.sum() == whole.bytes.sum()) == (seq < m.budget)
+    share = {"kv_cache": [0, 1 / 2, 7 / 8]}.get(m.family, [0, 1 / 4, (7 / 8) ** 2])  # of a triangle of pairs
+    assert found == pytest.approx(share, abs=1e-3)
+    with pytest.raises(InputError, match=f"{name}: it keeps {m.budget} tokens.*expected no sparsity, got 0.5"):
+        m.prune(whole, 0.5)
 
 
 def test_llm_pruner_leaves_the_outer_layers_and_has_the_papers_parameters() -> None:
@@ -125,6 +161,8 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
         ("minference", 0.9, "decode", "minference: expected phase prefill, got decode"),
         ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
+        ("flap", None, "decode", "expected a fraction"),
+        ("calm", 0.98, "decode", "expected at most 0.969, as every token computes the first of 32 layers"),
     ],
 )
 def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
@@ -132,13 +170,14 @@ def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
         METHODS[method].prune(dense(phase=phase), sparsity)
 
 
-@pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o"])
+@pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o", "streaming-llm"])
 def test_many_requests_together_equal_one_by_one(name: str) -> None:
-    scenario = Scenario(model="llama-2-7b", phase="generate", shapes=((1, 64), (8, 512)), new_tokens=3)
-    batch = batch_of(scenario, [Pruning.of_method(name, 0.3)], rejecting)
+    scenario = Scenario(model="llama-2-7b", phase="generate", shapes=((1, 64), (8, 4096)), new_tokens=3)
+    pruning = Pruning.of(name, None if METHODS[name].budget else 0.3)
+    batch = batch_of(scenario, [pruning], rejecting)
     assert batch.dense.tolist() == [0, 1, 0, 1]
     for i, start, length in list(zip(batch.dense, batch.starts, batch.lengths))[2:]:
-        one = METHODS[name].prune(scenario.workloads[i], 0.3)
+        one = pruning.apply(scenario.workloads[i], scenario)
         rows = batch.rows.take(np.arange(start, start + length))
         np.testing.assert_allclose(rows.flops, one.flops, rtol=1e-12)
         np.testing.assert_allclose(rows.bytes, one.bytes, rtol=1e-12)

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.quick
 STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstructured", "experts"]
 DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
 TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]
-PER_LAYER = [name for name, family in FAMILIES.items() if family.per_layer and name not in ("semi_structured", "token")]
+PER_LAYER = [
+    name for name, family in FAMILIES.items() if family.layers == "each" and name not in ("semi_structured", "token")
+]
 
 
 def same(a: Workload, b: Workload) -> None:
@@ -29,7 +31,8 @@ def test_the_registry_is_that_of_the_design() -> None:
     for name, family in FAMILIES.items():
         assert all((family.axis, family.summary, family.cost, family.realised))
         assert family.dynamic == (name not in (*STATIC, "experts"))
-    assert FAMILIES["dynamic_depth"].options == {"kernel": "reference", "prune_kv": False, "router": 2}
+    options = {"kernel": "reference", "prune_kv": False, "router": 2, "unit": "sublayer"}
+    assert FAMILIES["dynamic_depth"].options == options
     assert FAMILIES["semi_structured"].options == {}
 
 
@@ -37,7 +40,7 @@ def test_the_registry_is_that_of_the_design() -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_zero_is_the_identity(family: str, phase: str) -> None:
     w = workload(GQA, phase)
-    zeros = [0, 0.0, np.float64(0)] + [[0.0] * 6] * FAMILIES[family].per_layer
+    zeros = [0, 0.0, np.float64(0)] + [[0.0] * 6] * (FAMILIES[family].layers == "each")
     for zero in zeros + [{"mlp": 0.0}] * bool(FAMILIES[family].targets):
         pruned = prune(w, family, zero)
         assert pruned.meta.applied == (Applied(family, 0.0, 0.0),)
@@ -105,22 +108,25 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         (3, 0.5, {}, "pruning family '3' is unknown"),
         ("depth", 25, {}, r"for 25 % write 0.25"),
         *(("depth", s, {}, rf"sparsity {s:g}: expected a fraction in \[0, 1\)") for s in (1.0, -0.1, np.nan, np.inf)),
-        *(("depth", s, {}, f"got {s!r}") for s in ("0.5", True, None)),
+        *(("depth", s, {}, f"got {s!r}") for s in ("0.5", True)),
+        ("depth", None, {}, "column 6: expected a fraction, such as depth 0.25"),
         ("depth", [0.5] * 6, {}, "family depth: expected one fraction, got a sparsity by layer"),
-        ("depth", {"q": 0.5}, {}, r"projection \(for family depth\) 'q' is unknown; .*attention, mlp"),
+        ("depth", {"q": 0.5}, {}, r"part \(for family depth\) 'q' is unknown; .*attention, mlp"),
         ("depth", 0.5, {"unit": "head"}, "option unit: expected layer or both or attention or mlp, got 'head'"),
-        ("depth", 0.5, {"drop": [1, 1, 2]}, "option drop: expected 3 different layers from 0 to 5"),
-        ("depth", 0.5, {"drop": [1, 2, 6]}, "option drop: expected 3 different layers"),
-        ("depth", 0.5, {"drop": 3}, "option drop: expected layer numbers, got 3"),
-        ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "expected no unit with a sparsity by projection"),
+        ("depth", 0.5, {"layers": [1, 2, 6]}, "layers: expected numbers from 0 to 5, got 6"),
+        ("depth", 0.5, {"layers": 3}, "layers: expected layer numbers, got 3"),
+        ("depth", None, {"layers": range(6)}, "layers: expected fewer than all 6 layers"),
+        ("width_cross", 0.5, {"layers": [1]}, "expected no layers, as it prunes all layers equally"),
+        ("width", {"hidden": 0.5}, {"layers": [1]}, "sparsity of hidden: expected no layers"),
+        ("depth", {"mlp": 0.5}, {"unit": "mlp"}, "expected no unit with a sparsity by part"),
         ("width", 0.5, {"aline": 8}, "option of family width 'aline' is unknown; did you mean align"),
         ("width", 0.5, {"align": 0}, "option align: expected a whole number from 1 up, got 0"),
         ("width", 0.5, {"align": 2.5}, "option align: expected a whole number from 1 up, got 2.5"),
         ("width", 0.5, {"inner": 200}, "option inner: expected a multiple of 1 up to the inner width 176, got 200"),
         ("width", [0.5] * 5, {}, "sparsity by layer: expected 6 fractions, one per layer of this model, got 5"),
         ("width", [0.5] * 5 + [1.5], {}, "sparsity of layer 5: 1.5: expected"),
-        ("width", {}, {}, "sparsity by projection: expected some of attention, mlp, got none"),
-        ("width_cross", {"mlp": 0.5}, {}, "family width_cross: expected one fraction, got a sparsity by projection"),
+        ("width", {}, {}, "sparsity by part: expected some of attention, mlp, heads, kv, hidden, got none"),
+        ("width_cross", {"mlp": 0.5}, {}, "family width_cross: expected one fraction, got a sparsity by part"),
         ("width_cross", [0.5] * 6, {}, "family width_cross: expected one fraction, got a sparsity by layer"),
         ("width_cross", 0.5, {"residual_projections": 1}, "option residual_projections: expected true or false, got 1"),
         ("semi_structured", 0.25, {}, "semi_structured at sparsity 0.25: expected 0.5, as 2:4 removes half"),
@@ -134,7 +140,21 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         ("token", 0.5, {"start": -1}, "option start: expected a whole number from 0 up, got -1"),
         ("token", [0.5] * 3 + [0.4] * 3, {}, "layer 3: expected at least 0.5, as dropped tokens do not"),
         ("token", [0.5] * 6, {"start": 2}, "option start: expected no start with a sparsity by layer"),
-        ("kv_cache", 0.5, {"observed": 0}, "option observed: expected a whole number from 1 up, got 0"),
+        ("dynamic_depth", 0.5, {"unit": "both"}, "option unit: expected sublayer or layer, got 'both'"),
+        ("dynamic_depth", {"mlp": 0.5}, {"unit": "layer"}, "expected unit=sublayer with a sparsity by sublayer"),
+        ("experts", 0.5, {"merged": 1}, "option merged: expected true or false, got 1"),
+        (
+            "experts",
+            0.5,
+            {"merged": True, "fewer": "active"},
+            "option merged: expected fewer=experts with it, got active",
+        ),
+        ("kv_cache", 0.5, {"observed": -1}, "option observed: expected a whole number from 0 up, got -1"),
+        ("kv_cache", 0.5, {"budget": 8}, "option budget: the sparsity follows from it; expected no sparsity, got 0.5"),
+        ("kv_cache", None, {"budget": 0}, "option budget: expected a whole number from 1 up, got 0"),
+        ("kv_cache", None, {}, "expected a fraction, such as kv_cache 0.25, or a budget of tokens"),
+        ("sparse_attention", None, {"budget": "8"}, "option budget: expected a whole number from 1 up, got '8'"),
+        ("token", None, {"budget": 8}, "option of family token 'budget' is unknown"),
     ],
 )
 def test_bad_input_is_one_clear_line(family: str, sparsity: object, options: dict[str, object], message: str) -> None:

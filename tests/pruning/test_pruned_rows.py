@@ -27,6 +27,7 @@ OPTIONS = [
         for prune_kv in (True, False)
         for kernel in ("reference", "gathered")
     ),
+    *(("dynamic_depth", {"unit": "layer", "kernel": kernel}) for kernel in ("reference", "gathered")),
     *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
     ("unstructured", {"kernel": "spmv"}),
     *(("width", {"align": align}) for align in (1, 8)),
@@ -145,7 +146,7 @@ def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
     at = last.take(last.is_role("attention"))
     assert (at.window.tolist(), at.layer.tolist(), at.count.tolist()) == ([8, 0], [0, 1], [1, 2])
     assert only(last, "q", "count") == 3
-    named = prune(wide, "depth", 0.5, drop=[1, 3, 5])
+    named = prune(wide, "depth", layers=[1, 3, 5])
     assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
 
 

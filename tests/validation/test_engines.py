@@ -123,6 +123,16 @@ def test_the_command_prints_draws_and_gives_json(
     assert run(["validate", "--figure", str(figure)]) == 2
 
 
+@pytest.mark.quick
+def test_the_page_states_what_the_engine_files_state() -> None:
+    table = engines.loads_table()
+    assert table in (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    cells = [line.strip("|").split("|") for line in table.splitlines()]
+    by_engine = {name.strip(): [row[i].strip() for row in cells[2:]] for i, name in enumerate(cells[0]) if i}
+    assert by_engine["hf"][:3] == ["yes", f"{len(load_engine('hf').loads['heads'].model_types)} model types", "no"]
+    assert by_engine["trtllm"][4] == "llama, nemotron-nas; multiples of 256"
+
+
 def test_the_conclusion_has_errors_and_coverage_of_judged_rows_and_the_worst_group(found: Found) -> None:
     first, worst = engines.of_end_to_end(found)
     for kind in ("dense", "speedup"):

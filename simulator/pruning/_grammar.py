@@ -1,0 +1,265 @@
+"""Read prunings as text: ``width mlp=0.3 heads=0.2 + depth 0.25``, and plans, which list layers in a file.
+
+Use :func:`read_steps` for a text or the path of a plan. A text has
+steps joined by ``+``. A step is the name of a family or of a published method, then a fraction (``0.25``, ``25%``) or
+fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A plan is a YAML or JSON
+file::
+
+    prune: depth 0.1                        # optional: steps of the whole model
+    layers:                                 # layers of the dense model, from 0
+      4-11: width mlp=0.3 attention=0.25
+      12,14: width mlp=0.5
+      20-23: depth                          # removes these layers
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simulator.errors import InputError, one_line, unknown
+from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
+from simulator.pruning import FAMILIES
+from simulator.pruning._family import check_fraction
+from simulator.pruning._methods import METHODS
+from simulator.pruning._steps import Step
+from simulator.units import parse_fraction, parse_value
+
+MOST_CHARACTERS = 2000
+PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")
+"""Endings of plans."""
+
+MOST_LAYERS = 10_000
+"""Largest accepted layer number; models have fewer layers."""
+
+_TOKEN = re.compile(
+    r"(?P<name>[^\s+=%]+)\s*=\s*(?P<value>[^\s+=%]+(?:\s*%)?)|(?P<word>[^\s+=%]+(?:\s*%)?)|(?P<plus>\+)|(?P<wrong>[=%])"
+)
+
+
+def read_steps(text: str) -> tuple[Step, ...]:
+    """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``"width mlp=0.3 heads=0.2 + depth 0.25"``, or a path that ends in .yaml, .yml or .json.
+
+    Returns
+    -------
+    tuple of Step
+        At least one step.
+
+    Raises
+    ------
+    InputError
+        With the place of the first mistake: the column in the text, or line and column in the file.
+
+    Examples
+    --------
+    >>> [str(step) for step in read_steps("width mlp=30% layers=8-31 + shortgpt 25 %")]
+    ['width mlp=0.3 layers=8-31', 'shortgpt 0.25']
+    """
+    if not isinstance(text, str):
+        raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
+    if is_plan(text):
+        return _plan(Path(text.strip()))
+    try:
+        return _steps(text)
+    except _MisplacedError as wrong:
+        place = f", column {wrong.column}" if text.strip() else ""
+        raise InputError(f"pruning {_shortened(text)!r}{place}: {wrong}") from None
+
+
+def is_plan(text: str) -> bool:
+    """Return whether a text of ``--prune`` is the path of a plan."""
+    return text.strip().endswith(PLANS)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+class _MisplacedError(InputError):
+    """A mistake at a column of a text, from 1."""
+
+    def __init__(self, column: int, message: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
+def _shortened(text: str) -> str:
+    return one_line(text, 120)
+
+
+def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+    """Return the steps of a text; ``layers`` are those of an entry of a plan."""
+    if len(text) > MOST_CHARACTERS:
+        raise _MisplacedError(MOST_CHARACTERS, f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
+    steps: list[list[re.Match[str]]] = [[]]
+    for token in _TOKEN.finditer(text):
+        if token["wrong"]:
+            raise _MisplacedError(token.start() + 1, f"expected NAME=VALUE or a fraction, got {token['wrong']!r}")
+        if token["plus"]:
+            if not steps[-1]:
+                raise _MisplacedError(token.start() + 1, "expected a family or method before +")
+            steps.append([])
+        else:
+            steps[-1].append(token)
+    if not steps[-1]:
+        raise _MisplacedError(len(text) + 1, "expected a family or method, such as depth 0.25")
+    return tuple(_step(tokens, layers) for tokens in steps)
+
+
+def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Step:
+    first, at = tokens[0], tokens[0].start() + 1
+    name = first["word"] or first["name"]
+    if name not in FAMILIES and name not in METHODS:
+        raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
+    if not first["word"]:
+        raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")
+    method = METHODS.get(name)
+    if method and listed is not None:
+        raise _MisplacedError(at, f"method {name} selects its own layers; expected a family, or the method under prune")
+    parts: dict[str, float] = {}
+    options: dict[str, Any] = {}
+    sparsity, layers = None, listed
+    allowed = () if method else ("layers", *FAMILIES[name].targets, *FAMILIES[name].options)
+    for token in tokens[1:]:
+        at = token.start() + 1
+        if token["word"]:
+            if sparsity is not None:
+                raise _MisplacedError(at, f"expected NAME=VALUE or + after the fraction, got {token['word']!r}")
+            sparsity = _fraction(token["word"], at)
+            continue
+        key, value, at_value = token["name"], token["value"], token.start("value") + 1
+        if key not in allowed:
+            if not allowed:
+                raise _MisplacedError(at, f"method {name} sets its own parts and options; expected a fraction only")
+            raise _MisplacedError(at, str(unknown(f"part or option of {name}", key, allowed)))
+        if key == "layers" and listed is not None:
+            raise _MisplacedError(at, "expected no layers, as the key of the plan lists them")
+        if key in parts or key in options or (key == "layers" and layers is not None):
+            raise _MisplacedError(at, f"{key} is given twice")
+        if key == "layers":
+            layers = _layers(value, at_value)
+        elif method is None and key in FAMILIES[name].targets:
+            parts[key] = _fraction(value, at_value)
+        else:
+            options[key] = tuple(map(parse_value, value.split(","))) if "," in value else parse_value(value)
+    return _checked(tokens, sparsity, parts, layers, options)
+
+
+def _checked(
+    tokens: Sequence[re.Match[str]],
+    sparsity: float | None,
+    parts: dict[str, float],
+    layers: tuple[int, ...] | None,
+    options: dict[str, Any],
+) -> Step:
+    """Return a step, whose fraction can follow from the family or the method."""
+    name, at, end = tokens[0]["word"], tokens[0].start() + 1, tokens[-1].end() + 1
+    if parts and sparsity is not None:
+        raise _MisplacedError(at, f"{name}: expected one fraction or fractions by part, got both")
+    if name in METHODS:
+        usual = METHODS[name].sparsities
+        if METHODS[name].budget is not None:
+            if sparsity is not None:
+                raise _MisplacedError(
+                    at, f"{name} keeps a number of tokens, from which its fraction follows; expected none"
+                )
+            return Step(name)
+        if sparsity is None and len(usual) > 1:
+            papers = " or ".join(f"{name} {s:g}" for s in usual)
+            raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
+        return Step(name, usual[0] if sparsity is None else sparsity)
+    family = FAMILIES[name]
+    if layers is not None and family.layers == "all":
+        raise _MisplacedError(at, f"family {name}: expected no layers, as it prunes all layers equally")
+    whole = (layers is not None and family.layers == "some") or "budget" in options
+    if not parts and sparsity is None and family.default is None and not whole:
+        some = f", or parts, such as {name} {family.targets[0]}=0.25" if family.targets else ""
+        some += f", or a budget of tokens, such as {name} budget=1024" if "budget" in family.options else ""
+        raise _MisplacedError(end, f"expected a fraction, such as {name} 0.25{some}")
+    if sparsity is None and not parts and not whole:
+        sparsity = family.default
+    return Step(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
+
+
+def _fraction(text: str, column: int) -> float:
+    try:
+        return check_fraction(parse_fraction(text), "fraction")
+    except InputError as error:
+        raise _MisplacedError(column, str(error)) from None
+
+
+def _layers(text: str, column: int) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < MOST_LAYERS:
+            expected = "expected layer numbers such as 4-29 or 0,5,8-11"
+            raise _MisplacedError(column, f"{expected}, got {_shortened(text)!r}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def _plan(path: Path) -> tuple[Step, ...]:
+    """Read a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
+    problems, steps = Problems(str(path)), tuple[Step, ...]()
+    text = read_text(path, problems)
+    root = None if text is None else parse_yaml(text, problems)
+    keys = ("prune", "layers")
+    if root is None or root.kind != "mapping":
+        if not len(problems):
+            problems.add(root, "file", "expected the keys layers or prune")
+        raise InputError(problems.lines[0])
+    for key, (key_node, node) in root.entries.items():
+        if key not in keys:
+            problems.add(key_node, key, "is unknown; expected layers or prune")
+        elif key == "prune":
+            steps += _of_node(node, "prune", problems)
+        elif node.kind != "mapping":
+            problems.add(node, "layers", f"expected a mapping from layers to prunings, got {node}")
+        else:
+            steps += _of_layers(node, problems)
+    if not steps and not len(problems):
+        problems.add(root, "file", "expected at least one pruning in layers or prune")
+    if len(problems):
+        first, *more = problems.lines
+        raise InputError(first + (f" (and {len(more)} more)" if more else ""))
+    return tuple(steps)
+
+
+def _of_layers(node: Node, problems: Problems) -> tuple[Step, ...]:
+    steps: tuple[Step, ...] = ()
+    taken: set[int] = set()
+    for text, (key_node, value) in node.entries.items():
+        key = join("layers", text)
+        try:
+            layers = _layers(text, 1)
+        except InputError as error:
+            problems.add(key_node, key, str(error))
+            continue
+        if again := taken.intersection(layers):
+            problems.add(key_node, key, f"layer {min(again)} is listed twice")
+        taken.update(layers)
+        steps += _of_node(value, key, problems, layers)
+    return steps
+
+
+def _of_node(node: Node, key: str, problems: Problems, layers: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+    """Return the steps of a text in a plan, at some layers."""
+    if node.kind != "scalar":
+        problems.add(node, key, f"expected a text such as width mlp=0.3, got {node}")
+        return ()
+    try:
+        return _steps(node.text, layers)
+    except _MisplacedError as wrong:
+        problems.add(node._replace(column=node.column + node.quoted + wrong.column - 1), key, str(wrong))
+        return ()

@@ -1,0 +1,170 @@
+"""Define steps of a pruning, and apply several to a workload: :func:`prune_steps`.
+
+Layer numbers are those of the dense model in every step: steps that remove layers are applied last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from simulator.arrays import FloatArray
+from simulator.errors import InputError
+from simulator.models.difference import consecutive
+from simulator.pruning import FAMILIES, Family, listed_layers, prune
+from simulator.pruning._family import SUBLAYERS, one_of
+from simulator.pruning._rows import layer_count
+from simulator.workload import Workload
+
+Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...]], ...] | None
+"""A fraction, one fraction per layer, or either by part."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pruning: a family or a published method, how much it removes, and where.
+
+    >>> str(Step("width", (("mlp", 0.3), ("heads", 0.2)), (4, 5, 6)))
+    'width mlp=0.3 heads=0.2 layers=4-6'
+    """
+
+    name: str
+    sparsity: Sparsity = None  # None: the default of the family, or whole listed layers
+    layers: tuple[int, ...] | None = None  # None: all
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        parts, sparsity = [self.name], _argument(self.sparsity)
+        if isinstance(sparsity, dict):
+            parts += [f"{part}={fraction:.9g}" for part, fraction in sparsity.items()]
+        elif sparsity is not None:
+            parts.append(f"{sparsity:.9g}")
+        if self.layers is not None:
+            parts.append(f"layers={','.join(consecutive(self.layers))}")
+        for name, value in self.options:
+            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+            parts.append(f"{name}={text.lower() if isinstance(value, bool) else text}")
+        return " ".join(parts)
+
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """Families of the step: one, those of the method, or none if the name is neither."""
+        from simulator.pruning._methods import METHODS
+
+        names = METHODS[self.name].family.split("+") if self.name in METHODS else [self.name]
+        return tuple(FAMILIES[name] for name in names if name in FAMILIES)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the sparsity follows from the length of a request: the step keeps a number of tokens."""
+        from simulator.pruning._methods import METHODS
+
+        options = METHODS[self.name].options if self.name in METHODS else dict(self.options)
+        return options.get("budget") is not None
+
+    @property
+    def removes_layers(self) -> bool:
+        """Whether the step removes whole layers."""
+        return any(family.layers == "some" for family in self.families)
+
+    def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
+        """Return the pruned workload."""
+        from simulator.pruning._methods import METHODS
+
+        sparsity = _argument(self.sparsity)
+        if self.name in METHODS:
+            return METHODS[self.name].prune(workload, sparsity, ideal=ideal)
+        layers = self.layers
+        if sparsity is None and layers is None and not self.budgeted:
+            sparsity = self.families[0].default
+            if sparsity is None:
+                raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options}
+        return prune(workload, self.name, sparsity, layers=layers, ideal=ideal, **options)
+
+
+def _argument(sparsity: Sparsity) -> Any:
+    """Return a sparsity as an argument of :func:`simulator.prune`."""
+    parts = isinstance(sparsity, tuple) and isinstance(sparsity[0], tuple)
+    return dict(sparsity) if parts else sparsity  # type: ignore[arg-type]
+
+
+def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = False, plan: str = "") -> Workload:
+    """Return the workload pruned by steps, of which those that remove layers are applied last.
+
+    Errors name the step, and the plan if the steps are of one.
+
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
+    >>> pruned = prune_steps(dense, read_steps("depth layers=24-27 + width mlp=0.5 layers=24-31"))
+    >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
+    [('width', 0.101), ('depth', 0.125)]
+    """
+    keeping = [step for step in steps if not step.removes_layers]
+    listed = [step for step in steps if step.removes_layers and step.layers is not None]
+    rest = [step for step in steps if step.removes_layers and step.layers is None]
+    step: Step | None = None
+    try:
+        for step in (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest):
+            workload = step.apply(workload, ideal=ideal)
+    except InputError as error:
+        raise InputError(": ".join(str(part) for part in (plan, step, error) if part)) from None
+    return workload
+
+
+def _joined(steps: Sequence[Step], layers: int) -> Iterator[Step]:
+    """Yield steps; those of one family at different layers become one step with a sparsity per layer."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        for group in groups:
+            first, taken = group[0], {layer for s in group for layer in s.layers or ()}
+            equal = (step.name, step.options) == (first.name, first.options)
+            if equal and step.layers and first.layers and taken.isdisjoint(step.layers):
+                group.append(step)
+                break
+        else:
+            groups.append([step])
+    for group in groups:
+        yield group[0] if len(group) == 1 else _by_layer(group, layers)
+
+
+def _by_layer(steps: Sequence[Step], layers: int) -> Step:
+    first = steps[0]
+    targets = first.families[0].targets
+    tables: dict[str, FloatArray] = {}
+    for step in steps:
+        found = _argument(first.families[0].default if step.sparsity is None else step.sparsity)
+        if found is None:
+            raise InputError(f"{step}: expected a fraction")
+        parts = found if isinstance(found, dict) else dict.fromkeys(SUBLAYERS if targets else ("",), found)
+        for part, fraction in parts.items():
+            table = tables.setdefault(part, np.zeros(layers))
+            table[listed_layers(step.layers, layers)] = fraction
+    each = tuple((part, tuple(table.tolist())) for part, table in tables.items())
+    return Step(first.name, each if targets else each[0][1], options=first.options)
+
+
+def _renumbered(steps: Sequence[Step]) -> Iterator[Step]:
+    """Yield steps that remove listed layers; of several, numbers of layers after the first are new ones."""
+    if len(steps) < 2:
+        yield from steps
+        return
+    gone: dict[str, set[int]] = {part: set() for part in SUBLAYERS}
+    for step in steps:
+        unit = dict(step.options).get("unit", "layer")
+        one_of("unit", unit, ("layer", "both", *SUBLAYERS))
+        if step.sparsity is not None:
+            raise InputError(f"{step}: expected no fraction, as several steps remove listed layers")
+        for part in SUBLAYERS if unit in ("layer", "both") else (unit,):
+            gone[part] |= set(step.layers or ())
+    whole = sorted(set.intersection(*gone.values()))
+    if whole:
+        yield Step("depth", layers=tuple(whole))
+    for part, layers in gone.items():
+        if left := sorted(layers.difference(whole)):
+            now = tuple(layer - int(np.searchsorted(whole, layer)) for layer in left)
+            yield Step("depth", layers=now, options=(("unit", part),))

@@ -1,0 +1,208 @@
+"""The grammar of ``--prune`` and of plans: what a text removes, and the place of each mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
+
+from simulator.errors import InputError
+from simulator.pruning import prune
+from simulator.pruning._grammar import read_steps
+from simulator.pruning._steps import Step, prune_steps
+from simulator.workload import Workload
+
+pytestmark = pytest.mark.quick
+
+
+def size(w: Workload, role: str, column: str) -> float:
+    at = w.is_role(role)
+    return float((getattr(w, column) * w.layers)[at].sum() / w.layers[at].sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("depth 0.25", [Step("depth", 0.25)]),
+        ("depth 25%", [Step("depth", 0.25)]),
+        ("  width  mlp = 30 %  heads=.2 ", [Step("width", (("mlp", 0.3), ("heads", 0.2)))]),
+        ("width 0.2 align=64", [Step("width", 0.2, options=(("align", 64),))]),
+        ("low_rank 0.4 layers=1-2,4", [Step("low_rank", 0.4, (1, 2, 4))]),
+        ("depth layers=3", [Step("depth", None, (3,))]),
+        ("semi_structured", [Step("semi_structured", 0.5)]),
+        ("wanda-2:4 + width mlp=0.1", [Step("wanda-2:4", 0.5), Step("width", (("mlp", 0.1),))]),
+        ("shortgpt 0.25+width 0.2", [Step("shortgpt", 0.25), Step("width", 0.2)]),
+    ],
+)
+def test_texts(text: str, steps: list[Step]) -> None:
+    found = read_steps(text)
+    assert list(found) == steps
+    assert read_steps(" + ".join(map(str, found))) == found  # its own text reads back
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "pruning '': expected a family or method"),
+        ("widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width"),
+        ("width mlp=0.3 heds=0.2", "column 15: part or option of width 'heds' is unknown; did you mean heads"),
+        ("width 30", "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3"),
+        ("width mlp=1", "column 11: fraction 1: expected"),
+        ("width mlp=nan", "column 11: expected a fraction such as 0.25 or 25%"),
+        ("depth", "column 6: expected a fraction, such as depth 0.25"),
+        ("width 0.3 mlp=0.2", "column 1: width: expected one fraction or fractions by part, got both"),
+        ("width 0.3 0.2", "column 11: expected NAME=VALUE or + after the fraction, got '0.2'"),
+        ("width mlp=0.3 mlp=0.2", "column 15: mlp is given twice"),
+        ("depth 0.2 + ", "column 13: expected a family or method"),
+        ("depth 0.2 + + width 0.2", "column 13: expected a family or method before +"),
+        ("width mlp=", "column 10: expected NAME=VALUE or a fraction, got '='"),
+        ("low_rank 0.4 layers=8-", "column 21: expected layer numbers such as 4-29"),
+        ("low_rank 0.4 layers=9-8", "column 21: expected layer numbers"),
+        ("low_rank 0.4 layers=99999", "column 21: expected layer numbers"),
+        ("slicegpt", "column 9: expected a fraction; the paper of slicegpt has slicegpt 0.2 or"),
+        ("slicegpt 0.25 align=8", "column 15: method slicegpt sets its own parts and options"),
+        ("width_cross 0.2 layers=1", "column 1: family width_cross: expected no layers"),
+        ("x" * 3000, "column 2000: expected at most 2000 characters"),
+        ("nowhere.yaml", "nowhere.yaml:1:1: file: cannot be read"),
+    ],
+)
+def test_mistakes_have_their_place(text: str, message: str) -> None:
+    with pytest.raises(InputError) as found:
+        read_steps(text)
+    assert message in str(found.value)
+
+
+def test_errors_of_a_model_name_the_step() -> None:
+    for text, message in {
+        "width 0.2 align=x": "width 0.2 align=x: option align: expected a whole number from 1 up, got 'x'",
+        "depth 0.1 + width mlp=0.2 layers=9": "width mlp=0.2 layers=9: layers: expected numbers from 0 to 5, got 9",
+        "depth 0.5 layers=1-4 + depth layers=5": "depth 0.5 layers=1-4: expected no fraction, as several steps remove",
+    }.items():
+        with pytest.raises(InputError) as found:
+            prune(workload(GQA), text)
+        assert message in str(found.value)
+
+
+@pytest.mark.parametrize("decoder", [GQA, FUSED, MHA])
+def test_parts_of_width(decoder: Decoder) -> None:
+    w, d = workload(decoder, "decode"), decoder
+    dense = w.parameters
+    q, kv, head = d.heads * d.head_dim, d.kv_heads * d.head_dim, 2 if d.bias else 0
+
+    heads = prune(w, "width heads=0.25")  # 8 -> 6 and 6 -> 4.5 -> 5 query heads; the cache stays
+    kept = math.floor(0.75 * d.heads + 0.5)
+    assert (size(heads, "attention", "heads"), size(heads, "attention", "kv_heads")) == (kept, d.kv_heads)
+    gone = (d.heads - kept) * d.head_dim * (2 * d.hidden + (1 if head else 0))
+    assert dense - heads.parameters == pytest.approx(d.layers * gone, rel=1e-12)
+    assert size(heads, "o", "k") == kept * d.head_dim
+    assert size(heads, "cache_write", "write_bytes") == size(w, "cache_write", "write_bytes")
+
+    groups = prune(w, "width kv=0.5")
+    assert (size(groups, "attention", "heads"), size(groups, "attention", "kv_heads")) == (d.heads, d.kv_heads // 2)
+    gone = 2 * (kv // 2) * (d.hidden + (1 if head else 0))
+    assert dense - groups.parameters == pytest.approx(d.layers * gone, rel=1e-12)
+    assert size(groups, "cache_write", "write_bytes") == size(w, "cache_write", "write_bytes") / 2
+    assert size(groups, "rotary", "n") == (q + kv // 2)
+
+    hidden = prune(w, "width hidden=0.5 align=8")
+    other = prune(w, "width_cross", 0.5, align=8)
+    assert hidden.replace(meta=w.meta) == other.replace(meta=w.meta)
+    assert hidden.meta.applied[0].sparsity == pytest.approx(0.5)
+
+    both = prune(w, "width mlp=0.5 attention=0.5")
+    assert both.replace(meta=w.meta) == prune(w, "width", 0.5).replace(meta=w.meta)
+
+
+def test_parts_compose_to_the_requested_share() -> None:
+    w = workload(GQA, "decode")
+    steps = prune(w, "width heads=0.5 kv=0.5").meta.applied
+    attention = 2 * 128 * 64 + 2 * 64 * 64  # q, o and k, v
+    assert steps[0].sparsity == pytest.approx(0.5 * attention / (attention + 3 * 176 * 64))
+    assert steps[0].realised == pytest.approx(steps[0].sparsity)
+    nested = prune(w, "width attention=0.5 hidden=0.25").meta.applied[0]
+    share = attention / (attention + 3 * 176 * 64)
+    assert nested.sparsity == pytest.approx(1 - 0.75 * (1 - 0.5 * share))
+
+
+def test_listed_layers() -> None:
+    w = workload(GQA)
+    some = prune(w, "width mlp=0.5 layers=1-2")
+    each = prune(w, "width", {"mlp": [0, 0.5, 0.5, 0, 0, 0]})
+    assert some.replace(meta=w.meta) == each.replace(meta=w.meta)
+    assert some.meta.applied[0].sparsity == pytest.approx(each.meta.applied[0].sparsity)
+    ks = dict(zip(some.expand().layer[some.expand().is_role("down")], some.expand().k[some.expand().is_role("down")]))
+    assert ks == {0: 176, 1: 96, 2: 96, 3: 176, 4: 176, 5: 176}
+    assert prune(w, "depth 0.5 layers=0-3").meta.applied[0].realised == pytest.approx(2 / 6)
+    assert prune(w, "depth layers=0,5").meta.applied[0].sparsity == pytest.approx(2 / 6)
+
+
+def test_layer_numbers_are_those_of_the_dense_model() -> None:
+    w = workload(GQA)
+    pruned = prune(w, "depth layers=1-2 + width mlp=0.5 layers=3").expand()
+    down = pruned.is_role("down")
+    assert pruned.k[down].tolist() == [176, 96, 176, 176]
+    assert pruned.layer[down].tolist() == [0, 1, 2, 3]
+
+
+PLAN = """\
+prune: kv_cache 0.25
+layers:
+  0: width mlp=0.5
+  1,3: width mlp=0.25 attention=0.5
+  2: depth
+  4: depth unit=attention + width mlp=0.5
+"""
+
+
+def test_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    w = workload(GQA, "decode", seq=64)
+    pruned = prune(w, str(tmp_path / "plan.yaml")).expand()
+    down, attends = pruned.is_role("down"), pruned.is_attention
+    assert pruned.k[down].tolist() == [96, 144, 144, 96, 176]  # layer 2 is gone
+    assert pruned.kv_heads[attends].tolist() == [4, 2, 2, 4]  # and the attention of layer 4
+    assert set(pruned.kv_len[attends]) == {49}
+    assert [step.family for step in pruned.meta.applied] == ["kv_cache", "width", "depth", "depth"]
+
+    as_json = {"prune": "kv_cache 0.25", "layers": {"0": "width mlp=0.5", "1,3": "width mlp=0.25 attention=0.5"}}
+    as_json["layers"] |= {"2": "depth", "4": "depth unit=attention + width mlp=0.5"}  # type: ignore[operator]
+    (tmp_path / "plan.json").write_text(json.dumps(as_json))
+    assert prune(w, str(tmp_path / "plan.json")).expand().replace(meta=w.meta) == pruned.replace(meta=w.meta)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "1:1: file: expected the keys layers or prune"),
+        ("layers: 3", "1:9: layers: expected a mapping from layers to prunings, got 3"),
+        ("layers:\n  4-: depth\n", "2:3: layers.4-: expected layer numbers such as 4-29"),
+        ("layers:\n  4: depth\n  3-5: depth\n", "3:3: layers.3-5: layer 4 is listed twice"),
+        ("layers:\n  4: width mpl=0.3\n", "2:12: layers.4: part or option of width 'mpl' is unknown; did you mean mlp"),
+        ('layers:\n  4: "width mpl=0.3"\n', "2:13: layers.4: part or option"),
+        ("layers:\n  4: width mlp=0.3 layers=4\n", "2:20: layers.4: expected no layers, as the key"),
+        ("layers:\n  4: shortgpt 0.25\n", "2:6: layers.4: method shortgpt selects its own layers"),
+        ("layer:\n  4: depth\n", "1:1: layer: is unknown; expected layers or prune"),
+        ("prune: {a: b}", "1:8: prune: expected a text such as width mlp=0.3, got a mapping"),
+    ],
+)
+def test_mistakes_in_a_plan_have_their_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as found:
+        read_steps(str(path))
+    assert str(found.value).startswith(f"{path}:{message}")
+
+
+def test_a_sparsity_per_layer_of_a_part() -> None:
+    w = workload(GQA)
+    with pytest.raises(InputError, match="sparsity of mlp by layer: expected 6 fractions, one per layer"):
+        prune(w, "width", {"mlp": [0.5]})
+    with pytest.raises(InputError, match="sparsity of hidden: expected one fraction, got a sparsity by layer"):
+        prune(w, "width", {"hidden": [0.5] * 6})
+    equal = prune_steps(w, [Step("width", (("mlp", (0.5,) * 6),))])
+    assert equal.replace(meta=w.meta) == prune(w, "width mlp=0.5").replace(meta=w.meta)
+    assert np.isclose(equal.meta.applied[0].realised, prune(w, "width mlp=0.5").meta.applied[0].realised)
