@@ -182,7 +182,8 @@ class Result(Displayed):
     @property
     def pruning(self) -> str:
         """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
-        simple = self.name == (self.method or self.family)
+        # the text of a method that keeps a number of tokens is its name alone
+        simple = self.name == (self.method or self.family) != self.prune
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 
     @property
