@@ -154,7 +154,7 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     for r in found:
         if r.parts:
             lines[f"{r.pruning}: {r.parts}."] = None
-    for r, answer in zip(found, answers):
+    for r, answer in sorted(zip(found, answers), key=lambda pair: -pair[0].realised_sparsity):
         lines.setdefault(f"{r.pruning} in {r.engine}: will it run? {answer.sentence}")
     print()
     for line in _first_answers(lines):
