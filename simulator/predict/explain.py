@@ -78,14 +78,15 @@ def explanations(
     *,
     method: str | None = None,
     pruned: Sequence[str | ModelConfig] = (),
+    prune: Sequence[str] = (),
     engine: Sequence[str] = (),
     scenario: Scenario | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), one
-    published method, or existing pruned models, for every engine, phase, batch, length and device; the other arguments
-    are those of :func:`simulator.table`.
+    published method, texts of ``--prune``, or existing pruned models, for every engine, phase, batch, length and device;
+    the other arguments are those of :func:`simulator.table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -93,15 +94,15 @@ def explanations(
     True
     """
     config, devices = load_model(model), profiles(hardware)
-    if not pruned and family is None and method is None:
+    if not pruned and not prune and family is None and method is None:
         raise InputError("family: expected one family or method to explain, or a pruned model")
     if family == "all":
         raise InputError("family 'all': expected one family to explain")
     by_kind = {kind: check_fraction(s) for kind, s in sparsity.items()} if isinstance(sparsity, Mapping) else None
     fractions = None if sparsity is None else [0.0] if isinstance(sparsity, Mapping) else [sparsity]
     methods, names = [method] if method else [], None if family is None else [family]
-    prunings = prunings_of([config], names, methods, pruned, fractions, options)
-    if len(prunings) > 1 and not pruned:
+    prunings = prunings_of([config], names, methods, pruned, fractions, options, prune)
+    if len(prunings) > 1 and not pruned and not prune:
         raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
     if by_kind is not None:
         prunings = (prunings[0].at(by_kind),)

@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 import pytest
 
 import simulator
+from simulator.explore.address import KEYS, read_query
 from simulator.explore.charts import CARDS, charts
 from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
-from simulator.explore.state import KEYS, State, read_query
+from simulator.explore.state import State
 from simulator.figures.style import label
 from simulator.predict.result import Result
 from simulator.predict.scenario import batch_name

@@ -18,11 +18,12 @@ from layouts import folder_of, save, save_shards, tensors_of
 from test_explore_state import OWN, TINY
 
 from simulator.cli import run
+from simulator.explore.address import read_query, to_query
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import read_profile, read_token, token
 from simulator.explore.markup import table_csv
 from simulator.explore.predictions import predictions
-from simulator.explore.state import EXISTING, State, read_query, to_query
+from simulator.explore.state import EXISTING, State
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
 from simulator.models.huggingface import from_hf_config

@@ -17,9 +17,10 @@ from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, check, needs_b
 from test_explore_state import OWN, TINY
 
 from simulator.cli import run
+from simulator.explore.address import KEYS
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import profile_token, token
-from simulator.explore.state import KEYS, State
+from simulator.explore.state import State
 from simulator.pruning import FAMILIES
 
 pytestmark = needs_browser

@@ -19,8 +19,9 @@ from layouts import save_shards, tensors_of
 import simulator.models.library
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
+from simulator.explore.address import KEYS, MOST_QUERY, read_query, strict_query, to_query
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
-from simulator.explore.state import ARITHMETIC, EXISTING, KEYS, MOST_QUERY, State, read_query, strict_query, to_query
+from simulator.explore.state import ARITHMETIC, EXISTING, State
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config
 from simulator.models.library import list_models, load_model

@@ -37,7 +37,7 @@ from simulator.explore.app import make_app
 from simulator.explore.dropped import PREFIX, profile_token, read_profile, read_token, token
 from simulator.explore.predictions import predictions
 from simulator.explore.questions import CALLBACKS
-from simulator.explore.state import read_query, strict_query, to_query
+from simulator.explore.address import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
