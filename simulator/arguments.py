@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,17 +147,22 @@ def instance(name: str, value: Any, kind: type[T], made_by: str) -> T:
     return value
 
 
-def listed(name: str, values: Any) -> list[Any]:
-    """Return a list of several values; a text is not a list of its letters.
+OneOrMore: TypeAlias = T | Sequence[T]
+"""One value, or several."""
 
-    >>> listed("batch", "12")
-    Traceback (most recent call last):
-    simulator.errors.InputError: batch: expected a list, such as ['12'], got '12'
+
+def listed(name: str, values: Any) -> list[Any]:
+    """Return a list of one value or several; a text is one value.
+
+    >>> listed("engine", "vllm"), listed("batch", (1, 8)), listed("batch", 1)
+    (['vllm'], [1, 8], [1])
     """
-    if not isinstance(values, str | bytes | Mapping):
+    if values is None or isinstance(values, bytes | Mapping):
+        raise InputError(f"{name}: expected a value or a list, got {shown(values)}")
+    if not isinstance(values, str):
         with contextlib.suppress(TypeError):
             return list(values)
-    raise InputError(f"{name}: expected a list, such as [{shown(values)}], got {shown(values)}")
+    return [values]
 
 
 def shown(value: Any) -> str:

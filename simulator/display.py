@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import needs_extra
-from simulator.units import rate, seconds, size
+from simulator.units import finite, rate, seconds, size
 
 if TYPE_CHECKING:
     import pandas
@@ -76,7 +76,7 @@ class Displayed:
         return table_html(columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain Python values: numbers in SI units, arrays as lists."""
+        """Return the fields as plain Python values: numbers in SI units, arrays as lists, None for NaN and infinity."""
         return dict(as_plain(self))
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -99,16 +99,17 @@ class Displayed:
 
 
 def as_plain(value: Any) -> Any:
-    """Return a value as nested dictionaries, lists, numbers and texts; of a dataclass, the fields with ``repr``.
+    """Return a value as nested dictionaries, lists, finite numbers and texts; NaN and infinity become None.
+
+    A dataclass becomes a dictionary of its fields with ``repr``.
 
     >>> from pathlib import PurePosixPath
-    >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a")})
-    {'sizes': [1, 2], 'file': 'a'}
+    >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a"), "share": float("nan")})
+    {'sizes': [1, 2], 'file': 'a', 'share': None}
     """
-    if hasattr(value, "tolist"):  # NumPy value; NumPy is not imported here, since simple commands do not need it
-        return value.tolist()
-    if isinstance(value, str | int | float | None):
-        return value
+    # NumPy values have tolist; NumPy is not imported here, since simple commands do not need it
+    if hasattr(value, "tolist") or isinstance(value, str | int | float | None):
+        return finite(value)
     if is_dataclass(value):
         return {f.name: as_plain(getattr(value, f.name)) for f in fields(value) if f.repr}
     if isinstance(value, Mapping):
@@ -142,6 +143,15 @@ def cell(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(cell(name, v) for v in value)
     return str(value)
+
+
+def with_and(parts: Sequence[str]) -> str:
+    """Return names as a list in a sentence.
+
+    >>> with_and(["launch"]), with_and(["launch", "host time", "alignment"])
+    ('launch', 'launch, host time and alignment')
+    """
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def facts_html(facts: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, instance, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
-from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class WorkloadBatch:
             realised=self.realised[index],
         )
 
+    def rows_of(self, index: int) -> IndexArray:
+        """Return the indices of the rows of one workload."""
+        return int(self.starts[index]) + np.arange(int(self.lengths[index]))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -258,15 +262,15 @@ class Memory(Displayed):
         return self.verdict
 
 
-def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
+def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
     """Return the memory that a workload needs on a device.
 
     Parameters
     ----------
     workload : Workload
         The workload, from :func:`simulator.lower`.
-    hw : HardwareProfile
-        The device, from :func:`simulator.load_hardware`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile from :func:`simulator.load_hardware`.
     reserve_bytes : float
         Memory that other uses take, bytes.
 
@@ -284,13 +288,12 @@ def memory(workload: Workload, hw: HardwareProfile, *, reserve_bytes: float = RE
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
-    >>> print(memory(w, simulator.load_hardware("h100")).verdict)
+    >>> print(memory(w, "h100").verdict)
     does not fit: needs 130.0 GiB, 79.6 GiB available (1.6x); fits on 2 devices
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
-    if not hasattr(hw, "memory_bytes"):
-        raise InputError(f"hw: expected a HardwareProfile (see load_hardware), got {type(hw).__name__}")
+    hw = load_hardware(hw)
     workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, float(hw.memory_bytes)
     weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes

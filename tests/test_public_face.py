@@ -5,10 +5,12 @@ from __future__ import annotations
 import doctest
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ from simulator import InputError
 from simulator.display import Displayed
 from simulator.predict.advise import advise
 from simulator.predict.explain import explanations
+from simulator.predict.prunings import Pruning
+from simulator.predict.runnable import runnable
+from simulator.pruning import general_families
 
+NOTHING = Pruning.of("depth", 0.0)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -124,7 +130,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     rows = {**ROWS, "advise": len(held["advise"].advice) + len(held["advise"].configurations)}
     for name, one in held.items():
         assert isinstance(one, Displayed), name
-        assert json.loads(json.dumps(one.to_dict())), name
+        assert json.loads(json.dumps(one.to_dict(), allow_nan=False)), name
         frame = one.to_pandas()
         assert len(frame) == rows.get(name, 1), name
         assert len(repr(one)) <= 3 * 120, name
@@ -138,6 +144,26 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert t.to_pandas()["bottleneck"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
     assert held["table"].to_dict()["results"][0] == held["record"].to_dict()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
+def test_plain_values_are_finite_also_where_nothing_is_pruned(phase: str) -> None:
+    hw, scenario = simulator.load_hardware("h100"), simulator.Scenario(phase=phase, new_tokens=4, engine="hf")
+    found = simulator.table(
+        ["llama-3.2-1b"], [hw], general_families(), [0.0, 0.5], phase=[phase], batch=[1, 4], seq=[64], scenario=scenario
+    )
+    assert {0.0, 0.5} == {r.sparsity for r in found}
+    nothing = [r for r in found if r.sparsity == 0.0]
+    assert all(math.isnan(r.efficiency) and r.to_dict()["efficiency"] is None for r in nothing)
+    new_tokens = 4 * (phase in ("generate", "serve"))
+    dense = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, seq=64, new_tokens=new_tokens)
+    alone = replace(scenario, model="llama-3.2-1b", shapes=((1, 64),))
+    equal = [function(dense, dense, hw) for function in (simulator.speedup, simulator.waterfall)]
+    explained = explanations("llama-3.2-1b", [hw], "depth", 0.0, scenario=alone)
+    times = [simulator.workload_time(dense, hw), simulator.memory(dense, hw), runnable(alone, NOTHING, hw)]
+    for result in (found, *found, *equal, dense, *explained, *times):
+        json.dumps(result.to_dict(), allow_nan=False)
 
 
 class Page(HTMLParser):

@@ -41,9 +41,11 @@ def command(
     quick: Quick = False,
     seed: Seed = 0,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Calibrate a device in one step.
 
+    Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline.
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. Use the profile as --hardware of other
     commands. Run the command again to resume a stopped run. DEVICE host takes a few seconds; it measures only the
     host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and updates --hardware.
@@ -55,7 +57,7 @@ def command(
     if device == "host":
         if model:
             raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
-        _host(output, budget_s, dtype, hardware, seed, json)
+        _host(output, budget_s, dtype, hardware, seed, json, verbose)
         return
     targets: Targets = ()
     if model:
@@ -81,21 +83,21 @@ def command(
             quick=quick,
             seed=seed,
             progress=progress,
-            note=render.note,
+            note=render.status,
         )
 
     found = measured(device, output, run)
-    finish(found.outcome)
+    if not found.outcome.complete:
+        finish(found.outcome, verbose=verbose)
     with render.progress("fitting") as report:
         done = fit_run(output, anchor=quick, progress=report)
+    lines: tuple[str, ...] = done.fit.notes
     if render.Output(json).write([_row(outcome_row(found), done)]):
-        print(f"measured: {describe(found.outcome)}\n")
-        _show(output, done)
-    for line in done.fit.notes:
-        render.note(line)
+        lines += _show(output, done, describe(found.outcome))
+    finish(found.outcome, lines, verbose)
 
 
-def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool) -> None:
+def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
@@ -112,11 +114,12 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
             hardware=hardware,
             seed=seed,
             progress=progress,
-            note=render.note,
+            note=render.status,
         )
 
     found = measured("host", output, run)
-    finish(found.outcome)
+    if not found.outcome.complete:
+        finish(found.outcome, verbose=verbose)
     done = fit_run(output, anchor=True)
     before, now = HostTime.of(load_hardware(Path(output) / DATASHEET)), HostTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
@@ -136,17 +139,17 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     }
     if render.Output(json).write([row]):
         new, old = (
-            f"{render.seconds(host.launch_s)} per launch +-{100 * math.expm1(host.half):.0f} %"
+            render.seconds_between(
+                host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half)
+            )
             for host in (now, before)
         )
-        print(
-            f"host: {new} (before: {old}), {render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
-        )
+        layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
+        profile = Path(output) / "profile.yaml"
+        render.conclude(f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}.")
         bare = render.seconds(bare_launch_s)
         print(f"measured: {render.seconds(layer_s)} per layer, {bare} per launch outside a layer")
-        print(f"{Path(output) / 'profile.yaml'}: use it as --hardware")
-    for line in done.fit.notes:
-        render.note(line)
+    finish(found.outcome, done.fit.notes, verbose)
 
 
 def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
@@ -163,21 +166,27 @@ def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
     }
 
 
-def _show(output: str, done: Calibrated) -> None:
-    from calibration.cli.validate import show_report
+def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
+    """Print the conclusion, the fit and the reports; return notes."""
+    from calibration.cli.fit import fixed_notes
+    from calibration.cli.validate import show_report, skipped_notes
     from calibration.fit.local_update import Updated
+    from calibration.validation.verdict import of_calibration
 
+    update = done.fit if isinstance(done.fit, Updated) else None
+    render.conclude(*of_calibration(done.held_out, update, output, done.fit.profile.name))
+    print(f"measured: {measured}\n")
     if isinstance(done.fit, Updated):
         show_update(done.fit)
     else:
         show_fit(done.fit)
-    print()
-    if done.held_out is None:
-        render.note("no held-out shapes: the run was too short to validate the fit")
-    else:
-        show_report(done.held_out, "on held-out shapes")
-    if done.exact is not None:
-        print()
-        show_report(done.exact, "cost model alone, on the shapes measured exactly")
-    folder = Path(output)
-    print(f"\n{folder / 'profile.yaml'}: use it as --hardware" + (f"\n{folder / 'report.md'}" if done.held_out else ""))
+    lines = () if isinstance(done.fit, Updated) else fixed_notes(done.fit)
+    about = {"on held-out shapes": done.held_out, "cost model alone, on the shapes measured exactly": done.exact}
+    for title, report in about.items():
+        if report is not None:
+            print()
+            show_report(report, title)
+            lines += skipped_notes(report)
+    if done.held_out:
+        print(f"\n{Path(output) / 'report.md'}")
+    return lines

@@ -38,16 +38,19 @@ def command(
     engine: Launch = "",
     seed: Seed = 0,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Runs a real decoder with random weights, dense and pruned by each family. The profile is --hardware, else
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
+    real decoder with random weights, dense and pruned by each family. The profile is --hardware, else
     RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png. Run the command again to resume.
     """
     from calibration.runners.compare import as_executed, compare, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
+    from calibration.validation.verdict import of_comparison
     from simulator.files.write import write_whole
     from simulator.predict.scenario import one_of
 
@@ -57,7 +60,7 @@ def command(
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
         name = opened.describe().device
-        render.note(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
+        render.status(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
         found = compare(
             folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
         )
@@ -68,14 +71,13 @@ def command(
         write_whole(folder / "comparison.csv", csv_text(table).encode())
         _write(folder, rows, list(found.records))
     if render.Output(json).write(table) and rows:
+        render.conclude(*of_comparison(rows))
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
         print(f"\n{folder / 'comparison.md'}")
-    for line in (*notes, *found.notes):
-        render.note(line)
-    if found.left:
-        why = f" ({found.stopped})" if found.stopped else ""
-        render.note(f"{found.left} cases left{why}; run the command again to resume")
+    why = f" ({found.stopped})" if found.stopped else ""
+    left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
+    render.notes((*left_over, *found.notes, *notes), verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 

@@ -46,6 +46,7 @@ def command(
     dtype: options.Dtype = "bf16",
     measured: MeasuredFiles = None,
     as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw the figures of a paper about a model.
 
@@ -68,8 +69,9 @@ def command(
         scenario=Scenario(engine=engine, dtype=dtype),
         seq=whole_number("seq", seq),
     )
+    missing: list[str] = []
     if set(chosen) & set(MEASURED):
-        about = _with_measured(about, measured or [], dtype, needed=bool(only) and "scatter" in chosen)
+        about = _with_measured(about, measured or [], dtype, missing, needed=bool(only) and "scatter" in chosen)
     folder = _folder(output)
     drawn: list[Drawn] = []
     with render.progress("drawing") as report:
@@ -79,7 +81,7 @@ def command(
             except NothingToDraw as error:
                 if only:
                     raise
-                render.note(str(error))
+                missing.append(str(error))
             else:
                 for suffix in suffixes:
                     save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
@@ -96,13 +98,12 @@ def command(
         for d in drawn:
             print(f"{folder / d.name}{'|'.join(suffixes)}")
         print(folder / "captions.md")
-    for line in dict.fromkeys(line for d in drawn for line in d.notes):
-        render.note(line)
+    render.notes((*missing, *(line for d in drawn for line in d.notes)), verbose)
 
 
-def _with_measured(about: Paper, files: list[str], dtype: str, needed: bool) -> Paper:
+def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str], needed: bool) -> Paper:
     """The paper with the measured GEMMs of its devices; without those that ship where they cannot be read and are not
-    needed."""
+    needed, with a line in ``missing``."""
     from dataclasses import replace
 
     from simulator.figures.measured import read_measured_gemms
@@ -115,7 +116,7 @@ def _with_measured(about: Paper, files: list[str], dtype: str, needed: bool) -> 
     except InputError as error:
         if needed:
             raise
-        render.note(str(error))
+        missing.append(str(error))
     given: set[str] = set()
     for text in files:
         name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")

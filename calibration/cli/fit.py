@@ -36,9 +36,11 @@ def command(
     prior: Prior = None,
     anchor: Anchor = False,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Calibrate a profile on records.
 
+    Begins with the errors on held-out shapes, or with --anchor before and after the update.
     Each operator and number format is fitted separately; operators without records keep their section of --hardware.
     Held-out rows are excluded. Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is
     fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
@@ -62,20 +64,41 @@ def command(
         done = update_profile(base, rows, dtype=dtype)
         save_hardware(done.profile, output)
         if render.Output(json).write([as_row(done)]):
+            render.conclude(*_updated(done, output))
             show_update(done)
-            print(f"\n{output}: {done.profile.title} for this machine and software")
-        for line in (*notes, *done.notes):
-            render.note(line)
+        render.notes((*done.notes, *notes), verbose)
         return
     prior_profile = load_hardware(prior) if prior else None
     with render.progress("fitting") as report:
         fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     save_hardware(fit.profile, output)
     if render.Output(json).write([part_row(part) for part in fit.parts]):
+        render.conclude(_fitted(fit, output))
         show_fit(fit)
-        print(f"\n{output}: {len(fit.parts)} sections of {fit.profile.name}")
-    for line in (*notes, *fit.notes):
-        render.note(line)
+    render.notes((*fit.notes, *notes, *fixed_notes(fit)), verbose)
+
+
+def _fitted(fit: ProfileFit, output: str) -> str:
+    """Return the range of the errors on held-out shapes."""
+    rows = sum(part.rows for part in fit.parts)
+    known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
+    about = f"{output}: {len(fit.parts)} sections of {fit.profile.name} are fitted on {rows:,} rows"
+    if not known:
+        return f"{about}; too few for held-out shapes: run prunesim validate on other rows before you use it."
+    best, worst = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+    ends = [f"{render.percent(known[name])} ({name})" for name in dict.fromkeys((best, worst))]
+    return f"{about}; mean error on held-out shapes {' to '.join(ends)}."
+
+
+def _updated(done: Updated, output: str) -> list[str]:
+    """Return the errors of the rows before and after an update, and whether to use it."""
+    whole = done.fits[-1]
+    errors = f"mean error of {done.rows} rows {render.percent(whole.error_after)}, each predicted from the others"
+    verb = "Use" if whole.error_after < whole.error_before else "Do not use"
+    return [
+        f"{verb} {output} for this machine and software: {errors} (before {render.percent(whole.error_before)}); "
+        f"{render.percent(whole.inside_after)} in their 90 % interval."
+    ]
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
@@ -97,7 +120,7 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and, for each, the constants that were not identified."""
+    """Print the sections and their errors."""
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
@@ -112,10 +135,15 @@ def show_fit(fit: ProfileFit) -> None:
         ("p95", accuracy("p95")),
     )
     render.show(columns, fit.profile.title)
+
+
+def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
+    """Return a note on the constants of each section that were not fitted."""
+    out = []
     for p in fit.parts:
-        fixed = [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]
-        if fixed:
-            render.note(f"{p.operator} {p.dtype}: fixed, not fitted: {', '.join(fixed)}")
+        if fixed := [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]:
+            out.append(f"{p.operator} {p.dtype}: constants kept, not fitted: {', '.join(fixed)}; measure more shapes")
+    return tuple(out)
 
 
 def show_update(done: Updated) -> None:
@@ -124,11 +152,14 @@ def show_update(done: Updated) -> None:
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 
+    def ends(half: float) -> str:
+        return f"{1.0 / (1.0 + half):.2f}-{1.0 + half:.2f}x"
+
     effects = render.columns(
         done.effects,
         ("<error factor", lambda e: e.name),
-        ("before", lambda e: f"+-{percent(e.prior_sd)}"),
-        ("after", lambda e: f"{percent(e.mean, '+')} +-{percent(e.sd)}"),
+        ("before", lambda e: f"{percent(-e.prior_sd, '+')} to {percent(e.prior_sd, '+')}"),
+        ("after", lambda e: f"{percent(e.mean, '+')} ({percent(e.mean - e.sd, '+')} to {percent(e.mean + e.sd, '+')})"),
         ("<meaning", lambda e: e.meaning),
     )
     render.show(effects, f"Effects of {done.rows} rows from this machine and its software, one standard deviation")
@@ -139,8 +170,8 @@ def show_update(done: Updated) -> None:
         ("rows", lambda f: f"{f.rows:,}"),
         ("error\nbefore", lambda f: percent(f.error_before)),
         ("\nafter", lambda f: percent(f.error_after)),
-        ("90 % interval\nbefore", lambda f: f"+-{percent(f.half_before)}"),
-        ("\nafter", lambda f: f"+-{percent(f.half_after)}"),
+        ("90 % interval\nover time before", lambda f: ends(f.half_before)),
+        ("\nafter", lambda f: ends(f.half_after)),
         ("coverage\nbefore", lambda f: percent(f.inside_before)),
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),

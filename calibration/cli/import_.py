@@ -33,6 +33,7 @@ def command(
     hardware: Hardware = None,
     device: DeviceName = "",
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Read tables of measured operators.
 
@@ -64,9 +65,8 @@ def command(
         print(f"{file}: {len(f.records):,} rows kept, {f.refusals.total:,} refused")
         for line in f.refusals.lines():
             print(f"  {line}")
-        for line in f.notes:
-            render.note(line)
     print(f"{output}: {len(records):,} rows ({', '.join(formats)})")
+    render.notes((line for f in found for line in f.notes), verbose)
 
 
 def _row(file: str, f: ImportResult) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +38,7 @@ def command(
     hardware: Hardware = "",
     seed: Seed = 0,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a device.
 
@@ -58,13 +59,13 @@ def command(
             hardware=hardware,
             seed=seed,
             progress=progress,
-            note=render.note,
+            note=render.status,
         )
 
     found = measured(device, output, run)
     if render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
-    finish(found.outcome)
+    finish(found.outcome, verbose=verbose)
 
 
 def measured(device: str, output: str, run: Callable[[Device, Progress], Measured]) -> Measured:
@@ -103,12 +104,9 @@ def outcome_row(found: Measured) -> dict[str, Any]:
     }
 
 
-def finish(outcome: Outcome) -> None:
-    """Print the problems of a run; exit with its status if the run stopped early."""
-    for line in outcome.problems[:10]:
-        render.note(line)
-    if len(outcome.problems) > 10:
-        render.note(f"{len(outcome.problems) - 10} more problems in the records")
-    if not outcome.complete:
-        render.note(f"stopped: {outcome.stopped}; run the command again to resume")
+def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
+    """Print why a run stopped early, ``notes`` and the problems of the run; exit with its status if it stopped."""
+    stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
+    render.notes((*stopped, *notes, *outcome.problems), verbose)
+    if stopped:
         raise typer.Exit(130 if outcome.stopped == "interrupted" else 1)

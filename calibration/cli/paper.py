@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,10 +46,10 @@ def command(
 ) -> None:
     """Predict the taxonomy paper's table next to its published values, and the same on other GPUs and engines.
 
-    Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted in a public reading
-    note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts. With --claims: (a)
-    in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
-    dynamic depth, static width.
+    Begins with how many published values lie in their interval. Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024
+    tokens (arXiv 2606.09080, Table 2, as quoted in a public reading note). Then its equivalences, Figure 2, what
+    lies outside GEMMs, and the authors' kernel charts. With --claims: (a) in memory-bound inference static depth is
+    the strongest baseline; (b) along the prefill frontier come static depth, dynamic depth, static width.
     """
     from calibration.validation import paper
 
@@ -68,6 +70,7 @@ def command(
         records += [{"what": what, **asdict(x)} for x in part]
     if not render.Output(json).write(records):
         return
+    render.conclude(_conclusion(cells))
     _print_table(cells)
     _print_elsewhere(others)
     print()
@@ -128,6 +131,15 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else render.percent(value)
 
 
+def _conclusion(cells: Sequence[Cell]) -> str:
+    """Return how well the published values are predicted."""
+    inside, worst = sum(c.inside for c in cells), max(cells, key=lambda c: abs(c.error))
+    about = f"{inside} of {len(cells)} published speedups lie in the 90 % interval of their prediction"
+    where = f"{worst.family} {render.percent(worst.sparsity)} in {worst.phase}"
+    half = 100 * median(abs(c.error) for c in cells)
+    return f"{about}; the median error is {half:.1f} %, the largest {100 * abs(worst.error):.1f} % ({where})."
+
+
 def _print_table(cells: Sequence[Cell]) -> None:
     """Print published and predicted speedups, one row per family and sparsity."""
     at = {(c.family, c.sparsity, c.phase): c for c in cells}
@@ -140,9 +152,7 @@ def _print_table(cells: Sequence[Cell]) -> None:
             ("error", partial(_error, at, phase)),
         ]
     render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
-    inside, errors = sum(c.inside for c in cells), [abs(c.error) for c in cells]
-    worst = f"largest error {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %"
-    print(f"\n{inside} of {len(cells)} published values lie in their 90 % interval (*: outside); {worst}")
+    print("*: outside its 90 % interval")
 
 
 def _at(at: Cells, row: Row, phase: str) -> Cell:
@@ -189,6 +199,9 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
     if render.Output(json).write([asdict(o) for o in found]):
+        render.conclude(
+            *(_count(letter, [o for o in found if o.claim == claim]) for letter, claim in zip("ab", CLAIMS))
+        )
         for letter, (claim, text) in zip("ab", CLAIMS.items()):
             some = [o for o in found if o.claim == claim]
             print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
@@ -199,8 +212,17 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
                 print("\n".join(lines))
             print()
         print(textwrap.fill(MARGIN, render.width()))
-    for line in uncalibrated([o.hardware for o in found], [o.calibrated for o in found]):
-        render.note(line)
+    render.notes(uncalibrated(found))
+
+
+def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
+    """Return in how many settings a claim holds, does not hold and is undecided."""
+    from calibration.validation.claims import NOT_APPLICABLE, UNDECIDED
+
+    counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
+    verbs = {UNDECIDED: "is undecided"}
+    told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()]) or "applies in none"
+    return f"Claim ({letter}) {told} of {sum(counts.values()) or len(some)} combinations of GPU, engine and phase."
 
 
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:

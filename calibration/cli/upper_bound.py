@@ -92,9 +92,11 @@ def command(
     engine: options.Engine = "reference",
     seed: Seed = 0,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure the upper bound of pruning a model.
 
+    Begins with the largest measured bound and the error of the predicted bounds.
     Times plain GEMMs and attention at the dense and the pruned shapes. Their ratio is the best possible speedup on the
     device; it is printed with the roofline bound and the predicted speedup. Writes RUN/records.jsonl and
     RUN/upper_bound.csv. Run the command again to resume.
@@ -108,27 +110,47 @@ def command(
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
         found = measure_bounds(
-            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.note
+            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.status
         )
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
     write_whole(file, csv_text(records).encode())
     if render.Output(json).write(records):
+        render.conclude(*_conclusion(rows, bound_errors(rows)))
         show_bounds(rows)
-        if errors := bound_errors(rows):
-            alone = f"; without measured shapes {100 * errors['model']:.1f} %"
-            model_error = alone if errors["predicted"] != errors["model"] else ""
-            print(
-                f"\nmedian error of the bounds predicted by {hw.name}: {100 * errors['predicted']:.1f} %{model_error}"
-            )
         print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
-    for line in notes:
-        render.note(line)
+    lines = list(notes)
     if missing := sum(1 for row in rows if row.missing):
         lacking = f"{missing} of {len(rows)} cases have shapes without a time, so no measured bound"
-        render.note(f"{lacking}; run the command again with a larger --budget")
-    finish(found.outcome)
+        lines.insert(0, f"{lacking}; run the command again with a larger --budget")
+    finish(found.outcome, lines, verbose)
+
+
+def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]:
+    """Return the largest measured bound of each phase, and the error of the predicted bounds."""
+    measured = [r for r in rows if not math.isnan(r.measured_bound)]
+    first = rows[0]
+    if not measured:
+        return [f"No bound of {first.model} was measured on {first.device}: shapes have no time."]
+    best = {
+        phase: max((r for r in measured if r.phase == phase), key=lambda r: r.measured_bound)
+        for phase in dict.fromkeys(r.phase for r in measured)
+    }
+    parts = [
+        f"{phase} {render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)}) by {r.family} "
+        f"{render.percent(r.sparsity)}, predicted speedup {render.ratio(r.predicted)}x"
+        for phase, r in best.items()
+    ]
+    alone = (
+        f" (without measured shapes {render.percent(errors['model'])})"
+        if errors["predicted"] != errors["model"]
+        else ""
+    )
+    return [
+        f"The largest measured bounds of {first.model} on {first.device}: {'; '.join(parts)}.",
+        f"{first.hardware} predicts the bounds with a median error of {render.percent(errors['predicted'])}{alone}.",
+    ]
 
 
 def show_bounds(rows: list[Bound]) -> None:

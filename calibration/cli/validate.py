@@ -50,13 +50,15 @@ def command(
     end_to_end: EndToEnd = False,
     json: options.Json = False,
     figure: options.Figure = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Evaluate a profile on measurements.
 
-    Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit, and
-    the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows and
-    evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped and
-    after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
+    Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals.
+    Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit,
+    and the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows
+    and evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped
+    and after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
     --end-to-end predicts the published times and speedups of whole models, each in its engine.
     """
     if figure and not end_to_end:
@@ -79,6 +81,7 @@ def command(
         raise InputError(f"expected a PROFILE and RECORDS, or --protocol, such as: {example}")
     from calibration.validation.scores import summary
     from calibration.validation.validate import validate
+    from calibration.validation.verdict import of_validation
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 
@@ -97,11 +100,17 @@ def command(
 
         written.append(str(write_html(report, html)))
     if render.Output(json).write([summary(report)]):
+        render.conclude(*of_validation(report))
         show_report(report)
         for path in written:
             print(f"\n{path}")
-    for line in notes:
-        render.note(line)
+        notes = (*notes, *skipped_notes(report))
+    render.notes(notes, verbose)
+
+
+def skipped_notes(report: Report) -> tuple[str, ...]:
+    """Return a note on the rows excluded for each reason."""
+    return tuple(f"{count} rows excluded: {reason}" for reason, count in report.skipped.items())
 
 
 def show_report(report: Report, title: str = "") -> None:
@@ -136,18 +145,17 @@ def show_report(report: Report, title: str = "") -> None:
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
                 shown = [f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")]
                 print(f"  {name}: {', '.join(shown)} %")
-    for reason, count in report.skipped.items():
-        render.note(f"{count} rows excluded: {reason}")
 
 
 def _end_to_end(output: render.Output, figure: str | None) -> None:
     from dataclasses import asdict
 
-    from calibration.validation.engines import KINDS, end_to_end, scatter, summaries
+    from calibration.validation.engines import KINDS, end_to_end, of_end_to_end, scatter, summaries
 
     comparisons = end_to_end()
     lines = summaries(comparisons)
     if output.write([asdict(line) for line in lines]):
+        render.conclude(*of_end_to_end(comparisons))
         for kind in comparisons:
             columns = render.columns(
                 sorted((line for line in lines if line.kind == kind), key=lambda s: (s.engine, s.gpu, s.split)),
@@ -171,7 +179,7 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
-    from calibration.validation.acceptance import against_targets
+    from calibration.validation.acceptance import against_targets, of_targets
     from calibration.validation.accuracy import columns_of_table, run_protocol, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
@@ -184,6 +192,7 @@ def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, 
     criteria = against_targets(scores, published=table == "all")
     if not render.Output(json).write([*scores, *({"table": "targets", **vars(c)} for c in criteria)]):
         return
+    render.conclude(of_targets(criteria))
     for title in titles(scores):
         columns = [
             render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held-out stack"))

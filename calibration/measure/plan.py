@@ -64,7 +64,7 @@ class Rates:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
 
         ``noise`` determines how many samples reach the protocol's precision: the median of n samples has an interval of
-        about +-1.25 * 1.96 * noise / sqrt(n).
+        about 1.25 * 1.96 * noise / sqrt(n) to either side.
         """
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)

@@ -15,9 +15,9 @@ from calibration.validation.accuracy import GEMMS, means, titles
 from calibration.validation.protocol import Row
 from calibration.validation.published import Comparison, compare_dense, compare_serving, compare_speedups, median_error
 from calibration.validation.serving import held_out_models
+from calibration.validation.verdict import COVERAGE
+from simulator.display import few
 
-COVERAGE = (85.0, 95.0)
-"""Target range of the coverage of 90 % intervals, of times and of ratios."""
 MAPES: Mapping[str, float] = {"a100": 5.0, "h100": 4.0}
 """Table -> target of the MAPE on held-out (n, k)."""
 STACK_MAPES = {0: 8.0, 20: 0.0, 100: 5.5, 400: 4.8}
@@ -34,6 +34,25 @@ class Criterion:
     target: str
     measured: str
     met: bool | None
+
+
+def of_targets(criteria: Sequence[Criterion]) -> str:
+    """Return how many targets are met, and the unmet ones.
+
+    >>> of_targets([Criterion("bias", "5", "4", True), Criterion("coverage", "85-95", "97", False)])
+    '1 of 2 accuracy targets is met; not met: coverage (97, target 85-95).'
+    """
+    known = [c for c in criteria if c.met is not None]
+    unmet = [c for c in known if not c.met]
+    if not known:
+        return "None of these tables has a target."
+    met = len(known) - len(unmet)
+    text = f"{met} of {len(known)} accuracy targets {'is' if met == 1 else 'are'} met"
+    return (
+        f"{text}; not met: {few(f'{c.criterion} ({c.measured}, target {c.target})' for c in unmet)}."
+        if unmet
+        else f"{text}."
+    )
 
 
 def _at_most(criterion: str, measured: float, target: float) -> Criterion:

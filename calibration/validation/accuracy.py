@@ -309,11 +309,11 @@ SCORE_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
     ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
     ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
-    ("ratios in", "ratio coverage", 1), ("ratio +-", "ratio width", 1),
+    ("ratios in", "ratio coverage", 1), ("ratio width", "ratio width", 1),
 )
 STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("+-", "width", 0),
-    ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio +-", "ratio width", 0),
+    ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("width", "width", 0),
+    ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio width", "ratio width", 0),
 )
 # fmt: on
 """Columns of a table, and of a table of held-out stacks: title, score, digits. Columns without a value are omitted."""

@@ -24,6 +24,8 @@ from calibration.validation.comparisons import TOLERANCE, Comparisons, PrunedMod
 from calibration.validation.paper import MODEL
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
+from simulator.predict.caveats import uncalibrated_of
+from simulator.predict.compare import SMALL_SHARE
 from simulator.predict.pareto import Front, Point, fronts, independent
 from simulator.predict.quality import choose_axis, load_quality
 from simulator.predict.scenario import profiles
@@ -67,7 +69,9 @@ class ClaimOutcome:
     seq: int
     verdict: str  # holds, does not hold, undecided, does not apply
     margin: float | None  # of the deciding comparison: from 1 up the claim holds, from -1 down it does not
-    calibrated: bool  # whether the profile was fitted on measurements of the device
+    calibrated: bool  # this and the next two as in a result
+    uncalibrated: str
+    uncalibrated_share: float
     margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin), the claim at that sparsity alone
     bottleneck: str = ""  # (a): of depth at these sparsities
     decided_by: str = ""  # the comparison
@@ -135,11 +139,14 @@ def bound_outcome(
     unit = " of the bound's gain" if measure else ""
     difference, width = float(c.difference[measure, at]) + TOLERANCE, float(c.half_width[measure, at])
     meta = dense.meta
+    lacking, share = uncalibrated_of(depth)
     return ClaimOutcome(
         *("bound", hw.label, meta.engine, meta.phase, BATCH, SEQ),
         verdict=verdict,
         margin=float(margin[measure, at]),
-        calibrated=all(s.calibrated for s in depth),
+        calibrated=share < SMALL_SHARE,
+        uncalibrated=lacking,
+        uncalibrated_share=share,
         margins=tuple(part for part in parts if math.isfinite(part[1])),
         bottleneck=bottleneck,
         decided_by=f"depth against {other.family} at {percent(other.sparsity)}: {values}{unit}",
@@ -149,10 +156,11 @@ def bound_outcome(
 
 
 def _needed(difference: float, half_width: float, shares: bool = False) -> str:
-    """How well a comparison is known, and how well it must be known to decide."""
-    unit = "points" if shares else "%"
-    now, enough = (100.0 * (abs(v) if shares else math.expm1(abs(v))) for v in (half_width, difference))
-    return f"known to +-{now:.2g} {unit}; measuring both models to +-{enough:.2g} {unit} would decide it"
+    """The difference, the end of its interval towards 0, and how well it must be known to decide."""
+    unit, end = "points" if shares else "%", difference - math.copysign(half_width, difference)
+    now, end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (difference, end, abs(difference)))
+    reach = f"the difference is {now:+.2g} {unit}, its interval reaches {end:+.2g} {unit}"
+    return f"{reach}; measure both models within {enough:.2g} {unit} to decide"
 
 
 def _details(c: Comparisons) -> str:
@@ -197,6 +205,8 @@ def order_outcome(front: Front) -> ClaimOutcome:
         verdict=verdict,
         margin=found.margin,
         calibrated=front.calibrated,
+        uncalibrated=front.uncalibrated,
+        uncalibrated_share=front.uncalibrated_share,
         decided_by=f"{names[found.point]} against {names[found.competitor]}: {ratio:.3f} times as fast",
         needed=_needed(found.difference, found.half_width) if verdict == UNDECIDED else "",
         elsewhere=tuple(

@@ -29,7 +29,10 @@ from calibration.validation.published import (
 )
 from calibration.validation.report import table
 from calibration.validation.serving import HeldOut, held_out_models
+from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.loading import FEATURES, Loading
 from simulator.hardware.library import load_hardware
+from simulator.units import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +101,23 @@ def summary(rows: Sequence[Comparison], kind: str = "", engine: str = "", gpu: s
     )
 
 
+def of_end_to_end(comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
+    """Return the errors and coverage of the published times and speedups that nothing was fitted on, and the engine and
+    GPU with the largest error."""
+    judged = {k: [c for c in rows if c.split == "judge" and not c.own_code] for k, rows in comparisons.items()}
+    parts = []
+    for kind, name in (("dense", "times of dense models"), ("speedup", "speedups of pruned models")):
+        s = summary(judged[kind])
+        parts.append(f"{name}: median error {percent(s.median)}, {percent(s.coverage)} of {s.rows} in their interval")
+    lines = [s for s in summaries({"dense": judged["dense"], "speedup": judged["speedup"]}) if s.rows > 1]
+    worst = max(lines, key=lambda s: s.median)
+    return [
+        f"On published rows that no parameter was fitted to, {'; '.join(parts)}.",
+        f"Worst, of groups of several rows: {worst.engine} on {worst.gpu} with {percent(worst.median)} "
+        f"({KINDS[worst.kind]}).",
+    ]
+
+
 def tables() -> list[str]:
     """Return the tables of ``docs/engines.md`` in their order."""
     all_rows, sparse, narrow = end_to_end(), compare_gemms("2:4"), compare_gemms("narrower")
@@ -114,6 +134,7 @@ def tables() -> list[str]:
     return [
         _summary_table(overall, ("kind",)),
         _summary_table(by_engine, ("kind", "engine", "split")),
+        loads_table(),
         _held_out_table(held_out_models()),
         _summary_table(summaries({"serve": all_rows["serve"]}), ("engine", "gpu")),
         _figure_2(),
@@ -145,6 +166,19 @@ def _summary_table(lines: Iterable[Summary], names: Sequence[str]) -> str:
         for line in lines
     ]
     return table(header, cells, left=range(len(names)))
+
+
+def loads_table() -> str:
+    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no server."""
+    engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
+
+    def cell(found: Loading) -> str:
+        types = ", ".join(found.model_types) if len(found.model_types) <= 3 else f"{len(found.model_types)} model types"
+        multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
+        return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
+
+    cells = [[text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()]
+    return table(["checkpoint with", *(engine.name for engine in engines)], cells, left=range(len(engines) + 1))
 
 
 def _held_out_table(groups: Sequence[HeldOut]) -> str:

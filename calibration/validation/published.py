@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from calibration.measurements import published
-from simulator.cli.options import sparsity
 from simulator.cost.gemm_shapes import Options
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -29,6 +28,7 @@ from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
+from simulator.units import parse_fraction
 from simulator.workload import Kernel, Workload
 from simulator.workload_batch import memory
 
@@ -36,6 +36,13 @@ MISS = 0.10
 """Relative error from which the likely reason is printed."""
 
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
+
+
+def _sparsity(text: str) -> float | dict[str, float]:
+    """Parse one fraction, or fractions by part: ``q=0.1,down=0.5``."""
+    if "=" not in text:
+        return parse_fraction(text)
+    return {part: parse_fraction(value) for part, _, value in (pair.partition("=") for pair in text.split(","))}
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def _where(row: Mapping[str, str], scope: str = "") -> str:
 def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     hw, part = load_hardware(row["hardware"]), row["scope"] == "projections"
     dense = _workload(row, "" if part else row["engine"])
-    fraction, layers = sparsity("sparsity", row["sparsity"]), dense.meta.layers
+    fraction, layers = _sparsity(row["sparsity"]), dense.meta.layers
     removed: Any = fraction
     if row["first_layer"]:
         first, last = int(row["first_layer"]), int(row["last_layer"] or layers - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +11,11 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.predict.advise import Advice, Alternative
+    from simulator.predict.advise import Advice, Advised, Alternative
     from simulator.predict.configurations import Configuration
+
+MOST_SHAPES, MOST_ROWS = 3, 5
+"""Configurations, and rows with families, of the table of one setting without --verbose."""
 
 
 @options.expanded()
@@ -35,15 +38,18 @@ def command(
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Find the minimum pruning that reaches a target.
 
-    Prints configurations (layers, hidden size, heads, KV heads and MLP inner width) that reach the target on every
-    device, engine and request with the fewest parameters removed. Then, for each device, engine and request: the
-    minimum sparsity of each family, and alternatives.
+    Begins with the least pruning that reaches the target and its probability, or how close the best comes. One device,
+    engine and request has a table of the first configurations and families, several have one row each. --verbose prints
+    all configurations (layers, hidden size, heads, KV heads and MLP inner width) that reach the target on every device,
+    engine and request, then for each of these the minimum sparsity of each family, and alternatives.
     """
     from simulator.predict.advise import advise
     from simulator.predict.caveats import uncalibrated
+    from simulator.predict.conclusions import of_advice
     from simulator.predict.configurations import Target
 
     requested = run.requests(known, ideal=ideal)
@@ -67,19 +73,78 @@ def command(
     written = _written(write, model, found.configurations) if write else ()
     if not render.Output(json).write(found.rows()):
         return
+    render.conclude(" ".join(filter(None, of_advice(found, aim))))
+    _details(found) if verbose else _summary(found)
+    results = [held.result for held in (*found.configurations, *found.advice) if verbose or held.probability >= 0.05]
+    render.notes((*written, *uncalibrated(results), *found.notes), verbose)
+
+
+def _summary(found: Advised) -> None:
+    """Print the least pruning of each setting, or of one setting the first configurations and families."""
+    from simulator.predict.conclusions import probability_text, settings_of, shapes_on
+    from simulator.predict.configurations import FAMILIES
+
+    groups = settings_of(found)
+    if len(groups) != 1:
+        _settings(groups)
+        return
+    ((where, group),) = groups.items()
+    shapes = shapes_on(found, where)[:MOST_SHAPES]
+    covered = set(FAMILIES.values()) if shapes else set()
+    families = [a for a in group if a.reached and a.result.family not in covered] or group[: 0 if shapes else 1]
+    held: list[Configuration | Advice] = [*shapes, *families[: MOST_ROWS - len(shapes)]]
+    names = [f"{c.configuration}: {c.shapes}" for c in shapes]
+    names += [f"{a.result.family} at {render.percent(a.result.sparsity)}" for a in families]
+    columns = [
+        render.Column("pruning", names[: len(held)], right=False),
+        *render.columns(
+            held,
+            ("speedup", lambda row: render.interval(row.result)),
+            ("probability", lambda row: probability_text(row.probability)),
+            ("time", lambda row: render.seconds(row.result.pruned_s)),
+            ("<bottleneck", lambda row: row.result.bottleneck),
+        ),
+    ]
+    columns.append(
+        render.Column("parameters kept", [render.percent(c.kept) for c in shapes] + ["-"] * (len(held) - len(shapes)))
+    )
+    render.show(render.narrowed(columns, 4))
+
+
+def _settings(groups: Mapping[str, Sequence[Advice]]) -> None:
+    """Print the best family of each setting, one per row."""
+    from simulator.predict.conclusions import probability_text
+
+    best = [group[0] for group in groups.values()]
+    if not best:
+        return
+    columns = render.columns(
+        best,
+        ("<hardware", lambda a: a.result.hardware),
+        ("<engine", lambda a: a.result.engine),
+        ("<request", lambda a: f"{a.result.phase} {a.result.batch} x {a.result.seq}"),
+        ("<least pruning", lambda a: f"{a.result.family} at {render.percent(a.result.sparsity)}"),
+        ("<target", lambda a: _reached(a.reached)),
+        ("speedup", lambda a: render.interval(a.result)),
+        ("probability", lambda a: probability_text(a.probability)),
+        ("time", lambda a: render.seconds(a.result.pruned_s)),
+        ("<bottleneck", lambda a: a.result.bottleneck),
+    )
+    render.show(render.narrowed(columns, 6))
+
+
+def _details(found: Advised) -> None:
+    """Print all configurations, families, steps and alternatives."""
+    from simulator.predict.conclusions import settings_of
+    from simulator.predict.scenario import setting
+
     if found.configurations:
         _configurations(found.configurations)
-    groups: dict[str, list[Advice]] = {}
-    for a in found.advice:
-        groups.setdefault(a.result.request, []).append(a)
-    for i, (request, group) in enumerate(groups.items()):
+    for i, (where, group) in enumerate(settings_of(found).items()):
         if i or found.configurations:
             print()
-        others = [o for o in found.alternatives if o.result.request == request]
+        others = [o for o in found.alternatives if setting(o.result) == where]
         _print(group, others, bool(found.configurations))
-    results = [held.result for held in (*found.advice, *found.configurations)]
-    for line in (*written, *found.notes, *uncalibrated((r.hardware for r in results), (r.calibrated for r in results))):
-        render.note(line)
 
 
 def _written(folder: str, model: str, found: Sequence[Configuration]) -> tuple[str, ...]:
@@ -97,11 +162,13 @@ def _written(folder: str, model: str, found: Sequence[Configuration]) -> tuple[s
 
 def _configurations(found: Sequence[Configuration]) -> None:
     """Print shapes and results: in one table for one device and request, else in two."""
+    from simulator.predict.conclusions import probability_text
+
     first, requests = found[0].result, dict.fromkeys(c.result.request for c in found)
     shapes = list({c.configuration: c for c in found}.values())
     reached = [
         ("speedup", lambda c: render.interval(c.result)),
-        ("probability", lambda c: "> 99 %" if c.probability > 0.99 else f"{100.0 * c.probability:.0f} %"),
+        ("probability", lambda c: probability_text(c.probability)),
         ("time", lambda c: render.seconds(c.result.pruned_s)),
         ("<bottleneck", lambda c: c.result.bottleneck),
     ]

@@ -110,3 +110,9 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
             yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""
+    for family, kernels in e.dynamic.items():
+        yield f"kernels, {family}", "yes", "", f"{kernels.source}: {kernels.how}"
+    for dtype, width in e.widths.items():
+        yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
+    for feature, loading in e.loads.items():
+        yield f"loads, {feature}", "yes" if loading.value else "no", "", f"{loading.source}: {loading.how}"

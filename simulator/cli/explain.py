@@ -1,4 +1,4 @@
-"""``prunesim explain``: decompose a predicted speedup, as a table and in a sentence."""
+"""``prunesim explain``: decompose a predicted speedup, in a sentence and as a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Roofline = Annotated[
     str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
 ]
 
-Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed, or by part: attention=0.25,mlp=0.5.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed.")]
 
 
 @options.expanded()
@@ -30,6 +30,7 @@ def explain(
     method: Annotated[str | None, opt("--method", "NAME", "Or one published method: see prunesim methods.")] = None,
     sparsity: Sparsity = None,
     pruned: options.Pruned = None,
+    prune: options.Prune = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -38,16 +39,18 @@ def explain(
     json: options.Json = False,
     figure: options.Figure = None,
     roofline: Roofline = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Explain where a nominal speedup is lost.
 
-    Named steps lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several
-    engines are shown side by side.
+    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps lead from the nominal
+    speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side by side. With
+    more than three predictions only the sentences are printed, and the steps with --verbose.
     """
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.predict.explain import conclusion, explanations
+    from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
 
     requested = run.requests(known, ideal=ideal)
     with render.progress("explaining") as report:
@@ -55,12 +58,13 @@ def explain(
             model,
             options.devices(hardware, same_stack),
             family,
-            None if sparsity is None else options.sparsity("--sparsity", sparsity),
+            None if sparsity is None else options.fraction("--sparsity", sparsity),
             requested.phase,
             requested.batch,
             requested.seq,
             method=method,
             pruned=[] if pruned is None else options.names("--pruned", pruned),
+            prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
             options=options.settings("--option", option),
@@ -71,12 +75,17 @@ def explain(
         for e in found
     ]
     if output.write(rows):
-        for i, together in enumerate(_by_engine(found)):
+        render.conclude(*conclusions(found))
+        many = len(found) > MOST_CONCLUSIONS
+        if many:
+            for e in found:
+                print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
+        groups = [] if many and not verbose else _by_engine(found)
+        for i, together in enumerate(groups):
             if i:
                 print()
             _print(together)
-        for line in _notes(found):
-            render.note(line)
+        render.notes(_notes(found), verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
@@ -91,24 +100,25 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
     groups: dict[tuple[object, ...], list[Explanation]] = {}
     for e in found:
         r = e.result
-        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruned), []).append(e)
+        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruning), []).append(e)
     return list(groups.values())
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    """Return notes on pruned checkpoints and a measured time, each once."""
-    from simulator.predict.caveats import inferred_line
+    """Return notes on a measured time, calibration and pruned checkpoints."""
+    from simulator.predict.caveats import inferred_line, uncalibrated
     from simulator.predict.prunings import difference_lines
 
-    lines = [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
+    lines = []
     for e in found:
         if e.inferred is not None and e.dense_s is not None:
             lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
-    return list(dict.fromkeys(lines))
+    lines += uncalibrated(e.result for e in found)
+    return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
 
 
 def _print(together: Sequence[Explanation]) -> None:
-    from simulator.predict.explain import conclusion
+    """Print the waterfalls of some engines next to each other, with times and bounds."""
 
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]
@@ -123,8 +133,10 @@ def _print(together: Sequence[Explanation]) -> None:
         shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
-    name = f"{r.pruned or r.method} ({r.family})" if r.pruned or r.method else r.family
-    render.show(shown, f"{name} {render.percent(r.sparsity)}, {r.hardware}: {title}")
+    render.show(shown, f"{r.pruning}, {r.hardware}: {title}")
+    if r.parts:
+        print()
+        print(textwrap.fill(f"removed: {r.parts}", available, subsequent_indent="  ", break_on_hyphens=False))
     print()
     for e in together:
         r = e.result
@@ -132,8 +144,6 @@ def _print(together: Sequence[Explanation]) -> None:
         pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
         print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
     print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")
-    for e in together:
-        print(textwrap.fill(conclusion(e), available))
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:

@@ -96,4 +96,4 @@ def show(
     )
     render.show(columns, f"prefill, batch {batch}, seq {seq}: {total:.4g} FLOP")
     if model.found:
-        render.note(model.found)
+        render.notes([model.found])

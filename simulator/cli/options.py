@@ -10,16 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
-from simulator.units import parse_quantity
+from simulator.units import parse_count, parse_fraction, parse_quantity, parse_ratio, parse_value
 
 if TYPE_CHECKING:
     from simulator.predict.scenario import Scenario
+
+T = TypeVar("T")
+
+MOST = 10_000
+"""Most values of a range."""
 
 NAMES: Mapping[str, str] = {
     **dict.fromkeys(("MODEL", "MODELS", "--model"), "models.library.list_models"),
@@ -70,8 +75,10 @@ SameStack = Annotated[
     bool, opt("--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")
 ]
 Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate, serve; a comma list for several.")]
-Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch; a comma list for several.")]
-Seq = Annotated[str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode) of a sequence.")]
+Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch: a list, or a range such as 1:64 (powers of two).")]
+Seq = Annotated[
+    str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).")
+]
 Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
@@ -111,7 +118,12 @@ Option = Annotated[
 Pruned = Annotated[
     str | None, opt("--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")
 ]
+Prune = Annotated[
+    list[str] | None,
+    opt("--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated."),
+]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
+Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
 
 
@@ -255,40 +267,78 @@ def duration(option: str, text: str) -> float:
     >>> duration("--latency", "12ms")
     0.012
     """
+    return _checked(option, text, lambda given: parse_quantity(given, "s"))
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``, ``1:64:8``.
+
+    >>> integers("--batch", "1,64"), integers("--seq", "512:4k"), integers("--batch", "8:24:8")
+    ([1, 64], [512, 1024, 2048, 4096], [8, 16, 24])
+    """
+    out: list[int] = []
+    for part in names(option, text):
+        ends = [_checked(option, end, parse_count) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0)[:3]
+        if (
+            len(ends) > 3
+            or not 1 <= first <= last
+            or step < (len(ends) == 3)
+            or (step and (last - first) // step > MOST)
+        ):
+            raise InputError(f"{option} {part!r}: expected FIRST:LAST, which doubles, or FIRST:LAST:STEP")
+        while first < last:
+            out.append(first)
+            first = first + step if step else 2 * first
+        out.append(last)
+    return list(dict.fromkeys(out))
+
+
+def fractions(option: str, text: str) -> list[float]:
+    """Parse a comma list of fractions and ranges with a step.
+
+    >>> fractions("--sparsity", "0.1,25%"), fractions("--sparsity", "0.1:0.5:0.2")
+    ([0.1, 0.25], [0.1, 0.3, 0.5])
+    """
+    out: list[float] = []
+    for part in names(option, text):
+        ends = [_checked(option, end, parse_fraction) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0.0, 0.0)[:3]
+        if len(ends) != 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
+            raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
+        out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
+    return list(dict.fromkeys(out))
+
+
+def fraction(option: str, text: str) -> float:
+    """Parse one fraction.
+
+    >>> fraction("--sparsity", "25%")
+    0.25
+    """
+    return _checked(option, text, parse_fraction)
+
+
+def _checked(option: str, text: str, parse: Callable[[str], T]) -> T:
     try:
-        return parse_quantity(text, "s")
+        return parse(text)
     except InputError as error:
         raise InputError(f"{option} {text!r}: {error}") from None
 
 
-def integers(option: str, text: str) -> list[int]:
-    """Parse a comma list of whole numbers.
+def speedup_target(option: str, text: str) -> float:
+    """Parse a speedup such as ``1.5`` or ``1.5x``.
 
-    >>> integers("--batch", "1,64")
-    [1, 64]
+    >>> speedup_target("--target", "1.5x")
+    1.5
     """
-    return [_number(option, part, int) for part in names(option, text)]
-
-
-def fractions(option: str, text: str) -> list[float]:
-    """Parse a comma list of numbers.
-
-    >>> fractions("--sparsity", "0.1,0.25")
-    [0.1, 0.25]
-    """
-    return [_number(option, part, float) for part in names(option, text)]
-
-
-def sparsity(option: str, text: str) -> float | dict[str, float]:
-    """Parse one fraction, or fractions by projection kind.
-
-    >>> sparsity("--sparsity", "0.3"), sparsity("--sparsity", "q=0.1,down=0.5")
-    (0.3, {'q': 0.1, 'down': 0.5})
-    """
-    if "=" not in text:
-        return float(_number(option, text, float))
-    pairs = [pair(option, part) for part in names(option, text)]
-    return {name: _number(option, value, float) for name, value in pairs}
+    return _checked(option, text, parse_ratio)
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
@@ -303,15 +353,8 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name in out:
             raise InputError(f"{option} {text!r}: {name} is given twice")
-        out[name] = [_value(part) for part in names(option, value)] if "," in value else _value(value)
+        out[name] = [parse_value(part) for part in names(option, value)] if "," in value else parse_value(value)
     return out
-
-
-def _number(option: str, text: str, kind: type[int] | type[float]) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise InputError(f"{option} {text!r}: expected a {'whole ' if kind is int else ''}number") from None
 
 
 def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
@@ -320,14 +363,3 @@ def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str
     if not (name and equals and value):
         raise InputError(f"{option} {text!r}: expected {expected}")
     return name, value
-
-
-def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

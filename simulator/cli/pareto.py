@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,15 +37,18 @@ def pareto(
     json: options.Json = False,
     csv: Csv = None,
     figure: options.Figure = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show which pruned models no other model beats in both speed and quality.
 
+    Begins with the models on each frontier and the best trade, the most speedup per loss.
     Quality is measured, on one metric under one protocol: by papers (the shipped tables, the default), in your table,
     or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted, unless
     --measured has a value.
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
+    from simulator.predict.conclusions import MOST_FRONTS, of_fronts
     from simulator.predict.pareto import fronts, read_measured
     from simulator.predict.quality import choose_axis, load_quality
 
@@ -69,25 +73,48 @@ def pareto(
         )
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
-        for front in found:
-            print(front_text(front), end="\n\n")
-        print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
+        render.conclude(*of_fronts(found))
+        if verbose or len(found) <= MOST_FRONTS:
+            for front in found:
+                print(front_text(front), end="\n\n")
+            print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
+        else:
+            _show_trades(found)
     if figure:
         from simulator.cli.drawing import draw_fronts
 
         draw_fronts(found, figure)
-    for line in notes:
-        render.note(line)
-    others = [str(a) for a in table.axes() if a != axis]
-    if others and not json and csv != "-":
-        more = " ..." if len(others) > 4 else ""
-        render.note(f"other axes of {table.models[0]} (--metric, --protocol): {'; '.join(others[:4])}{more}")
+    lines = []
     if table.models[0] != config.name.lower():
-        render.note(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
+        lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
     from simulator.predict.caveats import uncalibrated
 
-    for line in uncalibrated((f.hardware for f in found), (f.calibrated for f in found)):
-        render.note(line)
+    lines += [*uncalibrated(found), *notes]
+    others = [str(a) for a in table.axes() if a != axis]
+    if others and verbose and not json and csv != "-":
+        more = " ..." if len(others) > 4 else ""
+        lines.append(
+            f"other axes of {table.models[0]}, chosen by --metric and --protocol: {'; '.join(others[:4])}{more}"
+        )
+    render.notes(lines, verbose)
+
+
+def _show_trades(found: Sequence[Front]) -> None:
+    """Print the best trade of each frontier, one per row."""
+    from simulator.predict.conclusions import best_trade
+
+    trades = [(front, best_trade(front)) for front in found]
+    columns = render.columns(
+        trades,
+        ("<hardware", lambda row: row[0].hardware),
+        ("<engine", lambda row: row[0].engine),
+        ("<request", lambda row: f"{row[0].phase} {row[0].batch} x {row[0].seq}"),
+        ("on the\nfrontier", lambda row: sum(p.optimal for p in row[0].points)),
+        ("<best trade", lambda row: row[1].name if row[1] else "none is faster"),
+        ("speedup", lambda row: render.interval(row[1]) if row[1] else "-"),
+        ("loss", lambda row: render.percent(row[1].loss) if row[1] else "-"),
+    )
+    render.show(columns, f"best trade by {found[0].axis}")
 
 
 def front_title(front: Front) -> str:
@@ -103,9 +130,10 @@ def front_text(front: Front) -> str:
     cited = (
         ""
         if any(c.title == "source" for c in columns)
-        else f"\nsource: {'; '.join(dict.fromkeys(p.source for p in front.points))}"
+        else "\n" + textwrap.fill(f"source: {'; '.join(dict.fromkeys(p.source for p in front.points))}", render.width())
     )
-    return f"{table}{cited}\n\nfastest family by quality budget: {sentences}"
+    bands = textwrap.fill(f"fastest family by quality budget: {sentences}", render.width(), break_on_hyphens=False)
+    return f"{table}{cited}\n\n{bands}"
 
 
 def band_text(band: Band) -> str:

@@ -1,4 +1,4 @@
-"""Print tables that fit the width, JSON, CSV, notes, and a progress bar of long commands.
+"""Print conclusions, tables that fit the width, JSON, CSV, notes, and a progress bar of long commands.
 
 A table has several layouts, the most detailed first; the first that fits the width is printed, so no cell is wrapped.
 Pipes and files have 120 columns.
@@ -14,12 +14,13 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import typer
 
+from simulator.display import few
 from simulator.errors import InputError, one_line
 from simulator.units import finite as finite
 from simulator.units import percent as percent
@@ -36,6 +37,9 @@ PIPED_WIDTH = 120
 
 PROGRESS_AFTER_S = 2.0
 """Run time after which a progress bar appears, s."""
+
+MOST_NOTES = 3
+"""Notes that a run prints without --verbose."""
 
 # fmt: off
 BOTTLENECKS_SHORT: Mapping[str, str] = {
@@ -152,9 +156,41 @@ def colored() -> bool:
     return not variable("NO_COLOR") and bool(variable("FORCE_COLOR") or terminal)
 
 
-def note(text: str) -> None:
-    """Print one line to standard error."""
-    print("note:", one_line(" ".join(text.split())), file=sys.stderr)
+def conclude(*paragraphs: str) -> None:
+    """Print the conclusion of a run, one to three sentences, then an empty line; the tables come after it."""
+    for text in filter(None, paragraphs):
+        print(textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False))
+    print()
+
+
+def notes(lines: Iterable[str], verbose: bool = False) -> None:
+    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`.
+
+    Notes that state the same of several subjects ("A: text", "B: text") become one. A run calls this once.
+    """
+    found = same_together(lines)
+    shown = found if verbose else found[:MOST_NOTES]
+    more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""
+    for i, line in enumerate(shown, start=1):
+        print("note:", one_line(line) + (more if i == len(shown) else ""), file=sys.stderr)
+
+
+def same_together(lines: Iterable[str]) -> list[str]:
+    """Return notes with each text once, after all its subjects.
+
+    >>> same_together(["a: too large", "no quality", "b: too large", "a: too large"])
+    ['a, b: too large', 'no quality']
+    """
+    subjects: dict[str, list[str]] = {}
+    for line in lines:
+        subject, colon, text = " ".join(line.split()).partition(": ")
+        subjects.setdefault(text if colon else subject, []).append(subject if colon else "")
+    return [f"{few(some)}: {text}" if any(some) else text for text, some in subjects.items()]
+
+
+def status(text: str) -> None:
+    """Print one line on the progress of a long command to standard error."""
+    print("status:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
 def interval(found: Any) -> str:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
+from simulator.predict.scenario import batch_name
 
 if TYPE_CHECKING:
-    from simulator.predict.result import Result
+    from simulator.predict.breakeven import BreakEven
+    from simulator.predict.result import Result, Results
+    from simulator.predict.runnable import Runnable
+
+MOST_SENTENCES = 8
+"""Sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated."""
+
+MOST_COLUMNS = 3
+"""Batches or lengths from which they are rows of a table, not tables of their own."""
 
 
 Sparsity = Annotated[
@@ -28,6 +37,7 @@ def speedup(
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None,
     method: options.Method = None,
     pruned: options.Pruned = None,
+    prune: options.Prune = None,
     sparsity: Sparsity = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
@@ -38,11 +48,14 @@ def speedup(
     json: options.Json = False,
     csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None,
     figure: options.Figure = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Predict how much faster a pruned model is.
 
-    Every combination of the lists is predicted. A combination that a family does not support (2:4 at 0.25) is excluded
-    with a note, or an error if it is the only one. With --pruned, existing models are compared with the dense one.
+    Begins with the answer. Every combination of the lists is predicted. Over a range of batches or lengths (--batch
+    1:64) it states from which value each pruning pays. A combination that a family does not support (2:4 at 0.25) is
+    excluded with a note, or an error if it is the only one. With --pruned, existing models are compared with the dense
+    one.
     """
     output = render.Output(json, csv, [figure])
     chosen = None if family is None else options.names("--family", family)
@@ -50,14 +63,17 @@ def speedup(
     extra = options.settings("--option", option)
     if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
+    from simulator.hardware.library import load_hardware
     from simulator.predict.caveats import uncalibrated
+    from simulator.predict.runnable import runnables
     from simulator.predict.table import table
 
     requested = run.requests(known, ideal=ideal)
+    devices = [load_hardware(name) for name in options.devices(hardware, same_stack)]
     with render.progress("predicting") as report:
         found = table(
-            [model],
-            options.devices(hardware, same_stack),
+            model,
+            devices,
             chosen,
             None if sparsity is None else options.fractions("--sparsity", sparsity),
             requested.phase,
@@ -65,23 +81,96 @@ def speedup(
             requested.seq,
             method=methods,
             pruned=[] if pruned is None else options.names("--pruned", pruned),
+            prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
             options=extra,
             progress=report,
         )
-    shown = [replace(r, family=r.pruned or r.method or r.family) for r in found]
-    if output.write([r.to_dict() for r in found]):
-        _print(shown, memory)
+    named = bool(prune or pruned or method)  # with --family, only --json has whether each runs
+    answers: list[Runnable] = []
+    if json or csv or named:
+        answers = runnables(found, replace(requested.scenario, model=model), requested.engine, devices if named else ())
+    if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
+        _print(found, answers, memory, verbose)
     if figure:
         from simulator.cli.drawing import draw_speedups
 
-        draw_speedups(shown, figure)
-    for line in (*found.notes, *uncalibrated((r.hardware for r in found), (r.calibrated for r in found))):
-        render.note(line)
+        draw_speedups([replace(r, family=r.name) for r in found], figure)
+    render.notes((*uncalibrated(found), *found.notes), verbose)
 
 
-def _print(results: Sequence[Result], memory: bool) -> None:
+def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
+    """Print the conclusion, tables, what is removed of each part, and whether it runs."""
+    from simulator.predict.breakeven import break_even
+    from simulator.predict.conclusions import of_speedups
+
+    even = break_even(found.rows)
+    over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
+    if over and len(even) <= (len(even) if verbose else MOST_SENTENCES):
+        render.conclude(*(b.sentence for b in even))
+    else:
+        render.conclude(*of_speedups(found.rows))
+    if over:
+        _print_over(even)
+    if not over or verbose or memory or found[0].new_tokens:
+        if over:
+            print()
+        _print_tables([replace(r, family=r.name) for r in found], memory)
+        level = render.percent(found[0].level)
+        print(f"\ntimes and speedups with {level} intervals; bounds exclude work that pruning adds")
+    if answers:
+        _print_parts(found, answers)
+
+
+def _print_over(even: Sequence[BreakEven]) -> None:
+    """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
+    groups: dict[str, list[BreakEven]] = {}
+    for b in even:
+        groups.setdefault(b.where, []).append(b)
+    for i, (where, some) in enumerate(groups.items()):
+        if i:
+            print()
+        values = sorted({value for b in some for value in b.values})
+        at = [dict(zip(b.values, b.results)) for b in some]
+        dense = [next(found[v] for found in at if v in found) for v in values]
+        first = some[0]
+        axis = batch_name(dense[0].phase) if first.axis == "batch" else "seq"
+        columns = [
+            render.Column(axis, [f"{v:,}" for v in values]),
+            render.Column("dense", [render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper) for r in dense]),
+        ]
+        for b, found in zip(some, at):
+            cells = [render.interval(found[v]) if v in found else "-" for v in values]
+            title = "\n".join(textwrap.wrap(b.results[0].pruning, 17, break_on_hyphens=False))
+            columns.append(render.Column(title, cells, styles=[_style(found.get(v)) for v in values]))
+        render.show(render.narrowed(columns, 3), f"{first.results[0].model} on {where}: speedup over {axis}")
+
+
+def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
+    """Print what each pruning removes of each part, and whether each engine runs it, each once."""
+    lines: dict[str, None] = {}
+    for r in found:
+        if r.parts:
+            lines[f"{r.pruning}: {r.parts}."] = None
+    for r, answer in zip(found, answers):
+        lines.setdefault(f"{r.pruning} in {r.engine}: will it run? {answer.sentence}")
+    print()
+    for line in _first_answers(lines):
+        print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _first_answers(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines, of those on one pruning in one engine the first: only the gain of an aligned width differs."""
+    seen: set[str] = set()
+    for line in lines:
+        start = line.partition(" will it run? ")[0] if " will it run? " in line else line
+        if start not in seen:
+            seen.add(start)
+            yield line
+
+
+def _print_tables(results: Sequence[Result], memory: bool) -> None:
     """Print one table per scenario, rows by family and sparsity, devices side by side."""
     groups: dict[str, list[Result]] = {}
     for r in results:
@@ -100,10 +189,6 @@ def _print(results: Sequence[Result], memory: bool) -> None:
         if memory:
             print()
             _print_memory(group)
-    print(
-        f"\ntimes and speedups with {render.percent(results[0].level)} intervals; "
-        "bounds exclude work that pruning adds;\nbottleneck: largest share of the pruned model's time"
-    )
 
 
 def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
@@ -150,9 +235,9 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
                 )
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             whole = dense[h]
-            half = math.sqrt(whole.dense_upper / whole.dense_lower) - 1.0
-            error = f" +-{100.0 * half:.0f} %" if interval else ""
-            cells = [render.seconds(whole.dense_s) + error, *(shown(r) if r else "-" for r in found)]
+            ends = whole.dense_s, whole.dense_lower, whole.dense_upper
+            dense_time = render.seconds_between(*ends) if interval else render.seconds(whole.dense_s)
+            cells = [dense_time, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}

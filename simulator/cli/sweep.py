@@ -24,6 +24,7 @@ def command(
     jobs: Jobs = None,
     most: Most = 100_000_000,
     json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Predict every combination of a grid.
 
@@ -48,5 +49,4 @@ def command(
         again = f", {done.resumed} of {done.partitions} parts from an earlier run" if done.resumed else ""
         counts = f"{done.rows:,} rows of {done.configurations:,} configurations"
         print(f"{done.target}: {counts} in {render.seconds(done.seconds)}{again}")
-        for line in done.notes:
-            render.note(line)
+        render.notes(done.notes, verbose)

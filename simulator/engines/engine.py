@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
+from simulator.engines.loading import FEATURES, Kernels, Loading, Width
 from simulator.errors import InputError, unknown
 from simulator.files.fields import (
     CheckedField,
@@ -99,6 +100,9 @@ class Engine(Displayed):
     composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
     weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read with 16-bit activations
     sparse24: tuple[str, ...] = ()  # formats with 2:4 kernels
+    dynamic: Mapping[str, Kernels] = field(default_factory=dict)  # dynamic pruning families with kernels
+    widths: Mapping[str, Width] = field(default_factory=dict)  # by format; others: multiples of 16 bytes
+    loads: Mapping[str, Loading] = field(default_factory=dict)  # by feature of a checkpoint; empty: not stated
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
@@ -243,10 +247,10 @@ def _engine_field(root: Node) -> ObjectField:
     def sourced(cls: type) -> FieldType:
         fields = field_of(cls)
         required = {**fields.required, "source": CheckedField(TextField(), listed)}
-        return ObjectField(required, fields.optional, cls, "{value: ..., source: ...}")
+        return ObjectField(required, fields.optional, cls, f"{{{', '.join(f'{name}: ...' for name in required)}}}")
 
-    def wrong_role(name: str) -> str:
-        return "" if name in ROLES else f"unknown operator; expected one of {', '.join(ROLES)}"
+    def known(what: str, names: Iterable[str]) -> Callable[[str], str]:
+        return lambda name: "" if name in names else f"unknown {what}; expected one of {', '.join(names)}"
 
     time, share = sourced(HostTime), sourced(Share)
     required: dict[str, FieldType] = {
@@ -263,7 +267,7 @@ def _engine_field(root: Node) -> ObjectField:
         "graph": ListField(TextField(PASSES)),
         "cache": TextField(("paged", "copied")),
         "experts": TextField(("grouped", "looped")),
-        "launches": MapField(NumberField(0, 100, "7", whole=True), wrong_role),
+        "launches": MapField(NumberField(0, 100, "7", whole=True), known("operator", ROLES)),
         "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time}),
         "quantize_fused": share,
         "one_token": share,
@@ -274,6 +278,9 @@ def _engine_field(root: Node) -> ObjectField:
         "composed_log_sd": share,
         "weight_only": ListField(TextField(DTYPES)),
         "sparse24": ListField(TextField(DTYPES)),
+        "dynamic": MapField(sourced(Kernels)),
+        "widths": MapField(sourced(Width), known("format", DTYPES)),
+        "loads": MapField(sourced(Loading), known("feature", FEATURES)),
         "notes": ListField(TextField()),
     }
     return ObjectField(required, optional)

@@ -16,22 +16,20 @@ from simulator.explore.predictions import Candidate, Predictions, predictions, t
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES
 from simulator.files.csv import csv_text
-from simulator.predict.caveats import PARTS, sections_of
+from simulator.predict.compare import PARTS
 from simulator.predict.explain import conclusion
 from simulator.predict.scenario import batch_name
 from simulator.pruning import FAMILIES
 from simulator.units import percent, ratio, seconds, seconds_between, size
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
     from simulator.predict.result import Result
-    from simulator.workload import Workload
 
 # fmt: off
 UNITS = {
     **dict.fromkeys((
         "sparsity", "realised_sparsity", "speedup", "speedup_lower", "speedup_upper", "flop_bound", "byte_bound",
-        "roofline_bound", "measured_bound", "efficiency", "bottleneck_share", "level", "devices",
+        "roofline_bound", "measured_bound", "efficiency", "bottleneck_share", "uncalibrated_share", "level", "devices",
     ), "1"),
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
     "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
@@ -103,20 +101,6 @@ def table_csv(results: Sequence[Result]) -> str:
     return csv_text(rows) if rows else ""
 
 
-def uncalibrated_parts(hw: HardwareProfile, w: Workload) -> list[str]:
-    """Return the parts of a workload whose cost models were not fitted to measurements of this GPU.
-
-    >>> from simulator import load_hardware, load_model, lower
-    >>> hw, model = load_hardware("rtx_4090"), load_model("llama-3.2-1b")
-    >>> [uncalibrated_parts(hw, lower(model, phase="decode", dtype=dtype))[:1] for dtype in ("bf16", "fp32")]
-    [[], ['GEMMs']]
-    """
-    served = hw.serving(load_engine(w.meta.engine).stacks)
-    needed = {part: label for part, label in sections_of(w).items() if part in PARTS}  # without collectives
-    fitted = {part for part, label in needed.items() if served.section(part, label).status == "calibrated"}
-    return [name for part, name in PARTS.items() if part in needed and part not in fitted]
-
-
 def facts_html(found: Predictions, state: State) -> str:
     """Return the dense time, memory, calibration and other gains of each GPU, and the engine's title."""
     if not found.table:
@@ -124,15 +108,13 @@ def facts_html(found: Predictions, state: State) -> str:
     dense: dict[str, Result] = {}
     for r in found.table:
         dense.setdefault(r.hardware, r)
-    devices = {hw.label: hw for hw in found.gpus}
-    dense_of = {e.result.hardware: e.dense for e in found.details}
-    lacking = {name: uncalibrated_parts(hw, dense_of[name]) for name, hw in devices.items() if name in dense_of}
     pruned = {e.result.hardware: Candidate(state.explained, e.result) for e in found.details}
-    facts = (_fact(r, pruned.get(name), lacking.get(name, [])) for name, r in dense.items())
+    facts = (_fact(r, pruned.get(name)) for name, r in dense.items())
     return _items(facts, "facts") + f'<p class="engine">{escape(load_engine(state.engine).title)}.</p>'
 
 
-def _fact(r: Result, pruned: Candidate | None, lacking: Sequence[str]) -> str:
+def _fact(r: Result, pruned: Candidate | None) -> str:
+    lacking = [] if r.calibrated else [PARTS[name] for name in r.uncalibrated.split("+")]
     fits = f"{'fits' if r.dense_fits else 'does not fit'}, {size(r.dense_memory_bytes)} of {size(r.capacity_bytes)}"
     status = f"calibrated except {', '.join(lacking)}" if lacking else "calibrated"
     look = "bad" if "GEMMs" in lacking else "soft" if lacking else "good"

@@ -114,7 +114,7 @@ def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predict
     prunings = _others(state, gpus, notes, prune=state.texts)
     pruned = state.load_pruned()
     existing = () if pruned is None else _others(state, gpus, notes, pruned=[pruned])
-    notes += uncalibrated(plain(found.columns["hardware"]), found.columns["calibrated"])
+    notes += uncalibrated(found)
     if state.arithmetic != state.dtype:
         notes.append(f"{found[0].weight_dtype} weights are computed in {state.arithmetic}, not {state.dtype}")
     details = _explained(state, model, gpus, scenario, notes)

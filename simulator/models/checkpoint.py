@@ -211,13 +211,15 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         expected = f"expected {real.parameters:,} parameters for its shapes"
         raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
     notes = difference(model, real)
+    mismatch = "; ".join(difference(model, replace(real, sparse24=model.sparse24, weight_dtype=model.weight_dtype)))
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
         notes += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
-    return replace(real, found=f"{real.name} by its tensors: {'; '.join(notes)}" if notes else "")
+    found = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
+    return replace(real, found=found, mismatch=mismatch)
 
 
 def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:

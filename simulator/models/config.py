@@ -132,6 +132,10 @@ class ModelConfig(Displayed):
         Numbers of the layers in a checkpoint.
     found : str
         Differences of a checkpoint from its configuration, in one line.
+    mismatch : str
+        Shapes of the tensors of a checkpoint that its configuration does not state; "" if it states all.
+    custom_code : str
+        Class of modelling code in the repository of the model (``auto_map``), else "".
 
     Raises
     ------
@@ -185,6 +189,8 @@ class ModelConfig(Displayed):
     sparse24: bool = False
     numbers: tuple[int, ...] = field(default=(), compare=False)
     found: str = field(default="", compare=False)
+    mismatch: str = field(default="", compare=False)
+    custom_code: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "expert_inner"):

@@ -51,7 +51,18 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
         name = own.rstrip("/").rsplit("/", 1)[-1]
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
     key, decoder = NESTED.get(kind, ("", kind))
-    return ModelConfig(name=name, architecture=kind, **ARCHITECTURES[decoder].values(read.part(key) if key else read))
+    values = ARCHITECTURES[decoder].values(read.part(key) if key else read)
+    return ModelConfig(name=name, architecture=kind, custom_code=_custom_code(data.get("auto_map")), **values)
+
+
+def _custom_code(auto_map: Any) -> str:
+    """Return the class of modelling code in the repository of a model, from its ``auto_map``; "" without any.
+
+    >>> _custom_code({"AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM"})
+    'modeling_decilm.DeciLMForCausalLM'
+    """
+    found = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
+    return one_line(found, MAX_NAME) if isinstance(found, str) else ""
 
 
 def _no_constant(text: str) -> float:

@@ -31,13 +31,14 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arguments import Range, instance, number, shown, text, whole
+from simulator.arguments import Range, number, shown, text, whole
 from simulator.arrays import Array
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig
 from simulator.models.forward import PassRows, Request
+from simulator.models.library import load_model
 from simulator.models.parallel import shard
 from simulator.routing import EXPERT_SKEW
 from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Meta, Phase, Workload, dtype_code
@@ -58,7 +59,7 @@ FLOPs and bytes stay exact except where a window fills up; times change by less 
 
 
 def lower(
-    model: ModelConfig,
+    model: str | ModelConfig,
     *,
     phase: str = "prefill",
     batch: int = 1,
@@ -76,8 +77,8 @@ def lower(
 
     Parameters
     ----------
-    model : ModelConfig
-        Model, from :func:`simulator.load_model`.
+    model : str or ModelConfig
+        Model: a name or a path, or shapes from :func:`simulator.load_model`.
     phase : {"prefill", "decode", "generate", "serve"}
         ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decode steps. ``serve`` is the work during one
         request if ``batch`` requests are in flight. Parameters are counted in the prefill rows only.
@@ -116,12 +117,11 @@ def lower(
     Examples
     --------
     >>> import simulator
-    >>> model = simulator.load_model("llama-2-7b")
-    >>> w = simulator.lower(model, phase="decode", batch=4, seq=1024, engine="vllm")
+    >>> w = simulator.lower("llama-2-7b", phase="decode", batch=4, seq=1024, engine="vllm")
     >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
     (6738415616, 12288)
     """
-    instance("model", model, ModelConfig, "load_model")
+    model = load_model(model)
     checked = {"phase": (phase, PHASES), "dtype": (dtype, DTYPES)}
     for what, optional in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
         checked[what] = (dtype if optional is None else optional, DTYPES)

@@ -43,21 +43,35 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
     if parallel == "pipeline" or devices == 1:
         return model
 
-    def part(what: str, size: int) -> int:
-        if size % devices:
-            raise InputError(f"{where} {what} {size}; {parallel} parallel needs a number that divides it")
-        return size // devices
-
     def of_block(block: Block) -> Block:
-        heads, inner = part("attention heads", block.heads), part("MLP width", block.inner)
-        few, many = sorted((block.kv_heads, devices))
-        if few and many % few:
-            raise InputError(f"{where} {block.kv_heads} key/value heads; one number must divide the other")
-        share = replace(block, heads=heads, inner=inner, kv_heads=max(block.kv_heads // devices, int(block.heads > 0)))
+        if reason := indivisible(block, devices, parallel):
+            raise InputError(f"{where} {reason}")
+        heads, kv_heads = block.heads // devices, max(block.kv_heads // devices, int(block.heads > 0))
+        share = replace(block, heads=heads, inner=block.inner // devices, kv_heads=kv_heads)
         if not block.experts:
             return share
         if parallel == "expert":
-            return replace(share, experts=part("experts", block.experts), active=block.active / devices)
-        return replace(share, expert_inner=part("experts of a width of", block.expert_inner))
+            return replace(share, experts=block.experts // devices, active=block.active / devices)
+        return replace(share, expert_inner=block.expert_inner // devices)
 
     return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad the last part
+
+
+def indivisible(block: Block, devices: int, parallel: str) -> str:
+    """Return why tensor or expert parallel cannot divide a layer equally among devices, or "".
+
+    >>> indivisible(Block(heads=26, kv_heads=26, inner=8816), 8, "tensor")
+    '26 attention heads; tensor parallel needs a multiple of 8'
+    """
+    sizes = {"{} attention heads": block.heads, "an MLP width of {}": block.inner}
+    if block.experts and parallel == "expert":
+        sizes["{} experts"] = block.experts
+    elif block.experts:
+        sizes["experts of a width of {}"] = block.expert_inner
+    for what, size in sizes.items():
+        if size % devices:
+            return f"{what.format(size)}; {parallel} parallel needs a multiple of {devices}"
+    few, many = sorted((block.kv_heads, devices))
+    if few and many % few:
+        return f"{block.kv_heads} key/value heads; {parallel} parallel needs a multiple or a divisor of {devices}"
+    return ""

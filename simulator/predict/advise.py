@@ -22,11 +22,11 @@ from simulator.models.changes import content_of
 from simulator.models.library import load_model
 from simulator.predict.batch import batch_of
 from simulator.predict.compare import results_of
-from simulator.predict.configurations import FAMILIES, Configuration, Target, Targets, configurations_of
+from simulator.predict.configurations import FAMILIES, Configuration, Target, Targets, configurations_of, probability_of
 from simulator.predict.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
 from simulator.predict.prunings import Pruning, families
 from simulator.predict.result import HasResult, Result, Results, plain
-from simulator.predict.scenario import Scenario, check_measured, profiles, scenarios
+from simulator.predict.scenario import Scenario, batch_name, check_measured, profiles, scenarios
 from simulator.predict.speedup import speedups
 from simulator.pruning import prune
 from simulator.units import percent, ratio
@@ -73,6 +73,7 @@ class Advice(HasResult):
 
     result: Result
     target: float
+    probability: float  # of reaching the target, from the speedup's interval
     reached: bool  # by some sparsity up to LARGEST_SPARSITY
     sure_sparsity: float | None  # the minimum at which the whole interval reaches the target
     steps: tuple[WidthStep, ...]  # aligned widths nearby where time steps down; empty for families that keep widths
@@ -110,13 +111,14 @@ _COLUMNS: Mapping[str, str] = {
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice by family, best first for each device and request; alternatives; notes; and configurations, by falling
-    number of parameters."""
+    """Advice by family, best first for each device and request; alternatives; notes; configurations, by falling number
+    of parameters; and the settings where the dense model reaches the target."""
 
     advice: tuple[Advice, ...]
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     configurations: tuple[Configuration, ...] = ()
+    dense: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return advice, then configurations, as dictionaries."""
@@ -184,6 +186,7 @@ def advise(
     others: list[Alternative] = []
     configurations: list[Configuration] = []
     notes: dict[str, None] = {}
+    enough: list[str] = []
     if set(chosen) & set(FAMILIES.values()) and max(s for one in targets for s in one.speedups) > 1.0:
         content = content_of(model, config)
         configurations, missed = configurations_of(config, targets, chosen, probability, content, of_kinds)
@@ -197,12 +200,12 @@ def advise(
                 advice, others = [*advice, *found], [*others, *more]
             else:
                 meta = one.dense.meta
-                where = f"{hw.label}, {one.scenario.engine_name}, {meta.phase}, batch {meta.batch}, seq {meta.seq}"
-                notes[f"{where}: the dense model reaches it"] = None
+                request = f"{meta.phase}, {batch_name(meta.phase)} {meta.batch}, seq {meta.seq}"
+                enough.append(f"{hw.label} in {one.scenario.engine_name} ({request})")
             progress(next(done), kinds + rest)
     if not (advice or configurations) and min(s for one in targets for s in one.speedups) > 1.0:
         raise InputError("; ".join(notes) or "nothing to advise")
-    return Advised(tuple(advice), tuple(others), tuple(notes), tuple(configurations))
+    return Advised(tuple(advice), tuple(others), tuple(notes), tuple(configurations), tuple(enough))
 
 
 class _Search:
@@ -240,10 +243,12 @@ class _Search:
             if sparsity is None:  # no sparsity reaches the target: take the fastest
                 fastest = np.where(family == name, coarse.columns["speedup"], 0.0).argmax()
                 sparsity = float(coarse.columns["sparsity"][fastest])
+            r = self.results([Pruning.of(name, sparsity)], hw)[0]
             advice.append(
                 Advice(
-                    result=self.results([Pruning.of(name, sparsity)], hw)[0],
+                    result=r,
                     target=target,
+                    probability=probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level),
                     reached=name in least,
                     sure_sparsity=sure.get(name),
                     steps=self.steps(name, sparsity, hw) if name in least else (),

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.cost.base import octaves_outside
 from simulator.cost.forward import SECTIONS, by_formats, section_of
+from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import unfitted
 from simulator.predict.batch import batch_with
-from simulator.predict.compare import compare
+from simulator.predict.compare import PARTS, SMALL_SHARE, compare
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import seconds
@@ -29,16 +29,6 @@ if TYPE_CHECKING:
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
-
-# fmt: off
-PARTS: Mapping[str, str] = MappingProxyType({
-    "gemm": "GEMMs", "experts": "experts",
-    "attention_prefill": "prefill attention", "attention_decode": "decode attention",
-    "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
-    "elementwise": "elementwise operators",
-})
-# fmt: on
-"""Operator of a profile -> name in notes."""
 
 _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
@@ -94,7 +84,7 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     for stack in dict.fromkeys(fitted):
         parts = [name for name, found in stacks.items() if found == stack]
         if stack != own:
-            some = "" if len(parts) == len(fitted) else f" for {' and '.join(parts)}"
+            some = "" if len(parts) == len(fitted) else f" for {with_and(parts)}"
             out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
     return f"{hw.label}: {'; '.join(out)}" if out else ""
 
@@ -162,14 +152,51 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"
 
 
-def uncalibrated(hardware: Iterable[str], calibrated: Iterable[bool]) -> tuple[str, ...]:
-    """Return the note on devices whose predictions use cost models that were not fitted on the device, if any.
+class HasShare(Protocol):
+    """A prediction on a device that names its operators with default constants and their share of the time."""
 
-    >>> uncalibrated(["t4", "h100", "t4"], [False, True, False])
-    ('t4: not all required cost models are calibrated; intervals are wider',)
+    @property
+    def hardware(self) -> str: ...
+    @property
+    def uncalibrated(self) -> str: ...
+    @property
+    def uncalibrated_share(self) -> float: ...
+
+
+def uncalibrated_of(found: Iterable[HasShare]) -> tuple[str, float]:
+    """Return the operators with default constants of some predictions together, and the largest share of the time."""
+    parts: dict[str, None] = {}
+    share = 0.0
+    for r in found:
+        parts |= dict.fromkeys(filter(None, r.uncalibrated.split("+")))
+        share = max(share, r.uncalibrated_share)
+    return "+".join(part for part in PARTS if part in parts), share
+
+
+def uncalibrated(found: Iterable[HasShare]) -> tuple[str, ...]:
+    """Return one note on the operators with default constants and their share of the time, for all devices where it is
+    at least :data:`~simulator.predict.compare.SMALL_SHARE`, if any.
+
+    >>> from simulator.predict.scenario import Scenario
+    >>> from simulator.predict.table import table
+    >>> uncalibrated(table(["llama-3.1-8b"], ["t4"], ["depth"], [0.25], scenario=Scenario(dtype="fp16")))[0][:70]
+    'GEMMs, prefill attention and elementwise operators on t4 (100 % of the'
     """
-    names = ", ".join(dict.fromkeys(name for name, fitted in zip(hardware, calibrated) if not fitted))
-    return (f"{names}: not all required cost models are calibrated; intervals are wider",) if names else ()
+    mine: dict[str, list[HasShare]] = {}
+    for r in found:
+        if r.uncalibrated_share >= SMALL_SHARE:
+            mine.setdefault(r.hardware, []).append(r)
+    of = {device: uncalibrated_of(some) for device, some in mine.items()}
+    share = {device: largest for device, (_, largest) in of.items()}
+    devices: dict[str, list[str]] = {}
+    for device in sorted(of, key=lambda name: -share[name]):
+        devices.setdefault(with_and([PARTS[part] for part in of[device][0].split("+")]), []).append(device)
+    what = [
+        f"{names} on {with_and(some)} ({'up to ' if len(some) > 1 else ''}{100.0 * share[some[0]]:.0f} % of the time)"
+        for names, some in devices.items()
+    ]
+    action = "run prunesim calibrate on the GPU, or give a measured --dense-time"
+    return (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",) if what else ()
 
 
 def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:

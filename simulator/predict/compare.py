@@ -8,25 +8,28 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
-from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.cost.base import BOTTLENECKS
-from simulator.cost.forward import ForwardPass, section_of
+from simulator.cost.forward import ForwardPass, by_kind, section_of
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.hardware.formats import label_of
 from simulator.predict.batch import Reject, rejecting
+from simulator.predict.parts import removed_parts
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import COLUMNS, Labels, Results
 from simulator.predict.scenario import Scenario
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import DTYPES, Kind
-from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, weights_bytes
+from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, sums, weights_bytes
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -34,12 +37,29 @@ if TYPE_CHECKING:
 SAME_SHAPE = 0.99
 """Correlation of the errors of equal operators in two workloads; the kernels around them differ."""
 
+# fmt: off
+PARTS: Mapping[str, str] = MappingProxyType({
+    "gemm": "GEMMs", "experts": "experts",
+    "attention_prefill": "prefill attention", "attention_decode": "decode attention",
+    "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
+    "elementwise": "elementwise operators",
+})
+# fmt: on
+"""Section of a profile -> name of its operators in notes."""
+
+SMALL_SHARE = 0.05
+"""Share of the time below which operators with default constants do not count: results are calibrated."""
+
+NAMED_SHARE = 0.01
+"""Share of the time from which operators with default constants are named."""
+
 
 def compare(
     batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
 ) -> tuple[dict[str, Array], Inferred | None]:
     """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
-    index into ``BOTTLENECKS``), on one device; and what is inferred from a measured time.
+    index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``PARTS``), on one device; and what is
+    inferred from a measured time.
 
     ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
     workload that cannot run.
@@ -50,6 +70,7 @@ def compare(
     found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
     tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
     code, share = p.bottleneck
+    default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
     gain = roofline_bound - 1.0
     efficiency = np.divide(found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9)
@@ -67,7 +88,9 @@ def compare(
         "bottleneck": code,
         "bottleneck_share": share,
         "efficiency": efficiency,
-        "calibrated": _calibrated(p),
+        "calibrated": default_share < SMALL_SHARE,
+        "uncalibrated": default_parts,
+        "uncalibrated_share": default_share,
         "tokens_per_s": tokens_per_s,
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
@@ -98,6 +121,7 @@ def results_of(
     }
     columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
+    columns["uncalibrated"] = _names(columns["uncalibrated"])
     columns["batch"], columns["seq"] = np.array(scenario.shapes, dtype=np.int64)[batch.dense[at]].T
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
@@ -169,6 +193,7 @@ def _identity(
         "options": Labels(pruning, tuple(p.label for p in prunings)),
         "method": Labels(pruning, tuple(p.method for p in prunings)),
         "prune": Labels(pruning, tuple(p.prune for p in prunings)),
+        "parts": Labels(pruning, _parts(batch, prunings)),
         "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
         "new_tokens": np.full(len(at), meta.new_tokens),
         "devices": np.full(len(at), meta.devices),
@@ -179,6 +204,16 @@ def _identity(
     for name, text in {**equal, "parallel": meta.parallel}.items():
         columns[name] = Labels(none, (text,))
     return columns
+
+
+def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
+    """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
+    out = [""] * len(prunings)
+    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
+        first = int(np.argmax(batch.pruning == i))
+        dense, pruned = (batch.rows.take(batch.rows_of(at)) for at in (int(batch.dense[first]), first))
+        out[i] = removed_parts(() if prunings[i].model else prunings[i].steps, dense, pruned)
+    return tuple(out)
 
 
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:
@@ -205,14 +240,31 @@ def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[
     return columns
 
 
-def _calibrated(p: ForwardPass) -> BoolArray:
-    """Return for each workload whether all cost models that it and its dense workload need are calibrated."""
-    w, out = p.workloads.rows, np.ones(len(p.workloads), dtype=bool)
-    for row, has in p.workloads.kinds:
-        part = section_of(w, row)
-        if part and p.hw.section(part, DTYPES[w.dtype[row]]).status != "calibrated":
-            out &= ~has
-    return out
+def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
+    """Return for each workload and its dense workload together which operators have default constants, one bit per
+    entry of :data:`PARTS`, and their share of the time, of the two the larger."""
+    (w, which), many = p.workloads.shapes, len(PARTS)
+    part, places = np.full(len(w), many), {name: i for i, name in enumerate(PARTS)}
+    for kind, rows, dtype, weight in by_kind(w):
+        name = section_of(w, int(rows[0]))
+        label = label_of(dtype, weight) if kind in (Kind.GEMM, Kind.EXPERTS) else dtype
+        if name and p.hw.section(name, label).status == "default":
+            part[rows] = places[name]
+    if (part == many).all():
+        none = np.zeros(len(p.workloads))
+        return none.astype(np.intp), none
+    spent = sums(p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1))[:, :many]
+    share = spent * (p.device_share / np.maximum(p.device_s, 1e-300))[:, None]
+    both = np.maximum(share, share[dense])
+    total = share.sum(axis=1)
+    return (both >= NAMED_SHARE) @ (1 << np.arange(many)), np.maximum(total, total[dense])
+
+
+def _names(codes: Array | Labels) -> Labels:
+    """Return sets of :data:`PARTS`, one bit each, as texts joined by "+"."""
+    found, place = np.unique(np.asarray(codes), return_inverse=True)
+    texts = ("+".join(name for i, name in enumerate(PARTS) if code >> i & 1) for code in found.tolist())
+    return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
 
 
 def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:

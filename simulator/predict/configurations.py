@@ -28,7 +28,7 @@ from simulator.predict.compare import compare
 from simulator.predict.result import HasResult, Result
 from simulator.predict.scenario import Scenario, dense_seconds
 from simulator.predict.speedup import speedups
-from simulator.units import percent, ratio
+from simulator.units import percent, ratio, seconds
 from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
@@ -89,6 +89,13 @@ class Target:
         if not 1e-9 < given[0] < 1e12:
             raise InputError(f"target {given[0]:g}: expected a number between 1e-9 and 1e12")
 
+    @property
+    def text(self) -> str:
+        """Return the target as part of a sentence."""
+        if self.speedup is not None:
+            return f"{ratio(self.speedup)}x"
+        return seconds(self.latency_s) if self.latency_s is not None else f"{self.tokens_per_s:,.4g} tokens/s"
+
     def over(self, dense_s: float, scenario: Scenario) -> float:
         """Return the required speedup over a dense time; at most 1 if the dense model reaches the target."""
         if self.speedup is not None:
@@ -115,6 +122,14 @@ class Configuration(HasResult):
     parameters: int
     kept: float  # share of the dense model's parameters
     config: Mapping[str, Any]  # keys of config.json that change, and their values
+
+    @property
+    def shapes(self) -> str:
+        """The dimensions that the configuration changes, as text."""
+        heads = f"{self.heads} heads" + (f" on {self.kv_heads} KV heads" if self.heads != self.kv_heads else "")
+        named = {"layers": f"{self.layers} layers", "hidden": f"hidden {self.hidden}", "kv_heads": heads}
+        named["inner"] = f"MLP {self.inner}"
+        return ", ".join(named[dimension] for dimension in KINDS[self.configuration])
 
     def _title(self) -> str:
         r = self.result
@@ -232,7 +247,7 @@ def configurations_of(
         raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
     if model.blocks or model.experts or model.latent:
         needed = "configurations need equal layers without routed experts or latent attention"
-        return [], [f"{model.name}: {needed}"]
+        return [], [f"{model.name}: {needed}; read the minimum sparsity of each family instead"]
     space = _space(model, max(p.scenario.devices if p.scenario.parallel != "pipeline" else 1 for p in places))
     allowed = [name for name, family in FAMILIES.items() if family in families and name in space]
     found: dict[str, ModelConfig] = {}
@@ -255,7 +270,7 @@ def configurations_of(
             found[name] = best
         progress(done, len(spaces))
     if missed := [name for name in spaces if name not in found]:
-        notes.append(f"no configuration of {', '.join(missed)} alone reaches the target everywhere")
+        notes.append(f"{', '.join(missed)}: no configuration reaches the target everywhere; change more dimensions")
     keys = {}
     for name, new in found.items():
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -15,7 +16,7 @@ from simulator.predict.caveats import better_than_bound, inferred_by
 from simulator.predict.compare import results_of
 from simulator.predict.prunings import prunings_of
 from simulator.predict.result import HasResult, Result
-from simulator.predict.scenario import Scenario, check_fraction, check_measured, profiles, scenarios
+from simulator.predict.scenario import Scenario, check_measured, profiles, scenarios, setting
 from simulator.predict.waterfall import Waterfall, waterfall
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 NOTABLE = 0.985
 """Steps with a factor below it (or above its inverse) are mentioned."""
+
+MOST_CONCLUSIONS = 3
+"""Explanations with a conclusion of their own at the beginning."""
 
 NARROWER = frozenset(("width", "width_cross", "low_rank"))
 """Families that keep the number of kernels or raise it."""
@@ -71,7 +75,7 @@ def explanations(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
     family: str | None = None,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: float | None = None,
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
@@ -84,9 +88,9 @@ def explanations(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Explanation, ...]:
-    """Return the waterfalls of one family at one sparsity (or a mapping from projection kind to fraction), one
-    published method, texts of ``--prune``, or existing pruned models, for every engine, phase, batch, length and device;
-    the other arguments are those of :func:`simulator.table`.
+    """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
+    ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
+    :func:`simulator.table`.
 
     >>> import math
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
@@ -94,18 +98,15 @@ def explanations(
     True
     """
     config, devices = load_model(model), profiles(hardware)
-    if not pruned and not prune and family is None and method is None:
-        raise InputError("family: expected one family or method to explain, or a pruned model")
+    if not (pruned or prune) and family is None and method is None:
+        raise InputError("prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model")
     if family == "all":
         raise InputError("family 'all': expected one family to explain")
-    by_kind = {kind: check_fraction(s) for kind, s in sparsity.items()} if isinstance(sparsity, Mapping) else None
-    fractions = None if sparsity is None else [0.0] if isinstance(sparsity, Mapping) else [sparsity]
+    fractions = None if sparsity is None else [sparsity]
     methods, names = [method] if method else [], None if family is None else [family]
     prunings = prunings_of([config], names, methods, pruned, fractions, options, prune)
-    if len(prunings) > 1 and not pruned and not prune:
+    if len(prunings) > 1 and not (pruned or prune):
         raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
-    if by_kind is not None:
-        prunings = (prunings[0].at(by_kind),)
     requested = scenarios(scenario, [config], engine, phase, batch, seq)
     check_measured(requested, devices)
     order = [(one.phase, one.shapes) for one in requested]  # by request, then engine
@@ -125,26 +126,41 @@ def explanations(
 
 
 def conclusion(e: Explanation) -> str:
-    """Return nominal and predicted speedup, bottleneck and largest losses in one sentence."""
+    """Return nominal and predicted speedup, bottleneck and largest losses in a sentence, and advice for a host-bound
+    model in another."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
-    what = f"{r.pruned} ({r.family})" if r.pruned else r.method or r.family
-    nominal = f"{what} at {percent(r.sparsity)}: nominal {e.steps[0].speedup:.2f}x"
+    share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
+    nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
     predicted = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
-    parts = [f"{_host_bound(e)}{nominal}, {predicted} on {r.hardware} in {r.engine}, {r.bottleneck}-bound"]
+    parts = [f"{nominal}, {predicted} on {setting(r)}, {r.bottleneck}-bound"]
     if losses:
-        parts.append("losses: " + _and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
+        parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
     elif r.speedup > 1:
         parts.append(f"no single step loses more than {100 * (1 - NOTABLE):.1f} %")
     if gains:
-        parts.append("gains: " + _and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
+        parts.append("gains: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
     if e.reason:
         parts.append(e.reason)
     if r.speedup_upper < 1:
         parts.append("the pruned model is slower")
     elif r.speedup_lower <= 1 and r.sparsity > 0:
         parts.append("the interval includes 1.00x, so a gain is uncertain")
-    return "; ".join(parts) + "."
+    return f"{'; '.join(parts)}.{_host_bound(e)}"
+
+
+def conclusions(found: Sequence[Explanation]) -> list[str]:
+    """Return one to three conclusions of explanations: each :func:`conclusion`, or of more than three their range."""
+    if len(found) <= MOST_CONCLUSIONS:
+        return [conclusion(e) for e in found]
+    best, worst = (pick(found, key=lambda e: e.result.speedup).result for pick in (max, min))
+    first, settings = found[0].result, len({setting(e.result) for e in found})
+    what = first.pruning
+    several = f"{what} and {len(found) // settings - 1} more" if len(found) > settings else what
+    ends = " to ".join(
+        f"{r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f}) on {setting(r)}" for r in (worst, best)
+    )
+    return [f"{several} of {first.model}, {settings} settings: predicted {ends}."]
 
 
 def _host_bound(e: Explanation) -> str:
@@ -156,8 +172,4 @@ def _host_bound(e: Explanation) -> str:
     text += "layers give no speedup: use fewer layers or a CUDA graph"
     if NARROWER & set(e.result.family.split("+")) and engine.own_code.source:
         text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
-    return f"{text}. "
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f" {text}."

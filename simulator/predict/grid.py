@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,8 @@ _SMALL = "llama-3.2-1b"
 """Model with which options of families are checked."""
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
-AXES: tuple[str, ...] = (*REQUIRED, "families", "dtypes", "engines", "devices")
+AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
+"""Axes besides the prunings."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,11 @@ def _method(text: str) -> str:
     return text
 
 
+def _text(text: str) -> str:
+    Pruning.read(text)
+    return text
+
+
 def _engine(text: str) -> str:
     load_engine(text)
     return text
@@ -217,12 +224,14 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
     # tokens (prefill) or cached positions (decode) of each sequence
     seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
-    # all families if neither families nor methods are given; methods are appended
+    # all families if no families, methods or texts are given; methods are appended
     families: Annotated[tuple[Pruning, ...], _Families()] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
     devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
     methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()
+    # texts of --prune and paths of plans, without an axis of sparsities
+    prune: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _text))] = ()
     # as in a scenario, for the whole grid
     parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
@@ -230,19 +239,25 @@ class Grid:
     level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods else map(Pruning.of, general_families()))
+        families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
         object.__setattr__(self, "families", once((*families, *map(Pruning.of, self.methods))))
         for name in AXES:
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one value")
-        if (p := next((p for p in self.families if p.budgeted), None)) is not None:
-            raise InputError(f"{p.title}: a budget of tokens sets its sparsity, but a sweep has an axis of sparsities")
+        if not self.prunings:
+            raise InputError("sparsities: expected at least one value")
         profiles(self.hardware)  # rejects two with one name
 
     @property
     def size(self) -> int:
         """Number of configurations."""
-        return math.prod(len(getattr(self, name)) for name in AXES)
+        return len(self.prunings) * math.prod(len(getattr(self, name)) for name in AXES)
+
+    @cached_property
+    def prunings(self) -> tuple[Pruning, ...]:
+        """Every family and method at every sparsity (with a budget of tokens: once), then the texts."""
+        every = (p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities))
+        return once((*every, *map(Pruning.read, self.prune)))
 
     def scenario(
         self,
@@ -272,15 +287,19 @@ class Grid:
     def facts(self) -> dict[str, Any]:
         """Return the axes as plain values, for digests and manifests."""
         formats = [list(vars(f).values()) for f in self.dtypes]
-        return {**vars(self), "families": [[p.family, p.label] for p in self.families], "dtypes": formats}
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]
+        steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # of a plan: its content
+        return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
 
 
 def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``.
 
     An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods,
-    with or without families; a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
+    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods, and
+    ``prune`` texts such as ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
+    sparsities are needed); a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
     """
     problems = Problems(str(path))
     text = read_text(Path(path), problems)
@@ -288,9 +307,14 @@ def read_grid(path: str | Path) -> Grid:
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
-        axes = replace(field_of(Grid), make=None).read(root, "", problems)
+        known = replace(field_of(Grid), make=None)
+        if "prune" in root.entries and not {"families", "methods"} & root.entries.keys():
+            required = dict(known.required)
+            optional = {**known.optional, "sparsities": required.pop("sparsities")}
+            known = replace(known, required=required, optional=optional)
+        axes = known.read(root, "", problems)
         if not len(problems):
-            grid = Grid(**axes)
+            grid = Grid(**{"sparsities": (), **axes})
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq <= MAX_TOKENS or set(grid.phases) == {"decode"}:
                 return grid

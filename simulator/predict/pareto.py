@@ -25,7 +25,8 @@ from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.predict.batch import batch_of
-from simulator.predict.compare import against, results_of
+from simulator.predict.caveats import uncalibrated_of
+from simulator.predict.compare import SMALL_SHARE, against, results_of
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import Result, Results
 from simulator.predict.scenario import Scenario, profiles, scenarios
@@ -105,6 +106,8 @@ class Front:
     points: tuple[Point, ...]
     bands: tuple[Band, ...]
     calibrated: bool
+    uncalibrated: str  # as of a result, of all predicted points
+    uncalibrated_share: float
     level: float
     below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
 
@@ -216,9 +219,11 @@ def fronts(
             order = sorted(range(len(points)), key=lambda i: _place(points[i]))
             below = _below(workloads, results, hw, points, order, one.level)
             found = marked([points[i] for i in order], below)
-            calibrated = all(q.calibrated or q.measured for q in found)
+            parts, share = uncalibrated_of(r for r, point in zip(results, points) if not point.measured)
             where = (config.name, hw.label, one.phase, b, s, one.engine_name)
-            out.append(Front(*where, axis, found, bands(found, below), calibrated, one.level, below))
+            out.append(
+                Front(*where, axis, found, bands(found, below), share < SMALL_SHARE, parts, share, one.level, below)
+            )
             progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 

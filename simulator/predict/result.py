@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, bars_html, facts_html, few, items_html, table_html
 from simulator.units import percent, ratio, seconds, seconds_between
+
+if TYPE_CHECKING:
+    from simulator.predict.prunings import Pruning
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -58,13 +61,17 @@ class Result(Displayed):
     measured_bound : float or None
         Ratio of measured dense GEMM times at the shapes of both models, if measured.
     efficiency : float
-        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1.
+        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1 (in ``to_dict`` None).
     bottleneck_share : float
         Share of the bottleneck in the pruned model's time, in (0, 1].
     level : float
         Level of the intervals, in (0, 1).
     calibrated : bool
-        Whether every cost model used was fitted on measurements of the device.
+        Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
+    uncalibrated : str
+        Operators with default constants (sections of a profile, joined by "+"), which nothing was fitted for.
+    uncalibrated_share : float
+        Their share of the time of the dense or the pruned model, the larger, in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
     weight_dtype, kv_dtype : str
@@ -87,6 +94,8 @@ class Result(Displayed):
         Options of the family, as text.
     prune : str
         The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
+    parts : str
+        What it removes of each part (layers, heads, widths, experts), after rounding.
 
     Examples
     --------
@@ -134,6 +143,8 @@ class Result(Displayed):
     bottleneck_share: float
     level: float
     calibrated: bool
+    uncalibrated: str
+    uncalibrated_share: float
     new_tokens: int
     weight_dtype: str
     kv_dtype: str
@@ -150,6 +161,7 @@ class Result(Displayed):
     method: str
     options: str
     prune: str
+    parts: str
 
     @property
     def lower(self) -> float:
@@ -160,6 +172,18 @@ class Result(Displayed):
     def upper(self) -> float:
         """Upper end of the speedup's interval."""
         return self.speedup_upper
+
+    @property
+    def name(self) -> str:
+        """Name of the existing model, of the method or family at one sparsity, or else the text of ``--prune``."""
+        name = self.method or self.family
+        return self.pruned or (name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune)
+
+    @property
+    def pruning(self) -> str:
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        simple = self.name == (self.method or self.family)
+        return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 
     @property
     def request(self) -> str:
@@ -195,7 +219,8 @@ class Result(Displayed):
             "tokens/s": tokens,
             "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
             "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
-            "interval": percent(self.level) + ("" if self.calibrated else ", not all cost models are calibrated"),
+            "interval": percent(self.level),
+            "not calibrated": None if self.calibrated else f"{percent(self.uncalibrated_share)} of the time",
         }
         steps = {
             "nominal": 1.0 / (1.0 - self.sparsity),
@@ -265,7 +290,9 @@ class Results(Displayed):
     notes : tuple of str
         Exclusions and limits of the predictions.
     pruning : array of int
-        Index of each row into the requested prunings.
+        Index of each row into ``prunings``.
+    prunings : tuple of Pruning
+        The requested prunings; () if the results are of several grids.
 
     Examples
     --------
@@ -278,6 +305,7 @@ class Results(Displayed):
     columns: Columns
     notes: tuple[str, ...] = ()
     pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)
+    prunings: tuple[Pruning, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.columns["speedup"])
@@ -300,7 +328,7 @@ class Results(Displayed):
     def take(self, index: Any) -> Results:
         """Return the rows ``index``: integers or a mask."""
         columns = {name: column[index] for name, column in self.columns.items()}
-        return Results(columns, self.notes, self.pruning[index])
+        return Results(columns, self.notes, self.pruning[index], self.prunings)
 
     @classmethod
     def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from simulator.arguments import LEVEL, SECONDS, instance, number, shown, whole
 from simulator.engines import DEFAULT_ENGINE
@@ -201,9 +201,29 @@ def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, 
     return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s
 
 
+class HasSetting(Protocol):
+    """A prediction of one device, engine and request."""
+
+    @property
+    def hardware(self) -> str: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+
+
 def batch_name(phase: str) -> str:
     """Return the name of the number of sequences in a phase."""
     return "concurrency" if phase == "serve" else "batch"
+
+
+def setting(r: HasSetting) -> str:
+    """Return device, engine and request of a prediction as part of a sentence."""
+    return f"{r.hardware} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

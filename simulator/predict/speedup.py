@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from simulator.arguments import instance
+from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import results_of
@@ -24,7 +24,7 @@ from simulator.workload import Workload
 def speedups(
     dense: Workload,
     pruned: Sequence[Workload],
-    hw: HardwareProfile,
+    hw: str | HardwareProfile,
     level: float = 0.9,
     *,
     dense_s: float | None = None,
@@ -38,8 +38,8 @@ def speedups(
     pruned : sequence of Workload
         Pruned versions, from :func:`simulator.prune`, or of another model (such as a pruned checkpoint) lowered for the
         same request.
-    hw : HardwareProfile
-        The device, from :func:`simulator.load_hardware`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile from :func:`simulator.load_hardware`.
     level : float
         Level of the intervals, in (0, 1).
     dense_s : float, optional
@@ -64,7 +64,7 @@ def speedups(
     >>> [round(r.speedup, 2) for r in speedups(dense, pruned, simulator.load_hardware("h100"))]
     [1.0, 1.26]
     """
-    instance("hw", hw, HardwareProfile, "load_hardware")
+    hw = load_hardware(hw)
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
     prunings = [Pruning((Step(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
@@ -74,7 +74,7 @@ def speedups(
 
 
 def speedup(
-    dense: Workload, pruned: Workload, hw: HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
+    dense: Workload, pruned: Workload, hw: str | HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
 ) -> Result:
     """Predict the speedup of one pruned workload over its dense workload on a device.
 
@@ -83,8 +83,8 @@ def speedup(
     dense, pruned : Workload
         The two workloads; ``pruned`` may be of another model, such as a pruned checkpoint, lowered for the same
         request.
-    hw : HardwareProfile
-        The device.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
     level : float
         Level of the intervals, in (0, 1).
     dense_s : float, optional
@@ -104,7 +104,7 @@ def speedup(
     --------
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
-    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", sparsity=0.25), simulator.load_hardware("h100"))
+    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", sparsity=0.25), "h100")
     >>> bool(1.15 < r.lower < r.speedup < r.upper < 1 / 0.75)
     True
     """

@@ -161,7 +161,7 @@ def pieces(grid: Grid) -> Iterator[Piece]:
     """Yield the pieces of a grid in the order of the table: by model, format, engine, devices, phase, then groups of
     requests by length and batch, then groups of families and sparsities."""
     shapes = [(b, s) for s in grid.seqs for b in grid.batches]
-    prunings = [family.at(s) for family, s in itertools.product(grid.families, grid.sparsities)]
+    prunings = grid.prunings
     axes = itertools.product(grid.models, grid.dtypes, grid.engines, grid.devices, grid.phases)
     for model, formats, engine, devices, phase in axes:
         operators = {"generate": 60 + 2 * min(grid.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)

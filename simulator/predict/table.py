@@ -7,18 +7,20 @@ several prunings, and an error if there is only one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import listed, shown
+from simulator.arguments import OneOrMore, listed, shown
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.predict.batch import batch_of
 from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, inferred_by, inferred_line
 from simulator.predict.compare import results_of
 from simulator.predict.prunings import Excluded, Pruning, difference_lines, exclude, excluded_lines, prunings_of
-from simulator.predict.result import Results, plain
+from simulator.predict.result import Result, Results, plain
 from simulator.predict.scenario import Scenario, batch_name, check_measured, profiles, scenarios
 from simulator.workload_batch import MOST_DEVICES, memory
 
@@ -29,18 +31,18 @@ if TYPE_CHECKING:
 
 
 def table(
-    models: Sequence[str | ModelConfig],
-    hardware: Sequence[str | HardwareProfile],
-    family: Sequence[str] | None = None,
-    sparsity: Sequence[float] | None = None,
-    phase: Sequence[str] = ("prefill",),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
+    models: OneOrMore[str | ModelConfig],
+    hardware: OneOrMore[str | HardwareProfile],
+    family: OneOrMore[str] | None = None,
+    sparsity: OneOrMore[float] | None = None,
+    phase: OneOrMore[str] = "prefill",
+    batch: OneOrMore[int] = 1,
+    seq: OneOrMore[int] = 2048,
     *,
-    method: Sequence[str] = (),
-    pruned: Sequence[str | ModelConfig] = (),
-    prune: Sequence[str] = (),
-    engine: Sequence[str] = (),
+    method: OneOrMore[str] = (),
+    pruned: OneOrMore[str | ModelConfig] = (),
+    prune: OneOrMore[str] = (),
+    engine: OneOrMore[str] = (),
     scenario: Scenario | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -49,22 +51,22 @@ def table(
 
     Parameters
     ----------
-    models, hardware : sequences
-        Names, paths or loaded objects; each is used once.
-    family, sparsity : sequences
+    models, hardware : one or more
+        Names, paths or loaded objects; each is used once. Every axis is one value or a sequence.
+    family, sparsity : one or more
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
         :data:`simulator.predict.prunings.SPARSITIES`.
-    phase, batch, seq : sequences
+    phase, batch, seq : one or more
         Phases of :data:`simulator.workload.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
-    method : sequence
+    method : one or more
         Published methods instead of families, keys of :data:`simulator.METHODS`; by default at the sparsities that
         their papers report.
-    pruned : sequence
+    pruned : one or more
         Existing pruned models (paths of checkpoints) instead of families, with one dense model.
-    prune : sequence
+    prune : one or more
         Texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans, instead of families
         (:mod:`simulator.pruning._grammar`).
-    engine : sequence
+    engine : one or more
         Names or paths (:func:`simulator.list_engines`); by default the scenario's engine.
     scenario : Scenario
         Common inputs: number formats, devices, new tokens, level of the intervals, a measured dense time, and whether
@@ -86,7 +88,7 @@ def table(
 
     Examples
     --------
-    >>> found = table(["llama-3.1-8b"], ["h100_sxm"], ["depth", "semi_structured"], [0.25])
+    >>> found = table("llama-3.1-8b", "h100", ["depth", "semi_structured"], 0.25)
     >>> [(r.family, r.sparsity) for r in found]
     [('depth', 0.25)]
     >>> len(found.notes)
@@ -123,7 +125,70 @@ def table(
             progress(done * len(devices), len(requested) * len(devices))
     if not found:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Results.join(found, (*excluded_lines(excluded), *notes))
+    return replace(Results.join(found, (*notes, *excluded_lines(excluded))), prunings=prunings)
+
+
+def predict(
+    model: str | ModelConfig,
+    prune: str,
+    hardware: str | HardwareProfile,
+    *,
+    phase: str = "prefill",
+    batch: int = 1,
+    seq: int = 2048,
+    engine: str = DEFAULT_ENGINE,
+    new_tokens: int = 128,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    kv_dtype: str | None = None,
+    devices: int = 1,
+    parallel: str = "tensor",
+    ideal: bool = False,
+    level: float = 0.9,
+    dense_s: float | None = None,
+) -> Result:
+    """Predict one speedup; names are enough.
+
+    Parameters
+    ----------
+    model : str or ModelConfig
+        Name, path or shapes of the dense model.
+    prune : str
+        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
+    hardware : str or HardwareProfile
+        The device.
+    phase, batch, seq, engine, new_tokens, dtype, weight_dtype, kv_dtype, devices, parallel, ideal, level, dense_s
+        As in :class:`simulator.Scenario`; ``seq`` in tokens (prefill) or cached positions (decode), ``dense_s`` in s.
+
+    Returns
+    -------
+    Result
+        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, an invalid text or a value out of range, and if the engine or the device cannot run it.
+
+    Examples
+    --------
+    >>> r = predict("llama-3.1-8b", "width mlp=0.3 attention=0.2", "h100", phase="decode", batch=8)
+    >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
+    (True, True)
+    """
+    scenario = Scenario(
+        new_tokens=new_tokens,
+        engine=engine,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        devices=devices,
+        parallel=parallel,
+        ideal=ideal,
+        level=level,
+        dense_s=dense_s,
+    )
+    return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
 
 
 def _dense_notes(

@@ -13,6 +13,7 @@ from simulator.cost.elementwise import elementwise
 from simulator.cost.forward import ForwardPass, by_formats, section_of
 from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, as_plain, bars_html, by_column
+from simulator.hardware.library import load_hardware
 from simulator.predict.batch import batch_with
 from simulator.predict.compare import compare
 from simulator.predict.prunings import applied
@@ -86,7 +87,9 @@ NOTES: Mapping[str, str] = {
 """Step -> meaning."""
 
 
-def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s: float | None = None) -> Waterfall:
+def waterfall(
+    dense: Workload, pruned: Workload, hw: str | HardwareProfile, *, dense_s: float | None = None
+) -> Waterfall:
     """Return named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
 
     Each step adds one effect to the times of both workloads; its factor is the change of their ratio.
@@ -95,8 +98,8 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
     ----------
     dense, pruned : Workload
         As for :func:`simulator.speedup`.
-    hw : HardwareProfile
-        The device.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
     dense_s : float, optional
         Measured time of ``dense``, s.
 
@@ -115,12 +118,13 @@ def waterfall(dense: Workload, pruned: Workload, hw: HardwareProfile, *, dense_s
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", engine="hf")
     >>> pruned = simulator.prune(dense, "width", 0.25)
-    >>> steps = waterfall(dense, pruned, simulator.load_hardware("h100"))
+    >>> steps = waterfall(dense, pruned, "h100")
     >>> min(steps, key=lambda step: step.factor).name
     'host time'
     """
     batch = batch_with(dense, [pruned])
     _, requested, realised = applied(dense, pruned)
+    hw = load_hardware(hw)
     p = forward_passes(batch, hw)
     effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.pruning._family import Choice, Pruned
-from simulator.pruning._rows import biases, parameters_removed, projections, zeros
+from simulator.pruning._rows import biases, covering, parameters_removed, projections, readers, writers, zeros
 from simulator.workload import Kernel, Kind, Workload
 
 
@@ -40,6 +40,22 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
     return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
+
+
+def with_inner(w: Workload, kept: Array) -> Workload:
+    """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP do not change."""
+    down = readers(w, "down")
+    width = covering(w, down, w.k)
+    divisor, wide = np.maximum(width, 1), w.is_role("activation", "product") & (width > 0)
+    n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
+    return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
+
+
+def with_expert_width(w: Workload, kept: Array) -> Workload:
+    """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
+    routed = w.kind == Kind.EXPERTS
+    params = w.params * (kept / np.maximum(w.n, 1))
+    return changed(w, routed, n=kept, params=params)
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:

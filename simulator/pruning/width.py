@@ -8,11 +8,11 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import aligned, moved, resized, whole_share
+from simulator.pruning._edits import aligned, moved, resized, whole_share, with_expert_width, with_inner
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
 from simulator.pruning.width_cross import width_cross
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v")
 """Projections whose outputs belong to query heads."""
@@ -72,9 +72,8 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
-    down = readers(w, "down")
-    width = covering(w, down, w.k)
-    shrink, divisor = (s > 0) & (width > 0), np.maximum(width, 1)
+    width = covering(w, readers(w, "down"), w.k)
+    shrink = (s > 0) & (width > 0)
     kept = np.where(shrink, aligned(width, 1.0 - s, align), width)
     if inner is not None:
         devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
@@ -83,16 +82,12 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
             expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
-    wide = w.is_role("activation", "product") & (width > 0)
-    n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
-    return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
+    return with_inner(w, kept)
 
 
 def _experts(w: Workload, s: Array, align: int) -> Workload:
     """Make each routed expert narrower; keep all experts."""
-    narrower = (w.kind == Kind.EXPERTS) & (s > 0)
-    n = np.where(narrower, aligned(w.n, 1.0 - s, align), w.n)
-    return w.replace(n=n, params=np.where(narrower, w.params * (n / np.maximum(w.n, 1)), w.params))
+    return with_expert_width(w, np.where(s > 0, aligned(w.n, 1.0 - s, align), w.n))
 
 
 FAMILY = Family(

@@ -30,25 +30,31 @@ def width_cross(
     """
     align = whole("align", align)
     rotates = flag("option residual_projections", residual_projections)
-    ends, stream, square = sublayer_ends(w), w.is_role(*STREAM), w.is_role("residual_projection")
+    ends = sublayer_ends(w)
     sizes = np.unique(hidden_at(w, np.flatnonzero(ends)))
     if len(sizes) != 1:
         raise InputError(f"width_cross: expected one hidden size in all layers, got {sizes.tolist()}")
     hidden, new = int(sizes[0]), int(aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
-    reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
-    writes, routed = writers(w, "o", "down", "linear"), w.kind == Kind.EXPERTS
-    n = np.where(writes | square | (stream & (w.n == hidden)), new, w.n)
-    share = np.where(stream, new / hidden, 1.0)
-    out = resized(w, n, np.where(reads | square | routed, new, w.k), **moved(w, share))
-    narrower = np.where(routed, new / hidden, share)
-    scaled = routed | (w.kind == Kind.ELEMENTWISE)
-    out = out.replace(params=np.where(scaled, w.params * narrower, out.params))
+    out = with_hidden(w, hidden, new)
     realised = parameters_removed(w, out)
     if rotates and not ideal:
         at = np.flatnonzero(ends)
         extra = overhead_gemm(out, at, "residual_projection", new, new, weight_dtype=out.weight_dtype[at])
         out = insert(out, [(at + 0.5, extra)])
     return out, realised
+
+
+def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
+    """Return the workload with the hidden size ``new`` in place of ``hidden``."""
+    stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == Kind.EXPERTS
+    reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
+    writes = writers(w, "o", "down", "linear")
+    n = np.where(writes | square | (stream & (w.n == hidden)), new, w.n)
+    share = np.where(stream, new / hidden, 1.0)
+    out = resized(w, n, np.where(reads | square | routed, new, w.k), **moved(w, share))
+    narrower = np.where(routed, new / hidden, share)
+    scaled = routed | (w.kind == Kind.ELEMENTWISE)
+    return out.replace(params=np.where(scaled, w.params * narrower, out.params))
 
 
 FAMILY = Family(

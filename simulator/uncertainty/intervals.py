@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import FloatArray
+from simulator.hardware.library import load_hardware
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.operators import TIMES, OperatorTimes
@@ -227,15 +228,15 @@ class WorkloadTimes(OperatorTimes):
         return f"{total}: {device}, {host}; {len(self.seconds)} rows"
 
 
-def workload_time(w: Workload, hw: HardwareProfile, level: float = 0.9) -> WorkloadTimes:
+def workload_time(w: Workload, hw: str | HardwareProfile, level: float = 0.9) -> WorkloadTimes:
     """Return the time of one workload on one device in its engine, operator by operator.
 
     Parameters
     ----------
     w : Workload
         The workload (:func:`simulator.lower`).
-    hw : HardwareProfile
-        The device.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
     level : float
         Level of the prediction intervals, in (0, 1).
 
@@ -254,11 +255,11 @@ def workload_time(w: Workload, hw: HardwareProfile, level: float = 0.9) -> Workl
     --------
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> c = workload_time(w, simulator.load_hardware("h100"))
+    >>> c = workload_time(w, "h100")
     >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
     (False, True, 'qkv')
     """
-    p = forward_passes(WorkloadBatch.of([instance("w", w, Workload, "simulator.lower")]), hw, level)
+    p = forward_passes(WorkloadBatch.of([instance("w", w, Workload, "simulator.lower")]), load_hardware(hw), level)
     in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
     lower, upper = (end[0].item() for end in intervals(p, level))
     ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}

@@ -18,7 +18,8 @@ from simulator.arrays import Array, FloatArray
 from simulator.cost import gemm
 from simulator.cost.base import BOTTLENECKS, Estimate
 from simulator.cost.gemm_shapes import Options
-from simulator.display import Displayed, table_html
+from simulator.display import Displayed, as_plain, table_html
+from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
 from simulator.uncertainty.posterior import posterior_of
@@ -65,8 +66,7 @@ class OperatorTimes(Displayed):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists, s, bottlenecks by their names."""
-        details = {name: values.tolist() for name, values in self.details.items()}
-        return super().to_dict() | {"bottleneck": self.bottlenecks.tolist()} | details
+        return super().to_dict() | dict(as_plain({"bottleneck": self.bottlenecks, **self.details}))
 
 
 TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck")
@@ -146,7 +146,7 @@ def gemm_time(
     m: Any,
     n: Any,
     k: Any,
-    hw: HardwareProfile,
+    hw: str | HardwareProfile,
     *,
     dtype: str = "bf16",
     weight_dtype: str | None = None,
@@ -164,8 +164,8 @@ def gemm_time(
     ----------
     m, n, k : int or array
         Tokens, output features, input features; at least 1.
-    hw : HardwareProfile
-        The device.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
     dtype, weight_dtype : str
         Number format of activations and arithmetic, and of stored weights (default: the same). A narrower weight format
         means a weight-only quantised kernel.
@@ -202,13 +202,13 @@ def gemm_time(
 
     Examples
     --------
-    >>> from simulator import gemm_time, load_hardware
-    >>> t = gemm_time([1, 2048], 4096, 4096, load_hardware("a100"))
+    >>> from simulator import gemm_time
+    >>> t = gemm_time([1, 2048], 4096, 4096, "a100")
     >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
     options = Options(dtype, weight_dtype, kernel, cold, copies, density, block)
-    return gemm_predicted(m, n, k, hw, options, level, detail=flag("detail", detail))[0]
+    return gemm_predicted(m, n, k, load_hardware(hw), options, level, detail=flag("detail", detail))[0]
 
 
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")

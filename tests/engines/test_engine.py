@@ -39,6 +39,12 @@ quantize_fused: {value: 0.5, source: bench}
 log_sd: {value: 0.05, source: bench}
 weight_only: [int4]
 sparse24: [bf16]
+loads:
+  layer_inner: {value: true, source: bench, how: "with widths in a list", model_types: [llama], multiple: 64}
+widths:
+  int4: {multiple: 128, source: bench, required: true}
+dynamic:
+  kv_cache: {how: "with --evict", source: bench}
 """
 SHIPPED = Path(simulator.__file__).parent / "engines"
 
@@ -119,6 +125,9 @@ def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
     assert engine.kernels[ROLES.index("mlp_norm")] == 7.0
     assert engine.kernels.sum() == len(ROLES) + 6.0
     assert (engine.quantize_fused.value, engine.prefill_wait.value, engine.log_sd.value) == (0.5, 0.0, 0.05)
+    inner, narrow = engine.loads["layer_inner"], engine.widths["int4"]
+    assert (inner.value, inner.model_types, inner.multiple) == (True, ("llama",), 64)
+    assert (narrow.multiple, narrow.required, engine.dynamic["kv_cache"].how) == (128, True, "with --evict")
     assert engine.path == good
 
 
@@ -158,6 +167,12 @@ def test_a_changed_file_is_read_again(good: Path) -> None:
         ("title: ", "title: !!python/object/apply:os.system ", "3:8: title", "tags are not allowed"),
         ("stacks: [vllm, sglang]", "stacks: &a [vllm, sglang]", "4:9: stacks", "anchors (&) and aliases (*)"),
         ("fuse: [qkv]", "fuse: *a", "7:7: fuse", "anchors (&) and aliases (*)"),
+        ("  layer_inner:", "  inner:", "21:3: loads.inner", "unknown feature; expected one of uniform, heads"),
+        ("value: true, ", "value: yes, ", "21:24: loads.layer_inner.value", "expected true or false, got yes"),
+        (', how: "with widths in a list"', "", "21:16: loads.layer_inner.how", "is missing"),
+        ("  int4: {mult", "  int5: {mult", "23:3: widths.int5", "unknown format; expected one of fp32, tf32"),
+        ("multiple: 128,", "multiple: 0,", "23:20: widths.int4.multiple", "expected a whole number from 1 to 65536"),
+        ('evict", source: bench', 'evict", source: x', "25:43: dynamic.kv_cache.source", "'x' is not listed under"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, old: str, new: str, place: str, reason: str) -> None:

@@ -256,10 +256,10 @@ FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHA
 @pytest.mark.parametrize(
     ("model", "devices", "parallel", "reason"),
     [
-        ("smollm2-135m", 2, "tensor", "smollm2-135m has attention heads 9"),
-        ("llama-2-13b", 16, "tensor", "attention heads 40"),
-        ("qwen2.5-7b", 7, "tensor", "MLP width 18944"),
-        (FOUR, 6, "tensor", "llama has 4 key/value heads; one number must divide the other"),
+        ("smollm2-135m", 2, "tensor", "smollm2-135m has 9 attention heads"),
+        ("llama-2-13b", 16, "tensor", "40 attention heads; tensor parallel needs a multiple of 16"),
+        ("qwen2.5-7b", 7, "tensor", "an MLP width of 18944"),
+        (FOUR, 6, "tensor", "llama has 4 key/value heads; tensor parallel needs a multiple or a divisor of 6"),
         ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline has at most one device per layer"),
     ],
 )

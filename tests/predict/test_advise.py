@@ -149,7 +149,7 @@ def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, 
 
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["advise", MODEL, "--hardware", HARDWARE, "--target", "1.5", "--family", "width,unstructured"]
-    assert run(words) == 0
+    assert run([*words, "--verbose"]) == 0
     text = capsys.readouterr().out
     assert "not reachable (at most 1.00 at" in text
     assert "no pruning, weights in int8" in text

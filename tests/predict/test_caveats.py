@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.predict.caveats import better_than_bound, beyond_measured, fallback
+from simulator.predict.caveats import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.predict.explain import explanations
+from simulator.predict.scenario import Scenario
 from simulator.predict.table import table
+from simulator.uncertainty.forward import forward_passes
+from simulator.workload import Kind
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
@@ -62,3 +66,51 @@ def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -
     assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
     wide, usual = (simulator.gemm_time(2048, 14336, 4096, h, level=0.9) for h in (narrow, hw.calibrated(hw.sections)))
     assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds
+
+
+def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_named_with_their_share() -> None:
+    """A planted profile without elementwise section: GEMMs grow with the batch, elementwise operators hardly."""
+    fitted = simulator.load_hardware("rtx_4090")
+    sections = {key: s for key, s in fitted.sections.items() if key[0] != "elementwise"}
+    planted = replace(fitted.calibrated(sections), name="planted")
+    model, seen = simulator.load_model("llama-3.2-1b"), {}
+    for batch in (1, 2048):
+        dense = simulator.lower(model, phase="decode", batch=batch, seq=16)
+        pruned = simulator.prune(dense, "width", 0.25)
+        r = simulator.speedup(dense, pruned, planted)
+        shares = []
+        for w in (dense, pruned):
+            p = forward_passes(WorkloadBatch.of([w]), planted)
+            spent = p.row_s[w.kind == int(Kind.ELEMENTWISE)].sum()
+            shares.append(float(spent / p.device_s[0] * p.device_share[0]))
+        assert r.uncalibrated_share == pytest.approx(max(shares))
+        assert r.calibrated == (max(shares) < 0.05)
+        assert r.uncalibrated == "elementwise"
+        notes = uncalibrated([r, r])
+        assert len(notes) == (not r.calibrated)
+        assert all(f"elementwise operators on planted ({100 * max(shares):.0f} % of the time)" in n for n in notes)
+        seen[r.calibrated] = max(shares)
+    assert seen[True] < 0.05 < seen[False]
+    whole = simulator.speedup(dense, pruned, fitted)
+    assert (whole.calibrated, whole.uncalibrated, whole.uncalibrated_share) == (True, "", 0.0)
+
+
+def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
+    found = table(
+        ["llama-3.1-8b"], ["h100", "t4", "v100", "rtx_4090"], ["depth"], [0.25], scenario=Scenario(dtype="fp16")
+    )
+    (note,) = uncalibrated(found)
+    assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
+    assert "rtx_4090" not in note
+    assert "prunesim calibrate" in note, "what to do"
+
+
+def test_weights_in_a_format_without_fitted_kernels_count() -> None:
+    """GEMMs with 4-bit weights have their own section of a profile, or its defaults."""
+    shares = {}
+    for weights in ("bf16", "int4"):
+        (r,) = table(
+            ["llama-3.1-8b"], ["rtx_4090"], ["depth"], [0.25], scenario=Scenario(phase="decode", weight_dtype=weights)
+        )
+        shares[weights] = r.uncalibrated_share
+    assert shares["bf16"] < 0.05 < 0.5 < shares["int4"]

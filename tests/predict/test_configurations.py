@@ -19,6 +19,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.predict.advise import Advised, advise
+from simulator.predict.conclusions import of_advice
 from simulator.predict.configurations import (
     ALIKE,
     KINDS,
@@ -143,10 +144,11 @@ def test_a_time_and_a_throughput_are_targets() -> None:
     more = lower(fewer, phase="decode", batch=4, seq=2048, engine="vllm")
     assert speedup(dense, more, load_hardware("l4")).pruned_s > 15e-3
     assert {a.result.hardware for a in latency.advice} == {"l4"}
-    assert "a100_sxm_80gb, vllm, decode, batch 4, seq 2048: the dense model reaches it" in latency.notes
+    assert latency.dense == ("a100_sxm_80gb in vllm (decode, batch 4, seq 2048)",)
     nothing = advise("llama-3.2-3b", ["a100"], Target(latency_s=1.0), family=["depth"])
     assert not nothing.advice
     assert not nothing.configurations
+    assert of_advice(nothing, Target(latency_s=1.0))[-1].startswith("The dense model reaches 1.00 s on a100_sxm_80gb")
 
 
 def test_several_devices_and_heads_that_cannot_change_alone() -> None:
@@ -188,7 +190,7 @@ def test_written_configurations_are_predicted_as_they_say(
         assert r["config"].items() <= json.loads(Path("out", r["configuration"], "config.json").read_text()).items()
     assert {p.name for p in Path("out").iterdir()} == {r["configuration"] for r in found}
 
-    assert run([*words, "--write", "out"]) == 0  # the same again
+    assert run([*words, "--verbose", "--write", "out"]) == 0  # the same again
     told = capsys.readouterr()
     assert "written: out/{depth,depth+width,all}/config.json" in told.err
     assert "on all 4 devices, engines and requests" in told.out
@@ -206,7 +208,7 @@ def test_the_command_wants_one_target(capsys: pytest.CaptureFixture[str]) -> Non
     assert run([*words, "--latency", "2"]) == 2
     assert "--latency '2': expected" in capsys.readouterr().err
     assert run([*words, "--phase", "decode", "--latency", "1.8ms", "--family", "depth"]) == 0
-    assert "reach the target: h100_sxm, vllm, decode, batch 1, seq 2048" in capsys.readouterr().out
+    assert "reaches 1.80 ms on h100_sxm in vllm (decode, batch 1, seq 2048) is depth: 8" in capsys.readouterr().out
 
 
 def test_a_file_keeps_its_other_keys_and_odd_shapes_are_searched(

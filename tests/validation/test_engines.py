@@ -120,3 +120,13 @@ def test_the_command_prints_draws_and_gives_json(
     assert {line["engine"] for line in lines} == {"compile", "hf", "reference", "sglang", "trtllm", "vllm"}
     assert run(["validate", "h100", "--end-to-end"]) == 2
     assert run(["validate", "--figure", str(figure)]) == 2
+
+
+@pytest.mark.quick
+def test_the_page_states_what_the_engine_files_state() -> None:
+    table = engines.loads_table()
+    assert table in (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    cells = [line.strip("|").split("|") for line in table.splitlines()]
+    by_engine = {name.strip(): [row[i].strip() for row in cells[2:]] for i, name in enumerate(cells[0]) if i}
+    assert by_engine["hf"][:3] == ["yes", f"{len(load_engine('hf').loads['heads'].model_types)} model types", "no"]
+    assert by_engine["trtllm"][4] == "llama, nemotron-nas; multiples of 256"

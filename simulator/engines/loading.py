@@ -1,0 +1,62 @@
+"""Define what a stock engine loads and runs of a pruned checkpoint: :class:`Loading`, :class:`Width`, :class:`Kernels`.
+
+They are parts of the YAML file of an engine. :data:`FEATURES` names what a checkpoint can have beyond a dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated
+
+from simulator.files.fields import ListField, NumberField, TextField
+
+FEATURES: Mapping[str, str] = MappingProxyType(
+    {
+        "uniform": "layers of equal shapes, fewer or narrower than in the dense model",
+        "heads": "query heads that do not add up to the hidden size",
+        "groups": "query heads that are not a multiple of the key/value heads",
+        "sublayers": "layers without attention or without an MLP",
+        "layer_inner": "MLP widths that differ by layer",
+        "layer_kv_heads": "key/value heads that differ by layer",
+        "layer_heads": "query heads that differ by layer",
+        "layer_experts": "experts that differ by layer",
+        "expert_choice": "experts that a map, or a number per token, selects after the router",
+        "linear": "a linear layer instead of attention or an MLP",
+        "low_rank": "low-rank factors of weights",
+        "residual_projections": "matrices in the residual stream (SliceGPT)",
+        "routers": "routers that skip tokens, heads or channels",
+        "custom_code": "modelling code in the repository of the model",
+    }
+)
+"""Feature of a checkpoint -> its description."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether a stock engine loads checkpoints with a feature."""
+
+    value: bool
+    source: str
+    how: str  # what config.json must state, or why the engine does not load the feature
+    model_types: Annotated[tuple[str, ...], ListField(TextField())] = ()  # only these; none: all
+    multiple: Annotated[int, NumberField(1, 65536, "256", whole=True)] = 1  # MLP widths that it can describe
+
+
+@dataclass(frozen=True)
+class Width:
+    """Number of elements of which the kernels of a weight format need a multiple."""
+
+    multiple: Annotated[int, NumberField(1, 65536, "128", whole=True)]
+    source: str
+    required: bool = False  # whether the engine refuses other widths
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How an engine runs a dynamic pruning family."""
+
+    how: str
+    source: str
