@@ -53,23 +53,22 @@ CARDS = {
 
 def charts(state: State, most: int) -> dict[str, Chart]:
     """Draw the figures of a state except the map, with at most ``most`` panels per row."""
-    found, over, batches = predictions(state), curves(state, state.over), curves(state, "batch")
+    found = predictions(state)
+    if found.problem:
+        return {name: message(found.problem) for name in CARDS if name != "crossover"}
+    over, batches = curves(state, state.over), curves(state, "batch")
     key, details = state.explained, found.details
     about = key if (pruned := state.load_pruned()) is None else pruned.name
-    why = found.problem or next((n for n in found.notes if n.startswith((key, about))), "nothing to draw")
+    why = message(next((n for n in found.notes if n.startswith((key, about))), "nothing to draw"))
     served = [c for c in batches.candidates if c.key == key and c.result.tpot_s is not None]
-    out = {name: message(why) for name in ("speedup", "over", "roofline", "waterfall", "latency")}
-    if found.table:
-        out["speedup"] = speedup_chart(found.candidates, key, sparsities(found.candidates, state.at), most)
-    if details:
-        out["roofline"] = roofline_chart(details, most)
-        out["waterfall"] = waterfall_chart(details, found.versus, most)
-    out["over"] = speedup_chart(over.candidates, key, sizes(state), most) if over.candidates else message(over.problem)
-    if served:
-        out["latency"] = latency_chart(served, state.batch, most)
-    elif state.phase == "prefill":
-        out["latency"] = message("a prefill generates no tokens; choose another phase")
-    return out
+    unserved = message("a prefill generates no tokens") if state.phase == "prefill" else why
+    return {
+        "speedup": speedup_chart(found.candidates, state, sparsities(found.candidates, state.at), most),
+        "over": speedup_chart(over.candidates, state, sizes(state), most) if over.candidates else message(over.problem),
+        "roofline": roofline_chart(details, most) if details else why,
+        "waterfall": waterfall_chart(details, found.versus, most) if details else why,
+        "latency": latency_chart(served, state, most) if served else unserved,
+    }
 
 
 # -- the loss waterfall ------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
         out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", other, gpus, detail)
     if state.pin is not None:
         pinned = commands(state.pin, predictions(state.pin))
-        out |= {f"A, pinned: {c.gives}": c.arguments for c in pinned if c.gives == DETAIL}
+        out.update(("A, pinned", c.arguments) for c in pinned if c.gives == DETAIL)
     out["map"] = _line("speedup", state, supported, _families(state.drawn, [state.at]), BATCHES, LENGTHS)
     out["this page as a file"] = (*_report(state, (*pruned, *known)), "-o", "report.html")
     return tuple(Command(gives, line) for gives, line in out.items())
@@ -77,6 +77,11 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
 
 def _axis(state: State) -> str:
     return "sequence" if state.over == "seq" else batch_name(state.phase)
+
+
+def _values(values: Sequence[int]) -> str:
+    """Return whole numbers as the command line takes them; several are powers of two."""
+    return str(values[0]) if len(values) == 1 else f"{values[0]}:{values[-1]}"
 
 
 def _over(state: State, gpus: Sequence[str], which: tuple[str, ...], axis: str) -> tuple[str, ...]:
@@ -124,8 +129,8 @@ def _line(
 ) -> tuple[str, ...]:
     """Return the arguments of a command; defaults of the command are omitted."""
     values: dict[str, Any] = {"--phase": state.phase}
-    values["--batch"] = ",".join(map(str, batches or [state.batch]))
-    values["--seq"] = ",".join(map(str, lengths or [state.seq]))
+    values["--batch"] = _values(batches or [state.batch])
+    values["--seq"] = _values(lengths or [state.seq])
     if state.phase in ("generate", "serve"):
         values["--new-tokens"] = state.new_tokens
     if state.engine != DEFAULT_ENGINE:

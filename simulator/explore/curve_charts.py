@@ -17,6 +17,7 @@ from simulator.errors import one_line
 from simulator.explore.layout import (
     LINES,
     QUIET,
+    SMALL,
     SOFT,
     Chart,
     Dict,
@@ -32,7 +33,7 @@ from simulator.explore.layout import (
 )
 from simulator.explore.state import AXES, EXISTING
 from simulator.figures.crossover import short
-from simulator.figures.style import BLACK, COLORS, STYLES, Style, in_order
+from simulator.figures.style import BLACK, COLORS, GREEN, ORANGE, SKY, STYLES, Style, in_order
 from simulator.predict.scenario import batch_name, once
 from simulator.units import percent, ratio
 
@@ -56,16 +57,16 @@ X_TITLE = "requested sparsity (%)"
 """Title of the axis of sparsities; the sparsity of an existing pruned model is the share of parameters removed."""
 
 _EXISTING = Style(BLACK, "*", "-.")
-_TEXTS = tuple(Style(color, marker, "-.") for marker in "<>" for color in COLORS)
-"""Styles of texts of ``--prune``; no family has these markers."""
+_TEXTS = tuple(Style(color, "<>"[i % 2], "-.") for i, color in enumerate((GREEN, ORANGE, SKY, BLACK, *COLORS)))
+"""Styles of texts of ``--prune``; no family has these markers, and common families have other colours."""
 
 _ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-open"}
 """Markers of bounds at a single point."""
 
 
-def style_of_key(key: str, index: int) -> Style:
-    """Return the style of a family, of the existing pruned model, or of the text of ``--prune`` at an index."""
-    return STYLES.get(key) or (_EXISTING if key == EXISTING else _TEXTS[index % len(_TEXTS)])
+def look_of(key: str, state: State) -> Style:
+    """Return the style of a family, the existing pruned model or a text of ``--prune``: the same in all figures."""
+    return STYLES.get(key) or (_EXISTING if key == EXISTING else _TEXTS[state.texts.index(key)])
 
 
 def name_of(c: Candidate) -> str:
@@ -106,13 +107,13 @@ def sizes(state: State) -> Axis:
     return Axis(batch_name(state.phase), lambda r: r.batch, layout, state.batch)
 
 
-def speedup_chart(candidates: Sequence[Candidate], detail: str, axis: Axis, most: int) -> Chart:
+def speedup_chart(candidates: Sequence[Candidate], state: State, axis: Axis, most: int) -> Chart:
     """Draw a curve with its interval per candidate over an axis; a candidate with one value is a point. The bounds of
     the candidate in detail are lines, and so is the state's value."""
     gpus, keys = once(c.result.hardware for c in candidates), in_order(c.key for c in candidates)
-    names = {c.key: name_of(c) for c in candidates}
-    bounds = axis.bounds if detail in names else ()
-    texts = [*(names[key] for key in keys), *(f"{title} ({names[detail]})" for _, title, _ in bounds)]
+    names, detail = {c.key: name_of(c) for c in candidates}, state.explained
+    bounds, of_whom = axis.bounds if detail in names else (), names[detail] if detail in STYLES else "pruned model"
+    texts = [*(names[key] for key in keys), *(f"{title} ({of_whom})" for _, title, _ in bounds)]
     frame = PanelGrid(gpus, most, 200, bottom=legend_px(texts, len(gpus), most))
     values = [1.0, *(v for _, r in candidates for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
     values += [getattr(r, bound) for key, r in candidates if key == detail for bound, _, _ in bounds]
@@ -124,15 +125,14 @@ def speedup_chart(candidates: Sequence[Candidate], detail: str, axis: Axis, most
             own = sorted((r for k, r in candidates if k == key and r.hardware == gpu), key=axis.value)
             if not own:
                 continue
-            place = keys.index(key)
-            look = style_of_key(key, place)
+            look = look_of(key, state)
             if len(own) > 1 and (len(keys) <= MOST_BANDS or key == detail):
                 at = [axis.value(r) for r in own]
                 edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
                 data.append(_area(at + at[::-1], edge, panel, look, 0.22 if key == detail else 0.13, key))
             if key == detail:
-                data += _bounds(own, names[key], panel, axis, bounds)
-            data.append(_curve(own, names[key], panel, axis, look, key, key == detail, 1000 + place))
+                data += _bounds(own, of_whom, panel, axis, bounds)
+            data.append(_curve(own, names[key], panel, axis, look, key, key == detail, 1000 + keys.index(key)))
         shapes.append(rule(panel, "y", 1, SOFT, 1, layer="below"))
         shapes.append(rule(panel, "x", axis.at, "#c3cad4", 1.5, layer="below"))
     x = [axis.layout] * len(gpus)
@@ -225,11 +225,12 @@ def _served(own: Sequence[Result], dense: bool) -> _Served:
     return _Served(batch, 1e3 * tpot * slower, rate / devices / slower)
 
 
-def latency_chart(candidates: Sequence[Candidate], batch: int, most: int) -> Chart:
+def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> Chart:
     """Draw throughput over time per token of the dense model and of one candidate, a point per batch that fits in
-    memory, a large one at ``batch``. A slower pass moves a point right and down: the band joins the intervals' ends."""
-    name, look = name_of(candidates[0]), style_of_key(candidates[0].key, 0)
-    gpus, phase = once(r.hardware for _, r in candidates), batch_name(candidates[0].result.phase)
+    memory, a large one at the state's batch. A slower pass moves a point right and down; the band joins the ends of the
+    intervals."""
+    name, look = name_of(candidates[0]), look_of(candidates[0].key, state)
+    gpus, batches = once(r.hardware for _, r in candidates), batch_name(state.phase)
     frame = PanelGrid(gpus, most, 200, bottom=legend_px([_DENSE.label, name], len(gpus), most))
     data: list[Dict] = []
     every: list[_Served] = []
@@ -239,17 +240,22 @@ def latency_chart(candidates: Sequence[Candidate], batch: int, most: int) -> Cha
             if not len(found.batch):
                 continue
             every.append(found)
-            ends = (np.concatenate([v[1], v[2, ::-1]]) for v in (found.ms, found.rate))
+            ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (found.ms, found.rate))
             data.append(_area(*ends, panel, style, 0.18, title))
             hover = [
-                f"<b>{title}</b>, {gpu}, {phase} {b:g}<br>{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
+                f"<b>{title}</b>, {gpu}, {batches} {b:g}<br>{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
                 f"{v[0]:,.5g} tokens/s per GPU ({v[2]:,.5g} to {v[1]:,.5g})"
                 for b, t, v in zip(found.batch.tolist(), found.ms.T.tolist(), found.rate.T.tolist())
             ]
-            more: Dict = {"name": title, "legendgroup": title, "text": hover, "hovertemplate": "%{text}<extra></extra>"}
-            more["marker"] = {**marker_of(style), "size": np.where(found.batch == batch, 12, 7).tolist()}
+            more: Dict = {"name": title, "legendgroup": title, "hovertext": hover}
+            more["hovertemplate"] = "%{hovertext}<extra></extra>"
+            more["marker"] = {**marker_of(style), "size": np.where(found.batch == state.batch, 12, 7).tolist()}
             more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 1.8}
-            data.append(scatter(panel, "lines+markers", found.ms[0].tolist(), found.rate[0].tolist(), **more))
+            if style is _DENSE:  # the ends have their batch
+                ends_at = {0, len(found.batch) - 1}
+                more["text"] = [f"{b:g}" if i in ends_at else "" for i, b in enumerate(found.batch.tolist())]
+                more |= {"textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}}
+            data.append(scatter(panel, "lines+markers+text", found.ms[0].tolist(), found.rate[0].tolist(), **more))
     if not every:
         return message("no batch fits in memory")
     x, y = (

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from simulator.engines.engine import load_engine
 from simulator.explore.commands import Command, commands
-from simulator.explore.predictions import Candidate, Predictions, predictions, title_of
+from simulator.explore.predictions import Candidate, Predictions, curves, predictions, title_of
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES
 from simulator.files.csv import csv_text
+from simulator.predict.breakeven import break_even
 from simulator.predict.compare import PARTS
 from simulator.predict.explain import conclusion
 from simulator.predict.scenario import batch_name
@@ -41,7 +42,7 @@ UNITS = {
 """Units of a result's numbers; 1 is a ratio."""
 
 _HEAD = {
-    "family": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
+    "pruning": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
     "FLOP bound": "", "byte bound": "", "roofline bound": "", "time": "pruned",
     "bottleneck": "largest share of the pruned model's time", "memory": "pruned, and whether it fits",
 }
@@ -67,9 +68,9 @@ def texts(state: State) -> dict[str, str]:
         "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
         "about-speedup": "Points are at the requested sparsity; hover for the realised sparsity. "
-        f"{bands} Black lines: bounds of {detail}.",
+        f"{bands} Black: bounds of {detail}.",
         "h-over": f"Speedup over {over}",
-        "about-over": f"Families at {at}, prunings as written. {bands} "
+        "about-over": f"{_break_even(state)}Families at {at}, prunings as written. {bands} "
         f"Pale points: the dense model exceeds the memory.{elsewhere}",
         "about-latency": f"Dense and {both}, a point per {batch_name(state.phase)} from {BATCHES[0]} to {BATCHES[-1]} "
         f"that fits in memory; the large one has {state.batch}. {bands}{elsewhere}",
@@ -83,6 +84,12 @@ def texts(state: State) -> dict[str, str]:
 def paragraphs(lines: Iterable[str]) -> str:
     """Return one paragraph per line."""
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _break_even(state: State) -> str:
+    """Return from which batch or length the pruning in detail pays, a paragraph per GPU."""
+    own = [c.result for c in curves(state, state.over).candidates if c.key == state.explained]
+    return paragraphs(b.sentence for b in break_even(own))
 
 
 def _items(lines: Iterable[str], name: str) -> str:
@@ -195,7 +202,7 @@ def pinned_html(state: State) -> str:
     columns: list[tuple[str, dict[str, str]]] = []
     for side, one in (("A, pinned", state.pin), ("B, shown", state)):
         found = predictions(one)
-        facts = [_compared(Candidate(one.explained, e.result)) for e in found.details]
+        facts = [_compared(e.result) for e in found.details]
         missing = found.problem or next(iter(found.notes), "nothing to predict")
         columns += [(side, some) for some in facts or [{"pruning": missing}]]
     body, names = "", dict.fromkeys(name for _, facts in columns for name in facts)
@@ -212,9 +219,8 @@ def pinned_html(state: State) -> str:
     )
 
 
-def _compared(c: Candidate) -> dict[str, str]:
-    """Return the numbers of a candidate by name."""
-    r = c.result
+def _compared(r: Result) -> dict[str, str]:
+    """Return the numbers of a result by name."""
     large = "" if r.pruned_fits else " (too large)"
     return {
         "model": r.model,
@@ -222,7 +228,7 @@ def _compared(c: Candidate) -> dict[str, str]:
         "engine": r.engine,
         "request": f"{r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq}",
         "format": r.dtype if r.weight_dtype == r.dtype else f"{r.dtype}, weights {r.weight_dtype}",
-        "pruning": f"{c.title} at {percent(r.sparsity)}" if c.key in FAMILIES else c.title,
+        "pruning": r.pruning,
         "dense time": seconds_between(r.dense_s, r.dense_lower, r.dense_upper),
         "pruned time": seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper),
         "speedup": f"{ratio(r.speedup)} ({ratio(r.speedup_lower)} to {ratio(r.speedup_upper)})",

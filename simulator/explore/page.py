@@ -159,14 +159,13 @@ def _form(state: State, wrong: str, own: Sequence[str]) -> str:
 {_drop("pruned", "Open one", "or drop a checkpoint here")}
 </fieldset>
 <fieldset><legend>In detail</legend>
-<div class="pair">
 {_select("detail", "Pruning", details, state.detail)}
-<label class="field" for="at">Sparsity{at}</label>
+<p class="hint">In waterfall, roofline, bounds and throughput; always drawn.</p>
+<div class="pair">
+<label class="field" for="at" title="Of families: in detail, over batch and in the map">Sparsity of families{at}</label>
+{_select("versus", "Second engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
 </div>
-<p class="hint">In waterfall, roofline, bounds and throughput; always drawn. Sparsity: of families, also in curves over
-batch and in the map.</p>
 {_radios("over", "Speedup over", {"batch": _BATCH, "seq": "Sequence"}, state.over)}
-{_select("versus", "Compare with engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
 </fieldset>
 <input type="hidden" name="pin" id="pin" value="{pin}">
 </form>"""

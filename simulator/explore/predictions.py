@@ -22,7 +22,7 @@ from simulator.predict.compare import results_of
 from simulator.predict.crossover import fastest
 from simulator.predict.explain import Explanation, explanations
 from simulator.predict.grid import Formats, Grid
-from simulator.predict.prunings import Pruning
+from simulator.predict.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.predict.result import Result, Results, plain
 from simulator.predict.sweep import sweep_results
 from simulator.predict.table import table
@@ -206,10 +206,12 @@ def curves(state: State, over: str) -> Curves:
 @lru_cache(maxsize=KEPT)
 def _curves(state: State, over: str, profiles: tuple[HardwareProfile, ...]) -> Curves:
     gpus, _ = _gpus(state, profiles)
-    excluded: dict[str, None] = {}
+    excluded = Excluded()
 
     def reject(pruning: int | None, reason: str, device: str = "") -> None:
-        excluded[f"{prunings[pruning].title}: {reason}" if pruning is not None else reason] = None
+        if pruning is None:
+            raise InputError(reason)
+        exclude(excluded, prunings[pruning], reason, device)
 
     try:
         model, pruned = state.load(), state.load_pruned()
@@ -223,7 +225,7 @@ def _curves(state: State, over: str, profiles: tuple[HardwareProfile, ...]) -> C
     except InputError as error:
         return Curves(problem=str(error))
     candidates = tuple(Candidate(keys[i], r) for i, r in zip(found.pruning.tolist(), found.rows))
-    return Curves(candidates, "" if candidates else next(iter(excluded), "nothing to predict"))
+    return Curves(candidates, "" if candidates else next(iter(excluded_lines(excluded)), "nothing to predict"))
 
 
 def winners(state: State) -> tuple[tuple[Cell, ...], str]:
