@@ -1,4 +1,4 @@
-"""Count query-key pairs of attention, and stored bytes of sparse weights."""
+"""Count query-key pairs of attention, bytes of gated delta nets, and stored bytes of sparse weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,29 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     capped = np.clip(last - np.maximum(w, first - 1), 0, q)
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
+
+
+def delta_state_bytes(
+    heads: Array, key_heads: Array, key: Array, value: Array, conv: Array, state_bytes: Array, element_bytes: Array
+) -> Array:
+    """Return the bytes that a gated delta net keeps of one sequence.
+
+    Each value head has a state of ``key`` x ``value`` elements, each channel of the convolution its last positions.
+
+    >>> float(delta_state_bytes(*map(np.array, (32, 16, 128, 128, 4)), np.array(4.0), np.array(2.0)))
+    2146304.0
+    """
+    channels: Array = 2.0 * key_heads * key + 1.0 * heads * value
+    return np.asarray(1.0 * heads * key * value * state_bytes + np.maximum(conv - 1, 0) * channels * element_bytes)
+
+
+def delta_bytes(tokens: Array, batch: Array, features: Array, states: Array, element_bytes: Array) -> Array:
+    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences.
+
+    States are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step.
+    """
+    computed = np.minimum(tokens / np.maximum(batch, 1), 1.0)
+    return np.asarray(element_bytes * tokens * features + states * computed * np.where(tokens <= batch, 2.0, 1.0))
 
 
 def spmv_bytes(density: Any, value_bytes: Any) -> Array:

@@ -48,17 +48,19 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: (most - 4) // 2]} ... {text[-((most - 5) // 2) :]}"
 
 
-def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = ()) -> InputError:
+def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = (), way: str = "") -> InputError:
     """Return the error for a name that is not one of ``choices``, with the closest names.
 
-    ``listed`` replaces ``choices`` in the list of known names, if choices contain aliases.
+    ``listed`` replaces ``choices`` in the list of known names, if choices contain aliases. ``way`` is a sentence that
+    states what to do.
 
     >>> str(unknown("GPU", "h10", ["h100", "a100"]))
     "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
     """
     known, given = sorted(choices), one_line(str(name), 80)
-    close = difflib.get_close_matches(given.lower(), known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(given.lower().rsplit("/", 1)[-1], known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint += f"{way} " if way else ""
     return InputError(f"{kind} {given!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
 
 

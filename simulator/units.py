@@ -189,16 +189,24 @@ def seconds(value: float) -> str:
     return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
 
 
-def seconds_between(value: float, lower: float, upper: float) -> str:
-    """Return a time and its interval as text in one unit.
+def seconds_between(value: float, lower: float, upper: float, *, short: bool = False) -> str:
+    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, the ends rounded outwards.
 
-    >>> seconds_between(0.0123456, 0.0101, 0.0142)
-    '12.3 ms (10.1-14.2)'
+    >>> seconds_between(0.0123456, 0.0101, 0.0142), seconds_between(0.0123456, 0.0101, 0.0142, short=True)
+    ('12.3 ms (10.1-14.2)', '12.3 ms (10-15)')
+    >>> seconds_between(0.0073, 0.00629, 0.00891, short=True)
+    '7.3 ms (6.2-9.0)'
     """
     text = seconds(value)
     unit_s = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[text.split()[1]]
     digits = len(text.split()[0].partition(".")[2])
-    return f"{text} ({lower / unit_s:.{digits}f}-{upper / unit_s:.{digits}f})"
+    low, high = lower / unit_s, upper / unit_s
+    if short and digits:
+        digits -= 1
+        step = 10.0**digits
+        low, high = math.floor(low * step) / step, math.ceil(high * step) / step
+        text = f"{value / unit_s:.1f} {text.split()[1]}"
+    return f"{text} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def size(value: float) -> str:

@@ -21,6 +21,7 @@ from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.arrays import Array
 from simulator.columns import Table, column
 from simulator.counts import attention_pairs as attention_pairs
+from simulator.counts import delta_bytes, delta_state_bytes
 from simulator.counts import spmv_bytes as spmv_bytes
 from simulator.display import table_html
 from simulator.errors import InputError
@@ -38,11 +39,12 @@ class Kind(IntEnum):
     COLLECTIVE = 4
     HOST = 5  # not in workloads: marks errors of the host
     EXPERTS = 6  # routed experts of a layer
+    DELTA_NET = 7  # gated delta net of a layer
 
 
 # plain numbers, as a lookup of an enumeration member takes a microsecond in Python 3.11
 _GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
-_EXPERTS = int(Kind.EXPERTS)
+_EXPERTS, _DELTA_NET = int(Kind.EXPERTS), int(Kind.DELTA_NET)
 
 
 class Part(IntEnum):
@@ -106,6 +108,8 @@ ROLES: tuple[str, ...] = (
     "linear", "experts", "shared_gate",
     # zeros for skipped tokens; gate times up if a GEMM includes the activation
     "fill", "product",
+    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
+    "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
 )
 # fmt: on
 """Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""
@@ -182,21 +186,22 @@ class Workload(Table):
     count : array of float, shape (rows,)
         Executions in the pass, over all layers of the row; the expected number for dynamic methods.
     m, n, k : array of int, shape (rows,)
-        GEMM: tokens, output features and input features. Experts: tokens, inner width of one expert, hidden size.
+        GEMM: tokens, output features and input features. Experts: tokens, inner width of one expert, hidden size. Delta
+        net: tokens of all sequences, features of all values.
     experts, active, skew : array, shape (rows,)
         Routed experts of the device, experts per token on average, and imbalance (:mod:`simulator.routing`).
     stage : array of int, shape (rows,)
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
     batch, q_len, kv_len : array of int, shape (rows,)
         Attention: sequences, query positions and key positions per sequence, the last ``q_len`` those of the queries.
-        Collective: ``batch`` devices. Copied cache: ``kv_len`` positions.
+        Delta net: ``batch`` sequences. Collective: ``batch`` devices. Copied cache: ``kv_len`` positions.
     heads, kv_heads, head_dim, value_dim : array of int, shape (rows,)
         Attention: query heads, key/value heads, features of a query or key head, and features of a value head (0: as
-        of a key head).
+        of a key head). Delta net: value heads, key heads, features of a key head and of a value head.
     latent : array of int, shape (rows,)
         Attention: elements per position in the cache of latent attention; else 0.
     window : array of int, shape (rows,)
-        Attention: sliding window in positions, 0 for none.
+        Attention: sliding window in positions, 0 for none. Delta net: positions of its convolution.
     block : array of int, shape (rows,)
         Edge of skipped blocks, or features of skipped groups; 0 without blocks.
     density : array of float, shape (rows,)
@@ -204,7 +209,8 @@ class Workload(Table):
     kernel : array of int, shape (rows,)
         Code of the kernel (:class:`Kernel`).
     dtype, weight_dtype : array of int, shape (rows,)
-        Codes (:data:`DTYPES`) of activations and arithmetic, and of the second operand: weights, or the K/V cache.
+        Codes (:data:`DTYPES`) of activations and arithmetic, and of the second operand: weights, the K/V cache, or the
+        state of a delta net.
     read_bytes, write_bytes : array of float, shape (rows,)
         Elementwise: bytes read and written per execution. Collective: ``read_bytes`` is the payload.
     params : array of float, shape (rows,)
@@ -323,6 +329,13 @@ class Workload(Table):
         return np.where((self.kind == _DECODE) & (self.latent > 0), self.latent, heads)
 
     @property
+    def state_bytes_each(self) -> Array:
+        """Bytes of the states of all sequences of a delta net: recurrent ones, last positions of the convolution."""
+        sizes = self.heads, self.kv_heads, self.head_dim, self.value_dim, self.window
+        each = delta_state_bytes(*sizes, DTYPE_BYTES[self.weight_dtype], DTYPE_BYTES[self.dtype])
+        return np.where(self.kind == _DELTA_NET, self.batch * each, 0.0)
+
+    @property
     def weight_bytes_each(self) -> Array:
         """Bytes of weights that one execution of a GEMM row reads, compressed if the kernel stores no zeros.
 
@@ -347,13 +360,14 @@ class Workload(Table):
         """FLOPs of all executions of each row.
 
         GEMMs have 2MNK, attention 2 (d_key + d_value) per query-key pair and head, experts 6NK per token and expert in
-        use, other operators none.
+        use, a delta net 6 d_key d_value per token and value head, other operators none.
         """
         m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
         gemm = 2.0 * m * n * k
         attention = 2.0 * self.batch * self.heads * (self.head_dim + self.value_features) * self.pairs
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, attention, 0.0))
         each = np.where(self.kind == _EXPERTS, 3.0 * gemm * self.active, each)
+        each = np.where(self.kind == _DELTA_NET, 6.0 * m * self.heads * self.head_dim * self.value_dim, each)
         out: Array = each * self.density * self.count
         return out
 
@@ -370,6 +384,10 @@ class Workload(Table):
         each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
         streams = weights + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
         each = np.where(self.kind == _EXPERTS, streams, each)
+        if len(rows := np.flatnonzero(self.kind == _DELTA_NET)):
+            w = self.take(rows)
+            features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
+            each[rows] = delta_bytes(w.m, w.batch, features, w.state_bytes_each, act[rows])
         out: Array = each * self.count
         return out
 

@@ -5,7 +5,8 @@ whether a workload fits on a device. Memory is that of the fullest device:
 
 - weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
-- cache: keys and values of the longest length of each layer, at most its sliding window.
+- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
+  the length.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
   output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One forward pass without
   chunks, without an allocator's fragmentation.
@@ -45,7 +46,9 @@ _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
 _SEGMENT[Part.HEAD] = 2
 
-_QKV, _WIDE = ([ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b", "gate up gate_up"))
+_QKV, _WIDE = (
+    [ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
+)
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
 
@@ -313,7 +316,7 @@ def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: floa
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of the parameters of each workload."""
     w = workloads.rows
-    element = DTYPE_BYTES[w.weight_dtype]
+    element = DTYPE_BYTES[np.where(w.kind == Kind.DELTA_NET, w.dtype, w.weight_dtype)]
     gemm = w.kind == Kind.GEMM
     each = w.params * element
     sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
@@ -337,9 +340,9 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the bytes of keys and values of each workload at the longest length of each layer."""
+    """Return the bytes of keys, values and states of each workload at the longest length of each layer."""
     w = workloads.rows
-    at = np.flatnonzero(w.is_attention)
+    at = np.flatnonzero(w.is_attention | (w.kind == Kind.DELTA_NET))
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
@@ -347,6 +350,7 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
     batch = np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
     latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
     each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
+    each = np.where(w.kind[at] == Kind.DELTA_NET, batch / np.maximum(w.batch[at], 1) * w.state_bytes_each[at], each)
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
     # decodes of generate have one row per length; the longest counts

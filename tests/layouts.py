@@ -8,7 +8,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.models.headers import BITS, Tensor
 from simulator.models.library import FOLDER
 
@@ -17,6 +18,8 @@ Tensors = dict[str, Tensor]
 LAYOUTS = tuple(
     ["gptq", "gptq8", "awq", "packed", "int8", "fp8", "fp8_block", "bnb", "nvfp4", "bitmask", "bitmask8", "marlin24"]
 )
+PLURAL = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
+"""Architectures whose shared experts are called ``shared_experts``."""
 PROJECTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -67,6 +70,15 @@ def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]
         yield at + "linear_attn.weight", (h, h)
         return
     out = {"opt": "out_proj", "gpt_neox": "dense"}.get(m.architecture, "o_proj")
+    if b.delta and m.delta is not None:
+        keys, values = m.delta.widths(b)
+        at = at.replace("self_attn", "linear_attn")
+        yield at + "in_proj_qkvz.weight", (2 * keys + 2 * values, h)
+        yield at + "in_proj_ba.weight", (2 * b.heads, h)
+        yield at + "conv1d.weight", (2 * keys + values, 1, m.delta.conv)
+        yield from ((at + "dt_bias", (b.heads,)), (at + "A_log", (b.heads,)), (at + "norm.weight", (m.delta.value,)))
+        yield at + "out_proj.weight", (h, values)
+        return
     if own is not None:
         if own.query_rank:
             yield from _linear(at + "q_a_proj", (own.query_rank, h))
@@ -81,10 +93,10 @@ def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]
         fused = "qkv_proj" if m.architecture == "phi3" else "query_key_value"
         yield from _linear(at + fused, (q + 2 * kv, h), m.qkv_bias)
     else:
-        for name, wide in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        for name, wide in (("q_proj", (1 + m.output_gate) * q), ("k_proj", kv), ("v_proj", kv)):
             yield from _linear(at + name, (wide, h), m.qkv_bias)
     yield from _linear(at + out, (h, q), m.o_bias)
-    if m.qk_norm:
+    if m.qk_norm in ("head", "width"):
         wides = (m.head_dim, m.head_dim) if m.qk_norm == "head" else (q, kv)
         yield from zip((at + "q_norm.weight", at + "k_norm.weight"), ((wide,) for wide in wides))
     if m.sinks:
@@ -97,9 +109,8 @@ def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]
 
 def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
     h, i, e = m.hidden, b.inner, b.expert_inner
-    shared = {"qwen2_moe": "shared_expert.", "deepseek_v2": "shared_experts.", "deepseek_v3": "shared_experts."}.get(
-        m.architecture, ""
-    )
+    shared = "shared_experts." if m.architecture in PLURAL else "shared_expert." if b.experts and i else ""
+    mlp = "feed_forward." if m.architecture == "llama4_text" else "mlp."
     if "mlp" in b.linear:
         yield at + "mlp.linear_mlp.weight", (h, h)
     elif i and m.architecture == "phi3":
@@ -110,7 +121,7 @@ def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
         for name, shape in zip(names, ((i, h), (h, i))):
             yield from _linear(at + name, shape, m.mlp_bias)
     elif i:
-        inside = at + "mlp." + (shared if b.experts else "")
+        inside = at + mlp + (shared if b.experts else "")
         yield from _linear(inside + "gate_proj", (i, h), m.mlp_bias)
         yield from _linear(inside + "up_proj", (i, h), m.mlp_bias)
         yield from _linear(inside + "down_proj", (h, i), m.mlp_bias or m.down_bias)
@@ -123,10 +134,15 @@ def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
             yield f"{at}mlp.experts.{name}", (b.experts, *shape)
             yield f"{at}mlp.experts.{name}_bias", (b.experts, shape[1])
         return
+    if m.architecture == "llama4_text":
+        yield f"{at}{mlp}router.weight", (b.experts, h)
+        yield f"{at}{mlp}experts.gate_up_proj", (b.experts, h, 2 * e)
+        yield f"{at}{mlp}experts.down_proj", (b.experts, e, h)
+        return
     mixtral = m.architecture == "mixtral"
     inside = at + ("block_sparse_moe." if mixtral else "mlp.")
     yield from _linear(inside + "gate", (b.experts, h))
-    if m.architecture == "deepseek_v3":
+    if m.router_bias:
         yield inside + "gate.e_score_correction_bias", (b.experts,)
     if m.shared_gate:
         yield from _linear(inside + "shared_expert_gate", (1, h))

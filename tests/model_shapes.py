@@ -32,6 +32,8 @@ class Published:
     runs: tuple[tuple[int, int, int], ...] = ()  # layers, KV heads and MLP width of each run of equal layers
     active_parameters: tuple[float, float] = (0.0, 0.0)  # published, 10^9, and a unit of their last digit
     embedded: bool = True  # they count the embedding
+    delta: tuple[int, int, int, int, int] | None = None  # key and value heads, their features, positions of convolution
+    attention_every: int = 1  # a layer of so many has attention, the others a gated delta net
 
 
 HUB = "safetensors total on the Hugging Face Hub"
@@ -109,6 +111,31 @@ PUBLISHED = {
         "deepseek_v3", 7168, 61, 128, 128, 192, 2048, 129280, False, 671_026_419_200, SUM,
         experts=256, active=8, expert_inner=2048, dense=(3, 18432), latent=(1536, 512, 64, 128, 128),
         active_parameters=(37, 1), embedded=False),
+    # arXiv 2507.20534, table 2: 1.04 T, 32.6 B; the checkpoint has no further token to predict
+    "kimi-k2": Published(
+        "deepseek_v3", 7168, 61, 64, 64, 192, 2048, 163840, False, 1_026_408_232_448, SUM,
+        experts=384, active=8, expert_inner=2048, dense=(1, 18432), latent=(1536, 512, 64, 128, 128),
+        active_parameters=(32.6, 1), embedded=False),
+    # arXiv 2508.06471, table 1: 106 B and 355 B, 12 B and 32 B, with a layer that predicts a further token (not here)
+    "glm-4.5-air": Published(
+        "glm4_moe", 4096, 46, 96, 8, 128, 1408, 151552, False, 106_852_251_264, COUNTED,
+        experts=128, active=8, expert_inner=1408, dense=(1, 10944), active_parameters=(12, 1), embedded=False),
+    "glm-4.5": Published(
+        "glm4_moe_norm", 5120, 92, 96, 8, 128, 1536, 151552, False, 352_797_829_024, COUNTED,
+        experts=160, active=8, expert_inner=1536, dense=(3, 12288), active_parameters=(32, 1), embedded=False),
+    # the model card: 80 B, 3 B; without the layer that predicts a further token
+    "qwen3-next-80b-a3b": Published(
+        "qwen3_next", 2048, 48, 16, 2, 256, 512, 151936, False, 79_674_391_296, COUNTED,
+        experts=512, active=10, expert_inner=512, active_parameters=(3, 1), embedded=False,
+        delta=(16, 32, 128, 128, 4), attention_every=4),
+    # the model card: 109 B with the vision part, 17 B
+    "llama-4-scout": Published(
+        "llama4", 5120, 48, 40, 8, 128, 8192, 202048, False, 107_769_861_120, COUNTED,
+        experts=16, active=1, expert_inner=8192, active_parameters=(17, 0.5)),
+    # the text decoder of 24.0 B; equal to Mistral-Small-24B-2501's safetensors total
+    "mistral-small-3.1-24b": Published("llama", 5120, 40, 32, 8, 128, 32768, 131072, False, 23_572_403_200, HUB),
+    # the text decoder of 8.29 B; equal to Qwen2.5-7B
+    "qwen2.5-vl-7b": Published("qwen2", 3584, 28, 28, 4, 128, 18944, 152064, False, 7_615_616_512, HUB),
 }
 # fmt: on
 
@@ -124,7 +151,12 @@ def shape_of(p: Published, layer: int) -> tuple[int, int]:
 def attention_features(p: Published, layer: int) -> int:
     """Features of a query-key pair that a prefill multiplies with, of all heads: of keys and of values."""
     each = sum(p.latent[2:]) if p.latent else 2 * p.head_dim
-    return p.heads * each if shape_of(p, layer)[0] else 0
+    return p.heads * each if shape_of(p, layer)[0] and attends(p, layer) else 0
+
+
+def attends(p: Published, layer: int) -> bool:
+    """Whether a layer has attention, not a gated delta net."""
+    return layer % p.attention_every == p.attention_every - 1
 
 
 def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
@@ -137,6 +169,8 @@ def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
     biases: list[Shape] = [(q,), (kv,), (kv,)]
     plain: list[Shape] = [(h,), (i, h), (i,), (h, i), (h,), *norms, *norms]  # bias of o, the MLP, two layer norms
     routed: list[Shape] = [(p.experts, h)] if layer >= p.dense[0] else []
+    score: list[Shape] = [(p.experts,) for _ in routed]  # bias of the router
+    mixing = [(2 * q, h), *split[1:], (d,), (d,)] if attends(p, layer) else delta_tensors(p)
     return {
         "llama": [*split, *gated, *norms],
         "qwen2": [*split, *biases, *gated, *norms],
@@ -154,8 +188,22 @@ def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
         "qwen3_moe": [*split, (d,), (d,), *routed, *norms],
         "gpt_oss": [*split, *biases, (h,), (p.heads,), *routed, (p.experts,), *norms],
         "deepseek_v2": [*latent_tensors(p), *gated, *routed, *norms],
-        "deepseek_v3": [*latent_tensors(p), *gated, *routed, *((p.experts,) for _ in routed), *norms],
+        "deepseek_v3": [*latent_tensors(p), *gated, *routed, *score, *norms],
+        "glm4_moe": [*split, *biases, *gated, *routed, *score, *norms],
+        "glm4_moe_norm": [*split, *biases, (d,), (d,), *gated, *routed, *score, *norms],
+        "qwen3_next": [*mixing, *gated, (1, h), *routed, *norms],
+        "llama4": [*split, *gated, *routed, *norms],
     }[p.family]
+
+
+def delta_tensors(p: Published) -> list[Shape]:
+    """Tensors of a gated delta net: two projections, convolution, decays, norm of a head, and the output's."""
+    if not p.delta:
+        return []
+    key_heads, value_heads, key, value, conv = p.delta
+    keys, values, h = key_heads * key, value_heads * value, p.hidden
+    own: list[Shape] = [(2 * keys + 2 * values, h), (2 * value_heads, h), (2 * keys + values, 1, conv)]
+    return [*own, (value_heads,), (value_heads,), (value,), (h, values)]
 
 
 def latent_tensors(p: Published) -> list[Shape]:
@@ -207,4 +255,6 @@ def pass_flops(
         reach = window.get(layer, 0) or seq
         pairs = sum(min(i + 1, reach) if causal else seq for i in range(seq))
         total += 2 * batch * attention_features(p, layer) * pairs
+        if p.delta and not attends(p, layer):  # read, correct and read again the state of each value head
+            total += 3 * 2 * batch * seq * p.delta[1] * p.delta[2] * p.delta[3]
     return total + 2 * batch * (seq if every_logit else 1) * p.vocab * p.hidden

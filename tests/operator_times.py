@@ -7,7 +7,7 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
-from simulator.cost import attention, collective, elementwise, experts
+from simulator.cost import attention, collective, delta_net, elementwise, experts
 from simulator.cost.base import Estimate
 from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
@@ -31,4 +31,4 @@ def errors_of(cost: Callable[..., Estimate], *args: Any, **options: Any) -> Unce
 
 prefill_time, decode_time = of_sizes(attention.prefill), of_sizes(attention.decode)
 elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(experts.experts)
-collective_time = of_sizes(collective.collective)
+collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(delta_net.delta_net)

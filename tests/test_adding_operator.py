@@ -23,28 +23,28 @@ from calibration.fit.profile import provenance_of
 from dataclasses import replace
 
 about = provenance_of(Records.from_columns([Source("planted")], m=8, n=8, k=8, seconds=1e-5), "2026-01-01")
-mine = hw.calibrated({("delta_net", "bf16"): replace(section, provenance=about)})
+mine = hw.calibrated({("selective_scan", "bf16"): replace(section, provenance=about)})
 save_hardware(mine, Path("mine.yaml"))
-again = operator_time(delta_net(test.calls, load_hardware("mine.yaml")), load_hardware("mine.yaml"))
+again = operator_time(selective_scan(test.calls, load_hardware("mine.yaml")), load_hardware("mine.yaml"))
 np.testing.assert_allclose(again.seconds, predicted.seconds, rtol=1e-5)
 
 # other rows of another stack, whose launches take longer, move the error factor of launches, and predictions
 few = test.take(slice(0, None, 16))
-errors = uncertainty_of(delta_net(few.calls, mine), (1.0, 1.0))
+errors = uncertainty_of(selective_scan(few.calls, mine), (1.0, 1.0))
 true = few.calls.seconds({**truth, "t0_s": 1.5 * truth["t0_s"]})
-log_ratio = np.log(true / operator_time(delta_net(few.calls, mine), mine).seconds)
+log_ratio = np.log(true / operator_time(selective_scan(few.calls, mine), mine).seconds)
 kind = np.full(len(few), errors.kind)
 p = Posterior.of(errors.wide(), errors.correlated, errors.independent, errors.coordinates, kind, log_ratio)
-mean, sd = p.factor("delta_net launch")
+mean, sd = p.factor("selective_scan launch")
 assert mean > 2.0 * sd > 0.0
 shift, _ = p.at(errors)
 assert np.abs(log_ratio - shift).mean() < 0.3 * np.abs(log_ratio).mean()
 
-for add in (lambda: add_constants("delta_net", {}), lambda: add_errors("delta_net", {}, ErrorSize(0.1, 0.1))):
+for add in (lambda: add_constants("selective_scan", {}), lambda: add_errors("selective_scan", {}, ErrorSize(0.1, 0.1))):
     try:
         add()
     except ValueError as error:
-        assert "'delta_net' are known already" in str(error)
+        assert "'selective_scan' are known already" in str(error)
     else:
         raise AssertionError("added twice")
 assert len(ERROR_FACTORS) == len(set(ERROR_FACTORS))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
+from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
 
 import simulator
 from simulator.cost.collective import COLLECTIVES
@@ -39,6 +39,7 @@ MODELS = (
     "qwen3-30b-a3b",  # many small experts
     "opt-13b",  # no gate in the MLP
     "nemotron-super-49b",  # layers that differ
+    "qwen3-next-80b-a3b",  # gated delta nets
 )
 DTYPES = {  # GPUs: calibrated on several stacks, on one, and known from a datasheet only; and a CPU
     "h100_sxm": "bf16",
@@ -133,6 +134,8 @@ def operators() -> Iterator[Line]:
             ("decode", decode_time(batch, tokens, 32, 8, 128, hw)),
             ("decode:fp8", decode_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
             ("decode:latent", decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
+            ("delta_net:step", delta_net_time(batch, batch, 32, 16, 128, 128, hw)),
+            ("delta_net:prompt", delta_net_time(batch * tokens, batch, 32, 16, 128, 128, hw)),
         ):
             yield from times(profile, name, t, batch, tokens)
         for skew in (0.0, 0.5):

@@ -47,10 +47,9 @@ def command(
     RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png. Run the command again to resume.
     """
-    from calibration.runners.compare import as_executed, compare, rows_of
+    from calibration.runners.compare import as_executed, compare, conclusions, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
-    from calibration.validation.verdict import of_comparison
     from simulator.files.write import write_whole
     from simulator.predict.scenario import one_of
 
@@ -71,7 +70,7 @@ def command(
         write_whole(folder / "comparison.csv", csv_text(table).encode())
         _write(folder, rows, list(found.records))
     if render.Output(json).write(table) and rows:
-        render.conclude(*of_comparison(rows))
+        render.conclude(*conclusions(rows))
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
         print(f"\n{folder / 'comparison.md'}")

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from simulator.figures.subject import Paper
     from simulator.hardware.profile import HardwareProfile
 
-MODEL, HARDWARE, FORMATS = "llama-3.1-8b", "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
+HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 
 # fmt: off
 Output = Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")]
-Model = Annotated[str, opt("--model", "MODEL", "Name of a model, or its Hugging Face config.json.")]
 Only = Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")]
 Formats = Annotated[str, opt("--format", "LIST", "pdf, png, svg.")]
 Seq = Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")]
@@ -36,8 +35,8 @@ MeasuredFiles = Annotated[
 
 
 def command(
+    model: options.Model,
     output: Output,
-    model: Model = MODEL,
     hardware: options.Hardware = HARDWARE,
     only: Only = None,
     formats: Formats = FORMATS,
@@ -86,10 +85,11 @@ def command(
                 for suffix in suffixes:
                     save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
             report(i + 1, len(chosen))
-    given = {"--model": (model, MODEL), "--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
+    given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
     given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
     changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
-    _write_captions(drawn, folder, ".png" if ".png" in suffixes else suffixes[0], changed, measured or [])
+    shown = ".png" if ".png" in suffixes else suffixes[0]
+    _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
     if as_json:
         files = {d.name: [str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn}
         rows = [{"name": d.name, "caption": d.caption, "files": files[d.name]} for d in drawn]
@@ -138,7 +138,9 @@ def _folder(output: str) -> Path:
     return folder
 
 
-def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[str], measured: list[str]) -> None:
+def _write_captions(
+    drawn: list[Drawn], folder: Path, shown: str, first: list[str], changed: list[str], measured: list[str]
+) -> None:
     """A list of the figures with their captions and the command of each."""
     from simulator.display import markdown_text
     from simulator.figures.paper import MEASURED
@@ -147,7 +149,7 @@ def _write_captions(drawn: list[Drawn], folder: Path, shown: str, changed: list[
     files = [part for text in measured for part in ("--measured", text)]
     lines = ["# Figures", ""]
     for d in drawn:
-        words = ["prunesim", "figures", "-o", "DIR", "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
+        words = ["prunesim", "figures", *first, "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
         picture = f"![{d.name}]({d.name}{shown})"
         lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
     write_whole(folder / "captions.md", "\n".join(lines).encode())

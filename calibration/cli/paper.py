@@ -221,7 +221,10 @@ def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
 
     counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
     verbs = {UNDECIDED: "is undecided"}
-    told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()]) or "applies in none"
+    told = (
+        with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
+        or "applies in none"
+    )
     return f"Claim ({letter}) {told} of {sum(counts.values()) or len(some)} combinations of GPU, engine and phase."
 
 

@@ -90,9 +90,10 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     """
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
-    rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), notes)
+    excluded: list[str] = []
+    rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), excluded)
     _reject_other_device(hw, rows, notes)
-    compared = _compared(base, rows, notes)
+    compared = _compared(base, rows, notes, excluded)
     rows, of_part, names, log_ratio = compared.rows, compared.part, compared.names, compared.log_ratio
     unique = len(np.unique(np.column_stack([compared.coordinates, compared.kind, compared.systematic]), axis=0))
     kernels = [name for name in names if _section(name)[0] != "runtime"]
@@ -101,11 +102,15 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
         advice = "the update applies to the defaults; a fit would be more accurate"
         notes.append(f"{', '.join(uncalibrated)}: not calibrated; {advice}")
     if not kernels:
-        notes.append("only rows of the host: predictions of kernels do not change")
+        notes.append(
+            "only rows of the host: predictions of kernels do not change; to measure kernels, calibrate --quick"
+        )
     elif unique == 1:
         notes.append("one shape: only the parts of its time change; measure other shapes for the rest")
     elif len(rows) < FEW_ROWS:
-        notes.append(f"only {len(rows)} rows; {FEW_ROWS} to {MOST_ROWS} from several operators recommended")
+        notes.append(
+            f"only {len(rows)} rows, so intervals stay wide; measure {FEW_ROWS} to {MOST_ROWS} of several operators"
+        )
     used = np.flatnonzero(compared.systematic.any(axis=0))
     arrays = {
         "systematic": compared.systematic[:, used],
@@ -131,7 +136,7 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
             f"{odd.meaning}: {times:.0f} times the usual difference between stacks; check that the rows are from this "
             f"GPU"
         )
-    return Updated(profile, len(rows), changes, tuple(fits), tuple(notes))
+    return Updated(profile, len(rows), changes, tuple(fits), (*notes, *excluded))
 
 
 def _section(part: str) -> tuple[str, str]:
@@ -140,8 +145,8 @@ def _section(part: str) -> tuple[str, str]:
     return SECTIONS[operator], label.removesuffix("_wo")
 
 
-def _usable(records: Records, notes: list[str]) -> Records:
-    """Return the rows for the update; excluded rows are counted in the notes."""
+def _usable(records: Records, left_out: list[str]) -> Records:
+    """Return the rows for the update; excluded rows are counted in ``left_out``."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     for excluded, reason in (
@@ -150,10 +155,10 @@ def _usable(records: Records, notes: list[str]) -> Records:
         (apart, "held out, or drift checks"),
     ):
         if count := int(excluded.sum()):
-            notes.append(f"{count} rows excluded: {reason}")
+            left_out.append(f"{count} rows excluded: {reason}")
     kept = records.select(records.timed & ~throttled & ~apart)
     if len(kept) < LEAST_ROWS:
-        reasons = f" ({'; '.join(notes)})" if notes else ""
+        reasons = f" ({'; '.join(left_out)})" if left_out else ""
         raise InputError(
             f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {len(kept)}{reasons}"
         )
@@ -168,7 +173,10 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
         if not records.select(away).is_operator(*HOST_KINDS).all():
             taken = "from a CPU, only rows that time launches apply to a GPU's host"
             raise InputError(f"local update: rows were measured on {cpu}, but the profile is of {hw.title}; {taken}")
-        notes.append(f"the host {cpu} was timed without a GPU, whose driver adds to each launch; intervals are wider")
+        notes.append(
+            f"the host {cpu} was timed without a GPU, whose driver adds to each launch; intervals are wider; measure "
+            "with the GPU"
+        )
     for source in records.tidy().sources:
         if name := shipped_name(source.device):
             other = load_hardware(name)
@@ -194,7 +202,7 @@ class _Compared:
     kind: NDArray[np.intp]
 
 
-def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compared:
+def _compared(base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]) -> _Compared:
     """Predict the rows, and exclude those that are not predicted or faster than the device can be."""
     skipped: dict[str, int] = {}
     names: list[str] = []
@@ -205,7 +213,7 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compar
         own = rows.select(at)
         found_part = predict(own, base)
         if found_part.uncertainty is None:
-            notes.append(f"{len(at)} rows excluded: {operator} is not a single operator of the model")
+            left_out.append(f"{len(at)} rows excluded: {operator} is not a single operator of the model")
             continue
         ratio = np.log(own.seconds / found_part.time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
@@ -215,7 +223,7 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compar
         parts.append(np.full(len(at), len(names)))
         index.append(at)
         names.append(f"{operator} {label}")
-    notes += [f"{count} rows excluded: {reason}" for reason, count in skipped.items()]
+    left_out += [f"{count} rows excluded: {reason}" for reason, count in skipped.items()]
     if fast.mean() > MOST_TOO_FAST:
         share = f"{int(fast.sum())} of {len(fast)} rows are faster than {base.title} can be"
         raise InputError(f"local update: {share}; check that they are from this GPU and in the right unit")
@@ -225,7 +233,7 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str]) -> _Compar
     kept = np.flatnonzero(~fast[order])
     if len(kept) < LEAST_ROWS:
         raise InputError(
-            f"local update: expected at least {LEAST_ROWS} usable rows, got {len(kept)}: {'; '.join(notes)}"
+            f"local update: expected at least {LEAST_ROWS} usable rows, got {len(kept)}: {'; '.join(left_out + notes)}"
         )
     part, log_ratio = np.concatenate(parts), np.concatenate([ratio for ratio, _ in found])
     coordinates = np.concatenate([error.coordinates for _, error in found]).astype(np.float64)

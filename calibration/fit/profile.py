@@ -6,8 +6,9 @@ the notes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -93,12 +94,15 @@ def fit_profile(
     fitted.
     """
     notes: list[str] = []
-    usable = _usable(records, notes)
+    excluded: list[str] = []
+    usable = _usable(records, notes, excluded)
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
     tasks = _tasks(base, usable, notes, prior, date, seed)
     if not tasks:
-        raise InputError(f"nothing to fit: {'; '.join(notes) or 'the records hold no operator that has a fit'}")
+        raise InputError(
+            f"nothing to fit: {'; '.join(notes + excluded) or 'the records hold no operator that has a fit'}"
+        )
     sections = dict(base.sections)
     parts: dict[tuple[str, str], FittedPart] = {}
     for done, task in enumerate(tasks):
@@ -119,10 +123,10 @@ def fit_profile(
         if progress is not None:
             progress(done + 1, len(tasks))
     if not parts:
-        raise InputError(f"nothing could be fitted: {'; '.join(notes)}")
+        raise InputError(f"nothing could be fitted: {'; '.join(notes + excluded)}")
     profile = with_exact(replace(base, path=None).calibrated(sections), records)
     kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
-    return ProfileFit(profile, kept, tuple(notes))
+    return ProfileFit(profile, kept, (*notes, *excluded))
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
@@ -130,8 +134,19 @@ def _formats(records: Records) -> NDArray[np.str_]:
     return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
 
 
-def _usable(records: Records, notes: list[str]) -> Records:
-    """Return the rows for the fit: neither throttled nor held out. Other flags are named in the notes."""
+REMEDIES: Mapping[Flag, str] = MappingProxyType(
+    {
+        Flag.NOISY: "measure longer, on an idle machine",
+        Flag.DRIFT: "measure on an idle machine with steady clocks",
+        Flag.CONFLICT: "measure these shapes again",
+    }
+)
+"""Flag -> what to do."""
+
+
+def _usable(records: Records, notes: list[str], left_out: list[str]) -> Records:
+    """Return the rows for the fit: neither throttled nor held out. Their number goes to ``left_out``, that of other
+    flags to ``notes``."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     timed = np.isfinite(records.seconds) & (records.seconds > 0)
@@ -141,11 +156,12 @@ def _usable(records: Records, notes: list[str]) -> Records:
         (~timed, "rows excluded: time is not positive and finite"),
     ):
         if excluded.any():
-            notes.append(f"{int(excluded.sum())} {text}")
+            left_out.append(f"{int(excluded.sum())} {text}")
     kept = records.select(~apart & ~throttled & timed)
     for flag in (Flag.NOISY, Flag.DRIFT, Flag.CONFLICT):
         if count := int(((kept.flags & int(flag)) != 0).sum()):
-            notes.append(f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them")
+            many = f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them"
+            notes.append(f"{many}; {REMEDIES[flag]}")
     return kept
 
 
@@ -177,7 +193,9 @@ def _tasks(
             if dtype not in (*labels(base.rates), "*"):
                 notes.append(f"{what.format(dtype)}: {len(rows)} rows excluded: {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
-                notes.append(f"{what.format(dtype)}: {len(rows)} rows are too few; a fit needs {fewest}")
+                notes.append(
+                    f"{what.format(dtype)}: {len(rows)} rows are too few; a fit needs {fewest}; measure longer"
+                )
             else:
                 out.append(_Task(operator, dtype, rows, run, prior, date, seed))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):

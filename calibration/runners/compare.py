@@ -26,9 +26,11 @@ from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import begin
 from calibration.validation.scores import errors, spearman
+from calibration.validation.verdict import verdict_of
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
+from simulator.units import percent, ratio
 
 STORE = "decoder.jsonl"
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
@@ -233,6 +235,26 @@ def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
     phases = list(dict.fromkeys(r.phase for r in rows))
     out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
     return {**out, "all": summary(rows)} if len(phases) > 1 else out
+
+
+def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
+    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
+    every = verdict_of(
+        "speedups",
+        measured=[r.measured for r in rows],
+        predicted=[r.predicted for r in rows],
+        lower=[r.predicted_lower for r in rows],
+        upper=[r.predicted_upper for r in rows],
+        roofline=[r.roofline_bound for r in rows],
+    )
+    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
+    holds = "hold" if every.holds else "do not hold"
+    one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
+    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
+    case = f"{worst.family} {percent(worst.sparsity)} in {worst.phase}"
+    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
+    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
+    return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]
 
 
 def repeatability(records: Iterable[Mapping[str, Any]]) -> float:

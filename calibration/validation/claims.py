@@ -156,10 +156,10 @@ def bound_outcome(
 
 
 def _needed(difference: float, half_width: float, shares: bool = False) -> str:
-    """The difference, the end of its interval towards 0, and how well it must be known to decide."""
+    """The end of the interval of a difference beyond 0, and how well the difference must be known to decide."""
     unit, end = "points" if shares else "%", difference - math.copysign(half_width, difference)
-    now, end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (difference, end, abs(difference)))
-    reach = f"the difference is {now:+.2g} {unit}, its interval reaches {end:+.2g} {unit}"
+    end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (end, abs(difference)))
+    reach = f"the interval of the difference reaches {end:+.2g} {unit}"
     return f"{reach}; measure both models within {enough:.2g} {unit} to decide"
 
 

@@ -230,10 +230,13 @@ def _comparison_table(rows: Iterable[Comparison], text: Callable[[float], str] =
 def scatter(comparisons: Mapping[str, Sequence[Comparison]]) -> Figure:
     """Draw predicted against measured dense times and times per token, one panel per engine."""
     from simulator.figures.scatter import Cloud, scatter_figure
+    from simulator.figures.titles import engine_title
 
     rows = [*comparisons["dense"], *comparisons["serve"]]
     clouds = []
     for engine in sorted({c.engine for c in rows}):
         points = [c for c in rows if c.engine == engine]
-        clouds.append(Cloud(engine, [c.measured for c in points], [c.predicted for c in points], what="times"))
+        clouds.append(
+            Cloud(engine_title(engine), [c.measured for c in points], [c.predicted for c in points], what="times")
+        )
     return scatter_figure(clouds)

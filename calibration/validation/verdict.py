@@ -1,7 +1,7 @@
 """Verdicts on predictions: whether they err less than a datasheet roofline and their intervals hold, in sentences.
 
-Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, and :func:`of_validation`,
-:func:`of_calibration` and :func:`of_comparison` for the conclusions of the commands.
+Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, :func:`of_validation`
+and :func:`of_calibration` for conclusions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.validation.validate import Part, Report
+from simulator.arrays import FloatArray
 from simulator.display import few
-from simulator.units import percent, ratio
+from simulator.units import percent
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
-    from calibration.runners.compare import ComparedSpeedup
 
 COVERAGE = (85.0, 95.0)
 """Target range of the coverage of 90 % intervals, of times and of ratios, %."""
@@ -86,8 +86,11 @@ def verdict_of(
 
 
 def _of_parts(name: str, parts: Sequence[Part], level: float) -> Verdict:
-    columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    return verdict_of(name, *(np.concatenate([getattr(part, c) for part in parts]) for c in columns), level=level)
+    def of_all(column: str) -> FloatArray:
+        return np.concatenate([getattr(part, column) for part in parts])
+
+    measured, predicted, roofline = of_all("measured_s"), of_all("predicted_s"), of_all("roofline_s")
+    return verdict_of(name, measured, predicted, of_all("lower_s"), of_all("upper_s"), roofline, level)
 
 
 def verdicts(report: Report) -> list[Verdict]:
@@ -100,7 +103,8 @@ def of_validation(report: Report) -> list[str]:
     found = verdicts(report)
     every = _of_parts("all", report.parts, report.level)
     failed = [v for v in found if not v.holds]
-    holds = f"does not hold for {few(v.name for v in failed)}" if failed else "holds"
+    some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
+    holds = f"does not hold{some}" if failed else "holds"
     out = [f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."]
     if len(found) > 1:
         worst = max(failed or found, key=lambda v: v.median)
@@ -129,6 +133,9 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
     worse = [v for v in found if not v.better]
     if not every.better or len(worse) == len(found):
         return [f"Do not use {profile}: {on} it errs more than a datasheet roofline, {every.text}; {longer}."]
+    if not every.covered:
+        narrow = "its intervals are too narrow for its errors"
+        return [f"Do not rely on {profile} yet: {on} {narrow}, {every.text}; {longer}."]
     if worse:
         named = "; ".join(f"{v.name}: {v.errors}" for v in worse)
         return [
@@ -136,19 +143,4 @@ def of_calibration(report: Report | None, fit: Updated | None, folder: str | Pat
             f"{on}, {every.text}.",
             f"Worse than a datasheet roofline: {named}; {longer}.",
         ]
-    wide = "" if every.covered else f" Its intervals are too narrow: {longer}."
-    return [f"Use {profile} as --hardware: {on}, {every.text}.{wide}"]
-
-
-def of_comparison(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
-    names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
-    every = verdict_of("speedups", *([getattr(r, name) for r in rows] for name in names))
-    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
-    holds = "hold" if every.holds else "do not hold"
-    one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
-    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
-    case = f"{worst.family} {percent(worst.sparsity)} in {worst.phase}"
-    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
-    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
-    return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]
+    return [f"Use {profile} as --hardware: {on}, {every.text}."]

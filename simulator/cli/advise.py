@@ -75,7 +75,8 @@ def command(
         return
     render.conclude(" ".join(filter(None, of_advice(found, aim))))
     _details(found) if verbose else _summary(found)
-    results = [held.result for held in (*found.configurations, *found.advice) if verbose or held.probability >= 0.05]
+    shown: list[Configuration | Advice] = [*found.configurations, *(a for a in found.advice if verbose or a.reached)]
+    results = [held.result for held in shown]
     render.notes((*written, *uncalibrated(results), *found.notes), verbose)
 
 

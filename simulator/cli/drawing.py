@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from simulator.figures.panels import across, device, fronts_of, roof_of, speedups_of, steps_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
+from simulator.figures.titles import device_title
 from simulator.figures.waterfall import waterfall_figure
 from simulator.predict.scenario import batch_name
 
@@ -28,12 +29,8 @@ def _several(values: Sequence[object]) -> bool:
 
 
 def draw_speedups(results: Sequence[Result], path: str) -> None:
-    """Draw speedup against sparsity for a table of results."""
-    lengths, models = _several([r.seq for r in results]), _several([r.model for r in results])
-    rows = [
-        (f"{r.model}, " if models else "") + setting_label(r) + (f", seq {r.seq}" if lengths else "") for r in results
-    ]
-    save_figure(speedups_of(results, rows), path)
+    """Draw speedups over batch, length or sparsity, whichever varies."""
+    save_figure(speedups_of(results), path)
 
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
@@ -73,6 +70,6 @@ def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:
         points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
         first = own[0]
         peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
-        roofs.append(Roof(name, *peaks, names, *points, headroom=first.clock_headroom))
+        roofs.append(Roof(device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
     warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
     save_figure(roofline_figure(roofs, names=f"M × N × K{warm}"), path)

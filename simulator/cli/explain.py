@@ -51,8 +51,10 @@ def explain(
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
     from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.predict.prunings import readable
 
     requested = run.requests(known, ideal=ideal)
+    existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
     with render.progress("explaining") as report:
         found = explanations(
             model,
@@ -63,7 +65,7 @@ def explain(
             requested.batch,
             requested.seq,
             method=method,
-            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            pruned=existing,
             prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
@@ -85,7 +87,7 @@ def explain(
             if i:
                 print()
             _print(together)
-        render.notes(_notes(found), verbose)
+        render.notes([*skipped, *_notes(found)], verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 
@@ -133,7 +135,8 @@ def _print(together: Sequence[Explanation]) -> None:
         shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
-    render.show(shown, f"{r.pruning}, {r.hardware}: {title}")
+    name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
+    render.show(shown, f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()
         print(textwrap.fill(f"removed: {r.parts}", available, subsequent_indent="  ", break_on_hyphens=False))

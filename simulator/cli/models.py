@@ -48,10 +48,14 @@ def _shapes(model: ModelConfig) -> str:
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
     if model.latent is not None:
         heads = f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} + {model.latent.rotary}"
+    nets = [block for block in model.layout if block.delta]
+    if nets and model.delta is not None:
+        own = f"{nets[0].heads} value heads of {model.delta.value} on {nets[0].kv_heads} key heads of {model.delta.key}"
+        heads = f"{len(nets)} with a gated delta net of {own}, the others with {heads}"
     mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
     if model.experts:
         mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
-    mostly = "mostly " if kinds > 1 else ""
+    mostly = "mostly " if kinds > 1 and not nets else ""
     return f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary {model.vocab:,}"
 
 

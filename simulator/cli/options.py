@@ -27,7 +27,7 @@ MOST = 10_000
 """Most values of a range."""
 
 NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("MODEL", "MODELS", "--model"), "models.library.list_models"),
+    **dict.fromkeys(("MODEL", "MODELS"), "models.library.list_models"),
     **dict.fromkeys(("PROFILE", "--hardware"), "hardware.library.list_hardware"),
     **dict.fromkeys(("--engine", "--versus"), "engines.engine.list_engines"),
     **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),

@@ -118,8 +118,8 @@ def _engine(name: str) -> str:
 
 def _start(model: str) -> State:
     """Return the state of an address, or the page's initial state with a model."""
-    from simulator.explore.dropped import PREFIX
     from simulator.explore.address import strict_query
+    from simulator.explore.dropped import PREFIX
     from simulator.explore.state import State
     from simulator.models.library import list_models, load_model
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
-from simulator.predict.scenario import batch_name
 
 if TYPE_CHECKING:
     from simulator.predict.breakeven import BreakEven
@@ -125,6 +124,8 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
+    from simulator.predict.scenario import batch_name
+
     groups: dict[str, list[BreakEven]] = {}
     for b in even:
         groups.setdefault(b.where, []).append(b)
@@ -236,7 +237,9 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             whole = dense[h]
             ends = whole.dense_s, whole.dense_lower, whole.dense_upper
-            dense_time = render.seconds_between(*ends) if interval else render.seconds(whole.dense_s)
+            dense_time = (
+                render.seconds_between(*ends, short=len(hardware) > 1) if interval else render.seconds(whole.dense_s)
+            )
             cells = [dense_time, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:

@@ -31,10 +31,10 @@ from simulator.workload import DTYPES, ROLES, Kind
 
 _ROLES = {
     "embedding": "embedding gather",
-    "norm": "attention_norm mlp_norm qk_norm post_norm",
+    "norm": "attention_norm mlp_norm qk_norm post_norm gated_norm",
     "final_norm": "final_norm",
     "rotary": "rotary",
-    "activation": "activation product softcap quantize",
+    "activation": "activation product softcap quantize output_gate",
     "select": "sampling select sort",
     "scatter": "scatter",
 }

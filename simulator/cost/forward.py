@@ -40,6 +40,7 @@ SECTIONS: Mapping[int, str] = MappingProxyType(
         int(Kind.DECODE_ATTENTION): "attention_decode",
         int(Kind.ELEMENTWISE): "elementwise",
         int(Kind.EXPERTS): "experts",
+        int(Kind.DELTA_NET): "delta_net",
     }
 )
 """Sections of a profile by kind of operator; latent attention has its own, see :func:`section_of`."""
@@ -68,7 +69,7 @@ def by_kind(w: Workload, only: int | None = None) -> Iterator[tuple[Kind, IndexA
 def section_of(w: Workload, row: int) -> str:
     """Return the section of a profile that times a row, "" for a row without one."""
     kind = int(w.kind[row])
-    if w.value_dim[row] > 0:
+    if w.value_dim[row] > 0 and kind != Kind.DELTA_NET:
         return "mla_prefill" if kind == Kind.PREFILL_ATTENTION else "mla_decode"
     return SECTIONS.get(kind, "")
 
@@ -122,6 +123,16 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
 
             sizes = w.m[rows], w.n[rows], w.k[rows], w.experts[rows], w.active[rows]
             yield rows, experts.experts(*sizes, hw, skew=w.skew[rows], dtype=dtype, weight_dtype=second)
+        elif kind == Kind.DELTA_NET:
+            from simulator.cost import delta_net  # most models have none
+
+            heads = w.heads[rows], w.kv_heads[rows], w.head_dim[rows], w.value_dim[rows]
+            yield (
+                rows,
+                delta_net.delta_net(
+                    w.m[rows], w.batch[rows], *heads, hw, conv=w.window[rows], dtype=dtype, state_dtype=second
+                ),
+            )
         elif kind == Kind.ELEMENTWISE:
             moved = w.read_bytes[rows], w.write_bytes[rows]
             yield rows, elementwise.elementwise(*moved, hw, role=w.role[rows], added=w.overhead[rows], dtype=dtype)

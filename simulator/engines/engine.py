@@ -80,6 +80,7 @@ class Engine(Displayed):
 
     name: str = "kernels"
     title: str = "bare kernels in a CUDA graph"
+    short_title: str = ""  # name in figures; the name if empty
     aliases: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()  # software stacks whose kernels it runs, the most similar first
     fuse: tuple[str, ...] = ()  # of FUSIONS
@@ -261,6 +262,7 @@ def _engine_field(root: Node) -> ObjectField:
         "sources": MapField(TextField()),
     }
     optional: dict[str, FieldType] = {
+        "short_title": TextField(),
         "aliases": ListField(TextField()),
         "fuse": ListField(TextField(FUSIONS)),
         "logits": TextField(("last", "all")),

@@ -30,10 +30,11 @@ from simulator.explore.layout import (
 )
 from simulator.explore.predictions import curves, predictions
 from simulator.explore.state import State
-from simulator.figures.panels import roof_of, steps_of
-from simulator.figures.roofline import CYCLE, Roof, drawn, merged
-from simulator.figures.style import BLUE, GREEN, VERMILLION
-from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range
+from simulator.figures.panels import device, roof_of, steps_of
+from simulator.figures.roofline import Roof, common_ranges, drawn, merged
+from simulator.figures.style import BLUE, COLORS, GREEN, GREY, VERMILLION
+from simulator.figures.titles import device_title
+from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range, folded
 from simulator.predict.scenario import once
 from simulator.units import rate
 
@@ -81,7 +82,8 @@ def waterfall_chart(details: Sequence[Explanation], versus: Sequence[Explanation
     they differ without colour. The waterfall of a second engine follows that of the same GPU."""
     gpus = once(e.result.hardware for e in details)
     details = sorted((*details, *versus), key=lambda e: gpus.index(e.result.hardware)) if versus else details
-    panels = [steps_of(e, e.result.hardware + (f", {e.result.engine}" if versus else "")) for e in details]
+    titles = [device(e.result) if versus else device_title(e.result.hardware) for e in details]
+    panels = folded([steps_of(e, title) for e, title in zip(details, titles)])
     names = ["nominal", *panels[0].names, "predicted"]
     frame = PanelGrid([p.title for p in panels], most, 19 * len(names), left=160, bottom=40, right=14)
     lines: Dict = {"range": [len(names) - 0.4, -0.6], "showgrid": False, "showline": False}
@@ -101,7 +103,11 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
     lengths = [0.0 if f and abs(f - 1) <= NEGLIGIBLE else b - a for a, b, f in zip(begins, ends, factors)]
     colors = [NOMINAL, *(GREEN if f > 1 else VERMILLION for f in steps.factors), BLUE]
     labels = [f" ×{f:.2f}" if abs(f - 1) >= 0.005 else "" for f in steps.factors]
-    hover = [f"<b>{s.name}</b>: x{s.factor:.3f} to {s.speedup:.3f}<br>{s.note}" for s in e.steps]
+    hover = [f"<b>nominal</b> {steps.nominal:.3f}<br>{e.steps[0].note}"]
+    hover += [
+        f"<b>{name}</b>: x{factor:.3f} to {speedup:.3f}<br>{note}"
+        for name, factor, speedup, note in zip(steps.names, steps.factors, reached[1:], steps.notes)
+    ]
     hover.append(f"<b>predicted</b> {predicted:.3f} ({steps.lower:.3f} to {steps.upper:.3f})")
     joints: list[Any] = []
     for i, level in enumerate(reached):
@@ -126,21 +132,24 @@ def _bars(steps: Steps, e: Explanation, panel: int) -> list[Dict]:
 
 # -- the roofline ------------------------------------------------------------------------------------------------------
 
+CYCLE = tuple(zip((*COLORS, GREY, *COLORS[:3]), "osD^vPXhd<>"))
+"""Colour and marker of each GEMM, in the order of their first occurrence."""
+
 DENSE, PRUNED, ROOF, HIGHEST = "dense (hollow)", "pruned (filled)", "datasheet roofline", "at the highest clock"
 
 
 def roofline_chart(details: Sequence[Explanation], most: int) -> Chart:
     """Draw the GEMMs of the dense model (hollow) and of the pruned model (filled), joined by lines. GEMMs that coincide
     in every panel share a marker and a name."""
-    roofs = [roof_of(e, e.result.hardware) for e in details]
+    roofs = [roof_of(e, device_title(e.result.hardware)) for e in details]
     groups = merged(roofs)
     looks = {title: (color, MARKERS[mark]) for title, (color, mark) in zip(groups, CYCLE * len(groups))}
     faster = [i for i, roof in enumerate(roofs) if roof.headroom > 1.0]
     room = legend_px([*groups, DENSE, PRUNED, ROOF, *([HIGHEST] if faster else [])], len(roofs), most)
     frame = PanelGrid([r.title for r in roofs], most, 200, bottom=room, across=0.06, left=58)
     data, x, y = [], [], []
+    low, high, bottom, top = common_ranges(roofs, 2.2)
     for panel, roof in enumerate(roofs):
-        low, high, bottom, top = roof.ranges(2.2)
         x.append(log_axis(low, high, 5))
         y.append({**log_axis(bottom, top, 6), "showticklabels": True})
         data += _roof(roof, panel, low, high, top / (top / bottom) ** 0.03) + _points(roof, panel, groups, looks)

@@ -32,8 +32,9 @@ from simulator.explore.layout import (
     scatter,
 )
 from simulator.explore.state import AXES, EXISTING
-from simulator.figures.crossover import short
+from simulator.figures.layout import short
 from simulator.figures.style import BLACK, COLORS, GREEN, ORANGE, SKY, STYLES, Style, in_order
+from simulator.figures.titles import device_title
 from simulator.predict.scenario import batch_name, once
 from simulator.units import percent, ratio
 
@@ -114,7 +115,7 @@ def speedup_chart(candidates: Sequence[Candidate], state: State, axis: Axis, mos
     names, detail = {c.key: name_of(c) for c in candidates}, state.explained
     bounds, of_whom = axis.bounds if detail in names else (), names[detail] if detail in STYLES else "pruned model"
     texts = [*(names[key] for key in keys), *(f"{title} ({of_whom})" for _, title, _ in bounds)]
-    frame = PanelGrid(gpus, most, 200, bottom=legend_px(texts, len(gpus), most))
+    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px(texts, len(gpus), most))
     values = [1.0, *(v for _, r in candidates for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
     values += [getattr(r, bound) for key, r in candidates if key == detail for bound, _, _ in bounds]
     y = log_axis(min(values) / 1.03, max(values) * 1.03, 6)
@@ -191,7 +192,7 @@ def _hover(r: Result, name: str) -> str:
     removed = f"{percent(r.sparsity)} of the parameters removed ({r.family})" if r.pruned else rounded
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (
-        f"<b>{name}</b>, {r.hardware}: {removed}<br>{batch_name(r.phase)} {r.batch}, sequence {r.seq}: "
+        f"<b>{name}</b>, {device_title(r.hardware)}: {removed}<br>{batch_name(r.phase)} {r.batch}, sequence {r.seq}: "
         f"{ratio(r.speedup)} ({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), "
         f"{r.bottleneck}-bound<br>bounds: FLOP {ratio(r.flop_bound)}, byte {ratio(r.byte_bound)}, "
         f"roofline {ratio(r.roofline_bound)}{memory}"
@@ -231,7 +232,7 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
     intervals."""
     name, look = name_of(candidates[0]), look_of(candidates[0].key, state)
     gpus, batches = once(r.hardware for _, r in candidates), batch_name(state.phase)
-    frame = PanelGrid(gpus, most, 200, bottom=legend_px([_DENSE.label, name], len(gpus), most))
+    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px([_DENSE.label, name], len(gpus), most))
     data: list[Dict] = []
     every: list[_Served] = []
     for panel, gpu in enumerate(gpus):
@@ -243,7 +244,8 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
             ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (found.ms, found.rate))
             data.append(_area(*ends, panel, style, 0.18, title))
             hover = [
-                f"<b>{title}</b>, {gpu}, {batches} {b:g}<br>{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
+                f"<b>{title}</b>, {device_title(gpu)}, {batches} {b:g}<br>"
+                f"{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
                 f"{v[0]:,.5g} tokens/s per GPU ({v[2]:,.5g} to {v[1]:,.5g})"
                 for b, t, v in zip(found.batch.tolist(), found.ms.T.tolist(), found.rate.T.tolist())
             ]

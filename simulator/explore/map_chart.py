@@ -23,12 +23,14 @@ from simulator.explore.layout import (
 )
 from simulator.explore.predictions import Cell, predictions, winners
 from simulator.explore.state import State
-from simulator.figures.crossover import NO_GAIN, PALE_CELL, TOO_LARGE, opacity, short
+from simulator.figures.crossover import NO_GAIN, TOO_LARGE, UNCERTAIN, opacity
+from simulator.figures.layout import short
 from simulator.figures.style import in_order, label, style_of
+from simulator.figures.titles import device_title
 from simulator.predict.scenario import batch_name, once
 
 _DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
-_CORNER: Dict = {"symbol": "triangle-ne", "size": 5, "color": SOFT}
+_BLANK: Dict = {"symbol": "square-open", "size": 10, "color": SOFT}
 
 
 def map_chart(state: State, most: int) -> Chart:
@@ -43,7 +45,12 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
     gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
     batches, lengths = sorted({c.best.batch for c in cells}), sorted({c.best.seq for c in cells})
     keys = _keys(cells, names)
-    frame = PanelGrid(gpus, most, 23 * len(lengths), bottom=legend_px([name for name, _ in keys], len(gpus), most))
+    frame = PanelGrid(
+        list(map(device_title, gpus)),
+        most,
+        23 * len(lengths),
+        bottom=legend_px([name for name, _ in keys], len(gpus), most),
+    )
     data, shapes = [], []
     for panel, gpu in enumerate(gpus):
         own = [(batches.index(c.best.batch), lengths.index(c.best.seq), c) for c in cells if c.best.hardware == gpu]
@@ -65,12 +72,14 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
 def _cells(
     own: Sequence[tuple[int, int, Cell]], size: tuple[int, int], names: list[str], panel: int, font: int
 ) -> list[Dict]:
-    """Return cells coloured by winner (pale if uncertain), with its marker and speedup, and a corner if the dense model
-    exceeds the memory."""
+    """Return cells coloured by winner (pale if uncertain), with its marker and speedup; a cell is blank if the dense
+    model exceeds the memory."""
     code: list[list[Any]] = [[None] * size[0] for _ in range(size[1])]
     hover: list[list[str]] = [[""] * size[0] for _ in range(size[1])]
     for i, j, c in own:
-        code[j][i], hover[j][i] = 2.0 * names.index(c.winner) + c.certain, _hover(c)
+        hover[j][i] = _hover(c)
+        if c.best.dense_fits:
+            code[j][i] = 2.0 * names.index(c.winner) + c.certain
     colors = [_shade(name, certain) for name in names for certain in (False, True)]
     steps = [[(k + end) / len(colors), color] for k, color in enumerate(colors) for end in (0, 1)]
     cells: Dict = {"type": "heatmap", "z": code, "colorscale": steps, "zmin": -0.5, "zmax": len(colors) - 0.5}
@@ -78,13 +87,10 @@ def _cells(
     out = [{**cells, **on_axes(panel)}]
     style: Dict = {"textposition": "middle right", "textfont": {"size": font, "color": INK}, **QUIET}
     for name in names:
-        won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name]
+        won = [(i - 0.36, j, f"{c.best.speedup:.2f}") for i, j, c in own if c.winner == name and c.best.dense_fits]
         x, y, text = zip(*won) if won else [()] * 3
         marker = marker_of(style_of(name), font - 4) if name else {**_DASH, "size": 6}
         out.append(scatter(panel, "markers+text", x, y, text=list(text), marker=marker, **style))
-    corners = [(i + 0.40, j + 0.34) for i, j, c in own if not c.best.dense_fits]
-    if corners:
-        out.append(scatter(panel, "markers", *zip(*corners), marker=_CORNER, **QUIET))
     return out
 
 
@@ -94,7 +100,7 @@ def _shade(name: str, certain: bool) -> str:
 
 
 def _hover(c: Cell) -> str:
-    r, overlap = c.best, "" if c.certain else "<br>intervals overlap: the winner is uncertain"
+    r, overlap = c.best, "" if c.certain else "<br>winner uncertain: the interval of its ratio to the next includes 1"
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (
         f"<b>{label(c.winner) if c.winner else NO_GAIN}</b>, {batch_name(r.phase)} {r.batch}, sequence {r.seq}<br>"
@@ -107,8 +113,8 @@ def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
     entries = [(label(name), marker_of(style_of(name))) for name in names if name]
     if "" in names:
         entries.append((NO_GAIN, {**_DASH, "size": 9}))
-    if not all(c.certain for c in cells):
-        entries.append((PALE_CELL, {"symbol": "square", "size": 11, "color": "#d9dee5"}))
+    if not all(c.certain for c in cells if c.best.dense_fits):
+        entries.append((UNCERTAIN, {"symbol": "square", "size": 11, "color": "#d9dee5"}))
     if not all(c.best.dense_fits for c in cells):
-        entries.append((TOO_LARGE, {**_CORNER, "size": 8}))
+        entries.append((TOO_LARGE, _BLANK))
     return entries

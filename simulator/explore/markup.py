@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from simulator.engines.engine import load_engine
 from simulator.explore.commands import Command, commands
-from simulator.explore.predictions import Candidate, Predictions, curves, predictions, title_of
+from simulator.explore.predictions import Candidate, Predictions, curves, predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES
+from simulator.figures.style import label
 from simulator.files.csv import csv_text
 from simulator.predict.breakeven import break_even
 from simulator.predict.compare import PARTS
@@ -54,7 +55,7 @@ def texts(state: State) -> dict[str, str]:
     """Return all texts as HTML, by the element that shows them."""
     found, at = predictions(state), percent(state.at)
     pruned = state.load_pruned() if state.explained == EXISTING else None
-    detail = escape(pruned.name if pruned is not None else title_of(state.explained))
+    detail = escape(pruned.name if pruned is not None else label(state.explained))
     both = f"{detail} at {at}" if state.explained in FAMILIES else detail
     over = {"seq": "sequence"}.get(state.over, batch_name(state.phase))
     bands = f"Bands: {percent(state.scenario.level)} interval."

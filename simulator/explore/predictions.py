@@ -6,11 +6,10 @@ predicted gives a line of text, never an exception.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from simulator.errors import InputError
 from simulator.explore.state import EXISTING, State
@@ -19,14 +18,11 @@ from simulator.figures.style import label
 from simulator.predict.batch import batch_of
 from simulator.predict.caveats import uncalibrated
 from simulator.predict.compare import results_of
-from simulator.predict.crossover import fastest
+from simulator.predict.crossover import winners as fastest
 from simulator.predict.explain import Explanation, explanations
-from simulator.predict.grid import Formats, Grid
 from simulator.predict.prunings import Excluded, Pruning, exclude, excluded_lines
-from simulator.predict.result import Result, Results, plain
-from simulator.predict.sweep import sweep_results
+from simulator.predict.result import Result
 from simulator.predict.table import table
-from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +35,6 @@ KEPT = 64
 """Number of cached states."""
 
 
-def title_of(key: str) -> str:
-    """Return the name of a family or a text of ``--prune`` as the page shows it."""
-    return label(key) if key in FAMILIES else key
-
-
 class Candidate(NamedTuple):
     """A prediction and what it is of: a family, a text of ``--prune`` or EXISTING."""
 
@@ -53,7 +44,7 @@ class Candidate(NamedTuple):
     @property
     def title(self) -> str:
         """Name of the family, text or existing pruned model."""
-        return self.result.pruned or title_of(self.key)
+        return self.result.pruned or label(self.key)
 
 
 @dataclass(frozen=True)
@@ -241,24 +232,13 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
 
 @lru_cache(maxsize=KEPT)
 def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Cell, ...], str]:
-    families, formats = (
-        tuple(Pruning.of(name) for name in state.drawn),
-        (Formats(state.arithmetic, state.weights or None),),
-    )
-    axes = ((state.at,), (state.phase,), BATCHES, LENGTHS, families, formats, (state.engine,), (state.devices,))
+    shapes = tuple(itertools.product(BATCHES, LENGTHS))
     try:
-        grid = Grid((state.load(),), profiles, *axes, new_tokens=state.new_tokens, level=state.scenario.level)
-        found = sweep_results(grid)
+        scenario = replace(state.scenario, model=state.load(), phase=state.phase, shapes=shapes, dense_s=None)
+        won = fastest(scenario, [Pruning.of(family, state.at) for family in state.drawn], profiles)
     except InputError as error:
         return (), str(error)
-    if not len(found):
-        return (), "; ".join(found.notes) or "nothing to predict"
-    family, hardware, *others = (plain(found.columns[name]) for name in ("family", "hardware", "seq", "batch"))
-    gpu = {name: i for i, name in enumerate(dict.fromkeys(hardware))}
-    cell = np.unique(np.stack([[gpu[name] for name in hardware], *others]), axis=1, return_inverse=True)[1]
-    won = fastest(cell, family, *(found.columns[name] for name in ("speedup", "speedup_lower", "speedup_upper")))
-    best: Results = found.take(won.row)
     return tuple(
         Cell(r, r.family if gains else "", certain)
-        for r, gains, certain in zip(best, won.gains.tolist(), won.sure.tolist())
+        for r, gains, certain in zip(won.best, won.gains.tolist(), won.certain.tolist())
     ), ""

@@ -9,20 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.figures import layout
-from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
+from simulator.figures.style import BLACK, BLUE, GREY, PAGE_IN, in_order, label, paper_style, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NO_GAIN, PALE_CELL, TOO_LARGE = "no speedup", "pale: intervals overlap", "dense exceeds memory"
+NO_GAIN, UNCERTAIN, TOO_LARGE = "no speedup", "pale: winner uncertain", "blank: dense model exceeds memory"
 """Labels of legends."""
 
 CERTAIN, PALE = 0.42, 0.14
 """Opacity of a cell whose winner is certain, and of a cell whose winner is not."""
 
 _CELL_IN = 0.24
-_CORNER = [(-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)]  # a marker of the legend
 _SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 
 
@@ -41,9 +40,9 @@ def crossover_figure(
     """Draw the winners.
 
     One entry per cell: labels of the phase and the device (panels, in the order of their first occurrence), batch,
-    tokens, the fastest family (empty if none is faster than the dense model) and its speedup, whether its interval lies
-    above the interval of every other family (else the cell is pale), and whether the dense model fits the device's
-    memory (else the cell has a dark corner). InputError if there are no cells or the arrays differ in length.
+    tokens, the fastest family (empty if none is faster than the dense model) and its speedup, whether it is certain to
+    be the fastest (else the cell is pale), and whether the dense model fits the device's memory (else the cell is
+    blank). InputError if there are no cells or the arrays differ in length.
 
     >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
     >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
@@ -54,47 +53,39 @@ def crossover_figure(
     data = layout.columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
     with paper_style():
-        handles = _handles(in_order(data["winner"]), not data["certain"].all(), not data["fits"].all())
+        shown = data["fits"].astype(bool)
+        handles = _handles(in_order(data["winner"][shown]), not data["certain"][shown].all(), not shown.all())
         lines = layout.legend_lines(handles, width_in)
         around_in = 0.66 + 0.14 * lines
         figure, panels = layout.panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()}, batches, lengths)
-        layout.cells(panels, [str(b) for b in batches], [short(n) for n in lengths])
+        layout.cells(panels, [str(b) for b in batches], [layout.short(n) for n in lengths])
         layout.name_panels(panels, {r: r for r in data["row"]})
         layout.legend_below(figure, handles, lines, "batch")
         return layout.laid_out(figure, "sequence (tokens)")
 
 
-def short(tokens: int) -> str:
-    """Format a number of tokens in few characters.
-
-    >>> short(512), short(8192), short(1000)
-    ('512', '8k', '1000')
-    """
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
-
-
 def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int]) -> None:
-    """Draw cells, markers and corners as few collections: a map has hundreds of each."""
+    """Draw cells and markers as few collections: a map has hundreds of each."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba
 
     ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(lengths) - 0.5))
+    data = {name: values[data["fits"].astype(bool)] for name, values in data.items()}
     x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
-    winner, gains, unfit = data["winner"], data["winner"] != "", ~data["fits"].astype(bool)
+    winner, gains = data["winner"], data["winner"] != ""
 
-    def draw(chosen: NDArray[np.bool_], corners: Sequence[tuple[float, float]], **style: Any) -> None:
+    def draw(chosen: NDArray[np.bool_], **style: Any) -> None:
         if chosen.any():
             center = np.stack([x[chosen], y[chosen]], axis=1)
-            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(corners)), **style))
+            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **style))
 
     colors = [to_rgba(style_of(n).color, opacity(n, c)) for n, c in zip(winner[gains], data["certain"][gains])]
-    draw(gains, _SQUARE, facecolors=colors, edgecolors="white", linewidths=0.6)
-    draw(~gains, _SQUARE, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
-    draw(unfit, [(0.47, 0.47), (0.17, 0.47), (0.47, 0.17)], facecolors=PALE_INK, linewidths=0, zorder=3)
+    draw(gains, facecolors=colors, edgecolors="white", linewidths=0.6)
+    draw(~gains, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     for name in in_order(winner[gains]):
         own = winner == name
         ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
@@ -109,16 +100,15 @@ def opacity(name: str, certain: bool) -> float:
     return (CERTAIN if certain else PALE) * (0.6 if style_of(name).color == BLACK else 1.0)
 
 
-def _handles(families: list[str], overlap: bool, unfit: bool) -> list[Any]:
+def _handles(families: list[str], uncertain: bool, unfit: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     out: list[Any] = [Line2D([], [], **style_of(n).marks(linestyle="none"), label=label(n)) for n in families if n]
     if "" in families:
         out.append(Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0.4, label=NO_GAIN))
-    if overlap:
-        out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label=PALE_CELL))
+    if uncertain:
+        out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label=UNCERTAIN))
     if unfit:
-        corner: dict[str, Any] = {"color": PALE_INK, "marker": _CORNER, "markersize": 3.5, "linestyle": "none"}
-        out.append(Line2D([], [], **corner, label=TOO_LARGE))
+        out.append(Patch(facecolor="white", edgecolor=GREY, linewidth=0.4, label=TOO_LARGE))
     return out

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from simulator.cost.base import ELEMENT_BYTES
 from simulator.figures.subject import Made, NothingToDraw, Paper
+from simulator.figures.titles import device_title
 from simulator.uncertainty.operators import gemm_time
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ def staircase(p: Paper) -> Made:
 
     panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
     panels += [_over_width(p, hw) for hw in p.devices]
-    used = [hw.label for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
-    named = "; ".join(f"{name}: {p.measured[name].source}" for name in used)
+    used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
+    named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
     caption = (
         f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
-        f"the fused q, k, v projection of {p.model.name} over the tokens; middle: its rate; bottom: time of the gate "
+        f"the fused q, k, v projection of {p.title} over the tokens; middle: its rate; bottom: time of the gate "
         "projection as width pruning narrows it, cold weights. Line: prediction; band: "
         f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
     )
@@ -56,7 +57,7 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
     t = gemm_time(tokens, n, k, hw, dtype=p.scenario.dtype, copies=copies, level=p.scenario.level)
     highest_s = _at_the_highest_clock(p, hw, tokens, n, k)
-    names = {"row": row, "column": hw.label, "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
+    names = {"row": row, "column": device_title(hw.label), "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
     if row == "tiles":
         seen_y, columns = 1e6 * seen_s, _microseconds(t, highest_s)
     else:
@@ -76,7 +77,12 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
     t = gemm_time(p.seq, widths, k, hw, dtype=p.scenario.dtype, level=p.scenario.level)
     highest_s = _at_the_highest_clock(p, hw, p.seq, widths, k)
-    names = {"row": "pruned width", "column": hw.label, "x_label": "N (inner width kept)", "note": f"M {p.seq}, K {k}"}
+    names = {
+        "row": "pruned width",
+        "column": device_title(hw.label),
+        "x_label": "N (inner width kept)",
+        "note": f"M {p.seq}, K {k}",
+    }
     return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t, highest_s))
 
 
@@ -106,9 +112,10 @@ def scatter(p: Paper) -> Made:
         if seen is None:
             continue
         predicted = seen.predict(hw, p.scenario.dtype)
-        clouds.append(Cloud(hw.label, seen.seconds, predicted, seen.predicted_s is not None))
+        title = device_title(hw.label)
+        clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
         a = agreement(seen.seconds, predicted)
-        errors.append(f"{hw.label}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
+        errors.append(f"{title}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")

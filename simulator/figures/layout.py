@@ -6,6 +6,7 @@ Use :func:`panel_grid` if rows and columns have a meaning, :func:`panel_list` fo
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,15 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
     axis.set_major_formatter(FuncFormatter(text))
 
 
+def short(tokens: int) -> str:
+    """Format a number of tokens in few characters.
+
+    >>> short(512), short(8192), short(1000)
+    ('512', '8k', '1000')
+    """
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
 def in_a_row(panels: int) -> int:
     """Return the number of panels per row: at most three, in rows of equal length if possible.
 
@@ -146,12 +156,27 @@ def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_
     return figure, figure.subplots(rows, columns, squeeze=False, **axes)
 
 
+def wrapped(title: str, room_in: float) -> str:
+    """Return the title of a panel with lines that fit into a width (inches): first broken after commas, then at blanks.
+
+    >>> wrapped("H100 SXM, vLLM", 1.5), wrapped("RTX 4090, Transformers (eager)", 1.7)
+    ('H100 SXM, vLLM', 'RTX 4090,\\nTransformers (eager)')
+    """
+    most, lines = max(8, int(room_in / 0.075)), list[str]()
+    for line in title.split("\n"):
+        parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")
+        lines += [short for part in parts for short in textwrap.wrap(part, most)]
+    return "\n".join(lines)
+
+
 def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
     """Write names of the columns above the first row, and the names in ``rows`` right of the last column."""
     (first, _), (_, last) = next(iter(panels)), list(panels)[-1]
+    figure: Any = next(iter(panels.values())).figure
+    room_in = (figure.get_figwidth() - 0.9) / len({c for _, c in panels})
     for (r, c), ax in panels.items():
         if r == first:
-            ax.set_title(c, pad=5)
+            ax.set_title(wrapped(c, room_in), pad=5)
         if c == last and r in rows:
             where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
             ax.annotate(rows[r], (1, 0.5), rotation=270, va="center", fontsize=7, **where)

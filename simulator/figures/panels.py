@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.figures.roofline import Roof
+from simulator.figures.style import COLORS, STYLES, Style, label, style_of
+from simulator.figures.titles import device_title, engine_title, model_title
 from simulator.figures.waterfall import Steps
 from simulator.predict.gemms import gemm_points
+from simulator.predict.scenario import batch_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 """Columns of figures that show speedups, and the attributes of a result."""
+
+MOST_VALUES = 5
+"""Maximum number of values of a field other than the axis: each has a row of panels."""
 
 MOST_ACROSS = 3
 """Maximum number of columns that are named by device and engine; more names would overlap."""
@@ -39,8 +45,8 @@ def interval(level: float) -> str:
 
 
 def device(r: Any) -> str:
-    """Return the device and engine of a result or a frontier."""
-    return f"{r.hardware}, {r.engine}"
+    """Return the titles of the device and engine of a result or a frontier."""
+    return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
 
 
 def across(devices: int, engines: int = 1) -> int | None:
@@ -56,29 +62,120 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     >>> from simulator.predict.table import table
     >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
     >>> placed(few.rows, ["prefill"] * 2)
-    {'row': ['prefill', 'prefill'], 'column': ['h100_sxm, vllm', 'h100_sxm, hf']}
+    {'row': ['prefill', 'prefill'], 'column': ['H100 SXM, vLLM', 'H100 SXM, Transformers (eager)']}
     """
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
-    devices, engines = [r.hardware for r in found], [r.engine for r in found]
+    devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
     column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
     return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
 
 
-def speedups_of(results: Sequence[Result], rows: Sequence[str]) -> Figure:
-    """Draw speedup against sparsity with the FLOP and the roofline bound; ``rows`` has one label per result."""
+def speedups_of(results: Sequence[Result]) -> Figure:
+    """Draw speedups over the field that varies: batch, length or sparsity, the one with the most values if several vary
+    (each setting of the others has panels of its own)."""
     from simulator.figures.speedup import speedup_figure
 
-    found = columns(results, family="family", sparsity="sparsity", **SPEEDUP) | placed(results, rows)
+    axis = varying(results)
+    results, note = _of_few_settings(results, axis)
+    found = columns(results, at=axis, **SPEEDUP) | placed(results, [_setting(r, results, axis) for r in results])
+    found["candidate"] = names = [_candidate(r, results, axis) for r in results]
     bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
-    return speedup_figure(bounds=bounds, interval=interval(results[0].level), **found)
+    serves = axis == "batch" and all(r.phase == "serve" for r in results)
+    return speedup_figure(
+        bounds=bounds,
+        axis=axis,
+        looks=styles_of(dict(zip(names, (r.family for r in results)))),
+        interval=interval(results[0].level),
+        x_label=batch_name("serve") if serves else "",
+        note=note,
+        **found,
+    )
+
+
+def varying(results: Sequence[Result]) -> str:
+    """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
+    pruning differ most; sparsity if they differ in none.
+
+    >>> from simulator.predict.table import table
+    >>> varying(table(["llama-3.1-8b"], ["h100"], ["depth", "width"], [0.25], ["decode"], [1, 8]).rows)
+    'batch'
+    """
+    counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
+    most = max(counts.values())
+    return "sparsity" if most == 1 else next(axis for axis, count in counts.items() if count == most)
+
+
+def _values(results: Sequence[Result], axis: str) -> list[float]:
+    """Return the values of a field over which a pruning varies, if any does; else one value."""
+    of_name: dict[str, dict[float, None]] = {}
+    for r in results:
+        of_name.setdefault(_name(r), {})[getattr(r, axis)] = None
+    several = [values for values in of_name.values() if len(values) > 1] or list(of_name.values())[:1]
+    return sorted({value for values in several for value in values})
+
+
+def _name(r: Result) -> str:
+    """Return the title of a pruning without its sparsity."""
+    return r.pruned or r.method or f"{label(r.family)}{r.options and f' ({r.options})'}"
+
+
+def _candidate(r: Result, results: Sequence[Result], axis: str) -> str:
+    """Return the title of a curve, with its sparsity unless that is the axis or names the panel."""
+    fixed = axis != "sparsity" and len(_values(results, "sparsity")) == 1
+    return f"{_name(r)}, {100 * r.sparsity:.3g} %" if fixed else _name(r)
+
+
+def _setting(r: Result, results: Sequence[Result], axis: str) -> str:
+    """Return the label of a row of panels: the phase, and fields other than the axis that vary."""
+    parts = [model_title(r.model)] if len({one.model for one in results}) > 1 else []
+    parts.append(f"{r.phase} {r.new_tokens}" if r.new_tokens else r.phase)
+    if axis != "batch":
+        parts.append(f"{batch_name(r.phase)} {r.batch}")
+    if axis != "seq" and len({one.seq for one in results}) > 1:
+        parts.append(f"seq {r.seq}")
+    if axis != "sparsity" and len(_values(results, "sparsity")) > 1:
+        parts.append(f"{100 * r.sparsity:.3g} % removed")
+    return ", ".join(parts)
+
+
+def _of_few_settings(results: Sequence[Result], axis: str) -> tuple[Sequence[Result], str]:
+    """Return the results of at most :data:`MOST_VALUES` values of each field other than the axis, the first, the last
+    and some between, and a note on omitted values."""
+    notes = []
+    for other in ("batch", "seq", "sparsity"):
+        values = _values(results, other)
+        if other == axis or len(values) <= MOST_VALUES:
+            continue
+        few = {values[round(i * (len(values) - 1) / (MOST_VALUES - 1))] for i in range(MOST_VALUES)}
+        results = [r for r in results if getattr(r, other) in few]
+        notes.append(f"{MOST_VALUES} of {len(values)} values of {other} drawn")
+    return results, ", ".join(notes)
+
+
+def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
+    """Return styles of candidates, given their families: the first of a family has the family's style, others have
+    colours and markers that no candidate has.
+
+    >>> found = styles_of({"Width, 25 %": "width", "Width, 50 %": "width"})
+    >>> [style.marker for style in found.values()]
+    ['s', 'o']
+    """
+    first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
+    styles = {name: STYLES[family] for family, name in first.items()}
+    used = {(style.color, style.marker) for style in styles.values()}
+    colors = {color for color, _ in used}
+    free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
+    free.sort(key=lambda style: style.color in colors)
+    return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
     """Draw speedup against quality loss; ``rows`` has one label per frontier."""
     from simulator.figures.pareto import pareto_figure
 
-    found = columns((p for f in fronts for p in f.points), family="family", method="method", loss="loss", **SPEEDUP)
+    points = [p for f in fronts for p in f.points]
+    found = columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **SPEEDUP)
     for name, labels in placed(fronts, rows).items():
         found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
     axis, level = fronts[0].axis, fronts[0].level
@@ -95,7 +192,8 @@ def steps_of(e: Explanation, title: str) -> Steps:
     """
     (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
-    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
+    notes = [s.note for s in steps]
+    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper, notes)
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
@@ -103,7 +201,7 @@ def roof_of(e: Explanation, title: str) -> Roof:
     omitted: it computes one position of a prompt, far from the other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
-    names = [name for p in points for name in p.role]
+    names = [name.replace("_", " ") for p in points for name in p.role]
     intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
     peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s

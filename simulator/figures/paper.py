@@ -6,6 +6,7 @@ arrays; this module gets them from the simulator.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -17,9 +18,10 @@ from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import scatter, staircase
 from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
-from simulator.figures.panels import SPEEDUP, across, columns, device, fronts_of, placed, roof_of, speedups_of, steps_of
+from simulator.figures.panels import across, columns, device, fronts_of, placed, roof_of, speedups_of, steps_of
 from simulator.figures.style import label
 from simulator.figures.subject import Made, NothingToDraw, Paper
+from simulator.figures.titles import engine_title
 from simulator.models.library import load_model
 from simulator.predict.explain import explanations
 from simulator.predict.table import table
@@ -92,7 +94,7 @@ def _has_sparse24(p: Paper, engine: str) -> bool:
 def _without_sparse24(p: Paper) -> str:
     """Return the sentence of a caption whose figure excludes 2:4."""
     has = _has_sparse24(p, p.scenario.engine)
-    return "" if has else f" 2:4 is excluded: {p.scenario.engine_name} has no kernels for it."
+    return "" if has else f" 2:4 is excluded: {engine_title(p.scenario.engine_name)} has no kernels for it."
 
 
 def _taxonomy(p: Paper) -> Made:
@@ -120,7 +122,7 @@ def _taxonomy(p: Paper) -> Made:
     figure = taxonomy_figure(list(general), axes, list(OPERATORS), kept, adds)
     caption = (
         "Share of the logical M (tokens over all layers), N (output features) and K (input features) that each pruning "
-        f"family keeps in the GEMMs of {p.model.name} (projections as in the checkpoint, outside any engine) at "
+        f"family keeps in the GEMMs of {p.title} (projections as in the checkpoint, outside any engine) at "
         f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent if below 100, and the operators that it adds. Prefill of "
         f"{p.seq} tokens; KV cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. Hollow "
         "markers: selected per token at inference."
@@ -139,8 +141,8 @@ def _roofline(p: Paper) -> Made:
         )
     ]
     caption = (
-        f"GEMMs of the layers on the roofline, dense (hollow) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (filled), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
+        f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
+        f"pruned (squares), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
         "dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
@@ -150,7 +152,7 @@ def _speedup(p: Paper) -> Made:
     found = table(
         [p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], scenario=p.scenario
     )
-    figure = speedups_of(found.rows, [_where(r) for r in found.rows])
+    figure = speedups_of(found.rows)
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
@@ -199,30 +201,32 @@ def _waterfall(p: Paper) -> Made:
         f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
-        caption += f" 2:4 is shown in {sparse24}: {p.scenario.engine_name} has no kernels for it."
+        caption += f" 2:4 is shown in {engine_title(sparse24)}: {engine_title(own)} has no kernels for it."
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
 def _crossover(p: Paper) -> Made:
     from simulator.figures.crossover import crossover_figure
-    from simulator.predict.crossover import fastest
+    from simulator.predict.crossover import winners
+    from simulator.predict.prunings import Pruning, families
 
-    found = table(
-        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, LENGTHS, scenario=p.scenario
-    )
-    results = found.rows
-    numbers: dict[tuple[str, str, int, int], int] = {}
-    where = [numbers.setdefault((r.phase, r.hardware, r.batch, r.seq), len(numbers)) for r in results]
-    won = fastest(where, [r.family for r in results], **columns(results, **SPEEDUP))
-    best = [results[i] for i in won.row]
-    winner = [r.family if gains else "" for r, gains in zip(best, won.gains)]
+    shapes = tuple(itertools.product(BATCHES, LENGTHS))
+    prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
+    maps = [
+        winners(replace(p.scenario, model=p.model, phase=phase, shapes=shapes), prunings, p.devices)
+        for phase in ("prefill", "decode")
+    ]
+    best = [r for won in maps for r in won.best]
+    gains, certain = (np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain"))
+    winner = [r.family if gain else "" for r, gain in zip(best, gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
-    figure = crossover_figure(winner=winner, certain=won.sure, **cells)
+    figure = crossover_figure(winner=winner, certain=certain, **cells)
     caption = (
         f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its speedup: "
-        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: another family's {p.interval} overlaps the "
-        "winner's. Dark corner: the dense model does not fit the device's memory."
+        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: the winner is uncertain, because the "
+        f"{p.interval} of its ratio to the second fastest family, or to the dense model, includes 1. Blank: the dense "
+        "model does not fit the device's memory."
     )
     return figure, caption + _without_sparse24(p), ()
 
@@ -247,8 +251,8 @@ def _pareto(p: Paper) -> Made:
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
-        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Faint: another point is better in both. "
-        "The strip shows the fastest family within each quality budget, hatched if dynamic."
+        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Numbers: removed, %. Faint: another "
+        "point is better in both. The strip shows the fastest family within each quality budget, hatched if dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

@@ -1,7 +1,8 @@
 """Draw speedup against quality loss: small multiples with the frontier as a staircase.
 
-Points on the frontier are full, other points faint. A strip below each panel shows the fastest family within each
-quality budget, hatched if it is dynamic.
+Points on the frontier are full, others faint. The fraction removed is next to each point on the frontier, and next to
+others where there is room. A strip below each panel shows the fastest family within each quality budget, hatched if it
+is dynamic.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import ArrayLike
 
 from simulator.arrays import FloatArray
 from simulator.figures import layout
-from simulator.figures.style import BLACK, INK, PAGE_IN, in_order, label, paper_style, style_of
+from simulator.figures.labels import write_labels
+from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
 from simulator.predict.pareto import frontier
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 LINEAR_UP_TO = 0.6
 """Losses up to this value have a linear axis; a perplexity can rise by several times."""
 
+BEND = 0.1
+"""Loss at which an axis with larger losses changes from linear to logarithmic."""
+
+REMOVED = "removed (%)"
+"""Label of the numbers next to points."""
+
 STRIP = 0.045
 """Height of the strip of fastest families, as a share of a panel's height."""
 
@@ -35,6 +43,7 @@ def pareto_figure(
     column: Sequence[str],
     family: Sequence[str],
     method: Sequence[str],
+    sparsity: ArrayLike,
     loss: ArrayLike,
     speedup: ArrayLike,
     lower: ArrayLike,
@@ -48,16 +57,16 @@ def pareto_figure(
     """Draw speedup against quality loss with its frontier.
 
     One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), family
-    and method, relative loss of quality (a fraction; all on the metric ``axis`` under one ``protocol``), speedup and
-    its interval. InputError if there are no points or the arrays differ in length.
+    and method, fraction removed, relative loss of quality (a fraction; all on the metric ``axis`` under one
+    ``protocol``), speedup and its interval. InputError if there are no points or the arrays differ in length.
 
     >>> where = ["prefill"] * 2, ["h100"] * 2, ["depth", "width"], ["a", "b"]
-    >>> figure = pareto_figure(*where, [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
+    >>> figure = pareto_figure(*where, [0.25, 0.5], [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
     >>> len(figure.axes)
     1
     """
     texts = {"row": row, "column": column, "family": family, "method": method}
-    numbers = {"loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
+    numbers = {"sparsity": sparsity, "loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
     data = layout.columns_of("points of the figure", texts, numbers)
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
@@ -76,7 +85,9 @@ def pareto_figure(
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
         layout.name_panels(panels, {r: r for r in data["row"]})
-        title = f"quality loss (%): {axis}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
+        bends = 100 * float(data["loss"].max()) > 100 * LINEAR_UP_TO
+        scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
+        title = f"quality loss (%): {axis}{scale}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
         # names of points depend on the final layout
         layout.laid_out(figure, "speedup (log scale)")
@@ -87,10 +98,12 @@ def pareto_figure(
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
-    """Set an axis in percent: linear, or logarithmic above 10 % if losses are large; its ticks are below the strip."""
+    """Set an axis in percent: linear, or logarithmic from a dotted line on if losses are large; ticks are below the
+    strip."""
     first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
     if last > 100 * LINEAR_UP_TO:
-        ax.set_xscale("symlog", linthresh=10.0, linscale=0.5)
+        ax.set_xscale("symlog", linthresh=100 * BEND, linscale=0.5)
+        ax.axvline(100 * BEND, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1.4)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
         # no tick near the end, whose label would overlap the next panel
         ticks = [t for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000) if t <= last * 0.75]
@@ -116,23 +129,21 @@ def _panel(ax: Axes, data: layout.Columns) -> None:
             ends = data["lower"][own], data["upper"][own]
             ax.vlines(x[own], *ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
             ax.plot(x[own], y[own], **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4))
+    names = [f"{method} {100 * s:.3g}".strip() for method, s in zip(data["method"], data["sparsity"].tolist())]
+    along = np.linspace(0.0, 1.0, 12)[:, None]
+    bars = data["lower"] * (1.0 - along) + data["upper"] * along
+    ends = np.repeat(steps_x, 2)[1:], np.repeat([*steps_y, steps_y[-1]], 2)[:-1]  # corners of the frontier
+    corners = np.linspace(0, len(ends[0]) - 1, 20 * len(ends[0]))
+    line_x, line_y = (np.interp(corners, np.arange(len(e)), e) for e in ends)
+    dense = np.linspace(start, end, 60)
+    clear_of = [(np.broadcast_to(x, bars.shape).ravel(), bars.ravel()), (line_x, line_y), (dense, np.ones_like(dense))]
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
         style = style_of(data["family"][i], position)
         strip: dict[str, Any] = {"hatch": "/////" if style.hollow else None, "linewidth": 0, "clip_on": False}
         ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, facecolor=style.color, edgecolor="white", alpha=0.9, **strip)
-        _name(ax, x[i], y[i], str(data["method"][i]), stop)
-
-
-def _name(ax: Axes, x: float, y: float, text: str, stop: float) -> None:
-    """Write the method next to its point, on the step that it begins, if the step is long enough."""
-    if not text:
-        return
-    start, end = ax.transData.transform([(x, y), (stop, y)])[:, 0]
-    room = abs(end - start) * 72.0 / ax.get_figure().dpi  # type: ignore[union-attr]
-    if room > 3.1 * len(text) + 11:  # with the offset of the name, and half the marker of the next point
-        box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
-        where: dict[str, Any] = {"xytext": (4, 2.2), "textcoords": "offset points", "va": "bottom", "in_layout": False}
-        ax.annotate(text, (x, y), fontsize=6, color=BLACK, zorder=5, bbox=box, **where)
+    for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
+        own = np.flatnonzero(optimal == best)
+        write_labels(ax, x[own], y[own], [names[i] for i in own], [(x, y), *clear_of], reach_pt=reach_pt, color=color)
 
 
 def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
@@ -149,5 +160,6 @@ def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
         *marks,
         Line2D([], [], color=INK, linewidth=0.9, label="frontier"),
         Line2D([], [], color=INK, **bar, label=interval),
+        Line2D([], [], color=BLACK, marker="$25$", markersize=8, markeredgewidth=0.1, linestyle="none", label=REMOVED),
         Patch(color="#B8B8B8", linewidth=0, label="strip: fastest family"),
     ]

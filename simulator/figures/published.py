@@ -36,7 +36,7 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
 
     >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    ['depth']
+    ['Depth']
     """
     from matplotlib.lines import Line2D
 

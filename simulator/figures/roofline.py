@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.figures.layout import in_a_row, laid_out, legend_below, legend_lines, log_axis, panel_list
-from simulator.figures.style import BLACK, COLORS, COLUMN_IN, GREY, INK, PAGE_IN, paper_style
+from simulator.figures.labels import write_labels
+from simulator.figures.layout import in_a_row, laid_out, legend_below, legend_lines, log_axis, panel_list, wrapped
+from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +27,9 @@ HIGHEST: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "linestyle": (0, (4
 SAME = 1.01
 """Points closer than this factor in both directions are one point with a joint label."""
 
-CYCLE = tuple(zip((*COLORS, GREY, *COLORS[:3]), "osD^vPXhd<>"))
-"""Colour and marker of each GEMM, in the order of their first occurrence."""
+DENSE: dict[str, Any] = {"marker": "o", "color": BLUE, "markerfacecolor": "none", "markersize": 5, "linestyle": "none"}
+PRUNED: dict[str, Any] = {"marker": "s", "color": VERMILLION, "markersize": 2.6, "linestyle": "none"}
+"""Markers of the GEMMs of the two models; where they coincide, the square is in the circle."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ class Roof:
 def roofline_figure(
     roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None, names: str = ""
 ) -> Figure:
-    """Draw devices side by side, hollow points for the dense model and filled points for the pruned model; ``names`` is
-    the legend's title.
+    """Draw devices side by side on common axes: circles for the dense model, squares for the pruned model, names next
+    to the points; ``names`` is the legend's title.
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
-    else a page. InputError if there is nothing to draw or the columns of a panel differ in length.
+    else a page. Names for which there is no room are omitted. InputError if there is nothing to draw or the columns of
+    a panel differ in length.
 
     >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
     >>> roofline_figure([one]).axes[0].get_xlabel()
@@ -87,25 +90,33 @@ def roofline_figure(
     """
     if not roofs:
         raise InputError("roofline: expected one device or more")
-    groups = merged(roofs)
-    looks = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(groups)}
+    columns = columns or in_a_row(len(roofs))
+    width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
     with paper_style():
-        columns = columns or in_a_row(len(roofs))
-        handles = _handles(looks, roofs)
-        width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+        handles = _handles(roofs)
         lines = legend_lines(handles, width)
-        titles = max(roof.title.count("\n") + 1 for roof in roofs)
-        figure, axes, columns = panel_list(len(roofs), 2.0 + 0.13 * titles, 0.3 + 0.14 * lines, columns, width)
-        for i, (ax, roof) in enumerate(zip(axes, roofs)):
-            _draw(ax, roof, groups, looks)
+        titles = [wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
+        title_in = 0.13 * max(title.count("\n") + 1 for title in titles)
+        figure, axes, _ = panel_list(len(roofs), 1.9 + title_in, 0.3 + 0.14 * lines, columns, width)
+        limits = common_ranges(roofs, 2.0)
+        for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
+            _draw(ax, roof, limits)
+            ax.set_title(title, pad=5)
+            ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(roofs))
             ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
         legend_below(figure, handles, lines, names)
-        laid_out(figure)  # the slope of a roof on the page is known only now
+        laid_out(figure)  # places of names, and the slope of a roof on the page, are known only now
         for ax, roof in zip(axes, roofs):
-            _name_slope(ax, roof)
+            _name(ax, roof, limits)
     return figure
+
+
+def common_ranges(roofs: Sequence[Roof], above: float) -> tuple[float, float, float, float]:
+    """Return the ranges of several panels on common axes, as :meth:`Roof.ranges`."""
+    low, high, bottom, top = zip(*(roof.ranges(above) for roof in roofs))
+    return min(low), max(high), min(bottom), max(top)
 
 
 def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
@@ -149,28 +160,19 @@ def drawn(roof: Roof, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str,
             yield title, i, origin_of(x, dense, i) if pruned[i] and dense else None
 
 
-def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[str, tuple[str, str]]) -> None:
+def _draw(ax: Axes, roof: Roof, limits: tuple[float, float, float, float]) -> None:
     x, y, pruned = roof.columns()
-    y, peak = y / 1e12, roof.peak_flop_per_s / 1e12
-    low, high, bottom, top = roof.ranges(2.0)
+    y, (low, high, bottom, top) = y / 1e12, limits
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
-    ax.set_title(roof.title, pad=5)
     highest = roof.bend(low, high, roof.headroom)
     ax.plot(*roof.bend(low, high), **DATASHEET, zorder=2)
     ax.fill_between(*highest, top, color="#F0F0F0", linewidth=0, zorder=0)
-    rates = f"{peak:,.4g}"
     if roof.headroom > 1.0:
         ax.plot(*highest, **HIGHEST, zorder=1.9)
-        rates += f" to {peak * roof.headroom:,.4g}"
-    if high > peak / (roof.bandwidth_bytes_per_s / 1e12):
-        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_LABEL)
-    for name, i, origin in drawn(roof, groups):
-        color, marker = looks[name]
+    for _, i, origin in drawn(roof, merged([roof])):
         if origin is not None:
-            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=color, linewidth=0.6, zorder=3)
-        face, zorder = (color, 4) if pruned[i] else ("none", 5)
-        mark: dict[str, Any] = {"marker": marker, "linestyle": "none", "color": color, "markersize": 3.6}
-        ax.plot([x[i]], [y[i]], markerfacecolor=face, zorder=zorder, **mark)
+            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=GREY, linewidth=0.6, zorder=3)
+        ax.plot([x[i]], [y[i]], **(PRUNED if pruned[i] else DENSE), zorder=5 if pruned[i] else 4)
     log_axis(ax.xaxis, low, high, 5)
     log_axis(ax.yaxis, bottom, top, 6)
 
@@ -178,29 +180,37 @@ def _draw(ax: Axes, roof: Roof, groups: dict[str, tuple[str, ...]], looks: dict[
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
 
 
-def _name_slope(ax: Axes, roof: Roof) -> None:
-    """Write the bandwidth along the slope of a roof and above it, where no point can be."""
-    low, high = ax.get_xlim()
-    bandwidth, ridge = roof.bandwidth_bytes_per_s / 1e12, roof.peak_flop_per_s / roof.bandwidth_bytes_per_s
+def _name(ax: Axes, roof: Roof, limits: tuple[float, float, float, float]) -> None:
+    """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to their points."""
+    low, high, _, top = limits
+    peak, bandwidth = roof.peak_flop_per_s / 1e12, roof.bandwidth_bytes_per_s / 1e12
+    ridge, highest = peak / bandwidth, roof.bend(low, high, roof.headroom)
+    rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1.0 else "")
+    if high > ridge:
+        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_LABEL)
     if low < ridge:
         middle = float(np.sqrt(low * min(ridge, high)))
         (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
         where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_LABEL}
         where["rotation"] = float(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
         ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
+    x, y, pruned = roof.columns()
+    named = [(title, i) for title, i, _ in drawn(roof, merged([roof])) if pruned[i] or not pruned.any()]
+    at = [i for _, i in named]
+    along = np.geomspace(low, high, 100)
+    roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
+    above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
+    clear_of = [(x, y / 1e12), (along, roofs[0]), *above]
+    write_labels(ax, x[at], y[at] / 1e12, [title for title, _ in named], clear_of)
 
 
-def _handles(looks: dict[str, tuple[str, str]], roofs: Sequence[Roof]) -> list[Any]:
+def _handles(roofs: Sequence[Roof]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    pruned = any(np.any(r.pruned) for r in roofs)
-    out = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in looks.items()]
-    if not pruned:
-        for handle in out:
-            handle.set_markerfacecolor("none")
-    elif any(not np.all(r.pruned) for r in roofs):
-        mark: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
-        out += [Line2D([], [], **mark, markerfacecolor="white", label="dense"), Line2D([], [], **mark, label="pruned")]
+    out = list[Any]()
+    if any(np.any(r.pruned) for r in roofs):
+        out += [Line2D([], [], **DENSE, label="dense"), Line2D([], [], **PRUNED, label="pruned")]
+    out.append(Line2D([], [], **DATASHEET, label="datasheet"))
     if any(r.headroom > 1.0 for r in roofs):
-        out += [Line2D([], [], **DATASHEET, label="datasheet"), Line2D([], [], **HIGHEST, label="highest clock")]
+        out.append(Line2D([], [], **HIGHEST, label="highest clock"))
     return out

@@ -48,18 +48,18 @@ class Style:
 
 STYLES: MappingProxyType[str, Style] = MappingProxyType(
     {
-        "depth": Style(BLUE, "o", label="depth"),
-        "width": Style(VERMILLION, "s", label="width"),
-        "width_cross": Style(ORANGE, "D", label="width, cross-layer"),
-        "semi_structured": Style(GREEN, "^", label="semi-structured 2:4"),
-        "low_rank": Style(PURPLE, "P", label="low rank"),
-        "unstructured": Style(GREY, "X", ":", label="unstructured"),
-        "dynamic_depth": Style(BLUE, "o", "--", True, label="dynamic depth"),
-        "dynamic_width": Style(VERMILLION, "s", "--", True, label="dynamic width"),
-        "sparse_attention": Style(GREEN, "v", "--", True, label="sparse attention"),
-        "token": Style(BLACK, "d", "--", True, label="token"),
+        "depth": Style(BLUE, "o", label="Depth"),
+        "width": Style(VERMILLION, "s", label="Width"),
+        "width_cross": Style(ORANGE, "D", label="Width, cross-layer"),
+        "semi_structured": Style(GREEN, "^", label="2:4"),
+        "low_rank": Style(PURPLE, "P", label="Low rank"),
+        "unstructured": Style(GREY, "X", ":", label="Unstructured"),
+        "dynamic_depth": Style(BLUE, "o", "--", True, label="Dynamic depth"),
+        "dynamic_width": Style(VERMILLION, "s", "--", True, label="Dynamic width"),
+        "sparse_attention": Style(GREEN, "v", "--", True, label="Sparse attention"),
+        "token": Style(BLACK, "d", "--", True, label="Token"),
         "kv_cache": Style(SKY, "h", "-", label="KV cache"),
-        "experts": Style(PURPLE, "*", "-.", label="experts"),
+        "experts": Style(PURPLE, "*", "-.", label="Experts"),
     }
 )
 """Style of each family, in the order of legends: static ones first."""
@@ -78,12 +78,16 @@ def style_of(name: str, index: int = 0) -> Style:
 
 
 def label(name: str) -> str:
-    """Return the name of a family as figures print it.
+    """Return the title of a family, or of several joined by "+"; another name is returned unchanged.
 
-    >>> label("semi_structured"), label("mine_too")
-    ('semi-structured 2:4', 'mine too')
+    >>> label("semi_structured"), label("depth+low_rank"), label("my method")
+    ('2:4', 'Depth + low rank', 'my method')
     """
-    return STYLES[name].label if name in STYLES else name.replace("_", " ")
+    parts = name.split("+")
+    if not all(part in STYLES for part in parts):
+        return name
+    first, *others = (STYLES[part].label for part in parts)
+    return " + ".join([first, *(other[:1].lower() + other[1:] for other in others)])
 
 
 def in_order(names: Any) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError
+from simulator.figures.titles import engine_title, model_title
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -34,9 +35,14 @@ class Paper:
     measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to compare with predictions
 
     @property
+    def title(self) -> str:
+        """Title of the model."""
+        return model_title(self.model.name)
+
+    @property
     def scenario_text(self) -> str:
         """Model, number format and engine in words."""
-        return f"{self.model.name}, {self.scenario.dtype}, {self.scenario.engine_name}"
+        return f"{self.title}, {self.scenario.dtype}, {engine_title(self.scenario.engine_name)}"
 
     @property
     def interval(self) -> str:

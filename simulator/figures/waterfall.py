@@ -1,17 +1,20 @@
-"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step."""
+"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step.
+
+Steps that hardly matter are folded into one (:func:`folded`), whose factor is their product.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.figures.layout import laid_out, log_axis, panel_list
-from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
+from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, wrapped
+from simulator.figures.style import BLUE, COLUMN_IN, GREEN, INK, PAGE_IN, VERMILLION, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 NEGLIGIBLE = 0.0005
 """A factor this close to 1 has no effect: its step has a line but no bar."""
+
+FOLDED = 0.01
+"""Factors this close to 1 are folded into one step."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Steps:
     nominal: float  # 1 / (1 - sparsity)
     lower: float  # interval of the predicted speedup
     upper: float
+    notes: Sequence[str] = ()  # what each step means
 
     @property
     def reached(self) -> NDArray[np.float64]:
@@ -38,8 +45,34 @@ class Steps:
         return np.asarray(self.nominal * np.cumprod([1.0, *self.factors]))
 
 
+def folded(panels: Sequence[Steps]) -> list[Steps]:
+    """Fold the steps whose factors are within :data:`FOLDED` of 1 in every panel into a last step, if they are two or
+    more. Its factor is the product of theirs, so the waterfall ends at the same speedup.
+
+    >>> (one,) = folded([Steps("h100", ["rounding", "launch", "alignment"], [0.995, 0.9, 1.002], 1.333, 1.1, 1.3)])
+    >>> one.names, [round(f, 5) for f in one.factors]
+    (['launch', 'other (2 steps)'], [0.9, 0.99699])
+    """
+    small = np.all([np.abs(np.asarray(p.factors) - 1.0) <= FOLDED for p in panels], axis=0)
+    count = int(small.sum())
+    if count < 2:
+        return list(panels)
+    kept, others = np.flatnonzero(~small).tolist(), np.flatnonzero(small).tolist()
+
+    def fold(p: Steps) -> Steps:
+        joined = "; ".join(f"{p.names[i]} ×{p.factors[i]:.3f}" for i in others)
+        return replace(
+            p,
+            names=[*(p.names[i] for i in kept), f"other ({count} steps)"],
+            factors=[*(p.factors[i] for i in kept), float(np.prod([p.factors[i] for i in others]))],
+            notes=[*(p.notes[i] for i in kept), joined] if p.notes else (),
+        )
+
+    return [fold(p) for p in panels]
+
+
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, width_in: float | None = None) -> Figure:
-    """Draw waterfalls side by side, steps on common lines.
+    """Draw waterfalls side by side, steps of a row on common lines; each row is :func:`folded`.
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
     else a page. InputError if there are no panels or their names of steps differ.
@@ -50,10 +83,17 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
     """
     if not panels or any(list(p.names) != list(panels[0].names) for p in panels):
         raise InputError("waterfalls: expected one panel or more, all with the same steps")
+    columns = columns or in_a_row(len(panels))
+    width_in = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    room_in = (width_in - 1.3) / columns  # next to the names of the steps
+    panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
+    rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
+    panels = [p for row in rows for p in row]
     with paper_style():
         titles = max(p.title.count("\n") + 1 for p in panels)
-        panel_in = 0.155 * (len(panels[0].names) + 2) + 0.24 + 0.13 * titles
-        figure, axes, columns = panel_list(len(panels), panel_in, 0.18, columns, width_in)
+        lines = [len(row[0].names) + 2 for row in rows]
+        panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + 0.13 * titles
+        figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, width_in, height_ratios=lines)
         low, high = common_range(panels, 0.34)
         for i, (ax, panel) in enumerate(zip(axes, panels)):
             _draw(ax, panel, low, high)

@@ -43,6 +43,7 @@ _OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s w
 _OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
 _COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
+_DELTA = "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in docs/model.md"
 _PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
     "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
 _ASSUMED = "uncalibrated: assumed"
@@ -281,6 +282,21 @@ EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "align": _row("1", 0.01, 10.0, _MOE, "further time of an expert whose width is not a multiple of 16",
         hopper=1.6, ada=0.4, blackwell=0.34, other=0.81),
 })
+
+DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": _row("s", 1e-6, 1e-4, _DELTA, "fixed time of convolution and recurrence of a decode step: two kernels in a "
+        "CUDA graph", other=8e-6),
+    "prompt_s": _row("s", 1e-6, 2e-4, _DELTA, "fixed time of convolution and the five kernels of a prompt",
+        other=2.4e-5),
+    "chunk_s": _row("s", 1e-8, 1e-4, _DELTA, "time of one step of the chain of chunks: a load from DRAM, and two "
+        "products that depend on each other", other=1.5e-6),
+    "e_tc": _row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
+        "attention, whose tiles are larger", other=0.4),
+    "e_d": _row("1", 0.05, 1.0, _DELTA, "share of the datasheet bandwidth at which states and intermediate results "
+        "move: that of the rotary embedding, which also updates in place", other=0.65),
+    "e_conv": _row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
+        "three positions, 6 bytes of a sector of 32", other=0.3),
+})
 # fmt: on
 
 CLASSES: tuple[str, ...] = ("norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter")
@@ -317,6 +333,7 @@ _CONSTANTS: dict[str, Mapping[str, Constant]] = {
     "runtime": RUNTIME_CONSTANTS,
     "collective": COLLECTIVE_CONSTANTS,
     "experts": EXPERTS_CONSTANTS,
+    "delta_net": DELTA_NET_CONSTANTS,
 }
 # fmt: on
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(_CONSTANTS)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from simulator.models.config import Block, Latent
-from simulator.models.keys import MAX_LAYERS, Reader, is_list_of
+from simulator.models.block import Block, DeltaNet, Latent
+from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
 Fields = dict[str, Any]
 """Fields of :class:`simulator.ModelConfig`."""
@@ -60,10 +60,10 @@ class Architecture:
             "inner": read.integer(self.inner) if self.inner else 0,
             "layers": layers,
             "vocab": read.integer("vocab_size", self.absent.get("vocab")),
-            "rotary_dim": int(head_dim * read.number(*self.rotary, high=1)) if self.rotary else head_dim,
+            "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
             "windows": (0,) * layers if self.window is None else read.windows(layers, self.window, self.windowed),
             **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
-            "max_positions": read.integer("max_position_embeddings", self.positions),
+            "max_positions": read.integer("max_position_embeddings", self.positions, high=MAX_POSITIONS),
             **self.fixed,
         }
         values |= self.more(read, values)
@@ -72,13 +72,21 @@ class Architecture:
         return values
 
 
+_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+
+
 def _layers(blocks: Sequence[Block]) -> Fields:
     """Return the fields of layers: of the usual layer, and of each layer if they differ."""
-    whole = [block for block in blocks if block.sublayers == 2 and not block.linear] or blocks
+    whole = [block for block in blocks if block.sublayers == 2 and not (block.linear or block.delta)] or blocks
     usual = Counter(whole).most_common(1)[0][0]
-    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-    fields: Fields = {name: getattr(usual, name) for name in names}
+    fields: Fields = {name: getattr(usual, name) for name in _WIDTHS}
     return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
+
+
+def _each(fields: Fields, layers: int) -> tuple[Block, ...]:
+    """Return each layer of the fields that :func:`_layers` returns."""
+    every: tuple[Block, ...] = fields["blocks"] or (Block(*(fields[name] for name in _WIDTHS)),) * layers
+    return every
 
 
 def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, dense: Callable[[int], bool]) -> Fields:
@@ -99,7 +107,7 @@ def _gpt_oss(read: Reader, values: Fields) -> Fields:
     return _local_experts(read, values) | {"weight_dtype": "mxfp4" if mxfp4 else ""}
 
 
-def _qwen_experts(read: Reader, values: Fields) -> Fields:
+def _qwen_layers(read: Reader, values: Fields) -> Fields:
     step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
 
     def right(value: Any) -> bool:
@@ -107,11 +115,63 @@ def _qwen_experts(read: Reader, values: Fields) -> Fields:
 
     plain = set(read.value("mlp_only_layers", [], f"a list of layers from 0 to {last}", right))
     shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+    width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
+    return _routed(read, values, "num_experts", width, shared, dense)
+
+
+def _qwen_experts(read: Reader, values: Fields) -> Fields:
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
     every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
     windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
-    width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
-    return {"windows": windows} | _routed(read, values, "num_experts", width, shared, dense)
+    return {"windows": windows} | _qwen_layers(read, values)
+
+
+def _glm4_moe(read: Reader, values: Fields) -> Fields:
+    width, start = read.integer("moe_intermediate_size"), read.integer("first_k_dense_replace", 1, low=0)
+    wide = read.or_none("n_shared_experts", 1) * width
+    layers = _routed(read, values, "n_routed_experts", width, wide, lambda i: i < start)
+    return {"qk_norm": "head" if read.flag("use_qk_norm") else ""} | layers
+
+
+def _qwen3_next(read: Reader, values: Fields) -> Fields:
+    """Return layers of which most have a gated delta net; the query projection of the others makes a gate too."""
+    names, default = {"key": "linear_key_head_dim", "value": "linear_value_head_dim"}, 128
+    sizes = {field: read.integer(key, default) for field, key in names.items()}
+    own = DeltaNet(**sizes, conv=read.integer("linear_conv_kernel_dim", 4))
+    heads = read.integer("linear_num_value_heads", 32), read.integer("linear_num_key_heads", 16)
+    if heads[0] % heads[1]:
+        expected = f"expected a divisor of linear_num_value_heads {heads[0]}"
+        raise read.fail("linear_num_key_heads", f"{expected}, got {heads[1]}")
+    every = read.integer("full_attention_interval", 4)
+    types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
+    linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
+    plain = _each(_qwen_layers(read, values), values["layers"])
+    blocks = [replace(b, heads=heads[0], kv_heads=heads[1], delta=True) if d else b for b, d in zip(plain, linear)]
+    return _layers(blocks) | {"delta": own if any(linear) else None}
+
+
+def _llama4(read: Reader, values: Fields) -> Fields:
+    """Return layers with experts or an MLP, in chunks of positions or over all of them without rotary positions.
+
+    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond.
+    """
+    layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
+
+    def right(value: Any) -> bool:
+        return is_list_of(value, lambda layer: isinstance(layer, int) and 0 <= layer < layers)
+
+    usual = list(range(step - 1, layers, step))
+    routed = set(read.value("moe_layers", usual, f"a list of layers from 0 to {layers - 1}", right))
+    inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
+    width = values["inner"]
+    fields = _routed(read, {**values, "inner": inner}, "num_local_experts", width, width, lambda i: i not in routed)
+    rotary = _rotary_layers(read, layers)
+    blocks = [replace(b, rotary=turns) for b, turns in zip(_each(fields, layers), rotary)]
+    chunk = read.or_none("attention_chunk_size", 8192)
+    types = read.layer_types(layers, ("full_attention", "chunked_attention"))
+    chunked = [t == "chunked_attention" for t in types] or rotary
+    windows = tuple(chunk if inside else 0 for inside in chunked)
+    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | _layers(blocks)
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
@@ -153,17 +213,23 @@ def _puzzle(read: Reader, values: Fields) -> Fields:
     return {"windows": tuple(windows)} | _layers(blocks)
 
 
-def _smollm3(read: Reader, values: Fields) -> Fields:
-    layers, step = values["layers"], read.integer("no_rope_layer_interval", 4)
+def _rotary_layers(read: Reader, layers: int) -> list[bool]:
+    """Return whether each layer has rotary positions: by the list ``no_rope_layers``, else by the interval."""
+    step = read.integer("no_rope_layer_interval", 4)
 
     def right(value: Any) -> bool:
-        return is_list_of(value, lambda flag: flag in (0, 1)) and len(value) >= layers
+        return is_list_of(value, lambda flag: flag in (0, 1)) and (not value or len(value) >= layers)
 
-    usual = [int((layer + 1) % step > 0) for layer in range(layers)]
-    rotary = read.value("no_rope_layers", usual, f"a list of {layers} of 0 or 1", right)
+    usual = [(layer + 1) % step > 0 for layer in range(layers)]
+    given = read.value("no_rope_layers", [], f"a list of {layers} of 0 or 1", right)
+    return [bool(flag) for flag in (given or usual)[:layers]]
+
+
+def _smollm3(read: Reader, values: Fields) -> Fields:
+    layers, rotary = values["layers"], _rotary_layers(read, values["layers"])
     windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
     widths = (values["heads"], values["kv_heads"], values["inner"])
-    return {"windows": windows} | _layers([Block(*widths, rotary=bool(is_one)) for is_one in rotary[:layers]])
+    return {"windows": windows} | _layers([Block(*widths, rotary=turns) for turns in rotary])
 
 
 def _qwen(read: Reader, values: Fields) -> Fields:
@@ -199,7 +265,7 @@ _BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", Fal
 _MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}
 
 # fmt: off
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
+_TABLE: Mapping[str, Architecture] = {
     "llama": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}),
     "mistral": Architecture(131072, _UNTIED, kv_heads=8, window=4096),
     "qwen2": Architecture(32768, _UNTIED, {"qkv_bias": True}, kv_heads=32, more=_qwen),
@@ -239,9 +305,47 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
     "deepseek_v2": Architecture(2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)),
     "deepseek_v3": Architecture(4096, _UNTIED, {"router_bias": True}, grouped=False, head_dim=64,
                                 more=_deepseek(shared=1, first=3)),
+    "glm4_moe": Architecture(131072, {"qkv_bias": ("attention_bias", False), **_UNTIED}, {"router_bias": True},
+                             kv_heads=8, rotary=("partial_rotary_factor", 0.5), more=_glm4_moe),
+    "llama4_text": Architecture(131072, {**_BIAS, **_UNTIED}, kv_heads=8, head_dim=128, more=_llama4),
+    "qwen3_next": Architecture(
+        32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head", "shared_gate": True, "output_gate": True}, kv_heads=2,
+        head_dim=256, rotary=("partial_rotary_factor", 0.25), more=_qwen3_next),
+    "seed_oss": Architecture(
+        524288, {"qkv_bias": ("attention_bias", True), "o_bias": ("attention_out_bias", False), **_UNTIED, **_MLP_BIAS},
+        kv_heads=8, head_dim=128),
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
+    **_TABLE,
+    # the same keys and shapes, with other defaults
+    "glm4v_moe_text": replace(
+        _TABLE["glm4_moe"], positions=65536, flags={"qkv_bias": ("attention_bias", True), **_UNTIED}),
+    "kimi_k2": _TABLE["deepseek_v3"],
+    "ministral": _TABLE["mistral"],
+    "ministral3": replace(_TABLE["mistral"], positions=262144, window=0),
+    "olmo3": replace(_TABLE["olmo2"], positions=65536, window=4096, windowed=lambda layer: (layer + 1) % 4 > 0),
+    "qwen2_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
+    "qwen2_5_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
+    "qwen3_vl_text": replace(_TABLE["qwen3"], positions=128000),
+    "qwen3_vl_moe_text": replace(_TABLE["qwen3_moe"], positions=128000, flags={**_BIAS, **_TIED}, kv_heads=16),
 })
 # fmt: on
-"""Supported values of ``model_type``."""
+"""Supported architectures by the ``model_type`` of their decoder."""
 
-NESTED: Mapping[str, tuple[str, str]] = MappingProxyType({"gemma3": ("text_config", "gemma3_text")})
-"""``model_type`` whose decoder is an object in the file -> its key and architecture; other modalities are ignored."""
+NESTED: Mapping[str, str] = MappingProxyType(
+    {
+        "gemma3": "gemma3_text",
+        "glm4v_moe": "glm4v_moe_text",
+        "llama4": "llama4_text",
+        "mistral3": "mistral",
+        "qwen2_vl": "qwen2_vl_text",
+        "qwen2_5_vl": "qwen2_5_vl_text",
+        "qwen3_vl": "qwen3_vl_text",
+        "qwen3_vl_moe": "qwen3_vl_moe_text",
+    }
+)
+"""``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
+
+FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")
+"""Such models whose older files have the keys of the decoder at the top."""

@@ -40,18 +40,21 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     >>> changed_keys(model, replace(model, layers=30, windows=model.windows[:30], inner=16384))
     {'num_hidden_layers': 30, 'ffn_dim': 16384}
     """
-    kind = ARCHITECTURES[model.architecture]
+    kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
+    inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
     names |= {"kv_heads": "num_key_value_heads"} if kind.grouped else {}
     names["inner"] = kind.inner
     keys = {key: getattr(new, name) for name, key in names.items() if getattr(new, name) != getattr(model, name)}
     if kind.grouped and (new.hidden, new.heads) != (model.hidden, model.heads):
         keys["head_dim"] = new.head_dim  # else readers compute it from the other two keys
-    if new.hidden != model.hidden and "word_embed_proj_dim" in content:
+    if new.hidden != model.hidden and "word_embed_proj_dim" in inside:
         keys["word_embed_proj_dim"] = new.hidden
-    types = content.get("layer_types")
+    types = inside.get("layer_types")
     if new.layers != model.layers and isinstance(types, list):
         keys["layer_types"] = types[: new.layers]
+    if inside is not content and keys:
+        keys = {"text_config": {**inside, **keys}}
     if content and replace(from_hf_config({**content, **keys}), name=new.name) != new:
         raise InputError(f"{model.name}: its config.json cannot state {', '.join(keys)} together")
     return keys

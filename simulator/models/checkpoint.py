@@ -1,7 +1,8 @@
 """Read a model from the tensors of its checkpoint: :func:`from_tensors`.
 
 The axes of each named tensor are widths of its layer. Tensors must agree on each width, and the resulting model must
-have exactly the number of parameters in the headers. :mod:`simulator.models.packed` reads packed formats.
+have exactly the number of parameters in the headers. :mod:`simulator.models.tensors` has the axes of names,
+:mod:`simulator.models.packed` reads packed formats.
 """
 
 from __future__ import annotations
@@ -13,62 +14,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from simulator.errors import InputError, one_line
-from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.block import Block, Latent
+from simulator.models.config import ModelConfig
 from simulator.models.difference import difference, runs
 from simulator.models.headers import Tensor
-from simulator.models.packed import FLOATS, PARTS, WEIGHTS, Weight, logical
+from simulator.models.packed import FLOATS, WEIGHTS, Weight, logical
+from simulator.models.tensors import (
+    ATTENTION,
+    BUFFER,
+    EXPERT,
+    EXPERTS,
+    LAYER,
+    MLP,
+    NAME,
+    OUTSIDE,
+    ROUTED,
+    WIDE,
+    axes_of,
+    factor_of,
+)
 
 MAX_WIDTH = 10_000_000
 
-_NAME = re.compile(
-    r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
-    rf"(.+?)(?:(?:\.weight)?\.({'|'.join(PARTS)})|_(blocks|scales))?"
-)
-_BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
-
-# Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
-# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis.
-_ATTENTION, _MLP = r"(?:self_attn|attention|attn)\.", r"(?:mlp\.(?:shared_experts?\.)?)?"
-_EXPERT, _EXPERTS = r"(?:mlp|block_sparse_moe)\.experts\.\d{1,5}\.", r"(?:mlp|block_sparse_moe)\.experts\."
-# fmt: off
-_AXES = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
-    _ATTENTION + "q_proj": "q h",
-    _ATTENTION + "[kv]_proj": "kv h",
-    _ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
-    _ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
-    _ATTENTION + "q_(?:norm|layernorm)": "q_norm",
-    _ATTENTION + "k_(?:norm|layernorm)": "k_norm",
-    _ATTENTION + "sinks": "heads",
-    _ATTENTION + "q_a_proj": "q_rank h",
-    _ATTENTION + "q_a_layernorm": "q_rank",
-    _ATTENTION + "q_b_proj": "q q_rank",
-    _ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
-    _ATTENTION + "kv_a_layernorm": "rank",
-    _ATTENTION + "kv_b_proj": "kv_b rank",
-    _ATTENTION + "linear_attn": "h h",
-    _MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
-    _MLP + "gate_up_proj": "2i h",
-    _MLP + "(?:down_proj|fc2|dense_4h_to_h)": "h i",
-    "mlp.linear_mlp": "h h",
-    "(?:mlp|block_sparse_moe).(?:gate|router)": "E h",
-    "mlp.gate.e_score_correction_bias": "E",
-    "mlp.shared_expert_gate": "1 h",
-    _EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
-    _EXPERT + "(?:w2|down_proj)": "h e",
-    _EXPERTS + "gate_up_proj": "E h 2e",
-    _EXPERTS + "down_proj": "E e h",
-    _EXPERTS + "gate_up_proj_bias": "E 2e",
-    _EXPERTS + "down_proj_bias": "E h",
-    "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": "h",
-}.items())
-_OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
-    "embed_tokens|embed_in": "V h", "lm_head|embed_out": "V h", "embed_positions": "P h",
-    "norm|final_layer_?norm": "h",
-}.items())
-# fmt: on
+SHORTCUTS = {"attention": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
+"""Sublayer -> name of the matrix with which SliceGPT rotates its residual."""
 _MXFP4 = ("mxfp4", False)  # only of routed experts
-_WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias)")
-"""Weights in the format of the residual stream."""
 
 
 @dataclass
@@ -103,10 +73,10 @@ class _Part:
 
     def read(self, bits: int) -> None:
         """Read widths, formats and parameters of all modules."""
-        table = _AXES if self.number >= 0 else _OUTSIDE
-        found = {module: _axes(module, table) for module in self.modules}
-        fused = {axes[0]: 0 for axes in found.values() if len(axes) == 3}
-        count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(_EXPERT, m)})
+        table = LAYER if self.number >= 0 else OUTSIDE
+        found = {module: axes_of(module, table) for module in self.modules}
+        fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
+        count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
         # weights with the hidden size first: some packed layouts need the widths that these have
@@ -130,7 +100,7 @@ class _Part:
             self.put(width, length, name)
             size *= length
         self.parameters += size
-        if not _WIDE.fullmatch(module) and module not in ("embed_tokens", "embed_in"):
+        if not WIDE.fullmatch(module) and module not in ("embed_tokens", "embed_in"):
             self.formats.setdefault((weight.dtype, weight.sparse24), name)
         if bias is not None:
             if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS:
@@ -146,10 +116,6 @@ class _Part:
 
     def has(self, pattern: str) -> bool:
         return any(re.fullmatch(pattern, module) for module in self.modules)
-
-
-def _axes(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
-    return next((axes for pattern, axes in table if pattern.fullmatch(module)), ())
 
 
 def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
@@ -174,6 +140,10 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
         part.read(_bits(part, hidden))
+    last = outside.widths.get("H", hidden)
+    if last != (wide := layers[-1].widths.get("out", hidden)):
+        where = outside.names.get("H", str(folder))
+        raise InputError(f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got {last:,}")
     heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
     if not heads and not model.tied:
         raise InputError(f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding")
@@ -200,6 +170,8 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         latent=latent,
         head_dim=latent.plain + latent.rotary if latent is not None else model.head_dim,
         sparse24=sparse24,
+        declared="" if sparse24 else model.declared,
+        tied=model.tied and last == hidden,
         weight_dtype=stored,
     )
     blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)
@@ -218,21 +190,21 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         notes += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
-    found = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
-    return replace(real, found=found, mismatch=mismatch)
+    own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
+    return replace(real, found="; ".join(filter(None, (model.found, own))), mismatch=mismatch)
 
 
 def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:
     """Return tensors outside the layers, tensors per layer, and the number of parameters outside the decoder."""
     outside, layers, ignored = _Part(where, -1), dict[int, _Part](), 0
     for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
+        match = NAME.fullmatch(name)
         number, module, leaf, other = match.groups() if match else (None, name, None, None)
         leaf = leaf or other or "weight"
-        if number is None and not _axes(module, _OUTSIDE):
-            ignored += tensor.elements if tensor.dtype in FLOATS and not _BUFFER.fullmatch(name) else 0
+        if number is None and not axes_of(module, OUTSIDE):
+            ignored += tensor.elements if tensor.dtype in FLOATS and not BUFFER.fullmatch(name) else 0
             continue
-        if _BUFFER.fullmatch(module) or (module in ("attention", "attn") and leaf == "bias"):
+        if BUFFER.fullmatch(module) or (module in ("attention", "attn") and leaf == "bias"):
             continue
         part = outside if number is None else layers.setdefault(int(number), _Part(where, int(number)))
         stored = part.modules.setdefault(module, {})
@@ -252,7 +224,7 @@ def _bits(part: _Part, hidden: int) -> int:
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
-            axes = _axes(module, _AXES)
+            axes = axes_of(module, LAYER)
             fits = [bits for bits in (4, 8) if -(-hidden * bits // 32) == packed.shape[1]]
             if len(axes) == 2 and axes[1] == "h" and fits:
                 return fits[0]
@@ -273,13 +245,17 @@ def _latent(part: _Part) -> Latent | None:
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
-    has = {name: part.has(_ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
-    if "rank" in width:
+    has = {name: part.has(ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
+    if delta := "delta" in width:
+        heads, kv_heads = _delta_heads(part, model)
+    elif "rank" in width:
         heads = kv_heads = part.divided("q", d, "the features of a head,")
     elif "q" in width or "qkv" in width:
         if "qkv" in width and "o" in width:
             part.put("q", width["o"], part.names["o"])
             part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
+        if model.output_gate and "q" in width:  # one product makes queries and gates
+            width["q"] = part.divided("q", 2, "two halves,")
         for name in ("q", "kv", "o"):
             if name not in width:
                 raise InputError(f"{part.where}: layer {part.number} has attention without its {name} projection")
@@ -298,6 +274,10 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
         why = "without weights" if "e" not in width else "but its config.json has none"
         raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
     linear = ("attention",) * has["linear_attn"] + ("mlp",) * part.has("mlp.linear_mlp")
+    shortcuts = tuple(name for name, short in SHORTCUTS.items() if short in part.modules)
+    out = width.get("out", width["h"])
+    if out != width["h"] and "mlp" not in shortcuts:
+        raise InputError(f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got {out:,}")
     return replace(
         old,
         heads=heads,
@@ -307,38 +287,67 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
         active=min(old.active, experts) if experts else 0.0,
         expert_inner=width["e"] if experts else 0,
         linear=linear,
+        delta=delta,
+        ranks=tuple((name[5:], rank) for name, rank in sorted(width.items()) if name.startswith("rank ")),
+        shortcuts=shortcuts,
+        out=out if out != width["h"] else 0,
     )
+
+
+def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
+    """Return the value heads and key heads of a gated delta net."""
+    width, own = part.widths, model.delta
+    if own is None or (missing := [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]):
+        why = "its config.json has none" if own is None else f"without {missing[0]}"
+        raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
+    keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
+    for name, size in (("delta_in", 2 * (keys + width["values"])), ("value", own.value), ("conv", own.conv)):
+        if width[name] != size:
+            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
+    if width["values"] != width["delta"] * own.value:
+        expected = f"expected {width['delta']} heads of {own.value} features"
+        raise InputError(f"{part.names['values']}: {expected}, got {width['values']:,}")
+    return width["delta"], part.divided("channels", own.key, "the features of a head,", keys)
 
 
 def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
     """Return the model with the biases and norms that its layers have."""
-    biases = {module for part in layers for module in part.biases}
-    modules = {module for part in layers for module in part.modules}
+    biases, modules = (
+        {factor_of(module)[0] for part in layers for module in getattr(part, name)} for name in ("biases", "modules")
+    )
 
     def some(pattern: str, among: Iterable[str] = biases) -> bool:
         return any(re.fullmatch(pattern, module) for module in among)
 
-    up = some(_MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
+    up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
     norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
     return replace(
         model,
-        qkv_bias=some(_ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
-        o_bias=some(_ATTENTION + "(?:o_proj|out_proj|dense)"),
+        qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
+        o_bias=some(ATTENTION + "(?:o_proj|out_proj|dense)"),
         mlp_bias=up,
-        down_bias=not up and some(_MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-        router_bias=some("(?:mlp|block_sparse_moe).(?:gate|router)") or some(".*e_score_correction_bias", modules),
-        expert_bias=some(_EXPERTS + ".*_bias", modules),
+        down_bias=not up and some(MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
+        router_bias=some(ROUTED + "(?:gate|router)") or some(".*e_score_correction_bias", modules),
+        expert_bias=some(EXPERTS + ".*_bias", modules),
         shared_gate=some("mlp.shared_expert_gate", modules),
-        sinks=some(_ATTENTION + "sinks", modules),
-        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else "",
-        gated=model.gated and not some(_MLP + "(?:fc1|dense_h_to_4h)", modules),
+        sinks=some(ATTENTION + "sinks", modules),
+        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else _unit(model),
+        norm="none" if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules) else model.norm,
+        gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
+
+
+def _unit(model: ModelConfig) -> str:
+    """Return the norm of queries and keys that has no weights, if the model has it."""
+    return model.qk_norm if model.qk_norm == "unit" else ""
 
 
 def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
     """Return the model with these layers; its usual layer is the most frequent complete layer."""
     most = Counter(blocks).most_common()
-    usual = next((block for block, _ in most if block.heads and (block.inner or block.experts)), most[0][0])
+    usual = next(
+        (block for block, _ in most if block.heads and not block.delta and (block.inner or block.experts)), most[0][0]
+    )
     real = model.with_usual(usual, ())
     return real if set(blocks) == set(real.layout) else replace(real, blocks=blocks)
 

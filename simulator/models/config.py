@@ -12,43 +12,8 @@ from typing import Any
 from simulator.arguments import AMOUNT, number, shown, whole
 from simulator.display import Displayed, facts_html
 from simulator.errors import InputError, unknown
+from simulator.models.block import Block, DeltaNet, Latent
 from simulator.workload import DTYPES
-
-
-@dataclass(frozen=True)
-class Block:
-    """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
-
-    heads: int
-    kv_heads: int
-    inner: int  # inner width of the MLP; with routed experts, of the shared experts
-    experts: int = 0  # routed experts
-    active: float = 0.0  # routed experts that a token uses, on one device on average
-    expert_inner: int = 0
-    rotary: bool = True  # queries and keys are rotated
-    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
-
-    @property
-    def sublayers(self) -> int:
-        """Number of sublayers, attention and MLP, each with its norms."""
-        return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives keys and values."""
-
-    query_rank: int  # rank of the queries; 0: one projection makes them
-    rank: int  # rank of the cached vector
-    rotary: int  # rotated features of a query head, and of the key that all heads share
-    plain: int  # other features of a query or key head
-    value: int  # features of a value head
-
-    @property
-    def cached(self) -> int:
-        """Elements per position in the cache."""
-        return self.rank + self.rotary
-
 
 MOST_WIDTH = 2**31 - 1
 
@@ -57,7 +22,12 @@ _COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "le
 """Fields that are whole numbers; those of _POSITIVE are at least 1."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"norm": ("rms", "layer", "none"), "qk_norm": ("", "head", "width"), "weight_dtype": ("", *DTYPES)}
+    {
+        "norm": ("rms", "layer", "none"),
+        "qk_norm": ("", "head", "width", "unit"),
+        "weight_dtype": ("", *DTYPES),
+        "declared": ("", "2:4", "unstructured"),
+    }
 )
 
 
@@ -94,8 +64,9 @@ class ModelConfig(Displayed):
         Whether the head shares the weights of the embedding.
     qkv_bias, o_bias, mlp_bias, down_bias : bool
         Which projections have biases; ``down_bias`` is for an MLP without other biases.
-    qk_norm : {"", "head", "width"}
-        RMS norm of queries and keys: none, per head, or over all heads together.
+    qk_norm : {"", "head", "width", "unit"}
+        RMS norm of queries and keys: none, per head, over all heads together, or per head without weights and only in
+        layers with rotary positions.
     norm : {"rms", "layer", "none"}
         Norm with a weight, with a weight and a bias, or a layer norm without parameters.
     pre_norms, post_norms : bool
@@ -122,16 +93,23 @@ class ModelConfig(Displayed):
         Whether a scalar weighs the shared experts.
     sinks : bool
         Whether each head has a learned logit in addition to its keys.
+    output_gate : bool
+        Whether the query projection also makes a gate of the outputs of attention.
+    delta : DeltaNet, optional
+        Gated delta net of the layers that have one instead of attention.
     blocks : tuple of Block
         Each layer, if layers differ.
     weight_dtype : str
         Format in which a checkpoint stores its projections; "" for that of the arithmetic.
     sparse24 : bool
         Whether the projections are stored as 2:4.
+    declared : {"", "2:4", "unstructured"}
+        Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4 is timed as 2:4 in
+        engines with kernels for it, and as dense in others; unstructured sparsity is timed as dense.
     numbers : tuple of int
         Numbers of the layers in a checkpoint.
     found : str
-        Differences of a checkpoint from its configuration, in one line.
+        Parts of the model that are not timed, and differences of a checkpoint from its configuration, in one line.
     mismatch : str
         Shapes of the tensors of a checkpoint that its configuration does not state; "" if it states all.
     custom_code : str
@@ -184,9 +162,12 @@ class ModelConfig(Displayed):
     expert_bias: bool = False
     shared_gate: bool = False
     sinks: bool = False
+    output_gate: bool = False
+    delta: DeltaNet | None = None
     blocks: tuple[Block, ...] = ()
     weight_dtype: str = ""
     sparse24: bool = False
+    declared: str = ""
     numbers: tuple[int, ...] = field(default=(), compare=False)
     found: str = field(default="", compare=False)
     mismatch: str = field(default="", compare=False)
@@ -224,6 +205,11 @@ class ModelConfig(Displayed):
     def usual(self) -> Block:
         """Shapes of the usual layer."""
         return Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner)
+
+    @property
+    def head_hidden(self) -> int:
+        """Features that the final norm and the head read."""
+        return self.layout[-1].out if self.layout and self.layout[-1].out else self.hidden
 
     def with_usual(self, usual: Block, blocks: tuple[Block, ...]) -> ModelConfig:
         """Return the model with another usual layer and other ``blocks``."""
@@ -270,7 +256,17 @@ class ModelConfig(Displayed):
     @property
     def norm_parameters(self) -> int:
         """Parameters of one norm over the hidden size."""
-        return self.hidden * {"rms": 1, "layer": 2, "none": 0}[self.norm]
+        return self.hidden * self._norm_vectors
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the norm before the head, and of a head that is not tied to the embedding."""
+        width = self.head_hidden
+        return self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
+
+    @property
+    def _norm_vectors(self) -> int:
+        return {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
         """Return the parameters of the attention of a ``block``, without norms of the residual stream."""
@@ -279,6 +275,9 @@ class ModelConfig(Displayed):
             return h * h
         if not block.heads:
             return 0
+        rotates = ("attention" in block.shortcuts) * h * h
+        if block.delta:
+            return self._delta_parameters(block) + rotates
         if own is not None:
             queries = h * block.heads * d
             if own.query_rank:
@@ -286,16 +285,33 @@ class ModelConfig(Displayed):
             keys = h * own.cached + own.rank + own.rank * block.heads * (own.plain + own.value)
             return queries + keys + block.heads * own.value * h
         q, kv = block.heads * d, block.kv_heads * d
-        norms = {"": 0, "head": 2 * d, "width": q + kv}[self.qk_norm]
-        return (h + self.qkv_bias) * (q + 2 * kv) + (q + self.o_bias) * h + norms + self.sinks * block.heads
+        norms = {"head": 2 * d, "width": q + kv}.get(self.qk_norm, 0)
+        made = {"q": (1 + self.output_gate) * q, "k": kv, "v": kv}
+        inputs = block.roles("qkv", made).items()
+        weights = sum(block.weights(role, n, h) for role, n in inputs) + block.weights("o", h, q)
+        biases = self.qkv_bias * sum(made.values()) + self.o_bias * h
+        return weights + biases + norms + self.sinks * block.heads + rotates
+
+    def _delta_parameters(self, block: Block) -> int:
+        """Return the parameters of a gated delta net: projections, convolution, decays, and norm of a head."""
+        own = self.delta
+        assert own is not None
+        keys, values = own.widths(block)
+        projections = self.hidden * (2 * keys + 3 * values + 2 * block.heads)
+        return projections + own.conv * (2 * keys + values) + 2 * block.heads + own.value
 
     def mlp_parameters(self, block: Block) -> int:
         """Return the parameters of the MLP of a ``block``, with routed experts, without norms."""
         h, wide = self.hidden, 2 if self.gated else 1
         if "mlp" in block.linear:
             return h * h
-        biases = self.mlp_bias * wide * block.inner + (self.mlp_bias or self.down_bias) * h
-        dense = (wide + 1) * h * block.inner + (block.inner > 0) * biases
+        out, inner = block.out or h, block.inner
+        made = {"gate": inner, "up": inner} if self.gated else {"up": inner}
+        inputs = block.roles("gate_up", made).items()
+        weights = sum(block.weights(role, n, h) for role, n in inputs)
+        weights += block.weights("down", out, inner)
+        biases = self.mlp_bias * wide * inner + (self.mlp_bias or self.down_bias) * out
+        dense = (inner > 0) * (weights + biases) + ("mlp" in block.shortcuts) * h * out
         if not block.experts:
             return dense
         router = (h + self.router_bias) * block.experts + (block.inner > 0) * self.shared_gate * h
@@ -318,8 +334,7 @@ class ModelConfig(Displayed):
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        outside = (self.vocab + self.learned_positions) * self.hidden + self.final_norm * self.norm_parameters
-        return self.layer_parameters + outside + (0 if self.tied else self.vocab * self.hidden)
+        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + self.head_parameters
 
     @property
     def active_parameters(self) -> int:

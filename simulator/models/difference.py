@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulator.models.config import Block, ModelConfig
+from simulator.engines.engine import sparse24_engines
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 
 _WIDTHS = {
     "heads": "{} heads",
@@ -37,8 +39,13 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
         (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
         (_experts(numbers, olds, pruned.layout), tuple(map(_fewer, olds, pruned.layout)), {}),
-        (_width(dense, pruned, numbers, olds), pruned.layout, {"latent": pruned.latent, "head_dim": pruned.head_dim}),
-        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden}),
+        (
+            _width(dense, pruned, numbers, olds),
+            tuple(replace(b, ranks=(), shortcuts=(), out=0) for b in pruned.layout),
+            {"latent": pruned.latent, "head_dim": pruned.head_dim},
+        ),
+        (_low_rank(numbers, olds, pruned.layout), tuple(replace(b, shortcuts=(), out=0) for b in pruned.layout), {}),
+        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
         (_other(dense, pruned), pruned.layout, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
     ]
     for words, blocks, fields in shrinks:
@@ -51,9 +58,19 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         found.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
     if pruned.sparse24 and not dense.sparse24:
         found.append("semi_structured: 2:4 in the projections")
+    if pruned.declared and pruned.declared != dense.declared:
+        found.append(sparsity_note(pruned.declared))
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
         found.append(f"weights in {pruned.weight_dtype}")
     return tuple(found)
+
+
+def sparsity_note(declared: str) -> str:
+    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    if declared == "unstructured":
+        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
+    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+    return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 
 def consecutive(numbers: Iterable[int]) -> list[str]:
@@ -161,8 +178,21 @@ def _range(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _low_rank(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+    cut = [(i, new.ranks) for i, old, new in zip(numbers, olds, news) if new.ranks and new.ranks != old.ranks]
+    if not cut:
+        return ""
+    roles = ", ".join(dict.fromkeys(role for _, ranks in cut for role, _ in ranks))
+    sizes = _range(rank for _, ranks in cut for _, rank in ranks)
+    return f"low_rank in layers {runs(i for i, _ in cut)}: ranks of {sizes} in {roles}"
+
+
 def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
-    return f"width_cross: hidden {pruned.hidden:,} of {dense.hidden:,}" if pruned.hidden != dense.hidden else ""
+    found = [f"hidden {pruned.hidden:,} of {dense.hidden:,}"] if pruned.hidden != dense.hidden else []
+    new, old = (sum(len(block.shortcuts) for block in model.layout) for model in (pruned, dense))
+    if many := new - old:
+        found.append(f"{many} residual projections")
+    return f"width_cross: {', '.join(found)}" if found else ""
 
 
 def _other(dense: ModelConfig, pruned: ModelConfig) -> str:

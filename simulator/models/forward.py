@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 
-SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
 
 _MXFP4 = dtype_code("mxfp4")
+
+_STATE = dtype_code("fp32")
+"""Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
 Row = dict[str, Any]
 
@@ -37,6 +41,7 @@ class Request:
     skew: float
     fuse_qkv: bool
     fuse_gate_up: bool
+    sparse24: bool
     dtype: int
     weight_dtype: int
     cache_dtype: int
@@ -69,6 +74,11 @@ class PassRows:
         return self.request.seq + (self.steps + 1) / 2
 
     @property
+    def wide(self) -> Row:
+        """Formats of a product of the residual stream."""
+        return {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
+
+    @property
     def head_tokens(self) -> int:
         """Positions that the head computes."""
         return self.tokens if self.request.logits == "all" else self.batch
@@ -86,10 +96,11 @@ class PassRows:
         for first, length, block in model.runs:
             layers = {"layer": first, "layers": length, "count": length}
             rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
+        width = model.head_hidden
         if model.final_norm:
-            rows.append(self.move("final_norm", Part.HEAD, h, 2 * h, h, model.norm_parameters))
-        stream = {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
-        head = self.gemm("lm_head", Part.HEAD, vocab, h, False) | stream | {"m": many}
+            owned = width * model.norm_parameters // h
+            rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
+        head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
         rows.append(head | {"params": 0 if model.tied else head["params"]})
         rows += self.collective("all_gather", Part.HEAD, many, self.request.model.vocab)
         if model.logit_softcap:
@@ -105,22 +116,54 @@ class PassRows:
         yield from self.norm_before("attention_norm", part)
         if "attention" in block.linear:
             yield self.linear(part)
+        elif block.delta:
+            yield from self.delta_net(block)
         elif model.latent is not None:
             yield from self.latent_attention(block)
         else:
             q, kv = block.heads * d, block.kv_heads * d
-            for role, n in (("qkv", q + 2 * kv),) if r.fuse_qkv else (("q", q), ("k", kv), ("v", kv)):
-                yield self.gemm(role, part, n, h, model.qkv_bias)
-            if model.qk_norm:
-                owned = 2 * d if model.qk_norm == "head" else q + kv
+            made = {"q": (1 + model.output_gate) * q, "k": kv, "v": kv}
+            for role, n in block.roles("qkv", made, r.fuse_qkv).items():
+                yield from self.projection(block, role, part, n, h, model.qkv_bias)
+            if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
+                owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
                 yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
             yield from self.rotary(block, block.heads + block.kv_heads, model.rotary_dim)
             yield self.cache_write(block, 2 * kv)
             row = self.attend(block, {"kv_heads": block.kv_heads, "head_dim": d})
             yield row | {"params": model.sinks * block.heads * self.owns}
-            yield self.gemm("o", part, h, q, model.o_bias)
+            if model.output_gate:
+                yield self.move("output_gate", part, q, 2 * q, q)
+            yield from self.projection(block, "o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.shortcut(block, part, h)
         yield from self.norm_after(part)
+
+    def delta_net(self, block: Block) -> Iterator[Row]:
+        """Yield the rows of a gated delta net: two projections, the convolution with the recurrence, norm and gate."""
+        own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
+        assert own is not None
+        keys, values = own.widths(block)
+        stream = self.request.stream_dtype
+        yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
+        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
+        sizes = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
+        owned = own.conv * (2 * keys + values) + 2 * block.heads
+        yield {
+            "kind": Kind.DELTA_NET,
+            "role": "delta_net",
+            "part": part,
+            "m": self.tokens,
+            "n": values,
+            "batch": self.batch,
+            "window": own.conv,
+            "params": owned * self.owns,
+            "dtype": stream,
+            "weight_dtype": _STATE,
+            **sizes,
+        }
+        yield self.move("gated_norm", part, values, 2 * values, values, own.value)
+        yield self.gemm("o", part, h, values, False)
 
     def latent_attention(self, block: Block) -> Iterator[Row]:
         """Yield the rows of latent attention.
@@ -193,39 +236,51 @@ class PassRows:
 
     def mlp(self, block: Block) -> Iterator[Row]:
         model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
-        bias = model.mlp_bias
+        bias, out = model.mlp_bias, block.out or h
         if not (inner or block.experts or "mlp" in block.linear):
             return
         yield from self.norm_before("mlp_norm", part)
         if "mlp" in block.linear:
             yield self.linear(part)
         elif inner:
-            if model.gated and self.request.fuse_gate_up:
-                yield self.gemm("gate_up", part, 2 * inner, h, bias)
-            else:
-                if model.gated:
-                    yield self.gemm("gate", part, inner, h, bias)
-                yield self.gemm("up", part, inner, h, bias)
+            made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
+            for role, n in block.roles("gate_up", made, model.gated and self.request.fuse_gate_up).items():
+                yield from self.projection(block, role, part, n, h, bias)
             yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
-            yield self.gemm("down", part, h, inner, bias or model.down_bias)
+            yield from self.projection(block, "down", part, out, inner, bias or model.down_bias)
         if block.experts:
             yield from self.routed(block)
-        yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.collective("all_reduce", part, self.tokens, out)
+        yield from self.shortcut(block, part, out)
         yield from self.norm_after(part)
         if model.parallel_residual:
             yield self.move("residual", part, h, 2 * h, h)
 
     def routed(self, block: Block) -> Iterator[Row]:
         """Yield the gate of the shared experts, the router over all experts, and the routed experts of the device."""
-        model, part, h, stream = self.part, Part.MLP, self.part.hidden, self.request.stream_dtype
-        wide = {"dtype": stream, "weight_dtype": stream}
+        model, part, h = self.part, Part.MLP, self.part.hidden
         if model.shared_gate and block.inner:
-            yield self.gemm("shared_gate", part, 1, h, False) | wide
+            yield self.gemm("shared_gate", part, 1, h, False) | self.wide
         all_experts = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
-        yield self.gemm("router", part, all_experts, h, model.router_bias) | wide
+        yield self.gemm("router", part, all_experts, h, model.router_bias) | self.wide
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
         yield row | {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+
+    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[Row]:
+        """Yield the product of a projection, or the two products of its factors."""
+        rank = block.rank(role)
+        if not rank:
+            yield self.gemm(role, part, n, k, bias)
+        else:
+            yield self.gemm(role, part, rank, k, False) | {"stage": 1}
+            yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
+
+    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[Row]:
+        """Yield the product that rotates the residual of a sublayer; pruning added it."""
+        if part.name.lower() in block.shortcuts:
+            row = self.gemm("residual_projection", part, n, self.part.hidden, False)
+            yield row | self.wide | {"overhead": True}
 
     def linear(self, part: Part) -> Row:
         """Return the product that replaces a sublayer; devices that share layers split its inputs."""
@@ -252,7 +307,7 @@ class PassRows:
         formats = {"dtype": self.request.dtype, "weight_dtype": weights}
         params = (n * k + bias * n) * self.owns
         row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
-        if self.part.sparse24 and role in SPARSE:
+        if self.request.sparse24 and role in SPARSE:
             row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
         return row
 

@@ -17,12 +17,16 @@ from typing import Any
 from simulator.arguments import shown
 from simulator.errors import InputError, one_line
 from simulator.files.read import read_bounded
-from simulator.models.architectures import ARCHITECTURES, NESTED
+from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED
 from simulator.models.config import ModelConfig
+from simulator.models.difference import sparsity_note
 from simulator.models.keys import Reader
 
 MAX_FILE_BYTES = 1_000_000
 """Largest configuration file that is read; usual files have a few kilobytes."""
+
+SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
+"""Keys at the top of a file that also hold for its ``text_config``."""
 
 MAX_NAME = 80
 """Longest name of a model; the middle of a longer name is omitted."""
@@ -31,6 +35,7 @@ MAX_NAME = 80
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
     """Return the shapes in the content of a Hugging Face ``config.json``; other keys are ignored.
 
+    Of a model with further parts (vision) these are the shapes of its text decoder, the object ``text_config``.
     ``source`` names the content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``.
 
     >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -40,19 +45,50 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
-    read = Reader(data, source)
-    kind, known = data.get("model_type"), f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
-    if kind is None:
-        raise read.fail("model_type", f"missing; {known}")
-    if not isinstance(kind, str) or kind not in {*ARCHITECTURES, *NESTED}:
-        raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
+    kind, read = _decoder(Reader(data, source))
     own = data.get("_name_or_path")
     if isinstance(own, str) and own.strip("/."):
         name = own.rstrip("/").rsplit("/", 1)[-1]
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
-    key, decoder = NESTED.get(kind, ("", kind))
-    values = ARCHITECTURES[decoder].values(read.part(key) if key else read)
-    return ModelConfig(name=name, architecture=kind, custom_code=_custom_code(data.get("auto_map")), **values)
+    notes = (
+        [f"{name}: only the text decoder is timed, not the other parts (vision)"] if kind != data["model_type"] else []
+    )
+    if declared := _declared(read):
+        notes.append(f"{name}: {sparsity_note(declared)}")
+    values = ARCHITECTURES[kind].values(read)
+    code = _custom_code(data.get("auto_map"))
+    found = "; ".join(notes)
+    return ModelConfig(name=name, architecture=kind, declared=declared, found=found, custom_code=code, **values)
+
+
+def _declared(read: Reader) -> str:
+    """Return the sparsity that compressed-tensors declares: "2:4", "unstructured" or none."""
+    for key in ("quantization_config", "compression_config"):
+        inside = read.data.get(key)
+        sparsity = inside.get("sparsity_config") if isinstance(inside, Mapping) else None
+        if isinstance(sparsity, Mapping) and sparsity.get("sparsity_structure"):
+            return "2:4" if sparsity["sparsity_structure"] == "2:4" else "unstructured"
+    return ""
+
+
+def _decoder(read: Reader) -> tuple[str, Reader]:
+    """Return the architecture of the decoder and its keys."""
+    kind, known = read.data.get("model_type"), f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
+    if kind is None:
+        raise read.fail("model_type", f"missing; {known}")
+    text = read.data.get("text_config")
+    if isinstance(kind, str) and kind in ARCHITECTURES:
+        return kind, read
+    if isinstance(kind, str) and kind in FLAT and text is None:
+        return NESTED[kind], read
+    own = text.get("model_type") if isinstance(text, Mapping) else None
+    decoder = (
+        own if isinstance(own, str) and own in ARCHITECTURES else NESTED.get(kind) if isinstance(kind, str) else None
+    )
+    if decoder is None:
+        raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
+    shared = {key: read.data[key] for key in SHARED if key in read.data}
+    return decoder, Reader({**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config.")
 
 
 def _custom_code(auto_map: Any) -> str:

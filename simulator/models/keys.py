@@ -12,6 +12,9 @@ from simulator.errors import InputError
 MAX_VALUE = 10_000_000
 """Largest accepted width, head count, vocabulary or layer count; it prevents overflow of products."""
 
+MAX_POSITIONS = 1_000_000_000
+"""Largest number of positions that a model may state; Llama-4-Scout states 10,485,760."""
+
 MAX_LAYERS = 10_000
 """Largest number of decoder layers, which limits the size of tables per layer."""
 
@@ -90,6 +93,22 @@ class Reader:
         found = self.value(key, None, f"a list of {many} objects, one per layer", right)
         return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
 
+    def rotary(self, key: str, default: float) -> float:
+        """Return the rotated share of a head: from the key, or from ``rope_parameters`` (transformers 5)."""
+        inside = self.data.get("rope_parameters")
+        if key not in self.data and isinstance(inside, Mapping):
+            return Reader(inside, self.source, f"{self.place}rope_parameters.").number(key, default, 1)
+        return self.number(key, default, high=1)
+
+    def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
+        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the key."""
+        types = self.data.get("layer_types")
+        if types is None:
+            return []
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+            raise self.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}")
+        return types
+
     def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
         """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
 
@@ -97,12 +116,9 @@ class Reader:
         unless ``used``.
         """
         window = self.or_none("sliding_window", default) if used else 0
-        types = self.data.get("layer_types")
-        if types is None:
+        types = self.layer_types(layers, ("full_attention", "sliding_attention"))
+        if not types:
             return tuple(window if windowed(layer) else 0 for layer in range(layers))
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-            raise self.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}")
         if "sliding_attention" in types and not window:
             raise self.fail("sliding_window", "missing; expected an integer, as layer_types names sliding_attention")
         return tuple(window if t == "sliding_attention" else 0 for t in types)

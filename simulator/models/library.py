@@ -16,6 +16,9 @@ from simulator.models.huggingface import from_hf_config, read_config
 
 FOLDER = resources.files(__package__)
 
+_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+"""A Hugging Face id, owner/name."""
+
 
 def _key(name: str) -> str:
     """Return a name without case, ``-``, ``_``, ``.`` and spaces, which do not matter."""
@@ -59,6 +62,18 @@ def list_models() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json")))
 
 
+def model_title(name: str) -> str:
+    """Return the publisher's name of a shipped model; another name is returned unchanged.
+
+    >>> model_title("qwen3-8b"), model_title("llama-2-7b"), model_title("mine")
+    ('Qwen3-8B', 'Llama-2-7b', 'mine')
+    """
+    if name not in list_models():
+        return name
+    published: str = _content(name)["_source"].rsplit("/", 1)[-1]
+    return published.removesuffix("-hf")
+
+
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     """Load the shapes of a model; no weight is read.
 
@@ -100,4 +115,10 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return _shipped(name)
     if explicit or os.path.exists(source):
         return read_config(source)
-    raise unknown("model", source, list_models())
+    raise unknown("model", source, list_models(), way=_download(source) if _ID.fullmatch(source) else "")
+
+
+def _download(name: str) -> str:
+    """Return how a user gets the ``config.json`` of a Hugging Face id; prunesim opens no connection."""
+    command = f"curl -L https://huggingface.co/{name}/resolve/main/config.json -o config.json"
+    return f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."

@@ -149,6 +149,7 @@ def lower(
         skew=number("skew", skew, SKEW),
         fuse_qkv="qkv" in runs.fuse,
         fuse_gate_up="gate_up" in runs.fuse,
+        sparse24=model.sparse24 or (model.declared == "2:4" and (not engine or dtype in runs.sparse24)),
         dtype=dtype_code(dtype),
         weight_dtype=dtype_code(weight_dtype or model.weight_dtype or dtype),
         cache_dtype=dtype_code(kv_dtype or stream_of(dtype)),
@@ -205,7 +206,7 @@ def _lower(r: Request) -> Workload:
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
         return w
-    attending = [(first, many) for first, many, block in part.runs if block.heads]
+    attending = [(first, many) for first, many, block in part.runs if block.heads and not block.delta]
     attention = [
         _attention_columns(r.model.windows[first : first + many], kv_len, executions, first)
         for kv_len, executions in lengths

@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 
 PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
 """Names of the ways to split a model."""

@@ -42,7 +42,7 @@ PARTS: Mapping[str, str] = MappingProxyType({
     "gemm": "GEMMs", "experts": "experts",
     "attention_prefill": "prefill attention", "attention_decode": "decode attention",
     "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
-    "elementwise": "elementwise operators",
+    "elementwise": "elementwise operators", "delta_net": "gated delta nets",
 })
 # fmt: on
 """Section of a profile -> name of its operators in notes."""

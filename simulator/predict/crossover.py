@@ -1,36 +1,103 @@
-"""Find the fastest family in each cell of a map, and whether it is certain, from the columns of a table."""
+"""Find the fastest pruning at each batch and length, and how certain it is.
+
+Two prunings of one model have most of their errors in common, which cancel in the ratio of their times. Whether one is
+faster is therefore decided by the interval of that ratio, not by the intervals of two speedups.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+
+from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.errors import InputError
+from simulator.predict.batch import Reject, batch_of
+from simulator.predict.compare import against, results_of
+from simulator.predict.prunings import Pruning
+from simulator.predict.result import Results
+from simulator.predict.scenario import Scenario
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.workload_batch import WorkloadBatch
+
+OPERATOR_ROWS = 120_000
+"""Operators computed together, about: 100 MB of memory."""
 
 
 @dataclass(frozen=True)
 class Winners:
-    """Fastest prediction of every cell, by rising cell."""
+    """The fastest pruning of every cell."""
 
-    row: NDArray[np.intp]  # of the table
-    gains: NDArray[np.bool_]  # whether it is faster than the dense model
-    sure: NDArray[np.bool_]  # whether its interval is above 1 and above the intervals of other families in the cell
+    best: Results
+    gains: BoolArray  # whether it is faster than the dense model
+    certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1
 
 
-def fastest(cell: ArrayLike, family: ArrayLike, speedup: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Winners:
-    """Find the fastest family of each cell; one entry per prediction, ``cell`` an integer.
+def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
+    """Return the fastest of some prunings on each device at each shape of a scenario; prunings that a device, the
+    engine or a request does not support do not compete. InputError if there are none left.
 
-    >>> speedup, lower, upper = [1.5, 1.2, 0.9, 0.8], [1.4, 1.1, 0.8, 0.7], [1.6, 1.3, 1.1, 0.9]
-    >>> w = fastest([0, 0, 1, 1], ["depth", "width"] * 2, speedup, lower, upper)
-    >>> w.row.tolist(), w.gains.tolist(), w.sure.tolist()
-    ([0, 2], [True, False], [True, False])
+    >>> from simulator.hardware.library import load_hardware
+    >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (64, 2048)))
+    >>> found = winners(scenario, [Pruning.of("depth", 0.5), Pruning.of("width", 0.5)], [load_hardware("h100")])
+    >>> [r.family for r in found.best], found.gains.tolist()
+    (['depth', 'depth'], [True, True])
     """
-    where, names, value = np.asarray(cell), np.asarray(family), np.asarray(speedup, dtype=float)
-    low, high = np.asarray(lower, dtype=float), np.asarray(upper, dtype=float)
-    order = np.lexsort((-np.arange(len(where)), value, where))  # of equal speedups the first
-    row = order[np.append(where[order][1:] != where[order][:-1], True)] if len(order) else order
-    _, place = np.unique(where, return_inverse=True)
-    competitor = np.ones(len(row))
-    others = names != names[row][place]
-    np.maximum.at(competitor, place[others], high[others])
-    return Winners(row, value[row] > 1.0, low[row] > competitor)
+    reasons: dict[str, None] = {}
+
+    def skip(_pruning: int | None, reason: str, _device: str) -> None:
+        reasons[reason] = None
+
+    operators = len(replace(scenario, shapes=scenario.shapes[:1]).workloads[0])
+    together, found = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
+    for start in range(0, len(scenario.shapes), together):
+        some = replace(scenario, shapes=scenario.shapes[start : start + together])
+        batch = batch_of(some, prunings, skip)
+        found += [w for hw in hardware if len((w := _of_device(some, prunings, batch, hw, skip)).best)]
+    if not found:
+        raise InputError("; ".join(reasons) or "nothing to predict")
+    parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))
+    return Winners(Results.join([w.best for w in found]), *parts)
+
+
+def _of_device(
+    scenario: Scenario, prunings: Sequence[Pruning], batch: WorkloadBatch, hw: HardwareProfile, skip: Reject
+) -> Winners:
+    results = results_of(batch, prunings, [hw], scenario, skip)
+    if not len(results):
+        return Winners(results, np.zeros(0, bool), np.zeros(0, bool))
+    # predictions as a table of requests and prunings; NaN where there is none
+    place = {shape: i for i, shape in enumerate(scenario.shapes)}
+    shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
+    cell = np.array([place[shape] for shape in shapes]), results.pruning
+    row = np.full((len(place), len(prunings)), -1)
+    row[cell] = np.arange(len(results))
+    speedup = np.full(row.shape, -np.inf)
+    speedup[cell] = results.columns["speedup"]
+    fastest = np.argsort(-speedup, axis=1, kind="stable")  # of equal speedups the first
+    request = np.flatnonzero(row.max(axis=1) >= 0)
+    first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
+    best = results.take(row[request, first])
+    competes = (first != second) & (row[request, second] >= 0)
+    ratio = _lower_ratio(batch, hw, request, first, np.where(competes, second, first), scenario.level)
+    certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
+    return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
+
+
+def _lower_ratio(
+    batch: WorkloadBatch, hw: HardwareProfile, request: IndexArray, first: IndexArray, second: IndexArray, level: float
+) -> FloatArray:
+    """Return the lower end of the interval of the time of a second pruning over that of a first, at each request."""
+    dense, many = np.flatnonzero(batch.pruning < 0), len(request)
+    pruned = np.flatnonzero(batch.pruning >= 0)
+    index = np.zeros((len(dense), int(batch.pruning.max()) + 1), dtype=np.intp)
+    index[batch.dense[pruned], batch.pruning[pruned]] = pruned
+    pairs = batch.take(np.concatenate([dense, index[request, first], index[request, second]]))
+    other = np.arange(len(pairs))
+    other[len(dense) : len(dense) + many] += many
+    (middle,), (below,), _ = against(pairs, hw, [other], level)
+    return np.asarray(np.exp(middle - below)[len(dense) : len(dense) + many])

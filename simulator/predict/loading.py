@@ -13,7 +13,8 @@ import numpy as np
 from simulator.arrays import Array, BoolArray
 from simulator.engines.engine import Engine
 from simulator.engines.loading import FEATURES, Loading
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.pruning._aligned import widths
 from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Part, Workload
@@ -66,7 +67,8 @@ def features(w: Workload) -> Iterator[str]:
     if (w.heads[plain] % np.maximum(w.kv_heads[plain], 1)).any():
         yield "groups"
     mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))
-    if (_layers(w, mlp & inside) != _layers(w, attention | (linear & (w.part == Part.ATTENTION)))).any():
+    mixing = attention | (w.kind == Kind.DELTA_NET) | (linear & (w.part == Part.ATTENTION))
+    if (_layers(w, mlp & inside) != _layers(w, mixing)).any():
         yield "sublayers"
     with_experts = covering(w, routed, w.experts) > 0  # their MLPs have another width
     if any(_differ(down[(down > 0) & (with_experts == some)]) for some in (False, True)):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from simulator.arrays import Array, BoolArray
-from simulator.pruning._rows import readers, writers
+from simulator.pruning._rows import layer_count, readers, writers
 from simulator.pruning._steps import Step
 from simulator.units import percent
 from simulator.workload import Kind, Workload
@@ -22,6 +24,9 @@ SIZES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "experts": {"": ("experts",)},
 }
 """Family -> part of a request ("": a fraction without parts) -> sizes of which it is the requested share."""
+
+PER_TOKEN = ("dynamic_depth", "dynamic_width")
+"""Families whose sizes depend on the tokens of a request."""
 
 ROUNDED = 0.02
 """Difference of the requested and the realised share of KV heads from which the part ``heads`` is mentioned."""
@@ -45,8 +50,8 @@ def sizes(w: Workload) -> dict[str, float]:
         return scale * float((values * w.layers)[rows].sum()) / many if many else 0.0
 
     return {
-        "attention layers": float(w.layers[outputs].sum()),
-        "MLP layers": float(w.layers[down | experts].sum()),
+        "attention layers": _covered(w, outputs),
+        "MLP layers": _covered(w, down | experts),
         "heads": mean(w.heads, attention, devices),
         "KV heads": mean(w.kv_heads, attention, devices),
         "inner width": mean(w.k, down, devices),
@@ -54,6 +59,14 @@ def sizes(w: Workload) -> dict[str, float]:
         "expert width": mean(w.n, experts, devices if w.meta.parallel == "tensor" else 1),
         "hidden size": float(w.n[norm].max(initial=0)),
     }
+
+
+def _covered(w: Workload, rows: BoolArray) -> float:
+    """Return the number of layers of some rows; dynamic families have several rows per layer."""
+    ends = np.zeros(layer_count(w) + 1)
+    np.add.at(ends, w.layer[rows], 1.0)
+    np.add.at(ends, (w.layer + w.layers)[rows], -1.0)
+    return float(np.count_nonzero(np.cumsum(ends) > 0.5))
 
 
 def removed_parts(steps: Sequence[Step], dense: Workload, pruned: Workload) -> str:
@@ -66,6 +79,8 @@ def removed_parts(steps: Sequence[Step], dense: Workload, pruned: Workload) -> s
     >>> removed_parts(read_steps(text), dense, prune(dense, text))
     'heads 20 % requested, 18.8 % realised (32 to 26); inner width 30 % requested, 29.9 % realised (14,336 to 10,048)'
     """
+    if any(family.name in PER_TOKEN for step in steps for family in step.families):
+        return ""
     before, after, asked = sizes(dense), sizes(pruned), _requested(steps)
     names = list(before)
     if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:

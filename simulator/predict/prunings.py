@@ -211,6 +211,19 @@ def prunings_of(
     return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
 
 
+def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
+    """Return the existing pruned models that can be read, and one note for each other; the error if there is none."""
+    found, errors = [], list[InputError]()
+    for source in pruned:
+        try:
+            found.append(load_model(source))
+        except InputError as error:
+            errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found, tuple(f"{error}: this pruned model is skipped" for error in errors)
+
+
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:
     """Record why a pruning is excluded."""
     title, sparsity = pruning.title, pruning.sparsity

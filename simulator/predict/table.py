@@ -19,7 +19,15 @@ from simulator.models.library import load_model
 from simulator.predict.batch import batch_of
 from simulator.predict.caveats import BETTER, better_than_bound, beyond_measured, fallback, inferred_by, inferred_line
 from simulator.predict.compare import results_of
-from simulator.predict.prunings import Excluded, Pruning, difference_lines, exclude, excluded_lines, prunings_of
+from simulator.predict.prunings import (
+    Excluded,
+    Pruning,
+    difference_lines,
+    exclude,
+    excluded_lines,
+    prunings_of,
+    readable,
+)
 from simulator.predict.result import Result, Results, plain
 from simulator.predict.scenario import Scenario, batch_name, check_measured, profiles, scenarios
 from simulator.workload_batch import MOST_DEVICES, memory
@@ -100,7 +108,7 @@ def table(
     axes = listed("engine", engine), listed("phase", phase), listed("batch", batch), listed("seq", seq)
     requested = scenarios(scenario, loaded, *axes)
     chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
-    existing = listed("pruned", pruned)
+    existing, skipped = readable(listed("pruned", pruned))
     texts = listed("prune", prune)
     prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options, texts)
     check_measured(requested, devices)
@@ -112,7 +120,7 @@ def table(
         exclude(excluded, prunings[pruning], reason, device)
 
     pairs = dict.fromkeys((m, p.model or m) for m in loaded for p in prunings)
-    notes = dict.fromkeys(line for pair in pairs for line in difference_lines(*pair))
+    notes = dict.fromkeys((*skipped, *(line for pair in pairs for line in difference_lines(*pair))))
     found = []
     for done, one in enumerate(requested, start=1):
         workloads, (dense,) = batch_of(one, prunings, reject), one.workloads

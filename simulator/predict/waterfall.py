@@ -165,7 +165,7 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
 def _fixed(p: ForwardPass) -> FloatArray:
     """Return the fixed time of rows other than GEMMs, s: elementwise without bytes, a constant of attention."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
-    for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION):
+    for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION, Kind.DELTA_NET):
         for rows, dtype, _ in by_formats(w, kind):
             if kind == Kind.ELEMENTWISE:
                 empty = elementwise(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype)

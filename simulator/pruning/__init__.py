@@ -132,7 +132,7 @@ def prune(
     pruned, realised = workload, 0.0
     if choice.form == "budget" or choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
-            reason = "routed experts and latent attention have no such kernels"
+            reason = "routed experts, latent attention and delta nets have no such kernels"
             raise InputError(f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:

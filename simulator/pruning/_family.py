@@ -27,8 +27,12 @@ NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
 ONE_SIZE: tuple[str, ...] = ("hidden",)
 """Parts that have one size in all layers."""
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-WHOLE: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "experts")
-"""Weights of latent attention and of experts: only families that remove whole parts, heads or channels prune them."""
+WHOLE: tuple[str, ...] = (
+    *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
+    *("experts", "delta_in", "delta_ba"),
+)
+"""Weights of latent attention, experts and delta nets: only families that remove whole parts, heads or channels prune
+them."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
 """Names in a sparsity per part of families that prune single weights."""
 

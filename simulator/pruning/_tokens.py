@@ -108,7 +108,7 @@ def tokens_of(w: Workload) -> Array:
 
 def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
     """Split fused qkv projections with sparsity ``s > 0`` into queries and the rest; return the rows' sparsity too."""
-    queries, keys = (covering(w, w.is_attention, heads * w.head_dim) for heads in (w.heads, w.kv_heads))
+    keys = covering(w, w.is_attention, w.kv_heads * w.head_dim)
     fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
     if not fused.any():
         return w, s
@@ -116,7 +116,7 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
         reason = "queries of a low-rank fused qkv projection cannot be computed separately"
         raise InputError(f"{reason}; choose an engine that does not fuse them, such as hf")
     out, index, first, rest = doubled(w, fused)
-    n = np.where(first, queries[index], out.n - queries[index])
+    n = np.where(first, out.n - 2 * keys[index], 2 * keys[index])  # queries, and the gate of the outputs if any
     out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
     return changed(out, first, role=role_code("q")[0]), s[index]
 

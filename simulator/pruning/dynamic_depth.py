@@ -24,8 +24,11 @@ from simulator.pruning._rows import layer_count
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Kernel, Kind, Part, Workload, role_code
 
-KEYS = ("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write")
-"""Roles that compute keys and values, for all tokens."""
+KEYS = (
+    *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write"),
+    *("delta_in", "delta_ba", "delta_net"),
+)
+"""Roles that compute keys and values, or update a state, for all tokens."""
 
 KERNELS = ("reference", "gathered", "ideal")
 """GEMMs that skip tiles of tokens sorted by a mask, as in the taxonomy's Triton benchmark; dense GEMMs of tokens that

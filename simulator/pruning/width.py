@@ -1,4 +1,8 @@
-"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA)."""
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA).
+
+In a gated delta net, a group is a key head with its value heads: projections, convolution and state shrink. It has no
+query heads or KV heads alone.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ from simulator.pruning._edits import aligned, moved, resized, whole_share, with_
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
 from simulator.pruning.width_cross import width_cross
-from simulator.workload import Workload
+from simulator.workload import Kind, Workload
 
-HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v")
-"""Projections whose outputs belong to query heads."""
+HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
+"""Projections whose outputs belong to query heads, or to the heads of a gated delta net."""
 PARTS: tuple[str, ...] = (*SUBLAYERS, *NESTED)
 
 
@@ -38,7 +42,10 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
 
 def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone."""
-    attention = w.is_attention
+    delta = w.kind == Kind.DELTA_NET
+    attention = w.is_attention | delta
+    nets = covering(w, attention, delta.astype(np.int64)) > 0
+    alone, kv = np.where(nets, 0.0, alone), np.where(nets, 0.0, kv)
     latent = w.latent > 0  # one vector for all heads
     heads, groups = (covering(w, attention, x) for x in (w.heads, np.where(latent, w.heads, w.kv_heads)))
     one_vector = covering(w, attention, latent.astype(np.int64)) > 0
@@ -52,17 +59,22 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     some_heads = left(heads * grouped // np.maximum(groups, 1), alone)
     some_groups = np.where(one_vector, some_heads, left(grouped, kv))
     heads, groups = np.maximum(heads, 1), np.maximum(groups, 1)
-    queries, fused = writers(w, *HEADS), writers(w, "qkv")
+    queries, fused = writers(w, *HEADS) | w.is_role("gated_norm", "output_gate") | delta, writers(w, "qkv")
+    keys = groups * covering(w, attention, w.head_dim)  # features of all keys
     n = np.where(queries, w.n * some_heads // heads, np.where(writers(w, "k", "v"), w.n * some_groups // groups, w.n))
-    n = np.where(fused, w.n * (some_heads + 2 * some_groups) // (heads + 2 * groups), n)
+    # what is no key and no value of a fused projection are queries, and gates of the outputs if there are any
+    made = (w.n - 2 * keys) * some_heads // heads + 2 * keys * some_groups // groups
+    n = np.where(fused, made, n)
     rotated, cached = w.is_role("rotary", "qk_norm"), w.is_role("cache_write") & ~one_vector
     n = np.where(rotated, w.n * (some_heads + some_groups) // (heads + groups), n)
     n = np.where(cached, w.n * some_groups // groups, n)
     share = np.where(
         rotated, (some_heads + some_groups) / (heads + groups), np.where(cached, some_groups / groups, 1.0)
     )
+    share = np.where(w.is_role("gated_norm", "output_gate"), some_heads / heads, share)
+    params = np.where(delta, w.params * (some_heads / heads), w.params)
     return resized(
-        w,
+        w.replace(params=params),
         n,
         np.where(readers(w, "o"), w.k * some_heads // heads, w.k),
         heads=np.where(attention, some_heads, w.heads),

@@ -12,7 +12,7 @@ from simulator.pruning._family import QKV, Choice, Family, Pruned, whole
 from simulator.pruning._rows import parameters_removed, readers, writers
 from simulator.workload import Kind, Workload
 
-INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "gate", "up", "gate_up", "linear", "shared_gate")
+INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
 """Projections that read the residual stream."""
 
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")

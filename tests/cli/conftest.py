@@ -17,6 +17,9 @@ from simulator.cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
+BESIDE = ("note: ", "status: ")
+"""How lines of standard error begin that are neither errors nor warnings."""
+
 
 class Program:
     """Runs a line as a shell would split it; calls give standard output and error, and check the status."""
@@ -43,7 +46,7 @@ class Program:
     def refused(self, line: str | Sequence[str], lists: bool = False) -> str:
         """The one line of bad input, with status 2; on standard output where a command lists what it found."""
         out, err = self(line, 2)
-        said = [text for text in (err or (out if lists else "")).splitlines() if not text.startswith("note: ")]
+        said = [text for text in (err or (out if lists else "")).splitlines() if not text.startswith(BESIDE)]
         assert len(said) == 1, (line, out, err)
         assert lists or (out == "" and said[0].startswith("prunesim: "))
         return said[0]
@@ -87,4 +90,4 @@ def run_python(arguments: Sequence[str], folder: Path = ROOT, **options: Any) ->
         **options,
     )
     lines = done.stderr.decode("utf-8", "replace").splitlines()
-    return done.returncode, done.stdout, [line for line in lines if not line.startswith("note: ")]
+    return done.returncode, done.stdout, [line for line in lines if not line.startswith(BESIDE)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -134,7 +135,7 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
     Path("t.csv").write_text(CSV.format(15))
-    figures = "figures -o drawn --format png --hardware a100 --only"
+    figures = "figures llama-3.1-8b -o drawn --format png --hardware a100 --only"
     for line in (f"{figures} scatter,roofline", "validate a100 a100_sxm/gemm/trtllm", "import t.csv -o o.parquet"):
         assert says in cli.refused(line)
     out, err = cli(f"{figures} staircase")
@@ -147,7 +148,7 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
     assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 120
     update = load_hardware("p.yaml").local_update
     assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
     assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out("hardware show p.yaml")
@@ -314,12 +315,16 @@ def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli:
         "layer_eager",
     }
     assert one.clock() < 30.0
-    expected = r"host: (\S+) us per launch \+-(\d+) % \(before: 16.5 us per launch \+-(\d+) %\), (\S+) us per eager"
-    found = re.match(expected, out)
+    time = r"(\S+) us \(([\d.]+)-([\d.]+)\)"
+    start = "Use run/profile.yaml as --hardware: this host takes "
+    found = re.match(rf"{start}{time} per launch \(before: {time}\), (\S+) us per eager", " ".join(out.split()))
     assert found is not None, out
-    launch, half, before, layer = (float(text) for text in found.groups())
+    launch, low, high, usual, least, most, layer = (float(text) for text in found.groups())
+    half, before = high / low, most / least
+    assert usual == 16.5
+    assert low < launch < high
     assert launch == pytest.approx(8.0, rel=0.1)
-    assert half < 0.3 * before
+    assert math.log(half) < 0.3 * math.log(before)
     assert layer == pytest.approx(LAYER_LAUNCHES * launch, rel=0.01)
     profile = load_hardware("run/profile.yaml")
     eager = "speedup qwen2.5-0.5b --phase decode --batch 1 --seq 128 --engine hf"

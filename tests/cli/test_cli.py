@@ -49,13 +49,13 @@ speedup llama-3.1-8c --hardware h100                                 | did you m
 @ --method shortgpt --option unit=mlp                                | give no family or option with it
 @ --method llm-pruner --sparsity 0.9                                 | less than 0.812, as it prunes 26 of 32 layers
 methods shortgtp                                                     | did you mean shortgpt
-explain llama-3.1-8b --hardware h100                                 | expected one family or method to explain
+explain llama-3.1-8b --hardware h100                                 | expected a pruning to explain, such as
 explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2
 @ --sparsity 1.0                                                     | sparsity 1: expected a fraction in [0, 1)
 @ --sparsity -0.1                                                    | sparsity -0.1: expected a fraction in [0, 1)
 @ --sparsity 25                                                      | for 25 % write 0.25
-@ --sparsity nan                                                     | expected a fraction in [0, 1)
-@ --sparsity a                                                       | --sparsity 'a': expected a number
+@ --sparsity nan                                                     | expected a fraction such as 0.25 or 25%
+@ --sparsity a                                                       | --sparsity 'a': expected a fraction such as 0.25
 @ --sparsity 0.1,,0.5                                                | separated by single commas
 @ --family semi_structured --sparsity 0.25                           | 0.5
 @ --family semi_structured --sparsity 0.25,0.5                       | 0.5
@@ -251,8 +251,8 @@ def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_begins_it
     steps = [step["factor"] for step in record["waterfall"]]
     assert math.prod(steps) == pytest.approx(record["speedup"], rel=1e-12)
     assert steps[0] == pytest.approx(1 / 0.7)
-    out = cli.out("explain llama-3.1-8b --family width --sparsity attention=0.25,mlp=0.5 --hardware h100")
-    assert out.startswith("width at 45.2 % of llama-3.1-8b: nominal 1.82x, predicted 1.")
+    out = cli.out("explain llama-3.1-8b --prune 'width attention=0.25 mlp=0.5' --hardware h100")
+    assert out.startswith("width attention=0.25 mlp=0.5 (45.2 % removed) of llama-3.1-8b: nominal 1.82x, predicted 1.")
     assert " ".join(out.partition("\n\n")[0].split()).endswith(").")
     assert "on h100_sxm in vllm (prefill, batch 1, seq 2048), compute-bound; losses: " in " ".join(out.split())
 
@@ -313,8 +313,8 @@ def test_methods_are_listed_and_predicted_under_their_names(
     line = "llama-2-7b --hardware h100 --phase generate --method"
     out = cli.out(f"speedup {line} shortened-llama,minitron-width --memory")
     assert max(len(row) for row in out.splitlines() if not re.search(r"batch 1|interval;", row)) <= available
-    assert out.count("minitron-width") == 3  # speedups, serving, memory
-    assert "sheared-llama (width_cross+width) 60 %" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
+    assert out.count("\nminitron-width ") == 6  # answer, speedups, serving, memory, parts, will it run
+    assert "sheared-llama at 60 % (width_cross+width)" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
 
 
 @pytest.mark.quick

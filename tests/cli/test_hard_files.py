@@ -116,7 +116,7 @@ def test_a_name_that_is_a_path_leads_nowhere(cli: Any) -> None:
     for line in (
         "speedup config.json --hardware h100 --family depth --sparsity 0.5 --csv s.csv --figure s.svg",
         "explain config.json --hardware h100 --family width --sparsity 0.5 --figure e.svg --roofline r.svg",
-        "figures --model config.json --hardware h100 --only speedup --format svg -o figures",
+        "figures config.json --hardware h100 --only speedup --format svg -o figures",
     ):
         assert "\x1b" not in "".join(cli(line))
     assert sorted(os.listdir()) == ["config.json", "e.svg", "figures", "r.svg", "s.csv", "s.svg"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from operator_times import collective_time, decode_time, elementwise_time, experts_time, prefill_time
+from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
 
 import simulator
 from simulator.errors import InputError
@@ -59,6 +59,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         experts_time,
         {"m": THREE, "n": 768, "k": 2048, "experts": 128, "active": 8, "hw": HW},
         {"m": SIZES, "experts": SIZES, "active": NUMBERS, "skew": NUMBERS, "hw": [None]},
+    ),
+    "delta_net_time": (
+        delta_net_time,
+        {"tokens": THREE, "batch": THREE, "heads": 32, "key_heads": 16, "key": 128, "value": 128, "hw": HW},
+        {"tokens": SIZES, "batch": [*SIZES, *SHAPED], "heads": SIZES, "conv": [-1, 0.5], "hw": [None]}
+        | {"state_dtype": ["x", 3]},
     ),
     "collective_time": (
         collective_time,
@@ -113,7 +119,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         simulator.Workload.from_columns,
         {"m": THREE, "n": 8, "k": 8},
         {"n": [*SIZES[:-1], *SHAPED], "batch": [*SIZES[:-1], *SHAPED], "count": [*NUMBERS, INF, *SHAPED]}
-        | {"kind": [7, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
+        | {"kind": [8, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
     ),
     "Workload.replace": (DENSE.replace, {}, {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [9]}),
     "ModelConfig": (

@@ -56,8 +56,8 @@ def points(families: list[str], sparsities: list[float], rows: list[str], column
     return {
         "row": [g[0] for g in grid],
         "column": [g[1] for g in grid],
-        "family": [g[2] for g in grid],
-        "sparsity": s,
+        "candidate": [g[2] for g in grid],
+        "at": s,
         "speedup": speed,
         "lower": speed * 0.93,
         "upper": speed * 1.08,
@@ -79,6 +79,7 @@ def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3
     return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
 
 
+FIVE = {"depth": "Depth", "width": "Width", "low_rank": "Low rank", "token": "Token", "kv_cache": "KV cache"}
 EVERY, GPUS = list(STYLES), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
 SETTINGS = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
 LONG = ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"]
@@ -91,6 +92,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "dots, one point": lambda: speedup_figure(**points(["depth"], [0.3], SETTINGS[:1], GPUS[:1])),
     "dots, long label": lambda: speedup_figure(**points(EVERY[:3], [0.3], LONG, GPUS)),
     "dots, two rows": lambda: speedup_figure(**points(EVERY[:4], [0.3], [*SETTINGS, "generate, batch 1"], GPUS)),
+    "curves, four": lambda: speedup_figure(**points(EVERY[:4], [0.1, 0.25, 0.5], SETTINGS[:1], GPUS[:2])),
     "curves": lambda: speedup_figure(**points(["depth", "width"], [0.1, 0.25, 0.5], SETTINGS[:2], GPUS)),
     "curves, one device": lambda: speedup_figure(**points(["depth", "width"], SIX, SETTINGS[:1], GPUS[:1])),
     "curves, all": lambda: speedup_figure(**points(EVERY, SIX, [f"batch {b}" for b in range(9)], GPUS[:2])),
@@ -215,18 +217,18 @@ def test_points_are_drawn_where_they_are() -> None:
     (ax,) = speedup_figure(**data).axes
     lines = {line.get_color(): line for line in ax.lines if line.get_marker() in "os" and len(line.get_xdata()) == 2}
     for name in ("depth", "width"):
-        own = [i for i, f in enumerate(data["family"]) if f == name]
-        np.testing.assert_allclose(lines[style_of(name).color].get_xdata(), 100 * data["sparsity"][own])
+        own = [i for i, f in enumerate(data["candidate"]) if f == name]
+        np.testing.assert_allclose(lines[style_of(name).color].get_xdata(), data["at"][own])
         np.testing.assert_allclose(lines[style_of(name).color].get_ydata(), data["speedup"][own])
 
 
 @pytest.mark.quick
 def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of_their_setting() -> None:
-    data = points(["depth", "width", "low_rank"], [0.1, 0.5], ["prefill", "decode"], ["a100", "h100"])
+    data = points(list(FIVE), [0.1, 0.5], ["prefill", "decode"], ["a100", "h100"])
     figure = speedup_figure(**data)
     assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
     lines = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert lines == ["depth  10 %", "50 %", "width  10 %", "50 %", "low rank  10 %", "50 %"]
+    assert lines == [f"{name}  10 %" if i == 0 else "50 %" for name in FIVE.values() for i in (0, 1)]
     for ax in figure.axes:
         first, second = (line for line in ax.lines if line.get_marker() in ("o", "s"))
         assert first.get_markerfacecolor() != "white" == second.get_markerfacecolor()  # apart in grey print too
@@ -234,7 +236,7 @@ def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of
             own = [(r, c) == (ax.get_title(), device) for r, c in zip(data["row"], data["column"], strict=True)]
             order = np.argsort(line.get_ydata())
             np.testing.assert_allclose(line.get_xdata()[order], data["speedup"][own])
-            np.testing.assert_array_equal(np.round(line.get_ydata()[order]), range(6))
+            np.testing.assert_array_equal(np.round(line.get_ydata()[order]), range(10))
 
 
 @pytest.mark.quick

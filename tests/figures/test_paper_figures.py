@@ -5,6 +5,7 @@ time.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +26,15 @@ from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.measured import MeasuredGemms, from_columns, read_measured_gemms
 from simulator.figures.panels import across, device, speedups_of, steps_of
 from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, MEASURED, OPERATORS, draw
-from simulator.figures.pareto import pareto_figure
+from simulator.figures.pareto import REMOVED, pareto_figure
 from simulator.figures.save import save_figure
 from simulator.figures.scatter import MOST_DOTS, RATIO, Cloud, agreement, scatter_figure
 from simulator.figures.staircase import Stairs, staircase_figure
 from simulator.figures.style import style_of
 from simulator.figures.subject import NothingToDraw, Paper, paper
 from simulator.figures.taxonomy import taxonomy_figure
-from simulator.figures.waterfall import waterfall_figure
+from simulator.figures.titles import device_title, engine_title
+from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.predict.explain import explanations
 from simulator.predict.scenario import Scenario
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
+FOUR = ["vllm", "hf", "compile", "sglang"]
+TINY = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def measured(hw: HardwareProfile, rows: int, noise: float = 0.03) -> MeasuredGemms:
@@ -137,11 +142,9 @@ def test_captions_say_what_was_drawn(name: str, drawn: dict[str, Drawn], about: 
     assert d.caption.endswith(".")
     assert "\n" not in d.caption
     assert not re.search(r"\{|\}|nan|None", d.caption)
-    model = (
-        "llama-2-7b" if "pareto" in name and d.notes else about.model.name if "one device" not in name else "opt-13b"
-    )
+    model = "Llama-2-7b" if "pareto" in name and d.notes else "Llama-3.1-8B" if "one device" not in name else "opt-13b"
     assert "GEMMs" in d.caption or model in d.caption
-    engine = "reference" if "one device" in name else "vllm"
+    engine = "PyTorch, CUDA graph" if "one device" in name else "vLLM"
     assert ("single" if name.split(",")[0] in MEASURED else "any" if "taxonomy" in name else engine) in d.caption
 
 
@@ -149,11 +152,13 @@ def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_
     drawn: dict[str, Drawn],
 ) -> None:
     for name in ("speedup", "efficiency"):
-        assert drawn[name].caption.endswith("2:4 is excluded: vllm has no kernels for it."), name
+        assert drawn[name].caption.endswith("2:4 is excluded: vLLM has no kernels for it."), name
     assert "2:4" not in drawn["pareto"].caption  # no method of it has quality on the axis that was drawn
-    assert drawn["waterfall"].caption.endswith("2:4 is shown in compile: vllm has no kernels for it.")
-    titles = [ax.get_title() for ax in drawn["waterfall"].figure.axes]
-    assert [t.split("\n")[0] for t in titles] == [f"{g}, {e}" for e in ("vllm", "compile", "vllm") for g in GPUS]
+    assert drawn["waterfall"].caption.endswith("2:4 is shown in torch.compile: vLLM has no kernels for it.")
+    titles = [ax.get_title().replace(",\n", ", ") for ax in drawn["waterfall"].figure.axes]
+    assert [t.split("\n")[0] for t in titles] == [
+        f"{device_title(g)}, {e}" for e in ("vLLM", "torch.compile", "vLLM") for g in GPUS
+    ]
     assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)  # reference has it
 
 
@@ -163,17 +168,22 @@ def test_figures_print_in_other_engines(engine: str) -> None:
     for name in ("roofline", "speedup", "waterfall"):
         d = draw(name, whole)
         check_print(d.figure)
-        named = [t.get_text() for t in d.figure.findobj(Text)]
-        assert any(f"h100_sxm, {engine}" in text for text in named)
-        assert f", {engine}," in d.caption
+        named = [t.get_text().replace("\n", " ") for t in d.figure.findobj(Text)]
+        assert any(f"H100 SXM, {engine_title(engine)}" in text for text in named)
+        assert f", {engine_title(engine)}," in d.caption
 
 
 @pytest.mark.parametrize(
     ("hardware", "engines", "rows", "columns"),
     [
-        (["h100_sxm"], ["vllm", "hf"], ["decode"], ["h100_sxm, vllm", "h100_sxm, hf"]),
-        (["h100_sxm"], ["vllm", "hf", "compile", "sglang"], ["decode, h100_sxm"], ["vllm", "hf", "compile", "sglang"]),
-        (["h100_sxm", "l40s"], ["vllm", "hf"], ["decode, vllm", "decode, hf"], ["h100_sxm", "l40s"]),
+        (["h100_sxm"], ["vllm", "hf"], ["decode, batch 1"], ["H100 SXM, vLLM", "H100 SXM, Transformers (eager)"]),
+        (["h100_sxm"], FOUR, ["decode, batch 1, H100 SXM"], list(map(engine_title, FOUR))),
+        (
+            ["h100_sxm", "l40s"],
+            ["vllm", "hf"],
+            ["decode, batch 1, vLLM", "decode, batch 1, Transformers (eager)"],
+            ["H100 SXM", "L40S"],
+        ),
     ],
 )
 def test_each_engine_has_a_panel_that_names_it(
@@ -182,10 +192,10 @@ def test_each_engine_has_a_panel_that_names_it(
     records = simulator.table(
         ["llama-3.1-8b"], hardware, ["depth", "width"], [0.25, 0.5], ["decode"], engine=engines
     ).rows
-    figure = speedups_of(records, ["decode"] * len(records))
+    figure = speedups_of(records)
     check_print(figure)
     across = len(columns)
-    assert [ax.get_title() for ax in figure.axes[:across]] == columns
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes[:across]] == columns
     last = figure.axes[across - 1 :: across]
     assert [ax.texts[0].get_text().replace("\n", " ") for ax in last] == rows
     values = {round(float(y), 9) for ax in figure.axes for line in ax.lines for y in np.atleast_1d(line.get_ydata())}
@@ -196,8 +206,12 @@ def test_explanations_in_two_engines_stand_side_by_side(tmp_path: Path) -> None:
     found = explanations("llama-3.1-8b", ["h100_sxm"], "width", 0.3, ["prefill", "decode"], engine=["hf", "vllm"])
     figure = waterfall_figure([steps_of(e, device(e.result)) for e in found], columns=across(1, 2))
     check_print(figure)
-    assert [ax.get_title() for ax in figure.axes] == ["h100_sxm, hf", "h100_sxm, vllm"] * 2
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-3:] == ["launch", "host time", "predicted"]
+    assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, Transformers (eager)", "H100 SXM, vLLM"] * 2
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-3:] == [
+        "kernel efficiency",
+        "other (8 steps)",
+        "predicted",
+    ]
     draw_waterfalls(found[:2], str(tmp_path / "steps.png"))
     draw_rooflines(found[:2], str(tmp_path / "roof.png"))
     assert {p.name for p in tmp_path.iterdir()} == {"steps.png", "roof.png"}
@@ -248,11 +262,11 @@ def test_a_bar_of_the_taxonomy_is_as_long_as_the_share_that_is_kept() -> None:
     assert {t.get_text() for t in ax.texts} >= {"25", "80", "40", "nothing", "router"}
 
 
-def test_the_map_names_the_fastest_family(one: Paper, drawn: dict[str, Drawn]) -> None:
+def test_the_map_names_the_fastest_family() -> None:
     where = [MAP_SPARSITY], ["decode"], [8], [4096]
-    table = simulator.table([one.model], ["rtx_4090"], ["all"], *where, scenario=one.scenario)
+    table = simulator.table(["llama-3.2-1b"], ["rtx_4090"], ["all"], *where)
     best = max(table, key=lambda r: r.speedup)
-    _, ax = drawn["crossover, one device"].figure.axes
+    _, ax = draw("crossover", paper("llama-3.2-1b", ["rtx_4090"])).figure.axes
     x, y = BATCHES.index(8), LENGTHS.index(4096)
     (text,) = (t.get_text() for t in ax.texts if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y)
     assert text == f"{best.speedup:.2f}"
@@ -266,6 +280,19 @@ def test_where_no_family_gains_the_map_has_no_marker() -> None:
     ).axes[0]
     assert [t.get_text() for t in ax.texts if t.get_text() != "decode"] == ["1.20"]
     assert len(ax.lines) == 1
+
+
+def test_cells_beyond_the_memory_are_blank_and_the_legend_says_so() -> None:
+    cells = ["decode"] * 3, ["gpu"] * 3, [1, 2, 4], [64] * 3, ["depth", "depth", "width"], [1.9, 1.8, 1.7]
+    figure = crossover_figure(*cells, [True, False, True], [True, True, False])
+    ax, legend = figure.axes[0], [t.get_text() for t in figure.legends[0].get_texts()]
+    assert [t.get_text() for t in ax.texts if t.get_text() != "decode"] == ["1.90", "1.80"]
+    assert [len(c.get_paths()) for c in ax.collections] == [2]
+    assert legend == ["Depth", "pale: winner uncertain", "blank: dense model exceeds memory"]
+    certain, uncertain = (color[3] for color in ax.collections[0].get_facecolor())
+    assert certain > 2 * uncertain
+    alone = crossover_figure(*cells, [True] * 3, [True] * 3)
+    assert [t.get_text() for t in alone.legends[0].get_texts()] == ["Depth", "Width"]
 
 
 def test_efficiencies_are_those_of_the_predictions(about: Paper, drawn: dict[str, Drawn]) -> None:
@@ -333,11 +360,58 @@ def test_ratios_out_of_range_are_arrows_with_their_number_and_the_farthest() -> 
 
 def test_a_familys_only_method_is_named_in_the_legend_and_several_beside_their_points() -> None:
     panel = ["prefill"] * 3, ["h100"] * 3, ["depth", "width", "width"], ["SLEB", "FLAP", "LLM-Pruner"]
-    figure = pareto_figure(*panel, [0.1, 0.2, 0.5], [1.1, 1.3, 1.6], [1, 1.2, 1.5], [1.2, 1.4, 1.7], axis="ppl")
-    assert [t.get_text() for t in figure.legends[0].texts][:2] == ["depth (SLEB)", "width"]
+    figure = pareto_figure(
+        *panel, [0.25] * 3, [0.1, 0.2, 0.5], [1.1, 1.3, 1.6], [1, 1.2, 1.5], [1.2, 1.4, 1.7], axis="ppl"
+    )
+    assert [t.get_text() for t in figure.legends[0].texts][:2] == ["Depth (SLEB)", "Width"]
     texts = {t.get_text() for t in figure.axes[0].texts}
-    assert {"FLAP", "prefill"} <= texts
-    assert "SLEB" not in texts
+    assert texts == {"25", "FLAP 25", "LLM-Pruner 25", "prefill"}
+
+
+def test_points_of_a_frontier_carry_what_was_removed_and_a_bent_axis_says_where() -> None:
+    panel = ["prefill"] * 3, ["h100"] * 3, ["depth", "depth", "width"], ["SLEB", "SLEB", "FLAP"]
+    ends = [1.1, 1.3, 1.2], [1.0, 1.2, 1.1], [1.2, 1.4, 1.3]
+    losses = [0.1, 0.2, 0.5], [0.1, 4.0, 2.0]
+    straight, bent = (pareto_figure(*panel, [0.125, 0.5, 0.25], loss, *ends, axis="ppl") for loss in losses)
+    for figure in (straight, bent):
+        check_print(figure)
+        assert {"12.5", "50"} <= {t.get_text() for t in figure.axes[0].texts}
+        assert REMOVED in [t.get_text() for t in figure.legends[0].texts]
+    titles = [figure.legends[0].get_title().get_text() for figure in (straight, bent)]
+    assert titles == ["quality loss (%): ppl", "quality loss (%): ppl (linear to 10 %, then logarithmic)"]
+    assert bent.axes[0].get_xscale() == "symlog"
+    (line,) = (x for x in bent.axes[0].lines if list(x.get_xdata()) == [10.0, 10.0])
+    assert line.get_linestyle() == ":" or line.is_dashed()
+
+
+def test_panels_of_a_roofline_share_axes_and_tell_the_models_apart(drawn: dict[str, Drawn]) -> None:
+    figure = drawn["roofline"].figure
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
+    assert [t.get_text() for t in figure.legends[0].texts] == ["dense", "pruned", "datasheet", "highest clock"]
+    for ax in figure.axes:
+        marks = {line.get_marker(): line.get_color() for line in ax.lines if line.get_marker() != "None"}
+        assert set(marks) == {"o", "s"}
+        assert len(set(marks.values())) == 2
+        named = ", ".join(t.get_text().replace("\n", ", ") for t in ax.texts)
+        assert all(re.search(rf"\b{name}\b", named) for name in ("qkv", "o", "gate up", "down"))
+
+
+def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
+    names, factors = ["a", "b", "c", "d", "e"], [1.002, 0.8, 0.993, 1.0, 1.009]
+    two = [Steps("x", names, factors, 1.5, 1.0, 1.3, names), Steps("y", names, [1.0, 1.0, 0.98, 1.0, 1.0], 1.5, 1, 1.6)]
+    (alone,) = folded(two[:1])
+    assert (alone.names, alone.notes[-1]) == (["b", "other (4 steps)"], "a ×1.002; c ×0.993; d ×1.000; e ×1.009")
+    assert alone.factors[-1] == pytest.approx(1.002 * 0.993 * 1.009, rel=1e-15)
+    for before, after in zip(two, folded(two), strict=True):
+        assert after.names == ["b", "c", "other (3 steps)"], "a step stays if it matters in one panel"
+        assert after.reached[-1] == pytest.approx(before.reached[-1], rel=1e-15)
+        assert after.nominal == before.nominal
+    assert folded([Steps("x", ["a", "b"], [1.0, 0.8], 1.5, 1.0, 1.3)])[0].names == ["a", "b"], (
+        "one step alone keeps its name"
+    )
+    rows = waterfall_figure([replace(two[0], title="1"), replace(two[1], title="2")], columns=1)
+    steps = [[t.get_text() for t in ax.get_yticklabels()][1:-1] for ax in rows.axes]
+    assert steps == [["b", "other (4 steps)"], ["c", "other (4 steps)"]]
 
 
 def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
@@ -347,6 +421,9 @@ def test_a_scatter_says_what_its_points_are_and_has_two_ticks_or_more() -> None:
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
+
+
+FIGURES_OF = ["figures", "llama-3.1-8b"]
 
 
 @pytest.fixture
@@ -366,7 +443,7 @@ def test_one_command_writes_figures_and_captions(
     out = tmp_path / "new" / "out"
     chosen = "taxonomy,scatter"
     assert (
-        prunesim(["figures", "-o", str(out), "--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"])
+        prunesim([*FIGURES_OF, "-o", str(out), "--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"])
         == 0
     )
     assert {p.name for p in out.iterdir()} == {f"{n}{s}" for n in chosen.split(",") for s in (".pdf", ".png")} | {
@@ -374,8 +451,8 @@ def test_one_command_writes_figures_and_captions(
     }
     captions = (out / "captions.md").read_text()
     assert re.findall(r"^## (.+)$", captions, re.MULTILINE) == ["taxonomy", "scatter"]
-    assert f"`prunesim figures -o DIR --only scatter --hardware 4090 --measured 4090={table}`" in captions
-    assert "`prunesim figures -o DIR --only taxonomy --hardware 4090`" in captions
+    assert f"`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured 4090={table}`" in captions
+    assert "`prunesim figures llama-3.1-8b -o DIR --only taxonomy --hardware 4090`" in captions
     assert "gemms.csv" in captions
     printed = capsys.readouterr()
     assert str(out / "captions.md") in printed.out
@@ -386,7 +463,7 @@ def test_what_lacks_data_is_left_out_with_a_note(
 ) -> None:
     few = {name: FIGURES[name] for name in ("taxonomy", "scatter")}
     monkeypatch.setattr("simulator.figures.paper.FIGURES", few)
-    assert prunesim(["figures", "-o", str(tmp_path), "--format", "png"]) == 0
+    assert prunesim([*FIGURES_OF, "-o", str(tmp_path), "--format", "png"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"taxonomy.png", "captions.md"}
     assert "no measured GEMMs" in capsys.readouterr().err
 
@@ -396,9 +473,9 @@ def test_measurements_that_ship_are_drawn(
 ) -> None:
     shipped = {"h100_sxm": measured(load_hardware("h100_sxm"), 50)}
     monkeypatch.setattr("calibration.cli.figures.shipped_gemms", lambda hw, dtype: shipped.get(hw.name))
-    assert run(["figures", "-o", str(tmp_path), "--only", "scatter", "--format", "png"]) == 0
-    assert "h100_sxm: planted" in (tmp_path / "captions.md").read_text()
-    assert "a100_sxm_80gb" not in (tmp_path / "captions.md").read_text()
+    assert run([*FIGURES_OF, "-o", str(tmp_path), "--only", "scatter", "--format", "png"]) == 0
+    assert "H100 SXM: planted" in (tmp_path / "captions.md").read_text()
+    assert "A100" not in (tmp_path / "captions.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -407,7 +484,6 @@ def test_measurements_that_ship_are_drawn(
         (["--only", "taxonmy"], "figure 'taxonmy'"),
         (["--only", "scatter"], "no measured GEMMs of a100_sxm_80gb, h100_sxm, rtx_4090"),
         (["--format", "jpg"], "format 'jpg'"),
-        (["--model", "nosuch"], "nosuch"),
         (["--seq", "0"], "seq 0"),
         (["--measured", "4090"], "expected DEVICE=FILE"),
         (["--measured", "4090=missing.csv"], "missing.csv: cannot be read"),
@@ -418,14 +494,31 @@ def test_measurements_that_ship_are_drawn(
 def test_bad_input_is_one_line_and_status_2(
     prunesim: Any, arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert prunesim(["figures", "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "out"), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
 
 
+def test_the_model_is_positional_as_in_every_command(
+    prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(TINY))
+    one = ["--only", "taxonomy", "--format", "svg"]
+    for model in (str(tmp_path / "own"), str(tmp_path / "own" / "config.json")):
+        assert prunesim(["figures", model, "-o", str(tmp_path / "out"), *one]) == 0
+        assert (
+            f"`prunesim figures {model} -o DIR --only taxonomy --format svg`"
+            in (tmp_path / "out" / "captions.md").read_text()
+        )
+    assert prunesim(["figures", "nosuch", "-o", str(tmp_path / "out"), *one]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    assert prunesim(["figures", "-o", str(tmp_path / "out"), *one]) == 2, "no model has a default"
+
+
 def test_the_output_may_not_be_a_file(prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
-    assert prunesim(["figures", "-o", str(tmp_path / "file"), "--only", "taxonomy"]) == 2
+    assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "file"), "--only", "taxonomy"]) == 2
     assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 

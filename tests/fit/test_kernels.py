@@ -108,7 +108,7 @@ def test_few_rows_leave_the_default_and_say_so() -> None:
     with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few; a fit needs 6"):
         fit_profile(HW, few)
     fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
-    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6" in fit.notes
+    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6; measure longer" in fit.notes
     assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
 
 

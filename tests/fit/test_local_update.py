@@ -221,7 +221,10 @@ def test_what_is_odd_is_said() -> None:
     assert update_profile(HW, some).notes[0] == "7 rows excluded: the time is not positive and finite"
     one = planted(gemms(1).select(np.zeros(5, dtype=int)))
     assert any(note.startswith("one shape: only") for note in update_profile(HW, one).notes)
-    assert any(note.startswith("only 5 rows;") for note in update_profile(HW, planted(gemms(5))).notes)
+    assert any(
+        note.startswith("only 5 rows, so intervals stay wide; measure 20 to 400")
+        for note in update_profile(HW, planted(gemms(5))).notes
+    )
     many = update_profile(HW, planted(gemms(900)))
     assert (many.rows, len(many.profile.local_update.arrays["independent"])) == (400, 400)  # type: ignore[union-attr]
     slow = planted(gemms(60))

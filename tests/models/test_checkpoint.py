@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.errors import InputError
+from simulator.models.block import Block, Latent
 from simulator.models.checkpoint import from_tensors
-from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.config import ModelConfig
 from simulator.models.difference import difference
 from simulator.models.headers import BITS, MAX_HEADER_BYTES, Tensor, read_headers
 from simulator.models.library import list_models, load_model
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_is_what_its_config_says_is_that(name: str) -> None:
     tensors = tensors_of(model)
     found = from_tensors(model, tensors, "x")
     assert found == replace(model, weight_dtype="")  # gpt-oss's tensors are 16 bits here
-    assert (found.found, found.parameters) == ("", held(tensors))
+    assert (found.found, found.parameters) == (model.found, held(tensors))
     if model.tied:  # a head that is stored all the same counts once
         again = from_tensors(model, tensors | {"lm_head.weight": Tensor("F16", (model.vocab, model.hidden))}, "x")
         assert again == model
@@ -211,7 +212,15 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
         ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
         ({AT + "mlp.up_proj.bias": F16(11008)}, "layers 0-31: expected 202,409,472 parameters, got"),
         ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: belongs to no known layer"),
-        ({AT + "attn_shortcut_Q": F16(4096, 4096)}, "attn_shortcut_Q: belongs to no known layer"),
+        ({AT + "attn_shortcut_Q": F16(4096, 3072)}, "attn_shortcut_Q: expected a width of 4,096, as"),
+        ({AT + "mlp_shortcut_Q": F16(4096, 3072)}, "mlp_shortcut_Q: expected a width of 4,096, as in .*down_proj, got"),
+        ({AT + "mlp.down_proj.weight": F16(3072, 11008)}, "down_proj: expected a width of 4,096, as in the embedding"),
+        ({"lm_head.weight": F16(32000, 3072)}, "lm_head: expected a width of 4,096, as in norm, got 3,072"),
+        ({AT + "self_attn.q_u_proj.weight": F16(4096, 64)}, "layers 3: expected 186,130,432 parameters, got"),
+        ({"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)}, "norm: expected a head of 4,096 inputs"),
+        ({AT + "mlp.up_proj.ALinear.weight": F16(11008, 64)}, "layers 3: expected .* parameters, got"),
+        ({AT + "mlp.up.ALinear.weight": F16(11008, 64)}, "mlp.up.ALinear: belongs to no known layer"),
+        ({AT + "mlp.x_u_proj.weight": F16(11008, 64)}, "mlp.x_u_proj: belongs to no known layer"),
         ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
         ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
         ({AT + "input_layernorm.weight": None}, "layers 3: .* it lacks input_layernorm"),
@@ -229,6 +238,100 @@ def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Ten
     with pytest.raises(InputError, match=says) as caught:
         from_tensors(LLAMA, tensors, "folder")
     assert str(caught.value).startswith("folder: ")
+
+
+def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
+    """LLaMA-2-7B as SliceGPT saves it: no weights of norms, a full head unless it was sliced too."""
+    out = {"model.embed_tokens.weight": F16(32000, hidden), "lm_head.weight": F16(32000, head)}
+    for i in range(layers):
+        at, after = f"model.layers.{i}.", head if i == layers - 1 else hidden
+        out |= {f"{at}self_attn.{name}_proj.weight": F16(4096, hidden) for name in "qkv"}
+        out |= {f"{at}mlp.{name}_proj.weight": F16(11008, hidden) for name in ("gate", "up")}
+        out |= {at + "self_attn.o_proj.weight": F16(hidden, 4096), at + "mlp.down_proj.weight": F16(after, 11008)}
+        out |= {at + "attn_shortcut_Q": F16(hidden, hidden), at + "mlp_shortcut_Q": F16(hidden, after)}
+    return out
+
+
+@pytest.mark.parametrize("head", [4096, 3072])
+def test_slicegpt_is_read_with_the_matrices_of_its_residual(head: int) -> None:
+    tensors = sliced(3072, head)
+    found = from_tensors(LLAMA, tensors, "x")
+    assert found.parameters == held(tensors)
+    assert (found.hidden, found.head_hidden, found.norm, found.head_dim) == (3072, head, "none", 128)
+    assert "width_cross: hidden 3,072 of 4,096, 64 residual projections" in found.found
+    for phase in ("prefill", "decode", "generate"):
+        for engine in ("vllm", "hf"):
+            w = lower(found, phase=phase, batch=2, seq=64, new_tokens=2 * (phase == "generate"), engine=engine)
+            assert w.parameters == pytest.approx(found.parameters, rel=1e-12)
+            added = w.take(w.is_role("residual_projection"))
+            assert added.overhead.all()
+            runs = 1 + 2 * (phase == "generate")
+            assert added.count.sum() == 64 * runs
+            assert (added.n * added.count).sum() == (63 * 3072 + head) * runs
+            assert set(added.k) == {3072}
+            assert set(w.k[w.is_role("lm_head")]) == set(w.n[w.is_role("final_norm")]) == {head}
+    (record,) = table([LLAMA], ["h100"], pruned=[found], phase=["decode"])
+    assert record.family == "width_cross"
+
+
+def factored(tensors: dict[str, Tensor], rank: Callable[[str], int], style: str) -> dict[str, Tensor]:
+    """Projections with a rank as their two factors, by the names of a method."""
+    out: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        module = name.removesuffix(".weight")
+        if "_proj" not in name or not (r := rank(module)):
+            out[name] = t
+        elif style == "svd-llm":
+            base = module.removesuffix("_proj")
+            out |= {base + "_u_proj.weight": F16(t.shape[0], r), base + "_v_proj.weight": F16(r, t.shape[1])}
+        else:
+            out |= {module + ".ALinear.weight": F16(t.shape[0], r), module + ".BLinear.weight": F16(r, t.shape[1])}
+    return out
+
+
+@pytest.mark.parametrize("style", ["svd-llm", "asvd"])
+def test_factors_of_a_projection_are_two_products(style: str) -> None:
+    mistral = load_model("mistral-7b-v0.3")
+    ranks = {"q_proj": 1024, "k_proj": 409, "up_proj": 2000, "down_proj": 1800, "o_proj": 1024, "gate_proj": 2000}
+    tensors = factored(tensors_of(mistral), lambda module: ranks.get(module.rsplit(".", 1)[-1], 0), style)
+    found = from_tensors(mistral, tensors, "x")
+    assert found.parameters == held(tensors) < mistral.parameters
+    assert "low_rank in layers 0-31: ranks of 409 to 2,000 in down, gate, k, o, q, up (" in found.found
+    for engine in ("vllm", "hf"):
+        w = lower(found, batch=2, seq=64, engine=engine)
+        assert w.parameters == found.parameters
+        assert not w.is_role("qkv", "gate_up").any()
+        for role, n, k in (("q", 4096, 4096), ("k", 1024, 4096), ("down", 4096, 14336), ("up", 14336, 4096)):
+            rank, rows = ranks[role + "_proj"], w.take(w.is_role(role))
+            assert list(zip(rows.stage, rows.n, rows.k)) == [(1, rank, k), (2, n, rank)]
+        assert w.stage[w.is_role("v")].tolist() == [0]
+    (record,) = table([mistral], ["h100"], pruned=[found])
+    assert record.family == "low_rank"
+    half = lower(found, batch=2, seq=64, engine="hf", devices=2)
+    assert half.k[half.is_role("o")].tolist() == [2048, 1024]  # inputs shared out, then the rank
+
+
+def test_ranks_may_differ_by_layer_and_fused_projections_may_have_one() -> None:
+    tensors = factored(tensors_of(LLAMA), lambda module: 500 if module == "model.layers.7.mlp.up_proj" else 0, "asvd")
+    found = from_tensors(LLAMA, tensors, "x")
+    assert [i for i, block in enumerate(found.layout) if block.ranks] == [7]
+    assert found.parameters == held(tensors) == int(lower(found, seq=8).parameters)
+    phi = load_model("phi-3-mini-4k")
+    tensors = factored(tensors_of(phi), lambda module: 700 if module.endswith("qkv_proj") else 0, "asvd")
+    found = from_tensors(phi, tensors, "x")
+    for engine in ("vllm", "hf"):
+        w = lower(found, seq=8, engine=engine)
+        assert w.parameters == found.parameters == held(tensors)
+        assert w.n[w.is_role("qkv")].tolist() == [700, 9216]
+    opt = load_model("opt-13b")  # the factor that makes the outputs has the bias
+    tensors = factored(tensors_of(opt), lambda module: 300 if module.endswith("q_proj") else 0, "asvd")
+    biases = {name for name in tensors if ".q_proj.ALinear.bias" in name}
+    moved = {name.replace(".q_proj.bias", ".q_proj.ALinear.bias"): t for name, t in tensors_of(opt).items()}
+    tensors = factored(moved, lambda module: 300 if module.endswith("q_proj") else 0, "asvd")
+    found = from_tensors(opt, tensors, "x")
+    assert not biases
+    assert (found.qkv_bias, found.parameters) == (True, held(tensors))
+    assert int(lower(found, seq=8, engine="hf").parameters) == found.parameters
 
 
 def test_parameters_outside_the_decoder_are_ignored_and_reported() -> None:

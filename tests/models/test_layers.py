@@ -10,7 +10,7 @@ import pytest
 from model_shapes import PUBLISHED, layer_tensors
 
 from simulator.errors import InputError
-from simulator.models.config import Block, Latent
+from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -35,6 +35,13 @@ DEEPSEEK: dict[str, Any] = {
     **{"moe_intermediate_size": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16},
     **{"v_head_dim": 24, **SHAPE},
 }
+
+GLM: dict[str, Any] = {
+    **{"model_type": "glm4_moe", "attention_bias": True, "n_routed_experts": 16, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 64, **LLAMA},
+}
+LLAMA4: dict[str, Any] = {"model_type": "llama4_text", "num_local_experts": 16, "num_experts_per_tok": 2, **LLAMA}
+NEXT: dict[str, Any] = {"model_type": "qwen3_next", "shared_expert_intermediate_size": 96, **MOE}
 
 
 def one(w: Workload, role: str) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def test_layers_without_rotary() -> None:
                 "model_type": "gemma3",
                 "text_config": {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1},
             },
-            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3"},
+            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"},
         ),
         ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
@@ -191,6 +198,42 @@ def test_layers_without_rotary() -> None:
             DEEPSEEK | {"model_type": "deepseek_v3"},
             {"blocks": (*[Block(8, 8, 1024)] * 3, Block(8, 8, 64, 16, 2, 64)), "router_bias": True},
         ),
+        (DEEPSEEK | {"model_type": "kimi_k2", "first_k_dense_replace": 1}, {"router_bias": True, "layers": 4}),
+        (
+            GLM,
+            {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 64, 16, 2, 64)] * 3), "qkv_bias": True, "o_bias": False}
+            | {"qk_norm": "", "rotary_dim": 48, "router_bias": True, "shared_gate": False},
+        ),
+        (
+            GLM | {"use_qk_norm": True, "n_shared_experts": 2, "first_k_dense_replace": 0},
+            {"qk_norm": "head", "inner": 128},
+        ),
+        (
+            LLAMA4,
+            {"blocks": (*[Block(8, 2, 1024, 16, 2, 1024)] * 3, Block(8, 2, 1024, 16, 2, 1024, rotary=False))}
+            | {"windows": (8192, 8192, 8192, 0), "qk_norm": "unit", "head_dim": 128, "expert_inner": 1024},
+        ),
+        (
+            LLAMA4 | {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 2048, "no_rope_layers": [1] * 4},
+            {"blocks": (Block(8, 2, 2048), Block(8, 2, 1024, 16, 2, 1024)) * 2, "windows": (8192,) * 4},
+        ),
+        (LLAMA4 | {"moe_layers": [], "intermediate_size_mlp": 512}, {"experts": 0, "inner": 512}),
+        (LLAMA4 | {"attention_chunk_size": None, "use_qk_norm": False}, {"windows": (0,) * 4, "qk_norm": ""}),
+        (
+            NEXT,
+            {"blocks": (*[Block(32, 16, 96, 16, 2, 64, delta=True)] * 3, Block(8, 2, 96, 16, 2, 64))}
+            | {"delta": DeltaNet(128, 128, 4), "output_gate": True, "heads": 8, "head_dim": 256, "rotary_dim": 64},
+        ),
+        (NEXT | {"full_attention_interval": 1}, {"blocks": (), "delta": None, "inner": 96}),
+        (
+            NEXT | {"layer_types": ["full_attention", "linear_attention"] * 2, "linear_num_value_heads": 16},
+            {"blocks": (Block(8, 2, 96, 16, 2, 64), Block(16, 16, 96, 16, 2, 64, delta=True)) * 2},
+        ),
+        ({"model_type": "seed_oss", **LLAMA}, {"qkv_bias": True, "o_bias": False, "head_dim": 128}),
+        ({"model_type": "olmo3", **LLAMA}, {"windows": (4096, 4096, 4096, 0), "qk_norm": "width"}),
+        ({"model_type": "ministral", **LLAMA}, {"windows": (4096,) * 4}),
+        ({"model_type": "ministral3", **LLAMA}, {"windows": (0,) * 4}),
+        (QWEN3 | {"model_type": "qwen3_vl_moe_text"}, {"tied": True, "kv_heads": 2}),
     ],
 )
 def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -225,6 +268,19 @@ def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any
         (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
         (without(DEEPSEEK, "kv_lora_rank"), "kv_lora_rank: missing"),
         (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
+        (LLAMA4 | {"moe_layers": [4]}, "moe_layers: expected a list of layers from 0 to 3"),
+        (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
+        (LLAMA4 | {"no_rope_layers": [1]}, "no_rope_layers: expected a list of 4 of 0"),
+        (
+            LLAMA4 | {"layer_types": ["linear_attention"] * 4},
+            "layer_types: expected a list of 4 of full_attention or ch",
+        ),
+        (
+            NEXT | {"layer_types": ["sliding_attention"] * 4},
+            "layer_types: expected a list of 4 of full_attention or li",
+        ),
+        (NEXT | {"linear_num_key_heads": 5}, "linear_num_key_heads: expected a divisor of linear_num_value_heads 32"),
+        (without(GLM, "n_routed_experts"), "n_routed_experts: missing"),
     ],
 )
 def test_what_is_wrong_is_named(data: dict[str, Any], reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED, outer_tensors, parameters_of
 
 from simulator.errors import InputError
+from simulator.models.forward import SPARSE
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
 from simulator.models.library import list_models, load_model
+from simulator.models.lower import lower
+from simulator.predict.table import table
+from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick
 
@@ -166,6 +171,86 @@ def test_unsupported_architecture_is_named(kind: Any) -> None:
 def test_other_bad_values(data: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         from_hf_config(data)
+
+
+def declaring(structure: Any, key: str = "quantization_config") -> dict[str, Any]:
+    """A configuration as compressed-tensors writes it for plain weights."""
+    sparsity = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": structure}
+    return LLAMA | {key: {"quant_method": "compressed-tensors", "sparsity_config": sparsity}}
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_declared_two_of_four_is_timed_where_there_are_kernels(key: str) -> None:
+    dense, pruned = load_model(LLAMA), load_model(declaring("2:4", key))
+    assert pruned.declared == "2:4"
+    assert "timed as 2:4 in engines with such kernels (compile, hf, reference, trtllm), as dense" in pruned.found
+    projections = 2 * (4 * 64 * 64 + 3 * 64 * 176)
+    for engine, dtype, some in (("hf", "bf16", 1), ("trtllm", "fp8", 1), ("hf", "fp8", 0), ("vllm", "bf16", 0)):
+        w, whole = (lower(model, seq=64, engine=engine, dtype=dtype) for model in (pruned, dense))
+        assert (w.kernel == Kernel.SPARSE24).sum() == some * whole.is_role(*SPARSE).sum()
+        assert whole.parameters - w.parameters == some * projections / 2
+    (record,) = table([dense], ["h100"], pruned=[pruned], engine=["hf"])
+    assert (record.family, record.speedup > 0.0) == ("semi_structured", True)
+    (record,) = found = table([dense], ["h100"], pruned=[pruned], engine=["vllm"])
+    assert record.speedup == 1.0
+    assert any("as dense in others" in note for note in found.notes)
+
+
+def test_declared_zeros_without_a_pattern_give_nothing() -> None:
+    dense, pruned = load_model(LLAMA), load_model(declaring("unstructured"))
+    assert pruned.declared == "unstructured"
+    (record,) = found = table([dense], ["h100"], pruned=[pruned], engine=["hf"])
+    assert (record.family, record.speedup) == ("unstructured", 1.0)
+    assert any("timed as dense, without a speedup" in note for note in found.notes)
+    for nothing in (declaring(None), LLAMA | {"quantization_config": None}, LLAMA | {"quantization_config": "fp8"}):
+        assert load_model(nothing) == dense
+
+
+def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
+    text = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    for kind, decoder, own in (
+        ("mistral3", "mistral", {}),
+        ("mistral3", "ministral3", {"model_type": "ministral3"}),
+        ("qwen2_5_vl", "qwen2_5_vl_text", {"num_key_value_heads": 2}),
+        ("qwen3_vl", "qwen3_vl_text", {"num_key_value_heads": 2}),
+        ("llava", "llama", {"model_type": "llama"}),  # of any other model whose decoder is known
+    ):
+        model = load_model(
+            {"model_type": kind, "vision_config": {}, "text_config": text | {"num_key_value_heads": 4} | own}
+        )
+        assert (model.architecture, model.hidden, model.layers) == (decoder, 64, 2)
+        assert model.found == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
+    flat = load_model({**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}})
+    assert (flat.architecture, flat.qkv_bias) == ("qwen2_5_vl_text", True)
+    assert "vision" in flat.found
+    tied = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": text | {"num_key_value_heads": 4}}
+    assert load_model(tied).tied
+    with pytest.raises(InputError, match=r"text_config\.vocab_size: missing"):
+        load_model({"model_type": "mistral3", "text_config": {k: v for k, v in text.items() if k != "vocab_size"}})
+
+
+def test_the_rotated_share_of_either_version_of_transformers() -> None:
+    for keys in (
+        {"partial_rotary_factor": 0.25},
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    ):
+        assert load_model(LLAMA | {"model_type": "phi3"} | keys).rotary_dim == 4
+    with pytest.raises(InputError, match=r"rope_parameters\.partial_rotary_factor: expected a number from 0 to 1"):
+        load_model(LLAMA | {"model_type": "phi3", "rope_parameters": {"partial_rotary_factor": 2}})
+
+
+def test_an_unknown_hugging_face_id_reports_how_to_get_its_config() -> None:
+    command = r"curl -L https://huggingface.co/{}/resolve/main/config.json -o config.json"
+    way = f"get its config.json and pass that path: {command}"
+    for name in ("Qwen/Qwen9-8B", "some.one/A_new-model.v2"):
+        with pytest.raises(InputError, match=way.format(re.escape(name))):
+            load_model(name)
+    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*curl"):
+        load_model("Qwen/Qwen4-8B")
+    for name in ("qwen9", "a/b/c", "x y/z", "a/" + "b" * 200):
+        with pytest.raises(InputError) as error:
+            load_model(name)
+        assert "curl" not in str(error.value)
 
 
 def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:

@@ -292,7 +292,10 @@ def test_expand_changes_no_sum(name: str, phase: str, seq: int, steps: int) -> N
     assert wide.parameters == pytest.approx(w.parameters, rel=1e-12)
     for column in ("flops", "bytes", "count"):
         assert getattr(wide, column).sum() == pytest.approx(getattr(w, column).sum(), rel=1e-12)
-    attention, attends = wide.take(wide.is_role("attention")), [block.heads > 0 for block in load_model(name).layout]
+    attention, attends = (
+        wide.take(wide.is_role("attention")),
+        [block.heads > 0 and not block.delta for block in load_model(name).layout],
+    )
     times = len(attention) // sum(attends)
     assert np.bincount(attention.layer).tolist() == [times * there for there in attends]
 

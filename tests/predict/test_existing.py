@@ -12,7 +12,8 @@ from layouts import folder_of, save, tensors_of
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.predict.explain import explanations
 from simulator.predict.prunings import ALIKE
 from simulator.predict.table import table
@@ -58,6 +59,21 @@ def test_a_model_that_exists_is_timed_as_the_family_that_makes_it(
     assert theirs.family == family
     left = model.parameters if not model.sparse24 else lowered(model).parameters
     assert theirs.sparsity == theirs.realised_sparsity == pytest.approx(1 - left / DENSE.parameters)
+
+
+def test_a_model_that_cannot_be_read_is_skipped_if_others_remain(tmp_path: Path) -> None:
+    folder, bad = folder_of(tmp_path, "llama-2-7b"), tmp_path / "bad"
+    save(folder / "model.safetensors", tensors_of(LLM_PRUNER))
+    bad.mkdir()
+    reason = f"{bad}: the folder has no config.json; expected a Hugging Face model folder"
+    found = table([DENSE], ["h100"], pruned=[str(bad), str(folder), str(tmp_path / "none")], phase=["decode"])
+    assert [r.pruned for r in found] == ["llama-2-7b"]
+    assert found.notes[0] == f"{reason}: this pruned model is skipped"
+    assert "none' is unknown" in found.notes[1] or "none: " in found.notes[1]
+    for alone in ([str(bad)], [str(bad), str(tmp_path / "none")]):
+        with pytest.raises(InputError) as error:
+            table([DENSE], ["h100"], pruned=alone)
+        assert str(error.value) == reason
 
 
 def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:

@@ -205,9 +205,11 @@ def test_figure_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
     ends = [1.0, 1.1, 1.2, 1.3, 0.9], [1.2, 1.3, 1.4, 1.8, 1.0]
     for name in ("a.pdf", "b.pdf"):
         where = ["prefill"] * 5, ["h100", "a100"] + ["h100"] * 3
-        figure = pareto_figure(*where, families, list("vwxyz"), loss, speed, *ends, axis="ppl", protocol="p")
+        figure = pareto_figure(
+            *where, families, list("vwxyz"), [0.25] * 5, loss, speed, *ends, axis="ppl", protocol="p"
+        )
         save_figure(figure, tmp_path / name)
     assert len(figure.axes) == 2
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     with pytest.raises(InputError, match="one length"):
-        pareto_figure(["a"], [], [], [], [], [], [], [], axis="x")
+        pareto_figure(["a"], [], [], [], [], [], [], [], [], axis="x")

@@ -16,7 +16,8 @@ from simulator.engines import engine as engines
 from simulator.engines.loading import FEATURES
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
-from simulator.models.config import Block, ModelConfig
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
 from simulator.predict.loading import features
 from simulator.predict.prunings import Pruning
 from simulator.predict.runnable import Runnable, runnable, will_run

@@ -158,8 +158,8 @@ def test_every_family_is_explained_exactly(family: str) -> None:
 
 
 @pytest.mark.quick
-def test_a_sparsity_by_projection_is_explained() -> None:
-    (e,) = explanations(MODEL[0], ["h100"], "width", {"mlp": 0.5})
+def test_a_sparsity_by_part_is_explained() -> None:
+    (e,) = explanations(MODEL[0], ["h100"], prune=["width mlp=0.5"])
     (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
     assert 0.3 < e.result.sparsity < 0.5
     assert 1.0 < e.result.speedup < whole.speedup

@@ -94,7 +94,7 @@ def test_a_sparsity_beside_a_budget_is_rejected() -> None:
     for given in ({"method": ["quest", "snapkv-1024"]}, {"family": ["kv_cache"], "options": {"budget": 1024}}):
         with pytest.raises(InputError, match=r"expected none for .*: it follows from the length and the budget"):
             table(["llama-2-7b"], ["h100"], sparsity=[0.5], phase=["decode"], **given)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="snapkv-1024: a budget of tokens sets its sparsity, but a sweep has an axis"):
-        Grid(("llama-2-7b",), ("h100",), (0.5,), ("decode",), (1,), (128,), methods=("snapkv-1024",))
+    grid = Grid(("llama-2-7b",), ("h100",), (0.25, 0.5), ("decode",), (1,), (128,), methods=("snapkv-1024", "h2o"))
+    assert [p.prune for p in grid.prunings] == ["snapkv-1024", "h2o 0.25", "h2o 0.5"]  # once, without a sparsity
     found = table(["llama-2-7b"], ["h100"], method=["minference-7096", "snapkv-1024"], phase=["decode"])
     assert found.notes[0] == "minference-7096: expected phase prefill, got decode: excluded"

@@ -13,10 +13,11 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import ROLES, Kind, Workload
+from simulator.workload_batch import WorkloadBatch, cache_bytes
 
 pytestmark = pytest.mark.quick
 
-MODELS = ["mixtral-8x7b", "deepseek-v3", "nemotron-super-49b", "qwen1.5-moe-a2.7b"]
+MODELS = ["mixtral-8x7b", "deepseek-v3", "nemotron-super-49b", "qwen1.5-moe-a2.7b", "qwen3-next-80b-a3b"]
 DENSE = ["semi_structured", "low_rank", "unstructured", "dynamic_width"]  # of weights with kernels of their own
 
 
@@ -42,7 +43,7 @@ def test_work_never_grows(name: str, engine: str) -> None:
             w = lower(load_model(name), **request, devices=devices, parallel=parallel)
             for family in FAMILIES:
                 if routed and family in DENSE:
-                    with pytest.raises(InputError, match="routed experts and latent attention have no such kernels"):
+                    with pytest.raises(InputError, match="routed experts, latent attention and delta nets have no"):
                         prune(w, family, 0.5)
                     continue
                 options = (
@@ -94,6 +95,37 @@ def test_narrower_experts_and_heads() -> None:
         assert set(attention.heads) == {64}
         assert set(attention.latent) == {576}
         assert shapes(w, "experts") == {("experts", 1024, 7168)}
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_delta_nets_lose_key_heads_with_their_value_heads(phase: str) -> None:
+    """Half of 16 key heads and 32 value heads of 128 features go, in projections, convolution and state."""
+    w = lower(load_model("qwen3-next-80b-a3b"), phase=phase, batch=4, seq=64)
+    pruned = prune(w, "width", {"attention": 0.5})
+    own = shapes(pruned, "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate", "qkv", "o")
+    delta = {("delta_in", 6144, 2048), ("delta_ba", 32, 2048), ("delta_net", 2048, 0), ("gated_norm", 2048, 0)}
+    attention = {("qkv", 4096 + 2 * 256, 2048), ("output_gate", 2048, 0)}
+    assert own == delta | attention | {("o", 2048, 2048)}  # 8 of 16 heads of 256, 16 of 32 of 128
+    nets = pruned.take(pruned.kind == Kind.DELTA_NET)
+    assert (set(nets.heads), set(nets.kv_heads)) == ({16}, {8})
+    assert nets.params.tolist() == [4 * 4096 + 32] * len(nets)  # channels of the convolution, decays
+    h, q = 2048, 8 * 256
+    attends = h * (2 * q + 2 * 256) + q * h + 2 * 256 + 2 * h
+    net = h * (6144 + 32) + 4 * 4096 + 32 + 128 + 2048 * h + 2 * h
+    experts = 512 * 3 * h * 512 + 512 * h + 3 * h * 512 + h
+    assert pruned.parameters == pytest.approx(12 * attends + 36 * net + 48 * experts + 2 * 151936 * h + h, rel=1e-12)
+    assert cache_bytes(WorkloadBatch.of([pruned]))[0] < 0.51 * cache_bytes(WorkloadBatch.of([w]))[0]
+
+
+def test_depth_removes_delta_nets_and_a_shorter_cache_keeps_their_state() -> None:
+    w = lower(load_model("qwen3-next-80b-a3b"), phase="decode", batch=4, seq=4096)
+    for unit in ("layer", "attention"):
+        left = prune(w, "depth", 0.5, unit=unit)
+        assert left.count[left.is_role("delta_net", "attention")].sum() == 24
+    held = [cache_bytes(WorkloadBatch.of([x]))[0] for x in (w, prune(w, "kv_cache", 0.5), prune(w, "token", 0.5))]
+    state = 36 * 4 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+    position = 4 * 2 * 2 * 256 * 2  # bytes of keys and values of a layer
+    assert held == [state + position * n for n in (12 * 4097, 12 * 2049, 12 * 2049)]
 
 
 def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:

@@ -345,7 +345,7 @@ def test_bad_input_is_one_line_and_status_2(
     out, err = capsys.readouterr()
     assert out == ""
     assert BAD[change] in err.splitlines()[-1]
-    assert all(line.startswith(("note:", "prunesim:")) for line in err.splitlines())
+    assert all(line.startswith(("note:", "status:", "prunesim:")) for line in err.splitlines())
     assert not (tmp_path / "run").exists()
 
 

@@ -25,7 +25,7 @@ from calibration.runners.decoder.model import Decoder, from_weights, random_deco
 from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
 from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, window_logits  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.models.config import Block, Latent  # noqa: E402
+from simulator.models.block import Block, Latent  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
 

@@ -73,9 +73,7 @@ def test_order_is_decided_by_the_closest_comparison() -> None:
     found = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)))
     assert found.margin == pytest.approx(math.log(1.35 / 1.3) / math.log(1.1))
     assert found.decided_by == "width 25 % against dynamic_depth 25 %: 1.038 times as fast"
-    assert found.needed == (
-        "the difference is +3.8 %, its interval reaches -5.6 %; measure both models within 3.8 % to decide"
-    )
+    assert found.needed == ("the interval of the difference reaches -5.6 %; measure both models within 3.8 % to decide")
     nearer = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.03)))
     assert (nearer.verdict, nearer.needed, nearer.decided_by) == (HOLDS, "", found.decided_by)
 

@@ -13,9 +13,10 @@ from calibration.measurements import published
 from calibration.validation import engines, serving
 from calibration.validation.acceptance import SERVING
 from calibration.validation.paper import figure_2
-from calibration.validation.published import MISS, Comparison
+from calibration.validation.published import MISS, Comparison, median_error
 from simulator.cli import run
 from simulator.engines.engine import load_engine
+from simulator.units import percent
 
 Found = Mapping[str, Sequence[Comparison]]
 
@@ -130,3 +131,16 @@ def test_the_page_states_what_the_engine_files_state() -> None:
     by_engine = {name.strip(): [row[i].strip() for row in cells[2:]] for i, name in enumerate(cells[0]) if i}
     assert by_engine["hf"][:3] == ["yes", f"{len(load_engine('hf').loads['heads'].model_types)} model types", "no"]
     assert by_engine["trtllm"][4] == "llama, nemotron-nas; multiples of 256"
+
+
+def test_the_conclusion_has_errors_and_coverage_of_judged_rows_and_the_worst_group(found: Found) -> None:
+    first, worst = engines.of_end_to_end(found)
+    for kind in ("dense", "speedup"):
+        rows = judged(found, kind)
+        error, inside = median_error(rows), sum(c.inside for c in rows) / len(rows)
+        assert f"median error {percent(error)}, {percent(inside)} of {len(rows)} in their interval" in first
+    some = {kind: judged(found, kind) for kind in ("dense", "speedup")}
+    line = max((s for s in engines.summaries(some) if s.rows > 1), key=lambda s: s.median)
+    assert worst.startswith(
+        f"Worst, of groups of several rows: {line.engine} on {line.gpu} with {percent(line.median)} "
+    )

@@ -175,6 +175,9 @@ def check_model(config: ModelConfig) -> None:
         "it has norms after its sublayers": config.post_norms,
         "it soft-caps its logits": config.logit_softcap or config.attention_softcap,
         "some layers attend to a window": any(config.windows),
+        "its attention has a gate": config.output_gate,
+        "its queries and keys have norms without weights": config.qk_norm == "unit",
+        "its projections are factors": any(block.ranks or block.shortcuts for block in config.layout),
         "its output projections have biases": config.o_bias or config.mlp_bias,
     }
     if found := [reason for reason, true in reasons.items() if true]:

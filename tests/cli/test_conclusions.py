@@ -1,0 +1,152 @@
+"""Every command begins with its conclusion, prints at most three notes, and an interval as two ends."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simulator.cli import render
+from simulator.predict.configurations import probability_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BEGINS = {
+    "explain llama-3.1-8b --hardware h100 --family width --sparsity 0.25 --phase decode": (
+        r"width at 25 % of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) on h100_sxm in vllm "
+        r"\(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
+    ),
+    "explain llama-3.2-1b --hardware h100,a100 --family depth --sparsity 0.25 --phase prefill,decode": (
+        r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx \(.*\) on .*\."
+    ),
+    "advise llama-3.1-8b --hardware h100 --target 1.3 --phase decode --batch 8": (
+        r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm \(decode, batch 8, seq 2048\) is "
+        r"depth: \d\d layers, .* of the parameters kept; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\. .*\."
+    ),
+    "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
+        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 %: .*x \(.*-.*\), .*, "
+        r"probability < 1 %\."
+    ),
+    "advise llama-3.1-8b --hardware h100 --latency 1s --family depth": (
+        r"The dense model reaches 1.00 s on h100_sxm in vllm \(prefill, batch 1, seq 2048\)\."
+    ),
+    "pareto llama-2-7b --hardware h100": (
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), \d of \d+ pruned llama-2-7b are on the frontier: .*; "
+        r"best trade: .* \d+ %, \d\.\d\dx \(.*-.*\) at .* % loss of .*\."
+    ),
+    "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode": (
+        r"The best trade, most speedup per loss of .*: .* on \d of 4 settings \(.*\)\. On at least one frontier: .*\."
+    ),
+    "validate h100 h100_sxm/gemm/sglang-0.5.6": (
+        r"h100_sxm holds on [\d,]+ measurements of NVIDIA H100 .*: median error .* % \(datasheet roofline .* %\), "
+        r"\d+ % in their 90 % interval\..*"
+    ),
+    "paper": r"\d\d of 20 published speedups lie in the 90 % interval of their prediction; the median error is .*\.",
+    "paper --claims --hardware h100 --engine vllm": (
+        r"Claim \(a\) .* of 2 combinations of GPU, engine and phase\. Claim \(b\) .* of 2 combinations of .*\."
+    ),
+}
+
+
+@pytest.mark.parametrize("line", BEGINS)
+def test_the_conclusion_comes_first_and_an_interval_has_two_ends(line: str, cli: Any) -> None:
+    out, err = cli(line)
+    first = " ".join(out.partition("\n\n")[0].split())
+    assert re.fullmatch(BEGINS[line], first), first
+    assert all(row.startswith("note: ") for row in err.splitlines())
+    assert len(err.splitlines()) <= render.MOST_NOTES
+    assert not re.search(r"\+-|\+/-|±", out + err)
+    assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
+
+
+ONE = "advise {} --hardware h100 --target 1.3 --phase decode --batch 8 --family depth,width,kv_cache,token"
+EIGHT = "advise {} --hardware h100,a100 --engine vllm,hf --batch 1,8 --target 1.3 --phase decode --family depth,width"
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(("line", "most"), [(ONE, 15), (EIGHT, 25)])
+def test_advice_is_short(line: str, most: int, model: str, cli: Any) -> None:
+    out, err = cli(line.format(model))
+    assert len((out + err).splitlines()) <= most
+    if line == ONE:
+        verbose, _ = cli(f"{line.format(model)} --verbose")
+        assert verbose.startswith(out.partition("\n\n")[0])
+        assert "minimum sparsity" in verbose
+        assert "no pruning, weights in int8" in verbose
+    else:
+        rows = [
+            row
+            for row in out.splitlines()
+            if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|hf) +decode [18] x 2048 ", row)
+        ]
+        assert len(rows) == 8
+
+
+def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:
+    line = ONE.format("llama-3.1-8b")
+    records, text = cli.json(line), " ".join(cli.out(line).split())
+    c = next(r for r in records if "configuration" in r)
+    assert f"is {c['configuration']}: {c['layers']} layers, {render.percent(c['kept'])} of the parameters kept" in text
+    ends = f"({render.ratio(c['speedup_lower'])}-{render.ratio(c['speedup_upper'])})"
+    chance = f"probability {100 * c['probability']:.0f} %"
+    assert f"predicted {render.ratio(c['speedup'])}x {ends}, {render.seconds(c['pruned_s'])}, {chance}." in text
+    sure = min((r["sure_sparsity"], r["family"]) for r in records if r.get("sure_sparsity") is not None)
+    assert f"With the whole interval, {sure[1]} reaches it from {render.percent(sure[0])}." in text
+    for r in records:
+        expected = probability_of(1.3, r["speedup"], r["speedup_lower"], r["speedup_upper"])
+        assert r["probability"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_notes_are_three_and_all_with_verbose(cli: Any) -> None:
+    line = "speedup llama-3.1-70b --hardware h100,t4 --dtype fp16 --seq 200000 --sparsity 0.3"
+    few, every = (cli(f"{line}{more}")[1].splitlines() for more in ("", " --verbose"))
+    assert len(few) == 3 < len(every)
+    assert few[-1].endswith(f" ({len(every) - 3} more with --verbose)")
+    assert few[:2] == every[:2]
+
+
+@pytest.mark.quick
+def test_notes_of_one_text_are_one_note(capsys: pytest.CaptureFixture[str]) -> None:
+    render.notes(
+        ["a: too large", "b:\n too large", "short", *(f"{i}: no quality" for i in range(9)), "last", "a: too large"]
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["note: a, b: too large", "note: short"]
+    assert lines[2] == "note: 0, 1, 2, 3 and 5 more: no quality (1 more with --verbose)"
+    render.notes([])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.quick
+def test_no_shown_output_has_an_uncertainty_without_ends() -> None:
+    """Pages that people write, and generated ones; a sign before a number is no uncertainty."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/golden/*")]
+    assert len(pages) > 15
+    found = [
+        (page.name, line) for page in pages for line in page.read_text().splitlines() if re.search(r"\+-\s?\d", line)
+    ]
+    assert not found
+
+
+def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    m, n, k = rng.choice([1, 16, 128, 2048], 150), *rng.choice([1024, 4096, 8192], (2, 150))
+    import simulator
+
+    seconds = 1.3 * simulator.gemm_time(m, n, k, simulator.load_hardware("h100")).seconds
+    rows = [f"{a},{b},{c},{s!r},bf16" for a, b, c, s in zip(m, n, k, seconds.tolist())]
+    Path("rows.csv").write_text("\n".join(["m,n,k,seconds,dtype", *rows]))
+    out = cli.out("fit rows.csv --hardware h100 -o fit.yaml")
+    assert re.match(r"fit.yaml: 1 sections of h100_sxm are fitted on \d+ rows; mean error on held-out shapes ", out)
+    out, err = cli("fit rows.csv --hardware h100 --anchor -o near.yaml")
+    text = " ".join(out.split())
+    assert re.match(
+        r"Use near.yaml for this machine and software: mean error of \d+ rows [\d.]+ %, each predicted", text
+    )
+    assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
+    assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
+    assert "+-" not in out + err
