@@ -91,6 +91,8 @@ LAYOUTS = {
     "long names": "?model=" + token(json.dumps({**TINY, "_name_or_path": "x" * 90}), "y" * 90 + ".json"),
     "a pruned model and a profile": f"?pruned={SMALL}&detail=pruned&gpu={profile_token(OWN, 'y' * 90 + '.yaml')},l4",
     "weights in int4 on two devices": "?weights=int4&devices=2&phase=decode&gpu=a100,b200",
+    "texts": "?gpu=a100,h100&phase=decode&batch=8&prune=width mlp=0.3 heads=0.2;depth 0.25 %2B width 0.2;shortgpt 0.25"
+    "&detail=width mlp=0.3 heads=0.2&over=seq&pin=phase%3Dserve%26engine%3Dhf%26gpu%3Da100",
     "refused": "?gpu=a100_sxm_80gb&dtype=fp8",
     "problems": "?batch=x&gpu=h10&model=" + "z" * 200,
 }
