@@ -255,8 +255,8 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
             more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 1.8}
             if style is _DENSE:  # the ends have their batch
                 ends_at = {0, len(found.batch) - 1}
-                more["text"] = [f"{b:g}" if i in ends_at else "" for i, b in enumerate(found.batch.tolist())]
-                more |= {"textposition": "bottom right", "textfont": {"size": SMALL, "color": SOFT}}
+                more["text"] = [f"  {b:g}" if i in ends_at else "" for i, b in enumerate(found.batch.tolist())]
+                more |= {"textposition": "middle right", "textfont": {"size": SMALL, "color": SOFT}}
             data.append(scatter(panel, "lines+markers+text", found.ms[0].tolist(), found.rate[0].tolist(), **more))
     if not every:
         return message("no batch fits in memory")

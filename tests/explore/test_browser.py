@@ -390,7 +390,7 @@ def test_figures_and_table_can_be_saved(tab: Tab) -> None:
     for figure in CARDS:
         name, svg = saved(tab, f"[data-save={figure}][data-kind=svg]")
         assert (name, svg[:4]) == (f"prunesim-{figure}.svg", b"<svg")
-        assert b"rtx_4090" in svg
+        assert b"RTX 4090" in svg
     name, png = saved(tab, "[data-save=speedup][data-kind=png]")
     box = tab.page.locator("#speedup").bounding_box()
     assert (name, png[:4]) == ("prunesim-speedup.png", b"\x89PNG")
