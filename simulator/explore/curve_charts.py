@@ -1,6 +1,6 @@
 """Draw curves with their intervals, one panel per GPU: speedups over an axis, and throughput over latency.
 
-Use :func:`speedup_chart` with an :class:`Axis` (:func:`sparsities`, :func:`shapes`), and :func:`latency_chart`.
+Use :func:`speedup_chart` with an :class:`Axis` (:func:`sparsities`, :func:`sizes`), and :func:`latency_chart`.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
             if not len(found.batch):
                 continue
             every.append(found)
-            ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (found.ms, found.rate))
-            data.append(_area(*ends, panel, style, 0.18, title))
+            x_ends, y_ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (found.ms, found.rate))
+            data.append(_area(x_ends, y_ends, panel, style, 0.18, title))
             hover = [
                 f"<b>{title}</b>, {device_title(gpu)}, {batches} {b:g}<br>"
                 f"{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
