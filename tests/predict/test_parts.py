@@ -40,7 +40,7 @@ LLAMA = "llama-3.1-8b"
 )
 def test_parts(phase: str, text: str, parts: str) -> None:
     dense = lower(LLAMA, phase=phase, seq=128, new_tokens=4 if phase == "generate" else 0)
-    assert removed_parts(read_steps(text), dense, prune(dense, text)) == parts
+    assert removed_parts(read_steps(text), sizes(dense), prune(dense, text)) == parts
 
 
 @pytest.mark.quick
