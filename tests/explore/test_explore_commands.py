@@ -145,7 +145,7 @@ def test_a_report_takes_engines_by_alias_and_by_file(tmp_path: Path, monkeypatch
     assert "serve, concurrency 16, seq 2048 + 128 new, bf16, hf" in said
     assert "<i>--engine</i> <i>hf</i>" in said
     assert "address ?" not in said  # the page opens no files
-    assert "h100_sxm, mine" in said
+    assert "H100 SXM, mine" in said
     assert "<i>--dense-time</i> <i>900ms</i>" in said
 
 
