@@ -100,7 +100,7 @@ def of_advice(found: Advised, target: Target) -> list[str]:
     >>> from simulator.predict.advise import advise
     >>> from simulator.predict.configurations import Target
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], [8], family=["depth"])
-    >>> print(of_advice(found, Target(1.3))[0][:101])
+    >>> print(of_advice(found, Target(1.3))[0][:100])
     The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm (decode, batch 8, seq 2048)
     """
     if found.given:
@@ -130,21 +130,30 @@ def _given(given: Sequence[Reach], target: Target) -> list[str]:
     if len(group) == 1:
         verb = "reaches" if reached else "does not reach"
         return [f"{first.pruning} {verb} {target.text} for {first.model} on {where}: {_short(group[0])}."]
-    start = f"{len(reached) or 'None'} of {len(group)} prunings of {first.model} reach {target.text} on {where}"
-    best_of = f", the fastest with {first.pruning}: {_short(group[0])}" if reached else ""
-    others = f"The closest of the others is {missed[0].result.pruning}: {_short(missed[0])}." if missed else ""
-    return [f"{start}{best_of}.", others if reached else others.replace("closest of the others", "closest")]
+    verb = "reaches" if len(reached) == 1 else "reach"
+    start = f"{len(reached) or 'None'} of {len(group)} prunings of {first.model} {verb} {target.text} on {where}"
+    best_of = f"; the fastest is {reached[0].result.pruning}: {_short(reached[0])}" if reached else ""
+    closest = "closest of the others" if reached else "closest"
+    others = f"The {closest} is {missed[0].result.pruning}: {_short(missed[0])}." if missed else ""
+    return [f"{start}{best_of}.", others]
 
 
 def _over_settings(some: Sequence[Reach], target: Target) -> str:
     """Return on how many settings a given pruning reaches a target, and its best and worst prediction."""
     reached, name = sum(one.reached for one in some), some[0].result
-    start = f"{name.pruning} {'reaches' if reached else 'misses'} {target.text} for {name.model} on"
-    count = f"all {len(some)}" if reached in (0, len(some)) else f"{reached} of {len(some)}"
+    start = f"{name.pruning} {'reaches' if reached else 'does not reach'} {target.text} for {name.model} on"
+    if len(some) == 1:  # others cannot run it
+        return f"{start} {setting(name)}: {_short(some[0])}."
+    count = (
+        f"{reached} of {len(some)}"
+        if 0 < reached < len(some)
+        else f"all {len(some)}"
+        if reached
+        else f"any of {len(some)}"
+    )
     best, worst = (pick(some, key=lambda one: one.margin) for pick in (max, min))
-    ends = {"best": best, "worst": worst} if best is not worst else {"predicted": best}
-    shown = (f"{word}: {_short(one)} on {setting(one.result)}" for word, one in ends.items())
-    return f"{start} {count} settings; {'; '.join(shown)}."
+    ends = f"best: {_short(best)} on {setting(best.result)}; worst: {_short(worst)} on {setting(worst.result)}"
+    return f"{start} {count} settings; {ends}."
 
 
 def _short(one: Reach) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -86,12 +87,16 @@ def test_sentences_state_what_is_reached_and_what_is_missed() -> None:
 
     assert first(9.0).startswith(f"None of 3 prunings of {MODEL} reach 9.00x on h100_sxm in vllm (decode, batch 1, ")
     assert " The closest is depth 0.5 + width 0.25: " in first(9.0)
-    assert first(1.3).startswith(f"1 of 3 prunings of {MODEL} reach 1.30x on")
+    assert first(1.3).startswith(f"1 of 3 prunings of {MODEL} reaches 1.30x on")
     assert first(1.01, prune=TEXTS[:1]).startswith(f"depth at 25 % reaches 1.01x for {MODEL} on h100_sxm in vllm (")
     missed = first(2.0, prune=TEXTS[:1])
     assert missed.startswith(f"depth at 25 % does not reach 2.00x for {MODEL} on ")
     assert " % short, probability < 1 %." in missed
-    several = first(2.0, batch=[1, 8])
-    assert several.count(" misses 2.00x for ") + several.count(" reaches 2.00x for ") == 3
-    assert "best: " in several
-    assert "; worst: " in several
+    several = first(1.3, batch=[1, 8])
+    assert several.count(f" reaches 1.30x for {MODEL} on ") == 1
+    assert several.count(f" does not reach 1.30x for {MODEL} on any of 2 settings; best: ") == 2
+    assert several.count("; worst: ") == 3
+    alone = first(1.3, prune=["semi_structured", "depth 0.5"], engine=["vllm", "hf"])
+    assert re.search(f"semi_structured at 50 % (reaches|does not reach) 1.30x for {MODEL} on h100_sxm in hf ", alone)
+    certain = first(1.3, probability=0.999, prune=["depth 0.25", "depth 0.5"])
+    assert certain.startswith(("1 of 2 prunings", "None of 2 prunings"))
