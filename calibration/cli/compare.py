@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    real decoder with random weights, dense and pruned by each family or text of --prune. The profile is --hardware, else
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a real
+    decoder with random weights, dense and pruned by each family or text of --prune. The profile is --hardware, else
     RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png. Run the command again to resume.
     """
