@@ -22,7 +22,7 @@ MOST_SHAPES, MOST_ROWS = 3, 5
 def command(
     model: options.Model,
     hardware: options.Hardware,
-    target: Annotated[float | None, opt("--target", "X", "Target speedup, above 1.")] = None,
+    target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5x.")] = None,
     latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None,
     tokens_per_s: Annotated[
         float | None, opt("--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")
@@ -55,7 +55,8 @@ def command(
     requested = run.requests(known, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
-    aim = Target(target, None if latency is None else options.duration("--latency", latency), tokens_per_s)
+    speedup = None if target is None else options.speedup_target("--target", target)
+    aim = Target(speedup, None if latency is None else options.duration("--latency", latency), tokens_per_s)
     with render.progress("searching") as report:
         found = advise(
             model,

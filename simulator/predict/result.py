@@ -181,8 +181,11 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
-        simple = self.name == (self.method or self.family)
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model.
+
+        A budget of tokens has no fraction in its text, as the fraction follows from the length.
+        """
+        simple = self.name == (self.method or self.family) != self.prune
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 
     @property

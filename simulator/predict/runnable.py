@@ -116,7 +116,7 @@ class Runnable(Displayed):
         """The answer in plain words: yes or no, then why."""
         stops = [f"stock {self.engine} does not load {self.load_reason}"] if self.loadable is False else []
         stops += [f"it has {self.divisible_reason}"] if not self.divisible else []
-        slow = [] if self.aligned else [self._alignment]
+        slow = [] if self.aligned else [self.alignment]
         if not self.kernels:
             (slow if self.kernels_reason == ZEROS else stops).append(self.kernels_reason)
         if stops:
@@ -128,13 +128,15 @@ class Runnable(Displayed):
         return f"Yes: stock {self.engine} loads it {self.load_reason}."
 
     @property
-    def line(self) -> str:
-        """The answer as a line of a command's output."""
-        return f"Will it run? {self.sentence}"
+    def clause(self) -> str:
+        """The answer as the last clause of a sentence about the model; "" if it is not known."""
+        return "" if self.works is None else f"; stock {self.engine} {'runs' if self.works else 'does not run'} it"
 
     @property
-    def _alignment(self) -> str:
-        """What is unaligned, and what the nearest aligned width gains."""
+    def alignment(self) -> str:
+        """What is unaligned, and what the nearest aligned width gains; "" if all is aligned."""
+        if self.aligned:
+            return ""
         over = f" over {self.devices} devices" if self.devices > 1 else ""
         unit = f"{self.unaligned_dimension} {self.unaligned_width:,}{over} is not aligned"
         if self.aligned_gain is None:
@@ -206,14 +208,15 @@ def runnables(
     aligned width is predicted for each result.
     """
     paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
-    known: dict[tuple[str, int], Runnable] = {}
+    known: dict[tuple[str, int, bool], Runnable] = {}
     out = []
     for r, index in zip(found, found.pruning.tolist()):
         pruning = found.prunings[index]
         one = replace(scenario, engine=paths[r.engine], phase=r.phase, shapes=((r.batch, r.seq),))
-        if (r.engine, index) not in known:
-            known[r.engine, index] = runnable(one, pruning)
-        answer, hw = known[r.engine, index], profiles.get(r.hardware)
+        key = (r.engine, index, r.realised_sparsity > 0.0)  # a budget of tokens removes nothing of a short request
+        if key not in known:
+            known[key] = runnable(one, pruning)
+        answer, hw = known[key], profiles.get(r.hardware)
         out.append(answer if answer.aligned or hw is None else runnable(one, pruning, hw))
     return out
 
