@@ -108,8 +108,9 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
     runs = dict(zip(found.rows, answers))
     over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
     if over and len(even) <= (len(even) if verbose else MOST_SENTENCES):
-        clauses = [runs[b.results[-1]].clause if runs else "" for b in even]
-        render.conclude(*(f"{b.sentence[:-1]}{clause}." for b, clause in zip(even, clauses)))
+        last = [runs.get(b.results[-1]) for b in even]  # the longest: a budget of tokens may keep all of the first
+        stops = [answer.clause if answer and answer.works is False else "" for answer in last]
+        render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
     else:
         clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
         render.conclude(*of_speedups(found.rows, clauses))

@@ -46,23 +46,24 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     """Return how much faster each pruning is: a sentence for each of a few, and of many the fastest of each of a few
     settings, or of all, with the number of gains and losses.
 
-    ``clauses`` of each result, such as whether the engine runs it, end the sentences of a few.
+    ``clauses``, one for each result, end its sentence, such as whether the engine runs it.
 
     >>> from simulator import table
     >>> print(of_speedups(list(table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode")))[0][:74])
     depth at 25 % makes llama-3.1-8b 1.26x faster (1.21-1.29) on h100_sxm in v
     """
+    ends = dict(zip(results, clauses))
     if len(results) <= MOST_FRONTS:
-        return [f"{_one(r)}{clause}." for r, clause in zip(results, clauses or [""] * len(results))]
+        return [f"{_one(r)}{ends.get(r, '')}." for r in results]
     groups: dict[str, list[Result]] = {}
     for r in results:
         groups.setdefault(
             f"{setting(r)}" if len({x.model for x in results}) == 1 else f"{setting(r)} of {r.model}", []
         ).append(r)
     if len(groups) <= MOST_FRONTS:
-        return [_fastest(some, f"On {where}") for where, some in groups.items()]
+        return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
-    return [_fastest(results, f"Of {len(groups)} settings", f" on {setting(best)}")]
+    return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
 
 
 def _one(r: Result) -> str:
@@ -77,11 +78,11 @@ def _one(r: Result) -> str:
     return f"{r.pruning} {text}"
 
 
-def _fastest(some: Sequence[Result], start: str, where: str = "") -> str:
+def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
     best = max(some, key=lambda r: r.speedup)
     gains, losses = (sum(test) for test in ([r.speedup_lower > 1 for r in some], [r.speedup_upper < 1 for r in some]))
     counts = f"{gains} of {len(some)} are faster with their whole interval" + (f", {losses} slower" if losses else "")
-    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}; {counts}."
+    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
 
 
 def settings_of(found: Advised) -> Mapping[str, list[Advice]]:
