@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
+    from simulator.predict.frame import sweep
     from simulator.predict.result import Result, Results
     from simulator.predict.scenario import Scenario
     from simulator.predict.speedup import speedup, speedups
@@ -58,6 +59,7 @@ _HOME = {
     "Step": "predict.waterfall",
     "speedup": "predict.speedup",
     "speedups": "predict.speedup",
+    "sweep": "predict.frame",
     "table": "predict.table",
     "waterfall": "predict.waterfall",
     "ModelConfig": "models.config",
@@ -92,6 +94,7 @@ __all__ = [
     "save_hardware",
     "speedup",
     "speedups",
+    "sweep",
     "table",
     "waterfall",
     "workload_time",

@@ -36,7 +36,10 @@ Dtype = Annotated[str | None, opt("--dtype", "NAME", "Number format.")]
 WeightDtype = Annotated[str | None, opt("--weight-dtype", "NAME", "Format of stored weights.")]
 Devices = Annotated[int | None, opt("--devices", "N", "Number of devices that share the model.")]
 Pruned = Annotated[str | None, opt("--pruned", "PATH", "An existing pruned model: a checkpoint or config.json.")]
-Detail = Annotated[str | None, opt("--detail", "NAME", "Family of waterfall, roofline and bounds, or pruned.")]
+Detail = Annotated[
+    str | None, opt("--detail", "NAME", "Family or text of --prune of waterfall, roofline and bounds, or pruned.")
+]
+Over = Annotated[str | None, opt("--over", "NAME", "Axis of the second figure of speedups: batch or seq.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
 # fmt: on
 
@@ -59,6 +62,8 @@ def command(
     weight_dtype: WeightDtype = None,
     devices: Devices = None,
     pruned: Pruned = None,
+    prune: options.Prune = None,
+    over: Over = None,
     detail: Detail = None,
     at: At = None,
     as_json: options.Json = False,
@@ -79,6 +84,7 @@ def command(
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
     given |= {"dtype": dtype, "weights": weight_dtype, "devices": devices, "pruned": pruned, "detail": detail, "at": at}
+    given |= {"prune": tuple(prune) if prune else None, "over": over}
     if concurrency is not None:
         if batch is not None or phase != "serve":
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")
@@ -112,8 +118,9 @@ def _engine(name: str) -> str:
 
 def _start(model: str) -> State:
     """Return the state of an address, or the page's initial state with a model."""
+    from simulator.explore.address import strict_query
     from simulator.explore.dropped import PREFIX
-    from simulator.explore.state import State, strict_query
+    from simulator.explore.state import State
     from simulator.models.library import list_models, load_model
 
     if model.startswith(("http://", "https://", "?")):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from simulator.errors import InputError, needs_extra
+from simulator.explore.address import read_problems, to_query
 from simulator.explore.charts import charts
 from simulator.explore.dropped import Sent, read_profile, take
 from simulator.explore.layout import PHONE, WIDE
@@ -23,7 +24,7 @@ from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import own_label, own_options, page_html, wide_cards
 from simulator.explore.predictions import predictions
 from simulator.explore.questions import Dropped, Selection, reject_others
-from simulator.explore.state import State, read_query, to_query
+from simulator.explore.state import State
 
 HOST = "127.0.0.1"
 """The only address on which the server listens."""
@@ -71,13 +72,17 @@ def _index(**parts: str) -> str:
     from flask import current_app, request
 
     state, problems = _read(request.query_string.decode("latin-1"))
-    return page_html(state, problems, texts(state), parts, current_app.config["OWN"])
+    return page_html(state, texts(state) | problems, parts, current_app.config["OWN"])
 
 
-def _read(search: str) -> tuple[State, tuple[str, ...]]:
+def _read(search: str) -> tuple[State, dict[str, str]]:
+    """Return the state of a query, and its problems as HTML by element: those of the prunings are at their field."""
     from flask import current_app
 
-    return read_query(search, current_app.config["OWN"])
+    state, found = read_problems(search, current_app.config["OWN"])
+    lines = {"problems": [p.line for p in found if p.key != "prune"], "note-prune": []}
+    lines["note-prune"] = [p.reason for p in found if p.key == "prune"]
+    return state, {name: paragraphs(some) for name, some in lines.items()}
 
 
 def _guarded(response: Any, policy: str) -> Any:
@@ -113,11 +118,12 @@ def _connect(app: Any, dash: Any) -> None:
 def _answered(selection: Selection) -> dict[str, Any]:
     state, problems = _read(selection["search"])
     return {
-        "html": texts(state) | {"problems": paragraphs(problems)},
+        "html": texts(state) | problems,
         "figures": charts(state, PHONE if selection["narrow"] else WIDE),
         "query": to_query(state),
         "own": own_options(state),
         "wide": wide_cards(state),
+        "detail": state.explained,
         "asked": selection,
     }
 

@@ -1,18 +1,16 @@
-"""Draw the figures of a state except the map: speedup over sparsity, loss waterfall and roofline, a panel per GPU.
+"""Draw the figures of a state except the map, a panel per GPU; here the loss waterfall and the roofline.
 
-Use :func:`charts`; the crossover map, which may take longer, is in ``map_chart``.
+Use :func:`charts`; curves are in ``curve_charts``, the crossover map, which may take longer, in ``map_chart``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from simulator.errors import one_line
+from simulator.explore.curve_charts import latency_chart, sizes, sparsities, speedup_chart
 from simulator.explore.layout import (
     INK,
-    LINES,
     MARKERS,
     PAPER,
     QUIET,
@@ -21,35 +19,34 @@ from simulator.explore.layout import (
     Chart,
     Dict,
     PanelGrid,
-    faded,
     key,
     legend_px,
     listed,
     log_axis,
-    marker_of,
     message,
     on_axes,
     rule,
     scatter,
 )
-from simulator.explore.predictions import predictions
-from simulator.explore.state import EXISTING, State
+from simulator.explore.predictions import curves, predictions
+from simulator.explore.state import State
 from simulator.figures.panels import device, roof_of, steps_of
 from simulator.figures.roofline import Roof, common_ranges, drawn, merged
-from simulator.figures.style import BLACK, BLUE, COLORS, GREEN, GREY, VERMILLION, Style, in_order, label, style_of
+from simulator.figures.style import BLUE, COLORS, GREEN, GREY, VERMILLION
 from simulator.figures.titles import device_title
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range, folded
 from simulator.predict.scenario import once
-from simulator.units import percent, rate, ratio
+from simulator.units import rate
 
 if TYPE_CHECKING:
     from simulator.predict.explain import Explanation
-    from simulator.predict.result import Result
 
 CARDS = {
     "speedup": "Speedup over sparsity",
+    "over": "Speedup over batch or sequence",
     "roofline": "Roofline",
     "waterfall": "Loss waterfall",
+    "latency": "Throughput over latency",
     "crossover": "Crossover map",
 }
 """Titles of the figures by name."""
@@ -58,131 +55,21 @@ CARDS = {
 def charts(state: State, most: int) -> dict[str, Chart]:
     """Draw the figures of a state except the map, with at most ``most`` panels per row."""
     found = predictions(state)
-    about = state.explained if (pruned := state.load_pruned()) is None else pruned.name
-    why = found.problem or next((n for n in found.notes if n.startswith((state.explained, about))), "nothing to draw")
-    results, details = found.table, found.details
-    speedups = (results, found.existing, state.explained, state.at, most)
+    if found.problem:
+        return {name: message(found.problem) for name in CARDS if name != "crossover"}
+    over, batches = curves(state, state.over), curves(state, "batch")
+    key, details = state.explained, found.details
+    about = key if (pruned := state.load_pruned()) is None else pruned.name
+    why = message(next((n for n in found.notes if n.startswith((key, about))), "nothing to draw"))
+    served = [c for c in batches.candidates if c.key == key and c.result.tpot_s is not None]
+    unserved = message("a prefill generates no tokens") if state.phase == "prefill" else why
     return {
-        "speedup": speedup_chart(*speedups) if results else message(why),
-        "roofline": roofline_chart(details, most) if details else message(why),
-        "waterfall": waterfall_chart(details, found.versus, most) if details else message(why),
+        "speedup": speedup_chart(found.candidates, state, sparsities(found.candidates, state.at), most),
+        "over": speedup_chart(over.candidates, state, sizes(state), most) if over.candidates else message(over.problem),
+        "roofline": roofline_chart(details, most) if details else why,
+        "waterfall": waterfall_chart(details, found.versus, most) if details else why,
+        "latency": latency_chart(served, state, most) if served else unserved,
     }
-
-
-# -- speedup over sparsity ---------------------------------------------------------------------------------------------
-
-OF_EXISTING = Style(BLACK, "*")
-"""Style of the existing pruned model."""
-
-MOST_BANDS = 6
-"""Maximum number of families with an interval band each; of more families, only the one in detail has a band."""
-
-# fmt: off
-BOUNDS = (
-    ("flop_bound", "FLOP bound", "dot"), ("byte_bound", "byte bound", "dashdot"),
-    ("roofline_bound", "roofline bound", "dash"),
-)
-# fmt: on
-
-X_TITLE = "requested sparsity (%)"
-"""Title of the x axis; the sparsity of an existing pruned model is the share of parameters removed."""
-
-
-def _name(r: Result) -> str:
-    """Return the name of a curve or point, short enough for a legend on a phone."""
-    return escape(one_line(r.pruned, 24), quote=False) if r.pruned else label(r.family)
-
-
-_ALONE = {"dot": "line-ew-open", "dashdot": "line-ne-open", "dash": "line-nw-open"}
-"""Markers of bounds at a single point."""
-
-
-def speedup_chart(results: Sequence[Result], existing: Sequence[Result], detail: str, at: float, most: int) -> Chart:
-    """Draw a curve with its interval per family over the requested sparsity, the existing pruned model as a point, the
-    bounds of the model in detail, and a line at its sparsity."""
-    gpus, families = once(r.hardware for r in results), in_order(r.family for r in results)
-    of_detail = existing if detail == EXISTING else [r for r in results if r.family == detail]
-    of_whom = "pruned model" if detail == EXISTING else label(detail)
-    names = [*map(label, families), *once(map(_name, existing))]
-    names += [f"{title} ({of_whom})" for _, title, _ in BOUNDS if of_detail]
-    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px(names, len(gpus), most))
-    values = [1.0, *(v for r in (*results, *existing) for v in (r.speedup, r.speedup_lower, r.speedup_upper))]
-    values += [getattr(r, bound) for r in of_detail for bound, _, _ in BOUNDS]
-    fractions = sorted({r.sparsity for r in (*results, *existing)})
-    margin = max(0.04 * (fractions[-1] - fractions[0]), 0.02)
-    x = {"range": [100 * (fractions[0] - margin), 100 * (fractions[-1] + margin)], "nticks": 9}
-    y = log_axis(min(values) / 1.03, max(values) * 1.03, 6)
-    data: list[Dict] = []
-    shapes: list[Dict] = []
-    for panel, gpu in enumerate(gpus):
-        for family in sorted(families, key=lambda name: name == detail):  # the family in detail on top
-            own = sorted((r for r in results if r.hardware == gpu and r.family == family), key=lambda r: r.sparsity)
-            if not own:
-                continue
-            if len(families) <= MOST_BANDS or family == detail:
-                data += _band(own, panel, 0.22 if family == detail else 0.13)
-            if family == detail:
-                data += _bounds(own, of_whom, panel)
-            data.append(_curve(own, panel, family == detail, 1000 + families.index(family)))
-        for r in existing:
-            if r.hardware == gpu:
-                data += _bounds([r], of_whom, panel) if detail == EXISTING else []
-                data.append(_curve([r], panel, True, 1500))
-        shapes.append(rule(panel, "y", 1, SOFT, 1, layer="below"))
-        shapes.append(rule(panel, "x", 100 * at, "#c3cad4", 1.5, layer="below"))
-    named: set[str] = set()
-    for trace in data:  # the legend names each curve once
-        if "name" in trace:
-            trace["showlegend"] = trace["name"] not in named
-            named.add(trace["name"])
-    return frame.chart(data, [x] * len(gpus), [y] * len(gpus), X_TITLE, "speedup", shapes=shapes)
-
-
-def _band(own: Sequence[Result], panel: int, opacity: float) -> list[Dict]:
-    """Return the interval band of one family on one GPU; nothing for a single point."""
-    at, name = [100 * r.sparsity for r in own], own[0].family
-    edge = [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
-    style: Dict = {"fill": "toself", "line": {"width": 0}, "fillcolor": faded(style_of(name).color, opacity)}
-    return [scatter(panel, "lines", at + at[::-1], edge, legendgroup=name, **style, **QUIET)] if len(own) > 1 else []
-
-
-def _bounds(own: Sequence[Result], name: str, panel: int) -> list[Dict]:
-    mode = "lines" if len(own) > 1 else "markers"
-    at = [100 * r.sparsity for r in own]
-    out = []
-    for bound, title, dash in BOUNDS:
-        hover = f"{title} of {name} at %{{x:g}} %: %{{y:.3f}}<extra></extra>"
-        style: Dict = {"line": {"color": BLACK, "dash": dash, "width": 1.2}, "hovertemplate": hover}
-        style["marker"] = {"symbol": _ALONE[dash], "color": BLACK, "size": 10}
-        style |= {"name": f"{title} ({name})", "legendgroup": bound, "legendrank": 2000}
-        out.append(scatter(panel, mode, at, [getattr(r, bound) for r in own], **style))
-    return out
-
-
-def _curve(own: Sequence[Result], panel: int, detail: bool, rank: int) -> Dict:
-    """Return the points of one family on one GPU, joined; a single point has its interval."""
-    name = _name(own[0])
-    style = OF_EXISTING if own[0].pruned else style_of(own[0].family)
-    ends: Dict = {"type": "data", "symmetric": False, "color": style.color, "thickness": 1.2, "width": 4}
-    ends |= {"array": [r.speedup_upper - r.speedup for r in own], "visible": len(own) == 1}
-    ends["arrayminus"] = [r.speedup - r.speedup_lower for r in own]
-    more: Dict = {"name": name, "legendgroup": own[0].pruned or own[0].family, "legendrank": rank}
-    more["marker"] = marker_of(style, 9 if detail else 7)
-    more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 2.6 if detail else 1.8}
-    more |= {"error_y": ends, "text": [_hover(r) for r in own], "hovertemplate": "%{text}<extra></extra>"}
-    mode = "lines+markers" if len(own) > 1 else "markers"
-    return scatter(panel, mode, [100 * r.sparsity for r in own], [r.speedup for r in own], **more)
-
-
-def _hover(r: Result) -> str:
-    """Return the hover text of a point."""
-    rounded = f"{percent(r.sparsity)} requested, {percent(r.realised_sparsity)} realised"
-    removed = f"{percent(r.sparsity)} of the parameters removed ({r.family})" if r.pruned else rounded
-    return (
-        f"<b>{_name(r)}</b>, {device_title(r.hardware)}: {removed}<br>{ratio(r.speedup)} "
-        f"({percent(r.level)} interval {ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}), {r.bottleneck}-bound<br>"
-        f"bounds: FLOP {ratio(r.flop_bound)}, byte {ratio(r.byte_bound)}, roofline {ratio(r.roofline_bound)}"
-    )
 
 
 # -- the loss waterfall ------------------------------------------------------------------------------------------------

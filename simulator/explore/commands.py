@@ -6,15 +6,20 @@ Use :func:`commands`. A command is a list of arguments: a test can run it, and q
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from simulator.engines.engine import DEFAULT_ENGINE
+from simulator.explore.address import to_query
 from simulator.explore.dropped import PREFIX, path_of
-from simulator.explore.predictions import Predictions
+from simulator.explore.predictions import Predictions, predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.predict.scenario import batch_name
+
+DETAIL = "waterfall and roofline"
+"""Name of the numbers of the pruning in detail."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,67 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
     if found.problem:
         return ()
     supported = _gpus(state, {gpu.label for gpu in found.gpus})
-    every = _line("speedup", state, supported, state.drawn, state.fractions)
     known = ("--dense-time", f"{state.dense_text}ms") if state.dense_ms is not None else ()
     used = known if state.scenario.dense_s is not None else ()
-    out = {"curves and table": every + used}
     pruned = ("--pruned", _typed(state.pruned)) if state.pruned else ()
-    if found.existing:
-        out["pruned model"] = _line("speedup", state, supported) + pruned + used
-    selected, more = ((), pruned) if state.explained == EXISTING else ((state.explained, state.at), ())
+    others = {"prunings": _prune(state.texts)} if found.prunings else {}
+    others |= {"pruned model": pruned} if found.existing else {}
+    out = {"curves and table": _line("speedup", state, supported, _families(state.drawn, state.fractions)) + used}
+    out |= {name: _line("speedup", state, supported, which) + used for name, which in others.items()}
+    for name, which in {"families": _families(state.drawn, [state.at]), **others}.items():
+        out[f"{name} over {_axis(state)}"] = _over(state, supported, which, state.over)
+    detail = pruned if state.explained == EXISTING else _prune([state.explained])
+    if state.explained in state.drawn:
+        detail = _families([state.explained], [state.at])
+    if state.phase != "prefill" and state.over != "batch":
+        out["throughput"] = _over(state, supported, detail, "batch")
     if found.details:
         gpus = _gpus(state, {e.result.hardware for e in found.details})
-        out["waterfall and roofline"] = _line("explain", state, gpus, *selected) + more + used
+        out[DETAIL] = _line("explain", state, gpus, detail) + used
     if found.versus:
         other = replace(state, engine=state.versus)
         gpus = _gpus(state, {e.result.hardware for e in found.versus})
-        out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", other, gpus, *selected) + more
-    out["map"] = _line("speedup", state, supported, state.drawn, state.at, BATCHES, LENGTHS)
-    every_gpu = [_typed(gpu) for gpu in state.gpus]
-    report = _line("report", state, every_gpu, state.families, state.sparsities) + pruned + known
-    report += ("--versus", state.versus) if state.versus else ()
-    out["this page as a file"] = (*report, "--detail", state.detail, "--at", repr(state.at), "-o", "report.html")
+        out[f"waterfall in {found.versus[0].result.engine}"] = _line("explain", other, gpus, detail)
+    if state.pin is not None:
+        pinned = commands(state.pin, predictions(state.pin))
+        out.update(("A, pinned", c.arguments) for c in pinned if c.gives == DETAIL)
+    out["map"] = _line("speedup", state, supported, _families(state.drawn, [state.at]), BATCHES, LENGTHS)
+    out["this page as a file"] = (*_report(state, (*pruned, *known)), "-o", "report.html")
     return tuple(Command(gives, line) for gives, line in out.items())
+
+
+def _axis(state: State) -> str:
+    return "sequence" if state.over == "seq" else batch_name(state.phase)
+
+
+def _values(values: Sequence[int]) -> str:
+    """Return whole numbers as the command line takes them; several are powers of two."""
+    return str(values[0]) if len(values) == 1 else f"{values[0]}:{values[-1]}"
+
+
+def _over(state: State, gpus: Sequence[str], which: tuple[str, ...], axis: str) -> tuple[str, ...]:
+    """Return the command that prints the speedups of some prunings over batch or sequence."""
+    batches, lengths = (list(dict.fromkeys(values)) for values in zip(*state.shapes(axis)))
+    return _line("speedup", state, gpus, which, batches, lengths)
+
+
+def _report(state: State, more: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command that writes the page; a page with a pin is given by its address."""
+    if state.pin is not None:
+        return ("report", f"?{to_query(state)}")
+    which = (*_families(state.families, state.sparsities), *_prune(state.prune))
+    line = _line("report", state, [_typed(gpu) for gpu in state.gpus], which) + more
+    line += ("--versus", state.versus) if state.versus else ()
+    line += ("--over", state.over) if state.over != "batch" else ()
+    return (*line, "--detail", state.detail, "--at", repr(state.at))
+
+
+def _families(names: Sequence[str], sparsities: Sequence[float]) -> tuple[str, ...]:
+    return ("--family", ",".join(names), "--sparsity", ",".join(map(str, sparsities)))
+
+
+def _prune(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(part for text in texts for part in ("--prune", text))
 
 
 def _gpus(state: State, labels: Collection[str]) -> list[str]:
@@ -75,13 +120,17 @@ def _typed(value: str) -> str:
 
 
 def _line(
-    command: str, state: State, gpus: Any, family: Any = None, sparsity: Any = None, batch: Any = None, seq: Any = None
+    command: str,
+    state: State,
+    gpus: Sequence[str],
+    which: tuple[str, ...],
+    batches: Sequence[int] = (),
+    lengths: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """Return the arguments of a command; defaults of the command are omitted."""
-    values: dict[str, Any] = {"--hardware": gpus}
-    values |= {"--family": family, "--sparsity": sparsity} if family is not None else {}
-    values["--phase"] = state.phase
-    values |= {"--batch": batch or state.batch, "--seq": seq or state.seq}
+    values: dict[str, Any] = {"--phase": state.phase}
+    values["--batch"] = _values(batches or [state.batch])
+    values["--seq"] = _values(lengths or [state.seq])
     if state.phase in ("generate", "serve"):
         values["--new-tokens"] = state.new_tokens
     if state.engine != DEFAULT_ENGINE:
@@ -92,5 +141,5 @@ def _line(
         values["--weight-dtype"] = state.weights
     if state.devices > 1:
         values["--devices"] = state.devices
-    texts = {option: ",".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for option, v in values.items()}
-    return (command, _typed(state.model), *(part for pair in texts.items() for part in pair))
+    request = (part for option, value in values.items() for part in (option, str(value)))
+    return (command, _typed(state.model), "--hardware", ",".join(gpus), *which, *request)

@@ -121,7 +121,9 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
     data = parse_config(text.removeprefix("\ufeff"), label)
     noted = _Noted(data if isinstance(data, Mapping) else {})
     from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(label))
-    content: dict[str, Any] = {"file": name, "config": noted.seen}
+    # the name of modelling code is no shape, and an address carries shapes only
+    shapes = {key: value for key, value in noted.seen.items() if key != "auto_map"}
+    content: dict[str, Any] = {"file": name, "config": shapes}
     if tensors is not None:
         content["tensors"] = _short(tensors)
         _model(content)

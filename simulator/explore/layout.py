@@ -106,6 +106,8 @@ class PanelGrid:
             axes[f"xaxis{number}"] = {**_AXIS, **placed[f"xaxis{number}"], **x_text, **x[i]}
             axes[f"yaxis{number}"] = {**_AXIS, **placed[f"yaxis{number}"], **y_text, **y[i]}
         names = [{**a, "font": {"size": SMALL + 1, "color": INK}} for a in placed.get("annotations", ())]
+        if self.most == PHONE and self.left > 100:  # a narrow panel: its title begins above the labels
+            names = [{**a, "x": 1, "xanchor": "right"} for a in names]
         layout = {
             **_LAYOUT,
             "height": TOP_PX + self.area + self.bottom,

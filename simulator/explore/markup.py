@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from simulator.engines.engine import load_engine
 from simulator.explore.commands import Command, commands
-from simulator.explore.predictions import Predictions, predictions
+from simulator.explore.predictions import Candidate, Predictions, curves, predictions
 from simulator.explore.state import EXISTING, State
+from simulator.figures.paper import BATCHES
 from simulator.figures.style import label
 from simulator.files.csv import csv_text
+from simulator.predict.breakeven import break_even
 from simulator.predict.compare import PARTS
 from simulator.predict.explain import conclusion
 from simulator.predict.scenario import batch_name
+from simulator.pruning import FAMILIES
 from simulator.units import percent, ratio, seconds, seconds_between, size
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ UNITS = {
 """Units of a result's numbers; 1 is a ratio."""
 
 _HEAD = {
-    "family": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
+    "pruning": "", "removed": "requested", "realised": "after rounding", "GPU": "", "speedup": "", "interval": "",
     "FLOP bound": "", "byte bound": "", "roofline bound": "", "time": "pruned",
     "bottleneck": "largest share of the pruned model's time", "memory": "pruned, and whether it fits",
 }
@@ -52,18 +55,26 @@ def texts(state: State) -> dict[str, str]:
     """Return all texts as HTML, by the element that shows them."""
     found, at = predictions(state), percent(state.at)
     pruned = state.load_pruned() if state.explained == EXISTING else None
-    detail = label(state.explained) if pruned is None else escape(pruned.name)
-    both = f"{detail} at {at}" if pruned is None else detail
+    detail = escape(pruned.name if pruned is not None else label(state.explained))
+    both = f"{detail} at {at}" if state.explained in FAMILIES else detail
+    over = {"seq": "sequence"}.get(state.over, batch_name(state.phase))
+    bands = f"Bands: {percent(state.scenario.level)} interval."
     elsewhere = " The measured dense time is not used here." if state.scenario.dense_s is not None else ""
     results, notes = found.table, _items(map(escape, found.notes), "notes") if found.notes else ""
     return {
         "title": escape(results[0].scenario) if results else "",
         "facts": facts_html(found, state),
         "notes": notes,
+        "pinned": pinned_html(state),
         "table": table_html(found, state.explained, state.at),
         "commands": commands_html(commands(state, found)),
         "about-speedup": "Points are at the requested sparsity; hover for the realised sparsity. "
-        f"Bands: {percent(state.scenario.level)} interval. Black lines: bounds of {detail}.",
+        f"{bands} Black: bounds of {detail}.",
+        "h-over": f"Speedup over {over}",
+        "about-over": f"{_break_even(state)}Families at {at}, prunings as written. {bands} "
+        f"Pale points: the dense model exceeds the memory.{elsewhere}",
+        "about-latency": f"Dense and {both}, a point per {batch_name(state.phase)} from {BATCHES[0]} to {BATCHES[-1]} "
+        f"that fits in memory; the large one has {state.batch}. {bands}{elsewhere}",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
         "about-crossover": f"Fastest of the selected families at {at}, {state.phase}. "
@@ -74,6 +85,12 @@ def texts(state: State) -> dict[str, str]:
 def paragraphs(lines: Iterable[str]) -> str:
     """Return one paragraph per line."""
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _break_even(state: State) -> str:
+    """Return from which batch or length the pruning in detail pays, a paragraph per GPU."""
+    own = [c.result for c in curves(state, state.over).candidates if c.key == state.explained]
+    return paragraphs(b.sentence for b in break_even(own))
 
 
 def _items(lines: Iterable[str], name: str) -> str:
@@ -99,12 +116,12 @@ def facts_html(found: Predictions, state: State) -> str:
     dense: dict[str, Result] = {}
     for r in found.table:
         dense.setdefault(r.hardware, r)
-    pruned = {e.result.hardware: e.result for e in found.details}
+    pruned = {e.result.hardware: Candidate(state.explained, e.result) for e in found.details}
     facts = (_fact(r, pruned.get(name)) for name, r in dense.items())
     return _items(facts, "facts") + f'<p class="engine">{escape(load_engine(state.engine).title)}.</p>'
 
 
-def _fact(r: Result, pruned: Result | None) -> str:
+def _fact(r: Result, pruned: Candidate | None) -> str:
     lacking = [] if r.calibrated else [PARTS[name] for name in r.uncalibrated.split("+")]
     fits = f"{'fits' if r.dense_fits else 'does not fit'}, {size(r.dense_memory_bytes)} of {size(r.capacity_bytes)}"
     status = f"calibrated except {', '.join(lacking)}" if lacking else "calibrated"
@@ -116,15 +133,20 @@ def _fact(r: Result, pruned: Result | None) -> str:
     )
 
 
-def _gains(r: Result, pruned: Result | None) -> str:
+def _gains(r: Result, pruned: Candidate | None) -> str:
     """Return throughput, latencies and largest batch of the dense and the pruned model."""
-    of_dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
     if pruned is None:
+        of_dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
         return f"dense: {', '.join(f'{name} {text}' for name, text in of_dense.items())}"
-    p = pruned
-    of_pruned = _serving(p, p.tokens_per_s, p.ttft_s, p.tpot_s, p.pruned_largest_batch)
-    parts = [f"{name} {text} → {of_pruned[name]}" for name, text in of_dense.items()]
-    return f"dense → {p.pruned or label(p.family)} at {percent(p.sparsity)}: {', '.join(parts)}"
+    parts = ", ".join(f"{name} {text}" for name, text in _served(pruned.result).items())
+    return f"dense → {pruned.title} at {percent(pruned.result.sparsity)}: {parts}"
+
+
+def _served(r: Result) -> dict[str, str]:
+    """Return numbers of the dense and the pruned model as they are served, by name."""
+    pruned = _serving(r, r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch)
+    dense = _serving(r, r.dense_tokens_per_s, r.dense_ttft_s, r.dense_tpot_s, r.dense_largest_batch)
+    return {name: f"{text} → {pruned[name]}" for name, text in dense.items()}
 
 
 def _serving(r: Result, rate: float | None, ttft: float | None, tpot: float | None, batch: int) -> dict[str, str]:
@@ -147,20 +169,20 @@ def _conclusions(found: Predictions) -> Iterable[str]:
 
 def table_html(found: Predictions, detail: str, at: float) -> str:
     """Return the table; rows of the family and sparsity in detail are marked."""
-    results = found.results
-    if not results:
+    if not found.table:
         return f"<p>{escape(found.problem)}</p>"
-    level = f"{percent(results[0].level)} interval"
+    level = f"{percent(found.table[0].level)} interval"
     head = ""
     for name, hint in _HEAD.items():
         title = f' title="{hint}"' if hint else ""
         head += f'<th scope="col"{title}>{level if name == "interval" else name}</th>'
-    names = list(dict.fromkeys((r.pruned, r.family) for r in results))
-    body = "".join(_row(r, detail, at) for r in sorted(results, key=lambda r: names.index((r.pruned, r.family))))
+    keys = list(dict.fromkeys(key for key, _ in found.candidates))
+    body = "".join(_row(c, detail, at) for c in sorted(found.candidates, key=lambda c: keys.index(c.key)))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _row(r: Result, detail: str, at: float) -> str:
+def _row(candidate: Candidate, detail: str, at: float) -> str:
+    key, r = candidate
     look = ' class="gain"' if r.speedup_lower > 1 else ' class="loss"' if r.speedup_upper < 1 else ""
     memory = size(r.pruned_memory_bytes) + ("" if r.pruned_fits else " (too large)")
     interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
@@ -169,9 +191,51 @@ def _row(r: Result, detail: str, at: float) -> str:
     after += [r.bottleneck, memory]
     cells = ["".join(f"<td>{escape(text)}</td>" for text in part) for part in (before, after)]
     speedup = f"<td{look}>{ratio(r.speedup)}</td>"
-    is_detail = detail == EXISTING if r.pruned else r.family == detail and r.sparsity == at
-    marked = ' class="detail"' if is_detail else ""
-    return f'<tr{marked}><th scope="row">{escape(r.pruned or label(r.family))}</th>{speedup.join(cells)}</tr>'
+    marked = ' class="detail"' if key == detail and (key not in FAMILIES or r.sparsity == at) else ""
+    return f'<tr{marked}><th scope="row">{escape(candidate.title)}</th>{speedup.join(cells)}</tr>'
+
+
+def pinned_html(state: State) -> str:
+    """Return the pruning in detail of the pinned state, A, next to that of the current one, B; "" without a pin. Rows
+    that differ are marked."""
+    if state.pin is None:
+        return ""
+    columns: list[tuple[str, dict[str, str]]] = []
+    for side, one in (("A, pinned", state.pin), ("B, shown", state)):
+        found = predictions(one)
+        facts = [_compared(e.result) for e in found.details]
+        missing = found.problem or next(iter(found.notes), "nothing to predict")
+        columns += [(side, some) for some in facts or [{"pruning": missing}]]
+    body, names = "", dict.fromkeys(name for _, facts in columns for name in facts)
+    for name in names:
+        cells = [facts.get(name, "") for _, facts in columns]
+        marked = ' class="detail"' if len(set(cells)) > 1 else ""
+        body += f'<tr{marked}><th scope="row">{name}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+    head = "".join(f'<th scope="col">{side}</th>' for side, _ in columns)
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        '<div class="head"><h2 id="h-pinned">Two settings side by side</h2>'
+        '<button type="button" data-pin="remove">Remove A</button></div>'
+        f'<div class="table" tabindex="0" role="region" aria-labelledby="h-pinned">{table}</div>'
+    )
+
+
+def _compared(r: Result) -> dict[str, str]:
+    """Return the numbers of a result by name."""
+    large = "" if r.pruned_fits else " (too large)"
+    return {
+        "model": r.model,
+        "GPU": f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware,
+        "engine": r.engine,
+        "request": f"{r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq}",
+        "format": r.dtype if r.weight_dtype == r.dtype else f"{r.dtype}, weights {r.weight_dtype}",
+        "pruning": r.pruning,
+        "dense time": seconds_between(r.dense_s, r.dense_lower, r.dense_upper),
+        "pruned time": seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper),
+        "speedup": f"{ratio(r.speedup)} ({ratio(r.speedup_lower)} to {ratio(r.speedup_upper)})",
+        "memory": f"{size(r.dense_memory_bytes)} → {size(r.pruned_memory_bytes)}{large}",
+        **_served(r),
+    }
 
 
 def commands_html(lines: Sequence[Command], *, copy: bool = True) -> str:

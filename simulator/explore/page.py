@@ -12,15 +12,16 @@ from types import MappingProxyType
 
 from simulator._version import __version__
 from simulator.engines.engine import list_engines, load_engine
+from simulator.explore.address import to_query
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_profile, read_token
-from simulator.explore.markup import paragraphs
 from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW_TOKENS, State
 from simulator.figures.style import label, style_of
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models
 from simulator.predict.scenario import MAX_TOKENS
 from simulator.pruning import FAMILIES
+from simulator.pruning._methods import METHODS
 from simulator.workload import DTYPES, PHASES
 
 _SIGNS = dict(zip("osD^vPXdh*", ("●○", "■□", "◆◇", "▲△", "▼▽", "✚✚", "✖✖", "◆◇", "⬢⬡", "★☆")))
@@ -28,17 +29,17 @@ _SIGNS = dict(zip("osD^vPXdh*", ("●○", "■□", "◆◇", "▲△", "▼▽
 
 _BATCH = '<span class="batch">Batch</span><span class="concurrency">Concurrency</span>'
 
+_EXAMPLES = "width mlp=0.3 heads=0.2&#10;depth 0.25 + width 0.2"
+
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
 """Path at which Dash serves Plotly."""
 
 
-def page_html(
-    state: State, problems: Sequence[str], texts: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()
-) -> str:
+def page_html(state: State, texts: Mapping[str, str], parts: Mapping[str, str], own: Sequence[str] = ()) -> str:
     """Return the whole page; ``own`` are paths of profiles that can be selected.
 
-    The controls show ``state``. ``problems`` are the errors of the address, ``texts`` the texts as HTML by element
-    (:func:`simulator.explore.markup.texts`), and ``parts`` the parts of a page that Dash supplies: metas, favicon, css,
+    The controls show ``state``. ``texts`` are the texts as HTML by element (:func:`simulator.explore.markup.texts`,
+    and the problems of the address), and ``parts`` the parts of a page that Dash supplies: metas, favicon, css,
     app_entry, config, scripts, renderer.
     """
     facts, notes = (f'<div id="{name}">{texts[name]}</div>' for name in ("facts", "notes"))
@@ -56,13 +57,16 @@ def page_html(
 <a class="skip" href="#results">Skip to the results</a>
 <header class="bar"><h1>prunesim</h1><p>How much faster will a pruned LLM really be?</p></header>
 <div class="shell">
-<details class="settings" open><summary>Settings</summary>{_form(state, own)}</details>
+<details class="settings" open><summary>Settings</summary>{_form(state, texts["note-prune"], own)}</details>
 <main id="results" tabindex="-1">
-<div id="problems" class="problems" role="alert">{paragraphs(problems)}</div>
+<div id="problems" class="problems" role="alert">{texts["problems"]}</div>
 <div class="summary">
-<p id="title" class="title">{texts["title"]}</p>{facts}{notes}
+<div class="head"><p id="title" class="title">{texts["title"]}</p>
+<button type="button" data-pin title="Keep this setting to compare others with it">Pin as A</button></div>
+{facts}{notes}
 </div>
-<div class="grid" id="grid" data-wide="{wide_cards(state)}">{cards}
+<div class="grid" id="grid" data-wide="{wide_cards(state)}">
+<section class="card whole" id="pinned">{texts["pinned"]}</section>{cards}
 <section class="card whole"><div class="head"><h2 id="h-table">Table</h2>
 <button type="button" data-csv aria-label="Download the table as CSV">CSV</button></div>
 <div id="table" class="table" tabindex="0" role="region" aria-labelledby="h-table">{texts["table"]}</div></section>
@@ -100,8 +104,8 @@ def _card(name: str, title: str, about: str) -> str:
 # -- controls ----------------------------------------------------------------------------------------------------------
 
 
-def _form(state: State, own: Sequence[str]) -> str:
-    given = {"model": {}, "gpu": {path: own_label("gpu", path) for path in own}, "pruned": {}}
+def _form(state: State, wrong: str, own: Sequence[str]) -> str:
+    given = {"detail": {}, "model": {}, "gpu": {path: own_label("gpu", path) for path in own}, "pruned": {}}
     for control, value, text in own_options(state):
         given[control][value] = text
     names = {name: name for name in list_hardware()} | given["gpu"]
@@ -109,7 +113,8 @@ def _form(state: State, own: Sequence[str]) -> str:
     families = _inputs("checkbox", "family", {name: _signed(name) for name in FAMILIES}, state.families)
     models = {name: name for name in list_models()} | given["model"]
     weights = {"": "as stored", **{name: name for name in DTYPES}}
-    details = {name: label(name) for name in FAMILIES} | {EXISTING: "pruned model"}
+    details = {name: label(name) for name in FAMILIES} | {EXISTING: "pruned model"} | given["detail"]
+    prune, pin = escape("\n".join(state.prune)), escape(to_query(state.pin)) if state.pin is not None else ""
     engines = {name: load_engine(name).title for name in list_engines()}
     dense = '<input type="number" id="dense" name="dense" min="0" step="any" placeholder="not measured" '
     dense += f'title="Time of the whole pass on a single GPU; narrows every interval" value="{state.dense_text}">'
@@ -145,24 +150,42 @@ def _form(state: State, own: Sequence[str]) -> str:
 <div class="checks families">{families}</div>
 <label class="field" for="sparsity">Sparsities of the curves
 <input type="text" id="sparsity" name="sparsity" spellcheck="false" value="{sparsities}"></label>
+<label class="field" for="prune">Prunings, one per line
+<textarea id="prune" name="prune" rows="3" spellcheck="false" placeholder="{_EXAMPLES}">
+{prune}</textarea></label>
+<div id="note-prune" class="error" role="alert">{wrong}</div>
+{_methods()}
 {_select("pruned", "Pruned model", {"": "none", **given["pruned"]}, state.pruned)}
 {_drop("pruned", "Open one", "or drop a checkpoint here")}
 </fieldset>
 <fieldset><legend>In detail</legend>
+{_select("detail", "Pruning", details, state.detail)}
+<p class="hint">In waterfall, roofline, bounds and throughput; always drawn.</p>
 <div class="pair">
-{_select("detail", "Family", details, state.detail)}
-<label class="field" for="at">Sparsity{at}</label>
+<label class="field" for="at" title="Of families: in detail, over batch and in the map">Sparsity of families{at}</label>
+{_select("versus", "Second engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
 </div>
-<p class="hint">Used in waterfall, roofline, bounds and map; always drawn.</p>
-{_select("versus", "Compare with engine", {"": "none", **dict(zip(engines, engines))}, state.versus, engines)}
+{_radios("over", "Speedup over", {"batch": _BATCH, "seq": "Sequence"}, state.over)}
 </fieldset>
+<input type="hidden" name="pin" id="pin" value="{pin}">
 </form>"""
 
 
+def _methods() -> str:
+    """Return a list of published methods; a choice is added to the prunings, at the sparsities of its paper."""
+    options = '<option value="">add one</option>'
+    for name, method in METHODS.items():
+        texts = "\n".join(f"{name} {s:g}" for s in method.sparsities) or name
+        options += f'<option value="{texts}">{name}: {label(method.family)}</option>'
+    select = f'<select id="method" data-add="prune">{options}</select>'
+    return f'<label class="field" for="method">Published method{select}</label>'
+
+
 def own_options(state: State) -> list[tuple[str, str, str]]:
-    """Return control, value and text of each dropped file."""
+    """Return control, value and text of each choice that is not shipped: dropped files and texts of ``--prune``."""
     values = [("model", state.model), *(("gpu", gpu) for gpu in state.gpus), ("pruned", state.pruned)]
-    return [(control, v, own_label(control, v)) for control, v in values if v.startswith(PREFIX)]
+    files = [(control, v, own_label(control, v)) for control, v in values if v.startswith(PREFIX)]
+    return [*files, *(("detail", text, text) for text in state.texts)]
 
 
 def own_label(control: str, value: str) -> str:

@@ -1,7 +1,7 @@
-"""Predict the content of the page: the table, explanations of the family in detail, and the map of winners.
+"""Predict the content of the page: the table, explanations of the pruning in detail, curves and the map of winners.
 
-Use :func:`predictions` and :func:`winners`; both cache the last states. A state that cannot be predicted gives a line
-of text, never an exception.
+Use :func:`predictions`, :func:`curves` and :func:`winners`; they cache the last states. A state that cannot be
+predicted gives a line of text, never an exception.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from simulator.errors import InputError
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.figures.style import label
+from simulator.predict.batch import batch_of
 from simulator.predict.caveats import uncalibrated
+from simulator.predict.compare import results_of
 from simulator.predict.crossover import winners as fastest
 from simulator.predict.explain import Explanation, explanations
-from simulator.predict.prunings import Pruning
+from simulator.predict.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.predict.result import Result
 from simulator.predict.table import table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.predict.scenario import Scenario
@@ -30,13 +35,26 @@ KEPT = 64
 """Number of cached states."""
 
 
+class Candidate(NamedTuple):
+    """A prediction and what it is of: a family, a text of ``--prune`` or EXISTING."""
+
+    key: str
+    result: Result
+
+    @property
+    def title(self) -> str:
+        """Name of the family, text or existing pruned model."""
+        return self.result.pruned or label(self.key)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Predictions of a state."""
 
     table: tuple[Result, ...] = ()  # every drawn family, sparsity and GPU; empty if there is a problem
+    prunings: tuple[Result, ...] = ()  # texts of --prune on every GPU
     existing: tuple[Result, ...] = ()  # the existing pruned model, one per GPU
-    details: tuple[Explanation, ...] = ()  # the family in detail at its sparsity, one per GPU that can run it
+    details: tuple[Explanation, ...] = ()  # the pruning in detail, one per GPU that can run it
     versus: tuple[Explanation, ...] = ()  # the same explanations in the second engine
     notes: tuple[str, ...] = ()  # one line each
     gpus: tuple[HardwareProfile, ...] = ()  # GPUs that support the number format
@@ -44,8 +62,14 @@ class Predictions:
 
     @property
     def results(self) -> tuple[Result, ...]:
-        """All predictions except those of the map."""
-        return (*self.table, *self.existing)
+        """All predictions except those of the curves and the map."""
+        return (*self.table, *self.prunings, *self.existing)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All results with their keys."""
+        families = (Candidate(r.family, r) for r in self.table)
+        return (*families, *(Candidate(r.prune or EXISTING, r) for r in (*self.prunings, *self.existing)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ def predictions(state: State) -> Predictions:
     >>> [(r.family, r.sparsity) for r in found.table], len(found.details), found.problem
     ([('depth', 0.25), ('width', 0.25)], 1, '')
     """
-    return _predictions(state, state.profiles)
+    return _predictions(replace(state, pin=None), state.profiles)
 
 
 @lru_cache(maxsize=KEPT)
@@ -78,27 +102,32 @@ def _predictions(state: State, profiles: tuple[HardwareProfile, ...]) -> Predict
         hint = f"; weights alone may be in {state.dtype}" if state.dtype in ("fp8", "int8") and excluded is None else ""
         return Predictions(problem=f"{error}{hint}")
     notes = [*(excluded or ()), *_measured(state), *found.notes]
-    existing = _existing(state, model, gpus, notes)
+    prunings = _others(state, gpus, notes, prune=state.texts)
+    pruned = state.load_pruned()
+    existing = () if pruned is None else _others(state, gpus, notes, pruned=[pruned])
     notes += uncalibrated(found)
     if state.arithmetic != state.dtype:
         notes.append(f"{found[0].weight_dtype} weights are computed in {state.arithmetic}, not {state.dtype}")
     details = _explained(state, model, gpus, scenario, notes)
     versus = _explained(state, model, gpus, state.scenario_versus, notes) if state.scenario_versus else ()
-    return Predictions(found.rows, existing, details, versus, tuple(notes), gpus)
+    return Predictions(found.rows, prunings, existing, details, versus, tuple(notes), gpus)
 
 
-def _existing(
-    state: State, model: ModelConfig, gpus: tuple[HardwareProfile, ...], notes: list[str]
+def _others(
+    state: State,
+    gpus: tuple[HardwareProfile, ...],
+    notes: list[str],
+    prune: Sequence[str] = (),
+    pruned: Sequence[ModelConfig] = (),
 ) -> tuple[Result, ...]:
-    """Return the predictions of the existing pruned model; add its notes to ``notes``."""
-    pruned = state.load_pruned()
-    if pruned is None:
+    """Return the predictions of texts of ``--prune`` or of the existing pruned model; add their notes to ``notes``."""
+    if not prune and not pruned:
         return ()
     request = [state.phase], [state.batch], [state.seq]
     try:
-        found = table([model], gpus, None, None, *request, pruned=[pruned], scenario=state.scenario)
+        found = table([state.load()], gpus, None, None, *request, pruned=pruned, prune=prune, scenario=state.scenario)
     except InputError as error:
-        notes.append(f"{pruned.name}: {error}")
+        notes.append("; ".join([*(f"{model.name}: {error}" for model in pruned)] or [str(error)]))
         return ()
     notes += (note for note in found.notes if note not in notes)
     return found.rows
@@ -110,15 +139,20 @@ def _explained(
     """Return the explanations in detail of each GPU; note each GPU without one, unless there is a note already."""
     out: list[Explanation] = []
     pruned = state.load_pruned() if state.explained == EXISTING else None
-    family, sparsity = (state.explained, state.at) if pruned is None else (None, None)
+    texts = [state.explained] if state.explained in state.texts else []
+    family, sparsity = (state.explained, state.at) if pruned is None and not texts else (None, None)
     request = [state.phase], [state.batch], [state.seq]
     existing = [] if pruned is None else [pruned]
     for gpu in gpus:
         try:
-            out += explanations(model, [gpu], family, sparsity, *request, pruned=existing, scenario=scenario)
+            found = explanations(
+                model, [gpu], family, sparsity, *request, pruned=existing, prune=texts, scenario=scenario
+            )
+            out += found
         except InputError as error:
             if not any(str(error) in note for note in notes):
-                notes.append(f"{state.explained} on {gpu.label} at {state.at:g}: {error}")
+                at = f" at {state.at:g}" if family else ""
+                notes.append(f"{state.explained} on {gpu.label}{at}: {error}")
     return tuple(out)
 
 
@@ -142,6 +176,49 @@ def _gpus(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Ha
     return (tuple(supported), notes) if supported else (profiles, None)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Speedups along an axis: every drawn family at its sparsity, text of ``--prune`` and the existing pruned model."""
+
+    candidates: tuple[Candidate, ...] = ()
+    problem: str = ""  # why there are none
+
+
+def curves(state: State, over: str) -> Curves:
+    """Return the speedups of a state over :data:`simulator.explore.state.AXES`.
+
+    >>> found = curves(State(families=("depth",), detail="depth", prune=("width mlp=0.5",), phase="decode"), "batch")
+    >>> [(c.key, c.result.batch) for c in found.candidates[::9]]
+    [('depth', 1), ('depth', 64)]
+    """
+    return _curves(replace(state, pin=None), over, state.profiles)
+
+
+@lru_cache(maxsize=KEPT)
+def _curves(state: State, over: str, profiles: tuple[HardwareProfile, ...]) -> Curves:
+    gpus, _ = _gpus(state, profiles)
+    excluded = Excluded()
+
+    def reject(pruning: int | None, reason: str, device: str = "") -> None:
+        if pruning is None:
+            raise InputError(reason)
+        exclude(excluded, prunings[pruning], reason, device)
+
+    try:
+        model, pruned = state.load(), state.load_pruned()
+        prunings = [Pruning.of(family, state.at) for family in state.drawn]
+        prunings += [Pruning.read(text) for text in state.texts]
+        prunings += [Pruning.of_model(model, pruned)] if pruned is not None else []
+        keys = [*state.drawn, *state.texts, EXISTING]
+        shapes = state.shapes(over)
+        one = replace(state.scenario, model=model, phase=state.phase, shapes=shapes, dense_s=None)
+        found = results_of(batch_of(one, prunings, reject), prunings, gpus, one, reject)
+    except InputError as error:
+        return Curves(problem=str(error))
+    candidates = tuple(Candidate(keys[i], r) for i, r in zip(found.pruning.tolist(), found.rows))
+    return Curves(candidates, "" if candidates else next(iter(excluded_lines(excluded)), "nothing to predict"))
+
+
 def winners(state: State) -> tuple[tuple[Cell, ...], str]:
     """Return the map of a state, or why there is none: the fastest family at its sparsity over
     :data:`simulator.figures.paper.BATCHES` and ``LENGTHS``.
@@ -150,7 +227,7 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
     >>> len(cells), cells[0].winner, cells[0].best.batch, problem
     (81, 'depth', 1, '')
     """
-    return _winners(state, state.profiles)
+    return _winners(replace(state, pin=None), state.profiles)
 
 
 @lru_cache(maxsize=KEPT)

@@ -17,6 +17,7 @@ import numpy as np
 
 from simulator._version import __version__
 from simulator.errors import InputError, needs_extra
+from simulator.explore.address import read_query, to_query
 from simulator.explore.charts import CARDS, charts
 from simulator.explore.commands import commands
 from simulator.explore.layout import PAGE, PHONE
@@ -24,7 +25,7 @@ from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import commands_html, texts
 from simulator.explore.page import own_label
 from simulator.explore.predictions import predictions
-from simulator.explore.state import EXISTING, State, read_query, to_query
+from simulator.explore.state import EXISTING, State
 from simulator.files.write import write_whole
 from simulator.units import percent
 
@@ -84,10 +85,11 @@ def report_html(state: State) -> str:
         for name, most in (("page", PAGE), ("phone", PHONE))
     }
     content, cards = texts(state), ""
+    pinned = f'<section class="card">{content["pinned"]}</section>' if state.pin is not None else ""
     for name, title in CARDS.items():
         height = figures["page"][name]["layout"]["height"]
         cards += (
-            f'<section class="card"><div class="head"><h2>{title}</h2></div>'
+            f'<section class="card" id="card-{name}"><div class="head"><h2>{content.get(f"h-{name}", title)}</h2></div>'
             f'<div id="{name}" style="height:{height}px" role="img" aria-label="{title}"></div>'
             f'<div class="about">{content[f"about-{name}"]}</div></section>'
         )
@@ -103,13 +105,14 @@ def report_html(state: State) -> str:
 <title>prunesim report: {content["title"]}</title>
 <style>{css}{_STYLE}</style>
 </head>
-<body class="report">
+<body class="report" data-phase="{state.phase}">
 <main>
 <h1>How much faster will a pruned model be?</h1>
 <p class="title">{content["title"]}</p>
 {_settings(state)}
 {content["facts"]}
 {content["notes"]}
+{pinned}
 <noscript><p class="error">The figures need the script in this file; the table below does not.</p></noscript>
 {cards}
 <section class="card long"><div class="head"><h2>Table</h2></div>{table}</section>
@@ -133,6 +136,7 @@ def write_report(state: State, path: str | Path) -> int:
 
 def _settings(state: State) -> str:
     """Return settings, date and versions."""
+    at = f" at {percent(state.at)}" if state.explained in state.drawn else ""
     python, plotly = platform.python_version(), version("plotly")
     rows = {
         "Model": own_label("model", state.model),
@@ -140,7 +144,8 @@ def _settings(state: State) -> str:
         "GPUs": ", ".join(profile.label for profile in state.profiles),
         "Families": ", ".join(state.drawn),
         "Sparsities": ", ".join(percent(s) for s in state.fractions),
-        "In detail": "the pruned model" if state.explained == EXISTING else f"{state.explained} at {percent(state.at)}",
+        **({"Prunings": "; ".join(state.texts)} if state.texts else {}),
+        "In detail": "the pruned model" if state.explained == EXISTING else f"{state.explained}{at}",
         "Created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Versions": f"prunesim {__version__}, Python {python}, NumPy {np.__version__}, Plotly {plotly}",
         "Page": _address(state),

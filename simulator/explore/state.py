@@ -1,28 +1,27 @@
-"""The state of the page: one immutable value, and its form as the query of a URL.
+"""The state of the page: one immutable value. The same state gives the same page.
 
-Use :func:`read_query` for the query of a browser (invalid values are reported and replaced), :func:`strict_query` for a
-query typed by the user, :func:`to_query` for the reverse. The same state gives the same page.
+:mod:`simulator.explore.address` has its form as the query of a URL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
-from urllib.parse import parse_qsl, quote
 
-from simulator.engines.engine import DEFAULT_ENGINE, list_engines
-from simulator.errors import InputError, one_line, unknown
+from simulator.engines.engine import DEFAULT_ENGINE
+from simulator.errors import InputError
 from simulator.explore.dropped import PREFIX, read_profile, read_token
-from simulator.hardware.library import load_hardware, shipped_names
+from simulator.figures.paper import BATCHES, LENGTHS
+from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.schema import plain_name
 from simulator.models.config import ModelConfig
-from simulator.models.library import list_models, load_model
+from simulator.models.library import load_model
+from simulator.predict.prunings import Pruning
 from simulator.predict.scenario import MAX_TOKENS, Scenario, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
+from simulator.pruning._grammar import is_plan
 from simulator.units import parse_quantity
 from simulator.workload import DTYPES, PHASES
 
@@ -32,11 +31,14 @@ MOST_SPARSITIES = 25
 MOST_NEW_TOKENS = 1024
 """Maximum number of new tokens on the page: the computing time grows with them. The commands take more."""
 
-MOST_QUERY = 32_000
-"""Maximum length of a query, characters."""
-
 MOST_DEVICES = 1024
 """Maximum number of devices per model."""
+
+MOST_PRUNINGS = 8
+"""Maximum number of texts of ``--prune``; more curves could not be told apart."""
+
+AXES: Mapping[str, tuple[int, ...]] = MappingProxyType({"batch": BATCHES, "seq": LENGTHS})
+"""Axes of the second figure of speedups and their values."""
 
 EXISTING = "pruned"
 """Name of the existing pruned model where a family is expected."""
@@ -69,18 +71,28 @@ class State:
     weights: str = ""  # format of stored weights; "": the checkpoint's, else the format of arithmetic
     devices: int = 1  # tensor parallel
     pruned: str = ""  # an existing pruned model: a path (report only), or a token
-    detail: str = "width"  # family of waterfall, roofline and bounds, always drawn; or EXISTING
+    prune: tuple[str, ...] = ()  # texts of --prune, or paths of plans (report only)
+    detail: str = "width"  # waterfall, roofline and bounds: a family or a text of --prune, always drawn; or EXISTING
     at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
+    over: str = "batch"  # axis of the second figure of speedups
     dense_ms: float | None = None  # measured time of the dense model on a single GPU, ms
     versus: str = ""  # second engine, which has a waterfall too, if any
+    pin: State | None = None  # a state that is compared with this one
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prune", once(map(normal, self.prune)))
+        if self.detail not in (*FAMILIES, EXISTING):
+            object.__setattr__(self, "detail", normal(self.detail))
         for name, values in (("gpu", self.gpus), ("family", self.families), ("sparsity", self.sparsities)):
             if not values:
                 raise InputError(f"{name}: expected at least one")
         for family in self.families:
             one_of("family", family, tuple(FAMILIES))
-        one_of("family", self.detail, (*FAMILIES, EXISTING))
+        if len(self.prune) > MOST_PRUNINGS:
+            raise InputError(f"prune: expected at most {MOST_PRUNINGS} of them, got {len(self.prune)}")
+        one_of("axis", self.over, tuple(AXES))
+        if self.pin is not None and self.pin.pin is not None:
+            raise InputError("pin: expected a setting without a pin")
         labels = [profile.label for profile in self.profiles]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise InputError(f"gpu: two profiles are called {twice[0]}; expected one of them")
@@ -139,9 +151,19 @@ class State:
         return tuple(name for name in FAMILIES if name in self.families or name == self.detail)
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of ``--prune`` that are drawn."""
+        return once((*self.prune, *([] if self.detail in (*FAMILIES, EXISTING) else [self.detail])))
+
+    @property
     def explained(self) -> str:
-        """Family of waterfall, roofline and bounds, or EXISTING if there is an existing pruned model."""
+        """Family or text of waterfall, roofline and bounds, or EXISTING if there is an existing pruned model."""
         return self.detail if self.detail != EXISTING or self.pruned else self.families[0]
+
+    def shapes(self, over: str) -> tuple[tuple[int, int], ...]:
+        """Return batches and lengths along an axis, at the state's value of the other one."""
+        shapes = [(v, self.seq) if over == "batch" else (self.batch, v) for v in AXES[over]]
+        return tuple((b, s) for b, s in shapes if b * s <= MAX_TOKENS or self.phase == "decode")
 
     @property
     def profiles(self) -> tuple[HardwareProfile, ...]:
@@ -162,182 +184,16 @@ class State:
         return _loaded(self.pruned) if self.pruned else None
 
 
+def normal(text: str) -> str:
+    """Return a text of ``--prune`` as the parser writes it."""
+    return Pruning.read(text).text if is_plan(text) else _read_once(text)
+
+
+@lru_cache(maxsize=256)
+def _read_once(text: str) -> str:
+    return Pruning.read(text).text
+
+
 @lru_cache(maxsize=64)
 def _loaded(model: str) -> ModelConfig:
     return read_token(model)[1] if model.startswith(PREFIX) else load_model(model)
-
-
-# -- values of a query -------------------------------------------------------------------------------------------------
-
-
-def _model(_: str, text: str) -> str:
-    """Return the name of a shipped model, or a token; never a path: a page must not make the server open files."""
-    if text.startswith(PREFIX):
-        read_token(text)
-        return text
-    for name in list_models():
-        if plain_name(name).replace(".", "_") == plain_name(text).replace(".", "_"):
-            return name
-    raise unknown("model", text, list_models())
-
-
-def _gpu(text: str, own: Sequence[str] = ()) -> str:
-    """Return the name of a shipped profile, a token, or one of the paths in ``own``."""
-    if text in own:
-        return text
-    if text.startswith(PREFIX):
-        read_profile(text)
-        return text
-    found = shipped_names().get(plain_name(text))
-    if found is None:
-        raise unknown("GPU", text, shipped_names(), shipped_names().values())
-    return load_hardware(found).name
-
-
-def _token(key: str, text: str) -> str:
-    if not text.startswith(PREFIX):
-        raise InputError(f"{key} {one_line(text, 40)!r}: expected the token of dropped files")
-    return _model(key, text)
-
-
-def _format(key: str, text: str) -> str:
-    return one_of(key, text.strip(), DTYPES)
-
-
-def _fraction(text: str) -> float:
-    return check_fraction(_number("sparsity", text))
-
-
-def _whole(key: str, text: str) -> int:
-    try:
-        if len(text) < 20:
-            return int(text)
-    except ValueError:
-        pass
-    raise InputError(f"{key} {text!r}: expected a whole number")
-
-
-def _engine(_: str, text: str) -> str:
-    """Return the name of a shipped engine, never a path."""
-    return one_of("engine", text.strip(), list_engines())
-
-
-def _maybe(check: Callable[[str, str], Any], absent: Any) -> Callable[[str, str], Any]:
-    """Return a reader of a value that may be empty."""
-    return lambda key, text: check(key, text) if text.strip() else absent
-
-
-def _number(key: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{key} {text!r}: expected a number") from None
-
-
-def _word(_: str, text: str) -> str:
-    return text.strip()
-
-
-def _each(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
-    def read(key: str, text: str) -> tuple[Any, ...]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
-            raise InputError(f"{key}: expected at least one")
-        return once(check(part) for part in parts)
-
-    return read
-
-
-# fmt: off
-KEYS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = MappingProxyType({
-    "model": ("model", _model),
-    "gpu": ("gpus", _each(_gpu)),
-    "family": ("families", _each(lambda name: one_of("family", name, tuple(FAMILIES)))),
-    "sparsity": ("sparsities", _each(_fraction)),
-    "phase": ("phase", _word),
-    "batch": ("batch", _whole),
-    "seq": ("seq", _whole),
-    "new": ("new_tokens", _whole),
-    "engine": ("engine", _engine),
-    "dtype": ("dtype", _word),
-    "weights": ("weights", _maybe(_format, "")),
-    "devices": ("devices", _whole),
-    "pruned": ("pruned", _maybe(_token, "")),
-    "detail": ("detail", _word),
-    "at": ("at", lambda _, text: _fraction(text)),
-    "dense": ("dense_ms", _maybe(_number, None)),
-    "versus": ("versus", _maybe(_engine, "")),
-})
-# fmt: on
-"""Keys of a query, with the field of the state and the reader of the value."""
-
-
-# -- the whole query ---------------------------------------------------------------------------------------------------
-
-
-def to_query(state: State) -> str:
-    """Return the query of a URL, without its question mark; it contains every field.
-
-    >>> to_query(State(gpus=("a100_sxm_80gb", "h100_sxm"), families=("depth",), sparsities=(0.25, 0.5)))[:60]
-    'model=llama-3.1-8b&gpu=a100_sxm_80gb,h100_sxm&family=depth&s'
-    """
-    return "&".join(f"{key}={quote(_text(getattr(state, name)), safe=',~:')}" for key, (name, _) in KEYS.items())
-
-
-def _text(value: Any, comma: str = ",") -> str:
-    if isinstance(value, tuple):
-        return comma.join(map(str, value))
-    return "" if value is None else str(value)
-
-
-def read_query(query: str, own: Sequence[str] = ()) -> tuple[State, tuple[str, ...]]:
-    """Return the state of a query, and one line per invalid value, which its default replaces.
-
-    The query may have its question mark. A list is separated by commas, or its key is repeated. ``own`` are paths of
-    profiles that the query may name.
-
-    >>> state, problems = read_query("?gpu=a100&batch=0")
-    >>> state.gpus, problems
-    (('a100_sxm_80gb',), ('batch 0: expected a whole number from 1 to 2147483647; shown with 1',))
-    """
-    state, problems = _read(query, own)
-    return state, tuple(f"{reason}; {instead}" for reason, instead in problems)
-
-
-def strict_query(query: str) -> State:
-    """Return the state of a query; InputError with the first problem."""
-    state, problems = _read(query)
-    if problems:
-        raise InputError(problems[0][0])
-    return state
-
-
-def _read(query: str, own: Sequence[str] = ()) -> tuple[State, list[tuple[str, str]]]:
-    """Return the state, and each problem with its replacement."""
-    default, state = State(), State()
-    problems: list[tuple[str, str]] = []
-    if len(query) > MOST_QUERY:
-        return default, [(f"address: longer than {MOST_QUERY} characters", "shown with the defaults")]
-    given: dict[str, list[str]] = {}
-    for key, value in parse_qsl(query.removeprefix("?"), keep_blank_values=True, errors="replace"):
-        given.setdefault(key, []).append(value)
-    for key, texts in given.items():
-        if key not in KEYS:
-            problems.append((str(unknown("key", key, KEYS)), "ignored"))
-            continue
-        if key == "dtype" and texts[-1] in DTYPES and texts[-1] not in ARITHMETIC:
-            problems.append(
-                (f"dtype {texts[-1]}: is a weight format; no device computes in it", "used for the weights")
-            )
-            key = "weights"
-        name, read = KEYS[key] if key != "gpu" else ("gpus", _each(partial(_gpu, own=own)))
-        shown = getattr(state, name)
-        try:
-            if len(texts) > 1 and not isinstance(shown, tuple):
-                raise InputError(f"{key}: given {len(texts)} times, expected once")
-            value = read(key, ",".join(texts))
-            replace(default, **{name: value})  # alone, so that a problem names its own value
-            state = replace(state, **{name: value})
-        except InputError as error:
-            problems.append((one_line(str(error), 300), f"shown with {_text(shown, ', ') or 'none'}"))
-    return state, problems

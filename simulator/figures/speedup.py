@@ -31,6 +31,7 @@ from simulator.figures.style import (
     paper_style,
     style_of,
 )
+from simulator.predict.breakeven import GAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,15 +113,15 @@ def speedup_figure(
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value from which a candidate pays: the lower end of its interval is above 1 there
-    and at every larger value; None if it does not pay at the largest value.
+    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.predict.breakeven`: there
+    and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
 
     >>> pays_from([1, 2, 4, 8], [1.01, 0.98, 1.02, 1.1]), pays_from([1, 2], [1.1, 0.9])
     (2, None)
     """
     x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
-    pays = np.logical_and.accumulate(low[order][::-1] > 1.0)[::-1]
+    pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
     return int(order[np.argmax(pays)]) if pays.any() else None
 
 

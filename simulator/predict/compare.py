@@ -22,7 +22,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.formats import label_of
 from simulator.predict.batch import Reject, rejecting
-from simulator.predict.parts import removed_parts
+from simulator.predict.parts import removed_parts, sizes
 from simulator.predict.prunings import Pruning
 from simulator.predict.result import COLUMNS, Labels, Results
 from simulator.predict.scenario import Scenario
@@ -208,11 +208,14 @@ def _identity(
 
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
     """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
-    out = [""] * len(prunings)
+    out, dense = [""] * len(prunings), dict[int, dict[str, float]]()
     for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
         first = int(np.argmax(batch.pruning == i))
-        dense, pruned = (batch.rows.take(batch.rows_of(at)) for at in (int(batch.dense[first]), first))
-        out[i] = removed_parts(() if prunings[i].model else prunings[i].steps, dense, pruned)
+        of = int(batch.dense[first])
+        if of not in dense:
+            dense[of] = sizes(batch.rows.take(batch.rows_of(of)))
+        steps = () if prunings[i].model else prunings[i].steps
+        out[i] = removed_parts(steps, dense[of], batch.rows.take(batch.rows_of(first)))
     return tuple(out)
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from simulator.arrays import Array, BoolArray
-from simulator.pruning._rows import layer_count, readers, writers
+from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import Step
 from simulator.units import percent
 from simulator.workload import Kind, Workload
@@ -50,8 +48,8 @@ def sizes(w: Workload) -> dict[str, float]:
         return scale * float((values * w.layers)[rows].sum()) / many if many else 0.0
 
     return {
-        "attention layers": _covered(w, outputs),
-        "MLP layers": _covered(w, down | experts),
+        "attention layers": float(w.layers[outputs].sum()),
+        "MLP layers": float(w.layers[down | experts].sum()),
         "heads": mean(w.heads, attention, devices),
         "KV heads": mean(w.kv_heads, attention, devices),
         "inner width": mean(w.k, down, devices),
@@ -61,27 +59,20 @@ def sizes(w: Workload) -> dict[str, float]:
     }
 
 
-def _covered(w: Workload, rows: BoolArray) -> float:
-    """Return the number of layers of some rows; dynamic families have several rows per layer."""
-    ends = np.zeros(layer_count(w) + 1)
-    np.add.at(ends, w.layer[rows], 1.0)
-    np.add.at(ends, (w.layer + w.layers)[rows], -1.0)
-    return float(np.count_nonzero(np.cumsum(ends) > 0.5))
-
-
-def removed_parts(steps: Sequence[Step], dense: Workload, pruned: Workload) -> str:
-    """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes.
+def removed_parts(steps: Sequence[Step], dense: Mapping[str, float], pruned: Workload) -> str:
+    """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
+    ``dense`` has the sizes of the dense workload.
 
     >>> from simulator import lower, prune
     >>> from simulator.pruning._grammar import read_steps
     >>> dense = lower("llama-3.1-8b", phase="decode")
     >>> text = "width mlp=0.3 heads=0.2"
-    >>> removed_parts(read_steps(text), dense, prune(dense, text))
+    >>> removed_parts(read_steps(text), sizes(dense), prune(dense, text))
     'heads 20 % requested, 18.8 % realised (32 to 26); inner width 30 % requested, 29.9 % realised (14,336 to 10,048)'
     """
     if any(family.name in PER_TOKEN for step in steps for family in step.families):
         return ""
-    before, after, asked = sizes(dense), sizes(pruned), _requested(steps)
+    before, after, asked = dict(dense), sizes(pruned), _requested(steps)
     names = list(before)
     if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:
         for found in (before, after):

@@ -181,10 +181,8 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model.
-
-        A budget of tokens has no fraction in its text, as the fraction follows from the length.
-        """
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        # the text of a method that keeps a number of tokens is its name alone
         simple = self.name == (self.method or self.family) != self.prune
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 

@@ -208,12 +208,12 @@ def runnables(
     aligned width is predicted for each result.
     """
     paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
-    known: dict[tuple[str, int, bool], Runnable] = {}
+    known: dict[tuple[str, int, int], Runnable] = {}
     out = []
     for r, index in zip(found, found.pruning.tolist()):
         pruning = found.prunings[index]
         one = replace(scenario, engine=paths[r.engine], phase=r.phase, shapes=((r.batch, r.seq),))
-        key = (r.engine, index, r.realised_sparsity > 0.0)  # a budget of tokens removes nothing of a short request
+        key = (r.engine, index, r.seq if pruning.budgeted else 0)  # within its budget a pruning removes nothing
         if key not in known:
             known[key] = runnable(one, pruning)
         answer, hw = known[key], profiles.get(r.hardware)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from simulator.arguments import LEVEL, SECONDS, instance, number, shown, whole
+from simulator.arguments import LEVEL, SECONDS, OneOrMore, instance, listed, number, shown, whole
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
@@ -136,11 +136,11 @@ class Scenario:
 
 def scenarios(
     template: Scenario | None,
-    models: Iterable[str | ModelConfig],
-    engine: Iterable[str],
-    phase: Iterable[str],
-    batch: Iterable[int],
-    seq: Iterable[int],
+    models: OneOrMore[str | ModelConfig],
+    engine: OneOrMore[str],
+    phase: OneOrMore[str],
+    batch: OneOrMore[int],
+    seq: OneOrMore[int],
 ) -> list[Scenario]:
     """Return every combination of models, engines (none: the template's), phases, batches and lengths, in this order;
     values are checked and used once.
@@ -151,10 +151,12 @@ def scenarios(
     template = (
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.predict.scenario")
     )
-    models = [load_model(model) for model in models]
-    engines = tuple({load_engine(name).path: name for name in engine}.values()) or (template.engine,)
-    phases = once(one_of("phase", p, PHASES) for p in phase)
-    batches, lengths = once(whole_number("batch", n) for n in batch), once(whole_number("seq", n) for n in seq)
+    models = [load_model(model) for model in listed("model", models)]
+    engines = tuple({load_engine(name).path: name for name in listed("engine", engine)}.values()) or (template.engine,)
+    phases = once(one_of("phase", p, PHASES) for p in listed("phase", phase))
+    batches, lengths = (
+        once(whole_number(name, n) for n in listed(name, values)) for name, values in (("batch", batch), ("seq", seq))
+    )
     axes: tuple[tuple[str, Sequence[object]], ...] = (
         ("model", models),
         ("phase", phases),
@@ -253,10 +255,10 @@ def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
     return found
 
 
-def profiles(hardware: Iterable[str | HardwareProfile]) -> list[HardwareProfile]:
+def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
     """Load devices, each once; raise InputError for none, and for two of one name, which results cannot distinguish."""
     found: dict[str, HardwareProfile] = {}
-    for hw in (load_hardware(h) if isinstance(h, str) else h for h in hardware):
+    for hw in (load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)):
         instance("hardware", hw, HardwareProfile, "load_hardware")
         if (other := found.setdefault(hw.label, hw)) is not hw:
             both = " and ".join(str(h.path or "a profile without a file") for h in (other, hw))

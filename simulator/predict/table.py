@@ -104,9 +104,8 @@ def table(
     """
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
-    loaded, devices = [load_model(m) for m in listed("models", models)], profiles(listed("hardware", hardware))
-    axes = listed("engine", engine), listed("phase", phase), listed("batch", batch), listed("seq", seq)
-    requested = scenarios(scenario, loaded, *axes)
+    loaded, devices = [load_model(m) for m in listed("models", models)], profiles(hardware)
+    requested = scenarios(scenario, loaded, engine, phase, batch, seq)
     chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
     existing, skipped = readable(listed("pruned", pruned))
     texts = listed("prune", prune)

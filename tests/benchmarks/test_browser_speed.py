@@ -11,10 +11,11 @@ from dataclasses import replace
 from explore_browser import LAPTOP, Tab, chromium, needs_browser, serving
 from test_browser import CHANGES
 
+from simulator.explore.address import read_query, to_query
 from simulator.explore.charts import charts
 from simulator.explore.layout import WIDE
 from simulator.explore.markup import texts
-from simulator.explore.state import State, read_query, to_query
+from simulator.explore.state import State
 
 FIRST_PAINT_MS, CHANGE_MS = 2000.0, 300.0
 TIMES = 2

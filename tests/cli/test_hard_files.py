@@ -43,7 +43,7 @@ READERS = {
     "judged": "validate h100 {}",
     "quality": "pareto llama-2-7b --hardware h100 --quality {}",
     "speedups": "pareto llama-2-7b --hardware h100 --measured {}",
-    "gemms": "figures --only scatter --hardware h100 --measured h100={} -o figures",
+    "gemms": "figures llama-3.1-8b --only scatter --hardware h100 --measured h100={} -o figures",
 }
 """A command for everything that is read."""
 

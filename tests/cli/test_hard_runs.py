@@ -26,7 +26,7 @@ DEPTH = "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25"
 WRITERS = {
     "csv": f"{DEPTH} --csv out/s.csv",
     "figure": f"{DEPTH} --figure out/s.pdf",
-    "figures": "figures --only speedup --hardware h100 --format png -o out",
+    "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
     "sweep": "sweep grid.yaml -o out/s.parquet",
     "import": "import t.csv -o out/t.parquet",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
@@ -180,7 +180,7 @@ def test_two_fits_into_one_file_leave_a_whole_profile(place: Path, prunesim: Any
 
 @pytest.mark.slow
 def test_two_sets_of_figures_into_one_folder_leave_whole_files(place: Path, prunesim: Any) -> None:
-    _together(prunesim, *["figures --only speedup,taxonomy --hardware h100 --format svg -o out"] * 2)
+    _together(prunesim, *["figures llama-3.1-8b --only speedup,taxonomy --hardware h100 --format svg -o out"] * 2)
     texts = {p.name: p.read_text(encoding="utf-8").rstrip() for p in (place / "out").iterdir()}
     assert texts.keys() == {"captions.md", "speedup.svg", "taxonomy.svg"}
     assert all(text.endswith("</svg>") for name, text in texts.items() if name != "captions.md")

@@ -15,16 +15,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
 import simulator
+from simulator.explore.address import KEYS, read_query
 from simulator.explore.charts import CARDS, charts
 from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
-from simulator.explore.state import KEYS, State, read_query
-from simulator.figures.style import label
+from simulator.explore.predictions import predictions
+from simulator.explore.state import State
 from simulator.predict.result import Result
 from simulator.predict.scenario import batch_name
 from simulator.units import percent, ratio, seconds
@@ -168,25 +169,30 @@ def check(tab: Tab, state: State) -> None:
     """Address, controls, table and figures show the state as the Python interface predicts it."""
     assert read_query(tab.query, [gpu for gpu in state.gpus if "/" in gpu]) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
-    for name in {*KEYS} - {"gpu", "family", "sparsity", "at", "new", "dense"}:
+    for name in {*KEYS} - {"gpu", "family", "sparsity", "at", "new", "dense", "prune", "pin"}:
         assert controls[name] == str(getattr(state, name))
+    assert read_query(f"prune={quote(controls['prune'])}")[0].prune == state.prune
+    assert read_query(controls["pin"])[0] == (state.pin or State())
     assert controls["new"] == str(state.new_tokens)
     assert controls["dense"] == state.dense_text
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
     assert set(tab.page.evaluate(checked, "family")) == set(state.families)
-    records, gpus = predicted(state), [profile.label for profile in state.profiles]
-    assert {r.hardware for r in records} == {*gpus}
+    records, gpus = predictions(state).candidates, [profile.label for profile in state.profiles]
+    families = predicted(state)
+    assert [c.result.speedup for c in records[: len(families)]] == [r.speedup for r in families]
+    assert {c.result.hardware for c in records} == {*gpus}
     assert tab.text("#title").startswith(
-        f"{records[0].model}, {state.phase}, {batch_name(state.phase)} {state.batch}, seq {state.seq}"
+        f"{records[0].result.model}, {state.phase}, {batch_name(state.phase)} {state.batch}, seq {state.seq}"
     )
     rows = {(row[0], row[1], row[3]): row[4:11] for row in tab.table()[1:]}
-    assert len(rows) == len(records) + (len(gpus) if state.pruned else 0)
-    for r in records:
+    assert len(rows) == len(records)
+    for c in records:
+        r = c.result
         interval = f"{ratio(r.speedup_lower)} to {ratio(r.speedup_upper)}"
         bounds = map(ratio, (r.flop_bound, r.byte_bound, r.roofline_bound))
         shown = [ratio(r.speedup), interval, *bounds, seconds(r.pruned_s), r.bottleneck]
-        assert rows[label(r.family), percent(r.sparsity), r.hardware] == shown
+        assert rows[c.title, percent(r.sparsity), r.hardware] == shown
     for name, chart in {**charts(state, WIDE), "crossover": map_chart(state, WIDE)}.items():
         assert tab.figure(name)["data"] == json.loads(json.dumps(chart["data"])), name
 

@@ -18,15 +18,17 @@ from layouts import folder_of, save, save_shards, tensors_of
 from test_explore_state import OWN, TINY
 
 from simulator.cli import run
+from simulator.explore.address import read_query, to_query
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import read_profile, read_token, token
 from simulator.explore.markup import table_csv
 from simulator.explore.predictions import predictions
-from simulator.explore.state import EXISTING, State, read_query, to_query
+from simulator.explore.state import EXISTING, State
 from simulator.figures.style import label
 from simulator.hardware.library import load_hardware
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
+from simulator.pruning._methods import METHODS
 from simulator.units import ratio, seconds
 
 pytestmark = needs_browser
@@ -51,6 +53,10 @@ def _type(name: str, value: str) -> Callable[[Any], object]:
     return lambda page: (page.fill(f"#{name}", value), page.press(f"#{name}", "Enter"))
 
 
+def _lines(text: str) -> Callable[[Any], object]:
+    return lambda page: (page.fill("#prune", text), page.press("#prune", "Enter"))
+
+
 FAMILIES = ("depth", "width", "dynamic_depth", "token")
 CHANGES: tuple[tuple[Callable[[Any], object], dict[str, Any]], ...] = (
     (_choose("model", "qwen3-8b"), {"model": "qwen3-8b"}),
@@ -73,6 +79,9 @@ CHANGES: tuple[tuple[Callable[[Any], object], dict[str, Any]], ...] = (
     (_type("devices", "2"), {"devices": 2}),
     (_choose("detail", "unstructured"), {"detail": "unstructured"}),
     (_type("at", "0.35"), {"at": 0.35}),
+    (_lines("width mlp=30%\ndepth 0.25 + width 0.2"), {"prune": ("width mlp=0.3", "depth 0.25 + width 0.2")}),
+    (_choose("detail", "depth 0.25 + width 0.2"), {"detail": "depth 0.25 + width 0.2"}),
+    (_tick("over", "seq"), {"over": "seq"}),
 )
 
 
@@ -89,6 +98,58 @@ def test_every_control_changes_what_is_shown(tab: Tab) -> None:
     assert tab.text("#problems") == ""
     assert all(urlsplit(request).hostname == "127.0.0.1" for request in tab.requests)
     assert len(tab.requests) > 10
+
+
+def test_prunings_are_typed_chosen_and_refused_at_their_field(tab: Tab) -> None:
+    tab.open("?phase=decode&family=depth&detail=depth")
+    state = State(phase="decode", families=("depth",), detail="depth")
+    tab.page.fill("#prune", "depth layers=0,5")
+    tab.page.select_option("#method", label="shortgpt: Depth")
+    tab.wait_until_shown()
+    sparsities = METHODS["shortgpt"].sparsities
+    state = replace(state, prune=("depth layers=0,5", *(f"shortgpt {s:g}" for s in sparsities)))
+    check(tab, state)
+    assert tab.page.input_value("#method") == ""
+    tab.page.fill("#prune", f"width mlp=0.3\n{HOSTILE}\nwidth mpl=0.3\n./plan.yaml")
+    tab.page.press("#prune", "Tab")
+    tab.wait_until_shown()
+    lines = tab.text("#note-prune").splitlines()
+    assert any(line.startswith("pruning 'width mpl=0.3', column 7: part or option of width 'mpl'") for line in lines)
+    assert any("the page opens no files" in line for line in lines)
+    assert tab.text("#problems") == ""
+    unharmed(tab)
+    assert [row[0] for row in tab.table()[1:] if row[0] != label("depth")] == ["width mlp=0.3"]
+    tab.page.go_back()
+    tab.wait_until_shown()
+    check(tab, state)
+    assert tab.text("#note-prune") == ""
+
+
+def test_a_setting_is_pinned_and_compared(tab: Tab) -> None:
+    tab.open("?phase=decode&family=depth&detail=depth&batch=4")
+    assert not tab.page.locator("#pinned").is_visible()
+    tab.page.click("button:has-text('Pin as A')")
+    tab.wait_until_shown()
+    tab.page.select_option("#engine", "hf")
+    tab.wait_until_shown()
+    a = State(phase="decode", families=("depth",), detail="depth", batch=4)
+    state = replace(a, engine="hf", pin=a)
+    check(tab, state)
+    rows = dict(line.split("\t", 1) for line in tab.text("#pinned table").splitlines() if "\t" in line)
+    assert rows["engine"] == "vllm\thf"
+    speedups = [predictions(s).details[0].result.speedup for s in (a, state)]
+    assert [text[:4] for text in rows["speedup"].split("\t")] == [ratio(s) for s in speedups]
+    assert "A, pinned" in tab.text("#commands")
+    tab.page.reload()
+    tab.wait_until_shown()
+    check(tab, state)
+    tab.page.click("button:has-text('Remove A')")
+    tab.wait_until_shown()
+    check(tab, replace(state, pin=None))
+    assert not tab.page.locator("#pinned").is_visible()
+    tab.page.go_back()
+    tab.wait_until_shown()
+    check(tab, state)
 
 
 def test_a_gpu_without_the_number_format_leaves_the_others(tab: Tab) -> None:
@@ -329,7 +390,7 @@ def test_figures_and_table_can_be_saved(tab: Tab) -> None:
     for figure in CARDS:
         name, svg = saved(tab, f"[data-save={figure}][data-kind=svg]")
         assert (name, svg[:4]) == (f"prunesim-{figure}.svg", b"<svg")
-        assert b"rtx_4090" in svg
+        assert b"RTX 4090" in svg
     name, png = saved(tab, "[data-save=speedup][data-kind=png]")
     box = tab.page.locator("#speedup").bounding_box()
     assert (name, png[:4]) == ("prunesim-speedup.png", b"\x89PNG")

@@ -17,9 +17,11 @@ from explore_browser import CLASHES, LAPTOP, OUTSIDE, PHONE, Tab, check, needs_b
 from test_explore_state import OWN, TINY
 
 from simulator.cli import run
+from simulator.explore.address import KEYS
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import profile_token, token
-from simulator.explore.state import KEYS, State
+from simulator.explore.state import State
+from simulator.figures.style import label
 from simulator.pruning import FAMILIES
 
 pytestmark = needs_browser
@@ -29,8 +31,8 @@ FOCUS = """() => {
   const e = document.activeElement, data = e.dataset;
   const style = getComputedStyle(e.type === "radio" ? e.nextElementSibling : e);
   const box = (e.type === "radio" ? e.nextElementSibling : e).getBoundingClientRect();
-  const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
-  const button = data.save || ["csv", "open", "copy"].find((name) => name in data) || e.className || e.tagName;
+  const all = [...document.querySelectorAll("a[href], button, input, select, textarea, summary, [tabindex='0']")];
+  const button = data.save || ["csv", "open", "copy", "pin"].find((name) => name in data) || e.className || e.tagName;
   const ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
   return {
     name: e.name || e.id || button, place: all.indexOf(e), seen: ring && box.right > 0 && box.width > 0,
@@ -50,7 +52,7 @@ def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
         reached.append(at)
     names = [at["name"] for at in reached]
     assert names[0] == "skip"
-    assert {*KEYS, *CARDS, "open", "csv", "table", "copy"} <= set(names)
+    assert {*KEYS, *CARDS, "open", "csv", "table", "copy", "method"} <= set(names)
     assert names.count("family") == len(FAMILIES)
     assert names.count("phase") == 1, "radios are one stop, arrow keys go on"
     assert all(at["seen"] for at in reached), [at["name"] for at in reached if not at["seen"]]
@@ -65,7 +67,7 @@ def test_the_keyboard_alone_changes_the_page(tab: Tab) -> None:
     keyboard.press("Enter")
     assert tab.page.evaluate("document.activeElement.id") == "results"
     keyboard.press("Tab")
-    assert tab.page.evaluate("document.activeElement.dataset.save") == "speedup"
+    assert tab.page.evaluate("'pin' in document.activeElement.dataset")
     for selector, act, keys in (
         ("[name=phase]:checked", keyboard.press, "ArrowRight"),
         ("[name=family][value=kv_cache]", keyboard.press, "Space"),
@@ -90,6 +92,8 @@ LAYOUTS = {
     "long names": "?model=" + token(json.dumps({**TINY, "_name_or_path": "x" * 90}), "y" * 90 + ".json"),
     "a pruned model and a profile": f"?pruned={SMALL}&detail=pruned&gpu={profile_token(OWN, 'y' * 90 + '.yaml')},l4",
     "weights in int4 on two devices": "?weights=int4&devices=2&phase=decode&gpu=a100,b200",
+    "texts": "?gpu=a100,h100&phase=decode&batch=8&prune=width mlp=0.3 heads=0.2;depth 0.25 %2B width 0.2;shortgpt 0.25"
+    "&detail=width mlp=0.3 heads=0.2&over=seq&pin=phase%3Dserve%26engine%3Dhf%26gpu%3Da100",
     "refused": "?gpu=a100_sxm_80gb&dtype=fp8",
     "problems": "?batch=x&gpu=h10&model=" + "z" * 200,
 }
@@ -139,7 +143,7 @@ def test_a_report_needs_no_network(new_tab: Callable[..., Tab], tmp_path: Path) 
 def check_report(tab: Tab, file: Path) -> None:
     tab.page.goto(file.as_uri())
     records = predicted(State(gpus=("h100_sxm", "rtx_4090"), phase="decode"))
-    curves = [t for t in tab.figure("speedup")["data"] if "markers" in t["mode"] and t["name"] == "depth"]
+    curves = [t for t in tab.figure("speedup")["data"] if "markers" in t["mode"] and t["name"] == label("depth")]
     for curve, gpu in zip(curves, ("h100_sxm", "rtx_4090"), strict=True):
         assert curve["y"] == [r.speedup for r in records if (r.family, r.hardware) == ("depth", gpu)]
     assert all(figure["drawn"] for figure in tab.figures())

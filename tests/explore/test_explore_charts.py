@@ -19,14 +19,15 @@ from test_explore_state import OWN
 
 import simulator
 from simulator.explore import layout, markup
-from simulator.explore.charts import BOUNDS, X_TITLE, charts, roofline_chart
+from simulator.explore.charts import charts, roofline_chart
 from simulator.explore.commands import commands
+from simulator.explore.curve_charts import BOUNDS, X_TITLE
 from simulator.explore.dropped import profile_token, token
 from simulator.explore.layout import INK, PAGE, PAPER, PHONE, SOFT, WIDE, PanelGrid
 from simulator.explore.map_chart import map_chart
 from simulator.explore.page import page_html
-from simulator.explore.predictions import predictions, winners
-from simulator.explore.state import EXISTING, State
+from simulator.explore.predictions import curves, predictions, winners
+from simulator.explore.state import AXES, EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import STYLES, label
 from simulator.predict.explain import explanations
@@ -43,6 +44,8 @@ STATES = {
     "decode": DECODE,
     "generate": replace(DECODE, phase="generate", new_tokens=16, engine="hf", detail="dynamic_width", at=0.3),
     "serve": replace(DECODE, phase="serve", new_tokens=32, batch=16, engine="sglang", versus="hf"),
+    "texts": replace(DECODE, families=("depth",), prune=("width mlp=0.3 heads=0.2", "shortgpt 0.25"), over="seq"),
+    "a text in detail": State(phase="serve", families=("depth",), detail="depth 0.25 + width mlp=0.2"),
     "every family": State(
         families=tuple(general_families()),
         gpus=("rtx_4090",),
@@ -67,10 +70,7 @@ def named(chart: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
-    chart = charts(state, WIDE)["speedup"]
-    new = state.new_tokens if state.phase in ("generate", "serve") else 0
-    case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype", "engine")}
-    dense = simulator.lower(simulator.load_model(state.model), **case, new_tokens=new)
+    chart, dense = charts(state, WIDE)["speedup"], workload(state)
     for panel, gpu in enumerate(state.gpus):
         hw = simulator.load_hardware(gpu)
         for family in state.drawn:
@@ -80,13 +80,90 @@ def test_curves_bands_and_bounds_are_the_predictions(state: State) -> None:
                 expected = simulator.speedup(dense, pruned, hw).speedup
                 assert drawn == pytest.approx(expected, rel=1e-12)
     bands = [t["y"] for t in chart["data"] if t.get("fill") == "toself" and t["legendgroup"] == state.detail]
-    for panel, gpu in enumerate(state.gpus):
+    for panel, gpu in enumerate(state.gpus if state.detail in state.drawn else ()):
         own = [r for r in predictions(state).table if (r.hardware, r.family) == (gpu, state.detail)]
         own.sort(key=lambda r: r.sparsity)
         for bound, title, _ in BOUNDS:
             drawn = named(chart, f"{title} ({label(state.detail)})")[panel]
             assert drawn["y"] == [getattr(r, bound) for r in own]
         assert bands[panel] == [r.speedup_upper for r in own] + [r.speedup_lower for r in reversed(own)]
+
+
+def workload(state: State) -> Any:
+    """The dense workload of a state."""
+    new = state.new_tokens if state.phase in ("generate", "serve") else 0
+    case: dict[str, Any] = {name: getattr(state, name) for name in ("phase", "batch", "seq", "dtype", "engine")}
+    return simulator.lower(simulator.load_model(state.model), **case, new_tokens=new)
+
+
+def test_texts_are_points_over_sparsity_and_curves_over_batch_or_length(state: State) -> None:
+    drawn, field = charts(state, WIDE), "seq" if state.over == "seq" else "batch"
+    for panel, gpu in enumerate(state.gpus):
+        hw = simulator.load_hardware(gpu)
+        for text in state.texts:
+            (point,) = [named(drawn["speedup"], text)[panel]]
+            dense = workload(state)
+            s = simulator.speedup(dense, simulator.prune(dense, text), hw)
+            assert point["y"] == [pytest.approx(s.speedup, rel=1e-12)]
+            assert point["x"] == [pytest.approx(100 * s.sparsity)]
+        families = [name for name in state.drawn if name != "semi_structured" or state.at == 0.5]
+        for key in (*families, *state.texts):
+            curve = named(drawn["over"], label(key) if key in families else key)[panel]
+            assert tuple(curve["x"]) == AXES[state.over]
+            dense = workload(replace(state, **{field: curve["x"][3]}))
+            s = simulator.speedup(dense, simulator.prune(dense, key, state.at if key in families else None), hw)
+            assert curve["y"][3] == pytest.approx(s.speedup, rel=1e-9)
+            band = [t for t in drawn["over"]["data"] if t.get("fill") == "toself" and t["legendgroup"] == key]
+            assert len(band) == len(state.gpus) or key != state.explained, "the pruning in detail has its interval"
+    assert drawn["over"]["layout"]["xaxis"]["title"]["text"] in markup.texts(state)["h-over"]
+
+
+def test_throughput_over_latency_is_of_batches_that_fit() -> None:
+    state = State(
+        gpus=("a100_sxm_80gb", "l4"), phase="decode", families=("depth",), detail="depth", seq=8192, devices=2
+    )
+    chart, found = charts(state, WIDE)["latency"], curves(state, "batch").candidates
+    for panel, gpu in enumerate(("a100_sxm_80gb", "l4")):
+        own = [c.result for c in found if c.result.hardware == gpu]
+        dense, pruned = named(chart, "dense")[panel], named(chart, label("depth"))[panel]
+        assert dense["x"] == pytest.approx([1e3 * r.dense_s for r in own if r.dense_fits])
+        assert pruned["x"] == pytest.approx([1e3 * r.pruned_s for r in own if r.pruned_fits])
+        assert pruned["y"] == pytest.approx([r.batch / r.pruned_s / 2 for r in own if r.pruned_fits])
+        assert len(dense["x"]) < len(own), "of these batches the largest does not fit"
+    assert "generates no tokens" in json.dumps(charts(State(), WIDE)["latency"])
+    large = State(model="llama-2-70b", gpus=("l4",), phase="decode", families=("depth",), detail="depth", at=0.1)
+    assert "no batch fits" in json.dumps(charts(large, WIDE)["latency"])
+
+
+def test_two_settings_stand_side_by_side() -> None:
+    a = State(phase="serve", batch=16, engine="hf", families=("depth",))
+    b = replace(a, engine="vllm", gpus=TWO, detail="depth 0.25 + width mlp=0.2", pin=a)
+    said = markup.texts(b)["pinned"]
+    rows = dict(re.findall(r'<tr(?: class="detail")?><th scope="row">(.*?)</th>(.*?)</tr>', said))
+    shown = {name: re.findall("<td>(.*?)</td>", cells) for name, cells in rows.items()}
+    assert shown["GPU"] == ["h100_sxm", *TWO]
+    assert shown["engine"] == ["hf", "vllm", "vllm"]
+    assert shown["pruning"] == ["width at 50 %", b.detail, b.detail]
+    results = [e.result for state in (a, b) for e in predictions(state).details]
+    assert shown["speedup"] == [
+        f"{ratio(r.speedup)} ({ratio(r.speedup_lower)} to {ratio(r.speedup_upper)})" for r in results
+    ]
+    assert shown["tokens/s per GPU"][0] == f"{results[0].dense_tokens_per_s:,.0f} → {results[0].tokens_per_s:,.0f}"
+    assert 'class="detail"><th scope="row">engine' in said
+    assert 'class="detail"><th scope="row">model' not in said
+    assert predictions(b) == predictions(replace(b, pin=None))
+    refused = replace(b, pin=State(gpus=("a100_sxm_80gb",), dtype="fp8"))
+    assert "a100_sxm_80gb has no fp8 arithmetic" in markup.texts(refused)["pinned"]
+    assert markup.texts(a)["pinned"] == ""
+
+
+def test_a_text_that_the_model_does_not_take_is_a_note() -> None:
+    state = State(families=("depth",), detail="depth", prune=("experts 0.25",))
+    found = predictions(state)
+    assert found.prunings == ()
+    assert found.table
+    assert any("experts" in note for note in found.notes)
+    assert {c.key for c in curves(state, "batch").candidates} == {"depth"}
 
 
 def test_points_stand_at_the_sparsity_asked_for_and_tell_the_realised_one() -> None:
@@ -185,6 +262,7 @@ def test_waterfalls_multiply_to_the_prediction(state: State) -> None:
         assert (ends[0], ends[-1]) == pytest.approx((1 / (1 - r.sparsity), r.speedup), rel=1e-9)
         assert {round(b, 9) for b in bar["base"][1:-2]} <= {round(end, 9) for end in ends}, "each begins at an end"
         same = [s for s in found.table if (s.hardware, s.family, s.sparsity) == (r.hardware, state.detail, state.at)]
+        same += [s for s in found.prunings if (s.hardware, s.prune) == (r.hardware, state.detail)]
         assert r.engine == state.versus or [s.speedup for s in same] == [pytest.approx(r.speedup, rel=1e-12)]
 
 
@@ -235,7 +313,7 @@ def test_the_map_is_what_tables_say(state: State) -> None:
 def test_the_table_and_its_csv_are_the_records(state: State) -> None:
     found = predictions(state)
     html = markup.table_html(found, state.detail, state.at)
-    assert html.count("<tr") == 1 + len(found.table)
+    assert html.count("<tr") == 1 + len(found.results) == 1 + len(found.table) + len(state.gpus) * len(state.texts)
     assert html.count('class="detail"') == len(state.gpus)
     rows = list(csv.DictReader(io.StringIO(markup.table_csv(found.table))))
     for row, r in zip(rows, found.table, strict=True):
@@ -373,5 +451,5 @@ def test_a_model_with_experts_is_drawn_with_them() -> None:
 
 
 def test_every_family_has_a_sign_on_the_page() -> None:
-    made = page_html(State(), [], markup.texts(State()), defaultdict(str))
+    made = page_html(State(), defaultdict(str, markup.texts(State())), defaultdict(str))
     assert [name for name in STYLES if f"</span>{label(name)}" not in made] == []

@@ -20,7 +20,7 @@ from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
 from simulator.explore.layout import PAGE, PHONE
 from simulator.explore.markup import commands_html
-from simulator.explore.predictions import predictions, winners
+from simulator.explore.predictions import curves, predictions, winners
 from simulator.explore.state import EXISTING, State
 from simulator.hardware.library import profiles_folder
 from simulator.models.huggingface import from_hf_config
@@ -45,6 +45,12 @@ CASES = {
     "a pruned model": State(
         model=token(json.dumps(TINY), "my model.json"), pruned=PRUNED, families=TWO, detail=EXISTING, versus="hf"
     ),
+    "texts": State(
+        families=("depth",), detail="width mlp=0.3 heads=0.2", prune=("shortgpt 0.25", "depth layers=0,5"), over="seq"
+    ),
+    "a pinned setting": State(
+        families=("depth",), phase="decode", prune=("depth 0.5",), over="seq", pin=State(families=("depth",), batch=2)
+    ),
     "a profile of one's own": State(gpus=(profile_token(OWN, "my own.yaml"), "rtx_4090"), families=TWO),
 }
 # fmt: off
@@ -53,6 +59,15 @@ SHOWN = (
     "byte_bound", "roofline_bound",
 )
 # fmt: on
+
+
+NEAR = ("speedup", "speedup_lower", "speedup_upper", "dense_s", "pruned_s", "realised_sparsity")
+
+
+def _place(found: Any) -> tuple[Any, ...]:
+    """Where a prediction stands: in a row that was printed, or on the page."""
+    row = found if isinstance(found, dict) else found.result.to_dict()
+    return tuple(row[name] for name in ("hardware", "batch", "seq", "pruned", "prune", "family"))
 
 
 def shell(line: str, *more: str) -> None:
@@ -81,8 +96,18 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
         printed[command.gives] = json.loads(capsys.readouterr().out)
     for row, r in zip(printed["curves and table"], found.table, strict=True):
         assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
-    for row, r in zip(printed.get("pruned model", ()), found.existing, strict=True):
-        assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
+    for gives, results in (("pruned model", found.existing), ("prunings", found.prunings)):
+        for row, r in zip(printed.get(gives, ()), results, strict=True):
+            assert {key: row[key] for key in SHOWN} == {key: getattr(r, key) for key in SHOWN}
+    rows = [row for name, some in printed.items() if " over " in name for row in some]
+    for c, row in zip(sorted(curves(state, state.over).candidates, key=_place), sorted(rows, key=_place), strict=True):
+        assert [row[name] for name in NEAR] == pytest.approx([getattr(c.result, name) for name in NEAR], rel=1e-9)
+    if state.pin is not None:
+        pinned = [e.result for e in predictions(state.pin).details]
+        assert [row["speedup"] for row in printed["A, pinned"]] == [r.speedup for r in pinned]
+    if "throughput" in printed:
+        served = [c.result.tpot_s for c in curves(state, "batch").candidates if c.key == state.explained]
+        assert sorted(row["tpot_s"] for row in printed["throughput"]) == pytest.approx(sorted(served))
     for gives, drawn in (("waterfall and roofline", found.details), (f"waterfall in {state.versus}", found.versus)):
         for row, e in zip(printed.get(gives, ()), drawn, strict=True):
             assert (row["hardware"], row["engine"]) == (e.result.hardware, e.result.engine)
@@ -120,7 +145,7 @@ def test_a_report_takes_engines_by_alias_and_by_file(tmp_path: Path, monkeypatch
     assert "serve, concurrency 16, seq 2048 + 128 new, bf16, hf" in said
     assert "<i>--engine</i> <i>hf</i>" in said
     assert "address ?" not in said  # the page opens no files
-    assert "h100_sxm, mine" in said
+    assert "H100 SXM, mine" in said
     assert "<i>--dense-time</i> <i>900ms</i>" in said
 
 

@@ -19,8 +19,9 @@ from layouts import save_shards, tensors_of
 import simulator.models.library
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
+from simulator.explore.address import KEYS, MOST_QUERY, read_query, strict_query, to_query
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
-from simulator.explore.state import ARITHMETIC, EXISTING, KEYS, MOST_QUERY, State, read_query, strict_query, to_query
+from simulator.explore.state import ARITHMETIC, AXES, EXISTING, State
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config
 from simulator.models.library import list_models, load_model
@@ -43,6 +44,8 @@ SHIPPED = sorted(Path(simulator.models.library.__file__).parent.glob("*.json"))
 
 OTHER = profile_token(OWN.replace("name: h100_sxm", "name: mine"), "mine.yaml")
 
+TEXTS = ("width mlp=0.3 heads=0.2 layers=0,5-7", "depth 0.25 + low_rank 40%", "shortgpt 0.25", "snapkv-1024")
+
 fractions = st.floats(0.0, 0.999, allow_nan=False)
 states = st.builds(
     State,
@@ -59,14 +62,17 @@ states = st.builds(
     weights=st.sampled_from(["", *DTYPES]),
     devices=st.integers(1, 64),
     pruned=st.sampled_from(["", token(json.dumps(TINY | {"num_hidden_layers": 3}), "small.json")]),
-    detail=st.sampled_from([*FAMILIES, EXISTING]),
+    detail=st.sampled_from([*FAMILIES, EXISTING, *TEXTS]),
+    prune=st.lists(st.sampled_from(TEXTS), max_size=3).map(tuple),
+    over=st.sampled_from(list(AXES)),
     at=fractions,
     dense_ms=st.none() | st.floats(1e-6, 1e8),
     versus=st.sampled_from(["", *list_engines()]),
 )
+with_pin = st.builds(lambda state, pin: replace(state, pin=pin), states, st.none() | states)
 
 
-@given(states)
+@given(with_pin)
 @settings(max_examples=100, deadline=None)
 def test_a_query_says_all_of_a_state(state: State) -> None:
     assert read_query("?" + to_query(state)) == (state, ())
@@ -111,6 +117,17 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
         ("dense=slow", "dense 'slow': expected a number", "shown with none"),
         ("dense=-1", "dense -1.0: expected a positive number of milliseconds", "shown with none"),
         ("dense=nan", "dense nan: expected a positive number of milliseconds", "shown with none"),
+        ("prune=width 0.3 mlp=", "pruning 'width 0.3 mlp=', column 14: expected NAME=VALUE or a fraction", "ignored"),
+        ("prune=widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width", "ignored"),
+        ("prune=.%2Fplan.yaml", "prune './plan.yaml': the page opens no files; use prunesim report", "ignored"),
+        ("prune=" + ";".join(f"depth 0.{i}" for i in range(1, 10)), "prune: expected at most 8 of them, got 9", "none"),
+        ("prune=depth 0.5 " + "x" * 3000, "expected at most 2000 characters", "ignored"),
+        ("detail=plan.yaml", "prune 'plan.yaml': the page opens no files", "shown with width"),
+        ("detail=widht", "family or method 'widht' is unknown; did you mean width", "shown with width"),
+        ("over=phase", "axis 'phase' is unknown", "shown with batch"),
+        ("pin=batch%3D0", "pin: batch 0: expected a whole number", "shown with none"),
+        ("pin=prune%3Dx.yaml", "pin: prune 'x.yaml': the page opens no files", "shown with none"),
+        ("pin=" * 5000, "pin: key 'pin' is unknown", "shown with none"),
         ("dtype=bf17", "did you mean bf16", "shown with bf16"),
         ("weights=int5", "weights 'int5' is unknown", "shown with none"),
         ("devices=0", "devices 0: expected a whole number from 1 to 1024", "shown with 1"),
@@ -136,10 +153,24 @@ def test_one_bad_value_leaves_the_others_and_keys_of_lists_may_repeat() -> None:
     assert state == State(phase="decode", gpus=("a100_sxm_80gb", "rtx_4090"), seq=512)
     assert len(problems) == 1
     assert read_query("gpu=a100&gpu=h100&family=depth&family=width")[0].gpus == ("a100_sxm_80gb", "h100_sxm")
+    state, (line,) = read_query("prune=width mlp=30%25%0Adepth layers=0,5; width 2&prune=shortgpt 0.25")
+    assert state.prune == ("width mlp=0.3", "depth layers=0,5", "shortgpt 0.25")
+    assert "'width 2', column 7" in line
 
 
 @pytest.mark.parametrize(
-    "bad", [{"gpus": ()}, {"families": ()}, {"sparsities": ()}, {"families": ("x",)}, {"sparsities": (0.01,) * 26}]
+    "bad",
+    [
+        {"prune": ("depth",)},
+        {"over": "x"},
+        {"pin": State(pin=State())},
+        {"detail": "x"},
+        {"gpus": ()},
+        {"families": ()},
+        {"sparsities": ()},
+        {"families": ("x",)},
+        {"sparsities": (0.01,) * 26},
+    ],
 )
 def test_a_state_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -12,6 +12,7 @@ from test_figures import check_print
 import simulator
 from simulator.figures.panels import MOST_VALUES, speedups_of, styles_of, varying
 from simulator.figures.speedup import PAYS, pays_from
+from simulator.predict.breakeven import GAIN, break_even
 
 MODEL = "llama-3.1-8b"
 
@@ -59,10 +60,12 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
         assert band.max() == pytest.approx(max(r.speedup_upper for r in own))
         assert any(set(np.atleast_1d(line.get_ydata())) == {1.0} for line in ax.lines), "a line at 1"
         rings = [line for line in ax.lines if line.get_markersize() > 6]
-        pays = [r for i, r in enumerate(own) if all(later.speedup_lower > 1.0 for later in own[i:])]
+        pays = [r for i, r in enumerate(own) if all(later.speedup_lower >= GAIN for later in own[i:])]
         assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [
             (r.batch, r.speedup) for r in pays[:1]
         ]
+        (found,) = break_even(own)
+        assert (found.verdict.startswith(("pays from", "pays at every"))) == bool(rings), "as the sentence"
     assert PAYS in legend(figure)
 
 

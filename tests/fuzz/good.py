@@ -261,7 +261,8 @@ hardware show h100
 pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""
 ADDRESS = (
     "model=llama-3.1-8b&gpu=h100_sxm,a100&family=depth,width&sparsity=0.25,0.5&phase=decode&batch=8&seq=512&new=16"
-    "&engine=vllm&dtype=bf16&detail=width&at=0.5"
+    "&engine=vllm&dtype=bf16&detail=width&at=0.5&over=seq&prune=width%20mlp%3D0.3%20heads%3D0.2;depth%20layers%3D0,5"
+    "&pin=phase%3Ddecode%26prune%3Ddepth%25200.25%26batch%3D8"
 )
 WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"
 

@@ -33,11 +33,11 @@ from calibration.records.store import read_store
 from calibration.records.stored_timings import content_records, untimed
 from simulator.engines import engine as engines
 from simulator.errors import InputError
+from simulator.explore.address import read_query, strict_query, to_query
 from simulator.explore.app import make_app
 from simulator.explore.dropped import PREFIX, profile_token, read_profile, read_token, token
 from simulator.explore.predictions import predictions
 from simulator.explore.questions import CALLBACKS
-from simulator.explore.state import read_query, strict_query, to_query
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware

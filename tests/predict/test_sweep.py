@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,3 +360,32 @@ def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match=r'"tables" \(pyarrow is not installed\): .* pip install -e "\.\[tables\]"'):
         sweep(ONE, tmp_path / "t.parquet")
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("layers:\n  0-7: width mlp=0.5\n")
+    (tmp_path / "grid.yaml").write_text(
+        "models: llama-3.2-1b\nhardware: h100\nphases: decode\nbatches: [1, 8]\nseqs: 128\n"
+        f"prune: [width mlp=0.3 heads=0.25, kv_cache budget=64, {plan}]\n"
+    )
+    grid = read_grid(tmp_path / "grid.yaml")
+    assert (grid.size, grid.families, grid.sparsities) == (6, (), ())
+    found = sweep_results(grid)
+    assert plain(found.columns["prune"]).tolist() == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
+    before = digest(grid)
+    plan.write_text("layers:\n  0-7: width mlp=0.25\n")
+    assert digest(read_grid(tmp_path / "grid.yaml")) != before  # the content of a plan counts
+    frame = simulator.sweep(tmp_path / "grid.yaml", tmp_path / "rows.parquet")
+    again = simulator.sweep(read_grid(tmp_path / "grid.yaml"))
+    assert frame["speedup"].tolist() == pytest.approx(again["speedup"].tolist())
+    assert frame.attrs["notes"] == []
+    for text, message in {
+        "prune: width mpl=0.3": "prune: pruning 'width mpl=0.3', column 7: part or option of width 'mpl' is unknown",
+        "": "sparsities: is missing",
+    }.items():
+        (tmp_path / "bad.yaml").write_text(
+            f"models: llama-3.2-1b\nhardware: h100\nphases: decode\nbatches: 1\nseqs: 128\n{text}\n"
+        )
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_grid(tmp_path / "bad.yaml")

@@ -4,6 +4,7 @@
 (() => {
   const NARROW = window.matchMedia("screen and (max-width: 720px)");
   const LISTS = ["gpu", "family"];
+  const TEXTS = ["text", "textarea"];
   const element = (id) => document.getElementById(id);
   const form = () => element("controls");
   const marks = document.documentElement.dataset; // shown, mapped: the address that texts and figures, and the map, belong to
@@ -23,12 +24,16 @@
     setProps("asked", asked());
   }
 
+  const lines = (text) => text.split(/[\r\n;]+/).map((line) => line.trim()).filter(Boolean);
+
   function query() {
     const found = new Map();
     for (const [key, value] of new FormData(form())) {
       found.set(key, found.has(key) ? `${found.get(key)},${value}` : String(value).trim());
     }
     for (const key of LISTS) if (!found.has(key)) found.set(key, "");
+    found.set("prune", lines(found.get("prune")).join(";")); // layers have commas
+    if (!found.get("pin")) found.delete("pin");
     const text = (value) => encodeURIComponent(value.replace(/,\s+/g, ",")).replace(/%2C/g, ",").replace(/%3A/g, ":");
     return "?" + [...found].map(([key, value]) => `${key}=${text(value)}`).join("&");
   }
@@ -37,11 +42,13 @@
 
   function fill(search) {
     const given = new URLSearchParams(search);
+    if (!given.has("pin")) given.set("pin", "");
     for (const control of form().elements) {
       if (!control.name || !given.has(control.name)) continue;
       const value = given.get(control.name);
       if (control.type === "checkbox") control.checked = value.split(",").includes(control.value);
       else if (control.type === "radio") control.checked = control.value === value;
+      else if (control.name === "prune") control.value = lines(value).join("\n");
       else control.value = control.type === "text" ? value.replaceAll(",", ", ") : value;
     }
     phase();
@@ -59,11 +66,29 @@
 
   function changed(event) {
     const field = event.target;
-    const finished = event.type === "change"; // a list, or a number that is being replaced, is read when it is finished
-    if (!finished && (field.type === "text" || (field.type === "number" && field.value === ""))) return;
+    if ("add" in field.dataset) return add(field);
+    // a list, or a number that is being replaced, is read when it is finished; of several lines each
+    const finished = event.type === "change" || event.inputType === "insertLineBreak";
+    if (!finished && (TEXTS.includes(field.type) || (field.type === "number" && field.value === ""))) return;
     phase();
     go(query(), edited === field);
-    edited = ["text", "number"].includes(field.type) ? field : null;
+    edited = ["number", ...TEXTS].includes(field.type) ? field : null;
+  }
+
+  // add the lines of a choice to a field
+  function add(select) {
+    const field = element(select.dataset.add);
+    field.value = [...new Set([...lines(field.value), ...lines(select.value)])].join("\n");
+    select.value = "";
+    go(query(), false);
+  }
+
+  // keep the current setting in the address, or remove the kept one
+  function pin(button) {
+    const keep = button.dataset.pin !== "remove";
+    element("pin").value = "";
+    if (keep) element("pin").value = query().slice(1);
+    go(query(), false);
   }
 
   function go(search, same) {
@@ -76,7 +101,11 @@
   function option(control, value, text) {
     const known = control === "gpu" ? [...element("gpus").querySelectorAll("input")] : [...element(control).options];
     if (known.some((o) => o.value === value)) return;
-    if (control !== "gpu") return element(control).add(new Option(text, value));
+    if (control !== "gpu") {
+      const added = new Option(text, value);
+      if (control === "detail") added.dataset.own = "";
+      return element(control).add(added);
+    }
     const label = document.createElement("label");
     const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "gpu", value: value });
     label.append(box, text);
@@ -100,7 +129,9 @@
     if (!current(answer.asked)) return;
     for (const [id, html] of Object.entries(answer.html)) if (element(id).innerHTML !== html) element(id).innerHTML = html;
     element("grid").dataset.wide = answer.wide;
+    for (const known of element("detail").querySelectorAll("[data-own]")) known.remove();
     for (const own of answer.own) option(...own);
+    element("detail").value = answer.detail;
     if (following) fill(answer.query);
     following = false;
     wantMap();
@@ -308,6 +339,7 @@
       if (!button) return;
       if ("open" in button.dataset) choose(button.dataset.open);
       if ("copy" in button.dataset) copy(button);
+      if ("pin" in button.dataset) pin(button);
       if ("save" in button.dataset) save(button);
       if ("csv" in button.dataset) setProps("csv-asked", { ...asked(), at: Date.now() });
     });
