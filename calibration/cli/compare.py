@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,12 +43,12 @@ def command(
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    real decoder with random weights, dense and pruned by each family. The profile is --hardware, else
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a real
+    decoder with random weights, dense and pruned by each family or text of --prune. The profile is --hardware, else
     RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png. Run the command again to resume.
     """
-    from calibration.runners.compare import as_executed, compare, conclusions, rows_of
+    from calibration.runners.compare import compare, conclusions, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -55,7 +56,7 @@ def command(
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
     runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
-    config, cases, notes = selection.cases(model, options=as_executed(device))
+    config, cases, notes = selection.cases(model, kernels=kernels_on(device))
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
         name = opened.describe().device
@@ -139,13 +140,19 @@ def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, ob
 
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
-    """Measured speedups next to predicted ones, a panel per phase and sparsity."""
+    """Measured speedups next to predicted ones: a panel per phase and sparsity, or with texts of --prune per phase."""
     from simulator.figures.published import Beside, published_figure
 
-    families, panels = list(dict.fromkeys(r.family for r in rows)), []
-    for phase, sparsity in dict.fromkeys((r.phase, r.sparsity) for r in rows):
-        at = {r.family: r for r in rows if (r.phase, r.sparsity) == (phase, sparsity)}
-        columns = ("measured", "predicted", "predicted_lower", "predicted_upper")
-        values = [[getattr(at[f], name) if f in at else math.nan for f in families] for name in columns]
-        panels.append(Beside(f"{phase}, {render.percent(sparsity)} removed", families, *values))
+    simple = all(r.simple for r in rows)
+    names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}
+    panels = []
+    for phase, sparsity in dict.fromkeys((r.phase, r.sparsity if simple else None) for r in rows):
+        at = {names[r.prune]: r for r in rows if r.phase == phase and sparsity in (None, r.sparsity)}
+        labels, columns = (
+            [*dict.fromkeys(names.values())],
+            ("measured", "predicted", "predicted_lower", "predicted_upper"),
+        )
+        values = [[getattr(at[name], column) if name in at else math.nan for name in labels] for column in columns]
+        title = phase if sparsity is None else f"{phase}, {render.percent(sparsity)} removed"
+        panels.append(Beside(title, labels, *values))
     return published_figure(panels, observed="measured")

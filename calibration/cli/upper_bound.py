@@ -14,6 +14,7 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, descr
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
+from simulator.errors import one_line
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
-Family = Annotated[str, opt("--family", "LIST", "Pruning families, or all.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "Removed fractions.")]
+Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")]
 Layers = Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")]
 
 
@@ -37,19 +38,20 @@ class CaseOptions:
     phase: options.Phase = "prefill,decode"
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
-    family: Family = "all"
-    sparsity: Sparsity = "0.25,0.5"
+    family: Family = None
+    sparsity: Sparsity = None
+    prune: options.Prune = None
     budget: Budget = "10min"
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
     layers: Layers = None
 
     def cases(
-        self, model: str, engine: str = "", options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+        self, model: str, engine: str = "", kernels: Mapping[str, str] = MappingProxyType({})
     ) -> tuple[ModelConfig, list[Case], list[str]]:
         """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
 
-        ``options`` are by family.
+        ``kernels`` are those of the device by family.
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
@@ -61,10 +63,11 @@ class CaseOptions:
             phases=names("--phase", self.phase),
             batch=integers("--batch", self.batch),
             seq=integers("--seq", self.seq),
-            families=names("--family", self.family),
-            sparsities=fractions("--sparsity", self.sparsity),
+            families=None if self.family is None else names("--family", self.family),
+            sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
+            texts=self.prune or (),
             scenario=Scenario(dtype=self.dtype, engine=engine),
-            options=options,
+            kernels=kernels,
         )
         return config, cases, notes
 
@@ -138,8 +141,8 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
         for phase in dict.fromkeys(r.phase for r in measured)
     }
     parts = [
-        f"{phase} {render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)}) by {r.family} "
-        f"{render.percent(r.sparsity)}, predicted speedup {render.ratio(r.predicted)}x"
+        f"{phase} {render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)}) by {r.pruning}, "
+        f"predicted speedup {render.ratio(r.predicted)}x"
         for phase, r in best.items()
     ]
     alone = (
@@ -179,8 +182,7 @@ def several_shapes(rows: Sequence[Any]) -> bool:
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
     """Return the columns that identify the case of a row."""
     columns: list[tuple[str, Callable[[Any], object]]] = [
-        ("<family", lambda r: r.family),
-        ("sparsity", lambda r: f"{r.sparsity:g}"),
+        ("<pruning", lambda r: one_line(r.pruning, 40)),
         ("<phase", lambda r: r.phase),
     ]
     if several_shapes(rows):

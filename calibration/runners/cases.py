@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from calibration.devices.protocol import Device
 from calibration.fit.base_profile import base_profile
 from calibration.runners.runs import DATASHEET, PROFILE, check_folder
@@ -21,12 +23,16 @@ from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.predict.batch import batch_with
-from simulator.predict.prunings import families as family_names
+from simulator.predict.prunings import Pruning, prunings_of
 from simulator.predict.result import Result
-from simulator.predict.scenario import Scenario, check_fraction, once, one_of, whole_number
+from simulator.predict.scenario import Scenario, once, one_of, whole_number
 from simulator.predict.speedup import speedup
-from simulator.pruning import prune
+from simulator.pruning._steps import Step, in_order
+from simulator.units import percent
 from simulator.workload import PHASES, Workload
+
+SPARSITIES: tuple[float, ...] = (0.25, 0.5)
+"""Default fractions of families."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class CaseRow:
     model: str
     device: str
     hardware: str
+    prune: str
     family: str
     sparsity: float
     realised_sparsity: float
@@ -44,23 +51,74 @@ class CaseRow:
     seq: int
     dtype: str
 
+    @property
+    def simple(self) -> bool:
+        """Whether the pruning is a family at a fraction."""
+        return self.prune == f"{self.family} {self.sparsity:.9g}"
+
+    @property
+    def pruning(self) -> str:
+        """The pruning in words: ``width 25 %``, or the text of ``--prune``."""
+        return f"{self.family} {percent(self.sparsity)}" if self.simple else self.prune
+
 
 @dataclass(frozen=True)
 class Case:
     """A dense and a pruned workload of a model in one setting."""
 
-    family: str
-    sparsity: float
-    phase: str
-    batch: int
-    seq: int
+    pruning: Pruning
+    steps: tuple[Step, ...]  # the pruning as steps of families, in their order, with the kernels of the device
     dense: Workload
     pruned: Workload
+
+    @classmethod
+    def of(cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})) -> Case:
+        """Return the case of a dense workload and a pruning; ``kernels`` are those of the device by family."""
+        steps, pruned = list[Step](), dense
+        for step in in_order(pruning.steps, dense):
+            try:
+                for one in step.by_family(pruned):
+                    steps.append(_with_kernel(one, kernels.get(one.name, "")))
+                    pruned = steps[-1].apply(pruned)
+            except InputError as error:
+                raise InputError(f"{step}: {error}" if len(pruning.steps) > 1 else str(error)) from None
+        _check_heads(pruned)
+        return cls(pruning, tuple(steps), dense, pruned)
+
+    @property
+    def family(self) -> str:
+        """Families of the pruning, joined by "+"."""
+        return self.pruning.family
+
+    @property
+    def sparsity(self) -> float:
+        """Requested fraction, of several steps that of all together."""
+        return self.pruning.requested(self.pruned)
+
+    @property
+    def phase(self) -> str:
+        """Phase of both workloads."""
+        return self.dense.meta.phase
+
+    @property
+    def batch(self) -> int:
+        """Sequences of both workloads."""
+        return self.dense.meta.batch
+
+    @property
+    def seq(self) -> int:
+        """Tokens (prefill) or cached positions (decode) of each sequence."""
+        return self.dense.meta.seq
+
+    @property
+    def prune(self) -> str:
+        """The pruning as text; of a plan its steps, because its file can change."""
+        return " + ".join(map(str, self.pruning.steps))
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model, and the fields that identify the case among others of the model."""
-        names = ("family", "sparsity", "phase", "batch", "seq")
+        names = ("prune", "family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
     def run_in(self, engine: str) -> Case:
@@ -72,7 +130,7 @@ class Case:
         """Return the columns of the case and its prediction that both tables contain."""
         return {
             **self.identity,
-            "realised_sparsity": self.pruned.meta.applied[-1].realised,
+            "realised_sparsity": 1.0 - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
             "hardware": hw.name,
             "flop_bound": s.flop_bound,
             "byte_bound": s.byte_bound,
@@ -89,22 +147,30 @@ def settings_of(
     phases: Sequence[str] = ("prefill", "decode"),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
-    families: Sequence[str] = ("all",),
-    sparsities: Sequence[float] = (0.25, 0.5),
+    families: Sequence[str] | None = None,
+    sparsities: Sequence[float] | None = None,
+    texts: Sequence[str] = (),
     scenario: Scenario | None = None,
-    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    kernels: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Case], list[str]]:
-    """Return every combination as a case, and a line for each that a family does not support.
+    """Return every combination as a case, and a line for each that cannot run.
 
-    ``options`` are by family. InputError: unknown name, value out of range, or no case.
+    The prunings are texts of ``--prune``, then families (None: all, or none next to texts) at fractions (None:
+    :data:`SPARSITIES`). ``kernels`` are those of the device by family. InputError: unknown name, value out of range, or
+    no case.
 
     >>> families = ["depth", "semi_structured"]
     >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
-    >>> [(c.family, c.sparsity) for c in cases], len(notes)
-    ([('depth', 0.25)], 1)
+    >>> [c.prune for c in cases], len(notes)
+    (['depth 0.25'], 1)
     """
     config = load_model(model) if isinstance(model, str) else model
-    template, notes, cases = scenario or Scenario(), dict[str, None](), list[Case]()
+    template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
+    alone = families is None
+    prunings = prunings_of((), prune=texts, sparsity=sparsities if alone else None) if texts else ()
+    if not (texts and alone):
+        fractions = SPARSITIES if sparsities is None else sparsities
+        prunings += prunings_of((), ("all",) if alone else families, sparsity=fractions)
     passes = itertools.product(
         once(one_of("phase", p, PHASES[:2]) for p in phases),
         once(whole_number("batch", b) for b in batch),
@@ -112,15 +178,36 @@ def settings_of(
     )
     for phase, b, s in passes:
         (dense,) = replace(template, model=config, phase=phase, shapes=((b, s),)).workloads
-        for family, fraction in itertools.product(family_names(families), once(check_fraction(f) for f in sparsities)):
+        for pruning in prunings:
             try:
-                pruned = prune(dense, family, fraction, **options.get(family, {}))
-                cases.append(Case(family, fraction, phase, b, s, dense, pruned))
+                if lacks := pruning.lacking(config):
+                    raise InputError(lacks)
+                case = Case.of(dense, pruning, kernels)
+                cases.setdefault((case.prune, phase, b, s), case)
             except InputError as error:
-                notes[f"excluded: {family} at {fraction:g} in {phase}: {error}"] = None
+                notes[f"excluded: {pruning.prune} in {phase}: {error}"] = None
     if not cases:
         raise InputError(next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare")
-    return cases, list(notes)
+    return list(cases.values()), list(notes)
+
+
+def _with_kernel(step: Step, kernel: str) -> Step:
+    """Return a step with the kernel that the device runs, which the step may state."""
+    stated = dict(step.options).get("kernel", kernel)
+    if not kernel:
+        return step
+    if stated != kernel:
+        raise InputError(f"option kernel: this device runs {step.name} with {kernel!r}, got {stated!r}")
+    return replace(step, options=tuple(sorted({**dict(step.options), "kernel": kernel}.items())))
+
+
+def _check_heads(w: Workload) -> None:
+    """Raise InputError if query heads do not divide evenly among the KV heads: no kernel here runs such attention."""
+    uneven = w.is_attention & (w.heads % np.maximum(w.kv_heads, 1) > 0)
+    if uneven.any():
+        heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
+        expected = f"expected a multiple of {groups}, such as {max(heads // groups, 1) * groups}"
+        raise InputError(f"{heads} query heads on {groups} KV heads cannot run here; {expected}")
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:

@@ -30,7 +30,7 @@ from calibration.validation.verdict import verdict_of
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
-from simulator.units import percent, ratio
+from simulator.units import ratio
 
 STORE = "decoder.jsonl"
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
@@ -41,15 +41,15 @@ DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 """Number formats of the decoder."""
 
 
-def as_executed(device: str) -> dict[str, dict[str, Any]]:
-    """Return the options of families as the decoder runs them: kernels that skip tiles with Triton, else gathers.
+def kernels_on(device: str) -> dict[str, str]:
+    """Return the kernels of families as the decoder runs them: those that skip tiles with Triton, else gathers.
 
-    >>> as_executed("cpu")
-    {'dynamic_depth': {'kernel': 'gathered'}, 'dynamic_width': {'kernel': 'looped'}}
+    >>> kernels_on("cpu")
+    {'dynamic_depth': 'gathered', 'dynamic_width': 'looped'}
     """
     skips = device.startswith("cuda") and find_spec("triton") is not None
     kernels = ("reference", "reference") if skips else ("gathered", "looped")
-    return {family: {"kernel": kernel} for family, kernel in zip(("dynamic_depth", "dynamic_width"), kernels)}
+    return dict(zip(("dynamic_depth", "dynamic_width"), kernels))
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,31 @@ def compare(
     The open device stays open. The cases were lowered from ``config`` and share the budget equally; the next run
     measures the cases that remain. ``runtime`` ("cuda_graph" or "eager") is how decode steps are launched (default: a
     graph if device and family support it). ``seed`` determines the weights and the order of the cases. InputError: a
-    budget of zero, a device without torch, an unsupported number format or model, or a folder of another device.
+    budget of zero, a device without torch, an unsupported number format or model, no pruning that a decoder runs, or a
+    folder of another device.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(f"--dtype: expected one of {known} for a decoder on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
         raise InputError(f"device: expected cpu or cuda, which run a decoder in torch, got {device.name!r}")
+    from calibration.runners.decoder.families import check_steps
     from calibration.runners.decoder.model import check_model
     from calibration.runners.decoder.timing import Executor
 
     check_model(config)
+    unable, names = dict[str, None](), dict[str, Case]()
+    for case in cases:
+        try:
+            check_steps(case.steps)
+            names[name_of(case, dtype)] = case
+        except InputError as error:
+            unable[f"{case.prune}: not executed: {error}"] = None
+    if not names:
+        raise InputError(next(iter(unable), "expected at least one case"))
     file, header = begin(folder, device, dtype, budget_s, STORE, model=config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
-    names = {name_of(case, dtype): case for case in cases}
     with Store(file, header) as store, Interrupt() as interrupt:
         done = {str(row["key"]) for row in store.rows if row.get("status") in (OK, UNSUPPORTED)}
         todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
@@ -116,11 +126,11 @@ def compare(
             progress(round(device.clock() - start), round(budget_s))
         found = {str(row["key"]): row for row in store.rows if row.get("key") in names}
     notes = dict.fromkeys(
-        f"{r['family']} at {r['sparsity']:g} in {r['phase']}: {r['status']}: {r['reason']}"
+        f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
         for r in found.values()
         if r["status"] != OK
     )
-    return ComparedCases(tuple(found.values()), left, tuple(notes), stopped)
+    return ComparedCases(tuple(found.values()), left, (*unable, *notes), stopped)
 
 
 def name_of(case: Case, dtype: str) -> str:
@@ -128,15 +138,15 @@ def name_of(case: Case, dtype: str) -> str:
     w = case.dense
     layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
     where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
-    return f"decoder {w.meta.model} {case.family} {case.sparsity:g} {where}"
+    return f"decoder {w.meta.model} {case.prune} {where}"
 
 
 def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
     """Return the pruned decoders in random order, to spread drift; the cases of one decoder stay together."""
-    decoders = list(dict.fromkeys((case.family, case.sparsity) for case in cases.values()))
+    decoders = list(dict.fromkeys(case.prune for case in cases.values()))
     order = np.random.default_rng(seed).permutation(len(decoders))
     rank = {decoders[i]: position for position, i in enumerate(order)}
-    return sorted(cases.items(), key=lambda item: rank[item[1].family, item[1].sparsity])
+    return sorted(cases.items(), key=lambda item: rank[item[1].prune])
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,7 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     holds = "hold" if every.holds else "do not hold"
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
     about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
-    case = f"{worst.family} {percent(worst.sparsity)} in {worst.phase}"
+    case = f"{worst.pruning} in {worst.phase}"
     values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
     ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
     return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]

@@ -8,28 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from simulator.predict.advise import Advice, Advised, Alternative
     from simulator.predict.configurations import Configuration
+    from simulator.predict.reach import Reach
+    from simulator.predict.result import HasResult
 
 MOST_SHAPES, MOST_ROWS = 3, 5
 """Configurations, and rows with families, of the table of one setting without --verbose."""
+
+MOST_SETTINGS = 10
+"""Rows of given prunings on several settings without --verbose; of more the best of each setting is shown."""
 
 
 @options.expanded()
 def command(
     model: options.Model,
     hardware: options.Hardware,
-    target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5x.")] = None,
+    target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5 or 1.5x.")] = None,
     latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None,
     tokens_per_s: Annotated[
         float | None, opt("--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")
     ] = None,
-    family: Annotated[str, opt("--family", "LIST", "Pruning families to consider, or all.")] = "all",
+    family: Annotated[str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")] = None,
+    prune: Annotated[
+        list[str] | None,
+        opt("--prune", "TEXT", "Instead of a search: does this pruning (or plan.yaml) reach it? May be repeated."),
+    ] = None,
     confidence: Annotated[
-        float, opt("--confidence", "P", "Minimum probability of reaching the target (configurations).")
+        float, opt("--confidence", "P", "Minimum probability of reaching the target (configurations, --prune).")
     ] = 0.5,
     write: Annotated[
         str | None, opt("--write", "FOLDER", "Write FOLDER/CONFIGURATION/config.json for each configuration.")
@@ -43,7 +52,8 @@ def command(
     """Find the minimum pruning that reaches a target.
 
     Begins with the least pruning that reaches the target and its probability, or how close the best comes. One device,
-    engine and request has a table of the first configurations and families, several have one row each. --verbose prints
+    engine and request has a table of the first configurations and families, several have one row each. With --prune
+    nothing is searched: the answer is whether each text reaches the target, or by how much it misses. --verbose prints
     all configurations (layers, hidden size, heads, KV heads and MLP inner width) that reach the target on every device,
     engine and request, then for each of these the minimum sparsity of each family, and alternatives.
     """
@@ -55,6 +65,8 @@ def command(
     requested = run.requests(known, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
+    if write and prune:
+        raise InputError("--write: expected no --prune, as it writes the configurations of a search")
     speedup = None if target is None else options.speedup_target("--target", target)
     aim = Target(speedup, None if latency is None else options.duration("--latency", latency), tokens_per_s)
     with render.progress("searching") as report:
@@ -65,7 +77,8 @@ def command(
             requested.phase,
             requested.batch,
             requested.seq,
-            options.names("--family", family),
+            None if family is None else options.names("--family", family),
+            prune=prune or (),
             engine=requested.engine,
             scenario=requested.scenario,
             probability=confidence,
@@ -75,8 +88,11 @@ def command(
     if not render.Output(json).write(found.rows()):
         return
     render.conclude(" ".join(filter(None, of_advice(found, aim))))
-    _details(found) if verbose else _summary(found)
-    shown: list[Configuration | Advice] = [*found.configurations, *(a for a in found.advice if verbose or a.reached)]
+    if found.given:
+        _given(found.given, verbose)
+    else:
+        _details(found) if verbose else _summary(found)
+    shown: list[HasResult] = [*found.configurations, *(a for a in found.advice if verbose or a.reached), *found.given]
     results = [held.result for held in shown]
     render.notes((*written, *uncalibrated(results), *found.notes), verbose)
 
@@ -86,7 +102,7 @@ def _summary(found: Advised) -> None:
     from simulator.predict.conclusions import probability_text, settings_of, shapes_on
     from simulator.predict.configurations import FAMILIES
 
-    groups = settings_of(found)
+    groups = settings_of(found.advice)
     if len(groups) != 1:
         _settings(groups)
         return
@@ -135,6 +151,37 @@ def _settings(groups: Mapping[str, Sequence[Advice]]) -> None:
     render.show(render.narrowed(columns, 6))
 
 
+def _given(given: Sequence[Reach], verbose: bool) -> None:
+    """Print what given prunings reach, one per row; of many only the best of each setting, without --verbose."""
+    from simulator.predict.conclusions import probability_text, settings_of
+
+    groups = settings_of(given)
+    one = len(groups) == 1
+    shown = (
+        given[:MOST_ROWS] if one else given if len(given) <= MOST_SETTINGS else [some[0] for some in groups.values()]
+    )
+    place = [
+        ("<hardware", lambda g: g.result.hardware),
+        ("<engine", lambda g: g.result.engine),
+        ("<request", lambda g: f"{g.result.phase} {g.result.batch} x {g.result.seq}"),
+    ]
+    columns = render.columns(
+        given if verbose else shown,
+        *([] if one else place),
+        ("<pruning", lambda g: one_line(g.result.pruning, 40 if one else 28)),
+        ("<target", lambda g: g.verdict),
+        ("speedup", lambda g: render.interval(g.result)),
+        ("probability", lambda g: probability_text(g.probability)),
+        ("time", lambda g: render.seconds(g.result.pruned_s)),
+        ("<bottleneck", lambda g: g.result.bottleneck),
+    )
+    hidden = 0 if verbose else len(given) - len(shown)
+    title = (
+        f"the best {f'{len(shown)} prunings' if one else 'pruning of each setting'}; {hidden} more rows with --verbose"
+    )
+    render.show(render.narrowed(columns, 4 if one else 6), title if hidden else "")
+
+
 def _details(found: Advised) -> None:
     """Print all configurations, families, steps and alternatives."""
     from simulator.predict.conclusions import settings_of
@@ -142,7 +189,7 @@ def _details(found: Advised) -> None:
 
     if found.configurations:
         _configurations(found.configurations)
-    for i, (where, group) in enumerate(settings_of(found).items()):
+    for i, (where, group) in enumerate(settings_of(found.advice).items()):
         if i or found.configurations:
             print()
         others = [o for o in found.alternatives if setting(o.result) == where]

@@ -51,15 +51,21 @@ class Sent:
 
 
 class _Noted(Mapping[str, Any]):
-    """A configuration that records which of its keys are read."""
+    """A configuration that records which of its keys are read, also of mappings inside."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
         self.seen: dict[str, Any] = {}
+        self.inside: dict[str, _Noted] = {}
 
     def __getitem__(self, key: str) -> Any:
-        self.seen[key] = self.data[key]
-        return self.data[key]
+        value = self.data[key]
+        if isinstance(value, Mapping) and value:
+            value = self.inside.setdefault(key, _Noted(value))
+            self.seen[key] = value.seen
+        else:
+            self.seen[key] = value
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.data)
@@ -122,7 +128,7 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
     noted = _Noted(data if isinstance(data, Mapping) else {})
     from_file(noted if isinstance(data, Mapping) else data, PurePosixPath(label))
     # the name of modelling code is no shape, and an address carries shapes only
-    shapes = {key: value for key, value in noted.seen.items() if key != "auto_map"}
+    shapes = {key: value for key, value in noted.seen.items() if key != "auto_map" and value != {}}
     content: dict[str, Any] = {"file": name, "config": shapes}
     if tensors is not None:
         content["tensors"] = _short(tensors)

@@ -43,8 +43,9 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
     if not panels:
         raise InputError("published against predicted: expected one panel or more")
     with paper_style():
-        columns = in_a_row(len(panels))
-        figure, axes, _ = panel_list(len(panels), max(1.15, 0.15 * len(panels[0].family)), 0.45, columns, width_in)
+        columns, names = in_a_row(len(panels)), panels[0].family
+        height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
+        figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns, width_in)
         handles = [
             Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
             Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),

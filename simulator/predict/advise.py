@@ -25,6 +25,7 @@ from simulator.predict.compare import results_of
 from simulator.predict.configurations import FAMILIES, Configuration, Target, Targets, configurations_of, probability_of
 from simulator.predict.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
 from simulator.predict.prunings import Pruning, families
+from simulator.predict.reach import Reach, reach
 from simulator.predict.result import HasResult, Result, Results, plain
 from simulator.predict.scenario import Scenario, batch_name, check_measured, profiles, scenarios
 from simulator.predict.speedup import speedups
@@ -104,6 +105,7 @@ _COLUMNS: Mapping[str, str] = {
                       "bottleneck",
     "advice": "hardware engine family reached sparsity sure_sparsity pruned_s speedup speedup_lower speedup_upper",
     "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
+    "given": "hardware engine prune reached probability margin pruned_s speedup speedup_lower speedup_upper",
 }
 # fmt: on
 """Table of :class:`Advised` -> columns to display in a notebook."""
@@ -112,19 +114,22 @@ _COLUMNS: Mapping[str, str] = {
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
     """Advice by family, best first for each device and request; alternatives; notes; configurations, by falling number
-    of parameters; and the settings where the dense model reaches the target."""
+    of parameters; the settings where the dense model reaches the target; and what given prunings reach."""
 
     advice: tuple[Advice, ...]
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     configurations: tuple[Configuration, ...] = ()
     dense: tuple[str, ...] = ()
+    given: tuple[Reach, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return advice, then configurations, as dictionaries."""
-        return [held.to_dict() for held in (*self.advice, *self.configurations)]
+        """Return advice, then configurations, or what given prunings reach, as dictionaries."""
+        return [held.to_dict() for held in (*self.advice, *self.configurations, *self.given)]
 
     def _title(self) -> str:
+        if self.given:
+            return f"{sum(one.reached for one in self.given)} of {len(self.given)} predictions reach the target"
         reached = few((a.result.family for a in self.advice if a.reached), 8) or "no family"
         families, shapes = {a.result.family for a in self.advice}, {c.configuration for c in self.configurations}
         return f"reached by {reached} of {len(families)} families, and by {len(shapes)} configurations"
@@ -135,7 +140,7 @@ class Advised(Displayed):
 
     def _html(self) -> str:
         parts = []
-        tables = {"configurations": self.configurations, "advice": self.advice, "alternatives": self.alternatives}
+        tables: dict[str, Sequence[HasResult]] = {name: getattr(self, name) for name in _COLUMNS}
         for name, held in tables.items():
             if rows := [one.to_dict() for one in held]:
                 parts += [f"<p>{name}", table_html({c: [row[c] for row in rows] for c in _COLUMNS[name].split()})]
@@ -149,8 +154,9 @@ def advise(
     phase: Sequence[str] = ("prefill",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
-    family: Sequence[str] = ("all",),
+    family: Sequence[str] | None = None,
     *,
+    prune: Sequence[str] = (),
     engine: Sequence[str] = (),
     scenario: Scenario | None = None,
     probability: float = 0.5,
@@ -159,8 +165,9 @@ def advise(
     """Find what reaches a target: a :class:`Target`, or a speedup above 1. Requests, engines and scenario are those of
     :func:`simulator.table`.
 
-    ``probability`` is the minimum probability with which a configuration must reach the target, from the speedup's
-    interval; ``progress`` is called with steps done and their number.
+    ``family`` are the families to search (None: all); with texts of ``--prune`` nothing is searched, and the result is
+    what they reach. ``probability`` is the minimum probability with which a configuration or a text must reach the
+    target, from the speedup's interval; ``progress`` is called with steps done and their number.
 
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], family=["depth", "unstructured"])
     >>> [(a.result.family, a.reached) for a in found.advice]
@@ -169,7 +176,24 @@ def advise(
     True
     """
     target, config = target if isinstance(target, Target) else Target(target), load_model(model)
-    chosen, devices = families(family, [config]), profiles(hardware)
+    if prune:
+        if family is not None:
+            raise InputError("prune: a text states the whole pruning; give no family with it")
+        given, lines = reach(
+            config,
+            hardware,
+            target,
+            prune,
+            phase,
+            batch,
+            seq,
+            engine=engine,
+            scenario=scenario,
+            probability=probability,
+            progress=progress,
+        )
+        return Advised((), (), lines, given=given)
+    chosen, devices = families(("all",) if family is None else family, [config]), profiles(hardware)
     if not chosen:
         raise InputError("family: expected at least one")
     requested = scenarios(scenario, [config], engine, phase, batch, seq)

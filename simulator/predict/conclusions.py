@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from simulator.display import few, with_and
 from simulator.predict.scenario import setting
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from simulator.predict.advise import Advice, Advised
     from simulator.predict.configurations import Configuration, Target
     from simulator.predict.pareto import Front, Point
-    from simulator.predict.result import Result
+    from simulator.predict.reach import Reach
+    from simulator.predict.result import HasResult, Result
+
+T = TypeVar("T", bound="HasResult")
 
 NAMED = 4
 """Settings or models that a sentence names; of more it states the number."""
@@ -85,25 +88,27 @@ def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, whe
     return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
 
 
-def settings_of(found: Advised) -> Mapping[str, list[Advice]]:
-    """Return the advice of each setting (device, engine and request), best first."""
-    groups: dict[str, list[Advice]] = {}
-    for a in found.advice:
-        groups.setdefault(setting(a.result), []).append(a)
+def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
+    """Return what is held of each setting (device, engine and request), in its order."""
+    groups: dict[str, list[T]] = {}
+    for one in held:
+        groups.setdefault(setting(one.result), []).append(one)
     return groups
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
     """Return the least pruning that reaches a target with its probability, or how close the best comes; and what
-    reaches it without pruning.
+    reaches it without pruning. Of given prunings, return which reach it, and by how much others miss it.
 
     >>> from simulator.predict.advise import advise
     >>> from simulator.predict.configurations import Target
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], [8], family=["depth"])
-    >>> print(of_advice(found, Target(1.3))[0][:101])
+    >>> print(of_advice(found, Target(1.3))[0][:100])
     The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm (decode, batch 8, seq 2048)
     """
-    groups = settings_of(found)
+    if found.given:
+        return _given(found.given, target)
+    groups = settings_of(found.advice)
     enough = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
     if not groups:
         return [_on_all(found.configurations, target), enough] if found.configurations else [enough]
@@ -111,6 +116,53 @@ def of_advice(found: Advised, target: Target) -> list[str]:
         ((where, group),) = groups.items()
         return [_least(shapes_on(found, where), group, where, target), _surely(group), _unpruned(found), enough]
     return [_on_all(found.configurations, target), _one_by_one(groups, target), enough]
+
+
+def _given(given: Sequence[Reach], target: Target) -> list[str]:
+    """Return which given prunings reach a target: by setting if there is one, else by pruning."""
+    groups = settings_of(given)
+    texts: dict[str, list[Reach]] = {}
+    for one in given:
+        texts.setdefault(one.result.pruning, []).append(one)
+    if len(groups) > 1:
+        best = sorted(texts.values(), key=lambda some: (-sum(one.reached for one in some), -some[0].margin))
+        return [_over_settings(some, target) for some in best[:MOST_FRONTS]]
+    ((where, group),) = groups.items()
+    reached, missed = ([one for one in group if one.reached is wanted] for wanted in (True, False))
+    first = group[0].result
+    if len(group) == 1:
+        verb = "reaches" if reached else "does not reach"
+        return [f"{first.pruning} {verb} {target.text} for {first.model} on {where}: {_short(group[0])}."]
+    verb = "reaches" if len(reached) == 1 else "reach"
+    start = f"{len(reached) or 'None'} of {len(group)} prunings of {first.model} {verb} {target.text} on {where}"
+    best_of = f"; the fastest is {reached[0].result.pruning}: {_short(reached[0])}" if reached else ""
+    closest = "closest of the others" if reached else "closest"
+    others = f"The {closest} is {missed[0].result.pruning}: {_short(missed[0])}." if missed else ""
+    return [f"{start}{best_of}.", others]
+
+
+def _over_settings(some: Sequence[Reach], target: Target) -> str:
+    """Return on how many settings a given pruning reaches a target, and its best and worst prediction."""
+    reached, name = sum(one.reached for one in some), some[0].result
+    start = f"{name.pruning} {'reaches' if reached else 'does not reach'} {target.text} for {name.model} on"
+    if len(some) == 1:  # others cannot run it
+        return f"{start} {setting(name)}: {_short(some[0])}."
+    count = (
+        f"{reached} of {len(some)}"
+        if 0 < reached < len(some)
+        else f"all {len(some)}"
+        if reached
+        else f"any of {len(some)}"
+    )
+    best, worst = (pick(some, key=lambda one: one.margin) for pick in (max, min))
+    ends = f"best: {_short(best)} on {setting(best.result)}; worst: {_short(worst)} on {setting(worst.result)}"
+    return f"{start} {count} settings; {ends}."
+
+
+def _short(one: Reach) -> str:
+    """Return a predicted speedup, by how much it misses the target, and the probability of reaching the target."""
+    short = f", {percent(-one.margin)} short" if one.margin < 0.0 else ""
+    return f"{speedup_text(one.result)}{short}, probability {probability_text(one.probability)}"
 
 
 def shapes_on(found: Advised, where: str) -> list[Configuration]:

@@ -150,6 +150,12 @@ def probability_of(target: float, speedup: float, lower: float, upper: float, le
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
 
 
+def check_probability(probability: float) -> None:
+    """Raise InputError for a required probability outside (0, 1)."""
+    if not 0.0 < probability < 1.0:
+        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
+
+
 def _quantile(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
@@ -243,8 +249,7 @@ def configurations_of(
     >>> [c.layers for c in configurations_of(model, [place], ["depth"])[0]]
     [19]
     """
-    if not 0.0 < probability < 1.0:
-        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
+    check_probability(probability)
     if model.blocks or model.experts or model.latent:
         needed = "configurations need equal layers without routed experts or latent attention"
         return [], [f"{model.name}: {needed}; read the minimum sparsity of each family instead"]

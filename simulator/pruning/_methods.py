@@ -64,13 +64,19 @@ class Method(Displayed):
         >>> round(METHODS["llm-pruner"].prune(dense, 0.2).parameters / 1e9, 1)  # the paper: 5.4 B
         5.4
         """
+        for family, part, options in self.families_of(workload, sparsity):
+            workload = prune(workload, family, part, ideal=ideal, **options)
+        return workload
+
+    def families_of(self, workload: Workload, sparsity: float | None) -> list[tuple[str, Any, dict[str, Any]]]:
+        """Return the families that prune a workload, with the sparsity and the options of each."""
         phase = workload.meta.phase
         if phase not in self.phases:
             raise InputError(f"{self.name}: expected phase {' or '.join(self.phases)}, got {phase}")
-        for family, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
-            options = {name: value for name, value in self.options.items() if name in FAMILIES[family].options}
-            workload = prune(workload, family, part, ideal=ideal, **options)
-        return workload
+        found = zip(self.family.split("+"), self._forms(sparsity, workload))
+        return [
+            (name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}) for name, part in found
+        ]
 
     def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
         if self.budget is not None:

@@ -5,7 +5,7 @@ Layer numbers are those of the dense model in every step: steps that remove laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,24 +71,42 @@ class Step:
         """Whether the step removes whole layers."""
         return any(family.layers == "some" for family in self.families)
 
-    def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
-        """Return the pruned workload."""
-        from simulator.pruning._methods import METHODS
-
+    @property
+    def argument(self) -> Any:
+        """The sparsity as an argument of :func:`simulator.prune`."""
         sparsity = _argument(self.sparsity)
-        if self.name in METHODS:
-            return METHODS[self.name].prune(workload, sparsity, ideal=ideal)
-        layers = self.layers
-        if sparsity is None and layers is None and not self.budgeted:
+        if sparsity is None and self.layers is None and not self.budgeted:
             sparsity = self.families[0].default
             if sparsity is None:
                 raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options}
-        return prune(workload, self.name, sparsity, layers=layers, ideal=ideal, **options)
+        return sparsity
+
+    def by_family(self, workload: Workload) -> tuple[Step, ...]:
+        """Return the step as steps of families: those of a method, as it prunes a workload, else the step itself."""
+        from simulator.pruning._methods import METHODS
+
+        if self.name not in METHODS:
+            return (self,)
+        found = METHODS[self.name].families_of(workload, _argument(self.sparsity))
+        return tuple(Step(name, _hashable(part), options=tuple(sorted(own.items()))) for name, part, own in found)
+
+    def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
+        """Return the pruned workload."""
+        for step in self.by_family(workload):
+            options = {name: list(value) if isinstance(value, tuple) else value for name, value in step.options}
+            workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **options)
+        return workload
+
+
+def _hashable(sparsity: Any) -> Any:
+    """Return an argument of :func:`simulator.prune` as the sparsity of a step."""
+    if isinstance(sparsity, Mapping):
+        return tuple((part, _hashable(fraction)) for part, fraction in sparsity.items())
+    return tuple(np.asarray(sparsity).tolist()) if np.ndim(sparsity) else sparsity
 
 
 def _argument(sparsity: Sparsity) -> Any:
-    """Return a sparsity as an argument of :func:`simulator.prune`."""
+    """Return a sparsity as a number, a sequence or a mapping."""
     parts = isinstance(sparsity, tuple) and isinstance(sparsity[0], tuple)
     return dict(sparsity) if parts else sparsity  # type: ignore[arg-type]
 
@@ -99,21 +117,31 @@ def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = Fals
     Errors name the step, and the plan if the steps are of one.
 
     >>> import simulator
+    >>> from simulator.pruning._grammar import read_steps
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
     >>> pruned = prune_steps(dense, read_steps("depth layers=24-27 + width mlp=0.5 layers=24-31"))
     >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
     [('width', 0.101), ('depth', 0.125)]
     """
-    keeping = [step for step in steps if not step.removes_layers]
-    listed = [step for step in steps if step.removes_layers and step.layers is not None]
-    rest = [step for step in steps if step.removes_layers and step.layers is None]
     step: Step | None = None
     try:
-        for step in (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest):
+        for step in in_order(steps, workload):
             workload = step.apply(workload, ideal=ideal)
     except InputError as error:
         raise InputError(": ".join(str(part) for part in (plan, step, error) if part)) from None
     return workload
+
+
+def in_order(steps: Sequence[Step], workload: Workload) -> Iterator[Step]:
+    """Yield the steps that prune a workload, in their order.
+
+    Those of one family at different layers are one step. Those that remove layers are last, with the numbers that
+    layers then have.
+    """
+    keeping = [step for step in steps if not step.removes_layers]
+    listed = [step for step in steps if step.removes_layers and step.layers is not None]
+    rest = [step for step in steps if step.removes_layers and step.layers is None]
+    yield from (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest)
 
 
 def _joined(steps: Sequence[Step], layers: int) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,53 @@ def test_advice_is_short(line: str, most: int, model: str, cli: Any) -> None:
             if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|hf) +decode [18] x 2048 ", row)
         ]
         assert len(rows) == 8
+
+
+PRUNE = ' --prune "depth 0.35" --prune "width mlp=0.3 heads=0.25" --prune "depth 0.1 + width 0.2" --prune "depth 0.5"'
+
+
+@pytest.mark.parametrize("texts", [1, 2, 4])
+@pytest.mark.parametrize(("line", "most"), [(ONE, 15), (EIGHT, 25)])
+def test_advice_on_given_prunings_is_short(line: str, most: int, texts: int, cli: Any) -> None:
+    some = " --prune ".join(PRUNE.split(" --prune ")[: texts + 1])
+    line = f"{line.partition(' --family')[0].format('llama-3.1-8b')}{some}".replace("--target 1.3", "--target 1.3x")
+    out, err = cli(line)
+    assert len((out + err).splitlines()) <= most
+    assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
+    records, verbose = cli.json(line), cli.out(f"{line} --verbose")
+    assert len(records) == texts * (1 if most == 15 else 8)
+    for r in records:
+        assert r["target"] == 1.3
+        assert r["margin"] == pytest.approx(r["speedup"] / 1.3 - 1.0)
+        assert r["reached"] == (r["probability"] >= 0.5) == (r["speedup"] >= 1.3)
+    assert verbose.count("missed by") == sum(not r["reached"] for r in records)
+
+
+def test_advice_on_given_prunings_begins_with_its_conclusion(cli: Any) -> None:
+    out = cli.out('advise llama-3.1-8b --hardware h100 --target 1.5x --phase decode --prune "depth 0.25"')
+    first = " ".join(out.partition("\n\n")[0].split())
+    expected = (
+        r"depth at 25 % does not reach 1\.50x for llama-3\.1-8b on h100_sxm in vllm \(decode, batch 1, seq 2048\): "
+        r"1\.2\dx \(1\.\d\d-1\.\d\d\), 1\d(\.\d)? % short, probability < 1 %\."
+    )
+    assert re.fullmatch(expected, first), first
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("--target 1.5y", "--target '1.5y'"),
+        ("--target 1.5 --family depth --prune 'depth 0.25'", "give no family with it"),
+        ("--target 1.5 --write there --prune 'depth 0.25'", "--write: expected no --prune"),
+        ("--target 1.5 --prune 'depth 0.25 +'", "column 13: expected a family or method"),
+    ],
+)
+def test_bad_advice_is_one_line(more: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from simulator.cli import run
+
+    assert run(shlex.split(f"advise llama-3.1-8b --hardware h100 {more}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
 
 
 def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:

@@ -36,7 +36,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"m": [*SIZES, *SHAPED], "n": [*SIZES, *SHAPED], "k": [*SIZES, *SHAPED, 2**31]}
         | {"kernel": [7, 0.5, "2:4", True, ["dense", None], ["dense", "x", "dense"]]}
         | {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "cold": ["no", 2]}
-        | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": ["h100", None]},
+        | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": [3, None]},
     ),
     "prefill_time": (
         prefill_time,
@@ -80,34 +80,39 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     ),
     "prune": (
         simulator.prune,
-        {"workload": DENSE, "family": "width", "sparsity": 0.25},
-        {"workload": ["llama", None], "family": [3, []], "sparsity": [*NUMBERS, 1, INF], "ideal": [1, "yes"]}
+        {"workload": DENSE, "pruning": "width", "sparsity": 0.25},
+        {
+            "workload": ["llama", None],
+            "pruning": [3, []],
+            "sparsity": [*(x for x in NUMBERS if x is not None), 1, INF],
+            "ideal": [1, "yes"],
+        }
         | {"align": [0, 2.5, True, 10**30]},
     ),
     "speedup": (
         simulator.speedup,
         {"dense": DENSE, "pruned": PRUNED, "hw": HW},
-        {"dense": [None, 3], "pruned": ["depth"], "hw": ["h100"], "level": [0, 1, NAN, "x"]}
+        {"dense": [None, 3], "pruned": ["depth"], "hw": [None], "level": [0, 1, NAN, "x"]}
         | {"dense_s": [NAN, INF, -1, 0, True, "1 ms", [1.0]]},
     ),
     "speedups": (simulator.speedups, {"dense": DENSE, "pruned": [PRUNED], "hw": HW}, {"pruned": [3, ["depth"]]}),
-    "workload_time": (simulator.workload_time, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": ["h100"], "level": [0, "x"]}),
+    "workload_time": (simulator.workload_time, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": [None], "level": [0, "x"]}),
     "memory": (
         simulator.memory,
         {"workload": DENSE, "hw": HW},
-        {"workload": [None], "hw": ["h100"], "reserve_bytes": [*NUMBERS, INF]},
+        {"workload": [None], "hw": [3.0], "reserve_bytes": [*NUMBERS, INF]},
     ),
     "table": (
         simulator.table,
         {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
-        {"models": ["llama-3.2-1b"], "hardware": ["h100", [3]], "family": ["depth", [[]]], "sparsity": [0.25, "5"]}
+        {"models": [[3], None], "hardware": [None, [3]], "family": [3, [[]]], "sparsity": ["5", [NAN]]}
         | {
-            "batch": [1, [0], [2.5], [True], ["8"], [[]]],
-            "seq": [64, [NAN]],
-            "phase": ["decode", [3]],
+            "batch": [None, [0], 2.5, [True], ["8"], [[]]],
+            "seq": [{}, [NAN]],
+            "phase": ["decoding", [3]],
             "scenario": [{}],
         }
-        | {"options": ["align", 3], "method": [3], "engine": ["vllm"], "pruned": ["x"]},
+        | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [None], "prune": [3, None]},
     ),
     "Scenario": (
         Scenario,
@@ -143,9 +148,10 @@ def test_what_is_none_of_its_kind_is_refused_in_one_line(call: str, name: str) -
     for value in bad[name]:
         with pytest.raises(InputError) as error:
             function(**{**good, name: value})
-        said = str(error.value)
+        said, named = str(error.value), {"hw": "hw hardware", "models": "model"}.get(name, name)
         assert "\n" not in said
-        assert name.removesuffix("_bytes").replace("_", " ").split()[0] in said.replace("_", " "), (value, said)
+        words = [named] if named == name else named.split()
+        assert any(w.removesuffix("_bytes").replace("_", " ").split()[0] in said.replace("_", " ") for w in words), said
 
 
 @pytest.mark.parametrize("call", CALLS)

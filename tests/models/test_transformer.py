@@ -341,7 +341,7 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model": "llama-2-7b"}, "expected a ModelConfig"),
+        ({"model": 3}, "model: expected a name, a path or a configuration"),
         ({"batch": 0}, "batch: expected an integer from 1"),
         *(({"batch": batch}, f"got {batch!r}") for batch in (-3, 1.5, True, "8", None)),
         ({"seq": 0}, "seq: expected an integer from 1"),

@@ -25,7 +25,7 @@ from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
 from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
-from calibration.runners.decoder.families import prune_decoder  # noqa: E402
+from calibration.runners.decoder.families import prune_by_steps, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
@@ -155,11 +155,62 @@ def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
     assert len({line["key"] for line in lines}) == len(lines) == len(again.records) == 6
 
 
+TEXTS = ("width mlp=0.3 heads=0.5", "depth 0.25 + width mlp=0.5 layers=1-2", "depth layers=1")
+
+
+def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, planted: list[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("layers:\n  1: depth\n")
+    cases = _cases(sparsities=None, texts=[*TEXTS, str(plan)], phases=["decode"])
+    assert [c.prune for c in cases] == list(TEXTS)  # the plan is the third text
+    found = _compare(tmp_path, cases)
+    assert [r.prune for r in rows_of(cases, found.records, HW)] == list(TEXTS)
+    assert {r["prune"]: r["family"] for r in found.records} == dict(
+        zip(TEXTS, ("width", "depth+width", "depth"), strict=True)
+    )
+    assert sorted(planted) == ["3 decode eager", "3 decode eager", "4 decode eager"]  # layers of each
+    plan.write_text("layers:\n  1-2: depth\n")  # the same path, another plan
+    _compare(tmp_path, _cases(sparsities=None, texts=[*TEXTS, str(plan)], phases=["decode"]))
+    assert planted[3:] == ["2 decode eager"]
+
+
+def test_a_stored_case_of_a_family_is_that_of_its_text(tmp_path: Path, planted: list[str]) -> None:
+    _compare(tmp_path, _cases(families=["depth"], phases=["decode"]))
+    again = _compare(tmp_path, _cases(sparsities=None, texts=["depth 0.5"], phases=["decode"]))
+    assert len(planted) == len(again.records) == 1
+
+
+def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(tmp_path: Path, planted: list[str]) -> None:
+    cannot = {
+        "slicegpt 0.25": "no option 'residual_projections'",
+        "dynamic_depth 0.5 layers=1": "expected one fraction",
+    }
+    cannot |= {"token 0.5 + width 0.25": "one dynamic family", "kv_cache budget=8": "no option 'budget'"}
+    cases = _cases(sparsities=None, texts=["depth 0.5", *cannot], phases=["decode"])
+    found = _compare(tmp_path, cases)
+    assert len(found.records) == len(planted) == 1
+    assert len(found.notes) == len(cannot)
+    for note, (text, reason) in zip(found.notes, cannot.items(), strict=True):
+        assert note.startswith(f"{text}: not executed: ")
+        assert reason in note
+    with pytest.raises(InputError, match="residual_projections"):
+        _compare(tmp_path / "other", cases[1:])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_text_states_no_other_kernel_than_the_device_runs() -> None:
+    how: dict[str, Any] = {"sparsities": None, "phases": ["decode"], "kernels": comparing.kernels_on("cpu")}
+    (case,) = _cases(texts=["skipgpt 0.25"], **how)
+    assert (case.prune, str(case.steps[0])) == ("skipgpt 0.25", "dynamic_depth 0.25 kernel=gathered")
+    with pytest.raises(InputError, match=r"this device runs dynamic_depth with 'gathered', got 'reference'"):
+        _cases(texts=["dynamic_depth 0.25 kernel=reference"], **how)
+
+
 def test_a_pruned_decoder_is_made_once_for_all_its_cases(
     tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Mock(wraps=prune_decoder)
-    monkeypatch.setattr(timing, "prune_decoder", made)
+    made = Mock(wraps=prune_by_steps)
+    monkeypatch.setattr(timing, "prune_by_steps", made)
     _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
     assert len(planted) == 24
     assert made.call_count == len({call.args[1:] for call in made.call_args_list}) == 6
@@ -258,11 +309,12 @@ def test_rank_correlation_by_hand() -> None:
 
 
 def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
-    base: dict[str, Any] = dict.fromkeys(ComparedSpeedup.__dataclass_fields__, 1.0)
+    base: dict[str, Any] = dict.fromkeys(ComparedSpeedup.__dataclass_fields__.keys() - {"prune"}, 1.0)
     base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
     base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
     base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
-    return ComparedSpeedup(**{**base, "predicted": predicted, "measured": measured, **changes})
+    values = {**base, "predicted": predicted, "measured": measured, **changes}
+    return ComparedSpeedup(**{"prune": f"{values['family']} {values['sparsity']:g}", **values})
 
 
 def test_agreement_by_hand() -> None:
@@ -281,11 +333,21 @@ def test_the_figure_has_a_panel_per_phase_and_sparsity() -> None:
     assert [ax.get_title() for ax in figure.axes] == [
         f"{phase}, {percent} % removed" for percent in (25, 50) for phase in ("prefill", "decode")
     ]
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["depth", "token"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Depth", "Token"]
     for ax, measured in zip(figure.axes, ([1.25, 1.25], [1.25, 1.25], [1.5, 1.5], [1.5, math.nan])):
         bars = [segment[0][0] for segment in ax.collections[-1].get_segments() if len(segment)]
         assert bars == pytest.approx([m for m in measured if m == m])
     assert "measured" in [t.get_text() for t in figure.legends[0].texts]
+
+
+def test_the_figure_of_texts_has_a_panel_per_phase() -> None:
+    texts = ("depth 0.25", "width mlp=0.3 heads=0.5 layers=1-2")
+    grid = itertools.product(("decode", "prefill"), zip(texts, (0.25, 0.21)))
+    rows = [_row(1.2, 1.1, prune=text, sparsity=s, phase=phase) for phase, (text, s) in grid]
+    figure = comparison_figure(rows)
+    assert [ax.get_title() for ax in figure.axes] == ["decode", "prefill"]
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert labels == ["depth 25 %", "width mlp=0.3 heads=0.5\nlayers=1-2"]
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +377,28 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [list(row) for row in rows] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
+
+
+def test_the_command_runs_texts(
+    tiny: Path, tmp_path: Path, planted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}".split()
+    texts = [word for text in TEXTS for word in ("--prune", text)]
+    assert run([*words, *texts, "--prune", "width heads=0.2"]) == 0
+    out, err = capsys.readouterr()
+    assert [line for text in TEXTS for line in out.splitlines() if line.startswith(f"{text} ")]
+    assert "width heads=0.2 in decode: 6 query heads on 4 KV heads cannot run here" in err
+    assert run([*words, *texts, "--family", "depth", "--sparsity", "0.5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["prune"] for row in rows] == [*TEXTS, "depth 0.5"]
+    assert len(planted) == 4
+    for more, reason in (
+        (["--sparsity", "0.5"], "a text states the whole pruning"),
+        (["--prune", "width mpl=0.3"], "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"),
+    ):
+        assert run([*words, *texts, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
 
 
 BAD = {
@@ -371,10 +455,9 @@ def test_the_engine_launches_what_a_family_adds(family: str) -> None:
             decode(d, tokens[:, :1], state)
         return int(seen.count)
 
-    ran = comparing.as_executed("cpu")
-    w = _cases(families=[family], sparsities=[1e-6], phases=["decode"], seq=[128], options=ran)[
-        0
-    ].pruned  # all of it runs
+    ran = comparing.kernels_on("cpu")
+    (case,) = _cases(families=[family], sparsities=[1e-6], phases=["decode"], seq=[128], kernels=ran)
+    w = case.pruned  # all of it runs
     added = float(w.count[w.overhead] @ engine.kernels[w.role[w.overhead]])
     more = kernels(prune_decoder(decoder, family, 1e-6)) - kernels(decoder)
     assert added / CONFIG.layers == pytest.approx(more / CONFIG.layers, abs=3.5)

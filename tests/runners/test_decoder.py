@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -20,13 +21,26 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 import simulator  # noqa: E402
 from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.decoder.families import DYNAMIC, STATIC, each_projection, prune_decoder, two_of_four  # noqa: E402
+from calibration.runners.cases import settings_of  # noqa: E402
+from calibration.runners.decoder.families import (  # noqa: E402
+    DYNAMIC,
+    STATIC,
+    check_steps,
+    each_projection,
+    prune_by_steps,
+    prune_decoder,
+    two_of_four,
+)
 from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
 from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
 from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, window_logits  # noqa: E402
+from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.block import Block, Latent  # noqa: E402
+from simulator.predict.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
+from simulator.pruning._grammar import read_steps  # noqa: E402
+from simulator.pruning._steps import in_order  # noqa: E402
 from simulator.workload import ROLES, Kind  # noqa: E402
 
 
@@ -150,6 +164,99 @@ def test_width(dense: Decoder, sparsity: float) -> None:
         channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
         masked = _zeroed(_zeroed(masked, number, "o", columns=heads), number, "down", columns=channels)
     check(run(pruned)[0], reference(masked, TOKENS))
+
+
+@pytest.mark.parametrize(("text", "heads"), [("heads=0.5", (4, 4)), ("attention=0.5 heads=0.5", (2, 2))])
+def test_query_heads_alone_keep_their_key_and_value(dense: Decoder, text: str, heads: tuple[int, int]) -> None:
+    pruned, masked = prune_by_steps(dense, read_steps(f"width {text} layers=1-3")), dense
+    first, *others = pruned.layers
+    assert torch.equal(first.attention.q.weight, dense.layers[0].attention.q.weight)
+    for number, (after, before) in enumerate(zip(others, dense.layers[1:]), start=1):
+        assert (after.attention.heads, after.attention.kv_heads) == heads
+        assert torch.equal(after.mlp.up.weight, before.mlp.up.weight)
+        masked = _zeroed(masked, number, "o", columns=_missing(after.attention.q.weight, before.attention.q.weight))
+    check(run(pruned)[0], reference(masked, TOKENS))
+
+
+def test_kv_heads_alone_leave_every_query(dense: Decoder) -> None:
+    pruned = prune_by_steps(dense, read_steps("width kv=0.5"))
+    for after, before in zip(pruned.layers, dense.layers, strict=True):
+        assert (after.attention.heads, after.attention.kv_heads) == (8, 2)
+        assert torch.equal(after.attention.q.weight, before.attention.q.weight)
+        assert len(_missing(after.attention.k.weight, before.attention.k.weight)) == 2 * dense.head_dim
+    _, state = prefill(pruned, TOKENS[:, :PROMPT])
+    assert state.caches[0].k.shape[1] == 2
+    check(run(pruned)[0], reference(pruned, TOKENS))
+
+
+def test_channels_of_listed_layers_and_removed_layers(dense: Decoder) -> None:
+    steps = read_steps("width mlp=0.3 layers=0 + depth layers=1 + depth layers=2 unit=attention")
+    pruned = prune_by_steps(dense, tuple(in_order(steps, simulator.lower(CONFIG, phase="decode", seq=8, engine=""))))
+    assert [(layer.attention is None, len(layer.mlp.up.weight)) for layer in pruned.layers] == [
+        (False, 112), (True, 160), (False, 160)
+    ]  # fmt: skip
+    gone = _missing(pruned.layers[0].mlp.up.weight, dense.layers[0].mlp.up.weight)
+    masked = _zeroed(_zeroed(_zeroed(dense, 1, "o"), 1, "down"), 2, "o")
+    check(run(pruned)[0], reference(_zeroed(masked, 0, "down", columns=gone), TOKENS))
+
+
+def test_tokens_are_dropped_at_the_same_layer_after_others_are_removed(dense: Decoder) -> None:
+    pruned = prune_by_steps(dense, read_steps("token 0.5 start=2 + depth layers=0"))
+    assert (pruned.rule.start, len(pruned.layers)) == (1, 3)
+    assert set(run(pruned)[1][0]) == {(1, "token")}
+
+
+def _texts(many: int) -> Iterator[str]:
+    """Random texts of static families at parts, layers and units."""
+    rng = np.random.default_rng(7)
+    parts = {"width": ("attention", "heads", "kv", "mlp"), "low_rank": ("q", "qkv", "o", "attention", "mlp", "down")}
+
+    def step() -> str:
+        family = str(rng.choice([*parts, "depth", "width_cross", "unstructured"]))
+        fraction = float(rng.choice([0.25, 0.5, 0.6]))
+        listed = sorted(rng.choice(LAYERS, int(rng.integers(1, LAYERS)), replace=False).tolist())
+        layers = f" layers={','.join(map(str, listed))}" if rng.random() < 0.5 else ""
+        if family == "depth":
+            return f"depth {fraction}{layers}"
+        if family in parts and rng.random() < 0.7:
+            some = rng.choice(parts[family], int(rng.integers(1, 3)), replace=False).tolist()
+            return " ".join([family, *(f"{part}={fraction}" for part in some)]) + layers
+        return f"{family} {fraction}" + ("" if family == "width_cross" else layers)
+
+    for _ in range(many):
+        yield " + ".join(step() for _ in range(int(rng.integers(1, 4))))
+
+
+def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Decoder) -> None:
+    ran, refused = 0, list[str]()
+    for text in _texts(120):
+        try:
+            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], scenario=Scenario(engine=""))
+            check_steps(case.steps)
+            pruned = prune_by_steps(dense, case.steps)
+        except InputError as error:
+            refused.append(str(error))
+            continue
+        check_shapes(pruned, case.pruned)
+        ran += 1
+        if ran <= 15:
+            assert torch.isfinite(run(pruned)[0]).all(), text
+    assert ran > 60
+    assert not any("\n" in reason for reason in refused)
+
+
+@pytest.mark.parametrize("text", ["llm-pruner 0.1", "minitron-width 0.5", "svd-llm 0.4 + attention-drop 0.25"])
+def test_methods_run_as_their_families(text: str) -> None:
+    config = replace(CONFIG, layers=8, windows=(0,) * 8)
+    made = random_decoder(config, dtype="fp32")
+    (case,), _ = settings_of(config, phases=["decode"], seq=[8], texts=[text], scenario=Scenario(engine=""))
+    check_shapes(prune_by_steps(made, case.steps), case.pruned)
+
+
+def test_other_shapes_than_predicted_are_refused(dense: Decoder) -> None:
+    (case,), _ = settings_of(CONFIG, phases=["decode"], texts=["width mlp=0.5"], scenario=Scenario(engine=""))
+    with pytest.raises(InputError, match=r"its shapes are not those that are predicted, such as down with n=96, k=80"):
+        check_shapes(prune_decoder(dense, "width", {"mlp": 0.3}), case.pruned)
 
 
 def test_width_cross(dense: Decoder) -> None:

@@ -273,12 +273,13 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
 ) -> None:
     assert run(_command(recording, tmp_path / "run", "--family", "depth,width", "--budget", "1min")) == 0
     out, err = capsys.readouterr()
-    assert [line.split()[:3] for line in out.splitlines() if line.startswith(("depth", "width"))] == [
-        [family, "0.5", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
+    table = out.partition("\n\n")[2].splitlines()
+    assert [line.split()[:4] for line in table if line.startswith(("depth", "width"))] == [
+        [family, "50", "%", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
     ]
     assert all(len(line) <= 120 for line in out.splitlines() if str(tmp_path) not in line)
-    header = next(line for line in out.splitlines() if line.startswith("family")).split()
-    assert header[3:9] == ["bound", "bound", "bound", "bound", "speedup", "predicted"]
+    header = next(line for line in out.splitlines() if line.startswith("pruning")).split()
+    assert header[2:8] == ["bound", "bound", "bound", "bound", "speedup", "predicted"]
     above = next(line for line in out.splitlines() if "roofline" in line).split()
     assert above[:5] == ["FLOP", "byte", "roofline", "measured", "predicted"]
     first = " ".join(out.partition("\n\n")[0].split())
@@ -294,6 +295,32 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
     (row,) = json.loads(capsys.readouterr().out)
     assert row["measured_bound"] == pytest.approx(row["dense_kernels_s"] / row["pruned_kernels_s"])
     assert row["missing"] == 0
+
+
+def test_texts_of_prune_are_bounded_beside_families(
+    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("layers:\n  0-14: depth\n")
+    texts = ["--prune", "width mlp=0.5 attention=0.5", "--prune", "depth 0.5", "--prune", str(plan)]
+    command = _command(recording, tmp_path / "run", *texts, "--family", "depth,width", "--phase", "decode", "--json")
+    assert run(command) == 0
+    rows = {row["prune"]: row for row in json.loads(capsys.readouterr().out)}
+    # a family at a fraction that is also a text is one case; a plan is stored as its steps
+    assert list(rows) == ["width mlp=0.5 attention=0.5", "depth 0.5", "depth layers=0-14", "width 0.5"]
+    assert rows["width mlp=0.5 attention=0.5"]["measured_bound"] == rows["width 0.5"]["measured_bound"]
+    assert rows["depth layers=0-14"]["measured_bound"] == rows["depth 0.5"]["measured_bound"] > 1.5
+    assert all(row["missing"] == 0 for row in rows.values())
+
+
+def test_heads_that_no_kernel_runs_are_refused_before_any_measurement(
+    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"--device replay:{recording} -o {tmp_path / 'run'} --hardware a100 --seq 128 --phase decode".split()
+    assert run(["upper-bound", MODEL, *where, "--prune", "width heads=0.2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("7 query heads on 3 KV heads cannot run here; expected a multiple of 3, such as 6")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_model_is_one_line(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

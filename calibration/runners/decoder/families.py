@@ -7,8 +7,8 @@ weights selects what is removed, which does not affect the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -22,9 +22,12 @@ from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer,
 from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenDropping, TokenRouting, best
 from calibration.runners.decoder.run import Rule
 from calibration.runners.decoder.widths import GroupRouting
+from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
 from simulator.predict.scenario import one_of
-from simulator.pruning import _edits
+from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
+from simulator.pruning._family import GROUPS, SUBLAYERS
+from simulator.pruning._steps import Step
 
 ALIGN = 16
 """Widths and ranks are rounded up to a multiple of this by default, as in the simulator's families."""
@@ -35,28 +38,114 @@ DYNAMIC: Mapping[str, Callable[..., Rule]] = {
 """Families that decide during a pass."""
 
 
-def prune_decoder(decoder: Decoder, family: str, sparsity: float, **options: Any) -> Decoder:
-    """Remove a fraction in [0, 1) of a decoder by a family; families compose, with at most one dynamic family.
+@dataclass(frozen=True)
+class Removed:
+    """Fractions removed, resolved to layers: of a part (attention, mlp, heads) or of a projection (q, down)."""
 
-    ``options`` are parameters of the family's function, or fields of its rule. InputError: unknown family or option, or
-    a combination that cannot run. Unsupported: the device has no kernel (2:4 needs a CUDA GPU).
+    table: Mapping[str, FloatArray]  # part or projection -> fraction of every layer
+    by_part: bool = False  # whether parts are named; else the table has the same fractions for attention and mlp
+    layers: tuple[int, ...] | None = None  # layers from which whole layers are removed; None: all
+
+    def of(self, layer: int, *names: str) -> float:
+        """Return the fraction of the first of some names that the table has, else 0."""
+        return next((float(self.table[name][layer]) for name in names if name in self.table), 0.0)
+
+    def of_projection(self, layer: int, role: str) -> float:
+        """Return the fraction of a projection: its own, or that of its group."""
+        groups = [name for name in ("qkv", *SUBLAYERS) if role in GROUPS[name]]
+        return self.of(layer, role, *groups)
+
+
+def prune_decoder(
+    decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
+) -> Decoder:
+    """Prune a decoder by a family; families compose, and a dynamic family is the last except for depth.
+
+    ``sparsity`` and ``layers`` are those of :func:`simulator.prune`: a fraction in [0, 1), one per layer, or fractions
+    by part. ``options`` are parameters of the family's function, or fields of its rule. InputError: unknown family or
+    option, or a pruning that cannot run. Unsupported: the device has no kernel (2:4 needs a CUDA GPU).
     """
-    known = {**STATIC, **DYNAMIC}
-    if family not in known:
-        raise unknown("pruning family", family, known)
-    if not 0.0 <= sparsity < 1.0:
-        raise InputError(f"sparsity: expected a fraction in [0, 1), such as 0.25, got {sparsity:g}")
-    if sparsity == 0.0:
+    check_family(family, sparsity, layers, options)
+    options = _different(family, options)
+    if sparsity is None and layers is None:
+        sparsity = FAMILIES[family].default
+    removed = _removed(family, sparsity, layers, len(decoder.layers))
+    if not any(fractions.any() for fractions in removed.table.values()):
         return decoder
-    names = [name for name in signature(known[family]).parameters if name not in ("decoder", "sparsity", "keep")]
-    if bad := sorted(set(options) - set(names)):
-        raise InputError(f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}")
     with torch.no_grad():
         if family in STATIC:
-            return STATIC[family](decoder, sparsity, **options)
+            if decoder.rule is not None and family != "depth":
+                raise InputError(
+                    f"decoder: expected {family} before {decoder.rule.family}, which decides during a pass"
+                )
+            return STATIC[family](decoder, removed, **options)
         if decoder.rule is not None:
             raise InputError(f"decoder: expected one dynamic family, got {decoder.rule.family} and {family}")
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
+
+
+def prune_by_steps(decoder: Decoder, steps: Sequence[Step]) -> Decoder:
+    """Prune a decoder by steps of families, in their order (:attr:`calibration.runners.cases.Case.steps`)."""
+    for step in steps:
+        decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
+    return decoder
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Raise InputError, with its step, if a decoder cannot run some steps of families."""
+    dynamic = ""
+    for step in steps:
+        if dynamic and step.name != "depth":
+            raise InputError(f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic} before")
+        dynamic = step.name if step.name in DYNAMIC else dynamic
+        try:
+            check_family(step.name, step.argument, step.layers, dict(step.options))
+        except InputError as error:
+            raise InputError(f"{step}: {error}" if len(steps) > 1 else str(error)) from None
+
+
+def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, options: Mapping[str, Any]) -> None:
+    """Raise InputError if a decoder cannot run a family so."""
+    known = {**STATIC, **DYNAMIC}
+    if family not in known:
+        raise unknown("pruning family", family, known)
+    names = [name for name in signature(known[family]).parameters if name not in ("decoder", "removed", "keep")]
+    if bad := sorted(set(_different(family, options)) - set(names)):
+        raise InputError(f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}")
+    if family in DYNAMIC and (layers is not None or isinstance(sparsity, Mapping) or np.ndim(sparsity)):
+        raise InputError(
+            f"family {family}: this decoder runs it equally in all layers and parts; expected one fraction"
+        )
+
+
+def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a family has here, or that differ from their defaults in the simulator.
+
+    The device determines the kernel of a dynamic family; :meth:`calibration.runners.cases.Case.of` checks it.
+    """
+    own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
+    dropped = {name for name, value in usual.items() if name not in own and options.get(name) == value}
+    dropped |= {"kernel"} if family in DYNAMIC else set()
+    return {name: value for name, value in options.items() if name not in dropped}
+
+
+def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int) -> Removed:
+    """Return the fractions of every layer. ``layers`` are pruned, or a fraction of them (None: all) is removed."""
+    by_part, listed = isinstance(sparsity, Mapping), None if layers is None else listed_layers(layers, many)
+    from_list = FAMILIES[family].layers == "some"
+    if sparsity is None and from_list and listed is not None:
+        return Removed(dict.fromkeys(SUBLAYERS, np.ones(many)), layers=tuple(listed.tolist()))
+    table = {}
+    for name, fractions in (sparsity if by_part else dict.fromkeys(SUBLAYERS, sparsity)).items():
+        if by_part and name not in FAMILIES[family].targets:
+            raise unknown(f"part (for family {family})", name, FAMILIES[family].targets)
+        each = fractions if np.ndim(fractions) else [fractions] * many
+        if len(each) != many:
+            raise InputError(f"sparsity by layer: expected {many} fractions, got {len(each)}")
+        table[name] = np.array([check_fraction(fraction) for fraction in each])
+        if listed is not None and not from_list:
+            table[name][~np.isin(np.arange(many), listed)] = 0.0
+    return Removed(table, by_part, tuple(listed.tolist()) if from_list and listed is not None else None)
 
 
 def whole_share(share: float, of: int) -> int:
@@ -75,48 +164,82 @@ def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
     return min(max(math.ceil(exact / align), 1) * align, n, k)
 
 
-def depth(decoder: Decoder, sparsity: float, *, unit: str = "layer") -> Decoder:
-    """Remove ``round(s L)`` layers, or one kind of sublayer in as many layers: the deepest except the last."""
+def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:
+    """Remove ``round(s L)`` layers, or sublayers of one or both kinds: the deepest except the last, which stays unless
+    tokens exit early. Of listed layers, a fraction removes some, deepest first.
+    """
     one_of("option unit", unit, ("layer", "both", "attention", "mlp"))
-    layers = len(decoder.layers)
-    count = whole_share(sparsity, layers)
-    end = layers - 1 if count < layers else layers
-    removed = range(end - count, end)
-    if unit in ("layer", "both"):
-        return replace(decoder, layers=tuple(layer for i, layer in enumerate(decoder.layers) if i not in removed))
-    kind = Attention if unit == "attention" else Mlp
-    return decoder.changed(lambda i, part: None if i in removed and isinstance(part, kind) else part)
+    kinds = [("attention", "mlp")] if unit == "layer" and not removed.by_part else [("attention",), ("mlp",)]
+    layers = list(decoder.layers)
+    for kind in kinds if unit in ("layer", "both") else [(unit,)]:
+        fraction = max(removed.of(0, part) for part in kind)
+        there = [i for i, layer in enumerate(layers) if any(getattr(layer, part) is not None for part in kind)]
+        some = there if removed.layers is None else [i for i in there if i in removed.layers]
+        count = whole_share(fraction, len(some))
+        spared = not early_exit and 0 < count < len(some) and some[-1] == there[-1]
+        for i in some[len(some) - spared - count : len(some) - spared]:
+            layers[i] = replace(layers[i], **dict.fromkeys(kind))
+    stays = [layer.attention is not None or layer.mlp is not None for layer in layers]
+    rule = decoder.rule
+    if isinstance(rule, TokenDropping):
+        rule = replace(rule, start=sum(stays[: rule.start]))
+    return replace(decoder, layers=tuple(layer for layer, there in zip(layers, stays) if there), rule=rule)
 
 
-def width(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
-    """Remove KV groups with their query heads, and MLP channels, from the weights."""
+def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None) -> Decoder:
+    """Remove KV groups with their query heads (attention), query heads alone (heads), KV heads alone (kv), MLP channels
+    (mlp) and hidden features (hidden). ``inner`` is the width of all MLPs that are pruned.
+    """
 
     def change(number: int, part: Any) -> Any:
         size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
         if isinstance(part, Mlp):
-            index = best(size, aligned(len(size), 1.0 - sparsity, align))
+            share = removed.of(number, "mlp")
+            if not share:
+                return part
+            index = best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner)
             return replace(part, gate=part.gate.rows(index), up=part.up.rows(index), down=part.down.columns(index))
-        kept, share = max(whole_share(1.0 - sparsity, part.kv_heads), 1), part.heads // part.kv_heads
-        groups = best(size.view(part.kv_heads, -1).sum(1), kept)
-        kv, q = (
-            (groups[:, None] * features + torch.arange(features, device=groups.device)).flatten()
-            for features in (decoder.head_dim, share * decoder.head_dim)
-        )
-        return replace(
-            part,
-            q=part.q.rows(q),
-            k=part.k.rows(kv),
-            v=part.v.rows(kv),
-            o=part.o.columns(q),
-            heads=kept * share,
-            kv_heads=kept,
-        )
+        shares = [removed.of(number, name) for name in ("attention", "heads", "kv")]
+        return _fewer_heads(part, decoder.head_dim, size, *shares) if any(shares) else part
 
-    return decoder.changed(change)
+    narrower = decoder.changed(change)
+    hidden = removed.of(0, "hidden")
+    return _fewer_features(narrower, hidden, align) if hidden else narrower
 
 
-def width_cross(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
+def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float) -> Attention:
+    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone; ``size`` is that
+    of every feature of the heads."""
+
+    def left(many: int, share: float) -> int:
+        return max(whole_share(1.0 - share, many), 1) if share else many
+
+    ratio, groups = a.heads // a.kv_heads, left(a.kv_heads, both)
+    heads = left(ratio * groups, alone)
+    kv_heads = left(groups, kv)
+    if heads % kv_heads:
+        raise InputError(f"{heads} query heads on {kv_heads} KV heads: expected a multiple of {kv_heads}")
+    by_head = size.view(a.kv_heads, ratio, -1).sum(2)
+    kept = best(by_head.sum(1), groups)
+    number = kept[:, None] * ratio + torch.arange(ratio, device=kept.device)
+    if kv_heads == groups:  # the same number of every group, which keep their KV heads
+        queries = number.gather(1, best(by_head[kept], heads // groups)).flatten()
+        keys = kept
+    else:
+        queries = number.flatten()[best(by_head[kept].flatten(), heads)]
+        keys = kept[best(by_head[kept].sum(1), kv_heads)]
+    q, k = (
+        (which[:, None] * head_dim + torch.arange(head_dim, device=which.device)).flatten() for which in (queries, keys)
+    )
+    return replace(a, q=a.q.rows(q), k=a.k.rows(k), v=a.v.rows(k), o=a.o.columns(q), heads=heads, kv_heads=kv_heads)
+
+
+def width_cross(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
     """Reduce the hidden size everywhere. Norms keep their scale, as if the removed features were zero."""
+    return _fewer_features(decoder, removed.of(0, "mlp"), align)
+
+
+def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     before = decoder.hidden
     kept = aligned(before, 1.0 - sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
@@ -138,11 +261,14 @@ def width_cross(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Dec
     )
 
 
-def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decoder:
+def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
     """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
     def factorise(number: int, role: str, p: Projection) -> Projection:
+        sparsity = removed.of_projection(number, role)
+        if not sparsity:
+            return p
         weight = p.weight.float()
         n, k = weight.shape
         sample = torch.randn(n, rank_left(sparsity, n, k, align), generator=generator)
@@ -152,25 +278,31 @@ def low_rank(decoder: Decoder, sparsity: float, *, align: int = ALIGN) -> Decode
     return each_projection(decoder, factorise)
 
 
-def semi_structured(decoder: Decoder, sparsity: float) -> Decoder:
-    """Make every projection 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
-    if sparsity != 0.5:
-        raise InputError(f"semi_structured (2:4): expected sparsity 0.5, got {sparsity:g}")
+def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
+    """Make projections 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
+    for fraction in np.unique(np.concatenate([*removed.table.values()])).tolist():
+        if fraction not in (0.0, 0.5):
+            raise InputError(f"semi_structured (2:4): expected sparsity 0.5, got {fraction:g}")
     if not decoder.device.startswith("cuda"):
         raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
     algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
 
     def pack(number: int, role: str, p: Projection) -> Projection:
+        if not removed.of_projection(number, role):
+            return p
         found = algorithms.setdefault(tuple(p.weight.shape), {})
         return Projection((sparse_weight(two_of_four(p.weight), found),), p.bias)
 
     return each_projection(decoder, pack)
 
 
-def unstructured(decoder: Decoder, sparsity: float) -> Decoder:
-    """Set the smallest weights of every projection to zero; dense kernels still compute them."""
+def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
+    """Set the smallest weights of projections to zero; dense kernels still compute them."""
 
     def zero(number: int, role: str, p: Projection) -> Projection:
+        sparsity = removed.of_projection(number, role)
+        if not sparsity:
+            return p
         flat = p.weight.flatten()
         small = flat.abs().float().topk(whole_share(sparsity, len(flat)), largest=False).indices
         return Projection((flat.scatter(0, small, 0.0).view_as(p.weight),), p.bias)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,14 @@ from calibration.devices.protocol import Device, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.runners.cases import Case
-from calibration.runners.decoder.families import prune_decoder
+from calibration.runners.decoder.families import prune_by_steps
 from calibration.runners.decoder.model import Decoder, random_decoder
 from calibration.runners.decoder.run import decode, prefill
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.predict.scenario import one_of
-from simulator.workload import PHASES
+from simulator.pruning._steps import Step
+from simulator.workload import PHASES, ROLES, Kind, Workload
 
 LONGEST_S = 30.0
 """Maximum time for the pairs of one case."""
@@ -140,12 +142,31 @@ def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay  # type: ignore[no-any-return]
 
 
+def check_shapes(decoder: Decoder, workload: Workload) -> None:
+    """Raise InputError if the projections of a decoder are not those of a workload; a rule decides during a pass."""
+    if decoder.rule is not None:
+        return
+    w = workload.take((workload.kind == Kind.GEMM) & (workload.layer >= 0) & ~workload.overhead)
+    expected, found = Counter[tuple[str, int, int, int]](), Counter[tuple[str, int, int, int]]()
+    for role, stage, n, k, count in zip(
+        w.role.tolist(), w.stage.tolist(), w.n.tolist(), w.k.tolist(), w.count.tolist()
+    ):
+        expected[ROLES[role], stage, n, k] += round(count)
+    for _, role, projection in decoder.projections():
+        for stage, factor in enumerate(projection.factors, 1):
+            n, k = factor.shape
+            found[role, stage if len(projection.factors) > 1 else 0, n, k] += 1
+    if different := sorted((expected - found) + (found - expected)):
+        role, _, n, k = different[0]
+        raise InputError(f"decoder: its shapes are not those that are predicted, such as {role} with n={n}, k={k}")
+
+
 class Executor:
     """Time cases in alternation with the dense decoder; a case that cannot run gives a record with the reason."""
 
     def __init__(self, device: Device, config: ModelConfig, dtype: str, runtime: str, seed: int) -> None:
         self.device, self.runtime = device, runtime
-        self.kept: dict[tuple[str, float], Decoder] = {}  # the last pruned decoder
+        self.kept: dict[tuple[Step, ...], Decoder] = {}  # the last pruned decoder
         try:
             self.dense = random_decoder(config, dtype=dtype, device=device.name, seed=seed)
         except (RuntimeError, MemoryError) as error:
@@ -165,11 +186,11 @@ class Executor:
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def _timed(self, case: Case, end: float) -> dict[str, Any]:
-        which = (case.family, case.sparsity)
-        if which not in self.kept:
+        if case.steps not in self.kept:
             self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
-            self.kept[which] = prune_decoder(self.dense, *which)
-        pruned = self.kept[which]
+            self.kept[case.steps] = prune_by_steps(self.dense, case.steps)
+        pruned = self.kept[case.steps]
+        check_shapes(pruned, case.pruned)
         # the first passes and the cache take time too
         limit = min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)
 
