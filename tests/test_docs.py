@@ -186,8 +186,42 @@ SHOWN = [p for p in OTHERS if any(block.language in ("bash", "text") for block i
 @pytest.mark.parametrize("path", SHOWN, ids=name_of)
 def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None:
     done = follow(path, tmp_path)
-    least = {"README.md": Counter(text=2, bash=2, python=1), "docs/guide.md": Counter(text=8, bash=1, python=1)}
+    least = {
+        "README.md": Counter(text=3, bash=2, python=1),
+        "docs/guide.md": Counter(text=12, file=3, bash=1, python=1),
+    }
     assert done >= least.get(name_of(path), Counter(text=1))
+
+
+GUIDE = ROOT / "docs" / "guide.md"
+_QUESTION = r"^## (\d+)\. [^\n]+\?\n.*?^```text\n\$ (prunesim [^\n]+)\n([^\n]+)"
+QUESTIONS: list[tuple[str, str, str]] = re.findall(_QUESTION, GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+"""Number of each question of the guide, its command, and the first line shown of the answer."""
+
+ANSWERS = ("On ", "No ", "Of ", "The least ", "The fastest ")
+"""Beginnings of answers, besides the model, pruning, method or device that a command names."""
+
+ENDS = r"x(, \d\.\d+-\d\.\d+| \(\d\.\d+-\d\.\d+\)| faster \(\d\.\d+-\d\.\d+\))|\d+ % in their 90 % interval"
+"""A speedup with its interval, or the coverage of intervals."""
+
+
+@pytest.mark.quick
+def test_the_guide_answers_twelve_questions() -> None:
+    assert [int(number) for number, _, _ in QUESTIONS] == list(range(1, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "command", "shown"), QUESTIONS, ids=[number for number, _, _ in QUESTIONS])
+def test_the_first_sentence_printed_is_the_answer(number: str, command: str, shown: str, tmp_path: Path) -> None:
+    for block in blocks(GUIDE):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+    printed = run_shell(command, tmp_path)
+    assert printed.startswith(shown + "\n"), f"{number}: the guide shows the beginning of the answer"
+    sentence = " ".join(printed.partition("\n\n")[0].split()).partition(". ")[0]
+    named = [word.removesuffix(".json") for word in re.split(r"[\s,@]", " ".join(shlex.split(command)[2:])) if word]
+    assert sentence.startswith((*ANSWERS, *named)), sentence
+    assert re.search(ENDS, sentence), sentence
 
 
 @pytest.mark.quick

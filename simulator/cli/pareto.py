@@ -20,6 +20,7 @@ QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Use the qua
 Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
 Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
 Measured = Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")]
+MaxLoss = Annotated[str | None, opt("--max-loss", "FRACTION", "Name the fastest model with at most this loss.")]
 Csv = Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")]
 # fmt: on
 
@@ -33,6 +34,7 @@ def pareto(
     protocol: Protocol = "",
     quality_model: QualityModel = None,
     measured: Measured = None,
+    max_loss: MaxLoss = None,
     run: options.Run = options.RUN,
     json: options.Json = False,
     csv: Csv = None,
@@ -41,10 +43,10 @@ def pareto(
 ) -> None:
     """Show which pruned models no other model beats in both speed and quality.
 
-    Begins with the models on each frontier and the best trade, the most speedup per loss.
-    Quality is measured, on one metric under one protocol: by papers (the shipped tables, the default), in your table,
-    or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted, unless
-    --measured has a value.
+    Begins with the models on each frontier and the best trade, the most speedup per loss, or with the fastest model
+    within --max-loss. Quality is measured, on one metric under one protocol: by papers (the shipped tables, the
+    default), in your table, or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is
+    predicted, unless --measured has a value.
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
@@ -57,6 +59,7 @@ def pareto(
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
     devices, requested = options.names("--hardware", hardware), run.requests()
     known = read_measured(measured) if measured else ()
+    most = None if max_loss is None else options.fraction("--max-loss", max_loss)
     with render.progress("predicting") as report:
         found, notes = fronts(
             config,
@@ -73,7 +76,7 @@ def pareto(
         )
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
-        render.conclude(*of_fronts(found))
+        render.conclude(*of_fronts(found, most))
         if verbose or len(found) <= MOST_FRONTS:
             for front in found:
                 print(front_text(front), end="\n\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,11 +105,15 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
     from simulator.predict.conclusions import of_speedups
 
     even = break_even(found.rows)
+    runs = dict(zip(found.rows, answers))
     over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
     if over and len(even) <= (len(even) if verbose else MOST_SENTENCES):
-        render.conclude(*(b.sentence for b in even))
+        last = [runs.get(b.results[-1]) for b in even]  # the longest: a budget of tokens may keep all of the first
+        stops = [answer.clause if answer and answer.works is False else "" for answer in last]
+        render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
     else:
-        render.conclude(*of_speedups(found.rows))
+        clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
+        render.conclude(*of_speedups(found.rows, clauses))
     if over:
         _print_over(even)
     if not over or verbose or memory or found[0].new_tokens:
@@ -120,6 +124,15 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
         print(f"\ntimes and speedups with {level} intervals; bounds exclude work that pruning adds")
     if answers:
         _print_parts(found, answers)
+
+
+def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
+    """Return whether the engine runs a model, and how many sequences the memory holds, as the end of a sentence."""
+    runs = answer.clause if answer else ""
+    if answer and answer.works and not answer.aligned:
+        runs += f", but {answer.alignment}"
+    fit = f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
+    return runs + (fit if memory else "")
 
 
 def _print_over(even: Sequence[BreakEven]) -> None:
@@ -150,25 +163,14 @@ def _print_over(even: Sequence[BreakEven]) -> None:
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     """Print what each pruning removes of each part, and whether each engine runs it, each once."""
-    lines: dict[str, None] = {}
-    for r in found:
-        if r.parts:
-            lines[f"{r.pruning}: {r.parts}."] = None
-    for r, answer in sorted(zip(found, answers), key=lambda pair: -pair[0].realised_sparsity):
-        lines.setdefault(f"{r.pruning} in {r.engine}: will it run? {answer.sentence}")
+    lines = dict.fromkeys(f"{r.pruning}: {r.parts}." for r in found if r.parts)
+    runs: dict[str, Runnable] = {}  # of several requests a no, else the first: answers differ by a gain only
+    for r, answer in zip(found, answers):
+        name = f"{r.pruning} in {r.engine}"
+        runs[name] = answer if name not in runs or answer.works is False else runs[name]
     print()
-    for line in _first_answers(lines):
+    for line in (*lines, *(f"{name}: will it run? {answer.sentence}" for name, answer in runs.items())):
         print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
-
-
-def _first_answers(lines: Iterable[str]) -> Iterator[str]:
-    """Yield lines, of those on one pruning in one engine the first: only the gain of an aligned width differs."""
-    seen: set[str] = set()
-    for line in lines:
-        start = line.partition(" will it run? ")[0] if " will it run? " in line else line
-        if start not in seen:
-            seen.add(start)
-            yield line
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
@@ -258,7 +260,9 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
 
 def _kind(results: Sequence[Result]) -> str:
     """Return the title of the column of row names."""
-    return "model" if results[0].pruned else "method" if results[0].method else "family"
+    if results[0].pruned or results[0].method:
+        return "model" if results[0].pruned else "method"
+    return "pruning" if any(r.family == r.prune for r in results) else "family"  # a row shows a text of --prune
 
 
 def _crossed(results: Sequence[Result]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
@@ -307,11 +311,13 @@ def _print_memory(results: Sequence[Result]) -> None:
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
         render.Column("memory", needs),
     ]
-    words = {True: "fits", False: "too large", None: "-"}
+    words = {True: "fits", False: "too large"}
     for h in hardware:
         whole = next(r for r in results if r.hardware == h)
         found = [at.get((h, row)) for row in rows]
-        fits = [words[whole.dense_fits], *(words[r.pruned_fits if r else None] for r in found)]
+        fits = [words[whole.dense_fits], *(words[r.pruned_fits] if r else "-" for r in found)]
+        most = [f"{whole.dense_largest_batch:,}", *(f"{r.pruned_largest_batch:,}" if r else "-" for r in found)]
         columns.append(render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False))
+        columns.append(render.Column("largest\nbatch", most))
     per_device = " of each device" if first.devices > 1 else ""
     render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simulator.display import with_and
-from simulator.predict.scenario import batch_name
+from simulator.predict.scenario import batch_name, device_text
 from simulator.units import ratio
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class BreakEven:
         """Device, engine, phase and the other field as part of a sentence."""
         r = self.results[0]
         other = f"seq {r.seq}" if self.axis == "batch" else f"{batch_name(r.phase)} {r.batch}"
-        return f"{r.hardware} in {r.engine} ({r.phase}, {other})"
+        return f"{device_text(r)} in {r.engine} ({r.phase}, {other})"
 
     @property
     def verdict(self) -> str:
@@ -78,6 +78,8 @@ class BreakEven:
         stop = len(pays) - 1 - pays[::-1].index(True)
         if all(pays[: stop + 1]):
             return f"pays up to {name} {values[stop]:,} ({_speedup(found[stop])}); not above"
+        if sum(pays) == 1:
+            return f"pays only at {name} {values[start]:,} ({_speedup(found[start])})"
         at = [f"{v:,}" for v, paid in zip(values, pays) if paid]
         shown = with_and(at) if len(at) <= FEW else f"{len(at)} of {len(values)} values from {ends}"
         best = max((r for r, paid in zip(found, pays) if paid), key=lambda r: r.speedup)

@@ -45,25 +45,28 @@ def probability_text(probability: float) -> str:
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
 
 
-def of_speedups(results: Sequence[Result]) -> list[str]:
+def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
     """Return how much faster each pruning is: a sentence for each of a few, and of many the fastest of each of a few
     settings, or of all, with the number of gains and losses.
+
+    ``clauses``, one for each result, end its sentence, such as whether the engine runs it.
 
     >>> from simulator import table
     >>> print(of_speedups(list(table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode")))[0][:74])
     depth at 25 % makes llama-3.1-8b 1.26x faster (1.21-1.29) on h100_sxm in v
     """
+    ends = dict(zip(results, clauses))
     if len(results) <= MOST_FRONTS:
-        return [_one(r) for r in results]
+        return [f"{_one(r)}{ends.get(r, '')}." for r in results]
     groups: dict[str, list[Result]] = {}
     for r in results:
         groups.setdefault(
             f"{setting(r)}" if len({x.model for x in results}) == 1 else f"{setting(r)} of {r.model}", []
         ).append(r)
     if len(groups) <= MOST_FRONTS:
-        return [_fastest(some, f"On {where}") for where, some in groups.items()]
+        return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
-    return [_fastest(results, f"Of {len(groups)} settings", f" on {setting(best)}")]
+    return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
 
 
 def _one(r: Result) -> str:
@@ -75,14 +78,14 @@ def _one(r: Result) -> str:
     else:
         ends = f"({ratio(r.speedup_lower)}-{ratio(r.speedup_upper)})"
         text = f"makes {r.model} {ratio(r.speedup)}x faster {ends} {where}"
-    return f"{r.pruning} {text}."
+    return f"{r.pruning} {text}"
 
 
-def _fastest(some: Sequence[Result], start: str, where: str = "") -> str:
+def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
     best = max(some, key=lambda r: r.speedup)
     gains, losses = (sum(test) for test in ([r.speedup_lower > 1 for r in some], [r.speedup_upper < 1 for r in some]))
     counts = f"{gains} of {len(some)} are faster with their whole interval" + (f", {losses} slower" if losses else "")
-    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}; {counts}."
+    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
 
 
 def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
@@ -236,19 +239,23 @@ def _one_by_one(groups: Mapping[str, Sequence[Advice]], target: Target) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def of_fronts(fronts: Sequence[Front]) -> list[str]:
-    """Return which models are on each frontier and the best trade, which is the most speedup (its log) per loss."""
+def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[str]:
+    """Return which models are on each frontier and the best trade, which is the most speedup (its log) per loss; or
+    with ``max_loss`` the fastest model with at most this loss."""
     if len(fronts) <= MOST_FRONTS:
-        return [_front(front) for front in fronts]
+        return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
     best: dict[str, list[Point]] = {}
     for front in fronts:
-        if trade := best_trade(front):
+        if trade := best_trade(front) if max_loss is None else fastest_within(front, max_loss):
             best.setdefault(trade.name, []).append(trade)
     order = sorted(best.values(), key=len, reverse=True)
     named = [
         f"{some[0].name} on {len(some)} of {len(fronts)} settings ({_range([p.speedup for p in some])})"
         for some in order[:NAMED]
     ]
+    if max_loss is not None:
+        start = f"The fastest with at most {percent(max_loss)} loss of {fronts[0].axis.metric}"
+        return [f"{start}: {', '.join(named) or 'none is faster than the dense model'}."]
     often = _by_method([p for front in fronts for p in front.points if p.optimal])
     return [
         f"The best trade, most speedup per loss of {fronts[0].axis.metric}: {', '.join(named) or 'none'}.",
@@ -270,6 +277,14 @@ def _front(front: Front) -> str:
     )
 
 
+def _within(front: Front, max_loss: float) -> str:
+    best = fastest_within(front, max_loss)
+    kept = f"{front.model} with at most {percent(max_loss)} loss of {front.axis.metric}"
+    if best is None:
+        return f"On {setting(front)}, no pruned {kept} is faster than the dense model."
+    return f"On {setting(front)}, the fastest {kept} is {best.name}: {speedup_text(best)} at {percent(best.loss)} loss."
+
+
 def _by_method(points: Sequence[Point]) -> str:
     """Return methods with their sparsities, by the smallest loss of each."""
     methods: dict[str, dict[float, None]] = {}
@@ -284,6 +299,12 @@ def best_trade(front: Front) -> Point | None:
     faster = [p for p in front.points if p.optimal and p.speedup > 1.0]
     certain = [p for p in faster if p.speedup_lower > 1.0]
     return max(certain or faster, key=lambda p: math.log(p.speedup) / max(p.loss, 1e-3), default=None)
+
+
+def fastest_within(front: Front, max_loss: float) -> Point | None:
+    """Return the fastest point of a frontier with at most this loss; None if none is faster than the dense model."""
+    faster = [p for p in front.points if p.optimal and p.speedup > 1.0 and p.loss <= max_loss]
+    return max(faster, key=lambda p: p.speedup, default=None)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -110,6 +110,7 @@ class Front:
     uncalibrated_share: float
     level: float
     below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
+    devices: int = 1
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
@@ -221,9 +222,8 @@ def fronts(
             found = marked([points[i] for i in order], below)
             parts, share = uncalibrated_of(r for r, point in zip(results, points) if not point.measured)
             where = (config.name, hw.label, one.phase, b, s, one.engine_name)
-            out.append(
-                Front(*where, axis, found, bands(found, below), share < SMALL_SHARE, parts, share, one.level, below)
-            )
+            calibrated = share < SMALL_SHARE, parts, share
+            out.append(Front(*where, axis, found, bands(found, below), *calibrated, one.level, below, one.devices))
             progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 

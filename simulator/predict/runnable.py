@@ -116,7 +116,7 @@ class Runnable(Displayed):
         """The answer in plain words: yes or no, then why."""
         stops = [f"stock {self.engine} does not load {self.load_reason}"] if self.loadable is False else []
         stops += [f"it has {self.divisible_reason}"] if not self.divisible else []
-        slow = [] if self.aligned else [self._alignment]
+        slow = [] if self.aligned else [self.alignment]
         if not self.kernels:
             (slow if self.kernels_reason == ZEROS else stops).append(self.kernels_reason)
         if stops:
@@ -128,13 +128,15 @@ class Runnable(Displayed):
         return f"Yes: stock {self.engine} loads it {self.load_reason}."
 
     @property
-    def line(self) -> str:
-        """The answer as a line of a command's output."""
-        return f"Will it run? {self.sentence}"
+    def clause(self) -> str:
+        """The answer as the last clause of a sentence about the model; "" if it is not known."""
+        return "" if self.works is None else f"; stock {self.engine} {'runs' if self.works else 'does not run'} it"
 
     @property
-    def _alignment(self) -> str:
-        """What is unaligned, and what the nearest aligned width gains."""
+    def alignment(self) -> str:
+        """What is unaligned, and what the nearest aligned width gains; "" if all is aligned."""
+        if self.aligned:
+            return ""
         over = f" over {self.devices} devices" if self.devices > 1 else ""
         unit = f"{self.unaligned_dimension} {self.unaligned_width:,}{over} is not aligned"
         if self.aligned_gain is None:

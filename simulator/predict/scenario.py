@@ -216,6 +216,8 @@ class HasSetting(Protocol):
     def batch(self) -> int: ...
     @property
     def seq(self) -> int: ...
+    @property
+    def devices(self) -> int: ...
 
 
 def batch_name(phase: str) -> str:
@@ -224,8 +226,13 @@ def batch_name(phase: str) -> str:
 
 
 def setting(r: HasSetting) -> str:
-    """Return device, engine and request of a prediction as part of a sentence."""
-    return f"{r.hardware} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+    """Return devices, engine and request of a prediction as part of a sentence."""
+    return f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+
+
+def device_text(r: HasSetting) -> str:
+    """Return the device with its number, if the prediction is of several."""
+    return f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

@@ -137,7 +137,7 @@ def prune(
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:
             pruned = merge_runs(pruned)
-    asked = realised if choice.form == "budget" else choice.asked
+    asked = realised if sparsity is None else choice.asked  # a budget or listed layers: exactly what is removed
     applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 

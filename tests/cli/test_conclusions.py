@@ -20,10 +20,22 @@ BEGINS = {
         r"width at 25 % of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) on h100_sxm in vllm "
         r"\(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
     ),
+    "speedup llama-3.1-8b --hardware h100 --prune 'width mlp=0.3 attention=0.25' --devices 2 --phase decode": (
+        r"width mlp=0.3 attention=0.25 makes llama-3.1-8b 1\.\d\dx faster \(.*-.*\) on 2 x h100_sxm in vllm "
+        r"\(decode, batch 1, seq 2048\), memory-bound; stock vllm runs it\."
+    ),
+    "speedup llama-3.1-8b --hardware 4090 --prune 'width heads=0.2' --phase decode --memory": (
+        r".* on rtx_4090 in vllm \(decode, batch 1, seq 2048\), memory-bound; stock vllm does not run it; "
+        r"up to \d+ sequences fit \(dense: \d+\)\."
+    ),
+    "speedup llama-3.1-8b --hardware h100 --method snapkv-1024 --phase decode --batch 16 --seq 512:4k": (
+        r"snapkv-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not below; "
+        r"stock vllm does not run it\."  # which holds for a length beyond the budget, not for the first
+    ),
     "explain llama-3.2-1b --hardware h100,a100 --family depth --sparsity 0.25 --phase prefill,decode": (
         r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx \(.*\) on .*\."
     ),
-    "advise llama-3.1-8b --hardware h100 --target 1.3 --phase decode --batch 8": (
+    "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8": (
         r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm \(decode, batch 8, seq 2048\) is "
         r"depth: \d\d layers, .* of the parameters kept; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\. .*\."
     ),
@@ -37,6 +49,17 @@ BEGINS = {
     "pareto llama-2-7b --hardware h100": (
         r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), \d of \d+ pruned llama-2-7b are on the frontier: .*; "
         r"best trade: .* \d+ %, \d\.\d\dx \(.*-.*\) at .* % loss of .*\."
+    ),
+    "pareto llama-3.1-8b --hardware h100 --max-loss 5%": (
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), the fastest llama-3.1-8b with at most 5 % loss of .* is "
+        r"Shortened-taylor 12.5 %: \d\.\d\dx \(.*-.*\) at 2.8 % loss\."
+    ),
+    "pareto llama-3.1-8b --hardware h100 --max-loss 1%": (
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), no pruned llama-3.1-8b with at most 1 % loss of .* is "
+        r"faster than the dense model\."
+    ),
+    "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode --max-loss 30%": (
+        r"The fastest with at most 30 % loss of C4 perplexity: SLEB 10 % on 4 of 4 settings \(.*\)\."
     ),
     "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode": (
         r"The best trade, most speedup per loss of .*: .* on \d of 4 settings \(.*\)\. On at least one frontier: .*\."

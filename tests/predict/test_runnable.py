@@ -353,7 +353,7 @@ def test_fields_and_line() -> None:
     fields = found.to_dict()
     assert list(fields)[:4] == ["engine", "devices", "works", "loadable"]
     assert fields["runs"] == found.sentence == "Yes: stock vllm loads it with its shapes in config.json."
-    assert found.line == f"Will it run? {found.sentence}"
+    assert found.clause == "; stock vllm runs it"
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert repr(found) == f"<Runnable: {found.sentence}>"
 

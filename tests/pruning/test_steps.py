@@ -206,3 +206,10 @@ def test_a_sparsity_per_layer_of_a_part() -> None:
     equal = prune_steps(w, [Step("width", (("mlp", (0.5,) * 6),))])
     assert equal.replace(meta=w.meta) == prune(w, "width mlp=0.5").replace(meta=w.meta)
     assert np.isclose(equal.meta.applied[0].realised, prune(w, "width mlp=0.5").meta.applied[0].realised)
+
+
+def test_listed_layers_that_are_removed_are_requested_as_they_are() -> None:
+    narrowed_first = prune_steps(workload(GQA), read_steps("width mlp=0.5 layers=0-1 + depth layers=2"))
+    width, depth = narrowed_first.meta.applied
+    assert depth.sparsity == depth.realised > 1 / GQA.layers  # the whole layer weighs more than the narrowed ones
+    assert width.sparsity == pytest.approx(width.realised, abs=0.05)
