@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
-    from simulator.predict.frame import sweep
-    from simulator.predict.result import Result, Results
-    from simulator.predict.scenario import Scenario
-    from simulator.predict.speedup import speedup, speedups
-    from simulator.predict.table import table
-    from simulator.predict.waterfall import Step, waterfall
+    from simulator.prediction.frame import sweep
+    from simulator.prediction.result import Result, Results
+    from simulator.prediction.scenario import Scenario
+    from simulator.prediction.speedup import speedup, speedups
+    from simulator.prediction.table import predict, table
+    from simulator.prediction.waterfall import Step, waterfall
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
     from simulator.uncertainty.intervals import workload_time
@@ -52,16 +52,17 @@ _HOME = {
     "memory": "workload_batch",
     "FAMILIES": "pruning",
     "METHODS": "pruning._methods",
+    "predict": "prediction.table",
     "prune": "pruning",
-    "Result": "predict.result",
-    "Results": "predict.result",
-    "Scenario": "predict.scenario",
-    "Step": "predict.waterfall",
-    "speedup": "predict.speedup",
-    "speedups": "predict.speedup",
-    "sweep": "predict.frame",
-    "table": "predict.table",
-    "waterfall": "predict.waterfall",
+    "Result": "prediction.result",
+    "Results": "prediction.result",
+    "Scenario": "prediction.scenario",
+    "Step": "prediction.waterfall",
+    "speedup": "prediction.speedup",
+    "speedups": "prediction.speedup",
+    "sweep": "prediction.frame",
+    "table": "prediction.table",
+    "waterfall": "prediction.waterfall",
     "ModelConfig": "models.config",
     "list_models": "models.library",
     "load_model": "models.library",
@@ -90,6 +91,7 @@ __all__ = [
     "load_model",
     "lower",
     "memory",
+    "predict",
     "prune",
     "save_hardware",
     "speedup",

@@ -20,7 +20,7 @@ from operator_times import collective_time, decode_time, delta_net_time, element
 
 import simulator
 from simulator.cost.collective import COLLECTIVES
-from simulator.predict.scenario import Scenario
+from simulator.prediction.scenario import Scenario
 from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick

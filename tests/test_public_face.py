@@ -22,10 +22,10 @@ from operator_times import decode_time
 import simulator
 from simulator import InputError
 from simulator.display import Displayed
-from simulator.predict.advise import advise
-from simulator.predict.explain import explanations
-from simulator.predict.prunings import Pruning
-from simulator.predict.runnable import runnable
+from simulator.prediction.advise import advise
+from simulator.prediction.explain import explanations
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.runnable import runnable
 from simulator.pruning import general_families
 
 NOTHING = Pruning.of("depth", 0.0)

@@ -52,7 +52,7 @@ def command(
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
-    from simulator.predict.scenario import one_of
+    from simulator.prediction.scenario import one_of
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
     runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""

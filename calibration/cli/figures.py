@@ -55,7 +55,7 @@ def command(
     from simulator.figures.paper import FIGURES, MEASURED, draw
     from simulator.figures.save import SUFFIXES, save_figure
     from simulator.figures.subject import NothingToDraw, paper
-    from simulator.predict.scenario import Scenario, one_of, whole_number
+    from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
     chosen = list(FIGURES)

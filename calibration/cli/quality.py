@@ -66,7 +66,7 @@ def command(
             report(len(found), len(cases))
     name = Path(model).resolve().name
     if output:
-        from simulator.predict.quality import table_text
+        from simulator.prediction.quality import table_text
 
         protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
         source = f"prunesim quality on {Path(pruned).name if pruned else name}"

@@ -55,7 +55,7 @@ class CaseOptions:
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
-        from simulator.predict.scenario import Scenario
+        from simulator.prediction.scenario import Scenario
 
         config = fewer_layers(load_model(model), self.layers)
         cases, notes = settings_of(

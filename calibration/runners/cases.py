@@ -22,11 +22,11 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.batch import batch_with
-from simulator.predict.prunings import Pruning, prunings_of
-from simulator.predict.result import Result
-from simulator.predict.scenario import Scenario, once, one_of, whole_number
-from simulator.predict.speedup import speedup
+from simulator.prediction.batch import batch_with
+from simulator.prediction.prunings import Pruning, prunings_of
+from simulator.prediction.result import Result
+from simulator.prediction.scenario import Scenario, once, one_of, whole_number
+from simulator.prediction.speedup import speedup
 from simulator.pruning._steps import Step, in_order
 from simulator.units import percent
 from simulator.workload import PHASES, Workload

@@ -24,8 +24,8 @@ from calibration.runners.decoder.model import Decoder, Tensor, from_weights
 from calibration.runners.decoder.run import window_logits
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
-from simulator.predict.quality import QualityRow
-from simulator.predict.scenario import one_of
+from simulator.prediction.quality import QualityRow
+from simulator.prediction.scenario import one_of
 
 Logits = Callable[[Tensor], Tensor]
 """From the tokens (n,) of a window to the logits (n, vocabulary) after each of them."""

@@ -16,7 +16,7 @@ from calibration.measure.plan import next_rows
 from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
-from simulator.predict.scenario import Scenario
+from simulator.prediction.scenario import Scenario
 from simulator.pruning import prune
 from simulator.uncertainty.factors import in_order
 from simulator.uncertainty.forward import forward_passes

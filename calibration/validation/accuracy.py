@@ -33,7 +33,7 @@ from simulator.cost.base import Machine
 from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError, unknown
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.predict.workers import compute_parts
+from simulator.prediction.workers import compute_parts
 from simulator.workload import STACKS
 
 

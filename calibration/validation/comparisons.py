@@ -21,8 +21,8 @@ import simulator
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.predict.compare import against
-from simulator.predict.pareto import margins
+from simulator.prediction.compare import against
+from simulator.prediction.pareto import margins
 from simulator.workload import Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -148,7 +148,7 @@ def in_order(loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: A
     """Compare the points that decide whether every group has a point on the frontier, and groups come in their order.
 
     ``loss`` (n,) of quality; ``group`` (n,) place in the claimed order, -1 for a point that only competes; ``speedup``
-    (n,) and ``below`` (n, n) as of :func:`simulator.predict.pareto.margins`. A point is on the frontier where it is
+    (n,) and ``below`` (n, n) as of :func:`simulator.prediction.pareto.margins`. A point is on the frontier where it is
     faster than all others at no more loss; of two points whose groups come in the wrong order, one must not be on it.
 
     >>> loss, speedup, below = [0.02, 0.1, 0.2], [1.1, 1.3, 1.6], np.full((3, 3), 0.05)

@@ -21,8 +21,8 @@ from simulator.arrays import Array
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.result import Result
-from simulator.predict.table import table
+from simulator.prediction.result import Result
+from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.workload import ROLES, Kind, Part, Workload

@@ -21,9 +21,9 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.quality import parse_options
-from simulator.predict.scenario import dense_seconds
-from simulator.predict.speedup import speedups
+from simulator.prediction.quality import parse_options
+from simulator.prediction.scenario import dense_seconds
+from simulator.prediction.speedup import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import workload_time

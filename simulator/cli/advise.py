@@ -11,10 +11,10 @@ from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 
 if TYPE_CHECKING:
-    from simulator.predict.advise import Advice, Advised, Alternative
-    from simulator.predict.configurations import Configuration
-    from simulator.predict.reach import Reach
-    from simulator.predict.result import HasResult
+    from simulator.prediction.advise import Advice, Advised, Alternative
+    from simulator.prediction.configurations import Configuration
+    from simulator.prediction.reach import Reach
+    from simulator.prediction.result import HasResult
 
 MOST_SHAPES, MOST_ROWS = 3, 5
 """Configurations, and rows with families, of the table of one setting without --verbose."""
@@ -57,10 +57,10 @@ def command(
     all configurations (layers, hidden size, heads, KV heads and MLP inner width) that reach the target on every device,
     engine and request, then for each of these the minimum sparsity of each family, and alternatives.
     """
-    from simulator.predict.advise import advise
-    from simulator.predict.caveats import uncalibrated
-    from simulator.predict.conclusions import of_advice
-    from simulator.predict.configurations import Target
+    from simulator.prediction.advise import advise
+    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.conclusions import of_advice
+    from simulator.prediction.configurations import Target
 
     requested = run.requests(known, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
@@ -99,8 +99,8 @@ def command(
 
 def _summary(found: Advised) -> None:
     """Print the least pruning of each setting, or of one setting the first configurations and families."""
-    from simulator.predict.conclusions import probability_text, settings_of, shapes_on
-    from simulator.predict.configurations import FAMILIES
+    from simulator.prediction.conclusions import probability_text, settings_of, shapes_on
+    from simulator.prediction.configurations import FAMILIES
 
     groups = settings_of(found.advice)
     if len(groups) != 1:
@@ -131,7 +131,7 @@ def _summary(found: Advised) -> None:
 
 def _settings(groups: Mapping[str, Sequence[Advice]]) -> None:
     """Print the best family of each setting, one per row."""
-    from simulator.predict.conclusions import probability_text
+    from simulator.prediction.conclusions import probability_text
 
     best = [group[0] for group in groups.values()]
     if not best:
@@ -153,7 +153,7 @@ def _settings(groups: Mapping[str, Sequence[Advice]]) -> None:
 
 def _given(given: Sequence[Reach], verbose: bool) -> None:
     """Print what given prunings reach, one per row; of many only the best of each setting, without --verbose."""
-    from simulator.predict.conclusions import probability_text, settings_of
+    from simulator.prediction.conclusions import probability_text, settings_of
 
     groups = settings_of(given)
     one = len(groups) == 1
@@ -184,8 +184,8 @@ def _given(given: Sequence[Reach], verbose: bool) -> None:
 
 def _details(found: Advised) -> None:
     """Print all configurations, families, steps and alternatives."""
-    from simulator.predict.conclusions import settings_of
-    from simulator.predict.scenario import setting
+    from simulator.prediction.conclusions import settings_of
+    from simulator.prediction.scenario import setting
 
     if found.configurations:
         _configurations(found.configurations)
@@ -211,7 +211,7 @@ def _written(folder: str, model: str, found: Sequence[Configuration]) -> tuple[s
 
 def _configurations(found: Sequence[Configuration]) -> None:
     """Print shapes and results: in one table for one device and request, else in two."""
-    from simulator.predict.conclusions import probability_text
+    from simulator.prediction.conclusions import probability_text
 
     first, requests = found[0].result, dict.fromkeys(c.result.request for c in found)
     shapes = list({c.configuration: c for c in found}.values())

@@ -10,13 +10,13 @@ from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.titles import device_title
 from simulator.figures.waterfall import waterfall_figure
-from simulator.predict.scenario import batch_name
+from simulator.prediction.scenario import batch_name
 
 if TYPE_CHECKING:
-    from simulator.predict.explain import Explanation
-    from simulator.predict.gemms import GemmRecord
-    from simulator.predict.pareto import Front
-    from simulator.predict.result import Result
+    from simulator.prediction.explain import Explanation
+    from simulator.prediction.gemms import GemmRecord
+    from simulator.prediction.pareto import Front
+    from simulator.prediction.result import Result
 
 
 def setting_label(r: Any) -> str:

@@ -12,8 +12,8 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.predict.explain import Explanation
-    from simulator.predict.waterfall import Step
+    from simulator.prediction.explain import Explanation
+    from simulator.prediction.waterfall import Step
 
 Roofline = Annotated[
     str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
@@ -50,8 +50,8 @@ def explain(
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.predict.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
-    from simulator.predict.prunings import readable
+    from simulator.prediction.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.prediction.prunings import readable
 
     requested = run.requests(known, ideal=ideal)
     existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
@@ -108,8 +108,8 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
     """Return notes on a measured time, calibration and pruned checkpoints."""
-    from simulator.predict.caveats import inferred_line, uncalibrated
-    from simulator.predict.prunings import difference_lines
+    from simulator.prediction.caveats import inferred_line, uncalibrated
+    from simulator.prediction.prunings import difference_lines
 
     lines = []
     for e in found:
@@ -150,7 +150,7 @@ def _print(together: Sequence[Explanation]) -> None:
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:
-    from simulator.predict.explain import NOTABLE
+    from simulator.prediction.explain import NOTABLE
 
     return ["", *("red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in steps[1:])]
 

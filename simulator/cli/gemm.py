@@ -11,7 +11,7 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
-    from simulator.predict.gemms import GemmRecord
+    from simulator.prediction.gemms import GemmRecord
 
 # fmt: off
 M = Annotated[str, arg("M", "Tokens; a comma list for several.")]
@@ -52,7 +52,7 @@ def gemm(
     """
     sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
     output = render.Output(json, figures=[figure])
-    from simulator.predict.gemms import gemm_table
+    from simulator.prediction.gemms import gemm_table
 
     devices = options.devices(hardware, same_stack)
     rows = gemm_table(

@@ -19,7 +19,7 @@ from simulator.errors import InputError
 from simulator.units import parse_count, parse_fraction, parse_quantity, parse_ratio, parse_value
 
 if TYPE_CHECKING:
-    from simulator.predict.scenario import Scenario
+    from simulator.prediction.scenario import Scenario
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ class Run:
 
     def requests(self, known: Known | None = None, *, ideal: bool = False) -> Requests:
         """Parse the options, with a measured time of the dense model, if any."""
-        from simulator.predict.scenario import Scenario
+        from simulator.prediction.scenario import Scenario
         from simulator.routing import EXPERT_SKEW
 
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
@@ -195,7 +195,7 @@ class Known:
             return requests
         if self.dense_time is not None and self.dense_tokens_per_s is not None:
             raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
-        from simulator.predict.scenario import dense_seconds
+        from simulator.prediction.scenario import dense_seconds
 
         if self.dense_time is not None:
             seconds = duration("--dense-time", self.dense_time)

@@ -12,7 +12,7 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
-    from simulator.predict.pareto import Band, Front
+    from simulator.prediction.pareto import Band, Front
 
 # fmt: off
 Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")]
@@ -50,9 +50,9 @@ def pareto(
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
-    from simulator.predict.conclusions import MOST_FRONTS, of_fronts
-    from simulator.predict.pareto import fronts, read_measured
-    from simulator.predict.quality import choose_axis, load_quality
+    from simulator.prediction.conclusions import MOST_FRONTS, of_fronts
+    from simulator.prediction.pareto import fronts, read_measured
+    from simulator.prediction.quality import choose_axis, load_quality
 
     config = load_model(model)
     table = load_quality(quality).of_model(quality_model or config.name)
@@ -90,7 +90,7 @@ def pareto(
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
-    from simulator.predict.caveats import uncalibrated
+    from simulator.prediction.caveats import uncalibrated
 
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
@@ -104,7 +104,7 @@ def pareto(
 
 def _show_trades(found: Sequence[Front]) -> None:
     """Print the best trade of each frontier, one per row."""
-    from simulator.predict.conclusions import best_trade
+    from simulator.prediction.conclusions import best_trade
 
     trades = [(front, best_trade(front)) for front in found]
     columns = render.columns(
@@ -142,7 +142,7 @@ def front_text(front: Front) -> str:
 def band_text(band: Band) -> str:
     """Return a band as text, as in the paper.
 
-    >>> from simulator.predict.pareto import Band
+    >>> from simulator.prediction.pareto import Band
     >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True))
     '0-4 % depth (1.10-1.20x)'
     >>> band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))

@@ -80,7 +80,7 @@ def command(
     check_target(output)
     from simulator.explore.report import write_report
     from simulator.hardware.library import reference
-    from simulator.predict.scenario import once
+    from simulator.prediction.scenario import once
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
     given |= {"dtype": dtype, "weights": weight_dtype, "devices": devices, "pruned": pruned, "detail": detail, "at": at}
@@ -95,7 +95,7 @@ def command(
     if hardware is not None:
         given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:
-        from simulator.predict.prunings import families
+        from simulator.prediction.prunings import families
 
         given["families"] = families(options.names("--family", family))
     if sparsity is not None:

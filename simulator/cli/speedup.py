@@ -12,9 +12,9 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.predict.breakeven import BreakEven
-    from simulator.predict.result import Result, Results
-    from simulator.predict.runnable import Runnable
+    from simulator.prediction.breakeven import BreakEven
+    from simulator.prediction.result import Result, Results
+    from simulator.prediction.runnable import Runnable
 
 MOST_SENTENCES = 8
 """Sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated."""
@@ -63,9 +63,9 @@ def speedup(
     if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
     from simulator.hardware.library import load_hardware
-    from simulator.predict.caveats import uncalibrated
-    from simulator.predict.runnable import runnables
-    from simulator.predict.table import table
+    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.runnable import runnables
+    from simulator.prediction.table import table
 
     requested = run.requests(known, ideal=ideal)
     devices = [load_hardware(name) for name in options.devices(hardware, same_stack)]
@@ -101,8 +101,8 @@ def speedup(
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
-    from simulator.predict.breakeven import break_even
-    from simulator.predict.conclusions import of_speedups
+    from simulator.prediction.breakeven import break_even
+    from simulator.prediction.conclusions import of_speedups
 
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
@@ -137,7 +137,7 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
-    from simulator.predict.scenario import batch_name
+    from simulator.prediction.scenario import batch_name
 
     groups: dict[str, list[BreakEven]] = {}
     for b in even:

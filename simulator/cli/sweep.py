@@ -30,7 +30,7 @@ def command(
 
     Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of the table.
     """
-    from simulator.predict.sweep import sweep
+    from simulator.prediction.sweep import sweep
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = cores if jobs is None else jobs

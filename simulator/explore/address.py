@@ -20,7 +20,7 @@ from simulator.explore.state import ARITHMETIC, EXISTING, State, normal
 from simulator.hardware.library import load_hardware, shipped_names
 from simulator.hardware.schema import plain_name
 from simulator.models.library import list_models
-from simulator.predict.scenario import check_fraction, once, one_of
+from simulator.prediction.scenario import check_fraction, once, one_of
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan
 from simulator.workload import DTYPES

@@ -35,11 +35,11 @@ from simulator.figures.roofline import Roof, common_ranges, drawn, merged
 from simulator.figures.style import BLUE, COLORS, GREEN, GREY, VERMILLION
 from simulator.figures.titles import device_title
 from simulator.figures.waterfall import NEGLIGIBLE, Steps, common_range, folded
-from simulator.predict.scenario import once
+from simulator.prediction.scenario import once
 from simulator.units import rate
 
 if TYPE_CHECKING:
-    from simulator.predict.explain import Explanation
+    from simulator.prediction.explain import Explanation
 
 CARDS = {
     "speedup": "Speedup over sparsity",

@@ -16,7 +16,7 @@ from simulator.explore.dropped import PREFIX, path_of
 from simulator.explore.predictions import Predictions, predictions
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
-from simulator.predict.scenario import batch_name
+from simulator.prediction.scenario import batch_name
 
 DETAIL = "waterfall and roofline"
 """Name of the numbers of the pruning in detail."""

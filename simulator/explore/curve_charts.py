@@ -35,14 +35,14 @@ from simulator.explore.state import AXES, EXISTING
 from simulator.figures.layout import short
 from simulator.figures.style import BLACK, COLORS, GREEN, ORANGE, SKY, STYLES, Style, in_order
 from simulator.figures.titles import device_title
-from simulator.predict.scenario import batch_name, once
+from simulator.prediction.scenario import batch_name, once
 from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
     from simulator.arrays import Array, FloatArray
     from simulator.explore.predictions import Candidate
     from simulator.explore.state import State
-    from simulator.predict.result import Result
+    from simulator.prediction.result import Result
 
 MOST_BANDS = 6
 """Maximum number of curves with an interval band each; of more curves, only the one in detail has a band."""

@@ -27,7 +27,7 @@ from simulator.figures.crossover import NO_GAIN, TOO_LARGE, UNCERTAIN, opacity
 from simulator.figures.layout import short
 from simulator.figures.style import in_order, label, style_of
 from simulator.figures.titles import device_title
-from simulator.predict.scenario import batch_name, once
+from simulator.prediction.scenario import batch_name, once
 
 _DASH: Dict = {"symbol": "line-ew-open", "color": SOFT}
 _BLANK: Dict = {"symbol": "square-open", "size": 10, "color": SOFT}

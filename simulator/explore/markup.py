@@ -17,15 +17,15 @@ from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES
 from simulator.figures.style import label
 from simulator.files.csv import csv_text
-from simulator.predict.breakeven import break_even
-from simulator.predict.compare import PARTS
-from simulator.predict.explain import conclusion
-from simulator.predict.scenario import batch_name
+from simulator.prediction.breakeven import break_even
+from simulator.prediction.compare import PARTS
+from simulator.prediction.explain import conclusion
+from simulator.prediction.scenario import batch_name
 from simulator.pruning import FAMILIES
 from simulator.units import percent, ratio, seconds, seconds_between, size
 
 if TYPE_CHECKING:
-    from simulator.predict.result import Result
+    from simulator.prediction.result import Result
 
 # fmt: off
 UNITS = {
@@ -100,7 +100,7 @@ def _items(lines: Iterable[str], name: str) -> str:
 def table_csv(results: Sequence[Result]) -> str:
     """Return the table as CSV: every field of its results, numbers in full, units in the header.
 
-    >>> from simulator.predict.table import table
+    >>> from simulator.prediction.table import table
     >>> table_csv(table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25]).rows).splitlines()[0][:74]
     'model,hardware,engine,family,sparsity [1],realised_sparsity [1],phase,batc'
     """

@@ -19,7 +19,7 @@ from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW
 from simulator.figures.style import label, style_of
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models
-from simulator.predict.scenario import MAX_TOKENS
+from simulator.prediction.scenario import MAX_TOKENS
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import DTYPES, PHASES

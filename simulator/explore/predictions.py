@@ -15,21 +15,21 @@ from simulator.errors import InputError
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import label
-from simulator.predict.batch import batch_of
-from simulator.predict.caveats import uncalibrated
-from simulator.predict.compare import results_of
-from simulator.predict.crossover import winners as fastest
-from simulator.predict.explain import Explanation, explanations
-from simulator.predict.prunings import Excluded, Pruning, exclude, excluded_lines
-from simulator.predict.result import Result
-from simulator.predict.table import table
+from simulator.prediction.batch import batch_of
+from simulator.prediction.caveats import uncalibrated
+from simulator.prediction.compare import results_of
+from simulator.prediction.crossover import winners as fastest
+from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
+from simulator.prediction.result import Result
+from simulator.prediction.table import table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.predict.scenario import Scenario
+    from simulator.prediction.scenario import Scenario
 
 KEPT = 64
 """Number of cached states."""

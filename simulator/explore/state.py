@@ -18,8 +18,8 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.prunings import Pruning
-from simulator.predict.scenario import MAX_TOKENS, Scenario, check_fraction, once, one_of, whole_number
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.scenario import MAX_TOKENS, Scenario, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan
 from simulator.units import parse_quantity

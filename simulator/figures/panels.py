@@ -1,6 +1,6 @@
 """Turn predictions into figures and panels, for the paper's figures, the command line and the page.
 
-:func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.predict.explain.Explanation`,
+:func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.prediction.explain.Explanation`,
 :func:`speedups_of` draws results, :func:`fronts_of` frontiers. :func:`placed` returns the panel of each result.
 """
 
@@ -13,15 +13,15 @@ from simulator.figures.roofline import Roof
 from simulator.figures.style import COLORS, STYLES, Style, label, style_of
 from simulator.figures.titles import device_title, engine_title, model_title
 from simulator.figures.waterfall import Steps
-from simulator.predict.gemms import gemm_points
-from simulator.predict.scenario import batch_name
+from simulator.prediction.gemms import gemm_points
+from simulator.prediction.scenario import batch_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simulator.predict.explain import Explanation
-    from simulator.predict.pareto import Front
-    from simulator.predict.result import Result
+    from simulator.prediction.explain import Explanation
+    from simulator.prediction.pareto import Front
+    from simulator.prediction.result import Result
 
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 """Columns of figures that show speedups, and the attributes of a result."""
@@ -59,7 +59,7 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
     else the more numerous of devices and engines are columns, the others rows.
 
-    >>> from simulator.predict.table import table
+    >>> from simulator.prediction.table import table
     >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
     >>> placed(few.rows, ["prefill"] * 2)
     {'row': ['prefill', 'prefill'], 'column': ['H100 SXM, vLLM', 'H100 SXM, Transformers (eager)']}
@@ -97,7 +97,7 @@ def varying(results: Sequence[Result]) -> str:
     """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
     pruning differ most; sparsity if they differ in none.
 
-    >>> from simulator.predict.table import table
+    >>> from simulator.prediction.table import table
     >>> varying(table(["llama-3.1-8b"], ["h100"], ["depth", "width"], [0.25], ["decode"], [1, 8]).rows)
     'batch'
     """
@@ -185,7 +185,7 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
 def steps_of(e: Explanation, title: str) -> Steps:
     """Return the loss waterfall of an explanation as a panel.
 
-    >>> from simulator.predict.explain import explanations
+    >>> from simulator.prediction.explain import explanations
     >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
     >>> steps_of(e, "h100").names[-1], bool(steps_of(e, "h100").lower == e.result.speedup_lower)
     ('host time', True)

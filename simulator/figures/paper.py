@@ -23,15 +23,15 @@ from simulator.figures.style import label
 from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.figures.titles import engine_title
 from simulator.models.library import load_model
-from simulator.predict.explain import explanations
-from simulator.predict.table import table
+from simulator.prediction.explain import explanations
+from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.workload import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simulator.predict.result import Result
+    from simulator.prediction.result import Result
     from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
@@ -207,8 +207,8 @@ def _waterfall(p: Paper) -> Made:
 
 def _crossover(p: Paper) -> Made:
     from simulator.figures.crossover import crossover_figure
-    from simulator.predict.crossover import winners
-    from simulator.predict.prunings import Pruning, families
+    from simulator.prediction.crossover import winners
+    from simulator.prediction.prunings import Pruning, families
 
     shapes = tuple(itertools.product(BATCHES, LENGTHS))
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
@@ -232,8 +232,8 @@ def _crossover(p: Paper) -> Made:
 
 
 def _pareto(p: Paper) -> Made:
-    from simulator.predict.pareto import fronts
-    from simulator.predict.quality import choose_axis, load_quality
+    from simulator.prediction.pareto import fronts
+    from simulator.prediction.quality import choose_axis, load_quality
 
     model, notes = p.model, []
     try:

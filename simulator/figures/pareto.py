@@ -18,7 +18,7 @@ from simulator.arrays import FloatArray
 from simulator.figures import layout
 from simulator.figures.labels import write_labels
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
-from simulator.predict.pareto import frontier
+from simulator.prediction.pareto import frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

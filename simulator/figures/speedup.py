@@ -31,7 +31,7 @@ from simulator.figures.style import (
     paper_style,
     style_of,
 )
-from simulator.predict.breakeven import GAIN
+from simulator.prediction.breakeven import GAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,8 +113,9 @@ def speedup_figure(
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.predict.breakeven`: there
-    and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
+    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.prediction.breakeven`.
+
+    There and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
 
     >>> pays_from([1, 2, 4, 8], [1.01, 0.98, 1.02, 1.1]), pays_from([1, 2], [1.1, 0.9])
     (2, None)

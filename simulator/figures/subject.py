@@ -11,7 +11,7 @@ from simulator.figures.titles import engine_title, model_title
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.predict.scenario import Scenario, profiles
+from simulator.prediction.scenario import Scenario, profiles
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms

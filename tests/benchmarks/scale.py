@@ -7,8 +7,8 @@ import resource
 import tempfile
 from pathlib import Path
 
-from simulator.predict.grid import Grid
-from simulator.predict.sweep import Summary, sweep
+from simulator.prediction.grid import Grid
+from simulator.prediction.sweep import Summary, sweep
 
 BATCHES, SEQS = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
 

@@ -15,7 +15,7 @@ import pytest
 import simulator
 from simulator.cli import run
 from simulator.figures.paper import FIGURES
-from simulator.predict.advise import advise
+from simulator.prediction.advise import advise
 
 Floor = Callable[..., None]
 DEVICES = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]

@@ -19,9 +19,9 @@ from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.batch import batch_with
-from simulator.predict.compare import compare
-from simulator.predict.sweep import compute_part, piece_results, pieces, sweep
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import compare
+from simulator.prediction.sweep import compute_part, piece_results, pieces, sweep
 from simulator.pruning import prune
 from simulator.uncertainty.operators import gemm_time
 

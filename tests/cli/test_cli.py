@@ -143,7 +143,7 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr("simulator.predict.table.table", broken)
+    monkeypatch.setattr("simulator.prediction.table.table", broken)
     monkeypatch.delenv("PRUNESIM_DEBUG", raising=False)
     _, err = cli(SPEEDUP, 1)
     assert err.count("\n") == 1

@@ -59,7 +59,7 @@ def temporary(folder: Path) -> list[Path]:
 
 
 def test_kills_of_a_sweep(tmp_path: Path) -> None:
-    """With workers; one process that is killed between two parts: tests/predict/test_sweep.py."""
+    """With workers; one process that is killed between two parts: tests/prediction/test_sweep.py."""
     pytest.importorskip("pyarrow")
     (tmp_path / "grid.yaml").write_text(GRID)
     line = "sweep grid.yaml -o out/t.parquet --jobs 2"

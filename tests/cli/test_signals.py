@@ -35,7 +35,7 @@ main()
 
 SWEEP = """
 import sys
-from simulator.predict import sweep, workers
+from simulator.prediction import sweep, workers
 from simulator.cli import main
 
 def waits(index):
@@ -53,7 +53,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.predict.table"])
+@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.prediction.table"])
 def test_an_interrupt_during_imports_is_one_line(name: str, python: Any) -> None:
     """Of the program, and of a command, where the callbacks of imports swallow exceptions."""
     status, out, lines = python(["-c", AT_IMPORT, name])

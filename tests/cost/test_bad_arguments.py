@@ -13,7 +13,7 @@ from operator_times import collective_time, decode_time, delta_net_time, element
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.scenario import Scenario
+from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

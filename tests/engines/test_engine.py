@@ -14,7 +14,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
 from simulator.errors import InputError
 from simulator.files.yaml import MAX_BYTES
-from simulator.predict.scenario import Scenario
+from simulator.prediction.scenario import Scenario
 from simulator.workload import ROLES
 
 pytestmark = pytest.mark.quick

@@ -26,8 +26,8 @@ from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.predictions import predictions
 from simulator.explore.state import State
-from simulator.predict.result import Result
-from simulator.predict.scenario import batch_name
+from simulator.prediction.result import Result
+from simulator.prediction.scenario import batch_name
 from simulator.units import percent, ratio, seconds
 
 PRUNESIM = (sys.executable, "-c", "import sys; sys.argv[0] = 'prunesim'; from simulator.cli import main; main()")

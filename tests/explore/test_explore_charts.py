@@ -30,8 +30,8 @@ from simulator.explore.predictions import curves, predictions, winners
 from simulator.explore.state import AXES, EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import STYLES, label
-from simulator.predict.explain import explanations
-from simulator.predict.gemms import gemm_points
+from simulator.prediction.explain import explanations
+from simulator.prediction.gemms import gemm_points
 from simulator.pruning import general_families
 from simulator.units import percent, ratio, seconds
 

@@ -27,7 +27,7 @@ from simulator.figures.speedup import speedup_figure
 from simulator.figures.style import COLUMN_IN, PAGE_IN, STYLES, in_order, style_of
 from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.predict.explain import explanations
+from simulator.prediction.explain import explanations
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:

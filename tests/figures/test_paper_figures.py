@@ -36,8 +36,8 @@ from simulator.figures.taxonomy import taxonomy_figure
 from simulator.figures.titles import device_title, engine_title
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.predict.explain import explanations
-from simulator.predict.scenario import Scenario
+from simulator.prediction.explain import explanations
+from simulator.prediction.scenario import Scenario
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.operators import gemm_time
 

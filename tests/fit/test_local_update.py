@@ -23,7 +23,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.batch import batch_with
+from simulator.prediction.batch import batch_with
 from simulator.uncertainty.factors import Uncertainty, correlation, in_order
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time

@@ -42,13 +42,13 @@ from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.headers import BITS
-from simulator.predict.grid import read_grid
-from simulator.predict.pareto import fronts, read_measured
-from simulator.predict.quality import choose_axis, load_quality, read_quality, table_text
-from simulator.predict.result import COLUMNS
-from simulator.predict.store import Store
-from simulator.predict.sweep import pieces, sweep_results
-from simulator.predict.where import parse_filter
+from simulator.prediction.grid import read_grid
+from simulator.prediction.pareto import fronts, read_measured
+from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
+from simulator.prediction.result import COLUMNS
+from simulator.prediction.store import Store
+from simulator.prediction.sweep import pieces, sweep_results
+from simulator.prediction.where import parse_filter
 from simulator.pruning._grammar import read_steps
 from simulator.pruning._steps import Step, prune_steps
 

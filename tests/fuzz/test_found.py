@@ -28,10 +28,10 @@ from simulator.figures.measured import read_measured_gemms
 from simulator.hardware.arrays import check_arrays, pack_arrays
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.predict.pareto import read_measured
-from simulator.predict.quality import load_quality
-from simulator.predict.store import NOTES_KEY, Store
-from simulator.predict.where import parse_filter
+from simulator.prediction.pareto import read_measured
+from simulator.prediction.quality import load_quality
+from simulator.prediction.store import NOTES_KEY, Store
+from simulator.prediction.where import parse_filter
 
 pytestmark = pytest.mark.quick
 

@@ -24,7 +24,7 @@ from simulator.models.difference import difference
 from simulator.models.headers import BITS, MAX_HEADER_BYTES, Tensor, read_headers
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
-from simulator.predict.table import table
+from simulator.prediction.table import table
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, Kernel
 

@@ -18,7 +18,7 @@ from simulator.models.forward import SPARSE
 from simulator.models.huggingface import ARCHITECTURES, MAX_FILE_BYTES, from_hf_config, read_config
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
-from simulator.predict.table import table
+from simulator.prediction.table import table
 from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick

@@ -20,7 +20,7 @@ from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
-from simulator.predict.speedup import speedup
+from simulator.prediction.speedup import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload

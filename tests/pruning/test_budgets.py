@@ -8,9 +8,9 @@ from tiny_decoder import GQA, workload
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.explain import explanations
-from simulator.predict.grid import Grid
-from simulator.predict.table import table
+from simulator.prediction.explain import explanations
+from simulator.prediction.grid import Grid
+from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.workload import Kind, Workload
 

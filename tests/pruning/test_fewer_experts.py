@@ -7,7 +7,7 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.table import table
+from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.pruning._methods import METHODS
 from simulator.workload import ROLES, Workload

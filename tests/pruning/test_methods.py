@@ -10,11 +10,11 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.predict.batch import batch_of, rejecting
-from simulator.predict.explain import explanations
-from simulator.predict.prunings import Pruning
-from simulator.predict.scenario import Scenario
-from simulator.predict.table import table
+from simulator.prediction.batch import batch_of, rejecting
+from simulator.prediction.explain import explanations
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.scenario import Scenario
+from simulator.prediction.table import table
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 from simulator.workload import Kind, Workload

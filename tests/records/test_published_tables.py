@@ -16,7 +16,7 @@ from calibration.measurements import serving as made
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.predict.quality import parse_options
+from simulator.prediction.quality import parse_options
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import DTYPES
 

@@ -35,8 +35,8 @@ from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
-from simulator.predict.scenario import Scenario  # noqa: E402
-from simulator.predict.speedup import speedup  # noqa: E402
+from simulator.prediction.scenario import Scenario  # noqa: E402
+from simulator.prediction.speedup import speedup  # noqa: E402
 
 HW = load_hardware("a100")
 

@@ -37,7 +37,7 @@ from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill,
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.block import Block, Latent  # noqa: E402
-from simulator.predict.scenario import Scenario  # noqa: E402
+from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._grammar import read_steps  # noqa: E402
 from simulator.pruning._steps import in_order  # noqa: E402

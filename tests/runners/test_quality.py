@@ -22,7 +22,7 @@ from calibration.runners.decoder.run import window_logits  # noqa: E402
 from calibration.runners.quality import decoder_of, load_model, load_windows, logits_of, read_text, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.predict.quality import load_quality  # noqa: E402
+from simulator.prediction.quality import load_quality  # noqa: E402
 
 CONFIG = replace(
     decoder_reference.CONFIG,

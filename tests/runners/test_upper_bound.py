@@ -32,7 +32,7 @@ from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.predict.scenario import Scenario
+from simulator.prediction.scenario import Scenario
 from simulator.workload import Kernel, Kind, Workload
 
 MODEL = "smollm2-135m"

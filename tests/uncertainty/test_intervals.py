@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.engines.engine import list_engines
-from simulator.predict.batch import batch_with
-from simulator.predict.compare import SAME_SHAPE, compare
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import SAME_SHAPE, compare
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes

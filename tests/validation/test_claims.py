@@ -24,8 +24,8 @@ from calibration.validation.claims import (
     order_outcome,
 )
 from simulator.cli import run
-from simulator.predict.pareto import Front, Point, bands, marked
-from simulator.predict.quality import Axis
+from simulator.prediction.pareto import Front, Point, bands, marked
+from simulator.prediction.quality import Axis
 
 WHERE = ("m", "h", "prefill", 1, 1, "vllm")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import simulator
 from calibration.validation.comparisons import TOLERANCE, Comparisons, compare_family, in_order
 from simulator.arrays import FloatArray
-from simulator.predict.pareto import frontier
+from simulator.prediction.pareto import frontier
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("depth", "width", "dynamic_depth", "low_rank")

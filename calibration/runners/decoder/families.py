@@ -24,7 +24,7 @@ from calibration.runners.decoder.run import Rule
 from calibration.runners.decoder.widths import GroupRouting
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
-from simulator.predict.scenario import one_of
+from simulator.prediction.scenario import one_of
 from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import Step

@@ -24,7 +24,7 @@ from calibration.runners.decoder.model import Decoder, random_decoder
 from calibration.runners.decoder.run import decode, prefill
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.predict.scenario import one_of
+from simulator.prediction.scenario import one_of
 from simulator.pruning._steps import Step
 from simulator.workload import PHASES, ROLES, Kind, Workload
 

@@ -1,0 +1,170 @@
+"""Prune every request of a scenario by every pruning, in few calls, into one batch of workloads.
+
+Use :func:`batch_of`. Most families depend only on widths, heads and layers, which all requests of a model share. One
+call of such a family prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from simulator.arguments import instance, listed
+from simulator.arrays import IndexArray
+from simulator.cost.forward import refusal
+from simulator.errors import InputError
+from simulator.models.library import load_model
+from simulator.prediction.prunings import Pruning, check_alike
+from simulator.prediction.scenario import Scenario
+from simulator.workload import Kernel, Workload, role_code
+from simulator.workload_batch import WorkloadBatch
+
+Group = tuple[int, ...]
+"""Indices of some requests of a scenario."""
+
+Together = Mapping[str, Sequence[tuple[Group, Workload]]]
+"""``Family.together`` -> the requests of each call, and their rows as one workload."""
+
+Reject = Callable[[int | None, str, str], None]
+"""Receives an exclusion: index of the pruning (None: the dense model), reason, and device ("": all). It may raise."""
+
+
+def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
+    """Raise InputError: the default :data:`Reject`."""
+    raise InputError(reason)
+
+
+def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
+    """Return the dense workloads of a scenario, one per shape, then their pruned versions by pruning; versions that a
+    family or the engine does not support go to ``reject``.
+
+    >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
+    >>> batch = batch_of(scenario, [Pruning.of("depth", 0.25), Pruning.of("width", 0.5)], rejecting)
+    >>> batch.pruning.tolist(), batch.dense.tolist()
+    ([-1, -1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1])
+    """
+    dense = WorkloadBatch.of(scenario.workloads)
+    if unable := refusal(dense):
+        reject(None, unable, "")
+    together = _together(scenario, {p.together for p in prunings if p.model is None})
+    found = [dense]
+    for i, pruning in enumerate(prunings):
+        reasons: dict[str, None] = {}
+        for group, rows, lengths in _parts(scenario, pruning, together, reasons):
+            batch = _pruned(scenario, group, rows, lengths, pruning, i)
+            # other prunings have the number formats of the dense model
+            other = pruning.model is not None or (rows.kernel == Kernel.SPARSE24).any()
+            if reason := unable or (refusal(batch) if other else ""):
+                reasons[reason] = None
+            else:
+                found.append(batch)
+        for reason in reasons:
+            reject(i, reason, "")
+    return WorkloadBatch.join(found)
+
+
+def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
+    """Return a dense workload and its pruned versions, of one request; pruning ``i`` is the i-th version."""
+    versions = listed("pruned", pruned)
+    instance("dense", dense, Workload, "simulator.lower")
+    for w in versions:
+        check_alike(dense, instance("pruned", w, Workload, "simulator.lower"))
+    of_dense, pruning = np.zeros(1 + len(versions), dtype=np.intp), np.arange(-1, len(versions))
+    return replace(WorkloadBatch.of([dense, *versions]), dense=of_dense, pruning=pruning)
+
+
+def _pruned(
+    scenario: Scenario, group: Group, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
+) -> WorkloadBatch:
+    """Return the batch of a group of pruned requests."""
+    many, steps = len(group), rows.meta.applied
+    return WorkloadBatch(
+        rows=rows,
+        lengths=lengths,
+        sequences=np.array([scenario.shapes[i][0] for i in group], dtype=np.intp),
+        dense=np.array(group, dtype=np.intp),
+        pruning=np.full(many, index),
+        sparsity=np.full(many, pruning.requested(rows)),
+        realised=np.full(many, 1.0 - math.prod(1.0 - step.realised for step in steps)),
+    )
+
+
+def _together(scenario: Scenario, names: Collection[str]) -> Together:
+    shapes, workloads = scenario.shapes, scenario.workloads
+
+    def joined(group: Group) -> Workload:
+        if len(group) == 1:
+            return workloads[group[0]]
+        meta = replace(workloads[group[0]].meta, batch=max(shapes[i][0] for i in group))
+        return Workload.concat([workloads[i] for i in group], meta=meta)
+
+    groups = {"any": [tuple(range(len(shapes)))], "equal length": _by_length(shapes)}
+    return {name: [(group, joined(group)) for group in groups[name]] for name in names}
+
+
+def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
+    groups: list[list[int]] = []
+    for length in dict.fromkeys(seq for _, seq in shapes):
+        first = len(groups)
+        for i in sorted((i for i, (_, seq) in enumerate(shapes) if seq == length), key=lambda i: shapes[i][0]):
+            # token pruning distinguishes rows of all tokens from rows of one token per sequence by their number
+            if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
+                groups.append([])
+            groups[-1].append(i)
+    return [tuple(g) for g in groups]
+
+
+Part = tuple[Group, Workload, IndexArray]
+"""Requests, their pruned rows, and rows of each."""
+
+
+def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[Part]:
+    """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
+    if pruning.model is not None:
+        pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
+        return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
+    model = load_model(scenario.model)
+    if lacks := pruning.lacking(model):
+        reasons[lacks] = None
+        return []
+    call = partial(pruning.apply, scenario=scenario)
+    return [part for group, rows in together[pruning.together] for part in _prune(scenario, group, rows, call, reasons)]
+
+
+def _prune(
+    scenario: Scenario, group: Group, rows: Workload, call: Callable[[Workload], Workload], reasons: dict[str, None]
+) -> list[Part]:
+    """Prune a group in one call if possible, else in one call per request."""
+    try:
+        pruned = call(rows)
+    except InputError as error:
+        reasons[str(error)] = None
+        if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
+            return []  # the sparsity is the reason, not the request
+    else:
+        lengths = _lengths(pruned, 2 if scenario.phase in ("generate", "serve") else 1, len(group))
+        if lengths is not None:
+            return [(group, pruned, lengths)]
+    return [part for i in group for part in _prune(scenario, (i,), scenario.workloads[i], call, reasons)]
+
+
+def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
+    try:
+        call(dense)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _lengths(pruned: Workload, passes: int, many: int) -> IndexArray | None:
+    """Return the number of rows of each of ``many`` requests, whose passes begin with an embedding; else None."""
+    if many == 1:
+        return np.array([len(pruned)])
+    begins = np.flatnonzero(pruned.role == role_code("embedding")[0])
+    if len(begins) != passes * many or begins[0] != 0:
+        return None
+    return np.diff(np.append(begins[::passes], len(pruned)))

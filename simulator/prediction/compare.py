@@ -1,0 +1,298 @@
+"""Compare the workloads of a batch with their dense workloads, into :class:`~simulator.prediction.result.Results`.
+
+Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device that follow from
+times. :func:`against` compares pruned workloads with each other: errors that two of them share cancel in their ratio,
+so its interval is narrower than the interval of either speedup. Equal shapes are timed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import SECONDS, number
+from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.cost.base import BOTTLENECKS
+from simulator.cost.forward import ForwardPass, by_kind, section_of
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.hardware.formats import label_of
+from simulator.prediction.batch import Reject, rejecting
+from simulator.prediction.parts import removed_parts, sizes
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.result import COLUMNS, Labels, Results
+from simulator.prediction.scenario import Scenario
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.intervals import Inferred, prediction_intervals
+from simulator.workload import DTYPES, Kind
+from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, sums, weights_bytes
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+SAME_SHAPE = 0.99
+"""Correlation of the errors of equal operators in two workloads; the kernels around them differ."""
+
+# fmt: off
+PARTS: Mapping[str, str] = MappingProxyType({
+    "gemm": "GEMMs", "experts": "experts",
+    "attention_prefill": "prefill attention", "attention_decode": "decode attention",
+    "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
+    "elementwise": "elementwise operators", "delta_net": "gated delta nets",
+})
+# fmt: on
+"""Section of a profile -> name of its operators in notes."""
+
+SMALL_SHARE = 0.05
+"""Share of the time below which operators with default constants do not count: results are calibrated."""
+
+NAMED_SHARE = 0.01
+"""Share of the time from which operators with default constants are named."""
+
+
+def compare(
+    batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
+) -> tuple[dict[str, Array], Inferred | None]:
+    """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
+    index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``PARTS``), on one device; and what is
+    inferred from a measured time.
+
+    ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
+    workload that cannot run.
+    """
+    p, dense = forward_passes(batch, hw, level), batch.dense
+    if dense_s is not None:
+        number("dense_s", dense_s, SECONDS)
+    found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
+    tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
+    code, share = p.bottleneck
+    default_parts, default_share = _uncalibrated(p, dense)
+    roofline_bound = batch.bound(p.ideal_s)
+    gain = roofline_bound - 1.0
+    efficiency = np.divide(found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9)
+    return {
+        "dense_s": found.seconds[dense],
+        "dense_lower": found.lower[dense],
+        "dense_upper": found.upper[dense],
+        "pruned_s": found.seconds,
+        "pruned_lower": found.lower,
+        "pruned_upper": found.upper,
+        "speedup": found.ratio,
+        "speedup_lower": found.ratio_lower,
+        "speedup_upper": found.ratio_upper,
+        "roofline_bound": roofline_bound,
+        "bottleneck": code,
+        "bottleneck_share": share,
+        "efficiency": efficiency,
+        "calibrated": default_share < SMALL_SHARE,
+        "uncalibrated": default_parts,
+        "uncalibrated_share": default_share,
+        "tokens_per_s": tokens_per_s,
+        "ttft_s": ttft_s,
+        "tpot_s": tpot_s,
+        "dense_tokens_per_s": tokens_per_s[dense],
+        "dense_ttft_s": ttft_s[dense],
+        "dense_tpot_s": tpot_s[dense],
+    }, found.inferred
+
+
+def results_of(
+    batch: WorkloadBatch,
+    prunings: Sequence[Pruning],
+    hardware: Sequence[HardwareProfile],
+    scenario: Scenario,
+    reject: Reject = rejecting,
+) -> Results:
+    """Return the results of the pruned workloads of a batch by request (shapes of the scenario), pruning and device;
+    prunings that a device cannot run go to ``reject``."""
+    found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, scenario, reject)]
+    if not found:
+        return Results.empty()
+    device = np.concatenate([np.full(len(at), d) for d, at, _ in found])
+    at = np.concatenate([at for _, at, _ in found])
+    order = np.lexsort((device, batch.pruning[at], batch.dense[at]))
+    device, at = device[order], at[order]
+    columns: dict[str, Array | Labels] = {
+        name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in found[0][2]
+    }
+    columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
+    columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
+    columns["uncalibrated"] = _names(columns["uncalibrated"])
+    columns["batch"], columns["seq"] = np.array(scenario.shapes, dtype=np.int64)[batch.dense[at]].T
+    columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
+    columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
+    columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
+    columns |= _memory(batch, at, np.array([float(hw.memory_bytes) for hw in hardware])[device])
+    return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
+
+
+def against(
+    batch: WorkloadBatch, hw: HardwareProfile, others: Sequence[IndexArray], level: float = 0.9
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the log speedup (R, W) of every workload of a batch over R others of the batch, indices (W,) each, and the
+    half-widths of its interval below and above."""
+    p, every = forward_passes(batch, hw, level), []
+    for other in others:
+        found = prediction_intervals(p, level, other, *_alike(other, p))
+        middle = np.log(found.ratio)
+        every.append((middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle))
+    middle, below, above = (np.stack(part) for part in zip(*every))
+    return middle, below, above
+
+
+def _timed(
+    batch: WorkloadBatch, hw: HardwareProfile, scenario: Scenario, reject: Reject
+) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
+    """Yield indices of pruned workloads of a batch, and their columns on a device."""
+    dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
+    if not len(pruned):
+        return
+
+    def timed(at: IndexArray) -> dict[str, Array]:
+        some = batch if at is pruned else batch.take(np.concatenate([dense, at]))
+        columns, _ = compare(some, hw, scenario.level, scenario.dense_s)
+        return {name: column[len(dense) :] for name, column in columns.items()}
+
+    try:
+        yield pruned, timed(pruned)
+        return
+    except InputError:
+        requested = np.unique(batch.pruning[pruned]).tolist()
+    try:
+        timed(pruned[:0])
+    except InputError as error:
+        for i in (None, *requested):
+            reject(i, str(error), hw.label)
+        return
+    for i in requested:
+        at = np.flatnonzero(batch.pruning == i)
+        try:
+            yield at, timed(at)
+        except InputError as error:
+            reject(i, str(error), hw.label)
+
+
+def _identity(
+    batch: WorkloadBatch,
+    prunings: Sequence[Pruning],
+    hardware: Sequence[HardwareProfile],
+    device: IndexArray,
+    at: IndexArray,
+    ideal: bool,
+) -> dict[str, Array | Labels]:
+    """Return the columns that identify some predictions of a batch."""
+    meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
+    weights, cache = _formats(batch)
+    columns: dict[str, Array | Labels] = {
+        "hardware": Labels(device.astype(np.int32), tuple(hw.label for hw in hardware)),
+        "family": Labels(pruning, tuple(p.family for p in prunings)),
+        "options": Labels(pruning, tuple(p.label for p in prunings)),
+        "method": Labels(pruning, tuple(p.method for p in prunings)),
+        "prune": Labels(pruning, tuple(p.prune for p in prunings)),
+        "parts": Labels(pruning, _parts(batch, prunings)),
+        "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
+        "new_tokens": np.full(len(at), meta.new_tokens),
+        "devices": np.full(len(at), meta.devices),
+        "ideal": np.full(len(at), ideal),
+    }
+    equal, none = {"model": meta.model, "engine": load_engine(meta.engine).name}, np.zeros(len(at), dtype=np.int32)
+    equal |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
+    for name, text in {**equal, "parallel": meta.parallel}.items():
+        columns[name] = Labels(none, (text,))
+    return columns
+
+
+def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
+    """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
+    out, dense = [""] * len(prunings), dict[int, dict[str, float]]()
+    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
+        first = int(np.argmax(batch.pruning == i))
+        of = int(batch.dense[first])
+        if of not in dense:
+            dense[of] = sizes(batch.rows.take(batch.rows_of(of)))
+        steps = () if prunings[i].model else prunings[i].steps
+        out[i] = removed_parts(steps, dense[of], batch.rows.take(batch.rows_of(first)))
+    return tuple(out)
+
+
+def _formats(batch: WorkloadBatch) -> tuple[str, str]:
+    """Return the number formats of the layers' weights (of routed experts, if the model has some) and of the cache."""
+    rows, first = batch.rows, slice(int(batch.lengths[0]))
+    kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
+    experts, gemm = kind == Kind.EXPERTS, (kind == Kind.GEMM) & (rows.layer[first] >= 0)
+    weights, caches = formats[experts if experts.any() else gemm], formats[rows.is_attention[first]]
+    return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
+
+
+def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[str, Array | Labels]:
+    """Return the memory columns of some workloads and their dense workloads; ``capacity`` in bytes per workload."""
+    cache, activations = cache_bytes(batch), activation_bytes(batch)
+    needed = weights_bytes(batch) + cache + activations + RESERVE_BYTES
+    # a further sequence needs its cache and its activations; serve computes prompts one by one
+    each = (cache + (0.0 if batch.rows.meta.phase == "serve" else activations)) / batch.sequences
+    columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}
+    for name, which in (("dense", batch.dense[at]), ("pruned", at)):
+        columns[f"{name}_memory_bytes"] = needed[which]
+        columns[f"{name}_fits"] = needed[which] <= capacity
+        left = np.maximum(capacity - (needed[which] - batch.sequences[which] * each[which]), 0.0)
+        columns[f"{name}_largest_batch"] = np.floor(left / np.maximum(each[which], 1.0) + 1e-9).astype(np.int64)
+    return columns
+
+
+def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
+    """Return for each workload and its dense workload together which operators have default constants, one bit per
+    entry of :data:`PARTS`, and their share of the time, of the two the larger."""
+    (w, which), many = p.workloads.shapes, len(PARTS)
+    part, places = np.full(len(w), many), {name: i for i, name in enumerate(PARTS)}
+    for kind, rows, dtype, weight in by_kind(w):
+        name = section_of(w, int(rows[0]))
+        label = label_of(dtype, weight) if kind in (Kind.GEMM, Kind.EXPERTS) else dtype
+        if name and p.hw.section(name, label).status == "default":
+            part[rows] = places[name]
+    if (part == many).all():
+        none = np.zeros(len(p.workloads))
+        return none.astype(np.intp), none
+    spent = sums(p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1))[:, :many]
+    share = spent * (p.device_share / np.maximum(p.device_s, 1e-300))[:, None]
+    both = np.maximum(share, share[dense])
+    total = share.sum(axis=1)
+    return (both >= NAMED_SHARE) @ (1 << np.arange(many)), np.maximum(total, total[dense])
+
+
+def _names(codes: Array | Labels) -> Labels:
+    """Return sets of :data:`PARTS`, one bit each, as texts joined by "+"."""
+    found, place = np.unique(np.asarray(codes), return_inverse=True)
+    texts = ("+".join(name for i, name in enumerate(PARTS) if code >> i & 1) for code in found.tolist())
+    return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
+
+
+def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Return the correlation (W, G) of errors of groups with those of another workload, and whether (W,) the host
+    launches another mix of kernels."""
+    groups, spent = p.workloads.groups, p.group_s
+    each = spent / np.maximum(groups.count, 1e-300)
+    equal = np.abs(each - each[other]) <= 1e-9 * each[other]
+    untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
+    same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
+    return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
+
+
+def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
+    phases. In serve, a request waits for a share of the other prompts before its first token, for the rest between its
+    tokens."""
+    meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
+    sequences = p.workloads.sequences.astype(np.float64)
+    if meta.phase == "prefill":
+        return none, seconds, none
+    if meta.phase == "decode":
+        return sequences / seconds, none, seconds
+    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
+    steps, first = float(meta.new_tokens), prefill
+    if meta.phase == "serve":
+        first = prefill / sequences * (1.0 + p.engine.prefill_wait.value * (sequences - 1.0))
+    return sequences * steps / seconds, first, (prefill - first + decode) / steps

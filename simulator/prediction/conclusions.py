@@ -1,0 +1,312 @@
+"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals.
+
+Use :func:`of_speedups`, :func:`of_advice` and :func:`of_fronts`;
+:func:`simulator.prediction.explain.conclusions` is that of ``explain``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from simulator.display import few, with_and
+from simulator.prediction.scenario import setting
+from simulator.units import percent, ratio, seconds
+
+if TYPE_CHECKING:
+    from simulator.prediction.advise import Advice, Advised
+    from simulator.prediction.configurations import Configuration, Target
+    from simulator.prediction.pareto import Front, Point
+    from simulator.prediction.reach import Reach
+    from simulator.prediction.result import HasResult, Result
+
+T = TypeVar("T", bound="HasResult")
+
+NAMED = 4
+"""Settings or models that a sentence names; of more it states the number."""
+
+
+MOST_FRONTS = 3
+"""Frontiers with a sentence and a table of their own, and predictions or settings with a sentence."""
+
+
+def speedup_text(r: Result | Point) -> str:
+    """Return a speedup with its interval."""
+    return f"{ratio(r.speedup)}x ({ratio(r.speedup_lower)}-{ratio(r.speedup_upper)})"
+
+
+def probability_text(probability: float) -> str:
+    """Return a probability in percent.
+
+    >>> probability_text(0.523), probability_text(0.9999), probability_text(1e-5)
+    ('52 %', '> 99 %', '< 1 %')
+    """
+    return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
+
+
+def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
+    """Return how much faster each pruning is: a sentence for each of a few, and of many the fastest of each of a few
+    settings, or of all, with the number of gains and losses.
+
+    ``clauses``, one for each result, end its sentence, such as whether the engine runs it.
+
+    >>> from simulator import table
+    >>> print(of_speedups(list(table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode")))[0][:74])
+    depth at 25 % makes llama-3.1-8b 1.26x faster (1.21-1.29) on h100_sxm in v
+    """
+    ends = dict(zip(results, clauses))
+    if len(results) <= MOST_FRONTS:
+        return [f"{_one(r)}{ends.get(r, '')}." for r in results]
+    groups: dict[str, list[Result]] = {}
+    for r in results:
+        groups.setdefault(
+            f"{setting(r)}" if len({x.model for x in results}) == 1 else f"{setting(r)} of {r.model}", []
+        ).append(r)
+    if len(groups) <= MOST_FRONTS:
+        return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
+    best = max(results, key=lambda r: r.speedup)
+    return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
+
+
+def _one(r: Result) -> str:
+    where = f"on {setting(r)}, {r.bottleneck}-bound"
+    if r.speedup_upper < 1.0:
+        text = f"makes {r.model} slower: {speedup_text(r)} {where}"
+    elif r.speedup_lower <= 1.0:
+        text = f"does not surely make {r.model} faster: {speedup_text(r)} {where}"
+    else:
+        ends = f"({ratio(r.speedup_lower)}-{ratio(r.speedup_upper)})"
+        text = f"makes {r.model} {ratio(r.speedup)}x faster {ends} {where}"
+    return f"{r.pruning} {text}"
+
+
+def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
+    best = max(some, key=lambda r: r.speedup)
+    gains, losses = (sum(test) for test in ([r.speedup_lower > 1 for r in some], [r.speedup_upper < 1 for r in some]))
+    counts = f"{gains} of {len(some)} are faster with their whole interval" + (f", {losses} slower" if losses else "")
+    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
+
+
+def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
+    """Return what is held of each setting (device, engine and request), in its order."""
+    groups: dict[str, list[T]] = {}
+    for one in held:
+        groups.setdefault(setting(one.result), []).append(one)
+    return groups
+
+
+def of_advice(found: Advised, target: Target) -> list[str]:
+    """Return the least pruning that reaches a target with its probability, or how close the best comes; and what
+    reaches it without pruning. Of given prunings, return which reach it, and by how much others miss it.
+
+    >>> from simulator.prediction.advise import advise
+    >>> from simulator.prediction.configurations import Target
+    >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], [8], family=["depth"])
+    >>> print(of_advice(found, Target(1.3))[0][:100])
+    The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm (decode, batch 8, seq 2048)
+    """
+    if found.given:
+        return _given(found.given, target)
+    groups = settings_of(found.advice)
+    enough = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
+    if not groups:
+        return [_on_all(found.configurations, target), enough] if found.configurations else [enough]
+    if len(groups) == 1:
+        ((where, group),) = groups.items()
+        return [_least(shapes_on(found, where), group, where, target), _surely(group), _unpruned(found), enough]
+    return [_on_all(found.configurations, target), _one_by_one(groups, target), enough]
+
+
+def _given(given: Sequence[Reach], target: Target) -> list[str]:
+    """Return which given prunings reach a target: by setting if there is one, else by pruning."""
+    groups = settings_of(given)
+    texts: dict[str, list[Reach]] = {}
+    for one in given:
+        texts.setdefault(one.result.pruning, []).append(one)
+    if len(groups) > 1:
+        best = sorted(texts.values(), key=lambda some: (-sum(one.reached for one in some), -some[0].margin))
+        return [_over_settings(some, target) for some in best[:MOST_FRONTS]]
+    ((where, group),) = groups.items()
+    reached, missed = ([one for one in group if one.reached is wanted] for wanted in (True, False))
+    first = group[0].result
+    if len(group) == 1:
+        verb = "reaches" if reached else "does not reach"
+        return [f"{first.pruning} {verb} {target.text} for {first.model} on {where}: {_short(group[0])}."]
+    verb = "reaches" if len(reached) == 1 else "reach"
+    start = f"{len(reached) or 'None'} of {len(group)} prunings of {first.model} {verb} {target.text} on {where}"
+    best_of = f"; the fastest is {reached[0].result.pruning}: {_short(reached[0])}" if reached else ""
+    closest = "closest of the others" if reached else "closest"
+    others = f"The {closest} is {missed[0].result.pruning}: {_short(missed[0])}." if missed else ""
+    return [f"{start}{best_of}.", others]
+
+
+def _over_settings(some: Sequence[Reach], target: Target) -> str:
+    """Return on how many settings a given pruning reaches a target, and its best and worst prediction."""
+    reached, name = sum(one.reached for one in some), some[0].result
+    start = f"{name.pruning} {'reaches' if reached else 'does not reach'} {target.text} for {name.model} on"
+    if len(some) == 1:  # others cannot run it
+        return f"{start} {setting(name)}: {_short(some[0])}."
+    count = (
+        f"{reached} of {len(some)}"
+        if 0 < reached < len(some)
+        else f"all {len(some)}"
+        if reached
+        else f"any of {len(some)}"
+    )
+    best, worst = (pick(some, key=lambda one: one.margin) for pick in (max, min))
+    ends = f"best: {_short(best)} on {setting(best.result)}; worst: {_short(worst)} on {setting(worst.result)}"
+    return f"{start} {count} settings; {ends}."
+
+
+def _short(one: Reach) -> str:
+    """Return a predicted speedup, by how much it misses the target, and the probability of reaching the target."""
+    short = f", {percent(-one.margin)} short" if one.margin < 0.0 else ""
+    return f"{speedup_text(one.result)}{short}, probability {probability_text(one.probability)}"
+
+
+def shapes_on(found: Advised, where: str) -> list[Configuration]:
+    """Return the configurations as predicted for one setting."""
+    return [c for c in found.configurations if setting(c.result) == where]
+
+
+def _least(shapes: Sequence[Configuration], group: Sequence[Advice], where: str, target: Target) -> str:
+    """Return the least pruning of one setting, or the fastest."""
+    best = group[0]
+    start = f"The least pruning of {best.result.model} that reaches {target.text} on {where} is"
+    if shapes:
+        c = shapes[0]
+        what = f"{c.configuration}: {c.shapes}, {percent(c.kept)} of the parameters kept"
+        return f"{start} {what}; predicted {_reached(c.result, c.probability)}."
+    if best.reached:
+        what = f"{best.result.family} at {percent(best.result.sparsity)}"
+        return f"{start} {what}; predicted {_reached(best.result, best.probability)}."
+    return f"No pruning of {best.result.model} reaches {target.text} on {where}; the closest is {_closest(group)}."
+
+
+def _reached(r: Result, probability: float) -> str:
+    return f"{speedup_text(r)}, {seconds(r.pruned_s)}, probability {probability_text(probability)}"
+
+
+def _closest(group: Sequence[Advice]) -> str:
+    best = max(group, key=lambda a: a.result.speedup)
+    r = best.result
+    return f"{r.family} at {percent(r.sparsity)}: {_reached(r, best.probability)}"
+
+
+def _surely(group: Sequence[Advice]) -> str:
+    """Return the minimum sparsity at which the whole interval of a family reaches the target."""
+    sure = [(a.sure_sparsity, a.result.family) for a in group if a.sure_sparsity is not None]
+    if not group[0].reached:
+        return ""
+    if not sure:
+        return "No family reaches it with its whole interval."
+    sparsity, family = min(sure)
+    return f"With the whole interval, {family} reaches it from {percent(sparsity)}."
+
+
+def _unpruned(found: Advised) -> str:
+    """Return the number format that reaches the target without pruning, if any."""
+    best = next((o for o in found.alternatives if o.reached and o.what.startswith("no pruning")), None)
+    return f"Without pruning, {best.what.partition(', ')[2]} give {speedup_text(best.result)}." if best else ""
+
+
+def _on_all(shapes: Sequence[Configuration], target: Target) -> str:
+    """Return the configuration that reaches the target on all settings with most parameters, if any."""
+    if not shapes:
+        return ""
+    mine = [c for c in shapes if c.configuration == shapes[0].configuration]
+    c = min(mine, key=lambda c: c.probability)
+    least = f"The least pruning of {c.result.model} that reaches {target.text} on all {len(mine)} settings is"
+    what = f"{c.configuration}: {c.shapes}, {percent(c.kept)} of the parameters kept"
+    return f"{least} {what}; least sure on {setting(c.result)}: {_reached(c.result, c.probability)}."
+
+
+def _one_by_one(groups: Mapping[str, Sequence[Advice]], target: Target) -> str:
+    """Return the settings that need least and most pruning by themselves, and those that do not reach the target."""
+    reached = {where: group[0].result for where, group in groups.items() if group[0].reached}
+    missed = {where: group for where, group in groups.items() if where not in reached}
+    parts = []
+    if reached:
+        low, high = (pick(reached, key=lambda where: reached[where].sparsity) for pick in (min, max))
+        ends = [f"{reached[w].family} at {percent(reached[w].sparsity)} on {w}" for w in dict.fromkeys((low, high))]
+        parts.append(f"setting by setting, {target.text} takes {' to '.join(ends)}")
+    if missed:
+        where = max(missed, key=lambda w: missed[w][0].result.speedup)
+        closest = f"the closest is {_closest(missed[where])} on {where}"
+        parts.append(f"{len(missed)} of {len(groups)} settings do not reach it by any family; {closest}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[str]:
+    """Return which models are on each frontier and the best trade, which is the most speedup (its log) per loss; or
+    with ``max_loss`` the fastest model with at most this loss."""
+    if len(fronts) <= MOST_FRONTS:
+        return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
+    best: dict[str, list[Point]] = {}
+    for front in fronts:
+        if trade := best_trade(front) if max_loss is None else fastest_within(front, max_loss):
+            best.setdefault(trade.name, []).append(trade)
+    order = sorted(best.values(), key=len, reverse=True)
+    named = [
+        f"{some[0].name} on {len(some)} of {len(fronts)} settings ({_range([p.speedup for p in some])})"
+        for some in order[:NAMED]
+    ]
+    if max_loss is not None:
+        start = f"The fastest with at most {percent(max_loss)} loss of {fronts[0].axis.metric}"
+        return [f"{start}: {', '.join(named) or 'none is faster than the dense model'}."]
+    often = _by_method([p for front in fronts for p in front.points if p.optimal])
+    return [
+        f"The best trade, most speedup per loss of {fronts[0].axis.metric}: {', '.join(named) or 'none'}.",
+        f"On at least one frontier: {often or 'only the dense model'}.",
+    ]
+
+
+def _front(front: Front) -> str:
+    own = [p for p in front.points if p.optimal]
+    where = f"On {setting(front)}"
+    if not own:
+        return f"{where}, no pruned {front.model} is on the frontier: none is faster at its loss than the dense model."
+    text = f"{where}, {len(own)} of {len(front.points)} pruned {front.model} are on the frontier: {_by_method(own)}"
+    trade = best_trade(front)
+    if trade is None:
+        return f"{text}; none is faster than the dense model."
+    return (
+        f"{text}; best trade: {trade.name}, {speedup_text(trade)} at {percent(trade.loss)} loss of {front.axis.metric}."
+    )
+
+
+def _within(front: Front, max_loss: float) -> str:
+    best = fastest_within(front, max_loss)
+    kept = f"{front.model} with at most {percent(max_loss)} loss of {front.axis.metric}"
+    if best is None:
+        return f"On {setting(front)}, no pruned {kept} is faster than the dense model."
+    return f"On {setting(front)}, the fastest {kept} is {best.name}: {speedup_text(best)} at {percent(best.loss)} loss."
+
+
+def _by_method(points: Sequence[Point]) -> str:
+    """Return methods with their sparsities, by the smallest loss of each."""
+    methods: dict[str, dict[float, None]] = {}
+    for p in sorted(points, key=lambda p: p.loss):
+        methods.setdefault(p.method, {})[100.0 * p.sparsity] = None
+    return few((f"{name} {with_and([f'{s:.3g}' for s in sorted(of)])} %" for name, of in methods.items()), 2 * NAMED)
+
+
+def best_trade(front: Front) -> Point | None:
+    """Return the point of a frontier with the largest log speedup per loss, preferably one whose whole interval is a
+    gain; None if no point is faster than the dense model."""
+    faster = [p for p in front.points if p.optimal and p.speedup > 1.0]
+    certain = [p for p in faster if p.speedup_lower > 1.0]
+    return max(certain or faster, key=lambda p: math.log(p.speedup) / max(p.loss, 1e-3), default=None)
+
+
+def fastest_within(front: Front, max_loss: float) -> Point | None:
+    """Return the fastest point of a frontier with at most this loss; None if none is faster than the dense model."""
+    faster = [p for p in front.points if p.optimal and p.speedup > 1.0 and p.loss <= max_loss]
+    return max(faster, key=lambda p: p.speedup, default=None)
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = ratio(min(values)), ratio(max(values))
+    return f"{low}x" if low == high else f"{low}-{high}x"

@@ -1,0 +1,141 @@
+"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the time.
+
+Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a
+roofline. Both call the array function :func:`simulator.gemm_time`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.cost.gemm_shapes import Options
+from simulator.prediction.scenario import once, one_of, profiles, whole_number
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import STEPS, gemm_predicted
+from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+
+@dataclass(frozen=True)
+class GemmPoints:
+    """GEMM shapes of a workload on a roofline."""
+
+    role: tuple[str, ...]
+    intensity: NDArray[np.float64]  # FLOP/byte
+    achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
+    share: NDArray[np.float64]  # of the GEMM time
+
+
+@dataclass(frozen=True)
+class GemmRecord:
+    """One GEMM y[M,N] = x[M,K] w[K,N] on one device."""
+
+    m: int
+    n: int
+    k: int
+    hardware: str
+    dtype: str
+    weight_dtype: str
+    semi_structured: bool  # 2:4 weights on sparse tensor cores
+    cold: bool  # weights come from memory, not from the L2 cache
+    seconds: float
+    lower_s: float
+    upper_s: float
+    roofline_s: float
+    bottleneck: str
+    flop_per_s: float  # FLOPs without multiplications by zero, over the time
+    peak_flop_per_s: float  # dense datasheet rate
+    clock_headroom: float  # highest clock over the clock of the datasheet rate
+    bandwidth_bytes_per_s: float
+    intensity: float  # FLOP/byte
+    steps_s: Mapping[str, float]  # time with each effect and all previous ones
+
+
+def gemm_table(
+    m: Sequence[int],
+    n: Sequence[int],
+    k: Sequence[int],
+    hardware: Sequence[str | HardwareProfile],
+    *,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    semi_structured: bool = False,
+    cold: bool = True,
+    level: float = 0.9,
+) -> tuple[GemmRecord, ...]:
+    """Predict every combination of tokens, output features, input features and device.
+
+    >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
+    >>> r.roofline_s < r.seconds < r.upper_s
+    True
+    """
+    for name, values in (("M", m), ("N", n), ("K", k)):
+        for value in values:
+            whole_number(name, value)
+    weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
+    for given in (dtype, weight):
+        one_of("dtype", given, DTYPES)
+    sizes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
+    rows = Workload.from_columns(
+        role=["q"] * len(sizes),
+        m=sizes[:, 0],
+        n=sizes[:, 1],
+        k=sizes[:, 2],
+        kernel=kernel,
+        density=0.5 if semi_structured else 1.0,
+        dtype=dtype_code(dtype),
+        weight_dtype=dtype_code(weight),
+    )
+    shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
+    for hw in profiles(hardware):
+        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
+        steps = {name: time.details[name] for name in STEPS}
+        out += [
+            GemmRecord(
+                m=sizes[i, 0].item(),
+                n=sizes[i, 1].item(),
+                k=sizes[i, 2].item(),
+                hardware=hw.label,
+                dtype=dtype,
+                weight_dtype=weight,
+                semi_structured=semi_structured,
+                cold=cold,
+                seconds=time.seconds[i].item(),
+                lower_s=time.lower[i].item(),
+                upper_s=time.upper[i].item(),
+                roofline_s=time.roofline_s[i].item(),
+                bottleneck=str(time.bottlenecks[i]),
+                flop_per_s=float(rows.flops[i] / time.seconds[i]),
+                peak_flop_per_s=hw.peak_flop_per_s(dtype),
+                clock_headroom=hw.clock_headroom,
+                bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s,
+                intensity=float(rows.flops[i] / rows.bytes[i]),
+                steps_s={name: column[i].item() for name, column in steps.items()},
+            )
+            for i in range(len(sizes))
+        ]
+    return tuple(out)
+
+
+def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
+    """Return the GEMMs of a workload as points of a roofline, without those that pruning adds (routers).
+
+    >>> from simulator import load_hardware, load_model, lower
+    >>> points = gemm_points(lower(load_model("llama-3.1-8b"), phase="decode"), load_hardware("h100"))
+    >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
+    (True, 1.0)
+    """
+    rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
+    chosen = workload.take(rows)
+    p = forward_passes(WorkloadBatch.of([chosen]), hw)
+    flops, roles = p.workloads.flops, tuple(ROLES[code] for code in chosen.role)
+    return GemmPoints(roles, flops / p.workloads.bytes, flops / p.row_s, p.share)

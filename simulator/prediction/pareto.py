@@ -1,0 +1,347 @@
+"""Join speedups with quality rows, and find the frontier: the points that no other point beats in both.
+
+Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length, :func:`frontier` for
+arrays. Quality loss is the relative drop of one metric under one protocol (:mod:`simulator.prediction.quality`).
+Speedups are predicted with their interval, or measured by the caller. A *band* is the range of quality budgets in which
+one family is the fastest.
+
+One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
+both share, such as those of the dense model, cancel in this ratio (:func:`margins`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.errors import InputError, unknown
+from simulator.files.csv import read_csv
+from simulator.files.read import read_bounded
+from simulator.models.library import load_model
+from simulator.prediction.batch import batch_of
+from simulator.prediction.caveats import uncalibrated_of
+from simulator.prediction.compare import SMALL_SHARE, against, results_of
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.result import Result, Results
+from simulator.prediction.scenario import Scenario, profiles, scenarios
+from simulator.pruning import FAMILIES
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.prediction.quality import Axis, QualityRow, QualityTable
+    from simulator.workload_batch import WorkloadBatch
+
+Halves = tuple[tuple[float, ...], ...]
+
+DENSE = "dense"
+"""Family of the dense model's point: no loss, speedup 1."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruned model with quality loss and speedup; the fields are the JSON keys, in order."""
+
+    model: str
+    hardware: str
+    phase: str
+    batch: int
+    seq: int
+    engine: str
+    method: str
+    family: str
+    sparsity: float
+    realised_sparsity: float
+    metric: str
+    protocol: str
+    dense_quality: float
+    pruned_quality: float
+    loss: float
+    speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    measured: bool
+    optimal: bool  # no other point is as fast at no more loss
+    sure: bool  # optimal, and the interval of its speedup over points of other families at no more loss is above 1
+    beaten_by: str  # if not optimal: the fastest point at no more loss
+    bottleneck: str
+    calibrated: bool
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Method and fraction removed."""
+        return f"{self.method} {100 * self.sparsity:.3g} %"
+
+
+@dataclass(frozen=True)
+class Band:
+    """Quality budgets ``[low, high)`` in which a family is the fastest."""
+
+    family: str
+    low: float
+    high: float  # may be infinite
+    speedup_low: float
+    speedup_high: float
+    sure: bool
+
+
+@dataclass(frozen=True)
+class Front:
+    """Frontier of one device, engine, phase, batch and length."""
+
+    model: str
+    hardware: str
+    phase: str
+    batch: int
+    seq: int
+    engine: str
+    axis: Axis
+    points: tuple[Point, ...]
+    bands: tuple[Band, ...]
+    calibrated: bool
+    uncalibrated: str  # as of a result, of all predicted points
+    uncalibrated_share: float
+    level: float
+    below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
+    devices: int = 1
+
+
+def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
+    """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
+    Equal points do not beat each other. Raises InputError without points or for a value that is not finite.
+
+    >>> frontier([0.0, 0.1, 0.2, 0.2], [1.0, 1.3, 1.2, 1.6]).tolist()
+    [True, True, False, True]
+    """
+    x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
+    if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise InputError(f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}")
+    no_worse = (x[:, None] <= x) & (y[:, None] >= y)
+    beaten: NDArray[np.bool_] = np.any(no_worse & ((x[:, None] < x) | (y[:, None] > y)), axis=0)
+    return ~beaten
+
+
+def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
+    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
+    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
+
+    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it.
+
+    >>> margins([1.0, 1.21], [[0.0, 0.1], [0.1, 0.0]]).round(1).tolist()
+    [[0.0, -1.9], [1.9, 0.0]]
+    """
+    log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
+    gap = log[:, None] - log
+    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
+
+
+def independent(points: Sequence[Point]) -> Halves:
+    """Return ``Front.below`` of points without shared errors, from their intervals."""
+    low, mid, high = np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
+    return _nested(np.hypot((mid - low)[:, None], high - mid))
+
+
+def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
+    """Return the family that is fastest at each quality budget among marked points, or the dense model.
+
+    Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
+    is that of :func:`marked`.
+    """
+    best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
+    edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
+    ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
+    out: list[Band] = []
+    if not best or edges[0] > 0.0:
+        out.append(Band(DENSE, 0.0, edges[0], 1.0, 1.0, all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0)))
+    for i, low, high in zip(best, edges[:-1], edges[1:]):
+        if high <= low:
+            continue
+        p = points[i]
+        others = (ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high)
+        sure = p.speedup_lower > 1.0 and all(others)
+        if out and out[-1].family == p.family:
+            out[-1] = replace(out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure)
+        else:
+            out.append(Band(p.family, low, high, p.speedup, p.speedup, sure))
+    return tuple(out)
+
+
+def fronts(
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    quality: QualityTable,
+    axis: Axis,
+    phase: Sequence[str] = ("prefill",),
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    *,
+    engine: Sequence[str] = (),
+    scenario: Scenario | None = None,
+    measured: Sequence[Measured] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[tuple[Front, ...], tuple[str, ...]]:
+    """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
+    the rows that cannot be used.
+
+    Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
+    another model of its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if
+    the model and the devices support no row. ``progress`` is called with frontiers done and their number.
+    """
+    rows = quality.on_axis(axis).rows
+    if not rows:
+        raise InputError(f"{quality.name}: no rows on the axis {axis}")
+    config, devices = load_model(model), profiles(hardware)
+    prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
+    notes: dict[str, None] = {}
+
+    def reject(pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None:
+            raise InputError(reason)
+        row = rows[pruning]
+        notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
+
+    out: list[Front] = []
+    runs = scenarios(scenario, [config], engine, phase, batch, seq)
+    for one in runs:
+        workloads, ((b, s),) = batch_of(one, prunings, reject), one.shapes
+        for hw in devices:
+            results = results_of(workloads, prunings, [hw], one, reject)
+            points = [_point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)]
+            if not points:
+                none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
+                raise InputError(f"{none}: {'; '.join(notes)}")
+            order = sorted(range(len(points)), key=lambda i: _place(points[i]))
+            below = _below(workloads, results, hw, points, order, one.level)
+            found = marked([points[i] for i in order], below)
+            parts, share = uncalibrated_of(r for r, point in zip(results, points) if not point.measured)
+            where = (config.name, hw.label, one.phase, b, s, one.engine_name)
+            calibrated = share < SMALL_SHARE, parts, share
+            out.append(Front(*where, axis, found, bands(found, below), *calibrated, one.level, below, one.devices))
+            progress(len(out), len(runs) * len(devices))
+    return tuple(out), tuple(notes)
+
+
+def _below(
+    batch: WorkloadBatch,
+    results: Results,
+    hw: HardwareProfile,
+    points: Sequence[Point],
+    order: Sequence[int],
+    level: float,
+) -> Halves:
+    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have
+    only their intervals."""
+    alone = np.array(independent(points))
+    measured = np.array([p.measured for p in points])
+    pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
+    some = batch.take(np.r_[0, pruned])
+    _, together, _ = against(some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level)
+    below = np.where(measured[:, None] | measured, alone, together.T[1:])
+    return _nested(below[np.ix_(order, order)])
+
+
+def _nested(values: NDArray[Any]) -> Halves:
+    return tuple(map(tuple, values.tolist()))
+
+
+def _place(p: Point) -> tuple[float, float]:
+    """Return a sort key: rising loss, at equal loss falling speedup."""
+    return p.loss, -p.speedup
+
+
+def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
+    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the dense model (loss 0,
+    speedup 1). ``below`` is that of :class:`Front`, in the order of the points; None without shared errors."""
+    halves = np.array(independent(points) if below is None else below)
+    order = sorted(range(len(points)), key=lambda i: _place(points[i]))
+    points = [points[i] for i in order]
+    ahead = margins([p.speedup for p in points], halves[np.ix_(order, order)]) >= 1.0
+    mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
+    out = []
+    for i, (p, optimal) in enumerate(zip(points, mask.tolist())):
+        competitors = [q for q in points if q is not p and q.loss <= p.loss]
+        others = [ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family]
+        sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and all(others)
+        fastest = max(competitors, key=lambda q: q.speedup, default=None)
+        beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
+        winner = fastest.name if fastest and beaten else "the dense model"
+        out.append(replace(p, optimal=optimal, sure=sure, beaten_by="" if optimal else winner))
+    return tuple(out)
+
+
+def _point(row: QualityRow, record: Result, measured: Sequence[Measured]) -> Point:
+    """Return the point of a row, not yet marked."""
+    shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
+    shared["method"] = row.method  # the source's name; the prediction is of a family
+    known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
+    if known:
+        shared |= {
+            "speedup": known.speedup,
+            "speedup_lower": known.lower,
+            "speedup_upper": known.upper,
+            "bottleneck": "",
+        }
+    shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
+    return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
+
+
+MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
+"""Optional columns of measured speedups; values that are not empty must equal those of the point."""
+
+SAME_SPARSITY = 5e-4
+"""Largest difference of equal fractions: tables print three digits."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured speedup with the conditions that its row states."""
+
+    conditions: Mapping[str, str]
+    sparsity: float
+    speedup: float
+    lower: float
+    upper: float
+
+    def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
+        """Return whether the speedup was measured under these conditions."""
+        same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
+        return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
+
+
+def read_measured(path: str | Path) -> tuple[Measured, ...]:
+    """Read measured speedups from a CSV file, to replace predictions.
+
+    Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format.
+    """
+    return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
+
+
+def _measured(cells: Mapping[str, str]) -> Measured:
+    if cells["family"] not in FAMILIES:
+        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
+    lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    if not 0.0 < lower <= speedup <= upper:
+        got = f"{lower:g}, {speedup:g}, {upper:g}"
+        raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
+    return Measured({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
+
+
+def _number(cells: Mapping[str, str], column: str) -> float:
+    try:
+        value = float(cells[column])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{column}: expected a number, got {cells[column]!r}")
+    return value

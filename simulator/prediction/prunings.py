@@ -1,0 +1,312 @@
+"""Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an existing pruned model.
+
+Use :func:`prunings_of` for the prunings that a user requests.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from simulator.errors import InputError, unknown
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.prediction.scenario import Scenario, check_fraction, once
+from simulator.pruning import FAMILIES
+from simulator.pruning._grammar import is_plan, read_steps
+from simulator.pruning._steps import Step, prune_steps
+from simulator.workload import Applied, Workload
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+
+SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)
+"""Default sparsities."""
+
+ALIKE: tuple[str, ...] = ("engine", "phase", "batch", "seq", "new_tokens", "dtype", "devices", "parallel")
+"""Fields of ``Meta`` that a pruned and a dense workload must share."""
+
+Excluded = dict[str, list[float]]
+"""Reason -> excluded sparsities."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One way to prune a model: steps of families or methods, or an existing pruned model.
+
+    >>> Pruning.of("width", 0.25).title, Pruning.read("width mlp=0.3 + depth 0.25").family
+    ('width', 'width+depth')
+    """
+
+    steps: tuple[Step, ...]
+    model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
+    text: str = ""  # of --prune, or the path of a plan; "": a family or method at a sparsity
+
+    @classmethod
+    def of(
+        cls, name: str, sparsity: float | Mapping[str, float] | None = None, options: Mapping[str, Any] | None = None
+    ) -> Pruning:
+        """Return the pruning of a family or a published method."""
+        parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
+        hashable = {n: tuple(v) if isinstance(v, list) else v for n, v in (options or {}).items()}
+        return cls((Step(name, parts, options=tuple(sorted(hashable.items()))),))
+
+    @classmethod
+    def read(cls, text: str) -> Pruning:
+        """Return the pruning of a text of ``--prune`` (:mod:`simulator.pruning._grammar`)."""
+        steps = read_steps(text)
+        return cls(steps, text=text.strip() if is_plan(text) else " + ".join(map(str, steps)))
+
+    @classmethod
+    def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
+        """Return the pruning that leads to an existing pruned model."""
+        families, share = difference_of(dense, pruned)
+        return cls((Step("+".join(families) or "none", share),), model=pruned)
+
+    def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
+        """Return the same pruning of one step at another sparsity."""
+        (step,) = self.steps
+        parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
+        return replace(self, steps=(replace(step, sparsity=parts),))
+
+    @cached_property
+    def family(self) -> str:
+        """Families of the steps, joined by "+"."""
+        names = dict.fromkeys(family.name for step in self.steps for family in step.families)
+        return "+".join(names) or self.steps[0].name
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of a single step; None for parts, listed layers and several steps."""
+        step = self.steps[0]
+        scalar = len(self.steps) == 1 and step.layers is None and isinstance(step.sparsity, float | int)
+        return step.sparsity if scalar and isinstance(step.sparsity, float | int) else None
+
+    @property
+    def method(self) -> str:
+        """Name of the published method of a single step, else ""."""
+        step = self.steps[0]
+        return step.name if len(self.steps) == 1 and step.families and step.name not in FAMILIES else ""
+
+    @property
+    def title(self) -> str:
+        """Name of the existing model, text, method or family."""
+        return self.model.name if self.model is not None else self.text or self.method or self.family
+
+    @property
+    def prune(self) -> str:
+        """Text of ``--prune``; "" for an existing model, and for workloads that were pruned before."""
+        known = self.model is None and all(step.families for step in self.steps)
+        return self.text or (" + ".join(map(str, self.steps)) if known else "")
+
+    @property
+    def label(self) -> str:
+        """Options as text: ``align=64``."""
+        if method := self.method:
+            from simulator.pruning._methods import load_method
+
+            return _options(sorted(load_method(method).options.items()))
+        return ",".join(filter(None, (_options(step.options) for step in self.steps)))
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the sparsity follows from the length of a request: a step keeps a number of tokens."""
+        return any(step.budgeted for step in self.steps)
+
+    @cached_property
+    def together(self) -> str:
+        """Requests that one call may prune together: see :class:`simulator.pruning.Family`."""
+        kinds = {family.together for step in self.steps for family in step.families}
+        return "equal length" if self.budgeted or "equal length" in kinds else "any"
+
+    def lacking(self, model: ModelConfig) -> str:
+        """Return why a model cannot be pruned so: a part that it lacks, else ""."""
+        for lacks in (family.needs for step in self.steps for family in step.families):
+            if lacks and not getattr(model, lacks):
+                return f"{model.name} has no routed {lacks}"
+        return ""
+
+    def apply(self, dense: Workload, scenario: Scenario) -> Workload:
+        """Return the pruned workload of a dense workload of a scenario."""
+        if self.model is not None:
+            meta = dense.meta
+            alone = replace(scenario, model=self.model, phase=meta.phase, shapes=((meta.batch, meta.seq),))
+            return as_pruned(dense, alone.workloads[0])
+        if self.text:
+            return prune_steps(dense, self.steps, ideal=scenario.ideal, plan=self.text if is_plan(self.text) else "")
+        return self.steps[0].apply(dense, ideal=scenario.ideal)
+
+    def requested(self, pruned: Workload) -> float:
+        """Return the requested sparsity of a workload pruned by this: of several steps that of all together."""
+        if self.sparsity is not None:
+            return float(self.sparsity)
+        steps = [step.sparsity for step in pruned.meta.applied]
+        return steps[0] if len(steps) == 1 else 1.0 - math.prod(1.0 - s for s in steps)
+
+
+def _options(options: Iterable[tuple[str, Any]]) -> str:
+    return ",".join(f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in options)
+
+
+def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
+    """Return names of families, each once; ``all`` selects every family that applies to at least one of the models.
+
+    >>> families(["width", "depth", "width"])
+    ('width', 'depth')
+    """
+    for name in names:
+        if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
+            raise unknown("family", name, [*FAMILIES, "all"])
+    if "all" not in names:
+        return once(names)
+    every = [name for name, f in FAMILIES.items() if not f.needs or any(getattr(m, f.needs) for m in models)]
+    return once(family for name in names for family in (every if name == "all" else [name]))
+
+
+def prunings_of(
+    models: Sequence[ModelConfig],
+    family: Sequence[str] | None = None,
+    method: Sequence[str] = (),
+    pruned: Sequence[str | ModelConfig] = (),
+    sparsity: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+    prune: Sequence[str] = (),
+) -> tuple[Pruning, ...]:
+    """Return the prunings of families (None: all) or published methods, each at every sparsity (None:
+    :data:`SPARSITIES`, or those of a method's paper); of existing pruned models; or of texts of ``--prune``."""
+    if prune:
+        if pruned or method or family is not None or options or sparsity is not None:
+            expected = "give no pruned model, family, method, sparsity or option with it"
+            raise InputError(f"prune: a text states the whole pruning; {expected}")
+        return once(Pruning.read(text) for text in prune)
+    if pruned:
+        if method or family is not None or options or sparsity is not None:
+            raise InputError("pruned: a model sets its own pruning; give no family, method, sparsity or option with it")
+        if len(models) != 1:
+            raise InputError(f"pruned: expected one dense model, got {len(models)}")
+        return tuple(Pruning.of_model(models[0], load_model(source)) for source in pruned)
+    if method and (family is not None or options):
+        raise InputError("method: sets its own family and options; give no family or option with it")
+    fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
+    defaults: list[tuple[float | None, ...]]
+    if method:
+        from simulator.pruning._methods import load_method
+
+        defaults = [load_method(name).sparsities for name in once(method)]
+        found = [Pruning.of(name) for name in once(method)]
+    else:
+        names = families(("all",) if family is None else family, models)
+        found = [Pruning.of(name, options=options) for name in names]
+        defaults = [SPARSITIES] * len(found)
+    if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
+        raise InputError(f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget")
+    defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
+    for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
+        if not values:
+            raise InputError(f"{name}: expected at least one")
+    return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
+
+
+def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
+    """Return the existing pruned models that can be read, and one note for each other; the error if there is none."""
+    found, errors = [], list[InputError]()
+    for source in pruned:
+        try:
+            found.append(load_model(source))
+        except InputError as error:
+            errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found, tuple(f"{error}: this pruned model is skipped" for error in errors)
+
+
+def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:
+    """Record why a pruning is excluded."""
+    title, sparsity = pruning.title, pruning.sparsity
+    if device:
+        reason = f"{title} on {device}: {reason}"
+    else:
+        reason = reason.replace(f" at sparsity {sparsity or 0.0:g}", "")
+        reason = reason if title in reason else f"{title}: {reason}"
+    at = excluded.setdefault(reason, [])
+    if sparsity is not None and not pruning.text:
+        at.append(float(sparsity))
+
+
+def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ...]:
+    """Return one line per reason, with its sparsities; of more than ``most`` only the ends."""
+    out = []
+    for reason, at in excluded.items():
+        values = [f"{s:g}" for s in sorted(set(at))]
+        if most is not None and len(values) > most:
+            values = [*values[: most // 2], "...", values[-1]]
+        out.append(f"{reason}: excluded{' at sparsity ' if values else ''}{', '.join(values)}")
+    return tuple(out)
+
+
+# -- existing pruned models --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, ...], float]:
+    """Return the families in which a pruned model differs from its dense model, and the removed share of parameters."""
+    from simulator.models.difference import difference
+
+    words = (re.match("[a-z_]+", line) for line in difference(dense, pruned))
+    names = dict.fromkeys(word[0] for word in words if word and word[0] in FAMILIES)
+    left = (lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense))
+    return tuple(names), 1.0 - next(left) / next(left)
+
+
+def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
+    """Return a line on a checkpoint whose tensors differ from its configuration, and one on how an existing model
+    differs from the dense model."""
+    own = (dense.found,) if dense.found else ()
+    if pruned == dense:
+        return own
+    from simulator.models.difference import difference
+
+    lines, share = difference(dense, pruned) or ("has the shapes of the dense model",), difference_of(dense, pruned)[1]
+    whole = (f"{100.0 * share:.1f} % of all parameters removed",) if len(lines) > 1 else ()
+    return (*own, f"{pruned.name}: {'; '.join((*lines, *whole))}")
+
+
+def check_alike(dense: Workload, pruned: Workload) -> None:
+    """Raise InputError if two workloads have different requests.
+
+    >>> import simulator
+    >>> model = simulator.load_model("llama-3.2-1b")
+    >>> check_alike(*(simulator.lower(model, phase=phase) for phase in ("prefill", "decode")))
+    Traceback (most recent call last):
+    simulator.errors.InputError: phase: the pruned model has 'decode', the dense 'prefill'; expected the same
+    """
+    for name in ALIKE:
+        theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
+        if theirs != ours:
+            raise InputError(f"{name}: the pruned model has {theirs!r}, the dense {ours!r}; expected the same")
+
+
+def as_pruned(dense: Workload, pruned: Workload) -> Workload:
+    """Return the workload of a pruned model with its difference from the dense model as a pruning step."""
+    check_alike(dense, pruned)
+    own, ours, theirs = pruned.meta.applied[len(dense.meta.applied) :], dense.meta.config, pruned.meta.config
+    other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
+    if own and not other:
+        return pruned
+    names, share = difference_of(ours, theirs) if other else ((), 0.0)
+    step = Applied("+".join(names) or "none", share, share)
+    if own[:1] == (step,):  # already recorded
+        return pruned
+    return pruned.replace(meta=replace(pruned.meta, applied=(*dense.meta.applied, step, *own)))
+
+
+def applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
+    """Return the families that pruned a workload, joined by "+", and their total sparsity, requested and realised."""
+    steps = as_pruned(dense, pruned).meta.applied[len(dense.meta.applied) :]
+    requested = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
+    realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
+    return "+".join(step.family for step in steps) or "none", requested, realised

@@ -1,0 +1,265 @@
+"""Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
+
+Use :func:`load_quality` for a shipped table (by name) or your own (by path), :meth:`QualityTable.of_model` to choose a
+model and :meth:`QualityTable.axes` for its (metric, protocol) pairs. Numbers are comparable only on one axis: the same
+metric under the same protocol, hence with the same dense value. Other tables are rejected; the error names the line.
+
+Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
+is checked against the two values. Further columns are ignored. A CSV with the column ``results`` lists results files of
+lm-evaluation-harness (:mod:`simulator.prediction.harness`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simulator.errors import InputError, unknown
+from simulator.files.csv import csv_text, read_csv
+from simulator.files.read import read_bounded
+from simulator.prediction.harness import LISTED, MEAN, expanded
+from simulator.pruning import FAMILIES
+
+FOLDER = Path(__file__).with_name("published")
+"""Folder of the shipped tables."""
+
+_TEXTS = ("method", "family", "model", "metric", "protocol", "source")
+_VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
+REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
+COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
+"""Columns that :func:`table_text` writes."""
+
+LOSS_TOLERANCE = 5e-4
+"""Largest difference of a stated relative loss from the computed one, absolute or relative: tables print few digits."""
+
+_TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, order=True)
+class Axis:
+    """One metric under one protocol, whose values are comparable."""
+
+    metric: str
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} [{self.protocol}]"
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """Quality of one pruned model."""
+
+    method: str
+    family: str
+    model: str
+    sparsity: float  # as the source counts it
+    metric: str
+    higher_is_better: bool
+    dense: float  # value of the metric
+    pruned: float
+    protocol: str  # how it was measured: data, length, calibration, fine-tuning
+    source: str  # source of the row
+    options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
+    note: str = ""
+
+    @property
+    def relative_loss(self) -> float:
+        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 if quality improved."""
+        drop = self.dense - self.pruned if self.higher_is_better else self.pruned - self.dense
+        return drop / self.dense
+
+    @property
+    def axis(self) -> Axis:
+        """Axis of the row."""
+        return Axis(self.metric, self.protocol)
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """Rows of a table."""
+
+    rows: tuple[QualityRow, ...]
+    name: str = "quality table"  # for messages
+    metric: str = ""  # default metric, if any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models of the rows, sorted by name."""
+        return tuple(sorted({r.model for r in self.rows}))
+
+    def of_model(self, model: str) -> QualityTable:
+        """Return the rows of one model (case is ignored); raise :class:`InputError` if there are none."""
+        rows = tuple(r for r in self.rows if r.model.lower() == model.lower())
+        if not rows:
+            raise InputError(f"{self.name}: {unknown('model', model, self.models)}")
+        return replace(self, rows=rows)
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Return the axes of the rows: those with most families first, then most rows."""
+        on: dict[Axis, list[QualityRow]] = {}
+        for r in self.rows:
+            on.setdefault(r.axis, []).append(r)
+        return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
+
+    def on_axis(self, axis: Axis) -> QualityTable:
+        """Return the rows on one axis."""
+        return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
+
+
+def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
+    """Return the axis of a metric and a protocol, given by name or part of it.
+
+    Case is ignored, and empty text matches all; a table's default metric takes precedence. Of several axes the one with
+    most families and rows is returned; with ``strict`` this is an InputError. No matching axis is always an error:
+    metrics and protocols are never mixed.
+
+    >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
+    'SLEB Table 2, no fine-tuning'
+    """
+    axes, metric = table.axes(), metric if metric or protocol else table.metric
+    fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
+    exact = [a for a in fitting if metric.lower() == a.metric.lower()]
+    if metric and exact:
+        fitting = exact
+    listed = "; ".join(map(str, fitting or axes))
+    if not fitting:
+        requested = " and ".join(
+            f"{kind} {text!r}" for kind, text in (("metric", metric), ("protocol", protocol)) if text
+        )
+        raise InputError(f"{table.name}: no rows with {requested}; there are: {listed}")
+    if strict and len(fitting) > 1:
+        raise InputError(f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}")
+    return fitting[0]
+
+
+def list_quality() -> tuple[str, ...]:
+    """Return the names of the shipped tables."""
+    return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
+
+
+def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
+    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first.
+    Errors are one line ``file:line: column: reason``.
+
+    >>> len(load_quality("published").of_model("llama-2-7b")) > 20
+    True
+    """
+    if name_or_path is None:
+        tables = [load_quality(name) for name in sorted(list_quality(), key=lambda name: name == "published")]
+        return QualityTable(tuple(r for t in tables for r in t.rows), "shipped quality tables")
+    name = str(name_or_path)
+    shipped = FOLDER / f"{name}.csv"
+    path = shipped if shipped.is_file() and "/" not in name else Path(name_or_path)
+    if not path.exists():
+        if not path.suffix:
+            raise unknown("quality table", name, list_quality())
+        known = ", ".join(list_quality())
+        raise InputError(f"{path}: no such file; expected a quality table (CSV), or one of {known}")
+    return read_quality(read_bounded(path), str(path), path.parent)
+
+
+def read_quality(text: bytes | str, name: str = "quality table", folder: Path = Path()) -> QualityTable:
+    """Return the table of the text of a CSV file in a folder; columns: see the module, errors: :func:`load_quality`."""
+    table = read_csv(text, name)
+    if "results" in table.header:
+        table = expanded(read_csv(text, name, LISTED), folder)
+    else:
+        table = read_csv(text, name, REQUIRED)
+    rows = table.each(_row)
+    _check_together(rows, table.lines, name)
+    default = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
+    return QualityTable(tuple(rows), name, default)
+
+
+def _row(cells: Mapping[str, str]) -> QualityRow:
+    for column in _TEXTS:
+        if not cells[column]:
+            raise InputError(f"{column}: is empty")
+    if cells["family"] not in FAMILIES:
+        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    sparsity, dense, pruned = (_number(cells, c) for c in ("sparsity", "dense", "pruned"))
+    if not 0.0 <= sparsity < 1.0:
+        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+        raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}{hint}")
+    if dense <= 0.0:
+        raise InputError(f"dense: expected a number above 0, got {cells['dense']}")
+    if pruned < 0.0:
+        raise InputError(f"pruned: expected a number from 0 up, got {cells['pruned']}")
+    higher = _TRUTH.get(cells["higher_is_better"].lower())
+    if higher is None:
+        raise InputError(f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}")
+    known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
+    known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
+    options = parse_options(cells.get("options", ""), cells["family"])
+    row = QualityRow(**known, options=options, note=cells.get("note", ""))
+    if not math.isfinite(row.relative_loss):
+        raise InputError(f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}")
+    if cells.get("relative_loss"):
+        written, given = _number(cells, "relative_loss"), row.relative_loss
+        if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
+            raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
+    return row
+
+
+def _number(cells: Mapping[str, str], column: str) -> float:
+    try:
+        value = float(cells[column])
+    except ValueError:
+        raise InputError(f"{column}: expected a number, got {cells[column]!r}") from None
+    if not math.isfinite(value):
+        raise InputError(f"{column}: expected a finite number, got {cells[column]}")
+    return value
+
+
+def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
+    """Return the options of a family from ``name=value`` texts separated by semicolons.
+
+    >>> parse_options("residual_projections=true", "width_cross")
+    (('residual_projections', True),)
+    """
+    out: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, equals, value = (p.strip() for p in part.partition("="))
+        if not equals or name not in FAMILIES[family].options:
+            known = ", ".join(FAMILIES[family].options) or "none"
+            raise InputError(f"options: expected name=value; options of family {family} are: {known}; got {part!r}")
+        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit accepts more than int does
+        out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if whole else value)
+    return tuple(out.items())
+
+
+def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str) -> None:
+    """Check that rows on one axis share the direction and the dense value, and that none occurs twice."""
+    first: dict[tuple[Any, ...], tuple[QualityRow, int]] = {}
+    for row, line in zip(rows, lines):
+        like, at = first.setdefault((row.metric,), (row, line))
+        if like.higher_is_better != row.higher_is_better:
+            other = f"line {at} has {str(like.higher_is_better).lower()} for {row.metric!r}"
+            raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {other}")
+        like, at = first.setdefault((row.model, row.axis), (row, line))
+        if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
+            both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"
+            raise InputError(f"{name}:{line}: dense: mixed metric or protocol: {both}")
+        _, at = first.setdefault((row.method, row.family, row.model, row.sparsity, row.axis, row.options), (row, line))
+        if at != line:
+            twice = f"is a second value for {row.method} at sparsity {row.sparsity:g} (line {at})"
+            raise InputError(f"{name}:{line}: {twice}")
+
+
+def table_text(rows: Iterable[QualityRow]) -> str:
+    """Return rows as CSV text with the columns :data:`COLUMNS`."""
+    out = []
+    for r in rows:
+        text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
+        text |= {"relative_loss": f"{r.relative_loss:.6f}", "higher_is_better": str(r.higher_is_better).lower()}
+        text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
+        out.append({**vars(r), **text})
+    return csv_text(out, COLUMNS)

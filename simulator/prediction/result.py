@@ -1,0 +1,391 @@
+"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns.
+
+The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arrays import Array, IndexArray
+from simulator.display import Displayed, bars_html, facts_html, few, items_html, table_html
+from simulator.units import percent, ratio, seconds, seconds_between
+
+if TYPE_CHECKING:
+    from simulator.prediction.prunings import Pruning
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Result(Displayed):
+    """One prediction: the speedup of a pruned model over its dense model.
+
+    Its fields are the keys of ``--json``, CSV, Parquet and ``to_pandas``.
+
+    Parameters
+    ----------
+    model, hardware, engine : str
+        Names.
+    family : str
+        Pruning family; several are joined by "+".
+    sparsity, realised_sparsity : float
+        Fraction requested (of an existing pruned model, the share of parameters removed), and after rounding.
+    phase : str
+        Of prefill, decode, generate and serve.
+    batch, seq : int
+        Sequences, and tokens (prefill) or cached positions (decode).
+    dtype : str
+        Number format of activations and arithmetic.
+    dense_s, dense_lower, dense_upper : float
+        Time of a pass of the dense model, s, with the ends of its interval.
+    pruned_s, pruned_lower, pruned_upper : float
+        Time of a pass of the pruned model, s, with the ends of its interval.
+    speedup, speedup_lower, speedup_upper : float
+        ``dense_s / pruned_s``, with the ends of its interval.
+    flop_bound, byte_bound, roofline_bound : float
+        Ratio of FLOPs, of bytes, and of the operators' datasheet rooflines; all exclude work that pruning adds.
+    bottleneck : str
+        Largest share of the pruned model's time, one of ``BOTTLENECKS``.
+    tokens_per_s, ttft_s, tpot_s : float or None
+        New tokens/s of the pruned model on all devices together, time to first token and time per further token, s;
+        None if the phase has no such number.
+    dense_tokens_per_s, dense_ttft_s, dense_tpot_s : float or None
+        The same numbers of the dense model.
+    pruned : str
+        Name of the existing pruned model, else "".
+    measured_bound : float or None
+        Ratio of measured dense GEMM times at the shapes of both models, if measured.
+    efficiency : float
+        ``(speedup - 1) / (roofline_bound - 1)``; NaN if the bound is 1 (in ``to_dict`` None).
+    bottleneck_share : float
+        Share of the bottleneck in the pruned model's time, in (0, 1].
+    level : float
+        Level of the intervals, in (0, 1).
+    calibrated : bool
+        Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
+    uncalibrated : str
+        Operators with default constants (sections of a profile, joined by "+"), which nothing was fitted for.
+    uncalibrated_share : float
+        Their share of the time of the dense or the pruned model, the larger, in [0, 1].
+    new_tokens : int
+        Tokens decoded after the prompt; 0 in prefill and decode.
+    weight_dtype, kv_dtype : str
+        Number formats of the weights and of the K/V cache.
+    devices : int
+        Number of devices.
+    parallel : str
+        How the model is divided among the devices.
+    ideal : bool
+        Whether the work that pruning adds is excluded.
+    dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
+        Memory needed on the fullest device, and the memory that a device has, bytes.
+    dense_fits, pruned_fits : bool
+        Whether the memory suffices.
+    dense_largest_batch, pruned_largest_batch : int
+        Most sequences that fit.
+    method : str
+        Published method, else "".
+    options : str
+        Options of the family, as text.
+    prune : str
+        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
+    parts : str
+        What it removes of each part (layers, heads, widths, experts), after rounding.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
+    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
+    >>> print(repr(r)[:67])
+    <Result: llama-3.1-8b on h100_sxm, vllm, prefill, batch 1, seq 2048
+    >>> r.bottleneck, bool(r.lower < r.speedup < r.upper)
+    ('compute', True)
+    """
+
+    model: str
+    hardware: str
+    engine: str
+    family: str
+    sparsity: float
+    realised_sparsity: float
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    dense_s: float
+    dense_lower: float
+    dense_upper: float
+    pruned_s: float
+    pruned_lower: float
+    pruned_upper: float
+    speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    flop_bound: float
+    byte_bound: float
+    roofline_bound: float
+    bottleneck: str
+    tokens_per_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
+    dense_tokens_per_s: float | None
+    dense_ttft_s: float | None
+    dense_tpot_s: float | None
+    pruned: str
+    measured_bound: float | None
+    efficiency: float
+    bottleneck_share: float
+    level: float
+    calibrated: bool
+    uncalibrated: str
+    uncalibrated_share: float
+    new_tokens: int
+    weight_dtype: str
+    kv_dtype: str
+    devices: int
+    parallel: str
+    ideal: bool
+    dense_memory_bytes: float
+    pruned_memory_bytes: float
+    capacity_bytes: float
+    dense_fits: bool
+    pruned_fits: bool
+    dense_largest_batch: int
+    pruned_largest_batch: int
+    method: str
+    options: str
+    prune: str
+    parts: str
+
+    @property
+    def lower(self) -> float:
+        """Lower end of the speedup's interval."""
+        return self.speedup_lower
+
+    @property
+    def upper(self) -> float:
+        """Upper end of the speedup's interval."""
+        return self.speedup_upper
+
+    @property
+    def name(self) -> str:
+        """Name of the existing model, of the method or family at one sparsity, or else the text of ``--prune``."""
+        name = self.method or self.family
+        return self.pruned or (name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune)
+
+    @property
+    def pruning(self) -> str:
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        # the text of a method that keeps a number of tokens is its name alone
+        simple = self.name == (self.method or self.family) != self.prune
+        return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
+
+    @property
+    def request(self) -> str:
+        """Device, engine, phase, batch and length as text."""
+        return f"{self.hardware}, {self.engine}, {self.phase}, batch {self.batch}, seq {self.seq}"
+
+    @property
+    def scenario(self) -> str:
+        """Everything except device and pruning as text."""
+        name, new = "concurrency" if self.phase == "serve" else "batch", f" + {self.new_tokens} new"
+        parts = [self.model, self.phase, f"{name} {self.batch}", f"seq {self.seq}{new if self.new_tokens else ''}"]
+        equal = self.weight_dtype == self.kv_dtype == self.dtype
+        parts.append(self.dtype if equal else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
+        parts.append(self.engine)
+        if self.devices > 1:
+            parts.append(f"{self.devices} devices ({self.parallel})")
+        if self.ideal:
+            parts.append("pruning overheads excluded")
+        return ", ".join(parts)
+
+    def _title(self) -> str:
+        interval = f"{ratio(self.speedup)}x ({ratio(self.speedup_lower)}-{ratio(self.speedup_upper)})"
+        times = f"{seconds(self.dense_s)} to {seconds(self.pruned_s)}"
+        about = f"{self.model} on {self.request}, {self.dtype}"
+        return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
+
+    def _html(self) -> str:
+        """Return the times, the serving numbers, and the bounds between the nominal and the predicted speedup."""
+        tokens = f"{self.dense_tokens_per_s:,.4g} to {self.tokens_per_s:,.4g}" if self.tokens_per_s else None
+        facts = {
+            "dense": seconds_between(self.dense_s, self.dense_lower, self.dense_upper),
+            "pruned": seconds_between(self.pruned_s, self.pruned_lower, self.pruned_upper),
+            "tokens/s": tokens,
+            "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
+            "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
+            "interval": percent(self.level),
+            "not calibrated": None if self.calibrated else f"{percent(self.uncalibrated_share)} of the time",
+        }
+        steps = {
+            "nominal": 1.0 / (1.0 - self.sparsity),
+            "rounding": 1.0 / max(1.0 - self.realised_sparsity, 1e-9),  # all layers may be removed
+            "parts not pruned": self.flop_bound,
+            "memory-bound operators": self.roofline_bound,
+            "kernels and host": self.speedup,
+        }
+        return facts_html(facts) + bars_html(list(steps.items()), (self.speedup_lower, self.speedup_upper))
+
+
+_KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
+
+COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
+"""Field of a result -> type."""
+
+_OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A column of texts: codes, which are indices into the texts."""
+
+    codes: NDArray[np.int32]
+    texts: tuple[str, ...]
+
+    def __getitem__(self, index: Any) -> Labels:
+        return Labels(self.codes[index], self.texts)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def tolist(self) -> list[str]:
+        """Return the texts, one per row, as a list."""
+        return [self.texts[code] for code in self.codes.tolist()]
+
+    @property
+    def values(self) -> NDArray[np.object_]:
+        """Texts, one per row."""
+        return np.array(self.texts, dtype=object)[self.codes]
+
+
+Columns = Mapping[str, Any]
+"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN for None."""
+
+
+def plain(column: Array | Labels) -> Array:
+    """Return a column as an array; texts as objects."""
+    return column.values if isinstance(column, Labels) else column
+
+
+_IDENTITY = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
+_PREDICTED = (
+    *("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper"),
+    *("roofline_bound", "bottleneck"),
+)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Results(Displayed):
+    """Predictions as columns named like the fields of :class:`Result`; iterates over results.
+
+    Parameters
+    ----------
+    columns : mapping of str to array
+        One column per field of :class:`Result`, by name.
+    notes : tuple of str
+        Exclusions and limits of the predictions.
+    pruning : array of int
+        Index of each row into ``prunings``.
+    prunings : tuple of Pruning
+        The requested prunings; () if the results are of several grids.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
+    >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
+    (2, 0.5, [1.32, 1.94])
+    """
+
+    columns: Columns
+    notes: tuple[str, ...] = ()
+    pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)
+    prunings: tuple[Pruning, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.columns["speedup"])
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int) -> Result:
+        return self.rows[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Results) and (self.rows, self.notes) == (other.rows, other.notes)
+
+    @cached_property
+    def rows(self) -> tuple[Result, ...]:
+        """Results as objects."""
+        lists = [known(self.columns[name]) if name in _OPTIONAL else self.columns[name].tolist() for name in COLUMNS]
+        return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
+
+    def take(self, index: Any) -> Results:
+        """Return the rows ``index``: integers or a mask."""
+        columns = {name: column[index] for name, column in self.columns.items()}
+        return Results(columns, self.notes, self.pruning[index], self.prunings)
+
+    @classmethod
+    def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:
+        """Return the rows of ``parts`` in order, with ``notes``."""
+        columns: dict[str, Array | Labels] = {}
+        for name, kind in COLUMNS.items():
+            held = [part.columns[name] for part in parts]
+            columns[name] = _joined(held) if kind is str else np.concatenate([plain(column) for column in held])
+        return cls(columns, notes, np.concatenate([part.pruning for part in parts]))
+
+    @classmethod
+    def empty(cls) -> Results:
+        """Return results without rows."""
+        kinds = {float: np.float64, int: np.int64, bool: np.bool_}
+        none = Labels(np.zeros(0, dtype=np.int32), ())
+        return cls({name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``results`` as dictionaries, and ``notes``."""
+        return {"results": [r.to_dict() for r in self], "notes": list(self.notes)}
+
+    def _title(self) -> str:
+        models, devices = (few(plain(self.columns[name])) for name in ("model", "hardware"))
+        return f"{len(self):,} predictions of {models} on {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Return one row per result."""
+        return {name: plain(self.columns[name]) for name in COLUMNS}
+
+    def _html(self) -> str:
+        """Return the columns in which results differ, the predictions, and the notes."""
+        columns = self._columns()
+        differ = [name for name in _IDENTITY if len(set(columns[name])) > 1]
+        return table_html({name: columns[name] for name in (*differ, *_PREDICTED)}) + items_html(self.notes)
+
+
+def _joined(held: Sequence[Array | Labels]) -> Labels:
+    """Concatenate text columns."""
+    labels = [column for column in held if isinstance(column, Labels)]
+    first = np.cumsum([0, *(len(column.texts) for column in labels)])
+    codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
+    return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
+
+
+def known(column: Array) -> list[Any]:
+    """Return the values of a column, None for NaN."""
+    values: list[Any] = column.tolist()
+    return [None if value != value else value for value in values]
+
+
+class HasResult(Displayed):
+    """Base of classes that add fields to a :attr:`result`."""
+
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result's fields, then the others."""
+        own = super().to_dict()
+        return {**own.pop("result"), **own}

@@ -1,0 +1,255 @@
+"""Predict the product of models, devices, engines, prunings, phases, batches and lengths.
+
+Use :func:`table`. A combination that a family does not support (2:4 at 0.25) is excluded with a note if there are
+several prunings, and an error if there is only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.arguments import OneOrMore, listed, shown
+from simulator.engines import DEFAULT_ENGINE
+from simulator.errors import InputError
+from simulator.models.library import load_model
+from simulator.prediction.batch import batch_of
+from simulator.prediction.caveats import (
+    BETTER,
+    better_than_bound,
+    beyond_measured,
+    fallback,
+    inferred_by,
+    inferred_line,
+)
+from simulator.prediction.compare import results_of
+from simulator.prediction.prunings import (
+    Excluded,
+    Pruning,
+    difference_lines,
+    exclude,
+    excluded_lines,
+    prunings_of,
+    readable,
+)
+from simulator.prediction.result import Result, Results, plain
+from simulator.prediction.scenario import Scenario, batch_name, check_measured, profiles, scenarios
+from simulator.workload_batch import MOST_DEVICES, memory
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.workload import Workload
+
+
+def table(
+    models: OneOrMore[str | ModelConfig],
+    hardware: OneOrMore[str | HardwareProfile],
+    family: OneOrMore[str] | None = None,
+    sparsity: OneOrMore[float] | None = None,
+    phase: OneOrMore[str] = "prefill",
+    batch: OneOrMore[int] = 1,
+    seq: OneOrMore[int] = 2048,
+    *,
+    method: OneOrMore[str] = (),
+    pruned: OneOrMore[str | ModelConfig] = (),
+    prune: OneOrMore[str] = (),
+    engine: OneOrMore[str] = (),
+    scenario: Scenario | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Results:
+    """Predict the speedups of every combination.
+
+    Parameters
+    ----------
+    models, hardware : one or more
+        Names, paths or loaded objects; each is used once. Every axis is one value or a sequence.
+    family, sparsity : one or more
+        Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
+        :data:`simulator.prediction.prunings.SPARSITIES`.
+    phase, batch, seq : one or more
+        Phases of :data:`simulator.workload.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
+    method : one or more
+        Published methods instead of families, keys of :data:`simulator.METHODS`; by default at the sparsities that
+        their papers report.
+    pruned : one or more
+        Existing pruned models (paths of checkpoints) instead of families, with one dense model.
+    prune : one or more
+        Texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans, instead of families
+        (:mod:`simulator.pruning._grammar`).
+    engine : one or more
+        Names or paths (:func:`simulator.list_engines`); by default the scenario's engine.
+    scenario : Scenario
+        Common inputs: number formats, devices, new tokens, level of the intervals, a measured dense time, and whether
+        work that pruning adds is excluded (:class:`simulator.prediction.scenario.Scenario`).
+    options : mapping
+        Further options of a single family.
+    progress : callable
+        Called with combinations done and their number.
+
+    Returns
+    -------
+    Results
+        Ordered by model, engine, phase, batch, seq, pruning, hardware.
+
+    Raises
+    ------
+    InputError
+        For an unknown name or a value out of range, and if no combination can be predicted.
+
+    Examples
+    --------
+    >>> found = table("llama-3.1-8b", "h100", ["depth", "semi_structured"], 0.25)
+    >>> [(r.family, r.sparsity) for r in found]
+    [('depth', 0.25)]
+    >>> len(found.notes)
+    1
+    """
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
+    loaded, devices = [load_model(m) for m in listed("models", models)], profiles(hardware)
+    requested = scenarios(scenario, loaded, engine, phase, batch, seq)
+    chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
+    existing, skipped = readable(listed("pruned", pruned))
+    texts = listed("prune", prune)
+    prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options, texts)
+    check_measured(requested, devices)
+    several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
+
+    def reject(pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None or not several:
+            raise InputError(reason)
+        exclude(excluded, prunings[pruning], reason, device)
+
+    pairs = dict.fromkeys((m, p.model or m) for m in loaded for p in prunings)
+    notes = dict.fromkeys((*skipped, *(line for pair in pairs for line in difference_lines(*pair))))
+    found = []
+    for done, one in enumerate(requested, start=1):
+        workloads, (dense,) = batch_of(one, prunings, reject), one.workloads
+        results = results_of(workloads, prunings, devices, one, reject)
+        lines = [*_dense_notes(results, one, dense, devices), *_above_bound(results, prunings, one, dense, devices)]
+        notes |= dict.fromkeys(lines)
+        if len(results):
+            found.append(results)
+        if progress is not None:
+            progress(done * len(devices), len(requested) * len(devices))
+    if not found:
+        raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
+    return replace(Results.join(found, (*notes, *excluded_lines(excluded))), prunings=prunings)
+
+
+def predict(
+    model: str | ModelConfig,
+    prune: str,
+    hardware: str | HardwareProfile,
+    *,
+    phase: str = "prefill",
+    batch: int = 1,
+    seq: int = 2048,
+    engine: str = DEFAULT_ENGINE,
+    new_tokens: int = 128,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    kv_dtype: str | None = None,
+    devices: int = 1,
+    parallel: str = "tensor",
+    ideal: bool = False,
+    level: float = 0.9,
+    dense_s: float | None = None,
+) -> Result:
+    """Predict one speedup; names are enough.
+
+    Parameters
+    ----------
+    model : str or ModelConfig
+        Name, path or shapes of the dense model.
+    prune : str
+        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
+    hardware : str or HardwareProfile
+        The device.
+    phase, batch, seq, engine, new_tokens, dtype, weight_dtype, kv_dtype, devices, parallel, ideal, level, dense_s
+        As in :class:`simulator.Scenario`; ``seq`` in tokens (prefill) or cached positions (decode), ``dense_s`` in s.
+
+    Returns
+    -------
+    Result
+        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, an invalid text or a value out of range, and if the engine or the device cannot run it.
+
+    Examples
+    --------
+    >>> r = predict("llama-3.1-8b", "width mlp=0.3 attention=0.2", "h100", phase="decode", batch=8)
+    >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
+    (True, True)
+    """
+    scenario = Scenario(
+        new_tokens=new_tokens,
+        engine=engine,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        devices=devices,
+        parallel=parallel,
+        ideal=ideal,
+        level=level,
+        dense_s=dense_s,
+    )
+    return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
+
+
+def _dense_notes(
+    results: Results, scenario: Scenario, dense: Workload, devices: Sequence[HardwareProfile]
+) -> Iterator[str]:
+    """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
+    about, config = dense.meta, load_model(scenario.model)
+    if (reached := about.seq + about.new_tokens) > config.max_positions:
+        supported = f"{config.name} supports {config.max_positions} positions"
+        yield f"{supported}, but {reached} were requested; timed as if supported"
+    too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
+    for hw in devices:
+        if hw.label in too_large:
+            where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
+            yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
+        if far := beyond_measured(dense, hw):
+            yield far
+        if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
+            yield inferred_line(inferred, hw.label, scenario.dense_s)
+        if other := fallback(hw, dense):
+            yield other
+
+
+def _too_large(dense: Workload, hw: HardwareProfile) -> str:
+    """Return why a model does not fit, and the devices or batch that fit."""
+    m, name = memory(dense, hw), batch_name(dense.meta.phase)
+    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
+    left = hw.memory_bytes - (m.total_bytes - m.cache_bytes)
+    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
+    way += f"; the largest {name} that fits is {largest}" if largest else ""
+    return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
+
+
+def _above_bound(
+    results: Results,
+    prunings: Sequence[Pruning],
+    scenario: Scenario,
+    dense: Workload,
+    devices: Sequence[HardwareProfile],
+) -> Iterator[str]:
+    """Yield one note per device on the speedup that is farthest above its roofline bound."""
+    above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
+    for hw in devices:
+        mine = np.flatnonzero((label == hw.label) & (above > BETTER))
+        if len(mine):
+            most = int(mine[above[mine].argmax()])
+            r, pruning = results[most], prunings[results.pruning[most]]
+            why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
+            at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
+            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"

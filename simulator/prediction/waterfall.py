@@ -1,0 +1,175 @@
+"""Decompose the difference between nominal and predicted speedup into named steps: :func:`waterfall`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulator.arrays import FloatArray
+from simulator.cost.elementwise import elementwise
+from simulator.cost.forward import ForwardPass, by_formats, section_of
+from simulator.cost.gemm_shapes import Options
+from simulator.display import Displayed, as_plain, bars_html, by_column
+from simulator.hardware.library import load_hardware
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import compare
+from simulator.prediction.prunings import applied
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.operators import gemm_steps, operator_time
+from simulator.workload import Kind
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.workload import Workload
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the waterfall.
+
+    Parameters
+    ----------
+    name : str
+        Name of the step.
+    factor : float
+        Ratio that multiplies the speedup before the step.
+    speedup : float
+        Speedup after the step, a ratio.
+    note : str
+        Meaning of the step.
+
+    Examples
+    --------
+    >>> Step("launch", 0.98, 1.27, "fixed time of each kernel").factor
+    0.98
+    """
+
+    name: str
+    factor: float
+    speedup: float
+    note: str
+
+
+class Waterfall(Displayed, tuple[Step, ...]):
+    """The steps from the nominal speedup to the predicted one, in order: a tuple of :class:`Step`."""
+
+    def _title(self) -> str:
+        return f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Return one row per step."""
+        return by_column(self.to_dict()["steps"])
+
+    def _html(self) -> str:
+        return bars_html([(step.name, step.speedup) for step in self])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``steps`` as dictionaries."""
+        return {"steps": as_plain(tuple(self))}
+
+
+NOTES: Mapping[str, str] = {
+    "rounding": "rounded to whole layers, head groups and aligned widths",
+    "parts not pruned": "unpruned attention, lm_head and norms: the FLOP bound",
+    "memory-bound operators": "limited by bytes, not FLOPs: the roofline bound",
+    "zeros the kernel computes": "the kernel computes or fetches zeros",
+    "tile quantisation": "shapes padded to whole tiles",
+    "wave quantisation": "the last wave of tiles leaves SMs idle",
+    "alignment": "widths off multiples of 8 (16-bit) use slower kernels",
+    "kernel efficiency": "efficiency of the kernels at these shapes",
+    "overhead operators": "routers, gathers, ... that pruning adds",
+    "launch": "fixed time of each kernel, gaps between kernels",
+    "host time": "launches and scheduling not hidden by the device",
+}
+"""Step -> meaning."""
+
+
+def waterfall(
+    dense: Workload, pruned: Workload, hw: str | HardwareProfile, *, dense_s: float | None = None
+) -> Waterfall:
+    """Return named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
+
+    Each step adds one effect to the times of both workloads; its factor is the change of their ratio.
+
+    Parameters
+    ----------
+    dense, pruned : Workload
+        As for :func:`simulator.speedup`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
+    dense_s : float, optional
+        Measured time of ``dense``, s.
+
+    Returns
+    -------
+    Waterfall
+        The first step is "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
+
+    Raises
+    ------
+    InputError
+        As :func:`simulator.speedup`.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", engine="hf")
+    >>> pruned = simulator.prune(dense, "width", 0.25)
+    >>> steps = waterfall(dense, pruned, "h100")
+    >>> min(steps, key=lambda step: step.factor).name
+    'host time'
+    """
+    batch = batch_with(dense, [pruned])
+    _, requested, realised = applied(dense, pruned)
+    hw = load_hardware(hw)
+    p = forward_passes(batch, hw)
+    effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
+
+    def ratio(column: FloatArray) -> float:
+        of_dense, of_pruned = batch.total(column)
+        return float(of_dense / of_pruned)
+
+    times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
+    values = [
+        1.0 / max(1.0 - realised, 1e-9),  # all layers may be removed
+        *(ratio(np.where(added, 0.0, column)) for column in (batch.flops, *effects.values())),
+        ratio(effects["kernel"]),
+        float(p.device_s[0] / p.device_s[1]),
+        float(times[0] / times[1]),
+    ]
+    before = 1.0 / (1.0 - requested)
+    steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
+    for (name, note), value in zip(NOTES.items(), values, strict=True):
+        steps.append(Step(name, value / before, value, note))
+        before = value
+    return Waterfall(steps)
+
+
+def _effects(p: ForwardPass) -> dict[str, FloatArray]:
+    """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to kernel in one
+    step."""
+    w, ideal = p.workloads.rows, p.ideal_s
+    effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
+    effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
+    for rows, dtype, weight in by_formats(w, Kind.GEMM):
+        options = Options(dtype, weight, w.kernel[rows], density=w.density[rows], block=w.block[rows])
+        for name, seconds in gemm_steps(w.m[rows], w.n[rows], w.k[rows], p.hw, options).items():
+            if name in effects:
+                effects[name][rows] = seconds * w.count[rows]
+    return effects
+
+
+def _fixed(p: ForwardPass) -> FloatArray:
+    """Return the fixed time of rows other than GEMMs, s: elementwise without bytes, a constant of attention."""
+    w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
+    for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION, Kind.DELTA_NET):
+        for rows, dtype, _ in by_formats(w, kind):
+            if kind == Kind.ELEMENTWISE:
+                empty = elementwise(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype)
+                out[rows] = operator_time(empty, p.hw).seconds
+            else:
+                out[rows] = p.hw.section(section_of(w, rows[0]), dtype)["t0_s"]
+    return out * w.count

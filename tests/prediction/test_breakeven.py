@@ -1,0 +1,95 @@
+"""From which batch or length a pruning pays: the sentence follows from the intervals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from simulator.prediction.breakeven import BreakEven, axis_of, break_even
+from simulator.prediction.conclusions import of_speedups
+from simulator.prediction.result import Result
+from simulator.prediction.table import predict, table
+
+
+def results(*speedups: tuple[float, float, float], axis: str = "batch", first: int = 1) -> list[Result]:
+    base = predict("llama-3.2-1b", "depth 0.25", "h100", phase="decode")
+    values = [first * 2**i for i in range(len(speedups))]
+    return [
+        replace(base, **{axis: v, "speedup": s, "speedup_lower": low, "speedup_upper": high})
+        for v, (s, low, high) in zip(values, speedups)
+    ]
+
+
+GAIN, MAYBE, LOSS = (1.2, 1.1, 1.3), (1.02, 0.97, 1.06), (0.9, 0.85, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "verdict"),
+    [
+        ((GAIN, GAIN), "pays at every batch from 1 to 2 (1.20x, 1.10-1.30, at 1; 1.20x, 1.10-1.30, at 2)"),
+        ((MAYBE, MAYBE, GAIN, GAIN), "pays from batch 4 (1.20x, 1.10-1.30); not below"),
+        ((GAIN, GAIN, MAYBE, LOSS), "pays up to batch 2 (1.20x, 1.10-1.30); not above"),
+        ((LOSS, LOSS), "is slower at any batch from 1 to 2; best 0.90x, 0.85-0.95 at 1"),
+        ((LOSS, MAYBE), "does not surely pay at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
+        ((MAYBE, GAIN, LOSS), "pays at batch 2 (best 1.20x, 1.10-1.30 at 2); not at the others"),
+        ((GAIN, MAYBE, GAIN), "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others"),
+        (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not below"),  # 1.00 is not a gain
+    ],
+)
+def test_verdicts(speedups: tuple[tuple[float, float, float], ...], verdict: str) -> None:
+    (found,) = break_even(results(*speedups))
+    assert found.verdict == verdict
+    assert found.sentence == f"depth at 25 % on h100_sxm in vllm (decode, seq 2048) {verdict}."
+
+
+def test_many_values_are_counted() -> None:
+    (found,) = break_even(results(*(GAIN if i % 2 else MAYBE for i in range(16))))
+    assert "pays at batch 8 of 16 values from 1 to 32,768" in found.verdict
+
+
+def test_lengths_and_places() -> None:
+    long = results(MAYBE, GAIN, axis="seq", first=1024)
+    (found,) = break_even(long)
+    assert found.axis == "seq"
+    assert found.sentence.startswith("depth at 25 % on h100_sxm in vllm (decode, batch 1) pays from seq 2,048 (1.20x")
+    assert axis_of(results(GAIN)) == ""
+    assert break_even(results(GAIN)) == []
+    both = [replace(r, hardware=name) for name in ("a", "b") for r in results(GAIN, MAYBE)]
+    assert [b.where for b in break_even(both)] == [f"{name} in vllm (decode, seq 2048)" for name in ("a", "b")]
+    serve = [replace(r, phase="serve") for r in results(MAYBE, GAIN)]
+    assert break_even(serve)[0].verdict.startswith("pays from concurrency 2")
+
+
+def test_a_real_model_pays_in_vllm_and_not_in_eager_transformers() -> None:
+    found = table("llama-3.1-8b", "h100", prune="width mlp=0.3", phase="decode", batch=[1, 2, 4], engine=["vllm", "hf"])
+    vllm, hf = break_even(found.rows)
+    assert vllm.verdict.startswith("pays at every batch from 1 to 4")
+    assert hf.verdict.startswith("does not surely pay at any batch")
+
+
+def test_conclusions_of_many_and_few() -> None:
+    one, two = results(GAIN, LOSS)
+    assert of_speedups([one]) == [
+        "depth at 25 % makes llama-3.2-1b 1.20x faster (1.10-1.30) on h100_sxm in vllm (decode, batch 1, seq 2048), "
+        f"{one.bottleneck}-bound."
+    ]
+    assert "makes llama-3.2-1b slower: 0.90x (0.85-0.95)" in of_speedups([two])[0]
+    assert "does not surely make llama-3.2-1b faster" in of_speedups(results(MAYBE))[0]
+    many = [replace(one, prune=f"depth {i / 10}", sparsity=i / 10) for i in range(1, 6)] + [two]
+    first, second = of_speedups(many)
+    assert first.startswith("On h100_sxm in vllm (decode, batch 1, seq 2048), the fastest is depth at 10 %: 1.20x")
+    assert first.endswith("5 of 5 are faster with their whole interval.")
+    assert second.endswith("0 of 1 are faster with their whole interval, 1 slower.")
+    settings = [replace(r, hardware=name) for name in "abcde" for r in (one, two)]
+    (text,) = of_speedups(settings)
+    assert text.startswith(
+        "Of 10 settings, the fastest is depth at 25 % on a in vllm (decode, batch 1, seq 2048): 1.20x"
+    )
+
+
+def test_a_break_even_is_of_one_axis() -> None:
+    (found,) = break_even(results(GAIN, GAIN))
+    assert isinstance(found, BreakEven)
+    assert found.values == (1, 2)
+    assert found.pays == (True, True)

@@ -1,0 +1,116 @@
+"""What a prediction stands on is said: gains above the bound, sizes that nothing measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.prediction.caveats import better_than_bound, beyond_measured, fallback, uncalibrated
+from simulator.prediction.explain import explanations
+from simulator.prediction.scenario import Scenario
+from simulator.prediction.table import table
+from simulator.uncertainty.forward import forward_passes
+from simulator.workload import Kind
+from simulator.workload_batch import WorkloadBatch
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
+    """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
+    (e,) = explanations("llama-3.1-8b", ["a100@sglang"], "width", 0.25, ["decode"], [16], [16384])
+    assert e.result.speedup > 1.1 * e.result.roofline_bound
+    found = re.search(
+        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
+    )
+    assert found
+    assert int(found[1]) < int(found[2])
+    notes = table(["llama-3.1-8b"], ["a100@sglang"], ["depth", "width"], [0.25], ["decode"], [16], [16384]).notes
+    assert sum(e.reason in note for note in notes) == 1
+    (plain,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25, ["decode"])
+    assert plain.reason == ""
+    assert better_than_bound(plain.dense, plain.pruned, plain.hardware, 1.2, 1.3) == ""
+
+
+def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
+    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
+    (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
+    assert e.result.speedup > 1.03 * e.result.roofline_bound
+    assert e.reason.endswith("is farther from its roofline than the rest")
+
+
+def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> None:
+    def said(gpu: str, engine: str, phase: str = "decode") -> str:
+        w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, engine=engine)
+        return fallback(simulator.load_hardware(gpu), w)
+
+    assert said("h100", "vllm") == said("h100", "trtllm") == said("rtx_3090", "vllm") == said("h100", "") == ""
+    assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm kernels are not calibrated; vllm kernels are used instead"
+    assert said("h100@trtllm", "vllm") == "", "asked for by name"
+    part = "trtllm kernels are not calibrated for decode attention; vllm kernels are used instead"
+    assert said("a100", "trtllm") == f"a100_sxm_80gb: {part}"
+    assert said("a100", "trtllm", "prefill") == ""
+
+
+def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -> None:
+    hw = simulator.load_hardware("h100")
+    section = hw.section("gemm", "bf16")
+    few = replace(section, arrays={**section.arrays, "measured": np.array([[0.0, 7.0, 7.0], [6.0, 12.0, 12.0]])})
+    narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
+    assert beyond_measured(dense, hw) == ""
+    assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
+    wide, usual = (simulator.gemm_time(2048, 14336, 4096, h, level=0.9) for h in (narrow, hw.calibrated(hw.sections)))
+    assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds
+
+
+def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_named_with_their_share() -> None:
+    """A planted profile without elementwise section: GEMMs grow with the batch, elementwise operators hardly."""
+    fitted = simulator.load_hardware("rtx_4090")
+    sections = {key: s for key, s in fitted.sections.items() if key[0] != "elementwise"}
+    planted = replace(fitted.calibrated(sections), name="planted")
+    model, seen = simulator.load_model("llama-3.2-1b"), {}
+    for batch in (1, 2048):
+        dense = simulator.lower(model, phase="decode", batch=batch, seq=16)
+        pruned = simulator.prune(dense, "width", 0.25)
+        r = simulator.speedup(dense, pruned, planted)
+        shares = []
+        for w in (dense, pruned):
+            p = forward_passes(WorkloadBatch.of([w]), planted)
+            spent = p.row_s[w.kind == int(Kind.ELEMENTWISE)].sum()
+            shares.append(float(spent / p.device_s[0] * p.device_share[0]))
+        assert r.uncalibrated_share == pytest.approx(max(shares))
+        assert r.calibrated == (max(shares) < 0.05)
+        assert r.uncalibrated == "elementwise"
+        notes = uncalibrated([r, r])
+        assert len(notes) == (not r.calibrated)
+        assert all(f"elementwise operators on planted ({100 * max(shares):.0f} % of the time)" in n for n in notes)
+        seen[r.calibrated] = max(shares)
+    assert seen[True] < 0.05 < seen[False]
+    whole = simulator.speedup(dense, pruned, fitted)
+    assert (whole.calibrated, whole.uncalibrated, whole.uncalibrated_share) == (True, "", 0.0)
+
+
+def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
+    found = table(
+        ["llama-3.1-8b"], ["h100", "t4", "v100", "rtx_4090"], ["depth"], [0.25], scenario=Scenario(dtype="fp16")
+    )
+    (note,) = uncalibrated(found)
+    assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
+    assert "rtx_4090" not in note
+    assert "prunesim calibrate" in note, "what to do"
+
+
+def test_weights_in_a_format_without_fitted_kernels_count() -> None:
+    """GEMMs with 4-bit weights have their own section of a profile, or its defaults."""
+    shares = {}
+    for weights in ("bf16", "int4"):
+        (r,) = table(
+            ["llama-3.1-8b"], ["rtx_4090"], ["depth"], [0.25], scenario=Scenario(phase="decode", weight_dtype=weights)
+        )
+        shares[weights] = r.uncalibrated_share
+    assert shares["bf16"] < 0.05 < 0.5 < shares["int4"]

@@ -1,0 +1,116 @@
+"""A dense model against pruned ones that exist: as their families predict them, in one setting, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import folder_of, save, tensors_of
+
+import simulator
+from simulator.errors import InputError
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
+from simulator.prediction.explain import explanations
+from simulator.prediction.prunings import ALIKE
+from simulator.prediction.table import table
+
+pytestmark = pytest.mark.quick
+
+DENSE = simulator.load_model("llama-2-7b")
+GONE = Block(0, 0, 11008)  # a layer without attention
+H100 = simulator.load_hardware("h100")
+
+
+def changed(change: Callable[[int, Block], Block] = lambda i, b: b, **fields: Any) -> ModelConfig:
+    blocks = tuple(change(i, b) for i, b in enumerate(DENSE.layout)) if "layers" not in fields else ()
+    return replace(DENSE, name="pruned", blocks=blocks, **fields)
+
+
+LLM_PRUNER = changed(lambda i, b: replace(b, heads=26, kv_heads=26, inner=8810) if 4 <= i <= 29 else b)
+
+
+def lowered(model: ModelConfig, **options: Any) -> simulator.Workload:
+    return simulator.lower(model, **{"phase": "decode", "batch": 4, "seq": 1024, "engine": "vllm", **options})
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "sparsity", "options"),
+    [
+        (changed(layers=24, windows=(0,) * 24), "depth", 0.25, {}),
+        (changed(lambda i, b: replace(b, heads=24, kv_heads=24, inner=8256)), "width", 0.25, {}),
+        (changed(hidden=3072, head_dim=128), "width_cross", 0.25, {}),
+        (changed(sparse24=True), "semi_structured", 0.5, {}),
+        (changed(lambda i, b: GONE if 23 <= i < 31 else b), "depth", 0.25, {"unit": "attention"}),
+    ],
+)
+def test_a_model_that_exists_is_timed_as_the_family_that_makes_it(
+    model: ModelConfig, family: str, sparsity: float, options: dict[str, Any]
+) -> None:
+    engine = "hf" if family == "semi_structured" else "vllm"
+    dense = lowered(DENSE, engine=engine)
+    theirs = simulator.speedup(dense, lowered(model, engine=engine), H100)
+    ours = simulator.speedup(dense, simulator.prune(dense, family, sparsity, **options), H100)
+    for name in ("pruned_s", "speedup", "lower", "upper", "flop_bound", "roofline_bound"):
+        assert getattr(theirs, name) == pytest.approx(getattr(ours, name), rel=1e-9), name
+    assert theirs.family == family
+    left = model.parameters if not model.sparse24 else lowered(model).parameters
+    assert theirs.sparsity == theirs.realised_sparsity == pytest.approx(1 - left / DENSE.parameters)
+
+
+def test_a_model_that_cannot_be_read_is_skipped_if_others_remain(tmp_path: Path) -> None:
+    folder, bad = folder_of(tmp_path, "llama-2-7b"), tmp_path / "bad"
+    save(folder / "model.safetensors", tensors_of(LLM_PRUNER))
+    bad.mkdir()
+    reason = f"{bad}: the folder has no config.json; expected a Hugging Face model folder"
+    found = table([DENSE], ["h100"], pruned=[str(bad), str(folder), str(tmp_path / "none")], phase=["decode"])
+    assert [r.pruned for r in found] == ["llama-2-7b"]
+    assert found.notes[0] == f"{reason}: this pruned model is skipped"
+    assert "none' is unknown" in found.notes[1] or "none: " in found.notes[1]
+    for alone in ([str(bad)], [str(bad), str(tmp_path / "none")]):
+        with pytest.raises(InputError) as error:
+            table([DENSE], ["h100"], pruned=alone)
+        assert str(error.value) == reason
+
+
+def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "llama-2-7b")
+    save(folder / "model.safetensors", tensors_of(LLM_PRUNER))
+    found = table(["llama-2-7b"], ["h100", "a100"], pruned=[str(folder), LLM_PRUNER], phase=["decode"])
+    named = [(r.pruned, r.family, r.hardware) for r in found]
+    assert named[::2] == [("llama-2-7b", "width", "h100_sxm"), ("pruned", "width", "h100_sxm")]
+    assert [r.speedup for r in found][:2] == [r.speedup for r in found][2:]
+    assert found[0].sparsity == pytest.approx(1 - 5_709_025_280 / 6_738_415_616)
+    (note,) = [n for n in found.notes if n.startswith("pruned: ")]
+    assert "width in layers 4-29" in note
+    assert "8,810 of 11,008" in note
+    (e,) = explanations("llama-2-7b", ["h100"], pruned=[LLM_PRUNER], phase=["prefill"])
+    assert e.steps[0].speedup == pytest.approx(6_738_415_616 / 5_709_025_280)
+    assert e.steps[-1].speedup == pytest.approx(e.result.speedup)
+    assert next(s for s in e.steps if s.name == "alignment").factor < 0.95  # 8810 is off 8
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
+    same: dict[str, Any] = {"phase": "serve", "new_tokens": 8, "devices": 2}
+    other = {"engine": "sglang", "phase": "generate", "batch": 5, "seq": 5, "new_tokens": 9, "dtype": "fp16"}
+    other |= {"devices": 1, "parallel": "pipeline"}
+    dense, pruned = lowered(DENSE, **same), lowered(LLM_PRUNER, **same | {name: other[name]})
+    with pytest.raises(InputError, match=f"^{name}: the pruned model has .*; expected the same$"):
+        simulator.speedup(dense, pruned, H100)
+
+
+def test_a_model_against_itself_is_no_faster() -> None:
+    (r,) = table(["llama-2-7b"], ["h100"], pruned=["llama-2-7b"], phase=["decode"])
+    assert (r.pruned, r.family, r.sparsity, r.speedup, r.speedup_lower) == ("llama-2-7b", "none", 0.0, 1.0, 1.0)
+
+
+def test_pruned_models_stand_alone() -> None:
+    for given in ({"family": ["depth"]}, {"method": ["shortgpt"]}, {"sparsity": [0.5]}, {"options": {"align": 8}}):
+        with pytest.raises(InputError, match="a model sets its own pruning"):
+            table(["llama-2-7b"], ["h100"], pruned=[LLM_PRUNER], **given)
+    with pytest.raises(InputError, match="expected one dense model"):
+        table(["llama-2-7b", "llama-2-13b"], ["h100"], pruned=[LLM_PRUNER])

@@ -1,0 +1,215 @@
+"""Frontiers: the rule against a slow check, bands without gaps, measured speedups, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planted_points import point, row
+
+from simulator.cli import run
+from simulator.errors import InputError
+from simulator.figures.pareto import pareto_figure
+from simulator.figures.save import save_figure
+from simulator.prediction.pareto import bands, frontier, fronts, margins, marked, read_measured
+from simulator.prediction.quality import QualityTable, choose_axis, load_quality
+
+few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
+planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
+
+
+@given(st.lists(few, min_size=1, max_size=12))
+def test_frontier_against_the_definition(points: list[tuple[float, float]]) -> None:
+    loss, speedup = np.array(points).T
+    for (x, y), found in zip(points, frontier(loss, speedup)):
+        beaten = any(a <= x and b >= y and (a < x or b > y) for a, b in points)
+        assert found == (not beaten)
+
+
+def test_frontier_refuses_nothing_and_nan() -> None:
+    for loss, speedup in (([], []), ([0.1], [math.nan]), ([0.1, 0.2], [1.0])):
+        with pytest.raises(InputError, match="finite"):
+            frontier(loss, speedup)
+
+
+def test_dense_model_takes_part() -> None:
+    slow, fast = marked([point("depth", 0.1, 0.95), point("width", 0.2, 1.5)])
+    assert (slow.optimal, slow.beaten_by) == (False, "the dense model")
+    assert fast.optimal
+
+
+@given(st.lists(planted, min_size=1, max_size=10))
+def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) -> None:
+    points = marked([point(*p) for p in found])
+    out = bands(points)
+    assert (out[0].low, out[-1].high) == (0.0, math.inf)
+    for a, b in itertools.pairwise(out):
+        assert a.high == b.low
+        assert a.family != b.family
+        assert a.speedup_high < b.speedup_low
+    for budget in (0.0, 0.05, 0.5, 3.0):
+        affordable = [p.speedup for p in points if p.loss <= budget] + [1.0]
+        (band,) = [b for b in out if b.low <= budget < b.high]
+        assert band.speedup_low - 1e-12 <= max(affordable) <= band.speedup_high + 1e-12
+
+
+def test_bands_of_the_paper() -> None:
+    """Points as the paper has its frontier give the bands as it states them."""
+    paper = [("depth", 0.0, 1.1), ("dynamic_depth", 0.05, 1.2), ("width", 0.17, 1.5), ("width", 0.26, 1.7)]
+    found = bands(marked([point(*p) for p in paper]))
+    assert [(b.family, b.low) for b in found] == [("depth", 0.0), ("dynamic_depth", 0.05), ("width", 0.17)]
+
+
+def test_sure_needs_intervals_apart() -> None:
+    near = bands(marked([point("depth", 0.1, 1.2, 1.1), point("width", 0.1, 1.25, 1.1)]))
+    far = bands(marked([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
+    assert [b.sure for b in near] == [True, False]
+    assert [b.sure for b in far] == [True, True]
+
+
+def test_margins_turn_round() -> None:
+    below = np.array([[0.0, 0.2, 0.1], [0.05, 0.0, 0.1], [0.1, 0.1, 0.0]])
+    found = margins([1.0, 1.1, 1.3], below)
+    np.testing.assert_allclose(found, -found.T)
+    assert found[1, 0] == pytest.approx(np.log(1.1) / 0.05)  # down to 0 it is 0.05, not 0.2
+
+
+def test_fronts_cite_and_do_not_mix() -> None:
+    table = load_quality().of_model("llama-2-7b")
+    axis = choose_axis(table, "zero-shot", "SLEB")
+    found, _ = fronts(
+        "llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, ["prefill", "decode"], engine=["reference"]
+    )
+    assert [(f.phase, f.hardware) for f in found] == [
+        *itertools.product(("prefill", "decode"), ("h100_sxm", "rtx_4090"))
+    ]
+    for front in found:
+        assert all((p.metric, p.protocol) == (axis.metric, axis.protocol) and p.source for p in front.points)
+        assert [p.loss for p in front.points] == sorted(p.loss for p in front.points)
+        (sleb,) = [p for p in front.points if p.method == "SLEB" and p.sparsity == 0.2]
+        assert sleb.speedup_lower <= sleb.speedup <= sleb.speedup_upper
+        assert sleb.speedup == pytest.approx(1 / (1 - 6 / 32), rel=0.03)
+        assert all(p.beaten_by for p in front.points if not p.optimal)
+
+
+def test_options_of_a_method_reach_the_family_and_speed_is_that_of_the_model_asked() -> None:
+    sliced = row("width_cross", 0.25, 7.0, method="b", options=(("residual_projections", True),))
+    table = QualityTable((row("width_cross", 0.25, 7.0), sliced))
+    (front,), _ = fronts("llama-3.2-1b", ["h100"], table, table.axes()[0])
+    speed = {p.method: p.speedup for p in front.points}
+    assert speed["b"] < speed["my width_cross"]
+    assert {p.model for p in front.points} == {"llama-3.2-1b"}
+
+
+def test_unsupported_rows_are_noted_and_an_empty_frontier_refused() -> None:
+    table = QualityTable((row("depth", 0.25, 7.0), row("semi_structured", 0.25, 7.0)))
+    (front,), notes = fronts("llama-3.1-8b", ["h100"], table, table.axes()[0])
+    assert [p.family for p in front.points] == ["depth"]
+    assert len(notes) == 1
+    with pytest.raises(InputError, match="empty frontier"):
+        fronts("llama-3.1-8b", ["h100"], QualityTable(table.rows[1:]), table.axes()[0])
+
+
+@pytest.mark.parametrize(("phase", "batch", "seq"), [("prefil", 1, 1), ("prefill", 0, 1), ("prefill", 1, 0)])
+def test_bad_settings(phase: str, batch: int, seq: int) -> None:
+    table = load_quality().of_model("llama-2-7b")
+    with pytest.raises(InputError):
+        fronts("llama-2-7b", ["h100"], table, table.axes()[0], [phase], [batch], [seq])
+
+
+def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
+    path = tmp_path / "speed.csv"
+    header = "hardware,phase,family,sparsity,speedup,speedup_lower"
+    path.write_text(f"{header}\nh100_sxm,prefill,depth,0.25,1.29,1.28\n,,width,0.2,1.21,\n", encoding="utf-8")
+    table = QualityTable((row("depth", 0.25, 7.0), row("width", 0.25, 7.5), row("width", 0.2, 7.1)))
+    measured, axis = read_measured(path), table.axes()[0]
+    found, _ = fronts("llama-3.1-8b", ["h100"], table, axis, ["prefill", "decode"], measured=measured)
+    by = {(p.phase, p.family, p.sparsity): p for f in found for p in f.points}
+    depth = by["prefill", "depth", 0.25]
+    assert (depth.measured, depth.speedup, depth.speedup_lower, depth.speedup_upper) == (True, 1.29, 1.28, 1.29)
+    assert not by["decode", "depth", 0.25].measured
+    assert not by["prefill", "width", 0.25].measured
+    assert by["decode", "width", 0.2].speedup == 1.21
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "with the columns family, sparsity, speedup"),
+        ("speedup\n", "column family is missing"),
+        ("family,sparsity\n", "column speedup is missing"),
+        ("family,sparsity,speedup\n", "no rows"),
+        ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
+        ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
+        ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
+        ("family,sparsity,speedup\ndepth,0.1,nan\n", ":2: speedup: expected a number, got 'nan'"),
+        ("family,sparsity,speedup\ndepth,0.1,0\n", ":2: speedup"),
+        ("family,sparsity,speedup\ndepth,0.1\n", ":2: expected 3 cells"),
+    ],
+)
+def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "speed.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        read_measured(path)
+    assert expected in str(error.value)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    axis = ["--metric", "zero-shot", "--protocol", "SLEB"]
+    assert run(["pareto", "llama-2-7b", "--hardware", "h100", *axis, "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["bands"][-1]["high"] is None
+    assert {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"} <= record["points"][0].keys()
+    assert run(["pareto", "llama-2-7b", "--hardware", "h100,rtx_4090"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("\n")[:12])) <= 120
+    assert "fastest family by quality budget" in out
+    assert out.count("SLEB (arXiv 2402.09025)") >= 2
+
+
+def test_command_takes_the_quality_of_another_model_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pareto", "llama-3.1-8b", "--hardware", "h100", "--quality-model", "llama-2-7b", "--csv", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("model,hardware,phase")
+    assert "quality: measured on llama-2-7b; speed: predicted for llama-3.1-8b" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--metric", "bleu"], "no rows with metric 'bleu'"),
+        (["--quality", "nothing.csv"], "no such file"),
+        (["--quality-model", "gpt-5"], "'gpt-5' is unknown"),
+        (["--figure", "x.gif"], ".pdf"),
+        (["--json", "--csv", "-"], "expected one of them"),
+        (["--measured", "nothing.csv"], "cannot be read"),
+    ],
+)
+def test_command_refuses(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pareto", "llama-2-7b", "--hardware", "h100", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert expected in err
+
+
+def test_figure_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
+    families = ["depth", "depth", "width", "semi_structured", "dynamic_depth"]
+    loss, speed = [0.1, 0.2, 0.15, 4.0, -0.01], [1.1, 1.2, 1.3, 1.5, 0.98]
+    ends = [1.0, 1.1, 1.2, 1.3, 0.9], [1.2, 1.3, 1.4, 1.8, 1.0]
+    for name in ("a.pdf", "b.pdf"):
+        where = ["prefill"] * 5, ["h100", "a100"] + ["h100"] * 3
+        figure = pareto_figure(
+            *where, families, list("vwxyz"), [0.25] * 5, loss, speed, *ends, axis="ppl", protocol="p"
+        )
+        save_figure(figure, tmp_path / name)
+    assert len(figure.axes) == 2
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+    with pytest.raises(InputError, match="one length"):
+        pareto_figure(["a"], [], [], [], [], [], [], [], [], axis="x")

@@ -1,0 +1,107 @@
+"""Whole models with routed experts and latent attention: times, bounds, engines, devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.cost.host import launches
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.prediction.table import table
+from simulator.routing import experts_touched
+from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.intervals import workload_time
+from simulator.workload import Kind, Workload
+from simulator.workload_batch import WorkloadBatch
+
+pytestmark = pytest.mark.quick
+
+H200 = simulator.load_hardware("h200_sxm")
+FP8 = {"dtype": "fp8", "weight_dtype": "fp8_block", "engine": "sglang"}
+MODELS: dict[str, dict[str, Any]] = {"mixtral-8x7b": {}, "qwen3-30b-a3b": {}, "deepseek-v3": FP8}
+
+
+def lowered(name: str, **options: Any) -> Workload:
+    usual = {"phase": "decode", "batch": 16, "seq": 2048, "devices": 8, "engine": "vllm"}
+    return simulator.lower(simulator.load_model(name), **{**usual, **MODELS.get(name, {}), **options})
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "expert"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_devices_are_timed_within_physics(name: str, phase: str, parallel: str) -> None:
+    w = lowered(name, phase=phase, parallel=parallel)
+    found = workload_time(w, H200)
+    assert (found.seconds >= found.roofline_s / H200.clock_headroom * (1 - 1e-9)).all()
+    assert (found.lower <= found.seconds).all()
+    assert (found.seconds <= found.upper).all()
+    assert found.device_s == pytest.approx((found.seconds * w.count).sum() + found.gap_s)
+    routed = w.kind == Kind.EXPERTS
+    assert 0.02 < (found.seconds * w.count)[routed].sum() / found.device_s < 0.9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) -> None:
+    options = MODELS[name]
+    setting = simulator.Scenario(devices=8, **{k: v for k, v in options.items() if k != "engine"})
+    engine = [options.get("engine", "vllm")]
+    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, scenario=setting)
+    families = {r.family for r in found}
+    assert {"depth", "width", "width_cross", "experts", "kv_cache", "token", "dynamic_depth"} <= families
+    assert not families & {"low_rank", "unstructured", "dynamic_width", "semi_structured"}
+    assert sum("have no such kernels" in note for note in found.notes) == 4
+    for r in found:
+        assert r.speedup_lower <= r.speedup <= r.speedup_upper
+        assert r.speedup < 1.02 * max(r.roofline_bound, 1.0)
+
+
+def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
+    even, usual, uneven = (
+        workload_time(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2)
+    )
+    assert uneven < usual < even  # few tokens: what is read rules
+    many = {"phase": "prefill", "batch": 8, "devices": 1}
+    flat, steep = (lowered("qwen3-30b-a3b", **many, skew=s) for s in (0, 2))
+    assert flat.flops.sum() == steep.flops.sum()
+    assert steep.bytes.sum() <= flat.bytes.sum()
+    for wrong in (-0.1, 2.5, "much", None):
+        with pytest.raises(InputError, match=r"^skew: expected a number from 0 .* to 2, got "):
+            lowered("qwen3-30b-a3b", skew=wrong)
+
+
+def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
+    dense = lowered("qwen3-30b-a3b", devices=1, batch=64, skew=0)
+    found = simulator.speedup(dense, simulator.prune(dense, "experts", 0.25), H200)
+    read = [experts_touched(64, many, 8) for many in (128, 96)]
+    layer = 3 * 768 * 2048 * 2
+    whole = dense.bytes.sum()
+    router = 48 * 2 * 32 * (2048 + 64)  # 32 outputs fewer, and their weights
+    assert found.byte_bound == pytest.approx(whole / (whole - 48 * layer * (read[0] - read[1]) - router), rel=1e-9)
+    assert 1.02 < found.lower < found.speedup < found.byte_bound < found.upper + 0.1
+    one = lowered("qwen3-30b-a3b", devices=1, batch=1)
+    assert (
+        simulator.speedup(one, simulator.prune(one, "experts", 0.25), H200).byte_bound < 1.01
+    )  # eight are read anyway
+    active = simulator.prune(dense, "experts", 0.25, fewer="active")
+    assert simulator.speedup(dense, active, H200).flop_bound > 1.05
+
+
+def test_transformers_launches_each_expert_that_is_used() -> None:
+    w, engine = lowered("qwen3-30b-a3b", devices=1, batch=4, engine="hf", skew=0), load_engine("hf")
+    workloads = WorkloadBatch.of([w])
+    row = np.flatnonzero(workloads.groups.kind == Kind.EXPERTS)
+    used = float(experts_touched(4, 128, 8))
+    assert launches(workloads, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
+    assert launches(workloads, load_engine("vllm"))[0, row] == 48
+    assert workload_time(w, H200).host_bound
+
+
+def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
+    plain, latent = lowered("qwen3-30b-a3b", devices=1), lowered("deepseek-v2-lite", devices=1)
+    both = forward_passes(WorkloadBatch.of([plain, latent]), H200)
+    alone = [workload_time(w, H200).device_s for w in (plain, latent)]
+    assert both.device_s == pytest.approx(alone)

@@ -1,0 +1,264 @@
+"""Tokens a second, the time to the first token and for each further one, the largest batch, and engines in tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.engines.engine import list_engines, load_engine
+from simulator.errors import InputError
+from simulator.prediction.advise import advise
+from simulator.prediction.explain import explanations
+from simulator.prediction.grid import Grid
+from simulator.prediction.result import Result, Results
+from simulator.prediction.scenario import Scenario, dense_seconds
+from simulator.prediction.speedup import speedup
+from simulator.prediction.sweep import digest, sweep_results
+from simulator.prediction.waterfall import waterfall
+from simulator.pruning import prune
+from simulator.workload_batch import memory
+
+FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
+
+
+def table(**asked: Any) -> Results:
+    """A table of some families, and what is asked."""
+    usual = {"models": ["llama-3.1-8b"], "hardware": ["h100"], "family": FAMILIES, "sparsity": [0.25]}
+    return simulator.table(**{**usual, "phase": ["decode"], **asked})
+
+
+def close(value: float, wanted: float) -> bool:
+    return math.isclose(value, wanted, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["", *list_engines()])
+def test_one_prefill_has_a_first_token_and_a_decode_has_the_others(engine: str) -> None:
+    for r in table(phase=["prefill"], batch=[1, 8], engine=[engine]):
+        assert (r.tokens_per_s, r.tpot_s, r.dense_tokens_per_s, r.dense_tpot_s) == (None,) * 4
+        assert close(r.ttft_s, r.pruned_s)
+        assert close(r.dense_ttft_s, r.dense_s)
+    for r in table(phase=["decode"], batch=[1, 8], engine=[engine]):
+        assert (r.ttft_s, r.dense_ttft_s) == (None, None)
+        assert close(r.tpot_s, r.pruned_s)
+        assert close(r.tokens_per_s, r.batch / r.pruned_s)
+        assert close(r.dense_tokens_per_s, r.batch / r.dense_s)
+
+
+@pytest.mark.parametrize("engine", ["", *list_engines()])
+@pytest.mark.parametrize("dense_s", [None, 0.9])
+def test_first_and_further_tokens_make_up_the_whole(engine: str, dense_s: float | None) -> None:
+    options: dict[str, Any] = {"seq": [700], "batch": [6], "engine": [engine]}
+    steps = Scenario(new_tokens=40)
+    for phase in ("generate", "serve"):
+        if dense_s is not None:
+            (plain, *_) = table(phase=[phase], **options, scenario=steps)
+            steps = replace(steps, dense_s=dense_s * plain.dense_s)
+        for r in table(phase=[phase], **options, scenario=steps):
+            assert close(r.ttft_s + 40 * r.tpot_s, r.pruned_s)
+            assert close(r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s)
+            assert close(r.tokens_per_s, 6 * 40 / r.pruned_s)
+            assert close(r.dense_tokens_per_s / r.tokens_per_s, 1.0 / r.speedup)
+        steps = Scenario(new_tokens=40)
+
+
+def test_a_generate_is_one_prefill_and_then_decodes() -> None:
+    for engine in ("", "vllm", "hf"):
+        (r,) = table(family=["depth"], phase=["generate"], seq=[700], scenario=Scenario(new_tokens=3), engine=[engine])
+        (prefill,) = table(family=["depth"], phase=["prefill"], seq=[700], engine=[engine])
+        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine])[0] for t in range(3)]
+        assert r.dense_ttft_s == pytest.approx(prefill.dense_s, rel=1e-6)
+        assert r.dense_tpot_s == pytest.approx(np.mean([s.dense_s for s in steps]), rel=2e-3)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_first(engine: str, tmp_path: Path) -> None:
+    text = Path(simulator.__file__).parent.joinpath("engines", f"{engine}.yaml").read_text()
+    found = []
+    for wait in (0.0, 0.5, 1.0):
+        path = tmp_path / f"{wait}.yaml"
+        lines = [line for line in text.splitlines() if not line.startswith("prefill_wait")]
+        path.write_text("\n".join([*lines, f"prefill_wait: {{value: {wait}, source: serving}}\n"]))
+        found += table(
+            family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], scenario=Scenario(new_tokens=64)
+        )
+    none, half, all_of_them = found
+    assert none.dense_s == half.dense_s == all_of_them.dense_s
+    assert none.tokens_per_s == all_of_them.tokens_per_s
+    alone = none.dense_ttft_s
+    assert close(half.dense_ttft_s, alone * (1.0 + 0.5 * 31))
+    assert close(all_of_them.dense_ttft_s, 32 * alone)
+    assert all_of_them.dense_tpot_s < half.dense_tpot_s < none.dense_tpot_s
+
+
+def test_more_requests_in_flight_are_more_tokens_a_second_and_slower_tokens() -> None:
+    found = table(family=["depth"], phase=["serve"], batch=[1, 4, 16, 64], scenario=Scenario(new_tokens=128))
+    rates, each = ([getattr(r, name) for r in found] for name in ("dense_tokens_per_s", "dense_tpot_s"))
+    assert rates == sorted(rates)
+    assert each == sorted(each)
+    assert rates[-1] < 64 * rates[0]
+    for r in found:
+        assert r.tokens_per_s > r.dense_tokens_per_s
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
+@pytest.mark.parametrize("setting", [Scenario(), Scenario(weight_dtype="int4", kv_dtype="fp8"), Scenario(devices=2)])
+def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, setting: Scenario) -> None:
+    setting, hw = replace(setting, new_tokens=64), simulator.load_hardware("h100")
+    for r in table(
+        models=[model], family=["depth", "width", "unstructured"], phase=[phase], batch=[1, 9], scenario=setting
+    ):
+        for largest, pruned in ((r.dense_largest_batch, False), (r.pruned_largest_batch, True)):
+            assert largest >= 1
+            fits = []
+            for batch in (largest, largest + 1):
+                w = replace(setting, model=model, phase=phase, shapes=((batch, r.seq),)).workloads[0]
+                fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
+            assert fits == [True, False], (r.family, largest)
+        assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
+
+
+def test_the_largest_batch_of_a_serve_is_of_its_caches() -> None:
+    hw, setting = simulator.load_hardware("h100"), Scenario(new_tokens=512)
+    for r in table(family=["depth", "width"], phase=["serve"], batch=[1, 9], seq=[4096], scenario=setting):
+        w = replace(setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch, 4096),)).workloads[0]
+        assert memory(w, hw).fits
+        w = replace(
+            setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch + 1, 4096),)
+        ).workloads[0]
+        assert not memory(w, hw).fits
+        assert r.pruned_largest_batch > r.dense_largest_batch
+
+
+def test_where_weights_do_not_fit_no_batch_does() -> None:
+    (r,) = table(models=["llama-2-70b"], family=["depth"])
+    assert (r.dense_fits, r.dense_largest_batch) == (False, 0)
+
+
+# -- engines in tables -------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
+    engines = ["hf", "reference", "transformers", "trtllm", "HF"]  # one by three of its names
+    found = table(family=["depth", "semi_structured"], sparsity=[0.5], batch=[1, 8], engine=engines)
+    order = [(r.batch, r.engine, r.family) for r in found]
+    assert order == [(r.batch, r.engine, r.family) for r in sorted(found, key=_place)]
+    for r in found:
+        dense = simulator.lower(simulator.load_model(r.model), phase="decode", batch=r.batch, seq=2048, engine=r.engine)
+        alone = speedup(dense, prune(dense, r.family, 0.5), simulator.load_hardware("h100"))
+        assert r.speedup == pytest.approx(alone.speedup, rel=1e-12)
+        assert (r.dense_s, r.tpot_s) == pytest.approx((alone.dense_s, alone.tpot_s), rel=1e-12)
+    times = {r.engine: r.dense_s for r in found if r.batch == 1}
+    assert len(set(times.values())) == 3
+    assert times["hf"] > times["trtllm"]
+
+
+def _place(r: Result) -> tuple[int, int, int]:
+    return ["hf", "reference", "trtllm"].index(r.engine), r.batch, ["depth", "semi_structured"].index(r.family)
+
+
+def test_what_an_engine_lacks_is_left_out_beside_others_and_refused_alone() -> None:
+    found = table(family=["depth", "semi_structured"], sparsity=[0.5], engine=["vllm", "trtllm"])
+    assert {(r.engine, r.family) for r in found} == {
+        ("vllm", "depth"), ("trtllm", "depth"), ("trtllm", "semi_structured"),
+    }  # fmt: skip
+    assert any("vllm has no 2:4 kernels; these engines have: compile, hf, reference, trtllm" in n for n in found.notes)
+    for family in (["semi_structured"], "semi_structured"):
+        with pytest.raises(InputError, match="vllm has no 2:4 kernels; these engines have: compile, hf"):
+            table(family=[family] if isinstance(family, str) else family, sparsity=[0.5], engine=["vllm"])
+    with pytest.raises(InputError, match="hf has no kernels for fp8 weights alone; it has: int8, int4"):
+        table(engine=["hf"], scenario=Scenario(weight_dtype="fp8"))
+
+
+def test_an_engine_of_one_s_own_without_4_bit_kernels_refuses_them(tmp_path: Path) -> None:
+    text = Path(simulator.__file__).parent.joinpath("engines/reference.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        text.replace("weight_only: [fp8, int8, int4]", "weight_only: [int8]").replace("name: reference", "name: mine")
+    )
+    assert load_engine(str(path)).weight_only == ("int8",)
+    with pytest.raises(InputError, match="mine has no kernels for int4 weights alone; it has: int8"):
+        table(engine=[str(path)], scenario=Scenario(weight_dtype="int4"))
+    (r, *_) = table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
+    assert (r.engine, r.weight_dtype) == ("mine", "int8")
+    path.write_text(text.replace("weight_only: [fp8, int8, int4]", "weight_only: []"))
+    with pytest.raises(InputError, match="it has: none"):
+        table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
+
+
+def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = Path(simulator.__file__).parent.joinpath("engines/hf.yaml").read_text()
+    path.write_text(text)
+    grid = Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,), engines=(str(path), "vllm"))
+    first = digest(grid)
+    assert first == digest(grid)
+    assert [r.engine for r in sweep_results(grid, "family == 'depth'")] == ["hf", "vllm"]
+    path.write_text(text + "# changed\n")
+    assert digest(grid) != first
+
+
+# -- a measured time ---------------------------------------------------------------------------------------------------
+
+
+def test_a_measured_time_reaches_every_answer() -> None:
+    setting = Scenario(dense_s=0.0095)
+    rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], scenario=setting)
+    for r in rows:
+        assert r.dense_s == pytest.approx(0.0095, rel=0.02)
+        assert r.dense_tpot_s == r.dense_s
+    (e,) = explanations("llama-3.1-8b", ["h100"], "depth", 0.25, ["decode"], scenario=setting)
+    assert e.result.speedup == rows[0].speedup
+    assert e.steps[-1].speedup == pytest.approx(e.result.speedup, rel=1e-12)
+    assert math.prod(step.factor for step in e.steps) == pytest.approx(e.result.speedup, rel=1e-12)
+    (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["decode"], family=["depth"], scenario=setting).advice
+    dense = replace(setting, model="llama-3.1-8b", phase="decode", shapes=((1, 2048),)).workloads[0]
+    pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
+    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
+    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
+
+
+def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
+    setting = Scenario(dense_s=0.0095)
+    many = table(scenario=setting).rows
+    for r in many:
+        (alone,) = table(family=[r.family], scenario=setting)
+        assert (alone.speedup, alone.speedup_lower, alone.pruned_s) == pytest.approx(
+            (r.speedup, r.speedup_lower, r.pruned_s), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"batch": [1, 2]}, {"seq": [128, 256]}, {"phase": ["prefill", "decode"]}, {"hardware": ["h100", "a100"]},
+        {"engine": ["vllm", "hf"]}, {"models": ["llama-3.1-8b", "llama-3.2-1b"]},
+    ],
+    ids=lambda more: next(iter(more)),
+)  # fmt: skip
+def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"dense time: belongs to one scenario; expected one .*, got 2"):
+        table(**more, scenario=Scenario(dense_s=0.01))
+
+
+@pytest.mark.parametrize("dense_s", [0.0, -1.0, math.nan, math.inf])
+def test_what_is_no_time_is_refused(dense_s: float) -> None:
+    with pytest.raises(InputError, match="expected a positive time"):
+        Scenario(dense_s=dense_s)
+
+
+def test_tokens_a_second_are_a_time() -> None:
+    assert dense_seconds(100.0, "decode", 8, 2048, 128) == 8 / 100
+    assert dense_seconds(4096.0, "prefill", 2, 2048, 0) == 1.0
+    assert dense_seconds(64.0, "serve", 4, 99, 32) == dense_seconds(64.0, "generate", 4, 7, 32) == 2.0
+    for r in table(phase=["serve"], batch=[16], scenario=Scenario(new_tokens=32)):
+        assert close(dense_seconds(r.dense_tokens_per_s, "serve", 16, 2048, 32), r.dense_s)
+    for bad in (None, 0.0, -3.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="expected a positive number"):
+            dense_seconds(bad, "decode", 1, 1, 1)

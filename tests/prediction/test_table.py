@@ -1,0 +1,243 @@
+"""The product of settings: order, agreement with single predictions, what is left out and what is refused; and files
+written whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator import load_hardware, load_model, lower, prune, speedup
+from simulator.errors import InputError
+from simulator.files.write import write_whole
+from simulator.prediction.batch import batch_of
+from simulator.prediction.explain import explanations
+from simulator.prediction.gemms import gemm_table
+from simulator.prediction.prunings import Pruning, families
+from simulator.prediction.result import COLUMNS, Result, Results
+from simulator.prediction.scenario import Scenario
+from simulator.pruning import general_families
+from simulator.workload import PHASES, Workload
+
+MODEL = ["llama-3.1-8b"]
+
+
+def table(**asked: Any) -> Results:
+    """A table of one point, except for what is asked."""
+    usual = {"models": MODEL, "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25], "phase": ["decode"]}
+    return simulator.table(**{**usual, **asked})
+
+
+@pytest.mark.quick
+def test_records_are_the_single_predictions_in_order() -> None:
+    found = table(
+        hardware=["h100", "a100"], family=["width", "depth"], sparsity=[0.5, 0.25], phase=["decode", "prefill"],
+        batch=[1, 4], seq=[512],
+    )  # fmt: skip
+    assert [(r.phase, r.batch, r.family, r.sparsity, r.hardware) for r in found][:5] == [
+        ("decode", 1, "width", 0.5, "h100_sxm"),
+        ("decode", 1, "width", 0.5, "a100_sxm_80gb"),
+        ("decode", 1, "width", 0.25, "h100_sxm"),
+        ("decode", 1, "width", 0.25, "a100_sxm_80gb"),
+        ("decode", 1, "depth", 0.5, "h100_sxm"),
+    ]
+    assert len(found) == 2 * 2 * 2 * 2 * 2
+    for r in found.rows[::5]:
+        dense = lower(load_model(MODEL[0]), phase=r.phase, batch=r.batch, seq=r.seq)
+        single = speedup(dense, prune(dense, r.family, r.sparsity), load_hardware(r.hardware))
+        assert r.speedup == pytest.approx(single.speedup, rel=1e-12)
+        assert r.speedup_lower == pytest.approx(single.lower, rel=1e-12)
+        assert r.roofline_bound == pytest.approx(single.roofline_bound, rel=1e-12)
+        assert r.efficiency == pytest.approx(single.efficiency, rel=1e-12)
+        assert (r.realised_sparsity, r.bottleneck, r.measured_bound) == (
+            single.realised_sparsity,
+            single.bottleneck,
+            None,
+        )
+
+
+@pytest.mark.quick
+def test_names_that_mean_the_same_count_once() -> None:
+    twice = table(
+        hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
+    )
+    assert len(twice) == 1
+    assert families(["width", "all"]) == ("width", *(name for name in general_families() if name != "width"))
+
+
+@pytest.mark.quick
+def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
+    reference = {"engine": ["reference"]}
+    found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
+    assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
+    (note,) = [note for note in found.notes if "excluded" in note]
+    assert note.startswith("semi_structured")
+    assert note.endswith("excluded at sparsity 0.25")
+    with pytest.raises(InputError, match="semi_structured"):
+        table(family=["semi_structured"], sparsity=[0.25, 0.5], **reference)
+    with pytest.raises(InputError, match="sparsity: expected at least one"):
+        table(sparsity=[])
+    with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
+        table(hardware=["h100", "a100"], family=["depth", "width"], scenario=Scenario(dtype="fp8"))
+
+
+@pytest.mark.quick
+def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
+    found = table(models=["llama-2-70b"], hardware=["h200", "4090"], sparsity=[0.1, 0.5])
+    at = {(r.hardware, r.sparsity): r for r in found}
+    assert at["h200_sxm", 0.5].pruned_fits
+    assert not at["rtx_4090", 0.5].pruned_fits
+    assert at["h200_sxm", 0.5].pruned_memory_bytes < 0.55 * at["h200_sxm", 0.5].dense_memory_bytes
+    assert any("rtx_4090" in note and "devices" in note for note in found.notes)
+    assert [r.dense_fits for r in found] == [r.dense_memory_bytes <= r.capacity_bytes for r in found]
+
+
+@pytest.mark.quick
+def test_more_positions_than_a_model_has_are_noted() -> None:
+    assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
+    (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
+    assert "opt-13b supports 2048 positions" in note
+    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], scenario=Scenario(new_tokens=16)).notes
+    assert "2056" in note
+
+
+@pytest.mark.quick
+def test_settings_reach_the_prediction() -> None:
+    def times(setting: Scenario) -> tuple[float, float]:
+        (r,) = table(scenario=setting)
+        return r.dense_s, r.dense_memory_bytes
+
+    plain = times(Scenario())
+    assert times(Scenario(weight_dtype="int4"))[0] < plain[0]
+    assert times(Scenario(weight_dtype="int4"))[1] < plain[1]
+    assert times(Scenario(kv_dtype="fp8"))[1] < plain[1]
+    assert times(Scenario(engine="hf"))[0] > plain[0]
+    assert times(Scenario(devices=2))[1] < plain[1]
+    (generate,) = table(phase=["generate"], scenario=Scenario(new_tokens=16))
+    assert generate.new_tokens == 16
+    assert generate.dense_s > 15 * plain[0]
+
+
+@pytest.mark.quick
+def test_progress_counts_every_combination() -> None:
+    seen: list[tuple[int, int]] = []
+    table(hardware=["h100", "a100"], phase=["prefill", "decode"], progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(2, 4), (4, 4)]
+
+
+@pytest.mark.quick
+def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    found = table(sparsity=[0.25, 0.5])
+    frame = found.to_pandas()
+    assert list(frame.columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
+    assert frame["speedup"].tolist() == [r.speedup for r in found]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
+        found.to_pandas()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", list(general_families()))
+def test_every_family_is_explained_exactly(family: str) -> None:
+    for e in explanations(
+        MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
+    ):
+        reached = 1.0
+        for step in e.steps:
+            reached *= step.factor
+            assert reached == pytest.approx(step.speedup, rel=1e-9)
+        assert reached == pytest.approx(e.result.speedup, rel=1e-9)
+
+
+@pytest.mark.quick
+def test_a_sparsity_by_part_is_explained() -> None:
+    (e,) = explanations(MODEL[0], ["h100"], prune=["width mlp=0.5"])
+    (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
+    assert 0.3 < e.result.sparsity < 0.5
+    assert 1.0 < e.result.speedup < whole.speedup
+    assert asdict(e.result).keys() == asdict(whole).keys()
+
+
+@pytest.mark.parametrize("family", list(general_families()))
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("llama-3.2-1b", Scenario(new_tokens=5, engine="")),
+        ("gemma-2-9b", Scenario(new_tokens=5, devices=2, engine="reference")),
+        ("mistral-7b-v0.1", Scenario(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
+    ],
+    ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
+)
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
+    """Whatever a family says of the requests that a call may prune together."""
+    shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
+    scenario = replace(setting, model=model, phase=phase, shapes=shapes)
+    for sparsity in (0.0, 0.3, 0.5, 0.9):
+        refused: list[str] = []
+
+        def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
+            refused.append(reason)
+
+        batch = batch_of(scenario, [Pruning.of(family, sparsity)], reject)
+        together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
+        for i, dense in enumerate(scenario.workloads):
+            try:
+                one = prune(dense, family, sparsity)
+            except InputError:
+                assert i not in together
+                assert refused
+                continue
+            j = together[i]
+            at = batch.starts[j] + np.arange(batch.lengths[j])
+            assert len(one) == len(at)
+            for name in Workload.SCHEMA:
+                got, wanted = getattr(batch.rows, name)[at], getattr(one, name)
+                np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=name)
+            applied = one.meta.applied[-1]
+            assert batch.sparsity[j] == applied.sparsity
+            assert batch.realised[j] == pytest.approx(applied.realised, abs=1e-12)
+
+
+@pytest.mark.quick
+def test_gemm_table_is_the_product() -> None:
+    rows = gemm_table([1, 64], [4096], [4096, 1024], ["h100", "4090"])
+    assert [(r.hardware, r.m, r.k) for r in rows] == [
+        (h, m, k) for h in ("h100_sxm", "rtx_4090") for m in (1, 64) for k in (4096, 1024)
+    ]
+    for r in rows:
+        assert r.flop_per_s == pytest.approx(2.0 * r.m * r.n * r.k / r.seconds)
+        assert r.seconds >= r.roofline_s * 0.99
+        assert r.steps_s["launch"] == r.seconds
+    (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
+    (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
+    assert sparse.seconds < dense.seconds
+
+
+@pytest.mark.quick
+def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.csv", "real.csv"]
+
+
+@pytest.mark.quick
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    write_whole("/dev/null", b"x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(InputError, match="is a folder"):
+        write_whole(tmp_path, b"x")
