@@ -58,7 +58,8 @@ def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] 
     "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
     """
     known, given = sorted(choices), one_line(str(name), 80)
-    close = difflib.get_close_matches(given.lower().rsplit("/", 1)[-1], known, n=3, cutoff=0.5)
+    parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))  # an id can begin with its owner
+    close = next(filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)), [])
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     hint += f"{way} " if way else ""
     return InputError(f"{kind} {given!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")

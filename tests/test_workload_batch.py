@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
 from simulator import workload_batch
+from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
 from simulator.models.library import load_model
 from simulator.workload import Kernel, Kind, Part, Workload
@@ -22,7 +23,7 @@ from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, memory
 pytestmark = pytest.mark.quick
 
 lower = partial(lowering.lower, engine="")
-GPU: Any = SimpleNamespace(memory_bytes=80e9)
+GPU = replace(load_hardware("h100"), memory_bytes=80e9)
 
 
 def _of_one(count: Callable[[WorkloadBatch], Any]) -> Callable[[Workload], float]:
@@ -95,7 +96,7 @@ def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None
 
 def test_what_grows_with_no_device_count() -> None:
     w = lower(load_model("llama-2-7b"), batch=256, seq=4096)
-    got = memory(w, SimpleNamespace(memory_bytes=1e9))
+    got = memory(w, replace(GPU, memory_bytes=1e9))
     assert (got.fits, got.devices_needed) == (False, 0)
     assert "either" in got.verdict
 
