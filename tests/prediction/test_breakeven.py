@@ -32,7 +32,7 @@ GAIN, MAYBE, LOSS = (1.2, 1.1, 1.3), (1.02, 0.97, 1.06), (0.9, 0.85, 0.95)
         ((GAIN, GAIN, MAYBE, LOSS), "pays up to batch 2 (1.20x, 1.10-1.30); not above"),
         ((LOSS, LOSS), "is slower at any batch from 1 to 2; best 0.90x, 0.85-0.95 at 1"),
         ((LOSS, MAYBE), "does not surely pay at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
-        ((MAYBE, GAIN, LOSS), "pays at batch 2 (best 1.20x, 1.10-1.30 at 2); not at the others"),
+        ((MAYBE, GAIN, LOSS), "pays only at batch 2 (1.20x, 1.10-1.30)"),
         ((GAIN, MAYBE, GAIN), "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others"),
         (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not below"),  # 1.00 is not a gain
     ],
