@@ -22,6 +22,9 @@ MOST_SENTENCES = 8
 MOST_COLUMNS = 3
 """Batches or lengths from which they are rows of a table, not tables of their own."""
 
+AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19
+"""Characters of the first two columns of a table over batches or lengths, and of the column of a pruning."""
+
 
 Sparsity = Annotated[
     str | None,
@@ -107,7 +110,7 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
     over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
-    if over and len(even) <= (len(even) if verbose else MOST_SENTENCES):
+    if over and (verbose or len(even) <= MOST_SENTENCES):
         last = [runs.get(b.results[-1]) for b in even]  # the longest: a budget of tokens may keep all of the first
         stops = [answer.clause if answer and answer.works is False else "" for answer in last]
         render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
@@ -142,7 +145,11 @@ def _print_over(even: Sequence[BreakEven]) -> None:
     groups: dict[str, list[BreakEven]] = {}
     for b in even:
         groups.setdefault(b.where, []).append(b)
-    for i, (where, some) in enumerate(groups.items()):
+    together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
+    tables = [
+        (where, all_of[i : i + together]) for where, all_of in groups.items() for i in range(0, len(all_of), together)
+    ]
+    for i, (where, some) in enumerate(tables):
         if i:
             print()
         values = sorted({value for b in some for value in b.values})
@@ -158,7 +165,7 @@ def _print_over(even: Sequence[BreakEven]) -> None:
             cells = [render.interval(found[v]) if v in found else "-" for v in values]
             title = "\n".join(textwrap.wrap(b.results[0].pruning, 17, break_on_hyphens=False))
             columns.append(render.Column(title, cells, styles=[_style(found.get(v)) for v in values]))
-        render.show(render.narrowed(columns, 3), f"{first.results[0].model} on {where}: speedup over {axis}")
+        render.show(columns, f"{first.results[0].model} on {where}: speedup over {axis}")
 
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:

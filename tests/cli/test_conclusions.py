@@ -224,3 +224,21 @@ def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, m
     assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
     assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
     assert "+-" not in out + err
+
+
+def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
+    out = cli.out("speedup llama-3.2-1b --hardware h100 --family depth,width,low_rank --phase decode --batch 1:4")
+    shown = [
+        name
+        for name in ("depth", "width", "low_rank")
+        for s in (10, 25, 50)
+        if f"{name} at {s} %" in out.partition("\n\n")[2]
+    ]
+    assert shown == ["depth"] * 3 + ["width"] * 3 + ["low_rank"] * 3
+    assert max(len(line) for line in out.splitlines()) <= 120
+    assert (
+        len(
+            cli.out("speedup llama-3.2-1b --hardware h100 --prune 'depth 0.25' --phase decode --batch 1:4").splitlines()
+        )
+        < 15
+    )
