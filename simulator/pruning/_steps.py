@@ -107,8 +107,8 @@ def _hashable(sparsity: Any) -> Any:
 
 def _argument(sparsity: Sparsity) -> Any:
     """Return a sparsity as a number, a sequence or a mapping."""
-    parts = isinstance(sparsity, tuple) and isinstance(sparsity[0], tuple)
-    return dict(sparsity) if parts else sparsity  # type: ignore[arg-type]
+    found: Any = sparsity
+    return dict(found) if isinstance(found, tuple) and isinstance(found[0], tuple) else found
 
 
 def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = False, plan: str = "") -> Workload:
