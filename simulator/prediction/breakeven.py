@@ -70,7 +70,7 @@ class BreakEven:
             return f"{text} ({_speedup(first)}, at {values[0]:,}; {_speedup(last)}, at {values[-1]:,})"
         if not any(pays):
             best = max(found, key=lambda r: r.speedup)
-            sure = "is slower" if all(r.speedup_upper < 1.0 for r in found) else "does not surely pay"
+            sure = "is slower" if all(r.speedup_upper < 1.0 for r in found) else "has no certain gain"
             return f"{sure} at any {name} from {ends}; best {_speedup(best)} at {getattr(best, self.axis):,}"
         start = pays.index(True)
         if all(pays[start:]):

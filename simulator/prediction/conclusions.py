@@ -74,7 +74,7 @@ def _one(r: Result) -> str:
     if r.speedup_upper < 1.0:
         text = f"makes {r.model} slower: {speedup_text(r)} {where}"
     elif r.speedup_lower <= 1.0:
-        text = f"does not surely make {r.model} faster: {speedup_text(r)} {where}"
+        text = f"gives {r.model} no certain gain: {speedup_text(r)} {where}"
     else:
         ends = f"({ratio(r.speedup_lower)}-{ratio(r.speedup_upper)})"
         text = f"makes {r.model} {ratio(r.speedup)}x faster {ends} {where}"

@@ -31,7 +31,7 @@ GAIN, MAYBE, LOSS = (1.2, 1.1, 1.3), (1.02, 0.97, 1.06), (0.9, 0.85, 0.95)
         ((MAYBE, MAYBE, GAIN, GAIN), "pays from batch 4 (1.20x, 1.10-1.30); not below"),
         ((GAIN, GAIN, MAYBE, LOSS), "pays up to batch 2 (1.20x, 1.10-1.30); not above"),
         ((LOSS, LOSS), "is slower at any batch from 1 to 2; best 0.90x, 0.85-0.95 at 1"),
-        ((LOSS, MAYBE), "does not surely pay at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
+        ((LOSS, MAYBE), "has no certain gain at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
         ((MAYBE, GAIN, LOSS), "pays only at batch 2 (1.20x, 1.10-1.30)"),
         ((GAIN, MAYBE, GAIN), "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others"),
         (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not below"),  # 1.00 is not a gain
@@ -65,7 +65,7 @@ def test_a_real_model_pays_in_vllm_and_not_in_eager_transformers() -> None:
     found = table("llama-3.1-8b", "h100", prune="width mlp=0.3", phase="decode", batch=[1, 2, 4], engine=["vllm", "hf"])
     vllm, hf = break_even(found.rows)
     assert vllm.verdict.startswith("pays at every batch from 1 to 4")
-    assert hf.verdict.startswith("does not surely pay at any batch")
+    assert hf.verdict.startswith("has no certain gain at any batch")
 
 
 def test_conclusions_of_many_and_few() -> None:
@@ -75,7 +75,7 @@ def test_conclusions_of_many_and_few() -> None:
         f"{one.bottleneck}-bound."
     ]
     assert "makes llama-3.2-1b slower: 0.90x (0.85-0.95)" in of_speedups([two])[0]
-    assert "does not surely make llama-3.2-1b faster" in of_speedups(results(MAYBE))[0]
+    assert "gives llama-3.2-1b no certain gain" in of_speedups(results(MAYBE))[0]
     many = [replace(one, prune=f"depth {i / 10}", sparsity=i / 10) for i in range(1, 6)] + [two]
     first, second = of_speedups(many)
     assert first.startswith("On h100_sxm in vllm (decode, batch 1, seq 2048), the fastest is depth at 10 %: 1.20x")
