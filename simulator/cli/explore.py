@@ -15,6 +15,7 @@ Hardware = Annotated[str | None, opt("--hardware", "LIST", "Initial devices: nam
 
 def command(
     hardware: Hardware = None,
+    prune: options.Prune = None,
     port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8050,
     no_browser: Annotated[bool, opt("--no-browser", None, "Do not open a browser.")] = False,
     as_json: options.Json = False,
@@ -24,6 +25,7 @@ def command(
     The page is served on 127.0.0.1 only and loads nothing from other hosts; its address contains its state. It reads
     only files given here or dropped on it. Needs the extra "explore". Ctrl-C stops it.
     """
+    from simulator.explore.address import strict_query
     from simulator.explore.app import HOST, server
     from simulator.explore.state import State
     from simulator.hardware.library import reference, shipped_names
@@ -31,8 +33,11 @@ def command(
     gpus = [] if hardware is None else [reference(name) for name in options.names("--hardware", hardware)]
     if gpus:
         State(gpus=tuple(gpus))  # rejects two with one name
+    texts = f"prune={quote(';'.join(prune))}" if prune else ""
+    strict_query(texts)  # rejects mistakes, and plans: the page opens no files
     served = server(port, [gpu for gpu in gpus if gpu not in shipped_names()])
-    url = f"http://{HOST}:{served.port}/" + (f"?gpu={quote(','.join(gpus), safe=',/')}" if gpus else "")
+    query = "&".join(filter(None, (f"gpu={quote(','.join(gpus), safe=',/')}" if gpus else "", texts)))
+    url = f"http://{HOST}:{served.port}/" + (f"?{query}" if query else "")
     if as_json:
         render.show_json({"url": url})
     else:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from layouts import save, tensors_of
@@ -15,6 +18,7 @@ from test_explore_state import OWN, TINY
 
 from simulator.cli import run
 from simulator.engines import engine
+from simulator.explore.address import strict_query
 from simulator.explore.charts import charts
 from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
@@ -187,3 +191,20 @@ def test_commands_are_quoted_and_escaped() -> None:
     lines = commands(state, predictions(state))
     assert "'./my model.json'" in lines[0].line
     assert "&#x27;./my model.json&#x27;" in commands_html(lines)
+
+
+def test_explore_begins_with_prunings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    app = pytest.importorskip("simulator.explore.app", reason="needs dash")
+    served = SimpleNamespace(port=1, serve_forever=lambda: None, server_close=lambda: None)
+    monkeypatch.setattr(app, "server", lambda port, paths: served)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        line = ["explore", "--no-browser", "--json", "--prune", "depth 0.25", "--prune", "width mlp=0.3 layers=0,4-9"]
+        assert run(line) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    state = strict_query(urlsplit(json.loads(capsys.readouterr().out)["url"]).query)
+    assert state.prune == ("depth 0.25", "width mlp=0.3 layers=0,4-9")
+    for text, reason in {"plan.yaml": "the page opens no files", "width mpl=0.3": "column 7: part or option"}.items():
+        assert run(["explore", "--no-browser", "--prune", text]) == 2
+        assert reason in capsys.readouterr().err
