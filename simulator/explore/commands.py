@@ -41,7 +41,7 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
     >>> from simulator.explore.predictions import predictions
     >>> state = State(families=("depth",), sparsities=(0.25,), detail="depth", at=0.25)
     >>> commands(state, predictions(state))[1].line[:73]
-    'prunesim explain llama-3.1-8b --hardware h100_sxm --family depth --sparsi'
+    'prunesim speedup llama-3.1-8b --hardware h100_sxm --family depth --sparsi'
     """
     if found.problem:
         return ()

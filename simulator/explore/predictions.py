@@ -189,7 +189,7 @@ def curves(state: State, over: str) -> Curves:
 
     >>> found = curves(State(families=("depth",), detail="depth", prune=("width mlp=0.5",), phase="decode"), "batch")
     >>> [(c.key, c.result.batch) for c in found.candidates[::9]]
-    [('depth', 1), ('depth', 64)]
+    [('depth', 1), ('width mlp=0.5', 16)]
     """
     return _curves(replace(state, pin=None), over, state.profiles)
 

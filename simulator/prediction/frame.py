@@ -42,6 +42,7 @@ def sweep(
 
     Examples
     --------
+    >>> from simulator.prediction.grid import Grid
     >>> grid = Grid(("llama-3.1-8b",), ("h100",), (), ("decode",), (1, 8), (2048,), prune=("width mlp=0.3 heads=0.2",))
     >>> sweep(grid)["batch"].tolist()
     [1, 8]

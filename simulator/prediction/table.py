@@ -171,8 +171,30 @@ def predict(
         Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
     hardware : str or HardwareProfile
         The device.
-    phase, batch, seq, engine, new_tokens, dtype, weight_dtype, kv_dtype, devices, parallel, ideal, level, dense_s
-        As in :class:`simulator.Scenario`; ``seq`` in tokens (prefill) or cached positions (decode), ``dense_s`` in s.
+    phase : {"prefill", "decode", "generate", "serve"}
+        Phase of inference.
+    batch : int
+        Sequences, or requests in flight of serve; at least 1.
+    seq : int
+        Prompt tokens (prefill) or cached positions (decode) of each sequence; at least 1.
+    engine : str
+        Name or path of the engine.
+    new_tokens : int
+        Tokens that generate and serve decode.
+    dtype : str
+        Number format of activations and arithmetic.
+    weight_dtype, kv_dtype : str, optional
+        Number formats of weights and of the K/V cache, as in :class:`simulator.Scenario`.
+    devices : int
+        Number of devices.
+    parallel : {"tensor", "expert", "pipeline"}
+        How devices share the model.
+    ideal : bool
+        Exclude the work that pruning adds.
+    level : float
+        Level of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of the dense model's pass, s.
 
     Returns
     -------

@@ -109,7 +109,7 @@ def prune(
     (0.25, 1.333)
     >>> pruned = simulator.prune(dense, "width mlp=0.3 attention=0.25 + depth 0.25")
     >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
-    [('width', 0.291), ('depth', 0.25)]
+    [('width', 0.29), ('depth', 0.25)]
     """
     instance("workload", workload, Workload, "simulator.lower")
     flag("ideal", ideal)

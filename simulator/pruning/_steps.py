@@ -121,7 +121,7 @@ def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = Fals
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
     >>> pruned = prune_steps(dense, read_steps("depth layers=24-27 + width mlp=0.5 layers=24-31"))
     >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
-    [('width', 0.101), ('depth', 0.125)]
+    [('width', 0.101), ('depth', 0.083)]
     """
     step: Step | None = None
     try:
