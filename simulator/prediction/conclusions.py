@@ -59,10 +59,9 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     if len(results) <= MOST_FRONTS:
         return [f"{_one(r)}{ends.get(r, '')}." for r in results]
     groups: dict[str, list[Result]] = {}
+    several = len({r.model for r in results}) > 1
     for r in results:
-        groups.setdefault(
-            f"{setting(r)}" if len({x.model for x in results}) == 1 else f"{setting(r)} of {r.model}", []
-        ).append(r)
+        groups.setdefault(f"{setting(r)} of {r.model}" if several else setting(r), []).append(r)
     if len(groups) <= MOST_FRONTS:
         return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
