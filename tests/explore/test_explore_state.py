@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import string
 import zlib
 from dataclasses import replace
@@ -86,9 +87,13 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
     assert isinstance(state, State)
     assert all(line.isprintable() for line in problems)
     state, problems = read_query(f"{key}={quote(value)}")
-    several = key in ("prune", "pin")  # a line for each wrong text; the others are kept
-    assert several or len(problems) <= 1
-    assert several or not problems or state == State()
+    assert strict_query(to_query(state)) == state
+    assert all(line.isprintable() for line in problems)
+    if key in ("prune", "pin"):  # a line for each wrong text or key; the others are kept
+        assert len(problems) <= 1 + len(re.split("[;\n\r&]", value))
+    else:
+        assert len(problems) <= 1
+        assert not problems or state == State()
 
 
 @pytest.mark.parametrize(
