@@ -38,6 +38,7 @@ class CaseOptions:
     phase: options.Phase = "prefill,decode"
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
+    new_tokens: options.NewTokens = 128
     family: Family = None
     sparsity: Sparsity = None
     prune: options.Prune = None
@@ -47,11 +48,15 @@ class CaseOptions:
     layers: Layers = None
 
     def cases(
-        self, model: str, engine: str = "", kernels: Mapping[str, str] = MappingProxyType({})
+        self,
+        model: str,
+        engine: str = "",
+        kernels: Mapping[str, str] = MappingProxyType({}),
+        known_phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
         """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
 
-        ``kernels`` are those of the device by family.
+        ``kernels`` are those of the device by family, ``known_phases`` those that can run.
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
@@ -66,8 +71,9 @@ class CaseOptions:
             families=None if self.family is None else names("--family", self.family),
             sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
             texts=self.prune or (),
-            scenario=Scenario(dtype=self.dtype, engine=engine),
+            scenario=Scenario(dtype=self.dtype, engine=engine, new_tokens=self.new_tokens),
             kernels=kernels,
+            known_phases=known_phases,
         )
         return config, cases, notes
 
