@@ -20,7 +20,7 @@ from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate,
 from simulator.models.config import ModelConfig
 from simulator.workload import Workload
 
-TOKENS = 8
+TOKENS = 4
 """Decode steps of a sample of eager decode."""
 MOST_COMPILED = 1024
 """Compiled passes of one process."""
