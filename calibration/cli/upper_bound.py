@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threads, describe, finish
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
@@ -46,6 +46,7 @@ class CaseOptions:
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
     layers: Layers = None
+    threads: Threads = None
 
     def cases(
         self,
@@ -79,14 +80,19 @@ class CaseOptions:
 
     @contextlib.contextmanager
     def opened(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
-        """Yield the open device, its profile and the remaining seconds of the budget."""
+        """Yield the open device, its profile and the remaining seconds of the budget.
+
+        A note states a profile that is calibrated with another number of threads.
+        """
         from calibration.devices import open_device
+        from calibration.fit.base_profile import thread_notes
         from calibration.runners.cases import profile_of
 
-        opened = open_device(device)
+        opened = open_device(device, threads=self.threads)
         try:
             start = opened.clock()
             hw = profile_of(folder, opened, self.dtype, self.hardware)
+            render.notes(thread_notes(hw, opened.describe().device))
             yield opened, hw, max(budget_s - (opened.clock() - start), 1e-3)
         finally:
             opened.close()

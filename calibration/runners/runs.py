@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device
-from calibration.fit.base_profile import base_profile, raised
+from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order
@@ -170,6 +170,8 @@ def measure_into(
     datasheet = file.with_name(DATASHEET)
     if is_new(file) or not datasheet.exists():
         base = base_profile(device, dtype, hardware)
+        for line in thread_notes(base, description.device):
+            note(line)
         datasheet.parent.mkdir(exist_ok=True)
         save_hardware(replace(base, path=None), datasheet)
 
