@@ -166,6 +166,7 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
         c = r.compared
         run = f"{c.model}, {r.engine}, {c.phase}, batch {c.batch}, {c.dtype}, {_threads(r.threads)}"
         interval = f"{ratio(c.predicted_lower)}-{ratio(c.predicted_upper)}"
-        cells.append([c.pruning, run, f"{ratio(c.measured)}x", f"{ratio(c.predicted)}x", interval, f"{ratio(r.given)}x"])
+        cells.append(
+            [c.pruning, run, f"{ratio(c.measured)}x", f"{ratio(c.predicted)}x", interval, f"{ratio(r.given)}x"]
+        )
     return table(header, cells, left=(0, 1))
-
