@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_vllm import FILE
 
@@ -74,6 +75,13 @@ def test_samples_of_a_batch(tmp_path: Path) -> None:
     assert (run.kind, run.samples_s, run.model) == ("latency", (0.52, 0.48, 0.5), "")
     assert run.percentiles_s == {"10": 0.484, "50": 0.5, "99": 0.5196}
     assert read_bench(_file(tmp_path, {**LATENCY, "model_id": "/models/dense"})).model == "/models/dense"
+
+
+def test_a_file_that_vllm_wrote() -> None:
+    """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two shared cores."""
+    run = read_bench(FILE.with_name("vllm_bench_latency.json"))
+    assert (run.kind, run.model, len(run.samples_s)) == ("latency", "bdense", 8)
+    assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
 
 
 @pytest.mark.parametrize("release", KNOWN)
