@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -77,9 +78,11 @@ def measured(device: str, output: str, run: Callable[[Device, Progress], Measure
     opened = open_device(device)
     try:
         with render.progress("measuring") as report:
-            return run(opened, report)
+            found = run(opened, report)
     finally:
         opened.close()
+    restart_if_needed(found.outcome, render.status)
+    return found
 
 
 def describe(outcome: Outcome) -> str:
