@@ -44,10 +44,8 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
         # of equally many, those of the newest protocol
         best = max(range(len(found)), key=lambda i: (counts[i], found[i, 1]))
         kept[np.flatnonzero(rows)[index.reshape(-1) != best]] = False
-        name, words = (
-            f"{OPERATORS[operator]} {DTYPES[dtype]}",
-            [_method(launch, version, versions) for launch, version in found.tolist()],
-        )
+        name = f"{OPERATORS[operator]} {DTYPES[dtype]}"
+        words = [_method(launch, version, versions) for launch, version in found.tolist()]
         notes += [
             f"{counts[i]} {name} rows excluded: timed by {words[i]}, the other {counts[best]} by {words[best]}; "
             "measure them again"
