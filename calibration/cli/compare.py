@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibration.cli.measure import Folder, Seed
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
 from simulator.cli import options, render
@@ -92,6 +93,7 @@ def command(
                 seed=seed,
                 progress=report,
             )
+        restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
     table = [asdict(row) for row in rows]

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import CaptureFailed, Device
 from calibration.measure.interrupt import Interrupt
-from calibration.measure.run import FAILED, UNSUPPORTED
+from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
@@ -88,6 +88,11 @@ class ComparedCases:
     notes: tuple[str, ...]  # reasons of cases without a time
     stopped: str = ""
 
+    @property
+    def needs_new_process(self) -> bool:
+        """Whether a failed capture ended it, after which only a new process can time the rest."""
+        return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
+
 
 def compare(
     folder: str | Path,
@@ -150,9 +155,15 @@ def compare(
                 stopped = "interrupted" if interrupt.requested else "budget"
                 break
             # the share of a case includes making its model; later cases get the unused time
-            record = runner.record(case, (budget_s - spent) / left)
+            try:
+                record = runner.record(case, (budget_s - spent) / left)
+            except CaptureFailed as error:
+                record = {"status": UNSUPPORTED, "reason": str(error)}
+                stopped = f"{CAPTURE_FAILED}: {error}"
             kept.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
             left -= 1
+            if stopped:
+                break
             failures = failures + 1 if record["status"] == FAILED else 0
             if failures >= _FAILURES_IN_A_ROW:
                 stopped = f"device lost: {failures} cases in a row failed; the last: {record['reason']}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.devices.operators import is_out_of_memory
-from calibration.devices.protocol import Device, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.runners.cases import Case
@@ -100,7 +100,10 @@ class Runner(ABC):
 
     @abstractmethod
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; one that cannot run gives a record with the reason."""
+        """Return status, reason and raw times of a case; one that cannot run gives a record with the reason.
+
+        CaptureFailed: this process cannot time anything any more.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -119,6 +122,8 @@ class PairRunner(Runner):
         """Return the record of a case; ``seconds`` include making its models."""
         try:
             times, fields = self.timed(case, self.device.clock() + seconds)
+        except CaptureFailed:
+            raise
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
