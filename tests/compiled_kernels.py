@@ -38,9 +38,9 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 Capabilities", table of technical specifications)."""
 REGISTERS = 255
 """Maximum 32-bit registers per thread, all compute capabilities (the same table)."""
-SPILLED = {"all": 0, "rows": 512, "none": 0}
-"""Maximum bytes of stack per thread, by alignment. If only the columns of the result are not aligned, the code after
-the loop writes each element to an address of its own; that may spill registers, once per tile."""
+STACK = 32
+"""Maximum bytes of stack per thread: ptxas may keep 8 registers there, in cases far below their limit, to run more
+warps."""
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = dict.fromkeys(("x", "weight", "bias", "y", "gate", "up", "cos", "sin"), "")
 POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(("count", "used", "chosen"), "*i32")
@@ -92,7 +92,7 @@ def cases() -> list[Case]:
 def _cases() -> Iterator[Case]:
     formats = [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
     for (dtype, precision), aligned, rows in product(formats, ("all", "rows", "none"), ROWS):
-        form = ELEMENT_BYTES[dtype], aligned != "none"
+        form = ELEMENT_BYTES[dtype], aligned
         for flags in ((), ("BIASED", "ADD")):
             yield Case("_gathered", dtype, aligned, tile_shapes.gathered(rows, *form), precision, flags)
         for width in WIDTHS:
@@ -151,7 +151,7 @@ def problems(capability: int, case: Case, f: Figures) -> list[str]:
     limits = (
         ("shared memory", SHARED_KB[capability] * 1024, f.shared),
         ("registers", REGISTERS, f.registers),
-        ("bytes of stack", SPILLED[case.aligned], f.stack),
+        ("bytes of stack", STACK, f.stack),
     )
     found = [f"{name}: expected at most {most}, got {value}" for name, most, value in limits if value > most]
     if case.prefetched and (len(f.buffers) != case.operands or min(f.buffers) < 2):
@@ -173,13 +173,12 @@ operands are (*rows*), or none is (*none*).
 
 - Shared memory: the largest per thread block, and its limit (CUDA C++ Programming Guide, compute capabilities).
 - Registers: the largest per thread; the limit is {registers}.
-- Stack: the largest bytes of spilled registers per thread. It is 0 except for *rows*: there the code after the loop
-  writes each element to an address of its own, once per tile.
+- Stack: the largest bytes of spilled registers per thread.
 - Buffers: the fewest in shared memory per operand of the loop, in cases that can copy in the background: two overlap a
   copy with the products. Not in 16-bit rows without alignment (*none*), because `cp.async` copies at least 4 bytes;
   these load through registers, in smaller tiles.
 
-| GPU | kernel | cases | shared memory, KiB | registers | stack, bytes: all, rows, none | buffers |
+| GPU | kernel | cases | shared memory, KiB | registers | stack, bytes | buffers |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -191,11 +190,9 @@ def page(done: Sequence[tuple[int, Case, Figures]]) -> str:
         rows = [(case, f) for arch, case, f in done if (arch, case.kernel) == (capability, kernel)]
         if not rows:
             continue
-        spilled = [[f.stack for case, f in rows if case.aligned == aligned] for aligned in SPILLED]
-        stack = ", ".join(str(max(values)) if values else "-" for values in spilled)
         buffers = [min(f.buffers, default=0) for case, f in rows if case.prefetched]
         shared = f"{max(f.shared for _, f in rows) / 1024:.1f} of {SHARED_KB[capability]}"
-        registers = max(f.registers for _, f in rows)
+        registers, stack = max(f.registers for _, f in rows), max(f.stack for _, f in rows)
         fewest = str(min(buffers)) if buffers else "no loop"
         lines.append(
             f"| sm_{capability} | {TITLES[kernel]} | {len(rows)} | {shared} | {registers} | {stack} | {fewest} |"

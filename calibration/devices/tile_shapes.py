@@ -37,29 +37,37 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(least, 1 << (size - 1).bit_length()), most)
 
 
-def aligned(*sizes: int) -> bool:
-    """Whether rows of these sizes start at multiples of 16, for which Triton compiles loads of 16 bytes."""
-    return all(size % 16 == 0 for size in sizes)
+def alignment(rows: int, columns: int) -> str:
+    """Return which sizes are multiples of 16, for which Triton compiles loads and stores of 16 bytes.
+
+    "all"; "rows": the length of the operands' rows, not the columns of the result; "none".
+
+    >>> alignment(64, 64), alignment(64, 30), alignment(30, 64)
+    ('all', 'rows', 'none')
+    """
+    return "none" if rows % 16 else "rows" if columns % 16 else "all"
 
 
-def _columns(rows: int, element_bytes: int, vectors: bool) -> int:
-    """Return the maximum columns of a tile, which limits its registers: each element that is loaded alone has its own
-    address, and fp32 takes twice the space."""
-    return 256 // element_bytes if vectors and rows > FEW_ROWS else 32
+def _columns(rows: int, element_bytes: int, aligned: str) -> int:
+    """Return the maximum columns of a tile. They limit its registers: each element that is loaded or stored alone has
+    its own address, and fp32 takes twice the space."""
+    if rows <= FEW_ROWS or aligned == "none":
+        return 32
+    return (256 if aligned == "all" else 128) // element_bytes
 
 
-def _features(rows: int, element_bytes: int, vectors: bool) -> int:
+def _features(rows: int, element_bytes: int, aligned: str) -> int:
     """Return the maximum features per step: 256 bytes of few rows, 128 of many, 64 if each element is loaded alone."""
-    return (64 if not vectors else 128 if rows > FEW_ROWS else 256) // element_bytes
+    return (64 if aligned == "none" else 128 if rows > FEW_ROWS else 256) // element_bytes
 
 
-def gathered(rows: int, element_bytes: int, vectors: bool) -> TileShape:
-    """Return the tile of a GEMM over at most ``rows`` gathered rows; ``vectors``: rows of operands are aligned.
+def gathered(rows: int, element_bytes: int, aligned: str) -> TileShape:
+    """Return the tile of a GEMM over at most ``rows`` gathered rows, by :func:`alignment`.
 
-    >>> gathered(1, 2, True), gathered(4096, 2, True)
+    >>> gathered(1, 2, "all"), gathered(4096, 2, "all")
     (TileShape(m=16, n=32, k=128, warps=4), TileShape(m=128, n=128, k=64, warps=8))
     """
-    form = rows, element_bytes, vectors
+    form = rows, element_bytes, aligned
     m = 128 if rows > MOST_TOKENS else tokens_per_tile(rows)
     return TileShape(m, _columns(*form), _features(*form), warps=8 if m == 128 else 4)
 
@@ -69,24 +77,24 @@ def tokens_per_tile(tokens: int) -> int:
     return FEW_ROWS if tokens <= FEW_ROWS else MOST_TOKENS
 
 
-def grouped_columns(tokens: int, width: int, element_bytes: int, vectors: bool, gated: bool) -> TileShape:
+def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, gated: bool) -> TileShape:
     """Return the tile of a grouped GEMM that prunes columns, in groups of ``width``; ``gated`` tiles have two halves.
 
-    >>> grouped_columns(512, 344, 2, True, True)
+    >>> grouped_columns(512, 352, 2, "all", True)
     TileShape(m=64, n=64, k=64, warps=4)
     """
-    form = tokens, element_bytes, vectors
+    form = tokens, element_bytes, aligned
     most = _columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
     return TileShape(tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _features(*form))
 
 
-def grouped_features(tokens: int, width: int, element_bytes: int, vectors: bool) -> TileShape:
+def grouped_features(tokens: int, width: int, element_bytes: int, aligned: str) -> TileShape:
     """Return the tile of a grouped GEMM that prunes features, in groups of ``width``.
 
-    >>> grouped_features(512, 24, 2, True)
-    TileShape(m=64, n=128, k=32, warps=4)
+    >>> grouped_features(512, 48, 2, "all")
+    TileShape(m=64, n=128, k=64, warps=4)
     """
-    form = tokens, element_bytes, vectors
+    form = tokens, element_bytes, aligned
     return TileShape(tokens_per_tile(tokens), _columns(*form), power_of_two(width, 16, _features(*form)))
 
 

@@ -7,6 +7,7 @@ are those of :mod:`calibration.devices.tile_shapes`. This module needs Triton (e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def gather_gemm(
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
-    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.aligned(k))
+    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
     _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
         x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
@@ -160,8 +161,8 @@ def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
-    y, vectors = x.new_zeros(tokens, n), tile_shapes.aligned(k)
-    tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), vectors, gated)
+    y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
+    tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
     _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
         x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
         tokens, groups, width, k, bias is not None, gated,
@@ -201,8 +202,8 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     """
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
-    y, vectors = x.new_empty(tokens, n), tile_shapes.aligned(width, n)
-    tile = tile_shapes.grouped_features(tokens, width, x.element_size(), vectors)
+    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
+    tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,

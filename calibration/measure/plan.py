@@ -80,16 +80,16 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return for what flex attention is compiled: number format, width and ratio of heads, block; None for operators
-    without flex attention.
+    """Return for what flex attention is compiled: number format, width and numbers of heads, block; None for operators
+    without flex attention. One kernel serves all lengths.
 
     >>> shape = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 8, "kv_heads": 2, "head_dim": 64}
     >>> compilation(Operator("attention_block_sparse", block=16, **shape)), compilation(Operator("copy", n=1))
-    (('bf16', 64, 4, 16), None)
+    (('bf16', 64, 8, 2, 16), None)
     """
     if op.kind != "attention_block_sparse":
         return None
-    return op.dtype, op.head_dim, op.heads // op.kv_heads, op.block
+    return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from calibration.measure.plan import Rates, check_budget
 from calibration.measure.timing import Protocol, measure
 
 FLEX_COMPILE_S = 15.0
-"""Time to compile flex attention for a GPU, s: not measured on a GPU."""
+"""Time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU."""
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
