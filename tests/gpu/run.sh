@@ -98,14 +98,10 @@ done
 # 2. the measured upper bound of every family, into the run of the first format
 step "upper bound" upper-bound "$model" --device "$device" -o "$out/$first" --dtype "$first" \
     --budget "$(share bound)" "${shape[@]}"
-# 3. the model, dense and pruned, in each engine, predicted with the profile of step 1
+# 3. the model, dense and pruned, in each engine, next to the profile of step 1 and the bounds of step 2
 for engine in ${run[@]+"${run[@]}"}; do
-    # the reference joins the measured bounds of step 2
-    folder=$out/$engine profile=()
-    [[ $engine == reference ]] && folder=$out/$first
-    [[ $engine != reference && -f $out/$first/profile.yaml ]] && profile=(--hardware "$out/$first/profile.yaml")
-    step "compare $engine" compare "$model" --device "$device" -o "$folder" --dtype "$first" \
-        --engine "$engine" --budget "$(share "$engine")" "${shape[@]}" ${profile[@]+"${profile[@]}"}
+    step "compare $engine" compare "$model" --device "$device" -o "$out/$first" --dtype "$first" \
+        --engine "$engine" --budget "$(share "$engine")" "${shape[@]}"
 done
 
 # 4. versions of everything that changes times
@@ -129,10 +125,8 @@ version prunesim.txt "${prunesim[@]}" --version
         [[ -f $out/$dtype/report.md ]] && echo "- [calibration, $dtype]($dtype/report.md), [profile]($dtype/profile.yaml)"
     done
     [[ -f $out/$first/upper_bound.csv ]] && echo "- [measured upper bounds]($first/upper_bound.csv)"
-    for engine in ${run[@]+"${run[@]}"}; do
-        folder=$engine
-        [[ $engine == reference ]] && folder=$first
-        [[ -f $out/$folder/comparison.md ]] && echo "- [predicted against measured, $engine]($folder/comparison.md)"
+    for table in "$out/$first"/comparison*.md; do
+        [[ -f $table ]] && echo "- [predicted against measured: $(basename "$table" .md)](${table#"$out"/})"
     done
     echo "- [log](log.txt), versions of [packages](versions/pip.txt), [torch](versions/torch.txt), [GPU](versions/gpu.txt)"
     echo
