@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.fit import part_row, show_fit, show_update
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish, measured, outcome_row
+from calibration.cli.measure import (
+    Budget,
+    Dtype,
+    Folder,
+    Hardware,
+    Seed,
+    Threads,
+    describe,
+    finish,
+    measured,
+    outcome_row,
+)
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -39,6 +50,7 @@ def command(
     sparsity: Sparsity = "0.25,0.5",
     hardware: Hardware = "",
     quick: Quick = False,
+    threads: Threads = None,
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -57,6 +69,8 @@ def command(
     if device == "host":
         if model:
             raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
+        if threads is not None:
+            raise InputError("--threads: DEVICE host is measured with one thread; use another device")
         _host(output, budget_s, dtype, hardware, seed, json, verbose)
         return
     targets: Targets = ()
@@ -86,7 +100,7 @@ def command(
             note=render.status,
         )
 
-    found = measured(device, output, run)
+    found = measured(device, output, run, threads)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     with render.progress("fitting") as report:

@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 
     from calibration.runners.compare import ComparedSpeedup
 
-Launch = Annotated[
-    str, opt("--engine", "NAME", "Launches: reference (one graph) or hf (eager). Default: a graph if supported.")
+Engine = Annotated[
+    str, opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers).")
 ]
-
-
-_RUNTIMES = {"reference": "cuda_graph", "hf": "eager"}
 
 
 @options.expanded()
@@ -36,45 +33,56 @@ def command(
     device: DeviceName,
     output: Folder,
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
-    engine: Launch = "",
+    engine: Engine = "reference",
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a real
-    decoder with random weights, dense and pruned by each family or text of --prune. The profile is --hardware, else
-    RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
-    comparison.png. Run the command again to resume.
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
+    model with random weights, dense and pruned by each family or text of --prune: our own decoder, which has the
+    families that decide during a pass, or the model of the library Transformers, eagerly (hf) or under torch.compile
+    (compile). The profile is --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl,
+    comparison.csv, comparison.md and comparison.png, for a library with its name. Run the command again to resume.
     """
-    from calibration.runners.compare import compare, conclusions, kernels_on, rows_of
+    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
+    from simulator.models.changes import content_of
     from simulator.prediction.scenario import one_of
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
-    runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
-    config, cases, notes = selection.cases(model, kernels=kernels_on(device))
+    runs = ENGINES[one_of("--engine", engine, tuple(ENGINES))]
+    config, cases, notes = selection.cases(model, runs.lowered, kernels_on(device), runs.phases)
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
         name = opened.describe().device
-        render.status(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
+        render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
         found = compare(
-            folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
+            folder,
+            opened,
+            config,
+            cases,
+            budget_s=left,
+            dtype=dtype,
+            engine=engine,
+            content=content_of(model),
+            seed=seed,
+            progress=report,
         )
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
-    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=bounds)
+    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
     table = [asdict(row) for row in rows]
     if rows:
-        write_whole(folder / "comparison.csv", csv_text(table).encode())
-        _write(folder, rows, list(found.records))
+        write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
+        _write(folder, engine, rows, list(found.records))
     if render.Output(json).write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
-        print(f"\n{folder / 'comparison.md'}")
+        print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
     left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
     render.notes((*left_over, *found.notes, *notes), verbose)
@@ -122,21 +130,22 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
     return lines
 
 
-def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
-    """The table as Markdown, and the figure."""
+def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
+    """Write the table as Markdown, and the figure."""
+    from calibration.runners.compare import file_name
     from calibration.validation.report import table
     from simulator.display import markdown_text
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
 
-    columns = _columns(rows)
+    columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
     agreement = [f"- {line}" for line in _agreement(rows, records)]
-    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", "![](comparison.png)", ""]
+    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", f"![]({figure.name})", ""]
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
-    write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
-    save_figure(comparison_figure(rows), folder / "comparison.png")
+    write_whole(folder / file_name("comparison.md", engine), ("\n".join(lines) + "\n").encode())
+    save_figure(comparison_figure(rows), figure)
 
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:

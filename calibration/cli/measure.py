@@ -27,6 +27,9 @@ Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of the run.")]
 Hardware = Annotated[
     str, opt("--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")
 ]
+Threads = Annotated[
+    int | None, opt("--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")
+]
 Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
 
 
@@ -36,6 +39,7 @@ def command(
     budget: Budget = "10min",
     dtype: Dtype = "bf16",
     hardware: Hardware = "",
+    threads: Threads = None,
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -43,8 +47,8 @@ def command(
     """Measure a device.
 
     Every record is on the disk before the next measurement, so a killed run loses nothing; run the command again to
-    resume. A folder of another device, driver or number format is an error. prunesim fit reads the records of one or
-    several runs.
+    resume. A folder of another device, driver, number format or number of threads is an error. prunesim fit reads the
+    records of one or several runs.
     """
     from calibration.runners.runs import measure_into
 
@@ -62,19 +66,21 @@ def command(
             note=render.status,
         )
 
-    found = measured(device, output, run)
+    found = measured(device, output, run, threads)
     if render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     finish(found.outcome, verbose=verbose)
 
 
-def measured(device: str, output: str, run: Callable[[Device, Progress], Measured]) -> Measured:
-    """Open a device, run a measurement into a folder with a progress bar, and close the device."""
+def measured(
+    device: str, output: str, run: Callable[[Device, Progress], Measured], threads: int | None = None
+) -> Measured:
+    """Open a device (a CPU with ``threads``), run a measurement into a folder, show its progress, close the device."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
     check_folder(output)
-    opened = open_device(device)
+    opened = open_device(device, threads=threads)
     try:
         with render.progress("measuring") as report:
             return run(opened, report)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, describe, finish
+from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threads, describe, finish
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
@@ -38,6 +38,7 @@ class CaseOptions:
     phase: options.Phase = "prefill,decode"
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
+    new_tokens: options.NewTokens = 128
     family: Family = None
     sparsity: Sparsity = None
     prune: options.Prune = None
@@ -45,13 +46,18 @@ class CaseOptions:
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
     layers: Layers = None
+    threads: Threads = None
 
     def cases(
-        self, model: str, engine: str = "", kernels: Mapping[str, str] = MappingProxyType({})
+        self,
+        model: str,
+        engine: str = "",
+        kernels: Mapping[str, str] = MappingProxyType({}),
+        known_phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
         """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
 
-        ``kernels`` are those of the device by family.
+        ``kernels`` are those of the device by family, ``known_phases`` those that can run.
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
@@ -66,21 +72,27 @@ class CaseOptions:
             families=None if self.family is None else names("--family", self.family),
             sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
             texts=self.prune or (),
-            scenario=Scenario(dtype=self.dtype, engine=engine),
+            scenario=Scenario(dtype=self.dtype, engine=engine, new_tokens=self.new_tokens),
             kernels=kernels,
+            known_phases=known_phases,
         )
         return config, cases, notes
 
     @contextlib.contextmanager
     def opened(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
-        """Yield the open device, its profile and the remaining seconds of the budget."""
+        """Yield the open device, its profile and the remaining seconds of the budget.
+
+        A note states a profile that is calibrated with another number of threads.
+        """
         from calibration.devices import open_device
+        from calibration.fit.base_profile import thread_notes
         from calibration.runners.cases import profile_of
 
-        opened = open_device(device)
+        opened = open_device(device, threads=self.threads)
         try:
             start = opened.clock()
             hw = profile_of(folder, opened, self.dtype, self.hardware)
+            render.notes(thread_notes(hw, opened.describe().device))
             yield opened, hw, max(budget_s - (opened.clock() - start), 1e-3)
         finally:
             opened.close()

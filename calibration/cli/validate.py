@@ -79,6 +79,7 @@ def command(
     if not profile or not records:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and RECORDS, or --protocol, such as: {example}")
+    from calibration.fit.base_profile import thread_notes
     from calibration.validation.scores import summary
     from calibration.validation.validate import validate
     from calibration.validation.verdict import of_validation
@@ -90,6 +91,7 @@ def command(
     hw = load_hardware(profile)
     rows_, notes = load_rows(records, hw)
     report = validate(hw, rows_, dtype=dtype)
+    notes = (*thread_notes(hw, report.device), *notes)
     written = []
     if markdown:
         from calibration.validation.report import write_markdown

@@ -12,13 +12,18 @@ from simulator.errors import InputError
 __all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "open_device"]
 
 
-def open_device(name: str, **options: Any) -> Device:
+def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
     """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU),
     ``replay:FILE`` (recorded times) or ``replay:planted`` (times from a formula).
 
-    ``NAME:REST`` calls ``open_named(REST, **options)`` of the module NAME; ``options`` depend on the device
-    (``threads`` for the CPU). InputError: unknown device, or torch is missing.
+    ``NAME:REST`` calls ``open_named(REST, **options)`` of the module NAME; ``options`` depend on the device.
+    ``threads`` is the number of threads of a CPU (default: ``OMP_NUM_THREADS``, else all CPUs of this process).
+    InputError: unknown device, threads of another device, or torch is missing.
     """
+    if threads is not None:
+        if name != "cpu":
+            raise InputError(f"threads: expected device cpu with a number of threads, got {name}")
+        options["threads"] = threads
     kind, _, rest = name.partition(":")
     if not kind.isidentifier() or find_spec(f"{__name__}.{kind}") is None:
         raise unknown_device(name)

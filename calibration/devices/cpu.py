@@ -22,6 +22,15 @@ def _affinity() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def default_threads(cpus: int) -> int:
+    """Return the number of threads on a machine with ``cpus`` usable CPUs: ``OMP_NUM_THREADS`` if set, else ``cpus``.
+
+    As in OpenMP, the first number of a list counts, and a value that is not a positive number is ignored.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(int(first), cpus) if first.isdecimal() and int(first) else cpus
+
+
 def _set_affinity(cpus: Iterable[int]) -> bool:
     try:
         os.sched_setaffinity(0, cpus)
@@ -39,9 +48,10 @@ if _BOUND:  # OpenMP has bound this thread to the first CPU; undo that, since it
     _set_affinity(_ALLOWED)
 
 from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
-from calibration.devices.protocol import HOST_KINDS, Operator, OutOfMemory, Unsupported, unknown_device  # noqa: E402
+from calibration.devices.protocol import HOST_KINDS, Operator, OutOfMemory, unknown_device  # noqa: E402
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
 from calibration.devices.torch_device import TorchDevice, host_loop  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -96,8 +106,9 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 
 
 class CpuDevice(TorchDevice):
-    """The CPUs of this process's affinity mask; by default with one pinned torch thread per CPU.
+    """CPUs of this process's affinity mask, with one pinned torch thread each.
 
+    ``threads`` is by default :func:`default_threads`: ``OMP_NUM_THREADS`` if set, else one thread per CPU.
     Operands take at most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
     ``cache_bytes`` twice (default: the size that Linux reports).
     """
@@ -108,9 +119,9 @@ class CpuDevice(TorchDevice):
         self, threads: int | None = None, memory_limit_bytes: float | None = None, cache_bytes: float | None = None
     ) -> None:
         allowed = _affinity()
-        self.threads = len(allowed) if threads is None else threads
+        self.threads = default_threads(len(allowed)) if threads is None else threads
         if not 1 <= self.threads <= len(allowed):
-            raise Unsupported(f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}")
+            raise InputError(f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}")
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
         # if OpenMP binds its workers, the calling thread takes the first CPU; otherwise all threads share one mask

@@ -40,6 +40,7 @@ SHIPPED: tuple[tuple[str, str], ...] = (
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
 UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
 
+_THREADS = re.compile(r"\((\d+) threads\)")
 _COLD_SHARE = 1.0 / 16.0
 _MARGIN = 1.05  # over the best of a few shapes: other shapes are slightly faster
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
@@ -52,6 +53,23 @@ def shipped_name(device: str) -> str:
     ('h100_sxm', '')
     """
     return next((name for pattern, name in SHIPPED if re.search(pattern, device)), "")
+
+
+def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
+    """Return a note if a CPU's profile was calibrated with another number of threads than a device has.
+
+    ``device`` is the name that the device reports, or several joined names.
+
+    >>> thread_notes(load_hardware("cpu"), "AMD EPYC (2 threads)")
+    []
+    """
+    fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
+    known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))
+    if not known or found <= known:
+        return []
+    has, other = (" or ".join(map(str, sorted(numbers))) for numbers in (known, found - known))
+    about = f"{hw.name} is calibrated with {has} threads, but {device} has {other}; its times do not hold there"
+    return [f"{about}; use --threads {has}, or a profile that is calibrated with --threads {other}"]
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:

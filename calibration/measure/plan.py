@@ -38,6 +38,8 @@ SHARES: Mapping[str, float] = {
     "runtime": 0.02,
 }
 """Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds."""
+SPARE = 0.5
+"""Part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,28 @@ class _Budget:
         quick = self.rates.launch_s(op) <= self.protocol.time_limit_s / 12.0
         return op.key not in self.taken and quick and small and not self.refuses(op)
 
+    def cost_s(self, op: Operator) -> float:
+        """Estimate the time of an operator with its part of the drift checks, s."""
+        return (1.0 + 1.0 / DRIFT_CHECK_EVERY) * self.rates.cost_s(op, self.protocol)
+
     def fill(self, stream: Iterable[Operator], seconds: float) -> float:
         """Take operators while they fit, and return the remaining time."""
         for op in filter(self.fits, stream):
-            cost = (1.0 + 1.0 / DRIFT_CHECK_EVERY) * self.rates.cost_s(op, self.protocol)
+            cost = self.cost_s(op)
             if cost > seconds:
                 break
             self.taken[op.key] = Item(op, FIT, cost)
             seconds -= cost
+        return seconds
+
+    def first_of_each_kind(self, stream: Iterable[Operator], seconds: float) -> float:
+        """Take the first affordable operator of each kind, and return the remaining time."""
+        kinds = set[str]()
+        for op in filter(self.fits, stream):
+            if op.kind not in kinds and (cost := self.cost_s(op)) <= seconds:
+                kinds.add(op.kind)
+                self.taken[op.key] = Item(op, FIT, cost)
+                seconds -= cost
         return seconds
 
 
@@ -147,6 +163,9 @@ def base_plan(
 ) -> MeasurementPlan:
     """Plan measurements of an unknown device; ``refuses`` is the device's method, ``shares`` are shares of the budget.
 
+    Each kind of operator with a share is in the plan, even if one operator takes longer than the share. The order
+    begins with one operator of each kind, so a run that ends early has a time of each.
+
     ``kernels_apart``: measure enough attention calls of one head width for a fit before the next width. InputError: the
     budget is not a positive number or is too short for one GEMM.
 
@@ -158,10 +177,14 @@ def base_plan(
     check_budget(budget_s)
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
-    left = 0.0
+    left = shares["gemm"] * budget_s
+    spare = SPARE * left
     for name, stream in other_streams(dtype, rng, kernels_apart).items():
-        left += budget.fill(stream, shares.get(name, 0.0) * budget_s)
-    budget.fill(gemm_stream(dtype, rng, budget.fits), shares["gemm"] * budget_s + left)
+        operators, share = [*stream], shares.get(name, 0.0) * budget_s
+        rest = (budget.first_of_each_kind(operators, share + spare) if share else spare) - spare
+        spare += min(rest, 0.0)
+        left += budget.fill(operators, rest) if rest > 0.0 else rest
+    budget.fill(gemm_stream(dtype, rng, budget.fits), left)
     if not any(item.operator.kind == "gemm" for item in budget.taken.values()):
         raise InputError(f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it")
     items = split_holdout([*budget.taken.values()], rng)
@@ -246,7 +269,10 @@ def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: i
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Shuffle items by seed, whatever their order; exact shapes come first, since time may run out."""
+    """Shuffle items by seed, whatever their order; since time may run out, exact shapes come first, then one item of
+    each kind of operator."""
     ordered = sorted(items, key=lambda item: item.operator.key)
     mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
-    return tuple(sorted(mixed, key=lambda item: item.purpose != EXACT))
+    first = {item.operator.kind: item.operator.key for item in reversed(mixed) if item.purpose != EXACT}
+    early = set(first.values())
+    return tuple(sorted(mixed, key=lambda item: (item.purpose != EXACT, item.operator.key not in early)))

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from calibration.devices.protocol import Device
-from calibration.fit.base_profile import base_profile, raised
+from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order
@@ -73,9 +74,15 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def begin(
-    folder: str | Path, device: Device, dtype: str, budget_s: float, name: str = RECORDS, **extra: Any
+    folder: str | Path,
+    device: Device,
+    dtype: str,
+    budget_s: float,
+    name: str = RECORDS,
+    software: Mapping[str, str] = MappingProxyType({}),
+    **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header.
+    """Return the file of a run's records and its header; ``software`` are versions next to those of the device.
 
     InputError: the budget is not positive, the device lacks the number format, or the folder holds records of another
     device or software.
@@ -87,7 +94,8 @@ def begin(
             f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
         )
     description = device.describe()
-    header = Header(description.device, dict(description.stack), dtype, extra={"opened": device.name, **extra})
+    stack = {**description.stack, **software}
+    header = Header(description.device, stack, dtype, extra={"opened": device.name, **extra})
     if not is_new(file):
         read_store(file).header.refuse_other(header, str(file))
     return file, header
@@ -162,6 +170,8 @@ def measure_into(
     datasheet = file.with_name(DATASHEET)
     if is_new(file) or not datasheet.exists():
         base = base_profile(device, dtype, hardware)
+        for line in thread_notes(base, description.device):
+            note(line)
         datasheet.parent.mkdir(exist_ok=True)
         save_hardware(replace(base, path=None), datasheet)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import attention as att  # noqa: E402
-from calibration.devices.cpu import CpuDevice, available_memory_bytes, last_level_cache_bytes  # noqa: E402
+from calibration.devices.cpu import CpuDevice, available_memory_bytes, default_threads, last_level_cache_bytes  # noqa: E402
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa: E402
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
@@ -339,10 +339,25 @@ def test_threads_are_set_and_given_back() -> None:
     assert affinity(0) == before
 
 
+def test_threads_are_those_of_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"1": 1, " 3 ": 3, "2,4": 2, "64": 8, "0": 8, "": 8, "many": 8, "-1": 8}
+    for text, expected in values.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert default_threads(8) == expected, text
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert default_threads(8) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    for threads, expected in ((None, 1), (usable, usable)):
+        with CpuDevice(threads, cache_bytes=1e6, memory_limit_bytes=1e8) as opened:
+            assert (opened.threads, opened.describe().stack["threads"]) == (expected, str(expected))
+            assert f"({expected} threads)" in opened.describe().device
+
+
 def test_threads_and_operands_beyond_the_machine_are_refused() -> None:
     for threads in (0, 10_000):
-        with pytest.raises(Unsupported, match="threads: expected 1 to"):
-            CpuDevice(threads=threads)
+        with pytest.raises(InputError, match="threads: expected 1 to"):
+            open_device("cpu", threads)
     with CpuDevice(memory_limit_bytes=1e6, cache_bytes=1e5) as small, pytest.raises(OutOfMemory, match="bytes, limit"):
         small.prepare(Operator("gemm", "fp32", m=1, n=1000, k=1000))
 

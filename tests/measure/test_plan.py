@@ -26,6 +26,7 @@ from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
 GPU = Rates(8e14, 2.5e12, 3e-6, 0.02, 70e9)
+SLOW = Rates(5e10, 4e9, 2e-5, 0.3, 8e9)
 CPU = Rates(2e12, 2.5e10, 3e-6, 0.1, 8e9)
 
 
@@ -51,6 +52,28 @@ def test_a_plan_has_every_kind_of_operator_and_keeps_the_shares_of_the_budget(pl
     assert spent["gemm"] >= 0.9 * SHARES["gemm"] * 600.0
     for kind in ("elementwise", "attention_decode"):
         assert spent[kind] == pytest.approx(SHARES[kind] * 600.0, rel=0.2)
+
+
+@pytest.mark.parametrize(("rates", "budget_s"), [(SLOW, 12.0), (SLOW, 33.0), (CPU, 12.0), (GPU, 20.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_begins_with_each_kind_of_operator_even_on_a_slow_machine(
+    rates: Rates, budget_s: float, seed: int
+) -> None:
+    """Shares of a short budget are shorter than one operator on a slow machine: a run had no low-rank pair at all."""
+    made = base_plan(rates, budget_s=budget_s, seed=seed, protocol=Protocol(time_limit_s=0.25 / 3.0))
+    exact = in_order([Operator("gemm", m=m, n=48, k=48) for m in (1, 2)], rates).items
+    both = replace(made, items=(*exact, *made.items), visits=3)
+    for visit in range(3):
+        kinds = [item.operator.kind for item in both.order(visit)[2:]]
+        assert len(set(kinds)) == len(set(kinds[: len(set(kinds))]))
+        assert set(kinds) >= {*OPERATORS} - {"gemm_2to4", "attention_block_sparse"}
+    assert made.estimated_s <= budget_s
+    assert _gemms(made)
+
+
+def test_kinds_without_a_share_are_not_planned() -> None:
+    made = base_plan(SLOW, budget_s=60.0, shares={"gemm": 0.9, "attention_decode": 0.1})
+    assert {item.operator.kind for item in made.items} == {"gemm", "attention_decode"}
 
 
 def test_gemms_are_spread_over_the_whole_space(plan: MeasurementPlan) -> None:
