@@ -222,10 +222,11 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class ComparedSpeedup(CaseRow):
-    """One comparison, in the order of the columns. Times are of a forward pass.
+    """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
 
-    ``measured`` is the median ratio of alternating passes; ``measured_lower`` and ``measured_upper`` are its 95 %
-    interval, or the smallest and largest ratio if there are too few for an interval.
+    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the median
+    ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the 95 %
+    interval of the median, or the smallest and largest ratio if there are too few for an interval.
     """
 
     runtime: str
@@ -274,7 +275,8 @@ def rows_of(
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
         ratio = dense_s / pruned_s
-        measured, low, high = median_interval(ratio.tolist())
+        pair = int(np.argsort(ratio, kind="stable")[(len(ratio) - 1) // 2])
+        _, low, high = median_interval(ratio.tolist())
         if not math.isfinite(high):
             low, high = float(ratio.min()), float(ratio.max())
         row = ComparedSpeedup(
@@ -282,15 +284,15 @@ def rows_of(
             device=device,
             dtype=dtype,
             runtime=str(record["runtime"]),
-            dense_s=float(np.median(dense_s)),
-            pruned_s=float(np.median(pruned_s)),
-            measured=measured,
+            dense_s=float(dense_s[pair]),
+            pruned_s=float(pruned_s[pair]),
+            measured=float(ratio[pair]),
             measured_lower=low,
             measured_upper=high,
             measured_bound=bound,
             predicted_dense_s=s.dense_s,
             predicted_pruned_s=s.pruned_s,
-            error=s.speedup / measured - 1,
+            error=s.speedup / float(ratio[pair]) - 1,
         )
         out.append(row)
     return out

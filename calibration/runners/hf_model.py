@@ -85,11 +85,13 @@ def layout_of(w: Workload) -> Layout:
     return Layout(int(rows.k[rows.is_role("lm_head")][0]), tuple(blocks))
 
 
-def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, dict[str, Any]]:
-    """Return the layout of a workload, and the ``config.json`` of the model that is patched to it.
+def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, Any]:
+    """Return the layout of a workload, and the library's configuration of the model that is patched to it.
 
     InputError: Transformers cannot build the model, with the reason.
     """
+    from transformers import AutoConfig
+
     layout = layout_of(w)
     usual, many = layout.usual, len(layout.layers)
     new = replace(model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden)
@@ -109,7 +111,14 @@ def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[
         raise InputError(f"a config.json of {model.name} cannot state {named} together")
     if any(_routed(b) != _routed(usual) for b in layout.layers if b.experts):
         raise InputError("its experts differ by layer; Transformers runs equally many in all layers")
-    return layout, whole
+    try:
+        config = AutoConfig.for_model(**whole)
+    except Exception as error:  # the library's checks have no public base class
+        raise InputError(
+            f"Transformers refuses its config.json: {str(error).splitlines()[-1].strip().removeprefix('ValueError: ')}"
+        ) from None
+    config.head_dim = model.head_dim
+    return layout, config
 
 
 def _routed(block: Block) -> tuple[int, float, int]:
@@ -171,12 +180,9 @@ def build(
     >>> built.model.model.layers[0].mlp.down_proj
     Linear(in_features=768, out_features=576, bias=False)
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    layout, whole = check(model, content, w)
-    config = AutoConfig.for_model(**whole)
-    if layout.usual.heads:
-        config.head_dim = model.head_dim
+    layout, config = check(model, content, w)
     torch.manual_seed(seed)
     with torch.device(device):
         try:

@@ -119,6 +119,8 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
         _built(phi, "low_rank 0.5")
     with pytest.raises(Unsupported, match="sparse tensor cores"):
         _built(LLAMA, "semi_structured 0.5")
+    with pytest.raises(InputError, match=r"refuses its config.json: .*not a multiple of the number of attention"):
+        _built({**LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, "width hidden=0.3")
     config = load_model(LLAMA)
     with pytest.raises(InputError, match="cannot state its shapes"):
         check(config, {}, lower(config, engine="hf"))

@@ -43,10 +43,8 @@ def time_pair(
     """Time a phase of two decoders on one device in alternation.
 
     Prefill excludes the choice of the next token; decode repeats one step at the same position, after ``seq`` cached
-    positions. Launches are eager or from a CUDA graph. The time limit applies to the pairs after a first pass of each
-    decoder; at least :data:`LEAST` pairs are timed, within three times the limit. The measurement ends early if the
-    95 % interval of the median ratio is within :data:`PRECISION`. Unsupported: no CUDA graphs, or kernels of the family
-    depend on data.
+    positions. Launches are eager or from a CUDA graph; :func:`~calibration.runners.pairs.alternate` has the rest.
+    Unsupported: no CUDA graphs, or kernels of the family depend on data.
     """
     one_of("phase", phase, PHASES[:2])
     one_of("runtime", runtime, RUNTIMES)
