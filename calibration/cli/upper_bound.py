@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threads, describe, finish
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
@@ -127,6 +128,7 @@ def command(
         found = measure_bounds(
             folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.status
         )
+    restart_if_needed(found.outcome, render.status)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]

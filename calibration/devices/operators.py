@@ -4,8 +4,8 @@ The first part holds the operators of a decoder as functions of tensors. :func:`
 operands and returns a :class:`Launches`: ``launch(i)`` runs it once with the i-th copy of the rotated operand, which
 comes from memory.
 
-Rotated operands are views into one :class:`Arena` of random data of at least twice the last-level cache, so a round
-over them evicts the first one, without allocations. The data is normal, because values change the power and so the
+Rotated operands are views into one :class:`Arena` of random data of a multiple of the last-level cache, so a round over
+them evicts the first one, without allocations. The data is normal, because values change the power and so the
 clock. Activations stay in the cache, as the previous kernel would leave them.
 """
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices import attention, flex
+from calibration.devices.attention_libraries import Library
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
 from calibration.devices.skipping import grouped_by_loops, in_triton, kernels
@@ -37,6 +38,7 @@ TORCH_DTYPE: dict[str, Any] = {
 MAX_COPIES = 1 << 14
 PATTERNS = 8
 """Distinct masks of the tokens of a grouped GEMM."""
+_MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 
 
@@ -45,19 +47,19 @@ class Launches:
     """An operator bound to its operands."""
 
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
-    copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than twice the cache
+    copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
     how: str = ""  # the implementation, after a comma, if there are several
 
 
 class Arena:
-    """Random data for rotated operands: a round over them exceeds the last-level cache twice.
+    """Random data for rotated operands: a round over them exceeds the last-level cache ``rotation`` times.
 
     A round takes at most ``limit_bytes``; a larger single operand is out of memory.
     """
 
-    def __init__(self, device: str, cache_bytes: float, limit_bytes: float) -> None:
+    def __init__(self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0) -> None:
         self.device = device
-        self.round_bytes = min(2.0 * cache_bytes, limit_bytes)
+        self.round_bytes = min(rotation * cache_bytes, limit_bytes)
         self.limit_bytes = limit_bytes
         self._data: dict[str, Tensor] = {}
 
@@ -133,9 +135,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
+    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32.
+
+    fp8 sums in the tensor core's reduced precision (``use_fast_accum``), as vLLM, SGLang and TensorRT-LLM do.
+    """
     if dtype == "fp8":
-        return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+        return torch._scaled_mm(
+            x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     if dtype == "int8":
         return torch._int_mm(x, weight.t())
     return F.linear(x, weight)
@@ -149,8 +156,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def build(op: Operator, device: str, arena: Arena) -> Launches:
-    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit."""
+def build(op: Operator, device: str, arena: Arena, library: Library | None = None) -> Launches:
+    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit.
+
+    ``library`` computes prefill and decode attention, by default torch.
+    """
+    if library is not None and op.kind in ("attention_prefill", "attention_decode"):
+        return _library_attention(op, device, arena, library)
     return _BUILDERS[op.kind](op, device, arena)
 
 
@@ -166,7 +178,8 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
     weights, copies = _rotated(arena, op, op.n, op.k)
     scale = torch.ones((), device=device) if op.dtype == "fp8" else None
     if op.dtype in ("fp8", "int8"):
-        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies)
+        how = ", fast accumulation" if op.dtype == "fp8" else ""
+        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies, how)
     linear = F.linear
     return Launches(lambda i: linear(x, weights[i % copies]), copies)
 
@@ -174,7 +187,7 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
 def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     packed_bytes = 0.5625 * op.element_bytes * op.n * op.k
-    copies = min(64, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
+    copies = min(_MOST_PACKED, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, device, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # the choice of two does not matter to the kernel
     algorithms: dict[int, Any] = {}
@@ -245,10 +258,10 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
-        return Launches(lambda i: attention.decode_attention(q, *caches[i % copies]), copies)
+        return _pinned(lambda i: attention.decode_attention(q, *caches[i % copies]), copies, device, ", unpaged cache")
     if op.kind == "attention_prefill":
         mask = attention.causal_mask(op.q_len, op.kv_len, device)
-        return Launches(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies)
+        return _pinned(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies, device)
     table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(device)
     if not device.startswith("cuda"):
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
@@ -263,6 +276,22 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise Unsupported(f"attention_block_sparse: flex attention did not compile: {why}") from error
     return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
+
+
+def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
+    """Return launches of torch's attention; on a GPU with one backend, so neither version nor shape changes it
+    unseen."""
+    if not device.startswith("cuda"):
+        return Launches(attend, copies)
+    name, launch = attention.with_backend(attend)
+    return Launches(launch, copies, f", SDPA backend {name}{how}")
+
+
+def _library_attention(op: Operator, device: str, arena: Arena, library: Library) -> Launches:
+    q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
+    both, copies = _rotated(arena, op, *library.cache_shape(op))
+    attend = library.bind(op, TORCH_DTYPE[op.dtype], device)
+    return Launches(lambda i: attend(q, *both[i % copies]), copies, f", {library.describe(op)}")
 
 
 def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:

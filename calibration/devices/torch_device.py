@@ -51,11 +51,12 @@ class TorchDevice:
     """A device of torch; subclasses define its identity, unsupported operators and the timing of launches."""
 
     name: str
+    rotation = 2.0  # multiple of the last-level cache that a round over rotated operands exceeds
     eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
-        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes)
+        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
         """Return the hardware as it names itself, and the software except torch."""

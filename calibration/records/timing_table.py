@@ -46,6 +46,7 @@ class Flag(IntFlag):
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
     CONFLICT = 8  # several timings of this shape differ; the row holds their median
+    POWER_CAPPED = 16  # timed at the power limit, at a clock below the highest of the run
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol
 from calibration.records.exact_shapes import without_exact
+from calibration.records.methods import one_method
 from calibration.records.store import Header, Store, read_store
 from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import PURPOSES, Records
@@ -279,6 +280,7 @@ def fit_run(
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
+    records, _ = one_method(records)  # the notes are those of the fit
     title = f"Calibration of {content.header.device}, {content.header.dtype}"
     reports: dict[str, Report | None] = {}
     for purpose, (name, subject) in REPORTS.items():
