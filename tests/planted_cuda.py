@@ -22,7 +22,7 @@ from planted_gpu import GPUS, NO_TROUBLES, REFUSED, Gpu, Kernel, PlantedCuda, Tr
 from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
-from calibration.devices import capture_probe, flex, operators
+from calibration.devices import capture_probe, flex, operators, sparse
 from calibration.devices import cuda as cuda_device
 from calibration.devices.operators import Launches
 from calibration.devices.protocol import Operator
@@ -176,6 +176,11 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(capture_probe.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
         patch.setattr(flex, "_attend", _attend)
         patch.setattr(JITFunction, "run", planted_triton(cuda))
+        patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+        patch.setattr(torch.backends.cusparselt, "version", lambda: 702)
+        patch.setattr(sparse, "_fastest", lambda packed, dense, bias: (0,))
+        patch.setattr(torch, "_cslt_compress", lambda weight: weight.new_empty(len(weight), weight.shape[1] * 9 // 16))
+        patch.setattr(torch, "_cslt_sparse_mm", planted_sparse(cuda))
         patch.setattr(time, "monotonic", cuda.read)
         patch.setattr(time, "perf_counter", cuda.read)
         patch.setattr(time, "perf_counter_ns", lambda: round(cuda.read() * 1e9))
@@ -211,6 +216,19 @@ def planted_triton(cuda: PlantedCuda) -> Callable[..., None]:
         cuda.submit({Kernel(kernel.__name__, flops / cuda.gpu.flop_per_s, moved / cuda.gpu.bytes_per_s): 1})
 
     return run
+
+
+def planted_sparse(cuda: PlantedCuda) -> Callable[..., Any]:
+    """Return the product of a 2:4 sparse weight (n, k) and activations (k, m), twice as fast as a dense one."""
+
+    def multiply(packed: Any, dense: Any, *_: Any) -> Any:
+        out = dense.new_empty(dense.shape[1], len(packed))
+        work_s = out.numel() * dense.shape[0] / cuda.gpu.flop_per_s
+        moved = packed.nbytes + dense.nbytes + out.nbytes
+        cuda.submit({Kernel("sparse", work_s, moved / cuda.gpu.bytes_per_s): 1})
+        return out
+
+    return multiply
 
 
 class PlantedChild:

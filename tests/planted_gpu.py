@@ -77,6 +77,7 @@ class Troubles:
     lost_at_s: float = math.inf  # an illegal memory access; every later call fails
     refused: tuple[int, int] = (0, 0)  # (n, k) of weights on which cuBLAS fails
     uncapturable: tuple[str, ...] = ()  # calls of torch that a graph cannot hold
+    capture_fails_at_s: float = math.inf  # captures fail from then on, though a child process could do them
     stuck: bool = True  # a failed capture leaves the allocator in capture, as before torch 2.12
     memory_bytes: float = math.inf  # the largest allocation
     nvml: bool = True
@@ -143,7 +144,7 @@ class PlantedCuda:
         self.launch_s = gpu.launch_s if troubles.launch_s is None else troubles.launch_s
         self.now = self.free = 0.0
         self.lost = self.hot = False
-        self.captures_underway = False
+        self.captures_underway = self.in_child = False
         self.capturing: Graph | None = None
         self.rng, self.factor = np.random.default_rng(0), 1.0
         self.record: list[Mapping[Kernel, int]] | None = None
@@ -187,7 +188,8 @@ class PlantedCuda:
         if self.record is not None:
             self.record.append(dict(kernels))
         if self.capturing is not None:
-            if any(kernel.name in self.troubles.uncapturable for kernel in kernels):
+            late = self.now >= self.troubles.capture_fails_at_s and not self.in_child
+            if late or any(kernel.name in self.troubles.uncapturable for kernel in kernels):
                 raise torch.AcceleratorError(CAPTURING)
             self.capturing.kernels.update(kernels)
             return
@@ -209,11 +211,11 @@ class PlantedCuda:
     @contextmanager
     def child(self) -> Iterator[None]:
         """Run a block as a child process would: its captures do not spoil this process."""
-        underway, self.captures_underway = self.captures_underway, False
+        underway, self.captures_underway, self.in_child = self.captures_underway, False, True
         try:
             yield
         finally:
-            self.captures_underway = underway
+            self.captures_underway, self.in_child = underway, False
 
     @contextmanager
     def graph(self, graph: Graph, **_: Any) -> Iterator[None]:

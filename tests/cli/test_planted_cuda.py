@@ -39,13 +39,15 @@ from simulator.uncertainty.operators import gemm_time
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "planted_cuda.txt"
-MODEL = "llama-3.1-8b --device cuda --layers 2 --seq 512 --sparsity 0.5"
+MODEL = "llama-3.1-8b --device cuda --layers 2 --seq 256 --sparsity 0.5"
 PROBES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "arithmetic": ((2048, 4096, 8192), (4096, 6144, 8192), (4096, 8192)),
     "bandwidth": ((1, 4), (8192, 14336, 16384), (8192, 16384)),
     "launch": ((1, 4, 16), (64, 128, 256), (64, 128, 256)),
 }
 """Values of m, n and k of GEMMs whose times are nearly one planted constant each."""
+TOLERANCE = {"arithmetic": 0.1, "bandwidth": 0.05, "launch": 0.2}
+"""The fitted model has waves of tiles, which the planted arithmetic has not."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ class Planted:
 
     gpu: str
     commands: tuple[str, ...]
-    troubles: Troubles = NO_TROUBLES
+    troubles: Troubles = NO_TROUBLES  # of the first command
+    later: Troubles | None = None  # of the others, if they differ
 
 
-BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 10s",)
-CALIBRATE, MEASURE = ("calibrate cuda -o RUN --budget 40s",), ("measure cuda -o RUN --budget 12s",)
+BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)
+CALIBRATE, MEASURE = ("calibrate cuda -o RUN --verbose --budget 50s",), ("measure cuda -o RUN --budget 12s",)
 CASES: Mapping[str, Planted] = {
     **{name: Planted(name, CALIBRATE) for name in GPUS},
     "bound": Planted("H100", BOUND),
@@ -73,7 +76,7 @@ CASES: Mapping[str, Planted] = {
         "H100", (f"upper-bound {MODEL} -o RUN --family depth --budget 10s",), Troubles(refused=(4096, 4096))
     ),
     "capture": Planted("H100", MEASURE, Troubles(uncapturable=("scaled_dot_product_attention",))),
-    "late capture": Planted("H100", MEASURE * 2, Troubles(uncapturable=("silu",))),
+    "late capture": Planted("H100", MEASURE * 2, Troubles(capture_fails_at_s=4.0), NO_TROUBLES),
     "out of memory": Planted("H100", MEASURE, Troubles(memory_bytes=100e6)),
     "no NVML": Planted("H100", MEASURE, Troubles(nvml=False)),
 }
@@ -109,11 +112,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
     def ended(name: str) -> Ended:
         if name not in found:
             case, folder, statuses = CASES[name], tmp_path_factory.mktemp("planted") / "run", []
-            for command in case.commands:
+            for number, command in enumerate(case.commands):
+                troubles = case.later if number and case.later is not None else case.troubles
                 out, notes = io.StringIO(), io.StringIO()
                 words = [str(folder) if word == "RUN" else word for word in shlex.split(command)]
                 printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes)
-                with printed[0], printed[1], installed(case.gpu, case.troubles):
+                with printed[0], printed[1], installed(case.gpu, troubles):
                     statuses.append(run(words))
                 assert "Traceback" not in notes.getvalue()
             found[name] = Ended(tuple(statuses), out.getvalue(), notes.getvalue(), folder)
@@ -142,7 +146,8 @@ def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
 def test_planted_constants_are_recovered(ended: Callable[[str], Ended], name: str) -> None:
     done = ended(name)
     assert done.statuses == (0,), done.notes
-    assert all(abs(error) < 0.08 for error in errors(name, done.profile).values()), errors(name, done.profile)
+    found = errors(name, done.profile)
+    assert all(abs(error) < TOLERANCE[what] for what, error in found.items()), found
     assert {row["after"]["throttle"] == "unknown" for row in done.rows if row["status"] == "ok"} == {GPUS[name].mig}
 
 
@@ -226,22 +231,26 @@ def test_a_shape_that_cublas_refuses_is_the_only_one_without_a_time(ended: Calla
     assert done.counts()["ok"] > 5
 
 
+PLAIN_ATTENTION = ("attention_prefill", "attention_decode")
+
+
 def test_a_kind_that_cannot_be_captured_has_one_method(ended: Callable[[str], Ended]) -> None:
     done = ended("capture")
     assert done.statuses == (0,)
-    methods = {(row["operator"]["kind"].partition("_")[0], _method(row)) for row in done.rows if "method" in row}
-    assert {method for kind, method in methods if kind == "attention"} == {"events around single launches"}
+    methods = {(row["operator"]["kind"], _method(row)) for row in done.rows if "method" in row}
+    assert {method for kind, method in methods if kind in PLAIN_ATTENTION} == {"events around single launches"}
     assert {method for kind, method in methods if kind == "gemm"} == {"events around a graph"}
 
 
 def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(ended: Callable[[str], Ended]) -> None:
     done = ended("late capture")
     assert done.statuses == (1, 0)
-    spoiled = [row for row in done.rows if row["status"] == "unsupported" and "not capturable" in row["reason"]]
-    assert {row["operator"]["role"] for row in spoiled} == {"activation"}
+    spoiled = [row for row in done.rows if row["status"] == "unsupported"]
     assert len(spoiled) == 1
+    assert "not capturable" in spoiled[0]["reason"]
     rest = [row for row in done.rows if "method" in row and "host clock" not in row["method"]]
     assert {_method(row) for row in rest} == {"events around a graph"}
+    assert len(rest) > 40
 
 
 def test_operators_that_do_not_fit_are_skipped(ended: Callable[[str], Ended]) -> None:
