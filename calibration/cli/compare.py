@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import math
+import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calibration.cli.measure import Folder, Seed
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
-from calibration.cli.upper_bound import CaseOptions, DeviceName, Model, case_columns, ratio_of
+from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from calibration.runners.compare import ComparedSpeedup
+    from calibration.runners.cases import Case
+    from calibration.runners.compare import ComparedCases, ComparedSpeedup
+    from simulator.hardware.profile import HardwareProfile
 
 Engine = Annotated[
-    str, opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers).")
+    str, opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.")
 ]
+Python = Annotated[str, opt("--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")]
+Bench = Annotated[
+    list[str] | None,
+    opt("--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."),
+]
+RunDevice = Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")]
 
 
 @options.expanded()
 def command(
     model: Model,
-    device: DeviceName,
     output: Folder,
+    device: RunDevice = "",
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
     engine: Engine = "reference",
+    bench: Bench = None,
+    vllm_python: Python = "",
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -42,9 +55,11 @@ def command(
 
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
     model with random weights, dense and pruned by each family or text of --prune: our own decoder, which has the
-    families that decide during a pass, or the model of the library Transformers, eagerly (hf) or under torch.compile
-    (compile). The profile is --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl,
-    comparison.csv, comparison.md and comparison.png, for a library with its name. Run the command again to resume.
+    families that decide during a pass, the model of the library Transformers, eagerly (hf) or under torch.compile
+    (compile), or that of vLLM. With --bench it reads result files of vllm bench instead, and --hardware names the GPU
+    that wrote them. The profile is --hardware, else RUN/profile.yaml if a calibration wrote it. Writes
+    RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a library with the name of its engine. Run
+    the command again to resume.
     """
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
@@ -54,24 +69,31 @@ def command(
     from simulator.prediction.scenario import one_of
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
-    runs = ENGINES[one_of("--engine", engine, tuple(ENGINES))]
-    config, cases, notes = selection.cases(model, runs.lowered, kernels_on(device), runs.phases)
-    folder = check_folder(output)
-    with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
-        name = opened.describe().device
-        render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
-        found = compare(
-            folder,
-            opened,
-            config,
-            cases,
-            budget_s=left,
-            dtype=dtype,
-            engine=engine,
-            content=content_of(model),
-            seed=seed,
-            progress=report,
-        )
+    runs, folder = ENGINES[one_of("--engine", engine, tuple(ENGINES))], check_folder(output)
+    if bench:
+        name, hw, cases, notes, found = _of_files(bench, model, selection, engine)
+        folder.mkdir(exist_ok=True)
+    else:
+        if not device:
+            raise InputError("--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need none")
+        config, cases, notes = selection.cases(model, runs.lowered, kernels_on(device), runs.phases)
+        with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
+            name = opened.describe().device
+            render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
+            found = compare(
+                folder,
+                opened,
+                config,
+                cases,
+                budget_s=left,
+                dtype=dtype,
+                engine=engine,
+                content=content_of(model),
+                python=vllm_python or sys.executable,
+                seed=seed,
+                progress=report,
+            )
+        restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
     table = [asdict(row) for row in rows]
@@ -88,6 +110,37 @@ def command(
     render.notes((*left_over, *found.notes, *notes), verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
+
+
+def _of_files(
+    files: list[str], model: str, selection: CaseOptions, engine: str
+) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``.
+
+    What a file does not state is that of the options: batch, length, and new tokens unless the phase is prefill.
+    """
+    from calibration.runners.compare import ENGINES, compare_files
+    from calibration.runners.vllm_bench import bench_case_of, read_bench
+    from simulator.hardware.library import load_hardware
+
+    if engine != "vllm":
+        raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
+    if not selection.hardware:
+        raise InputError("--bench: expected --hardware with the GPU that wrote the files")
+    hw, runs = load_hardware(selection.hardware), [read_bench(file) for file in files]
+    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
+    if runs[0].kind == "latency":
+        batch, seq = options.integers("--batch", selection.batch), options.integers("--seq", selection.seq)
+        if len(batch) != 1 or len(seq) != 1:
+            raise InputError("--bench: expected one --batch and one --seq, those of the files")
+        output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
+        given = {"batch": batch[0], "seq": seq[0], "output": output}
+    phase, many, length, steps = bench_case_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
+    _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
+    if notes:  # the files belong to the prunings by their order
+        raise InputError(notes[0])
+    return hw.title, hw, cases, notes, compare_files(cases, runs, selection.dtype)
 
 
 def _title(row: ComparedSpeedup) -> str:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
+    from calibration.runners.compare import ComparedCases
 
 RESTARTS = "PRUNESIM_RESTARTS"
 """Environment variable with the number of restarts so far."""
 MOST_RESTARTS = 3
 
 
-def restart_if_needed(outcome: Outcome, note: Callable[[str], None]) -> None:
+def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
     """Restart this program if a run needs a new process; the device and its records must be closed.
 
     Return if that is not needed, after :data:`MOST_RESTARTS`, and in a process that is another program, such as a

@@ -23,8 +23,9 @@ from calibration.devices import attention, flex
 from calibration.devices.attention_libraries import Library
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import grouped_by_loops, in_triton, kernels
+from calibration.devices.skipping import fused_elementwise, grouped_by_loops, in_triton, kernel_count, kernels
 from calibration.devices.sparse import sparse_weight
+from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.workload import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
@@ -297,11 +298,15 @@ def _library_attention(op: Operator, device: str, arena: Arena, library: Library
 def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     inputs, copies = _rotated(arena, op, op.m, op.n)
     other = random_tensor((op.m, op.n), op.dtype, device, 1)
+    # engines have one kernel each for a norm, a gated activation and a rotary embedding
+    fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
+    one: Any = fused_elementwise() if fused else None
+    norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
-        return Launches(lambda i: rms_norm(inputs[i % copies], weight), copies)
+        return _counted(lambda i: norm(inputs[i % copies], weight), copies, device, fused)
     if op.role == "activation":
-        return Launches(lambda i: gated(inputs[i % copies], other), copies)
+        return _counted(lambda i: product(inputs[i % copies], other), copies, device, fused)
     if op.role == "residual":
         return Launches(lambda i: inputs[i % copies] + other, copies)
     if op.role == "rotary":
@@ -309,7 +314,8 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
         if not head:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
         cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
-        return Launches(lambda i: rotary(inputs[i % copies].view(op.m, op.n // head, head), cos, sin), copies)
+        shape = (op.m, op.n // head, head)
+        return _counted(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, device, fused)
     if op.role == "select":
         many = selected(op.n)
         return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
@@ -319,6 +325,13 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "scatter":
         return Launches(lambda i: other.index_copy_(0, rows, inputs[i % copies]), copies)
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
+
+
+def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
+    """Return launches whose record states on a GPU how many kernels each has: a fit takes their time for one's."""
+    if not device.startswith("cuda"):
+        return Launches(launch, copies)
+    return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
 
 
 def _copy(op: Operator, device: str, arena: Arena) -> Launches:

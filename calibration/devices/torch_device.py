@@ -12,6 +12,7 @@ import torch
 
 from calibration.devices.operators import Arena, Launches
 from calibration.devices.protocol import Description, Operator, OutOfMemory, Unsupported
+from calibration.devices.skipping import triton_needs
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class TorchDevice:
             return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
         if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
             return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
+        on_gpu = self.name.startswith("cuda")
+        if operator.kind == "attention_block_sparse" and on_gpu and (needs := triton_needs()):
+            return f"attention_block_sparse: flex attention needs {needs}"
         return ""
 
     def prepare(self, operator: Operator) -> Timed:

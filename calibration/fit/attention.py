@@ -47,6 +47,11 @@ FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
 """Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
 cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
 
+LONE_FORMS: Sequence[Mapping[str, float]] = ({}, {"long_keys": 1.0, "split_keys": 64.0})
+"""Structures of decode to compare on rows of one head configuration: the registry's, which splits a cache from
+``long_keys`` keys, and one that splits every cache of two blocks. Few rows near that length cannot show its step: on
+the RTX 4090, the registry's form let the time fall to half at 512 keys."""
+
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
 INFORMING_ROWS = 8  # rows that a constant must move to be fitted at all
@@ -270,8 +275,10 @@ def fit_form(
     """
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
+        if c.calls.operator == "attention_decode":
+            starts = [_best_form(c, starts, keep, LONE_FORMS)]
     if c.calls.operator in FORMS:
-        starts = [_best_form(c, starts, keep)]
+        starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
     low, why = c.registry["sequence_s"].low, "time follows the work units alone"
     forms: list[tuple[float, ConstantsFit, ResidualGrid]] = []
     for simple in (False, True) if len(c) >= FEW_ROWS else (False,):
@@ -284,9 +291,14 @@ def fit_form(
     return min(forms, key=lambda form: form[0])[1:]
 
 
-def _best_form(c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]) -> Mapping[str, float]:
+def _best_form(
+    c: AttentionFit,
+    starts: Sequence[Mapping[str, float]],
+    keep: Mapping[str, str],
+    forms: Sequence[Mapping[str, float]],
+) -> Mapping[str, float]:
     """Return the fitted constants with the smallest error without residual, among starts with each structure."""
-    found = [c.constants({**start, **form}, keep).values for start in starts for form in FORMS[c.calls.operator]]
+    found = [c.constants({**start, **form}, keep).values for start in starts for form in forms]
     return min(found, key=lambda values: float(np.abs(c.log_residual(values)).mean()))
 
 

@@ -91,7 +91,8 @@ def fit_profile(
     ``base`` has the datasheet facts; its sections without records are kept. Rows marked ``holdout``, ``exact`` or
     ``anchor`` are excluded from the fit; ``exact`` rows are stored with the GEMM section. ``prior``, a related GPU or
     another stack, supports a small sample. ``date`` (ISO 8601) is the date of the provenance, by default the newest in
-    the records. ``progress`` is called with (fits done, fits in all). InputError, with the reasons, when nothing can be
+    the records. ``progress`` is called with (fits done, fits in all). Sections of rows that a device measured are of
+    the stack torch: engines with other kernels have wider intervals. InputError, with the reasons, when nothing can be
     fitted.
     """
     records, methods = one_method(records)
@@ -106,6 +107,7 @@ def fit_profile(
             f"nothing to fit: {'; '.join(notes + excluded) or 'the records hold no operator that has a fit'}"
         )
     sections = dict(base.sections)
+    own_stack = _stack_of(usable)
     parts: dict[tuple[str, str], FittedPart] = {}
     for done, task in enumerate(tasks):
         key = task.operator, task.dtype
@@ -116,7 +118,7 @@ def fit_profile(
         except ValueError as error:  # too few usable rows: the other operators may still have enough
             notes.append(f"{task.operator} {task.dtype}: {error}")
         else:
-            sections[key] = part.section
+            sections[key] = replace(part.section, stack=own_stack)
             # constants of other kernels belong to the dense fit of their section
             first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
@@ -126,9 +128,15 @@ def fit_profile(
             progress(done + 1, len(tasks))
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes + excluded)}")
-    profile = with_exact(replace(base, path=None).calibrated(sections), records)
+    profile = with_exact(replace(base, path=None).calibrated(sections, own_stack), records)
     kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
     return ProfileFit(profile, kept, (*notes, *excluded))
+
+
+def _stack_of(records: Records) -> str:
+    """Return "torch" if all rows are of PyTorch's kernels, as a device measures them, else ""."""
+    sources = [records.sources[i] for i in np.unique(records.source)]
+    return "torch" if sources and all("torch" in source.stack for source in sources) else ""
 
 
 def _formats(records: Records) -> NDArray[np.str_]:

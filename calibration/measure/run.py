@@ -49,7 +49,7 @@ SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "re
 WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
-_CAPTURE_FAILED = "capture failed"
+CAPTURE_FAILED = "capture failed"
 
 Append = Callable[[Mapping[str, Any]], Any]
 
@@ -100,7 +100,7 @@ class Outcome:
     @property
     def needs_new_process(self) -> bool:
         """Whether this process can measure nothing more, but a new one can."""
-        return self.stopped.startswith(_CAPTURE_FAILED)
+        return self.stopped.startswith(CAPTURE_FAILED)
 
 
 @dataclass
@@ -318,7 +318,7 @@ def run(
         except Interrupted:
             stopped = "interrupted"
         except CaptureFailed as error:
-            stopped = f"{_CAPTURE_FAILED}: {error}"
+            stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
             stopped = f"device lost: {error}"
     if state.drifts:

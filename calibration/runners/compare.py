@@ -9,7 +9,9 @@ what runs a model: our own decoder, or a library. torch and the libraries are im
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata, resources
 from importlib.util import find_spec
@@ -18,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import CaptureFailed, Device
 from calibration.measure.interrupt import Interrupt
-from calibration.measure.run import FAILED, UNSUPPORTED
+from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.pairs import PairRunner
+from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
+from calibration.runners.vllm_bench import BenchRun, bench_record
 from calibration.validation.scores import errors, spearman
 from calibration.validation.verdict import verdict_of
 from simulator.display import few
@@ -34,6 +37,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
 from simulator.units import ratio
+from simulator.workload import PHASES
 
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
 """The engine of our decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
@@ -55,6 +59,7 @@ ENGINES: Mapping[str, RunEngine] = {
     "reference": RunEngine("our decoder", "", ("prefill", "decode")),
     "hf": RunEngine("Transformers, eager", "hf", ("prefill", "decode", "generate"), "transformers"),
     "compile": RunEngine("Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"),
+    "vllm": RunEngine("vLLM", "vllm", PHASES, "vllm"),
 }
 """Engines that :func:`compare` runs."""
 
@@ -83,6 +88,11 @@ class ComparedCases:
     notes: tuple[str, ...]  # reasons of cases without a time
     stopped: str = ""
 
+    @property
+    def needs_new_process(self) -> bool:
+        """Whether a failed capture ended it, after which only a new process can time the rest."""
+        return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
+
 
 def compare(
     folder: str | Path,
@@ -94,6 +104,7 @@ def compare(
     dtype: str = "bf16",
     engine: str = "reference",
     content: Mapping[str, Any] = NONE,
+    python: str = sys.executable,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
@@ -101,16 +112,16 @@ def compare(
 
     The open device stays open. The cases were lowered from ``config`` and share the budget equally; the next run
     measures the cases that remain. ``engine`` is one of :data:`ENGINES`; those of a library need ``content``, that of
-    the model's ``config.json``. ``seed`` determines the weights and the order of the cases. InputError: a budget of
-    zero, a device without torch, an unsupported number format or model, a missing library, no pruning that the engine
-    runs, or a folder of another device or version.
+    the model's ``config.json``. ``python`` is the interpreter of vLLM. ``seed`` determines the weights and the order of
+    the cases. InputError: a budget of zero, a device without torch, an unsupported number format or model, a missing
+    library, no pruning that the engine runs, or a folder of another device or version.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
         raise InputError(f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}")
-    runner = runner_of(engine, device, config, content, dtype, seed)
+    runner = runner_of(engine, device, config, content, dtype, seed, python)
     unable, names = dict[str, dict[str, None]](), dict[str, Case]()
     for case in cases:
         try:
@@ -132,7 +143,7 @@ def compare(
     )
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
-    with Store(file, header) as kept, Interrupt() as interrupt:
+    with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
         done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
         todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
         left = len(todo)
@@ -144,9 +155,15 @@ def compare(
                 stopped = "interrupted" if interrupt.requested else "budget"
                 break
             # the share of a case includes making its model; later cases get the unused time
-            record = runner.record(case, (budget_s - spent) / left)
+            try:
+                record = runner.record(case, (budget_s - spent) / left)
+            except CaptureFailed as error:
+                record = {"status": UNSUPPORTED, "reason": str(error)}
+                stopped = f"{CAPTURE_FAILED}: {error}"
             kept.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
             left -= 1
+            if stopped:
+                break
             failures = failures + 1 if record["status"] == FAILED else 0
             if failures >= _FAILURES_IN_A_ROW:
                 stopped = f"device lost: {failures} cases in a row failed; the last: {record['reason']}"
@@ -170,14 +187,40 @@ def file_name(name: str, engine: str) -> str:
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
 
 
+def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
+    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case.
+
+    InputError: another number of files, or files that measured something else.
+    """
+    if len(files) != len(cases) + 1:
+        expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
+        raise InputError(f"--bench: expected {expected}, got {len(files)}")
+    records = [
+        {"key": name_of(case, dtype, "vllm"), "dtype": dtype, **case.identity, **bench_record(case, files[0], file)}
+        for case, file in zip(cases, files[1:])
+    ]
+    notes = dict.fromkeys(str(r["reason"]) for r in records if r["reason"])
+    return ComparedCases(tuple(records), 0, tuple(notes))
+
+
 def runner_of(
-    engine: str, device: Device, config: ModelConfig, content: Mapping[str, Any], dtype: str, seed: int
-) -> PairRunner:
+    engine: str,
+    device: Device,
+    config: ModelConfig,
+    content: Mapping[str, Any],
+    dtype: str,
+    seed: int,
+    python: str = sys.executable,
+) -> Runner:
     """Return the runner of an engine; InputError if its library is not installed or cannot run the model."""
     if engine == "reference":
         from calibration.runners.decoder.timing import Executor
 
         return Executor(device, config, dtype, seed)
+    if engine == "vllm":
+        from calibration.runners.vllm.runner import VllmRunner
+
+        return VllmRunner(device, config, content, dtype, seed=seed, python=python)
     if find_spec(ENGINES[engine].package) is None:
         package = ENGINES[engine].package
         raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
@@ -187,12 +230,12 @@ def runner_of(
 
 
 def versions(engine: str) -> dict[str, str]:
-    """Return the version of the library of an engine."""
+    """Return the version of the library of an engine; vLLM, of another environment, states its own in each record."""
     package = ENGINES[engine].package
-    return {package: metadata.version(package)} if package else {}
+    return {package: metadata.version(package)} if package and engine != "vllm" else {}
 
 
-def _prepare(runner: PairRunner, case: Case, config: ModelConfig, dtype: str) -> None:
+def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:
     try:
         runner.prepare(case)
     except (RuntimeError, MemoryError) as error:
@@ -224,9 +267,9 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 class ComparedSpeedup(CaseRow):
     """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
 
-    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the median
-    ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the 95 %
-    interval of the median, or the smallest and largest ratio if there are too few for an interval.
+    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the
+    median ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the
+    95 % interval of the median, or the smallest and largest ratio if there are too few for an interval.
     """
 
     runtime: str

@@ -20,6 +20,7 @@ from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE
 from calibration.devices.protocol import Unsupported
+from calibration.devices.sparse import sparse_weight
 from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.changes import changed_keys
@@ -269,24 +270,12 @@ def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
     return nn.Sequential(linear(rank, k, False), linear(n, rank, bias)) if rank else linear(n, k, bias)
 
 
-class _Sparse(nn.Module):
-    """A projection with 2:4 sparse weights."""
-
-    def __init__(self, old: nn.Linear, algorithms: dict[int, Any]) -> None:
-        from calibration.devices.sparse import sparse_weight
-        from calibration.runners.decoder.families import two_of_four
-
-        super().__init__()
-        self.packed, self.bias = sparse_weight(two_of_four(old.weight.data), algorithms), old.bias
-
-    def forward(self, x: Any) -> Any:
-        return self.packed.linear(x, self.bias)
-
-
 def _sparsify(made: Any, w: Workload) -> None:
     """Pack the projections that are 2:4 sparse; set the share of scattered zeros of others."""
     if not (w.kernel != Kernel.DENSE).any():
         return
+    from calibration.runners.decoder.families import two_of_four
+
     shares = {}
     for i in ((w.layer >= 0) & (w.kind == Kind.GEMM)).nonzero()[0].tolist():
         shares[ROLES[w.role[i]]] = (Kernel(int(w.kernel[i])), float(w.density[i]))
@@ -298,7 +287,8 @@ def _sparsify(made: Any, w: Workload) -> None:
                 if old.weight.device.type != "cuda":
                     raise Unsupported(f"2:4 needs sparse tensor cores; device {old.weight.device} has none")
                 shape = (old.out_features, old.in_features)
-                layer.set_submodule(PROJECTIONS[role], _Sparse(old, found.setdefault(shape, {})))
+                packed = sparse_weight(two_of_four(old.weight.data), found.setdefault(shape, {}))
+                old.forward = partial(packed.linear, bias=old.bias)
             elif kernel == Kernel.UNSTRUCTURED:
                 old.weight.data.mul_(torch.rand_like(old.weight) < density)
 
@@ -312,8 +302,6 @@ def _check_weights(made: Any, w: Workload) -> None:
     expected += float((3.0 * w.experts * w.n * w.k * w.count)[routed].sum())
     found = 0
     for module in made.model.layers.modules():
-        if isinstance(module, _Sparse):
-            found += math.prod(module.packed.shape)
         own = module.named_parameters(recurse=False)
         found += sum(p.numel() for name, p in own if p.dim() > 1)
     if found != round(expected):

@@ -93,7 +93,7 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
     if case.phase == "prefill":
         return looped(lambda: model(tokens, use_cache=True, logits_to_keep=1), wait)
     if case.phase == "generate":
-        many = case.dense.meta.new_tokens
+        many = case.dense.meta.new_tokens + 1  # the prefill makes the first
         return looped(lambda: model.generate(tokens, max_new_tokens=many, do_sample=False), wait)
     cache = DynamicCache(config=model.config)
     model(tokens, use_cache=True, logits_to_keep=1, **{built.cache_name: cache})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.devices.operators import is_out_of_memory
-from calibration.devices.protocol import Device, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.runners.cases import Case
@@ -84,20 +84,34 @@ def looped(
     return sample
 
 
-class PairRunner(ABC):
-    """Run the cases of a comparison, each next to the dense model; a case that cannot run gives a record with the
-    reason."""
+class Runner(ABC):
+    """Run the cases of a comparison next to the dense model."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
     @abstractmethod
     def check(self, case: Case) -> None:
-        """Raise InputError if this runner cannot run the pruned model of a case; nothing is made yet."""
+        """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
 
     @abstractmethod
     def prepare(self, case: Case) -> None:
-        """Make the dense model; ``case`` is any of the comparison."""
+        """Make what all cases share, such as the dense model; ``case`` is any of them."""
+
+    @abstractmethod
+    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+        """Return status, reason and raw times of a case; one that cannot run gives a record with the reason.
+
+        CaptureFailed: this process cannot time anything any more.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the cases shared."""
+
+
+class PairRunner(Runner):
+    """Run cases in this process, in alternation with the dense model."""
 
     @abstractmethod
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
@@ -105,9 +119,11 @@ class PairRunner(ABC):
         the runtime ("runtime") and, if there is something to say, "reason"."""
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and times of a case; ``seconds`` include making its models."""
+        """Return the record of a case; ``seconds`` include making its models."""
         try:
             times, fields = self.timed(case, self.device.clock() + seconds)
+        except CaptureFailed:
+            raise
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
@@ -115,6 +131,9 @@ class PairRunner(ABC):
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
         samples = {"loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
         return {"status": OK, "reason": "", **fields, **samples}
+
+    def close(self) -> None:
+        """Nothing to do: models are freed with this object."""
 
     def limit_s(self, end: float) -> float:
         """Return the time limit of the pairs of a case that ends at ``end``: first passes take time too."""

@@ -124,16 +124,10 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
 
 def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
     """Return the agreement of some rows: medians of errors and half-widths, coverage and Spearman's correlation."""
-    measured, predicted, given, dense, dense_s = (
-        np.array([f(r) for r in rows])
-        for f in (
-            lambda r: r.compared.measured,
-            lambda r: r.compared.predicted,
-            lambda r: r.given,
-            lambda r: r.compared.predicted_dense_s,
-            lambda r: r.compared.dense_s,
-        )
-    )
+    compared = [r.compared for r in rows]
+    measured, predicted = (np.array([getattr(c, name) for c in compared]) for name in ("measured", "predicted"))
+    dense, dense_s = (np.array([getattr(c, name) for c in compared]) for name in ("predicted_dense_s", "dense_s"))
+    given = np.array([r.given for r in rows])
     return {
         "median": float(np.median(np.abs(predicted / measured - 1.0))),
         "inside": float(np.mean([r.inside for r in rows])),

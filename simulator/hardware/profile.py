@@ -135,6 +135,8 @@ class HardwareProfile(Displayed):
         Preferred stack, whose sections come first; "" for the user's own calibration, or if nothing was fitted.
     pinned : bool
         Whether the stack was selected by name, so engines do not change it.
+    own_stack : str
+        Stack that the user's own calibration measured; "" if it is unknown.
     engine_stack : str
         Stack whose kernels the engine runs, see :meth:`serving`.
     stacks_of : str
@@ -180,6 +182,7 @@ class HardwareProfile(Displayed):
     stacks: Mapping[str, Sections] = field(default_factory=dict)
     stack: str = ""
     pinned: bool = False
+    own_stack: str = ""
     engine_stack: str = ""
     stacks_of: str = ""
     same_stack: bool = False
@@ -274,15 +277,27 @@ class HardwareProfile(Displayed):
         """
         return _serving(self, stacks) if stacks and not self.engine_stack else self
 
-    def calibrated(self, sections: Sections) -> HardwareProfile:
-        """Return the device with the sections of the user's own calibration."""
+    def calibrated(self, sections: Sections, own_stack: str = "") -> HardwareProfile:
+        """Return the device with the sections of the user's own calibration.
+
+        ``own_stack`` is the stack that it measured; without it, the calibration counts for every engine.
+        """
         sections = MappingProxyType(dict(sections))
-        return replace(self, sections=sections, stacks=MappingProxyType({"": sections}), stack="", same_stack=True)
+        return replace(
+            self,
+            sections=sections,
+            stacks=MappingProxyType({"": sections}),
+            stack="",
+            own_stack=own_stack,
+            same_stack=not own_stack,
+        )
 
     def error_scales(self, section: Section) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
-        fitted = section.status == "calibrated" and section.stack == self.stack
-        if fitted and self.same_stack and self.local_update is None:
+        fitted = section.status == "calibrated" and section.stack == (self.stack or self.own_stack)
+        # the user's own calibration of one stack holds for engines that run its kernels, not for others
+        own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
+        if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
         engines = fitted and section.stack == self.engine_stack != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)

@@ -225,6 +225,7 @@ def _facts(profile: HardwareProfile) -> dict[str, Any]:
         "architecture": _text(profile.architecture),
         "aliases": f"[{', '.join(map(_quoted, profile.aliases))}]",
         **({"stacks_of": _text(profile.stacks_of)} if profile.stacks_of else {}),
+        **({"own_stack": _text(profile.own_stack)} if profile.own_stack else {}),
         "sources": {_text(key): _quoted(text) for key, text in references.items()},
         "datasheet": datasheet,
     }

@@ -183,6 +183,7 @@ def _profile_field(root: Node, path: Path, fetch: Fetch) -> ObjectField:
     optional: dict[str, FieldType] = {
         "aliases": ListField(_ALIAS),
         "stacks_of": NAME,
+        "own_stack": TextField(STACKS),
         "calibrated": _calibrated(rates, path, fetch),
         "local_update": _local_update(path, fetch),
         "anchor": _Retired(),
@@ -335,8 +336,9 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
         path=path,
     )
     sections = _sections(top)
-    own = any(not section.stack for section in sections.values())
-    return replace(profile.calibrated(sections), same_stack=own) if sections else profile
+    own_stack = top.get("own_stack", "")
+    own = not own_stack and any(not section.stack for section in sections.values())
+    return replace(profile.calibrated(sections, own_stack), same_stack=own) if sections else profile
 
 
 def _sections(top: Mapping[str, Any], stack: str = "") -> Sections:

@@ -250,21 +250,29 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
         summary([])
 
 
-def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
         asked.append(runtime)
-        if runtime == "cuda_graph":
+        if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
         return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
 
     monkeypatch.setattr(timing, "time_pair", timed)
     monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")
-    (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
-    assert asked == ["cuda_graph", "eager"]
-    assert (record["status"], record["runtime"]) == ("ok", "eager")
+    cases = _cases(families=["depth", "width"], phases=["decode"])
+    first = _compare(tmp_path, cases)
+    assert (len(asked), first.left, first.needs_new_process) == (1, 1, True)
+    (record,) = first.records
+    assert record["status"] == "unsupported"
     assert record["reason"].startswith("not captured: RuntimeError: operation not permitted")
+    again = _compare(tmp_path, cases)
+    assert asked == ["cuda_graph"] * 2
+    assert sorted(r["status"] for r in again.records) == ["ok", "unsupported"]
+    assert not again.needs_new_process
 
 
 def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[str]) -> None:

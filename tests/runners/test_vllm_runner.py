@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
     plant(release=release)
     cases = _cases(text, phases=PHASES)
     dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
-    with _runner(cases) as runner:
+    with closing(_runner(cases)) as runner:
         for case in cases:
             record = runner.record(case, 10.0)
             assert (record["status"], record["reason"], record["runtime"]) == ("ok", "", "vllm")
@@ -105,7 +106,7 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
 
 def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., None]) -> None:
     (case,) = _cases("depth 0.5", phases=("serve",))
-    with _runner([case]) as runner:
+    with closing(_runner([case])) as runner:
         record = runner.record(case, 10.0)
     # one prefill, and the decode step in which it is scheduled
     dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
@@ -117,7 +118,7 @@ def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., 
 def test_a_model_that_leaves_no_room_is_timed_before_the_other(plant: Callable[..., None]) -> None:
     cases = _cases("depth 0.5", phases=("prefill",))
     alive = []
-    with _runner(cases, memory=4e9) as runner:
+    with closing(_runner(cases, memory=4e9)) as runner:
         ask = runner._sample
         runner._sample = lambda *a: (alive.append(len(runner.engines)), ask(*a))[1]  # type: ignore[method-assign]
         record = runner.record(cases[0], 10.0)
@@ -129,7 +130,7 @@ def test_a_model_that_leaves_no_room_is_timed_before_the_other(plant: Callable[.
 def test_processes_are_kept_for_all_cases_of_a_pruning_and_end(plant: Callable[..., None]) -> None:
     cases = _cases("depth 0.25", "depth 0.5", phases=("prefill", "decode"))
     seen = set()
-    with _runner(cases) as runner:
+    with closing(_runner(cases)) as runner:
         for case in sorted(cases, key=lambda c: c.prune):
             runner.record(case, 0.0)
             seen |= {engine.process.pid for engine in runner.engines.values()}
@@ -153,7 +154,7 @@ def test_processes_are_kept_for_all_cases_of_a_pruning_and_end(plant: Callable[.
 def test_faults_are_recorded_with_their_cause(plant: Callable[..., None], fault: str, status: str, reason: str) -> None:
     plant(fault)
     (case,) = _cases("depth 0.25")
-    with _runner([case]) as runner:
+    with closing(_runner([case])) as runner:
         record = runner.record(case, 10.0)
         assert record["status"] == status
         assert reason in record["reason"]
@@ -166,7 +167,7 @@ def test_faults_are_recorded_with_their_cause(plant: Callable[..., None], fault:
 def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
     plant("hang")
     (case,) = _cases("depth 0.25")
-    with _runner([case], patience_s=0.5) as runner:
+    with closing(_runner([case], patience_s=0.5)) as runner:
         record = runner.record(case, 10.0)
         assert (record["status"], record["reason"]) == ("failed", "no answer of vLLM within 0.5 s")
         assert not runner.engines
@@ -175,7 +176,7 @@ def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
 def test_a_release_that_was_not_compared_is_noted(plant: Callable[..., None]) -> None:
     plant(release="0.99.0", interface=RELEASES[1])
     (case,) = _cases("depth 0.25")
-    with _runner([case]) as runner:
+    with closing(_runner([case])) as runner:
         assert "0.99.0" in runner.record(case, 10.0)["reason"]
     assert release_note("0.10.2")
     assert not any(map(release_note, RELEASES))
@@ -202,7 +203,7 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
     plant: Callable[..., None], text: str, reason: str
 ) -> None:
     (case,) = _cases(text)
-    with _runner([]) as runner:
+    with closing(_runner([])) as runner:
         with pytest.raises(InputError, match=reason):
             runner.check(case)
         assert runner.record(case, 10.0)["status"] == "unsupported"
@@ -225,7 +226,7 @@ def test_other_formats_devices_and_lengths_are_refused(plant: Callable[..., None
 
 def test_a_larger_case_that_was_not_checked_starts_larger_engines(plant: Callable[..., None]) -> None:
     small, large = (_cases("depth 0.25", shapes=((b, 256),))[0] for b in (1, 8))
-    with _runner([small]) as runner:
+    with closing(_runner([small])) as runner:
         found = [runner.record(case, 0.0)["settings"]["max_num_seqs"] for case in (small, large, small)]
         assert found == [1, 8, 8]
         assert len(runner.engines) == 2

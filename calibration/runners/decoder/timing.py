@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calibration.devices.operators import is_out_of_memory
-from calibration.devices.protocol import Device, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.runners.cases import Case
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, random_decoder
@@ -157,8 +157,8 @@ class Executor(PairRunner):
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error):
                 raise
-            reason = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
-        return pair("eager"), {"runtime": "eager", "reason": reason}
+            # torch's allocator may stay in capture, so nothing that this process times after it counts
+            raise CaptureFailed(f"not captured: {type(error).__name__}: {error}".splitlines()[0]) from error
 
     def _runtime(self, pruned: Decoder) -> str:
         graph = pruned.device.startswith("cuda") and not (pruned.rule and pruned.rule.on_host(pruned.device))

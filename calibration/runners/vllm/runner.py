@@ -22,13 +22,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming, median_interval
 from calibration.runners.cases import Case
+from calibration.runners.pairs import ENOUGH, LEAST, PRECISION, Runner
 from calibration.runners.vllm.models import Models
 from calibration.runners.vllm.process import RELEASES, EngineFailed, EngineProcess, check_installed, environment
 from simulator.errors import InputError
@@ -48,9 +48,8 @@ WARM = 2
 """Unmeasured samples of each model before those of a case."""
 LONGEST_S = 60.0
 """Maximum time for the pairs of one case."""
-PRECISION = 0.005
-LEAST, ENOUGH, MOST = 3, 8, 50
-"""Minimum number of pairs, number after which a precise ratio ends the measurement, and maximum number."""
+MOST = 50
+"""Maximum number of pairs."""
 PATIENCE_S = 900.0
 """Longest wait for an answer; the first start of a model compiles it."""
 
@@ -107,7 +106,7 @@ def lengths(case: Case) -> tuple[int, int]:
     return case.seq, case.dense.meta.new_tokens + 1
 
 
-class VllmRunner:
+class VllmRunner(Runner):
     """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason.
 
     Parameters
@@ -150,19 +149,15 @@ class VllmRunner:
             raise InputError(f"device: expected cpu or cuda, which run vLLM, got {device.name!r}")
         self.models = Models(config, content)
         check_installed(python)
-        self.device, self.dtype, self.seed, self.python, self.patience_s = device, dtype, seed, python, patience_s
+        super().__init__(device)
+        self.dtype, self.seed, self.python, self.patience_s = dtype, seed, python, patience_s
         self.sizes = Sizes()
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Started, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the models, made with the first
 
-    def __enter__(self) -> VllmRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def prepare(self, case: Case) -> None:
+        """Nothing to do: the engines start with the first record."""
 
     def close(self) -> None:
         """End the child processes and remove their files."""
@@ -232,7 +227,7 @@ class VllmRunner:
             for i in (0, 1) if pair % 2 else (1, 0):
                 found[i].append(self._sample(case, engines[i]))
             spent = self.device.clock() - start
-            if spent >= limit and (pair >= LEAST or spent >= 3.0 * limit):
+            if spent >= limit and pair >= LEAST:
                 break
             if pair >= ENOUGH:
                 ratios = [a / b for x, y in zip(*found) for a, b in zip(x.seconds, y.seconds)]

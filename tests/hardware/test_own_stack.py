@@ -1,0 +1,95 @@
+"""A calibration of one's own is of PyTorch's kernels: engines with other kernels get the spread between stacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.fit.profile import fit_profile
+from calibration.records.timing_table import Records, Source
+from simulator import load_hardware, predict
+from simulator.hardware.profile import OTHER_STACK, SAME_STACK, HardwareProfile
+from simulator.hardware.save import save_hardware
+
+TORCH, VLLM = Source("GPU", {"torch": "2.13"}), Source("GPU", {"vLLM": "0.19"})
+
+
+def rows(*sources: Source) -> Records:
+    """GEMMs and decode attention of an H100, slower than its roofline."""
+    rng = np.random.default_rng(2)
+    m, n, k = (rng.choice([64, 256, 1024, 4096], 40) for _ in range(3))
+    gemms = {"m": m, "n": n, "k": k, "seconds": 5e-6 + 2.0 * m * n * k / 5e14 + 2.0 * n * k / 2e12}
+    batch, kv = np.repeat([1, 4, 16, 64], 8), np.tile([128, 256, 512, 1024, 2048, 4096, 8192, 16384], 4)
+    calls = {"batch": batch, "q_len": 1, "kv_len": kv, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    seconds = 8e-6 + 4096.0 * batch * kv / 2e12
+    parts = [
+        Records.from_columns([source], **columns)
+        for source in sources
+        for columns in (gemms, {"operator": "attention_decode", **calls, "seconds": seconds})
+    ]
+    return Records.concat(parts)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
+    """The profile that a calibration writes, read again."""
+    base = replace(load_hardware("h100"), sections=MappingProxyType({}), stacks=MappingProxyType({}), stack="")
+    path = tmp_path_factory.mktemp("own") / "profile.yaml"
+    save_hardware(fit_profile(base, rows(TORCH)).profile, path)
+    return load_hardware(path)
+
+
+def test_sections_that_a_device_measured_are_of_torch(calibrated: HardwareProfile) -> None:
+    assert (calibrated.own_stack, calibrated.stack, list(calibrated.stacks)) == ("torch", "", [""])
+    for key in (("gemm", "bf16"), ("attention_decode", "bf16")):
+        assert (calibrated.sections[key].stack, calibrated.sections[key].status) == ("torch", "calibrated")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sources", [(VLLM,), (TORCH, VLLM), (Source("GPU"),)])
+def test_tables_of_other_or_unknown_software_count_for_every_engine_as_before(sources: tuple[Source, ...]) -> None:
+    fitted = fit_profile(replace(load_hardware("h100"), sections=MappingProxyType({})), rows(*sources)).profile
+    section = fitted.sections["attention_decode", "bf16"]
+    assert (fitted.own_stack, section.stack) == ("", "")
+    assert fitted.serving(("vllm", "torch")).error_scales(section)[0] == SAME_STACK
+
+
+def test_only_engines_that_run_its_kernels_get_the_narrow_interval(calibrated: HardwareProfile) -> None:
+    section = calibrated.sections["attention_decode", "bf16"]
+    scales = {
+        engine: calibrated.serving(stacks).error_scales(section)[0]
+        for engine, stacks in (("hf", ("torch", "vllm")), ("vllm", ("vllm", "torch")), ("own", ()))
+    }
+    assert scales == {"hf": SAME_STACK, "vllm": OTHER_STACK, "own": SAME_STACK}
+
+    def half_width(engine: str, hw: HardwareProfile = calibrated) -> float:
+        found = predict("llama-3.1-8b", "width 0.25", hw, phase="decode", batch=64, seq=8192, engine=engine)
+        return float(found.dense_upper / found.dense_lower)
+
+    widths = {engine: half_width(engine) for engine in ("reference", "vllm")}
+    assert widths["vllm"] > 1.2 * widths["reference"]
+    declared = replace(calibrated, same_stack=True)  # the user says that the kernels are the same
+    assert half_width("vllm", declared) < widths["vllm"]
+
+
+def test_one_note_states_the_kernels_that_are_used(calibrated: HardwareProfile, capsys: Any) -> None:
+    from simulator.cli import run
+
+    assert calibrated.path is not None
+    line = f"speedup llama-3.1-8b --hardware {calibrated.path} --family width --sparsity 0.25 --phase decode --verbose"
+    for engine, count in (("vllm", 1), ("hf", 0)):
+        assert run([*line.split(), "--engine", engine]) == 0
+        notes = [text for text in capsys.readouterr().err.splitlines() if "torch kernels" in text]
+        assert len(notes) == count, notes
+        assert all("vllm kernels are not calibrated; torch kernels are used instead" in text for text in notes)
+
+
+def test_a_copy_of_a_shipped_profile_is_no_calibration(tmp_path: Path) -> None:
+    save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
+    copy = load_hardware(tmp_path / "copy.yaml")
+    assert (copy.own_stack, copy.same_stack) == ("", False)
