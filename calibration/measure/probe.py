@@ -43,7 +43,7 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
         start = device.clock()
         try:
             prepared = device.prepare(op)
-        except OutOfMemory:
+        except (OutOfMemory, Unsupported):  # a library may refuse one shape
             return None
         setups.append(device.clock() - start)
         timing = measure(prepared.sample, quick, device.clock)
