@@ -42,7 +42,7 @@ def fused_elementwise() -> Any:
     return import_module("calibration.devices.triton_elementwise")
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[misc]  # mypy skips torch
     """Count torch's operations that compute, not those that only return views."""
 
     count = 0
@@ -61,7 +61,7 @@ def kernel_count(launch: Callable[[int], Any]) -> int:
     """
     with _Calls() as calls:
         launch(0)
-    return calls.count
+    return int(calls.count)
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
