@@ -28,8 +28,6 @@ from simulator.units import percent, ratio
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cpu" / "transformers"
 """The runs of docs/cpu/transformers.md."""
-FITTED = "smollm2-135m"
-"""Model whose runs may determine parameters of engines; the runs of others judge them."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,10 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
 
 
 def tables(rows: Sequence[RecordedRow] = ()) -> list[str]:
-    """Return the tables of the page: all rows, by engine and phase, by family, by run, and the ten largest errors."""
+    """Return the tables of the page: by model, by engine and phase, by family, by run, and the ten largest errors."""
     found = list(rows) or recorded_rows()
     by: Mapping[str, Callable[[RecordedRow], str]] = {
-        "rows": lambda r: f"{'fit' if r.compared.model == FITTED else 'judge'} ({r.compared.model})",
+        "model": lambda r: r.compared.model,
         "engine and phase": lambda r: f"{r.engine}, {r.compared.phase}",
         "family": lambda r: r.compared.family,
         "run": lambda r: f"{r.engine}, {r.compared.dtype}, {_threads(r.threads)}, batch {r.compared.batch}",
