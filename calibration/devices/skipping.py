@@ -13,7 +13,7 @@ from shutil import which
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 
 Tensor = Any
 
@@ -42,26 +42,25 @@ def fused_elementwise() -> Any:
     return import_module("calibration.devices.triton_elementwise")
 
 
-class _Calls(TorchDispatchMode):  # type: ignore[misc]  # mypy skips torch
-    """Count torch's operations that compute, not those that only return views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
-        self.count += not all(views)
-        return func(*args, **(kwargs or {}))
-
-
 def kernel_count(launch: Callable[[int], Any]) -> int:
     """Return the kernels of a composite of elementwise operations and reductions: one per operation that computes.
 
     >>> kernel_count(lambda i: torch.ones(2, 2)[0].neg().exp())
     3
     """
-    with _Calls() as calls:
+    computed: list[str] = []
+
+    class Calls(_python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        """Keep the operations that do more than return views."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+                computed.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
         launch(0)
-    return int(calls.count)
+    return len(computed)
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
