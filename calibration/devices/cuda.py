@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from calibration.devices.operators import Launches, build, is_out_of_memory
-from calibration.devices.protocol import HOST_KINDS, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import HOST_KINDS, Description, DeviceLost, Gpu, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
@@ -232,6 +233,19 @@ class CudaDevice(TorchDevice):
     def snapshot(self) -> Snapshot:
         """Return the current NVML readings."""
         return self._reader.snapshot()
+
+    def describe(self) -> Description:
+        """Return hardware and software, with the facts that distinguish GPUs of similar names."""
+        p, reader = self._properties, self._reader
+        gpu = Gpu(
+            sm_count=int(p.multi_processor_count),
+            capability=self.capability,
+            memory_bytes=float(p.total_memory),
+            mig=reader.sliced() or " MIG " in p.name,
+            max_clock_hz=reader.max_clock_hz(),
+            power_limit_w=reader.default_power_limit_w(),
+        )
+        return replace(super().describe(), gpu=gpu)
 
     def close(self) -> None:
         """Free memory."""
