@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
 
 from calibration.cli.fit import part_row, show_fit, show_update
 from calibration.cli.measure import (
@@ -57,13 +59,16 @@ def command(
 ) -> None:
     """Calibrate a device in one step.
 
-    Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline.
+    Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline. The
+    exit status is 1 if not: larger errors than the roofline's, too few held-out shapes, or a busy machine.
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. Use the profile as --hardware of other
     commands. Run the command again to resume a stopped run. DEVICE host takes a few seconds; it measures only the
     host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and updates --hardware.
     """
+    from calibration.fit.local_update import Updated
     from calibration.runners.runs import fit_run, measure_into
     from calibration.runners.targets import Targets, target_workloads
+    from calibration.validation.verdict import of_calibration
 
     budget_s = seconds("--budget", budget)
     if device == "host":
@@ -103,12 +108,32 @@ def command(
     found = measured(device, output, run, threads)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
-    with render.progress("fitting") as report:
-        done = fit_run(output, anchor=quick, progress=report)
+    try:
+        with render.progress("fitting") as report:
+            done = fit_run(output, anchor=quick, progress=report)
+    except InputError as error:  # too few or useless rows: the run is there, a profile is not
+        _nothing_fitted(output, found, error, json, verbose)
+    update = done.fit if isinstance(done.fit, Updated) else None
+    judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
     lines: tuple[str, ...] = done.fit.notes
-    if render.Output(json).write([_row(outcome_row(found), done)]):
+    if render.Output(json).write([judged.as_row() | _row(outcome_row(found), done)]):
+        render.conclude(*judged.sentences)
         lines += _show(output, done, describe(found.outcome))
     finish(found.outcome, lines, verbose)
+    if judged.status:
+        raise typer.Exit(judged.status)
+
+
+def _nothing_fitted(output: str, found: Measured, error: InputError, json: bool, verbose: bool) -> NoReturn:
+    """Print the judgement on a run without a profile, and exit with its status."""
+    from calibration.validation.verdict import DO_NOT_USE, Judgement
+
+    text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
+    judged = Judgement(DO_NOT_USE, (text,), (str(error),))
+    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)}]):
+        render.conclude(*judged.sentences)
+    finish(found.outcome, verbose=verbose)
+    raise typer.Exit(judged.status)
 
 
 def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
@@ -117,6 +142,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     from calibration.devices.protocol import LAYER_LAUNCHES
     from calibration.fit.predict import HostTime
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
+    from calibration.validation.verdict import USE, Judgement, with_disturbed
     from simulator.hardware.library import load_hardware
 
     def run(opened: Device, progress: Progress) -> Measured:
@@ -139,7 +165,15 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     timed = found.records.select(found.records.timed)
     layer_s = float(np.median(timed.seconds[timed.is_operator("layer_eager")]))
     bare_launch_s = float(np.median(timed.seconds[timed.is_operator("launch_eager")]))
-    row = {
+    new, old = (
+        render.seconds_between(host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half))
+        for host in (now, before)
+    )
+    layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
+    profile = Path(output) / "profile.yaml"
+    use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
+    judged = with_disturbed(Judgement(USE, (use,)), profile, done.disturbed)
+    row = judged.as_row() | {
         "measured": outcome_row(found),
         "launch_s": now.launch_s,
         "half": math.expm1(now.half),
@@ -152,18 +186,12 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
         "notes": list(done.fit.notes),
     }
     if render.Output(json).write([row]):
-        new, old = (
-            render.seconds_between(
-                host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half)
-            )
-            for host in (now, before)
-        )
-        layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
-        profile = Path(output) / "profile.yaml"
-        render.conclude(f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}.")
+        render.conclude(*judged.sentences)
         bare = render.seconds(bare_launch_s)
         print(f"measured: {render.seconds(layer_s)} per layer, {bare} per launch outside a layer")
     finish(found.outcome, done.fit.notes, verbose)
+    if judged.status:
+        raise typer.Exit(judged.status)
 
 
 def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
@@ -181,14 +209,11 @@ def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
-    """Print the conclusion, the fit and the reports; return notes."""
+    """Print the fit and the reports; return notes."""
     from calibration.cli.fit import fixed_notes
     from calibration.cli.validate import show_report, skipped_notes
     from calibration.fit.local_update import Updated
-    from calibration.validation.verdict import of_calibration
 
-    update = done.fit if isinstance(done.fit, Updated) else None
-    render.conclude(*of_calibration(done.held_out, update, output, done.fit.profile.name))
     print(f"measured: {measured}\n")
     if isinstance(done.fit, Updated):
         show_update(done.fit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from calibration.cli.rows import RecordsArgument, load_rows
 from simulator.cli import options, render
 from simulator.cli.options import opt
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
+    from calibration.validation.verdict import Judgement
 
 # fmt: off
 Output = Annotated[
@@ -40,13 +43,17 @@ def command(
 ) -> None:
     """Calibrate a profile on records.
 
-    Begins with the errors on held-out shapes, or with --anchor before and after the update.
+    Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before and after the update.
+    The exit status is 1 if not: larger errors than a datasheet roofline's, too few rows, or a busy machine.
     Each operator and number format is fitted separately; operators without records keep their section of --hardware.
     Held-out rows are excluded. Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is
     fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
     on this machine.
     """
     from calibration.fit.profile import fit_profile
+    from calibration.records.exact_shapes import without_exact
+    from calibration.validation.validate import validate
+    from calibration.validation.verdict import disturbed_share, of_fit, of_update
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware
@@ -63,42 +70,28 @@ def command(
 
         done = update_profile(base, rows, dtype=dtype)
         save_hardware(done.profile, output)
-        if render.Output(json).write([as_row(done)]):
-            render.conclude(*_updated(done, output))
+        judged = of_update(done, output, base.name)
+        if render.Output(json).write([judged.as_row() | as_row(done)]):
+            render.conclude(*judged.sentences)
             show_update(done)
-        render.notes((*done.notes, *notes), verbose)
+        _finish((*done.notes, *notes), judged, verbose)
         return
     prior_profile = load_hardware(prior) if prior else None
     with render.progress("fitting") as report:
         fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     save_hardware(fit.profile, output)
-    if render.Output(json).write([part_row(part) for part in fit.parts]):
-        render.conclude(_fitted(fit, output))
+    judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
+    if render.Output(json).write([judged.as_row() | part_row(part) for part in fit.parts]):
+        render.conclude(*judged.sentences)
         show_fit(fit)
-    render.notes((*fit.notes, *notes, *fixed_notes(fit)), verbose)
+    _finish((*fit.notes, *notes, *fixed_notes(fit)), judged, verbose)
 
 
-def _fitted(fit: ProfileFit, output: str) -> str:
-    """Return the range of the errors on held-out shapes."""
-    rows = sum(part.rows for part in fit.parts)
-    known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
-    about = f"{output}: {len(fit.parts)} sections of {fit.profile.name} are fitted on {rows:,} rows"
-    if not known:
-        return f"{about}; too few for held-out shapes: run prunesim validate on other rows before you use it."
-    best, worst = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
-    ends = [f"{render.percent(known[name])} ({name})" for name in dict.fromkeys((best, worst))]
-    return f"{about}; mean error on held-out shapes {' to '.join(ends)}."
-
-
-def _updated(done: Updated, output: str) -> list[str]:
-    """Return the errors of the rows before and after an update, and whether to use it."""
-    whole = done.fits[-1]
-    errors = f"mean error of {done.rows} rows {render.percent(whole.error_after)}, each predicted from the others"
-    verb = "Use" if whole.error_after < whole.error_before else "Do not use"
-    return [
-        f"{verb} {output} for this machine and software: {errors} (before {render.percent(whole.error_before)}); "
-        f"{render.percent(whole.inside_after)} in their 90 % interval."
-    ]
+def _finish(notes: tuple[str, ...], judged: Judgement, verbose: bool) -> None:
+    """Print notes; exit with the status of a judgement."""
+    render.notes(notes, verbose)
+    if judged.status:
+        raise typer.Exit(judged.status)
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:

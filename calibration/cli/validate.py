@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from calibration.cli.rows import load_rows
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -54,7 +56,8 @@ def command(
 ) -> None:
     """Evaluate a profile on measurements.
 
-    Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals.
+    Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
+    status is 1 if it holds for no operator.
     Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit,
     and the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows
     and evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped
@@ -101,13 +104,16 @@ def command(
         from calibration.validation.report import write_html
 
         written.append(str(write_html(report, html)))
-    if render.Output(json).write([summary(report)]):
-        render.conclude(*of_validation(report))
+    judged = of_validation(report)
+    if render.Output(json).write([judged.as_row() | summary(report)]):
+        render.conclude(*judged.sentences)
         show_report(report)
         for path in written:
             print(f"\n{path}")
         notes = (*notes, *skipped_notes(report))
     render.notes(notes, verbose)
+    if judged.status:
+        raise typer.Exit(judged.status)
 
 
 def skipped_notes(report: Report) -> tuple[str, ...]:

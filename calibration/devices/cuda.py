@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -22,7 +23,16 @@ from calibration.devices import attention_libraries
 from calibration.devices.capture_probe import CaptureProbe, Probed, kernel_names
 from calibration.devices.cuda_timing import GpuTimer
 from calibration.devices.operators import build, is_out_of_memory
-from calibration.devices.protocol import HOST_KINDS, CaptureFailed, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import (
+    HOST_KINDS,
+    CaptureFailed,
+    Description,
+    DeviceLost,
+    Gpu,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+)
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
@@ -227,6 +237,19 @@ class CudaDevice(TorchDevice):
     def snapshot(self) -> Snapshot:
         """Return the NVML readings since the last call, taken while launches ran, or else the current ones."""
         return self._timer.snapshot()
+
+    def describe(self) -> Description:
+        """Return hardware and software, with the facts that distinguish GPUs of similar names."""
+        p, reader = self._properties, self._reader
+        gpu = Gpu(
+            sm_count=int(p.multi_processor_count),
+            capability=self.capability,
+            memory_bytes=float(p.total_memory),
+            mig=reader.sliced() or " MIG " in p.name,
+            max_clock_hz=reader.max_clock_hz(),
+            power_limit_w=reader.default_power_limit_w(),
+        )
+        return replace(super().describe(), gpu=gpu)
 
     def close(self) -> None:
         """Free memory and end the child process."""

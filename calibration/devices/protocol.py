@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from calibration.devices.telemetry import Snapshot
+from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
@@ -244,6 +244,18 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """Facts of a GPU that distinguish it from others of a similar name."""
+
+    sm_count: int
+    capability: tuple[int, int]  # compute capability
+    memory_bytes: float  # all of it
+    mig: bool = False  # a slice of a GPU (MIG)
+    max_clock_hz: Reading = UNKNOWN  # highest SM clock
+    power_limit_w: Reading = UNKNOWN
+
+
+@dataclass(frozen=True)
 class Description:
     """Hardware and software of a device. A profile names both, because times of the same hardware differ by 5-15 %
     between stacks."""
@@ -253,6 +265,7 @@ class Description:
     stack: Mapping[str, str] = field(default_factory=dict)  # what changes times: framework, driver, threads, pinning
     memory_bytes: float = 0.0  # limit for operands
     cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0: unknown
+    gpu: Gpu | None = None
 
     @property
     def software(self) -> str:

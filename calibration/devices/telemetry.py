@@ -166,6 +166,19 @@ class NvmlReader:
         """Return the enforced power limit, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
+    def default_power_limit_w(self) -> Reading:
+        """Return the power limit that the device has by default, else the enforced one, or "unknown"."""
+        default = _read(lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3)
+        return self.power_limit_w() if isinstance(default, str) else default
+
+    def max_clock_hz(self) -> Reading:
+        """Return the highest SM clock of the device, or "unknown"; the current clock of an idle device is lower."""
+        return _read(lambda: self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM), 1e6)
+
+    def sliced(self) -> bool:
+        """Return whether the device is in MIG mode, so that a process has only a slice of it."""
+        return _read(lambda: self._nvml.nvmlDeviceGetMigMode(self._handle)[0]) == 1.0
+
 
 class CpuReader:
     """Snapshots of CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; "unknown" on other systems."""

@@ -12,30 +12,17 @@ from dataclasses import replace
 import numpy as np
 
 from calibration.devices.protocol import Description, Device, Operator
+from calibration.devices.telemetry import Reading
+from calibration.fit.device_names import architecture_of, shipped_name
 from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
 from simulator.errors import InputError
+from simulator.files.fields import QuantityField
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, Rate
+from simulator.hardware.schema import QUANTITIES, RATE
 from simulator.workload import DTYPES
-
-SHIPPED: tuple[tuple[str, str], ...] = (
-    (r"A100-SXM4-80GB", "a100_sxm_80gb"),
-    (r"A100-SXM4-40GB|A100-SXM-40GB", "a100_sxm_40gb"),
-    (r"A100 80GB PCIe|A100-PCIE-80GB", "a100_pcie_80gb"),
-    (r"H100 PCIe", "h100_pcie"),
-    (r"H100 80GB HBM3|H100 SXM", "h100_sxm"),
-    (r"\bH200\b", "h200_sxm"),
-    (r"\bH20\b(?!-)", "h20"),
-    (r"\bL40S\b", "l40s"),
-    (r"\bL4\b", "l4"),
-    (r"RTX A6000\b", "a6000"),
-    (r"RTX 3090\b(?! Ti)", "rtx_3090"),
-    (r"RTX 4090\b(?! D)", "rtx_4090"),
-    (r"RTX PRO 6000 Blackwell", "rtx_pro_6000"),
-)
-"""Pattern of the name that a GPU reports -> profile with its datasheet."""
 
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
 UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
@@ -44,15 +31,6 @@ _THREADS = re.compile(r"\((\d+) threads\)")
 _COLD_SHARE = 1.0 / 16.0
 _MARGIN = 1.05  # over the best of a few shapes: other shapes are slightly faster
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
-
-
-def shipped_name(device: str) -> str:
-    """Return the shipped profile of a GPU by the name that it reports; "" for none.
-
-    >>> shipped_name("NVIDIA H100 80GB HBM3 (132 SM)"), shipped_name("Some CPU")
-    ('h100_sxm', '')
-    """
-    return next((name for pattern, name in SHIPPED if re.search(pattern, device)), "")
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
@@ -75,15 +53,15 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
     """Return the facts for measuring and fitting a device, with a rate for ``dtype``, which the device must support.
 
-    They come from the profile ``hardware`` (a name or path; by default the shipped profile of the reported name), or
-    are measured in about a second.
+    They come from the profile ``hardware`` (a name or path; by default the shipped profile of the GPU, see
+    :func:`calibration.fit.device_names.shipped_name`), or are measured in about a second.
     """
     description = device.describe()
     if dtype not in device.dtypes():
         raise InputError(
             f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
         )
-    known = hardware or shipped_name(description.device)
+    known = hardware or shipped_name(description.device, description.gpu)
     if known:
         base = load_hardware(known)
         if dtype in base.rates:
@@ -94,9 +72,11 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
 
 
 def _measured_profile(device: Device, description: Description, dtype: str) -> HardwareProfile:
-    snapshot = device.snapshot()
-    clock = snapshot.clock_hz if isinstance(snapshot.clock_hz, float) else _CLOCK_HZ
-    power = snapshot.power_w if isinstance(snapshot.power_w, float) and snapshot.power_w > 1.0 else _POWER_W
+    """Return the profile of a device without a datasheet, from reported facts and measured rates."""
+    snapshot, gpu = device.snapshot(), description.gpu
+    # an idle GPU reports a low clock and a low power: its limits count
+    clock = _plausible("boost_clock", gpu.max_clock_hz if gpu else snapshot.clock_hz) or _CLOCK_HZ
+    power = _plausible("power", gpu.power_limit_w if gpu else snapshot.power_w) or _POWER_W
     threads = description.stack.get("threads", "")
     processors = re.search(r"\((\d+) SM\)", description.device)
     units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
@@ -110,20 +90,39 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
         title=description.device,
-        vendor=next(vendors, "unknown"),
-        architecture="cpu" if device.name == "cpu" or threads else "ampere",
+        vendor="NVIDIA" if gpu else next(vendors, "unknown"),
+        architecture=_architecture(device, description),
         aliases=(),
-        sm_count=max(units, 1),
+        sm_count=max(gpu.sm_count if gpu else units, 1),
         boost_clock_hz=clock,
         max_clock_hz=clock,
         memory_bytes=max(float(round(description.memory_bytes)), 1e8),
-        bandwidth_bytes_per_s=_MARGIN * _bandwidth(device, dtype),
+        bandwidth_bytes_per_s=_within(QUANTITIES["bandwidth"][1], _MARGIN * _bandwidth(device, dtype)),
         l2_bytes=max(float(description.cache_bytes), 1e6),
         power_w=power,
         rates={dtype: _gemm_rate(device, dtype)},
         sources=sources,
         notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "limit for operands"},
     )
+
+
+def _architecture(device: Device, description: Description) -> str:
+    """Return the architecture whose defaults a device without a datasheet gets."""
+    if description.gpu is not None:
+        return architecture_of(description.gpu.capability)
+    return "cpu" if device.name == "cpu" or "threads" in description.stack else "ampere"
+
+
+def _within(quantity: QuantityField, value: float) -> float:
+    """Return a measured value within the range of its quantity in a profile."""
+    return min(max(value, quantity.low), quantity.high)
+
+
+def _plausible(key: str, reading: Reading) -> float:
+    """Return a reading that a profile accepts, else 0."""
+    quantity = QUANTITIES[key][1]
+    known = isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high
+    return reading if known and isinstance(reading, float) else 0.0
 
 
 _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
@@ -147,7 +146,8 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
     if not best:
         raise InputError(f"--dtype {dtype}: device {device.name} supports no square GEMM")
     dense_only = device.refuses(Operator("gemm_2to4", dtype, m=512, n=512, k=512))
-    return Rate(_MARGIN * best, "int32" if dtype == "int8" else "fp32", 1.0 if dense_only else 2.0)
+    rate = _within(RATE, _MARGIN * best)
+    return Rate(rate, "int32" if dtype == "int8" else "fp32", 1.0 if dense_only else 2.0)
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
@@ -172,10 +172,11 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
         if dtype in rates and base.sources.get(f"rates.{dtype}") == MEASURED:
             rows = gemm & (timed.dtype == code)
             reached = float(np.max(flops[rows] / timed.seconds[rows]))
-            rates[dtype] = replace(rates[dtype], flop_per_s=max(rates[dtype].flop_per_s, 1.01 * reached))
+            rates[dtype] = replace(rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached)))
     speed = base.bandwidth_bytes_per_s
     # smaller weights may not have been rotated past the cache
     cold = gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
     if base.sources.get("bandwidth") == MEASURED and cold.any():
-        speed = max(speed, 1.01 * float(np.max((weights + others)[cold] / timed.seconds[cold])))
+        fastest = float(np.max((weights + others)[cold] / timed.seconds[cold]))
+        speed = _within(QUANTITIES["bandwidth"][1], max(speed, 1.01 * fastest))
     return replace(base, rates=rates, bandwidth_bytes_per_s=speed)

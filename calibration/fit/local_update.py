@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS
-from calibration.fit.base_profile import shipped_name
+from calibration.fit.device_names import shipped_name
 from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
@@ -26,6 +26,7 @@ from calibration.records.screening import too_fast
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
+from simulator.hardware.arrays import clipped
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import OTHER_STACK, HardwareProfile, LocalUpdate
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
@@ -124,7 +125,7 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
         "log_ratio": log_ratio,
     }
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
-    update = LocalUpdate(provenance_of(rows, date), columns, MappingProxyType(arrays))
+    update = LocalUpdate(provenance_of(rows, date), columns, clipped(MappingProxyType(arrays)))
     # earlier measured shapes would contradict the update
     profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)

@@ -23,6 +23,7 @@ from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
+from calibration.fit.limits import within_ranges
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact_shapes import with_exact
@@ -32,7 +33,7 @@ from simulator.cost.base import Machine
 from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError
-from simulator.hardware.constants import CLASSES, RUNTIME_CONSTANTS
+from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import labels
 from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
 from simulator.workload import DTYPES, ROLES, role_code
@@ -129,6 +130,8 @@ def fit_profile(
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes + excluded)}")
     profile = with_exact(replace(base, path=None).calibrated(sections, own_stack), records)
+    profile, outside = within_ranges(profile)
+    notes += outside
     kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
     return ProfileFit(profile, kept, (*notes, *excluded))
 
@@ -296,15 +299,9 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
     layer_s = r.seconds[r.is_operator("layer_eager")] / LAYER_LAUNCHES
     if len(chosen := layer_s if len(layer_s) else bare_s):
         error = float(np.std(chosen)) if len(chosen) > 1 else None
-        constants["host_op_s"] = Fitted(_in_range("host_op_s", float(np.median(chosen))), error, "fitted")
+        constants["host_op_s"] = Fitted(float(np.median(chosen)), error, "fitted")
     if len(bare_s) and hw.architecture == "cpu":
         # a CPU computes nothing while the framework creates the views of an operator
-        constants["graph_gap_s"] = Fitted(_in_range("graph_gap_s", float(np.median(bare_s))), None, "inherited")
+        constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
     section = Section(constants, provenance=task.provenance, status="calibrated")
     return FittedPart(section, ConstantsFit({}, {}, {}), len(r))
-
-
-def _in_range(name: str, value: float) -> float:
-    """Return a host time within the constant's range, without which the profile could not be read again."""
-    constant = RUNTIME_CONSTANTS[name]
-    return float(np.clip(value, constant.low, constant.high))

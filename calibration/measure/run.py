@@ -42,11 +42,10 @@ from calibration.measure.interrupt import Interrupt, Interrupted
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
 from calibration.measure.probe import default_protocol
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.records.stored_timings import CLOCK_LIMIT, DRIFT_LIMIT, power_capped
+from calibration.records.stored_timings import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
 SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
 
-WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
 CAPTURE_FAILED = "capture failed"

@@ -20,6 +20,7 @@ from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
 CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
+WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 _MOST = 2**40  # largest plausible dimension of an operator
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
 _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
@@ -37,9 +38,9 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     """Convert rows of :mod:`calibration.measure.run` to a table; ``header`` is the header of their store.
 
     The fastest of several visits counts (:class:`calibration.measure.plan.MeasurementPlan`). The status gives ``NOISY``
-    and ``THROTTLED``. Rows around a drift check that differs get ``DRIFT``. Its reference is the first drift check of
-    the run, or the fastest quarter of them if operators were visited several times. Rows that :func:`power_capped`
-    finds get ``POWER_CAPPED``.
+    and ``THROTTLED``, the share of waiting ``WAITED``. Rows around a drift check that differs get ``DRIFT``. Its
+    reference is the first drift check of the run, or the fastest quarter of them if operators were visited several
+    times. Rows that :func:`power_capped` finds get ``POWER_CAPPED``.
     """
     rows = list(rows)
     drifted = _drifted(rows)
@@ -124,6 +125,9 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
     flags = int(_FLAGS.get(str(row.get("status", "")), 0))
     if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
+    waited = row.get("waited")
+    if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
+        flags |= Flag.WAITED
     purpose, seconds = str(row.get("purpose", "")), float(row["median_s"])
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")

@@ -45,6 +45,7 @@ class Flag(IntFlag):
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
+    WAITED = 16  # the process waited for a CPU, which other processes used
     CONFLICT = 8  # several timings of this shape differ; the row holds their median
     POWER_CAPPED = 16  # timed at the power limit, at a clock below the highest of the run
 

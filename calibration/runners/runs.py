@@ -31,6 +31,7 @@ from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import PURPOSES, Records
 from calibration.runners.targets import Targets, target_operators
 from calibration.validation.validate import Report, validate
+from calibration.validation.verdict import disturbed_share
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
@@ -254,11 +255,13 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted or re-anchored run: the profile, and reports on held-out and on exact shapes (None: no rows)."""
+    """A fitted or re-anchored run: the profile, reports on held-out and on exact shapes (None: no rows), and the share
+    of disturbed times."""
 
     fit: ProfileFit | Updated
     held_out: Report | None
     exact: Report | None
+    disturbed: float
 
 
 def fit_run(
@@ -291,4 +294,4 @@ def fit_run(
             reports[purpose] = None
         if report := reports[purpose]:
             write_markdown(report, path / name, title=f"{title}: {subject}")
-    return Calibrated(fit, reports["holdout"], reports["exact"])
+    return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))

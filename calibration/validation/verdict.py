@@ -1,7 +1,8 @@
 """Verdicts on predictions: whether they err less than a datasheet roofline and their intervals hold, in sentences.
 
-Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, :func:`of_validation`
-and :func:`of_calibration` for conclusions.
+Use :func:`verdict_of` for arrays, :func:`verdicts` for the parts of a report, and :func:`of_validation`,
+:func:`of_calibration`, :func:`of_fit` and :func:`of_update` for a :class:`Judgement`: whether to use a profile, and why
+not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.records.timing_table import PURPOSES, Flag, Records
 from calibration.validation.validate import Part, Report
 from simulator.arrays import FloatArray
 from simulator.display import few
@@ -21,9 +23,40 @@ from simulator.units import percent
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
+    from calibration.fit.profile import ProfileFit
+
+USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"
+"""Verdicts on a profile; a command that ends in the last one has the exit status 1."""
+
+LEAST_ROWS = 10
+"""Held-out rows below which a profile is not recommended."""
+
+DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5
+"""Shares of disturbed rows above which a profile is for use with care, and not for use."""
+
+WIDE_INTERVAL = 0.1
+"""Relative half-width of the 95 % interval of a measured time above which the row is disturbed."""
 
 COVERAGE = (85.0, 95.0)
 """Target range of the coverage of 90 % intervals, of times and of ratios, %."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether to use a profile, the reasons against it in a few words, and the sentences of the conclusion."""
+
+    verdict: str  # USE, PARTLY or DO_NOT_USE
+    sentences: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """Exit status of a command that ends in this judgement."""
+        return int(self.verdict == DO_NOT_USE)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the fields of ``--json``."""
+        return {"verdict": self.verdict, "reasons": list(self.reasons)}
 
 
 @dataclass(frozen=True)
@@ -98,8 +131,21 @@ def verdicts(report: Report) -> list[Verdict]:
     return [_of_parts(part.name, [part], report.level) for part in report.parts]
 
 
-def of_validation(report: Report) -> list[str]:
-    """Return whether a profile holds on measurements, and where it is worst."""
+def disturbed_share(records: Records) -> float:
+    """Return the share of measured times that other processes or throttling disturbed, of all except drift checks.
+
+    A row is disturbed if the process waited for a CPU, if the device throttled, or if the 95 % interval of its time is
+    wider than :data:`WIDE_INTERVAL`. Rows of tables, which have no intervals, are not.
+    """
+    kept = records.timed & (records.purpose != PURPOSES.index("drift_check"))
+    if not kept.any():
+        return 0.0
+    flagged = (records.flags & int(Flag.WAITED | Flag.THROTTLED)) != 0
+    return float((flagged | (records.spread > WIDE_INTERVAL))[kept].mean())
+
+
+def of_validation(report: Report) -> Judgement:
+    """Judge a profile by measurements: whether it holds on them, and where it is worst."""
     found = verdicts(report)
     every = _of_parts("all", report.parts, report.level)
     failed = [v for v in found if not v.holds]
@@ -111,36 +157,108 @@ def of_validation(report: Report) -> list[str]:
         out.append(f"Worst: {worst.name}, {worst.text}.")
     if fitted := [part.name for part in report.parts if part.in_fit]:
         out.append(f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the table.")
-    return out
+    reasons = []
+    if any(not v.better for v in failed):
+        reasons.append(f"worse than a datasheet roofline: {few(v.name for v in failed if not v.better)}")
+    if any(not v.covered for v in failed):
+        reasons.append(f"intervals too narrow: {few(v.name for v in failed if not v.covered)}")
+    if every.rows < LEAST_ROWS:
+        reasons.append(f"few rows: {every.rows}, expected at least {LEAST_ROWS}")
+    verdict = DO_NOT_USE if len(failed) == len(found) or not every.better else PARTLY if reasons else USE
+    return Judgement(verdict, tuple(out), tuple(reasons))
 
 
-def of_calibration(report: Report | None, fit: Updated | None, folder: str | Path, hardware: str) -> list[str]:
-    """Return whether to use a new profile: its errors on held-out shapes against those of a datasheet roofline, or
-    those of a local update (``fit``) against the profile before it, and what to do."""
-    profile, longer = Path(folder) / "profile.yaml", "run the command again with a larger --budget"
+_LONGER = "run the command again with a larger --budget"
+_IDLE = "measure again on an idle machine"
+
+
+def of_calibration(
+    report: Report | None, fit: Updated | None, folder: str | Path, hardware: str, disturbed: float = 0.0
+) -> Judgement:
+    """Judge a new profile: its errors on held-out shapes against those of a datasheet roofline, or those of a local
+    update (``fit``) against the profile before it; ``disturbed`` is the share of :func:`disturbed_share`."""
+    profile = Path(folder) / "profile.yaml"
     if fit is not None and fit.fits:
-        whole = fit.fits[-1]  # all rows, or the only operator
-        errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
-        based = f"of {whole.rows} rows, each predicted from the others"
-        if whole.error_after >= whole.error_before:
-            return [f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based}); {longer}."]
-        if report is None:
-            return [f"Use {profile} as --hardware: {errors} {based}."]
+        update = of_update(fit, profile, hardware, _LONGER)
+        if update.status or report is None:
+            return with_disturbed(update, profile, disturbed)
     if report is None:
-        return [f"Do not rely on {profile} yet: no shapes were held out to validate it; {longer}."]
+        text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
     found, every = verdicts(report), _of_parts("all", report.parts, report.level)
     on = f"on {every.rows} held-out shapes"
     worse = [v for v in found if not v.better]
     if not every.better or len(worse) == len(found):
-        return [f"Do not use {profile}: {on} it errs more than a datasheet roofline, {every.text}; {longer}."]
+        text = f"Do not use {profile}: {on} it errs more than a datasheet roofline, {every.text}; {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), ("worse than a datasheet roofline",))
+    if every.rows < LEAST_ROWS:
+        text = f"Do not rely on {profile} yet: {on}, fewer than {LEAST_ROWS}, {every.text}; {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
     if not every.covered:
         narrow = "its intervals are too narrow for its errors"
-        return [f"Do not rely on {profile} yet: {on} {narrow}, {every.text}; {longer}."]
+        text = f"Do not rely on {profile} yet: {on} {narrow}, {every.text}; {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), ("intervals too narrow",))
+    judged = Judgement(USE, (f"Use {profile} as --hardware: {on}, {every.text}.",))
     if worse:
         named = "; ".join(f"{v.name}: {v.errors}" for v in worse)
-        return [
-            f"Use {profile} as --hardware, but not for passes that spend most time in {few(v.name for v in worse)}: "
-            f"{on}, {every.text}.",
-            f"Worse than a datasheet roofline: {named}; {longer}.",
-        ]
-    return [f"Use {profile} as --hardware: {on}, {every.text}."]
+        judged = Judgement(
+            PARTLY,
+            (
+                f"Use {profile} as --hardware, but not for passes that spend most time in "
+                f"{few(v.name for v in worse)}: {on}, {every.text}.",
+                f"Worse than a datasheet roofline: {named}; {_LONGER}.",
+            ),
+            (f"worse than a datasheet roofline: {few(v.name for v in worse)}",),
+        )
+    return with_disturbed(judged, profile, disturbed)
+
+
+def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judgement:
+    """Return a judgement that takes into account the share of disturbed times."""
+    if judged.status or share <= DISTURBED_PARTLY:
+        return judged
+    fact = f"{percent(share)} of the times were disturbed by other processes or throttling"
+    reasons = (*judged.reasons, f"machine busy: {fact}")
+    if share > DISTURBED_MOST:
+        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {_IDLE}.",), reasons)
+    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {_IDLE}."), reasons)
+
+
+def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:
+    """Judge a local update: the errors of its rows, each predicted from the others, against those before it."""
+    whole = fit.fits[-1]  # all rows, or the only operator
+    errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
+    based = f"of {whole.rows} rows, each predicted from the others"
+    if whole.error_after >= whole.error_before:
+        text = f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based}); {remedy}."
+        return Judgement(DO_NOT_USE, (text,), ("the rows do not improve the profile",))
+    inside = f"{percent(whole.inside_after)} in their 90 % interval"
+    return Judgement(USE, (f"Use {profile} as --hardware: {errors} {based}; {inside}.",))
+
+
+def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
+    """Judge a fit: the errors of its sections on held-out shapes against those of a datasheet roofline.
+
+    ``report`` compares the fitted rows with the roofline. A section with too few rows for held-out shapes is not
+    judged; if no section is, the profile is not for use.
+    """
+    rows = sum(part.rows for part in fit.parts)
+    about = f"{len(fit.parts)} sections of {fit.profile.name} are fitted on {rows:,} rows"
+    known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
+    if not known:
+        text = f"Do not rely on {output} yet: {about}, too few for held-out shapes; fit more rows."
+        return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
+    best, worst = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+    ends = " to ".join(f"{percent(known[name])} ({name})" for name in dict.fromkeys((best, worst)))
+    text = f"{about}; mean error on held-out shapes {ends}"
+    roofline = {part.name: float(np.abs(part.roofline_s / part.measured_s - 1.0).mean()) for part in report.parts}
+    worse = [name for name, error in known.items() if name in roofline and error >= roofline[name]]
+    reason = (f"worse than a datasheet roofline: {few(worse)}",) if worse else ()
+    if len(worse) == len(known):
+        text = f"Do not use {output}: {text}, which is more than that of a datasheet roofline; fit more rows."
+        return Judgement(DO_NOT_USE, (text,), reason)
+    judged = Judgement(USE, (f"Use {output} as --hardware: {text}.",))
+    if worse:
+        but = f"not for passes that spend most time in {few(worse)}, which is worse than a datasheet roofline"
+        judged = Judgement(PARTLY, (f"Use {output} as --hardware, but {but}: {text}.",), reason)
+    return with_disturbed(judged, output, disturbed)

@@ -38,9 +38,23 @@ MOST_LOG = 5.0
 MOST_ROWS = 2000
 """Largest number of rows of a local update; time and memory of its posterior grow with the square."""
 
+MOST_FACTOR = 30.0
+"""Largest log ratio of one kernel's constant to another's: one of them can be at the lower end of its range."""
+
+_FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "values": (-MOST_LOG, MOST_LOG),
+        "row_values": (-MOST_LOG, MOST_LOG),
+        "factors": (-MOST_FACTOR, MOST_FACTOR),
+        "exact_log_half": (0.0, MOST_LOG),
+        "log_ratio": (-MOST_LOG, MOST_LOG),
+    }
+)
+"""Array that a fit computes from times -> lowest and highest value."""
+
 _LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = MappingProxyType(
     {
-        "log_ratio": ((), "(rows,)", -MOST_LOG, MOST_LOG),
+        "log_ratio": ((), "(rows,)", *_FITTED["log_ratio"]),
         "systematic": ((0,), "(rows, factors)", -100.0, 100.0),
         "independent": ((), "(rows,)", 0.0, MOST_LOG**2),
         "correlated": ((), "(rows,)", 0.0, MOST_LOG),
@@ -49,9 +63,6 @@ _LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = Mapping
     }
 )
 """Array of a local update -> further axes (0: of any length), shape in words, lowest and highest value."""
-
-MOST_FACTOR = 30.0
-"""Largest log ratio of one kernel's constant to another's: one of them can be at the lower end of its range."""
 
 _MOST_COORDINATE = 1e6  # far above any logarithm, index or share
 _LEAST_STEP = 1e-3
@@ -167,7 +178,7 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
     if operator == "gemm":
         if "exact_m" in arrays:
             check_exact(arrays)
-            _bound(arrays, "exact_log_half", 0.0, MOST_LOG)
+            _bound(arrays, "exact_log_half", *_FITTED["exact_log_half"])
             _bound(arrays, "exact_s", 1e-12, 1e9)
         if "values" in arrays:
             _check_values(operator, arrays)
@@ -180,6 +191,17 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
         _check_update(arrays)
     elif "values" in arrays:
         _check_values(operator, arrays)
+
+
+def clipped(arrays: Arrays) -> Arrays:
+    """Return arrays whose fitted values are within their limits; the same object if they are.
+
+    >>> clipped({"values": np.array([-9.0, 0.5]), "start": np.array(9.0)})["values"].tolist()
+    [-5.0, 0.5]
+    """
+    found = {name: np.clip(array, *_FITTED[name]) for name, array in arrays.items() if name in _FITTED}
+    same = all(np.array_equal(array, arrays[name]) for name, array in found.items())
+    return arrays if same else MappingProxyType({**arrays, **found})
 
 
 def check_exact(arrays: Arrays) -> None:
@@ -211,7 +233,7 @@ def _check_values(operator: str, arrays: Arrays) -> None:
             _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
         if "kinds" in arrays:
             _check_variants(arrays)
-    _bound(arrays, "values", -MOST_LOG, MOST_LOG)
+    _bound(arrays, "values", *_FITTED["values"])
     _bound(arrays, "start", -_MOST_COORDINATE, _MOST_COORDINATE)
     if operator != "elementwise":
         _bound(arrays, "step", _LEAST_STEP, _MOST_COORDINATE)
@@ -225,7 +247,7 @@ def _check_rows(arrays: Arrays) -> None:
     _shape("row_m", m, good, "(sizes,), ascending")
     _shape("row_values", values, values.shape == m.shape, f"{m.shape}")
     _bound(arrays, "row_m", 1.0, 2.0**31)
-    _bound(arrays, "row_values", -MOST_LOG, MOST_LOG)
+    _bound(arrays, "row_values", *_FITTED["row_values"])
 
 
 def _check_variants(arrays: Arrays) -> None:
@@ -236,7 +258,7 @@ def _check_variants(arrays: Arrays) -> None:
     _shape("kinds", kinds, good, "(v, 3), v a divisor of the last dimension of values")
     _shape("factors", factors, factors.ndim == 2 and len(factors) == len(kinds), f"({len(kinds)}, constants)")
     _bound(arrays, "kinds", 0.0, 20.0)
-    _bound(arrays, "factors", -MOST_FACTOR, MOST_FACTOR)
+    _bound(arrays, "factors", *_FITTED["factors"])
 
 
 def _check_update(arrays: Arrays) -> None:

@@ -32,7 +32,17 @@ from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, Link, Rate
-from simulator.hardware.sections import ANY_DTYPE, Fitted, LocalUpdate, Provenance, Section, Sections
+from simulator.hardware.sections import (
+    ACCURACY_RANGE,
+    ANY_DTYPE,
+    MOST_STD_ERROR,
+    SCALE_RANGE,
+    Fitted,
+    LocalUpdate,
+    Provenance,
+    Section,
+    Sections,
+)
 from simulator.workload import DTYPES, STACKS
 
 SCHEMA_VERSION = 1
@@ -49,6 +59,9 @@ QUANTITIES: Mapping[str, tuple[str, QuantityField]] = MappingProxyType(
 )
 """Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch only wrong units."""
 
+RATE = QuantityField("FLOP/s", 1e8, 1e18)
+"""Arithmetic rate of a number format, with a range as wide."""
+
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 """Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
 
@@ -63,7 +76,7 @@ _ARRAYS = ObjectField({"file": _FILE, "sha256": _SHA256, "names": _NAMES})
 _FACTOR = TextField((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _")
 _VERSION = NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION))
 _CONSTANT = {
-    "std_error": NumberField(0, 1e30, "0.01"),
+    "std_error": NumberField(0, MOST_STD_ERROR, "0.01"),
     "status": TextField(("fitted", "fixed", "inherited", "default")),
 }
 
@@ -159,7 +172,7 @@ def _profile_field(root: Node, path: Path, fetch: Fetch) -> ObjectField:
 
     quantities = {key: fact(quantity) for key, (_, quantity) in QUANTITIES.items()}
     max_clock = quantities.pop("max_clock")
-    rate = fact(QuantityField("FLOP/s", 1e8, 1e18), accumulate=_SUMS, sparse_factor=NumberField(1, 4, "2"))
+    rate = fact(RATE, accumulate=_SUMS, sparse_factor=NumberField(1, 4, "2"))
     link: dict[str, FieldType] = {
         "kind": TextField(),
         "max_devices": NumberField(1, 100_000, "8", whole=True),
@@ -198,8 +211,8 @@ def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> ObjectField
         "status": TextField(("calibrated", "inherited")),
         "stack": TextField(STACKS),
         "arrays": _Arrays(path, fetch),
-        "section_scale": NumberField(0.01, 10.0, "1.2"),
-        "accuracy": MapField(NumberField(-1e9, 1e9, "0.042")),
+        "section_scale": NumberField(*SCALE_RANGE, "1.2"),
+        "accuracy": MapField(NumberField(*ACCURACY_RANGE, "0.042")),
         "spread": _Retired(),
     }
 

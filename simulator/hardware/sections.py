@@ -18,6 +18,15 @@ from simulator.hardware.constants import CONSTANTS
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
+SCALE_RANGE = (0.01, 10.0)
+"""Range of a section scale."""
+
+ACCURACY_RANGE = (-1e9, 1e9)
+"""Range of an error on held-out shapes."""
+
+MOST_STD_ERROR = 1e30
+"""Largest standard error of a constant."""
+
 RowCount = Annotated[int, NumberField(0, 1e12, "400", whole=True)]
 
 

@@ -129,6 +129,7 @@ class FakeCuda:
     def get_device_properties(self, index: int) -> Any:
         major, minor = self.capability
         facts = {"name": "Planted GPU", "multi_processor_count": 132, "L2_cache_size": 1_000_000, "uuid": "1234"}
+        facts |= {"total_memory": 80 * 2**30}
         return SimpleNamespace(major=major, minor=minor, **facts)
 
 

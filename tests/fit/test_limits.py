@@ -1,0 +1,162 @@
+"""A profile that a fit writes can be read again, whatever the times were; on a really busy machine too."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.devices.protocol import Description, Operator
+from calibration.devices.replay import ReplayDevice, roofline_timings
+from calibration.fit.base_profile import base_profile
+from calibration.fit.limits import within_ranges
+from calibration.records.store import read_store
+from calibration.runners.runs import fit_run, measure_into
+from simulator.cli import run
+from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import ANY_DTYPE, Fitted, HardwareProfile, Provenance, Section
+from simulator.hardware.save import save_hardware
+
+ODD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e40)
+ORIGIN = Provenance("x", "x", "x", "x", "x", "x", 30)
+
+
+def with_values(values: dict[str, float], **more: Any) -> HardwareProfile:
+    """A profile with a section of each operator whose constants, of these names, have these values."""
+    hw = load_hardware("h100")
+    sections = {
+        (operator, "*" if operator in ANY_DTYPE else "bf16"): Section(
+            {name: Fitted(values.get(name, c.default("hopper")), 0.1) for name, c in known.items()},
+            provenance=ORIGIN,
+            status="calibrated",
+            **more,
+        )
+        for operator, known in CONSTANTS.items()
+    }
+    return replace(hw, name="odd", aliases=(), path=None).calibrated(sections)
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_every_constant_outside_its_range_is_set_to_its_end_and_stated(value: float, tmp_path: Path) -> None:
+    names = {name for known in CONSTANTS.values() for name in known}
+    kept, notes = within_ranges(with_values(dict.fromkeys(names, value)))
+    save_hardware(kept, tmp_path / "odd.yaml")
+    loaded = load_hardware(tmp_path / "odd.yaml")
+    changed = 0
+    for (operator, dtype), section in loaded.sections.items():
+        for name, known in CONSTANTS[operator].items():
+            end = min(max(value, known.low), known.high)
+            assert section[name] == (end if math.isfinite(value) else known.default("hopper"))
+            changed += section[name] != value
+        assert any(note.startswith(operator) and "outside the range" in note for note in notes) == any(
+            not known.low <= value <= known.high for known in CONSTANTS[operator].values()
+        ), (operator, dtype)
+    assert changed
+
+
+@pytest.mark.quick
+@settings(max_examples=25, deadline=None)
+@given(st.floats(), st.floats(), st.floats(), st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_scales_errors_and_arrays_too(scale: float, error: float, std_error: float, log: float) -> None:
+    arrays = {"values": np.full((1, 1, 1), log), "start": np.zeros(3), "step": np.ones(3)}
+    hw = with_values({}, section_scale=scale, accuracy={"mape": error})
+    gemm = replace(hw.sections["gemm", "bf16"], arrays=arrays)
+    gemm = replace(gemm, constants={**gemm.constants, "t0": Fitted(3e-6, std_error)})
+    kept, _ = within_ranges(replace(hw, sections={**hw.sections, ("gemm", "bf16"): gemm}))
+    section = kept.sections["gemm", "bf16"]
+    assert 0.01 <= section.section_scale <= 10.0
+    assert all(abs(v) <= 1e9 for v in section.accuracy.values())
+    assert np.abs(section.arrays["values"]).max() <= 5.0
+    assert section.constants["t0"].std_error is None or 0.0 <= section.constants["t0"].std_error <= 1e30
+
+
+@pytest.mark.quick
+def test_values_within_their_ranges_stay_the_same_object() -> None:
+    hw = with_values({})
+    kept, notes = within_ranges(hw)
+    assert (kept is hw, notes) == (True, [])
+
+
+def busy(seed: int, most: float, noise: float, description: Description) -> ReplayDevice:
+    """A device whose operators take 1 to ``most`` times as long, each by another factor."""
+    plain = roofline_timings(2e11, 2e10, 5e-6)
+
+    def seconds(op: Operator) -> float:
+        rng = np.random.default_rng([seed, zlib.crc32(op.key.encode())])
+        return plain(op) * float(most ** rng.uniform())
+
+    return ReplayDevice(seconds, noise=noise, seed=seed, description=description, setup_s=0.02, formats=("fp32",))
+
+
+CPU = Description("cpu", "Some CPU (2 threads)", {"torch": "2.13", "threads": "2"}, 8e9, 32e6)
+PLANTED = Description("replay", "planted device", {"replay": "1"}, 8e9, 5e7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("description", [CPU, PLANTED], ids=["cpu", "planted"])
+@pytest.mark.parametrize(("seed", "most", "noise"), [(0, 1.0, 0.5), (1, 10.0, 0.1), (2, 100.0, 0.3), (3, 100.0, 1.0)])
+def test_a_calibration_of_any_times_is_written_and_loads(
+    description: Description, seed: int, most: float, noise: float, tmp_path: Path
+) -> None:
+    device = replace(busy(seed, most, noise, description), refused={"gemm_2to4": "no sparse tensor cores"})
+    measure_into(tmp_path / "run", device, budget_s=60.0, dtype="fp32", seed=seed)
+    done = fit_run(tmp_path / "run")
+    loaded = load_hardware(tmp_path / "run" / "profile.yaml")
+    assert loaded.sections.keys() == done.fit.profile.sections.keys()
+    for key, section in loaded.sections.items():
+        for name, known in CONSTANTS[key[0]].items():
+            if name in section.constants:
+                assert known.low <= section[name] <= known.high
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_measured_facts_are_within_the_ranges_of_a_profile(factor: float, tmp_path: Path) -> None:
+    plain = roofline_timings()
+    hw = base_profile(ReplayDevice(lambda op: factor * plain(op), description=PLANTED), "fp32")
+    save_hardware(replace(hw, sections=MappingProxyType({})), tmp_path / "p.yaml")
+    assert load_hardware(tmp_path / "p.yaml").name == hw.name
+
+
+def _spin(stop: Any) -> None:
+    while not stop.is_set():
+        sum(range(10_000))
+
+
+@pytest.mark.slow
+def test_a_calibration_beside_two_busy_processes_ends_in_a_verdict_and_its_profile_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    others = [context.Process(target=_spin, args=(stop,), daemon=True) for _ in range(2)]
+    for other in others:
+        other.start()
+    folder = tmp_path / "run"
+    try:
+        status = run(["calibrate", "cpu", "-o", str(folder), "--dtype", "fp32", "--budget", "20s"])
+    finally:
+        stop.set()
+        for other in others:
+            other.join()
+    out, err = capsys.readouterr()
+    assert status in (0, 1), err
+    first = " ".join(out.split())
+    assert first.startswith("Use " if status == 0 else ("Do not ", "There is no profile to use in "))
+    assert "Traceback" not in err
+    assert any(row.get("median_s") for row in read_store(folder / "records.jsonl").rows)
+    if not first.startswith("There is no"):
+        assert load_hardware(folder / "profile.yaml").sections
+    assert len(os.listdir(folder)) >= 2
