@@ -166,7 +166,7 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
     """Run a block with a planted GPU as the CUDA device of this process, in its simulated time."""
     cuda = PlantedCuda(GPUS[gpu] if isinstance(gpu, str) else gpu, troubles)
     with pytest.MonkeyPatch.context() as patch, Kernels(cuda):
-        for name in vars(PlantedCuda):
+        for name in (*vars(PlantedCuda), *vars(cuda)):
             if hasattr(torch.cuda, name) and not name.startswith("__"):
                 patch.setattr(torch.cuda, name, getattr(cuda, name))
         patch.setattr(torch.version, "cuda", "12.8")

@@ -134,6 +134,23 @@ class Event:
         return (other.at - self.at) * 1e3
 
 
+@dataclass
+class Stream:
+    """The only stream."""
+
+    cuda: PlantedCuda
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        self.cuda.synchronize()
+
+
+def _bound(kind: type, cuda: PlantedCuda) -> type:
+    """Return a class of a GPU's events, graphs or streams; options of torch are ignored."""
+    return type(kind.__name__, (kind,), {"__init__": lambda self, *_, **__: kind.__init__(self, cuda)})
+
+
 class PlantedCuda:
     """``torch.cuda`` of one planted GPU: a host clock ``now``, and the time ``free`` when the stream will be idle."""
 
@@ -148,6 +165,10 @@ class PlantedCuda:
         self.capturing: Graph | None = None
         self.rng, self.factor = np.random.default_rng(0), 1.0
         self.record: list[Mapping[Kernel, int]] | None = None
+        # classes, because libraries name them in annotations
+        self.Event = _bound(Event, self)
+        self.CUDAGraph = _bound(Graph, self)
+        self.Stream = _bound(Stream, self)
 
     # time
     def read(self) -> float:
@@ -274,16 +295,8 @@ class PlantedCuda:
     def current_device(self) -> int:
         return 0
 
-    def Event(self, enable_timing: bool = False, **_: Any) -> Event:
-        return Event(self)
-
-    def CUDAGraph(self, **_: Any) -> Graph:
-        return Graph(self)
-
-    def Stream(self, *_: Any, **__: Any) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None, synchronize=self.synchronize)
-
-    current_stream = Stream
+    def current_stream(self, device: Any = None) -> Stream:
+        return Stream(self)
 
     def stream(self, stream: Any) -> Any:
         return nullcontext()
