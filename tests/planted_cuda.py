@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
+import pretended_cuda  # noqa: F401 - before Triton
 import pytest
 import torch
 from planted_gpu import GPUS, NO_TROUBLES, REFUSED, Gpu, Kernel, PlantedCuda, Troubles, planted_nvml
 from torch.overrides import TorchFunctionMode
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from calibration.devices import capture_probe, flex, operators, sparse
@@ -175,7 +177,8 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(cuda_device, "build", planted_build(cuda))
         patch.setattr(capture_probe.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
         patch.setattr(flex, "_attend", _attend)
-        patch.setattr(JITFunction, "run", planted_triton(cuda))
+        for launched in (JITFunction, InterpretedFunction):  # as Triton was imported in this process
+            patch.setattr(launched, "run", planted_triton(cuda))
         patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
         patch.setattr(torch.backends.cusparselt, "version", lambda: 702)
         patch.setattr(sparse, "_fastest", lambda packed, dense, bias: (0,))
