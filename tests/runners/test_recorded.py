@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from calibration.records.store import read_store  # noqa: E402
-from calibration.runners import recorded  # noqa: E402
-from calibration.runners.recorded import RecordedRow, recorded_rows, scores, tables  # noqa: E402
+from calibration.records.store import read_store
+from calibration.runners import recorded
+from calibration.runners.recorded import RecordedRow, recorded_rows, scores, tables
 
 
 @pytest.fixture(scope="module")
