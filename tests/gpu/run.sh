@@ -20,16 +20,20 @@ log=$out/log.txt
 
 share() { awk -v total="$total" -v part="$1" 'BEGIN { printf "%.1fs", total * part }'; }
 
-# a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again
+# a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again;
+# a calibration that ends in "do not use" has the status 1 too, but is no failure
 failed=0
 step() {
-    local name=$1 status=0
+    local name=$1 status=0 lines
     shift
     echo "== $name: ${prunesim[*]} $*" | tee -a "$log"
     local begin=$SECONDS
+    lines=$(wc -l <"$log")
     "${prunesim[@]}" "$@" >>"$log" 2>&1 || status=$?
     if ((status == 0)); then
         echo "   done in $((SECONDS - begin)) s" | tee -a "$log"
+    elif ((status == 1)) && tail -n "+$((lines + 1))" "$log" | grep -q '^Do not '; then
+        echo "   done in $((SECONDS - begin)) s; verdict: do not use this profile" | tee -a "$log"
     else
         failed=$((failed + 1))
         echo "   FAILED with status $status after $((SECONDS - begin)) s; see $log" | tee -a "$log"
