@@ -3,83 +3,144 @@
 from __future__ import annotations
 
 import math
+import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calibration.cli.measure import Folder, Seed
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
-from calibration.cli.upper_bound import CaseOptions, DeviceName, Model, case_columns, ratio_of
+from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from calibration.runners.compare import ComparedSpeedup
+    from calibration.runners.cases import Case
+    from calibration.runners.compare import ComparedCases, ComparedSpeedup
+    from simulator.hardware.profile import HardwareProfile
 
-Launch = Annotated[
-    str, opt("--engine", "NAME", "Launches: reference (one graph) or hf (eager). Default: a graph if supported.")
+Engine = Annotated[
+    str, opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.")
 ]
-
-
-_RUNTIMES = {"reference": "cuda_graph", "hf": "eager"}
+Python = Annotated[str, opt("--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")]
+Bench = Annotated[
+    list[str] | None,
+    opt("--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."),
+]
+RunDevice = Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")]
 
 
 @options.expanded()
 def command(
     model: Model,
-    device: DeviceName,
     output: Folder,
+    device: RunDevice = "",
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
-    engine: Launch = "",
+    engine: Engine = "reference",
+    bench: Bench = None,
+    vllm_python: Python = "",
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compare predicted with measured speedups.
 
-    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a real
-    decoder with random weights, dense and pruned by each family or text of --prune. The profile is --hardware, else
-    RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
-    comparison.png. Run the command again to resume.
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
+    model with random weights, dense and pruned by each family or text of --prune: our own decoder, which has the
+    families that decide during a pass, the model of the library Transformers, eagerly (hf) or under torch.compile
+    (compile), or that of vLLM. With --bench it reads result files of vllm bench instead, and --hardware names the GPU
+    that wrote them. The profile is --hardware, else RUN/profile.yaml if a calibration wrote it. Writes
+    RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a library with the name of its engine. Run
+    the command again to resume.
     """
-    from calibration.runners.compare import compare, conclusions, kernels_on, rows_of
+    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
+    from simulator.models.changes import content_of
     from simulator.prediction.scenario import one_of
 
     budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
-    runtime = _RUNTIMES[one_of("engine", engine, tuple(_RUNTIMES))] if engine else ""
-    config, cases, notes = selection.cases(model, kernels=kernels_on(device))
-    folder = check_folder(output)
-    with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
-        name = opened.describe().device
-        render.status(f"{name}; {opened.describe().software}; {dtype}; {len(cases)} cases")
-        found = compare(
-            folder, opened, config, cases, budget_s=left, dtype=dtype, runtime=runtime, seed=seed, progress=report
-        )
+    runs, folder = ENGINES[one_of("--engine", engine, tuple(ENGINES))], check_folder(output)
+    if bench:
+        name, hw, cases, notes, found = _of_files(bench, model, selection, engine)
+        folder.mkdir(exist_ok=True)
+    else:
+        if not device:
+            raise InputError("--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need none")
+        config, cases, notes = selection.cases(model, runs.lowered, kernels_on(device), runs.phases)
+        with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
+            name = opened.describe().device
+            render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
+            found = compare(
+                folder,
+                opened,
+                config,
+                cases,
+                budget_s=left,
+                dtype=dtype,
+                engine=engine,
+                content=content_of(model),
+                python=vllm_python or sys.executable,
+                seed=seed,
+                progress=report,
+            )
+        restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
-    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, measured_bounds=bounds)
+    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
     table = [asdict(row) for row in rows]
     if rows:
-        write_whole(folder / "comparison.csv", csv_text(table).encode())
-        _write(folder, rows, list(found.records))
+        write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
+        _write(folder, engine, rows, list(found.records))
     if render.Output(json).write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), _title(rows[0]))
         print("\n" + "\n".join(_agreement(rows, list(found.records))))
-        print(f"\n{folder / 'comparison.md'}")
+        print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
     left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
     render.notes((*left_over, *found.notes, *notes), verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
+
+
+def _of_files(
+    files: list[str], model: str, selection: CaseOptions, engine: str
+) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``.
+
+    What a file does not state is that of the options: batch, length, and new tokens unless the phase is prefill.
+    """
+    from calibration.runners.compare import ENGINES, compare_files
+    from calibration.runners.vllm_bench import bench_case_of, read_bench
+    from simulator.hardware.library import load_hardware
+
+    if engine != "vllm":
+        raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
+    if not selection.hardware:
+        raise InputError("--bench: expected --hardware with the GPU that wrote the files")
+    hw, runs = load_hardware(selection.hardware), [read_bench(file) for file in files]
+    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
+    if runs[0].kind == "latency":
+        batch, seq = options.integers("--batch", selection.batch), options.integers("--seq", selection.seq)
+        if len(batch) != 1 or len(seq) != 1:
+            raise InputError("--bench: expected one --batch and one --seq, those of the files")
+        output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
+        given = {"batch": batch[0], "seq": seq[0], "output": output}
+    phase, many, length, steps = bench_case_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
+    _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
+    if notes:  # the files belong to the prunings by their order
+        raise InputError(notes[0])
+    return hw.title, hw, cases, notes, compare_files(cases, runs, selection.dtype)
 
 
 def _title(row: ComparedSpeedup) -> str:
@@ -122,21 +183,22 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
     return lines
 
 
-def _write(folder: Path, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
-    """The table as Markdown, and the figure."""
+def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
+    """Write the table as Markdown, and the figure."""
+    from calibration.runners.compare import file_name
     from calibration.validation.report import table
     from simulator.display import markdown_text
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole
 
-    columns = _columns(rows)
+    columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
     agreement = [f"- {line}" for line in _agreement(rows, records)]
-    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", "![](comparison.png)", ""]
+    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", f"![]({figure.name})", ""]
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
-    write_whole(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
-    save_figure(comparison_figure(rows), folder / "comparison.png")
+    write_whole(folder / file_name("comparison.md", engine), ("\n".join(lines) + "\n").encode())
+    save_figure(comparison_figure(rows), figure)
 
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:

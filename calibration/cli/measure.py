@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
@@ -83,9 +84,11 @@ def measured(
     opened = open_device(device, threads=threads)
     try:
         with render.progress("measuring") as report:
-            return run(opened, report)
+            found = run(opened, report)
     finally:
         opened.close()
+    restart_if_needed(found.outcome, render.status)
+    return found
 
 
 def describe(outcome: Outcome) -> str:

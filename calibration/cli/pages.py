@@ -2,8 +2,8 @@
 
 *accuracy* has the rows of :mod:`calibration.validation.accuracy` (ten minutes on two cores), *ablations* those of
 :mod:`calibration.validation.ablations` (twenty minutes); ``--results`` keeps the rows. *constants* has the constants of
-the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *commands* the help of the
-program. The prose is taken from the page in ``docs``.
+the shipped profiles, *engines* the comparisons of :mod:`calibration.validation.engines`, *transformers* those of
+:mod:`calibration.runners.recorded`, *commands* the help of the program. The prose is taken from the page in ``docs``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calibration.runners import recorded
 from calibration.validation import ablations, accuracy, engines
 from calibration.validation.acceptance import against_targets
 from calibration.validation.protocol import Row
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of the module's docstring and return the exit status."""
     about = "Generate a page of the documentation."
     parser = argparse.ArgumentParser("python -m calibration.cli.pages", description=about)
-    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands"))
+    parser.add_argument("page", choices=("accuracy", "constants", "ablations", "engines", "commands", "transformers"))
     parser.add_argument("-o", "--output", required=True, help="Markdown file")
     results = "accuracy, ablations: JSON file of the rows of the page; read if it exists, else written"
     parser.add_argument("--results", type=Path, help=results)
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "engines": lambda: filled("engines", engines.tables()),
         "constants": constants_page,
         "commands": commands_page,
+        "transformers": lambda: filled("cpu/transformers", recorded.tables()),
     }
     try:
         check_target(given.output)

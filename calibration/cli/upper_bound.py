@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threads, describe, finish
+from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
@@ -38,6 +39,7 @@ class CaseOptions:
     phase: options.Phase = "prefill,decode"
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
+    new_tokens: options.NewTokens = 128
     family: Family = None
     sparsity: Sparsity = None
     prune: options.Prune = None
@@ -48,11 +50,15 @@ class CaseOptions:
     threads: Threads = None
 
     def cases(
-        self, model: str, engine: str = "", kernels: Mapping[str, str] = MappingProxyType({})
+        self,
+        model: str,
+        engine: str = "",
+        kernels: Mapping[str, str] = MappingProxyType({}),
+        known_phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
         """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
 
-        ``kernels`` are those of the device by family.
+        ``kernels`` are those of the device by family, ``known_phases`` those that can run.
         """
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
@@ -67,8 +73,9 @@ class CaseOptions:
             families=None if self.family is None else names("--family", self.family),
             sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
             texts=self.prune or (),
-            scenario=Scenario(dtype=self.dtype, engine=engine),
+            scenario=Scenario(dtype=self.dtype, engine=engine, new_tokens=self.new_tokens),
             kernels=kernels,
+            known_phases=known_phases,
         )
         return config, cases, notes
 
@@ -121,6 +128,7 @@ def command(
         found = measure_bounds(
             folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.status
         )
+    restart_if_needed(found.outcome, render.status)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]

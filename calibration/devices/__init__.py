@@ -6,15 +6,24 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from calibration.devices.protocol import Device, DeviceLost, Operator, OutOfMemory, Unsupported, unknown_device
+from calibration.devices.protocol import (
+    CaptureFailed,
+    Device,
+    DeviceLost,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+    unknown_device,
+)
 from simulator.errors import InputError
 
-__all__ = ["Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "open_device"]
+__all__ = ["CaptureFailed", "Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "open_device"]
 
 
 def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
-    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX``, ``host`` (the first GPU, else the CPU),
-    ``replay:FILE`` (recorded times) or ``replay:planted`` (times from a formula).
+    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX`` (with ``:flashinfer`` or ``:flash_attn``: attention of
+    that library), ``host`` (the first GPU, else the CPU), ``replay:FILE`` (recorded times) or ``replay:planted`` (times
+    from a formula).
 
     ``NAME:REST`` calls ``open_named(REST, **options)`` of the module NAME; ``options`` depend on the device.
     ``threads`` is the number of threads of a CPU (default: ``OMP_NUM_THREADS``, else all CPUs of this process).

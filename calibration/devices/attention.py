@@ -8,6 +8,7 @@ the host would also break the capture of a CUDA graph.)
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,35 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, head_dim)
+
+
+def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], Tensor]]:
+    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only.
+
+    They are tried in the order flash, cuDNN, memory-efficient, unfused. Otherwise torch chooses by version and shape.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    backends = [getattr(SDPBackend, name) for name in order if hasattr(SDPBackend, name)]
+    for backend in backends:
+        try:
+            with warnings.catch_warnings(), sdpa_kernel(backend):
+                warnings.simplefilter("ignore")  # torch warns why a backend cannot run
+                attend(0)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if backend == backends[-1]:
+                raise
+        else:
+            break
+
+    def pinned(i: int) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(i)
+
+    return backend.name.lower(), pinned
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:

@@ -1,66 +1,81 @@
 """An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph with many launches over rotated operands.
 
-A graph excludes host time. The rotated weights exceed L2 twice, so each weight comes from memory. If an operator cannot
-be captured, every launch is timed alone between two events, after a buffer of twice L2 was overwritten and while the
-device waits for the host to prepare the launch (2:4 launches take the host longer than the device). The record names
-the method.
+A graph excludes host time. The rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
+lines almost at random, and of twice L2 a fifth would still be found there. If a kind of operator cannot be captured,
+which a child process finds out (:mod:`calibration.devices.capture_probe`), every launch is timed alone between two
+events, after a buffer of four times L2 was overwritten and while the device waits for the host to prepare the launch
+(2:4 launches take the host longer than the device). The record names the method, the attention backend and the kernels.
+:mod:`calibration.devices.cuda_timing` times under load.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from calibration.devices.operators import Launches, build, is_out_of_memory
-from calibration.devices.protocol import HOST_KINDS, Description, DeviceLost, Gpu, Operator, OutOfMemory, Unsupported
+from calibration.devices import attention_libraries
+from calibration.devices.capture_probe import CaptureProbe, Probed, kernel_names
+from calibration.devices.cuda_timing import GpuTimer
+from calibration.devices.operators import build, is_out_of_memory
+from calibration.devices.protocol import (
+    HOST_KINDS,
+    CaptureFailed,
+    Description,
+    DeviceLost,
+    Gpu,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+)
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
 
-_FEWEST_LAUNCHES = 20  # per graph, so many launches share the gap between replays
-_MOST_LAUNCHES = 1 << 13
-_GRAPH_SPAN_S = 2e-3
-_EVENTS = 128  # event pairs in flight without graphs
-_CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
-_LONGEST_HOLD_S = 0.01
-_LOST = (
-    "CUDA error",
-    "uncorrectable ECC",
-    "fallen off the bus",
-    "device-side assert",
-    "unspecified launch failure",
-    "no CUDA GPUs",
-)
+PROTOCOL = "2"
+"""Version of the measuring protocol, a part of the stack, so runs of several versions are never one run.
+
+1 (not recorded): rotation over twice L2, no load before a measurement, readings between measurements, attention backend
+chosen by torch, fp8 without fast accumulation.
+"""
+
+_REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
 
 
-def translate(error: BaseException, what: str) -> Exception | None:
-    """Return torch's error as an error that the runner handles, or None."""
+def translate(error: BaseException, what: str, responds: Callable[[], bool]) -> Exception | None:
+    """Return torch's error as an error that the runner handles, or None.
+
+    The device is lost only if it no longer ``responds`` to a trivial kernel; otherwise only the operator is refused.
+    """
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, OutOfMemory | Unsupported | DeviceLost):
         return error
     if is_out_of_memory(error) or "ALLOC_FAILED" in text:
         return OutOfMemory(f"{what}: {text}")
-    if "NOT_SUPPORTED" in text or isinstance(error, NotImplementedError):
-        return Unsupported(f"{what}: {text}")
-    if type(error).__name__ == "AcceleratorError" or any(sign in text for sign in _LOST):
+    if not responds():
         return DeviceLost(f"{what}: {text}")
+    library = type(error).__name__ == "AcceleratorError" or any(sign in text for sign in _REFUSED)
+    if library or isinstance(error, NotImplementedError):
+        return Unsupported(f"{what}: {text}")
     return None
 
 
 class CudaDevice(TorchDevice):
     """One CUDA GPU, by torch's number.
 
-    Without ``graphs`` every launch is timed alone after an L2 flush. Operands take at most ``memory_limit_bytes``
-    (default: 90 % of the free memory). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and ``nvml`` (the
+    Without ``graphs`` every launch is timed alone after an L2 flush. Prefill and decode attention are those of
+    ``attention``: torch, flashinfer or flash_attn. Operands take at most ``memory_limit_bytes`` (default: 90 % of the
+    free memory). ``probe`` finds out what can be captured ("child": in a child process; None: nothing does, and a
+    failed capture ends the process). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and ``nvml`` (the
     module) are arguments for tests without a GPU.
     """
 
+    rotation = 4.0
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
 
     def __init__(
@@ -68,6 +83,8 @@ class CudaDevice(TorchDevice):
         index: int = 0,
         *,
         graphs: bool = True,
+        attention: str = "torch",
+        probe: Callable[[Operator], Probed] | Literal["child"] | None = "child",
         memory_limit_bytes: float | None = None,
         backend: Any = None,
         torch_device: str | None = None,
@@ -95,7 +112,12 @@ class CudaDevice(TorchDevice):
             except ImportError:
                 nvml = None
         self._reader = NvmlReader(nvml, uuid, index)
-        self._flush: Any = None
+        flush_bytes = self.rotation * self.cache_bytes
+        self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
+        self._library = attention_libraries.find(attention)
+        child = None if backend is not None else CaptureProbe.of_gpu(index, attention)  # a child has no such backend
+        self._probe = child if probe == "child" else probe
+        self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
         """Return GPU name, driver, CUDA, libraries of torch, power limit and timing method."""
@@ -108,6 +130,8 @@ class CudaDevice(TorchDevice):
             "driver": self._reader.driver(),
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph" if self._graphs else "events",
+            "attention": self._library.version if self._library else "torch",
+            "protocol": PROTOCOL,
         }
 
     def dtypes(self) -> tuple[str, ...]:
@@ -137,102 +161,82 @@ class CudaDevice(TorchDevice):
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         """Make operands on the GPU and, if possible, record a graph of launches."""
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
-        launches = build(operator, self._torch_device, self._arena)
+        host, timer = operator.kind in HOST_KINDS, self._timer
+        probed = Probed() if host or not self._graphs else self._capturable(operator)
+        launches = build(operator, self._torch_device, self._arena, self._library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
-        if operator.kind in HOST_KINDS:
+        if host:
             return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
-        lost = ""
-        if self._graphs:
+        names = f"; kernels of the first {operator.kind}: {', '.join(probed.kernels)}" if probed.kernels else ""
+        if self._graphs and probed.captured is not False:
             try:
-                graph, length = self._capture(launches)
-            except RuntimeError as error:
-                if is_out_of_memory(error) or operator.kind == "launch_graph":
-                    raise
-                lost = f"; not captured ({type(error).__name__})"
-            else:
-                copies = f"{launches.copies} rotated copies{launches.how}"
-                method = f"events around a graph of {length} launches over {copies}"
-                return method, lambda loops: self._replay(graph, length, loops)
+                graph = timer.capture(launches)
+            except CaptureFailed as error:
+                raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
+            copies = f"{launches.copies} rotated copies" + (f" ({self.rotation:g} x L2)" if operator.cold else "")
+            method = f"events around a graph of {graph.length} launches over {copies}{launches.how}{names}"
+            timed: Callable[[int], float] = partial(timer.replays, graph)
         elif operator.kind == "launch_graph":
-            raise Unsupported("launch_graph needs CUDA graphs, which are disabled")
-        flush = operator.cold
-        method = f"events around single launches{' after an L2 flush' if flush else ''}{launches.how}{lost}"
-        hold = self._hold(launches)
-        return method, lambda loops: self._single(launches, loops, flush, hold)
+            raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason or 'they are disabled'}")
+        else:
+            flush = operator.cold
+            after = f" after a flush of {self.rotation:g} x L2" if flush else ""
+            lost = f"; {probed.reason}" if probed.reason else ""
+            method = f"events around single launches{after}{launches.how}{lost}{names}"
+            timed = partial(timer.single, launches, flush=flush, hold=timer.hold(launches))
+        timer.preheat(timed)
+        return method, timed
+
+    def _capturable(self, operator: Operator) -> Probed:
+        """Return whether operators of this kind and number format can be captured, by the first of them.
+
+        A spoiled process times every later operator launch by launch, 8 to 12 % slower. Methods must not differ within
+        a kind either, so a kind that cannot be captured is timed launch by launch throughout.
+        """
+        if self._probe is None:
+            return Probed()
+        key = operator.kind, operator.dtype
+        if key not in self._probed:
+            self._arena.clear()  # room for the operands of the child
+            self._cuda.empty_cache()
+            try:
+                found: Probed | Unsupported = self._probe(operator)
+            except Unsupported as error:
+                found = error
+            if found == Probed():  # this operator does not run; the next may
+                return Probed()
+            self._probed[key] = found
+        known = self._probed[key]
+        if isinstance(known, Unsupported):
+            raise Unsupported(str(known))
+        return known
+
+    def kernels(self, operator: Operator) -> tuple[str, ...]:
+        """Return the names of the kernels of an operator as far as the profiler reports them."""
+        launches = build(operator, self._torch_device, self._arena, self._library)
+        return kernel_names(lambda: launches.launch(0), self._cuda.synchronize)
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
-        known = translate(error, operator.key)
+        known = translate(error, operator.key, self._responds)
         if isinstance(known, OutOfMemory):
             self._arena.clear()
             self._cuda.empty_cache()
         return known
 
-    def _capture(self, launches: Launches) -> tuple[Any, int]:
-        """Record a graph that is long enough to hide the gap between replays, with whole rounds over the copies."""
-        once = self._single(launches, 3, False)
-        fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
-        wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
-        length = math.ceil(wanted / launches.copies) * launches.copies
-        stream = self._cuda.Stream()
-        stream.wait_stream(self._cuda.current_stream())
-        with self._cuda.stream(stream):
-            for i in range(min(3, length)):
-                launches.launch(i)
-        self._cuda.current_stream().wait_stream(stream)
-        graph = self._cuda.CUDAGraph()
-        with self._cuda.graph(graph):
-            for i in range(length):
-                launches.launch(i)
-        graph.replay()
-        self._cuda.synchronize()
-        return graph, length
-
-    def _replay(self, graph: Any, length: int, loops: int) -> float:
-        replays = math.ceil(loops / length)
-        start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) * 1e-3 / (replays * length)
-
-    def _hold(self, launches: Launches) -> int:
-        """Return the cycles that the device waits before a launch: twice the host's time for a launch."""
-        took = []
-        for i in range(3):
+    def _responds(self) -> bool:
+        """Whether a trivial kernel runs."""
+        try:
+            torch.zeros(1, device=self._torch_device).add_(1.0)
             self._cuda.synchronize()
-            start = time.perf_counter()
-            launches.launch(i)
-            took.append(time.perf_counter() - start)
-        return int(min(2.0 * min(took), _LONGEST_HOLD_S) * _CYCLES_PER_S)
-
-    def _single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
-        if flush and self._flush is None:
-            self._flush = torch.empty(int(2 * self.cache_bytes), dtype=torch.int8, device=self._torch_device)
-        total_ms, done = 0.0, 0
-        while done < loops:
-            pairs = []
-            for i in range(done, min(loops, done + _EVENTS)):
-                if flush:
-                    self._flush.zero_()
-                if hold:
-                    self._cuda._sleep(hold)
-                start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                launches.launch(i)
-                stop.record()
-                pairs.append((start, stop))
-            self._cuda.synchronize()
-            total_ms += sum(float(start.elapsed_time(stop)) for start, stop in pairs)
-            done += len(pairs)
-        return total_ms * 1e-3 / loops
+        except RuntimeError:
+            return False
+        return True
 
     def snapshot(self) -> Snapshot:
-        """Return the current NVML readings."""
-        return self._reader.snapshot()
+        """Return the NVML readings since the last call, taken while launches ran, or else the current ones."""
+        return self._timer.snapshot()
 
     def describe(self) -> Description:
         """Return hardware and software, with the facts that distinguish GPUs of similar names."""
@@ -248,14 +252,22 @@ class CudaDevice(TorchDevice):
         return replace(super().describe(), gpu=gpu)
 
     def close(self) -> None:
-        """Free memory."""
+        """Free memory and end the child process."""
         super().close()
-        self._flush = None
-        self._cuda.empty_cache()
+        self._timer.clear()
+        if isinstance(self._probe, CaptureProbe):
+            self._probe.close()
+        with suppress(RuntimeError):  # a spoiled process cannot free its memory
+            self._cuda.empty_cache()
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    """Open the device ``cuda`` (the first GPU) or ``cuda:INDEX``."""
-    if rest and not rest.isdecimal():
-        raise InputError(f"device: expected cuda or cuda:INDEX with a whole number, got 'cuda:{rest}'")
-    return CudaDevice(int(rest or 0), **options)
+    """Open the device ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
+    parts = rest.split(":") if rest else []
+    index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
+    if parts and parts[0] in attention_libraries.PAGES:
+        options["attention"] = parts.pop(0)
+    if parts:
+        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(attention_libraries.PAGES)}"
+        raise InputError(f"device: {right} for their attention, got 'cuda:{rest}'")
+    return CudaDevice(index, **options)

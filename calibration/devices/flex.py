@@ -2,8 +2,9 @@
 
 There are three masks: blocks of a table (:func:`block_sparse`), queries at some positions (:func:`at_positions`), and
 active sequences of a decode step (:func:`running`). Operators of fixed shapes compute their tables, so nothing waits
-for the host and a CUDA graph can hold mask and attention. On CUDA one compiled function serves all shapes. On other
-devices flex attention computes densely with the same mask, to check the masks.
+for the host and a CUDA graph can hold mask and attention. On CUDA one compiled kernel serves all lengths; it needs
+Triton and a C compiler (:func:`calibration.devices.skipping.triton_needs`). On other devices flex attention computes
+densely with the same mask, to check the masks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ EDGE = 128
 """Default edge of skipped blocks."""
 LEAST = 16
 """Edges are multiples of this, the smallest tile of a tensor core."""
-_RECOMPILES = 64  # one compilation per number format, head size, block and ratio of heads
+_RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
 
 
 @lru_cache(maxsize=2)
 def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
-    """Compile flex attention as a fused kernel, once for all shapes (``dynamic``) or once per shape.
+    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per shape.
 
     Beyond its limit of recompilations (8), torch would silently use the unfused function. ``fullgraph`` raises an error
     instead, and the limit is set higher.

@@ -4,8 +4,8 @@ The first part holds the operators of a decoder as functions of tensors. :func:`
 operands and returns a :class:`Launches`: ``launch(i)`` runs it once with the i-th copy of the rotated operand, which
 comes from memory.
 
-Rotated operands are views into one :class:`Arena` of random data of at least twice the last-level cache, so a round
-over them evicts the first one, without allocations. The data is normal, because values change the power and so the
+Rotated operands are views into one :class:`Arena` of random data of a multiple of the last-level cache, so a round over
+them evicts the first one, without allocations. The data is normal, because values change the power and so the
 clock. Activations stay in the cache, as the previous kernel would leave them.
 """
 
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices import attention, flex
+from calibration.devices.attention_libraries import Library
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import grouped_by_loops, in_triton, kernels
+from calibration.devices.skipping import fused_elementwise, grouped_by_loops, in_triton, kernel_count, kernels
 from calibration.devices.sparse import sparse_weight
+from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.workload import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
@@ -37,6 +39,7 @@ TORCH_DTYPE: dict[str, Any] = {
 MAX_COPIES = 1 << 14
 PATTERNS = 8
 """Distinct masks of the tokens of a grouped GEMM."""
+_MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 
 
@@ -45,19 +48,19 @@ class Launches:
     """An operator bound to its operands."""
 
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
-    copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than twice the cache
+    copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
     how: str = ""  # the implementation, after a comma, if there are several
 
 
 class Arena:
-    """Random data for rotated operands: a round over them exceeds the last-level cache twice.
+    """Random data for rotated operands: a round over them exceeds the last-level cache ``rotation`` times.
 
     A round takes at most ``limit_bytes``; a larger single operand is out of memory.
     """
 
-    def __init__(self, device: str, cache_bytes: float, limit_bytes: float) -> None:
+    def __init__(self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0) -> None:
         self.device = device
-        self.round_bytes = min(2.0 * cache_bytes, limit_bytes)
+        self.round_bytes = min(rotation * cache_bytes, limit_bytes)
         self.limit_bytes = limit_bytes
         self._data: dict[str, Tensor] = {}
 
@@ -133,9 +136,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
+    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32.
+
+    fp8 sums in the tensor core's reduced precision (``use_fast_accum``), as vLLM, SGLang and TensorRT-LLM do.
+    """
     if dtype == "fp8":
-        return torch._scaled_mm(x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+        return torch._scaled_mm(
+            x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     if dtype == "int8":
         return torch._int_mm(x, weight.t())
     return F.linear(x, weight)
@@ -149,8 +157,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def build(op: Operator, device: str, arena: Arena) -> Launches:
-    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit."""
+def build(op: Operator, device: str, arena: Arena, library: Library | None = None) -> Launches:
+    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit.
+
+    ``library`` computes prefill and decode attention, by default torch.
+    """
+    if library is not None and op.kind in ("attention_prefill", "attention_decode"):
+        return _library_attention(op, device, arena, library)
     return _BUILDERS[op.kind](op, device, arena)
 
 
@@ -166,7 +179,8 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
     weights, copies = _rotated(arena, op, op.n, op.k)
     scale = torch.ones((), device=device) if op.dtype == "fp8" else None
     if op.dtype in ("fp8", "int8"):
-        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies)
+        how = ", fast accumulation" if op.dtype == "fp8" else ""
+        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies, how)
     linear = F.linear
     return Launches(lambda i: linear(x, weights[i % copies]), copies)
 
@@ -174,7 +188,7 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
 def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     packed_bytes = 0.5625 * op.element_bytes * op.n * op.k
-    copies = min(64, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
+    copies = min(_MOST_PACKED, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, device, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # the choice of two does not matter to the kernel
     algorithms: dict[int, Any] = {}
@@ -245,10 +259,10 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
-        return Launches(lambda i: attention.decode_attention(q, *caches[i % copies]), copies)
+        return _pinned(lambda i: attention.decode_attention(q, *caches[i % copies]), copies, device, ", unpaged cache")
     if op.kind == "attention_prefill":
         mask = attention.causal_mask(op.q_len, op.kv_len, device)
-        return Launches(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies)
+        return _pinned(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies, device)
     table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(device)
     if not device.startswith("cuda"):
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
@@ -265,14 +279,34 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
 
 
+def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
+    """Return launches of torch's attention; on a GPU with one backend, so neither version nor shape changes it
+    unseen."""
+    if not device.startswith("cuda"):
+        return Launches(attend, copies)
+    name, launch = attention.with_backend(attend)
+    return Launches(launch, copies, f", SDPA backend {name}{how}")
+
+
+def _library_attention(op: Operator, device: str, arena: Arena, library: Library) -> Launches:
+    q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
+    both, copies = _rotated(arena, op, *library.cache_shape(op))
+    attend = library.bind(op, TORCH_DTYPE[op.dtype], device)
+    return Launches(lambda i: attend(q, *both[i % copies]), copies, f", {library.describe(op)}")
+
+
 def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     inputs, copies = _rotated(arena, op, op.m, op.n)
     other = random_tensor((op.m, op.n), op.dtype, device, 1)
+    # engines have one kernel each for a norm, a gated activation and a rotary embedding
+    fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
+    one: Any = fused_elementwise() if fused else None
+    norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
-        return Launches(lambda i: rms_norm(inputs[i % copies], weight), copies)
+        return _counted(lambda i: norm(inputs[i % copies], weight), copies, device, fused)
     if op.role == "activation":
-        return Launches(lambda i: gated(inputs[i % copies], other), copies)
+        return _counted(lambda i: product(inputs[i % copies], other), copies, device, fused)
     if op.role == "residual":
         return Launches(lambda i: inputs[i % copies] + other, copies)
     if op.role == "rotary":
@@ -280,7 +314,8 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
         if not head:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
         cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
-        return Launches(lambda i: rotary(inputs[i % copies].view(op.m, op.n // head, head), cos, sin), copies)
+        shape = (op.m, op.n // head, head)
+        return _counted(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, device, fused)
     if op.role == "select":
         many = selected(op.n)
         return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
@@ -290,6 +325,13 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "scatter":
         return Launches(lambda i: other.index_copy_(0, rows, inputs[i % copies]), copies)
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
+
+
+def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
+    """Return launches whose record states on a GPU how many kernels each has: a fit takes their time for one's."""
+    if not device.startswith("cuda"):
+        return Launches(launch, copies)
+    return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
 
 
 def _copy(op: Operator, device: str, arena: Arena) -> Launches:

@@ -61,6 +61,10 @@ class DeviceLost(RuntimeError):
     """The device does not respond; nothing else can be measured."""
 
 
+class CaptureFailed(DeviceLost):
+    """A failed capture of a CUDA graph spoiled this process: it can capture nothing any more, but a new process can."""
+
+
 def unknown_device(name: str) -> InputError:
     """Return the error for an unknown device name."""
     return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
@@ -296,7 +300,8 @@ class Device(Protocol):
         """Make operands and select kernels; may raise Unsupported, OutOfMemory or DeviceLost."""
 
     def snapshot(self) -> Snapshot:
-        """Return current clocks, power, temperature and throttle reasons."""
+        """Return clocks, power, temperature and throttle reasons: those read under load since the last call, if the
+        device reads them while launches run, or else the current ones."""
 
     def clock(self) -> float:
         """Return monotonic seconds, the time of budgets (simulated on a replayed device)."""

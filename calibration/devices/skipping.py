@@ -1,25 +1,66 @@
-"""Select the code that skips work on a device: :mod:`calibration.devices.triton_kernels`, or loops in torch."""
+"""Select the code of an operator on a device: Triton kernels that skip or fuse work, or a composite in torch.
+
+Triton compiles a launcher in C on the machine that runs it, and so does torch's compiler on a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from os import environ
+from shutil import which
 from typing import Any
 
 import torch
+from torch.utils import _python_dispatch
 
 Tensor = Any
 
 
+def triton_needs() -> str:
+    """Return what this machine lacks to run Triton kernels on a GPU, or ""."""
+    if find_spec("triton") is None:
+        return "Triton (extra kernels)"
+    if environ.get("TRITON_INTERPRET") == "1" or environ.get("CC") or which("gcc") or which("clang"):
+        return ""
+    return "a C compiler (gcc or clang, or CC) for Triton's launcher"
+
+
 def in_triton(device: str) -> bool:
-    """Whether a torch device runs Triton kernels: a CUDA GPU with Triton installed."""
-    return device.startswith("cuda") and find_spec("triton") is not None
+    """Whether a torch device runs Triton kernels: a CUDA GPU with Triton installed and a C compiler."""
+    return device.startswith("cuda") and not triton_needs()
 
 
 def kernels() -> Any:
-    """Return the module of the kernels, which needs Triton."""
+    """Return the module of the GEMMs that skip, which needs Triton."""
     return import_module("calibration.devices.triton_kernels")
+
+
+def fused_elementwise() -> Any:
+    """Return the module of the fused elementwise kernels, which needs Triton."""
+    return import_module("calibration.devices.triton_elementwise")
+
+
+def kernel_count(launch: Callable[[int], Any]) -> int:
+    """Return the kernels of a composite of elementwise operations and reductions: one per operation that computes.
+
+    >>> kernel_count(lambda i: torch.ones(2, 2)[0].neg().exp())
+    3
+    """
+    computed: list[str] = []
+
+    class Calls(_python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        """Keep the operations that do more than return views."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+                computed.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        launch(0)
+    return len(computed)
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:

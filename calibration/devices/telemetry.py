@@ -8,9 +8,10 @@ does not import it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,11 @@ NVML_REASONS = (
     "display_clock_setting",
 )
 
-# Reasons to repeat a sample. The software power cap is recorded but is not a reason: a data-centre GPU is at its power
-# limit in every long GEMM, so that state is part of the measurement.
+POWER_CAP = "sw_power_cap"
+
+# Reasons to repeat a sample. The software power cap is not a reason: a data-centre GPU is at its power limit in every
+# long GEMM, so that state is part of the measurement, and a repeat would have it too. It counts nevertheless:
+# calibration.records.stored_timings flags rows that the cap slowed down.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )
@@ -85,6 +89,23 @@ def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1
     return max(0.0, after.waited_s - before.waited_s) / (elapsed_s * max(threads, 1))
 
 
+def under_load(readings: Sequence[Snapshot]) -> Snapshot:
+    """Return several readings as one: the median of each number, and every throttle reason of any reading.
+
+    >>> under_load([Snapshot(1.4e9, throttle=("sw_power_cap",)), Snapshot(1.6e9, throttle=())]).clock_hz
+    1500000000.0
+    """
+
+    def median(name: str) -> Reading:
+        known = _known(getattr(reading, name) for reading in readings)
+        return statistics.median(known) if known else UNKNOWN
+
+    numbers = {field.name: median(field.name) for field in fields(Snapshot) if field.name != "throttle"}
+    states = [reading.throttle for reading in readings if not isinstance(reading.throttle, str)]
+    reasons = tuple(dict.fromkeys(reason for state in states for reason in state))
+    return Snapshot(**numbers, throttle=reasons if states else UNKNOWN)
+
+
 def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
     """Return a number, or "unknown" after any error: a reading must never stop a measurement."""
     try:
@@ -113,13 +134,15 @@ class NvmlReader:
         nvml, handle = self._nvml, self._handle
         if handle is None:
             return Snapshot()
+        clock_hz = _read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6)
+        throttle = self._throttle()  # before slower readings: the load that they belong to may be short
         return Snapshot(
-            clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6),
+            clock_hz=clock_hz,
             memory_clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM), 1e6),
             power_w=_read(lambda: nvml.nvmlDeviceGetPowerUsage(handle), 1e-3),
             temperature_c=_read(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
             load=_read(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu, 0.01),
-            throttle=self._throttle(),
+            throttle=throttle,
         )
 
     def _throttle(self) -> tuple[str, ...] | Unknown:

@@ -12,6 +12,7 @@ import torch
 
 from calibration.devices.operators import Arena, Launches
 from calibration.devices.protocol import Description, Operator, OutOfMemory, Unsupported
+from calibration.devices.skipping import triton_needs
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class TorchDevice:
     """A device of torch; subclasses define its identity, unsupported operators and the timing of launches."""
 
     name: str
+    rotation = 2.0  # multiple of the last-level cache that a round over rotated operands exceeds
     eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
-        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes)
+        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
         """Return the hardware as it names itself, and the software except torch."""
@@ -78,6 +80,9 @@ class TorchDevice:
             return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
         if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
             return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
+        on_gpu = self.name.startswith("cuda")
+        if operator.kind == "attention_block_sparse" and on_gpu and (needs := triton_needs()):
+            return f"attention_block_sparse: flex attention needs {needs}"
         return ""
 
     def prepare(self, operator: Operator) -> Timed:

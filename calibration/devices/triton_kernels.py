@@ -1,12 +1,13 @@
 """Triton GEMMs that skip work: rows chosen by a router, and groups of channels chosen by the tokens of a tile.
 
 The kernels read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
-on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Products are summed in fp32. Tile
-sizes follow the shape and are not tuned on the device. This module needs Triton (extra ``kernels``).
+on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Products are summed in fp32. Tiles
+are those of :mod:`calibration.devices.tile_shapes`. This module needs Triton (extra ``kernels``).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
+from calibration.devices import tile_shapes
+
 Tensor = Any
 
-MOST_TOKENS = 64
-"""Maximum tokens per tile of a grouped GEMM."""
 
-
-def _precision() -> str:
+def precision(x: Tensor) -> str:
     """Return the precision of fp32 products as in torch's current setting: exact, or tf32 on tensor cores."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _edge(size: int, most: int) -> int:
-    """Return the smallest power of two that covers a size, from 16 (a tensor core's minimum) to ``most``."""
-    return min(max(16, 1 << (size - 1).bit_length()), most)
-
-
-def _blocks(x: Tensor, many: int, n: int, k: int) -> tuple[int, int]:
-    """Return the columns of a tile and the features per step: 128, and 128 bytes of a row.
-
-    Few rows are bound by the read of the weight: they get 32 columns and 256 bytes, to use more processors.
-    """
-    columns, row_bytes = (32, 256) if many <= 16 else (128, 128)
-    return _edge(n, columns), _edge(k, row_bytes // x.element_size())
+    rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if rounded else "ieee"
 
 
 @triton.jit
@@ -88,12 +75,10 @@ def gather_gemm(
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
-    tile, (wide, deep) = _edge(many, 128), _blocks(x, many, n, k)
-    grid = (triton.cdiv(n, wide), triton.cdiv(many, tile))
-    warps = 8 if tile * wide >= 128 * 128 else 4
-    _gathered[grid](
+    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
+    _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
         x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
-        tile, wide, deep, _precision(), num_warps=warps,
+        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
     )  # fmt: skip
     return y
 
@@ -120,7 +105,7 @@ def tiles_of(mask: Tensor) -> Tiles:
     ([0, 1, 2], [[0, 1, 2]], [3])
     """
     tokens, groups = mask.shape
-    edge = _edge(tokens, MOST_TOKENS)
+    edge = tile_shapes.tokens_per_tile(tokens)
     # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts
     order = torch.arange(tokens, device=mask.device)
     for start in reversed(range(0, groups, 62)) if tokens > edge else ():  # one tile needs no order
@@ -135,7 +120,8 @@ def tiles_of(mask: Tensor) -> Tiles:
     return Tiles(users, many, order, ranked.int(), used.sum(1, dtype=torch.int32), edge)
 
 
-@triton.jit
+# numbers of tokens and groups are neither strides of a read nor its length: no kernel is compiled for 1 or 16 of them
+@triton.jit(do_not_specialize=["tokens", "groups"])
 def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED: tl.constexpr, GATED: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
@@ -175,17 +161,17 @@ def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
-    y, (wide, deep) = x.new_zeros(tokens, n), _blocks(x, tokens, width, k)
-    wide = min(wide, 64) if gated else wide  # of both halves
-    grid = (triton.cdiv(width, wide), groups, triton.cdiv(tokens, tiles.edge))
-    _columns[grid](
+    y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
+    tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
+    _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
         x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
-        tokens, groups, width, k, bias is not None, gated, tiles.edge, wide, deep, _precision(), num_warps=4,
+        tokens, groups, width, k, bias is not None, gated,
+        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
     )  # fmt: skip
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups"])
 def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
@@ -195,12 +181,15 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
     rows = tl.load(order + positions, mask=there, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
-    for step in range(0, tl.load(used + tile) * steps):
-        group = tl.load(chosen + tile * groups + step // steps).to(tl.int64)
+    last = tl.load(used + tile) * steps
+    # the number of the next group is read a step ahead: a copy that waits for it within its step is not double-buffered
+    group = tl.load(chosen + tile * groups)
+    for step in range(0, last):
         features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        within, at = features < width, group * width + features
+        within, at = features < width, group.to(tl.int64) * width + features
         some = tl.load(x + rows[:, None] * groups * width + at[None], mask=there[:, None] & within[None], other=0.0)
         part = tl.load(weight + at[:, None] * n + columns[None], mask=within[:, None] & inside[None], other=0.0)
+        group = tl.load(chosen + tile * groups + (step + 1) // steps, mask=step + 1 < last, other=0)
         total = tl.dot(some, part, total, input_precision=PRECISION)
     tl.store(y + rows[:, None] * n + columns[None], total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
 
@@ -213,9 +202,10 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     """
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
-    y, (wide, deep) = x.new_empty(tokens, n), _blocks(x, tokens, n, width)
-    _features[triton.cdiv(n, wide), len(tiles.groups)](
+    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
+    tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
+    _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
-        tiles.edge, wide, deep, _precision(), num_warps=4,
+        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
     )  # fmt: skip
     return y

@@ -21,6 +21,7 @@ from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, withou
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
 from calibration.records.exact_shapes import with_exact, without_exact
+from calibration.records.methods import one_method
 from calibration.records.screening import too_fast
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
@@ -91,6 +92,8 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     """
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
+    records, methods = one_method(records)
+    notes += methods
     excluded: list[str] = []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), excluded)
     _reject_other_device(hw, rows, notes)

@@ -27,6 +27,7 @@ from calibration.fit.limits import within_ranges
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact_shapes import with_exact
+from calibration.records.methods import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.cost.base import Machine
 from simulator.cost.collective import COLLECTIVES, Messages
@@ -95,7 +96,8 @@ def fit_profile(
     the stack torch: engines with other kernels have wider intervals. InputError, with the reasons, when nothing can be
     fitted.
     """
-    notes: list[str] = []
+    records, methods = one_method(records)
+    notes: list[str] = [*methods]
     excluded: list[str] = []
     usable = _usable(records, notes, excluded)
     if dtype is not None:
@@ -150,6 +152,7 @@ REMEDIES: Mapping[Flag, str] = MappingProxyType(
         Flag.NOISY: "measure longer, on an idle machine",
         Flag.DRIFT: "measure on an idle machine with steady clocks",
         Flag.CONFLICT: "measure these shapes again",
+        Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
     }
 )
 """Flag -> what to do."""
@@ -169,7 +172,7 @@ def _usable(records: Records, notes: list[str], left_out: list[str]) -> Records:
         if excluded.any():
             left_out.append(f"{int(excluded.sum())} {text}")
     kept = records.select(~apart & ~throttled & timed)
-    for flag in (Flag.NOISY, Flag.DRIFT, Flag.CONFLICT):
+    for flag in REMEDIES:
         if count := int(((kept.flags & int(flag)) != 0).sum()):
             many = f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them"
             notes.append(f"{many}; {REMEDIES[flag]}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,27 +52,44 @@ class Rates:
     setup_s: float = 0.05  # time to prepare an operator
     memory_bytes: float = math.inf  # largest footprint of a planned operator
     noise: float = 0.0  # relative standard deviation of one sample
+    compile_s: float = 0.0  # time to compile a kernel of block-sparse attention, once per :func:`compilation`
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "noise" and not value > 0:
+            if name not in ("noise", "compile_s") and not value > 0:
                 raise ValueError(f"rates {name}: expected a number above zero, got {value}")
 
     def launch_s(self, op: Operator) -> float:
         """Estimate the time of one launch, s."""
         return self.floor_s * op.launches + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
-    def cost_s(self, op: Operator, protocol: Protocol) -> float:
+    def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
 
         ``noise`` determines how many samples reach the protocol's precision: the median of n samples has an interval of
-        about 1.25 * 1.96 * noise / sqrt(n) to either side.
+        about 1.25 * 1.96 * noise / sqrt(n) to either side. ``compiled`` are the :func:`compilation` of earlier
+        operators.
         """
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
         windows = 3 + protocol.warm_values + max(2 * protocol.min_samples, math.ceil(needed))
         sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
-        return self.setup_s + sampling_s + 2.0 * launch
+        kernel = compilation(op)
+        compile_s = self.compile_s if kernel is not None and kernel not in compiled else 0.0
+        return self.setup_s + compile_s + sampling_s + 2.0 * launch
+
+
+def compilation(op: Operator) -> tuple[Any, ...] | None:
+    """Return for what flex attention is compiled: number format, width and numbers of heads, block; None for operators
+    without flex attention. One kernel serves all lengths.
+
+    >>> shape = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 8, "kv_heads": 2, "head_dim": 64}
+    >>> compilation(Operator("attention_block_sparse", block=16, **shape)), compilation(Operator("copy", n=1))
+    (('bf16', 64, 8, 2, 16), None)
+    """
+    if op.kind != "attention_block_sparse":
+        return None
+    return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class _Budget:
     protocol: Protocol
     refuses: Callable[[Operator], str]
     taken: dict[str, Item] = field(default_factory=dict)
+    compiled: set[Any] = field(default_factory=set)  # compilations of the taken operators
 
     def fits(self, op: Operator) -> bool:
         """Whether the device can run an operator that is new, not too large and not too slow."""
@@ -127,15 +145,22 @@ class _Budget:
 
     def cost_s(self, op: Operator) -> float:
         """Estimate the time of an operator with its part of the drift checks, s."""
-        return (1.0 + 1.0 / DRIFT_CHECK_EVERY) * self.rates.cost_s(op, self.protocol)
+        return (1.0 + 1.0 / DRIFT_CHECK_EVERY) * self.rates.cost_s(op, self.protocol, self.compiled)
+
+    def take(self, op: Operator, cost_s: float) -> None:
+        """Add an operator to the plan."""
+        self.taken[op.key] = Item(op, FIT, cost_s)
+        self.compiled.add(compilation(op))
 
     def fill(self, stream: Iterable[Operator], seconds: float) -> float:
         """Take operators while they fit, and return the remaining time."""
         for op in filter(self.fits, stream):
             cost = self.cost_s(op)
+            if cost > seconds and self.rates.compile_s and compilation(op) is not None:
+                continue  # operators that need no compilation may fit
             if cost > seconds:
                 break
-            self.taken[op.key] = Item(op, FIT, cost)
+            self.take(op, cost)
             seconds -= cost
         return seconds
 
@@ -145,7 +170,7 @@ class _Budget:
         for op in filter(self.fits, stream):
             if op.kind not in kinds and (cost := self.cost_s(op)) <= seconds:
                 kinds.add(op.kind)
-                self.taken[op.key] = Item(op, FIT, cost)
+                self.take(op, cost)
                 seconds -= cost
         return seconds
 
@@ -242,7 +267,11 @@ def in_order(
         raise InputError("in_order: expected at least one operator, got none")
     protocol = protocol or Protocol()
     unique = {op.key: op for op in operators}.values()
-    items = [Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol)) for op in unique]
+    items: list[Item] = []
+    compiled: set[Any] = set()
+    for op in unique:
+        items.append(Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol, compiled)))
+        compiled.add(compilation(op))
     return MeasurementPlan(tuple(items), drift_check_operator(rates, operators[0].dtype, protocol), seed, budget_s)
 
 

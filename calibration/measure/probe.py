@@ -8,6 +8,9 @@ from calibration.devices.protocol import Description, Device, Operator, OutOfMem
 from calibration.measure.plan import Rates, check_budget
 from calibration.measure.timing import Protocol, measure
 
+FLEX_COMPILE_S = 15.0
+"""Time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU."""
+
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
     """Return the protocol for a device and a budget; a short budget gives each shape less time, to measure enough
@@ -40,7 +43,7 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
         start = device.clock()
         try:
             prepared = device.prepare(op)
-        except OutOfMemory:
+        except (OutOfMemory, Unsupported):  # a library may refuse one shape
             return None
         setups.append(device.clock() - start)
         timing = measure(prepared.sample, quick, device.clock)
@@ -76,4 +79,5 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
         setup_s=setup,
         memory_bytes=memory_bytes,
         noise=statistics.median(noises),
+        compile_s=FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0,
     )

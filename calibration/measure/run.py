@@ -2,8 +2,9 @@
 
 :func:`run` takes a plan, a device and a function that keeps a record. It handles every failure: a shape that does not
 fit in memory is skipped, an invalid time is refused, and a measurement is repeated if the device throttles or other
-processes use the CPU; each case is counted. A lost device or an interrupt ends the run with a reason, and all earlier
-records are kept. With the records of an earlier run, :func:`run` resumes it.
+processes use the CPU; each case is counted. A lost device, a failed graph capture or an interrupt ends the run with a
+reason, and all earlier records are kept. The operator that lost the device is recorded as failed, one whose capture
+failed as unsupported. With the records of an earlier run, :func:`run` resumes it; that operator is not tried again.
 
 A record is a JSON-ready mapping:
 
@@ -18,7 +19,7 @@ A record is a JSON-ready mapping:
 ``median_s`` ...     ``lower_s``, ``upper_s`` (95 % interval of the median; null where samples are too few for one),
                      ``samples_s`` and ``warmup_s`` (raw, untrimmed), ``loops``
 ``method``           how launches were timed and kept cold
-``before, after``    telemetry
+``before, after``    telemetry; a GPU's is read under load, ``after`` during the samples
 ``visit``            round of the plan, from 0; the fastest counts (``calibration.records.stored_timings``)
 ``attempts``         number of measurements; ``throttled_samples`` were discarded because of throttling
 ``waited``           share of the time in which this process waited for a CPU, where the system counts it
@@ -35,18 +36,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from calibration.devices.protocol import Device, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
 from calibration.measure.interrupt import Interrupt, Interrupted
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
 from calibration.measure.probe import default_protocol
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.records.stored_timings import DRIFT_LIMIT, WAIT_LIMIT
+from calibration.records.stored_timings import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
 SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
+CAPTURE_FAILED = "capture failed"
 
 Append = Callable[[Mapping[str, Any]], Any]
 
@@ -86,13 +88,18 @@ class Outcome:
 
     counts: Counts
     elapsed_s: float  # on the device's clock
-    stopped: str  # reason of an early end: "budget", "interrupted" or "device lost: ..."; "" if the plan is done
+    stopped: str  # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
     problems: tuple[str, ...]  # one line per operator without a time, and one for drift
 
     @property
     def complete(self) -> bool:
         """Whether the run succeeded: the plan is done or its time is used."""
         return self.stopped in ("", "budget")
+
+    @property
+    def needs_new_process(self) -> bool:
+        """Whether this process can measure nothing more, but a new one can."""
+        return self.stopped.startswith(CAPTURE_FAILED)
 
 
 @dataclass
@@ -110,17 +117,25 @@ class _Run:
     threads: int = 1
     waits: list[float] = field(default_factory=lambda: [WAIT_LIMIT])  # shares of waiting so far
     drifts: list[float] = field(default_factory=list)
+    telemetry: list[Mapping[str, Any]] = field(default_factory=list)  # during the samples of each timed operator
+    lost: DeviceLost | None = None  # ends the run after the record of its operator
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)  # shortest time per operator, and its status
 
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
-        """Measure one operator and return its record. Only DeviceLost and Interrupted are raised."""
+        """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted is raised."""
         op = item.operator
         record = {"type": "measurement", "key": op.key, "operator": dict(vars(op))}
         record |= {"purpose": item.purpose, "status": OK, "reason": ""}
         try:
             self._measure(op, protocol, record)
-        except (Interrupted, DeviceLost):
+        except Interrupted:
             raise
+        except CaptureFailed as error:
+            self.lost = error
+            record |= {"status": UNSUPPORTED, "reason": str(error)}
+        except DeviceLost as error:
+            self.lost = error
+            record |= {"status": FAILED, "reason": f"device lost: {error}"}
         except OutOfMemory as error:
             record |= {"status": SKIPPED, "reason": f"out of memory: {error}"}
         except Unsupported as error:
@@ -177,6 +192,8 @@ class _Run:
         """Measure, count and append one visit of a planned item; return its status."""
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
         self.append(record)
+        if "after" in record:
+            self.telemetry.append(record["after"])
         key, status = str(record["key"]), str(record["status"])
         now = float(record.get("median_s", math.inf)), status
         if visit == 0:
@@ -196,6 +213,8 @@ class _Run:
     def check_drift(self, op: Operator) -> None:
         """Measure the drift check and compare it with the first one of the run."""
         record = self.record(Item(op, DRIFT_CHECK), self.protocol)
+        if self.lost is not None:
+            raise self.lost
         self.block += 1
         self.counts.drift_checks += 1
         record["block"] = self.block
@@ -280,6 +299,8 @@ def run(
                     counts.left -= 1
                 if status in (OK, NOISY, THROTTLED):
                     timed.add(item.operator.key)
+                if state.lost is not None:
+                    raise state.lost
                 failures = failures + 1 if status == FAILED else 0
                 if failures >= _FAILURES_IN_A_ROW:
                     raise DeviceLost(f"{failures} operators in a row failed; the last: {state.problems[-1]}")
@@ -295,6 +316,8 @@ def run(
                 state.check_drift(plan.drift_check)
         except Interrupted:
             stopped = "interrupted"
+        except CaptureFailed as error:
+            stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
             stopped = f"device lost: {error}"
     if state.drifts:
@@ -302,6 +325,9 @@ def run(
         change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"
         drifted = f"{counts.drifted} of {counts.drift_checks} drift checks differ from the first by {change}"
         state.problems.append(drifted)
+    if capped := sum(power_capped(state.telemetry)):
+        slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
+        state.problems.append(f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged")
     return Outcome(counts, device.clock() - start, stopped, tuple(state.problems))
 
 

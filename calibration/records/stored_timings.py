@@ -12,12 +12,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
+from calibration.devices.telemetry import POWER_CAP
 from calibration.records.store import Content, Header
 from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.errors import InputError, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
+CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
 WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 _MOST = 2**40  # largest plausible dimension of an operator
 _FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
@@ -38,10 +40,11 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     The fastest of several visits counts (:class:`calibration.measure.plan.MeasurementPlan`). The status gives ``NOISY``
     and ``THROTTLED``, the share of waiting ``WAITED``. Rows around a drift check that differs get ``DRIFT``. Its
     reference is the first drift check of the run, or the fastest quarter of them if operators were visited several
-    times.
+    times. Rows that :func:`power_capped` finds get ``POWER_CAPPED``.
     """
     rows = list(rows)
     drifted = _drifted(rows)
+    capped = _capped(rows)
     runs: dict[str, int] = {}
     timings: list[dict[str, Any]] = []
     visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
@@ -51,6 +54,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
         try:
             run = str(row.get("run", header.run))
             timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs))}
+            timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
             index = len(timings)
             if "visit" in row and "key" in row:
                 index = visited.setdefault((run, str(row["key"])), index)
@@ -62,6 +66,36 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             raise InputError(f"record {number}: not a timing: {reason}") from None
     return Records.from_rows(timings, [header.source(run) for run in runs])
+
+
+def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest.
+
+    A run at the power limit throughout is not flagged: its clocks are those of the device under load.
+
+    >>> power_capped([{"clock_hz": 1.4e9, "throttle": ["sw_power_cap"]}, {"clock_hz": 1.98e9, "throttle": []}])
+    [True, False]
+    """
+    clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
+    highest = max((clock for clock in clocks if clock == clock), default=math.nan)
+    return [
+        isinstance(r.get("throttle"), list) and POWER_CAP in r["throttle"] and clock < (1.0 - CLOCK_LIMIT) * highest
+        for r, clock in zip(readings, clocks, strict=True)
+    ]
+
+
+def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the numbers (from 1) of the rows that the power cap slowed down, run by run."""
+    runs: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
+            runs.setdefault(str(row.get("run", "")), []).append(number)
+    return {
+        number
+        for numbers in runs.values()
+        for number, slow in zip(numbers, power_capped([rows[i - 1]["after"] for i in numbers]), strict=True)
+        if slow
+    }
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
@@ -107,10 +141,17 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
         "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
-        "launch": "graph" if "graph" in method else "eager" if method not in ("", "replayed") else LAUNCHES[0],
+        "launch": _launch_of(method),
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",
     }
+
+
+def _launch_of(method: str) -> str:
+    """Return how launches count in a time, by the method's beginning: the names of kernels may follow."""
+    if method in ("", "replayed"):
+        return LAUNCHES[0]
+    return "graph" if method.startswith("events around a graph") else "eager"
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Flag(IntFlag):
     DRIFT = 4  # the next drift check differed by more than its limit
     WAITED = 16  # the process waited for a CPU, which other processes used
     CONFLICT = 8  # several timings of this shape differ; the row holds their median
+    POWER_CAPPED = 16  # timed at the power limit, at a clock below the highest of the run
 
 
 @dataclass(frozen=True)

@@ -152,12 +152,13 @@ def settings_of(
     texts: Sequence[str] = (),
     scenario: Scenario | None = None,
     kernels: Mapping[str, str] = MappingProxyType({}),
+    known_phases: Sequence[str] = PHASES[:2],
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
     The prunings are texts of ``--prune``, then families (None: all, or none next to texts) at fractions (None:
-    :data:`SPARSITIES`). ``kernels`` are those of the device by family. InputError: unknown name, value out of range, or
-    no case.
+    :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can run. InputError:
+    unknown name, value out of range, or no case.
 
     >>> families = ["depth", "semi_structured"]
     >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
@@ -172,7 +173,7 @@ def settings_of(
         fractions = SPARSITIES if sparsities is None else sparsities
         prunings += prunings_of((), ("all",) if alone else families, sparsity=fractions)
     passes = itertools.product(
-        once(one_of("phase", p, PHASES[:2]) for p in phases),
+        once(one_of("phase", p, known_phases) for p in phases),
         once(whole_number("batch", b) for b in batch),
         once(whole_number("seq", s) for s in seq),
     )

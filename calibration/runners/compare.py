@@ -1,44 +1,71 @@
-"""Execute a decoder, dense and pruned by every family, and compare its times with predictions.
+"""Run a model, dense and pruned by every family, and compare its times with predictions.
 
-:func:`compare` times each pruned decoder in alternation with the dense decoder, so that a slower machine slows both,
-and keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records. :func:`summary` and
-:func:`by_phase` report the agreement, :func:`repeatability` the scatter of repeated measurements.
-:mod:`calibration.runners.decoder` and torch are imported only to run a decoder.
+:func:`compare` times each pruned model in alternation with the dense model, so that a slower machine slows both, and
+keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records. :func:`summary` and
+:func:`by_phase` report the agreement, :func:`repeatability` the scatter of repeated measurements. :data:`ENGINES` names
+what runs a model: our own decoder, or a library. torch and the libraries are imported only to run a model.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import CaptureFailed, Device
 from calibration.measure.interrupt import Interrupt
-from calibration.measure.run import FAILED, UNSUPPORTED
+from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
+from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
+from calibration.runners.vllm_bench import BenchRun, bench_record
 from calibration.validation.scores import errors, spearman
 from calibration.validation.verdict import verdict_of
+from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
 from simulator.units import ratio
+from simulator.workload import PHASES
 
-STORE = "decoder.jsonl"
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
-"""The engine of this decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
+"""The engine of our decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
+COMPILED = str(resources.files(__package__) / "compiled.yaml")
+"""Transformers under torch.compile, which joins no projections."""
+
+
+@dataclass(frozen=True)
+class RunEngine:
+    """What runs the models of a comparison."""
+
+    title: str
+    lowered: str  # engine of the predicted workloads; "": bare kernels
+    phases: tuple[str, ...]
+    package: str = ""  # library that runs the models; "": our decoder
+
+
+ENGINES: Mapping[str, RunEngine] = {
+    "reference": RunEngine("our decoder", "", ("prefill", "decode")),
+    "hf": RunEngine("Transformers, eager", "hf", ("prefill", "decode", "generate"), "transformers"),
+    "compile": RunEngine("Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"),
+    "vllm": RunEngine("vLLM", "vllm", PHASES, "vllm"),
+}
+"""Engines that :func:`compare` runs."""
 
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
-"""Number formats of the decoder."""
+"""Number formats of the models."""
 
 
 def kernels_on(device: str) -> dict[str, str]:
@@ -61,6 +88,11 @@ class ComparedCases:
     notes: tuple[str, ...]  # reasons of cases without a time
     stopped: str = ""
 
+    @property
+    def needs_new_process(self) -> bool:
+        """Whether a failed capture ended it, after which only a new process can time the rest."""
+        return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
+
 
 def compare(
     folder: str | Path,
@@ -70,79 +102,161 @@ def compare(
     *,
     budget_s: float,
     dtype: str = "bf16",
-    runtime: str = "",
+    engine: str = "reference",
+    content: Mapping[str, Any] = NONE,
+    python: str = sys.executable,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
-    """Run and time a decoder in every case, into a new run folder or the folder of an earlier run of the same device.
+    """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
 
     The open device stays open. The cases were lowered from ``config`` and share the budget equally; the next run
-    measures the cases that remain. ``runtime`` ("cuda_graph" or "eager") is how decode steps are launched (default: a
-    graph if device and family support it). ``seed`` determines the weights and the order of the cases. InputError: a
-    budget of zero, a device without torch, an unsupported number format or model, no pruning that a decoder runs, or a
-    folder of another device.
+    measures the cases that remain. ``engine`` is one of :data:`ENGINES`; those of a library need ``content``, that of
+    the model's ``config.json``. ``python`` is the interpreter of vLLM. ``seed`` determines the weights and the order of
+    the cases. InputError: a budget of zero, a device without torch, an unsupported number format or model, a missing
+    library, no pruning that the engine runs, or a folder of another device or version.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
-        raise InputError(f"--dtype: expected one of {known} for a decoder on {device.name}, got {dtype}")
+        raise InputError(f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
-        raise InputError(f"device: expected cpu or cuda, which run a decoder in torch, got {device.name!r}")
-    from calibration.runners.decoder.families import check_steps
-    from calibration.runners.decoder.model import check_model
-    from calibration.runners.decoder.timing import Executor
-
-    check_model(config)
-    unable, names = dict[str, None](), dict[str, Case]()
+        raise InputError(f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}")
+    runner = runner_of(engine, device, config, content, dtype, seed, python)
+    unable, names = dict[str, dict[str, None]](), dict[str, Case]()
     for case in cases:
         try:
-            check_steps(case.steps)
-            names[name_of(case, dtype)] = case
+            runner.check(case)
+            names[name_of(case, dtype, engine)] = case
         except InputError as error:
-            unable[f"{case.prune}: not executed: {error}"] = None
+            unable.setdefault(str(error), {})[case.prune] = None
+    refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
-        raise InputError(next(iter(unable), "expected at least one case"))
-    file, header = begin(folder, device, dtype, budget_s, STORE, model=config.name)
+        raise InputError(next(iter(refused), "expected at least one case"))
+    file, header = begin(
+        folder,
+        device,
+        dtype,
+        budget_s,
+        file_name("decoder.jsonl", engine),
+        software=versions(engine),
+        model=config.name,
+    )
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
-    with Store(file, header) as store, Interrupt() as interrupt:
-        done = {str(row["key"]) for row in store.rows if row.get("status") in (OK, UNSUPPORTED)}
+    with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
+        done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
         todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
         left = len(todo)
-        executor = Executor(device, config, dtype, runtime, seed) if todo else None
+        if todo:
+            _prepare(runner, todo[0][1], config, dtype)
         for name, case in todo:
             spent = device.clock() - start
             if interrupt.requested or spent >= budget_s:
                 stopped = "interrupted" if interrupt.requested else "budget"
                 break
-            assert executor is not None
-            # the share of a case includes making its decoder; later cases get the unused time
-            record = executor.record(case, (budget_s - spent) / left)
-            store.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
+            # the share of a case includes making its model; later cases get the unused time
+            try:
+                record = runner.record(case, (budget_s - spent) / left)
+            except CaptureFailed as error:
+                record = {"status": UNSUPPORTED, "reason": str(error)}
+                stopped = f"{CAPTURE_FAILED}: {error}"
+            kept.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
             left -= 1
+            if stopped:
+                break
             failures = failures + 1 if record["status"] == FAILED else 0
             if failures >= _FAILURES_IN_A_ROW:
                 stopped = f"device lost: {failures} cases in a row failed; the last: {record['reason']}"
                 break
             progress(round(device.clock() - start), round(budget_s))
-        found = {str(row["key"]): row for row in store.rows if row.get("key") in names}
+        found = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
         f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
         for r in found.values()
         if r["status"] != OK
     )
-    return ComparedCases(tuple(found.values()), left, (*unable, *notes), stopped)
+    return ComparedCases(tuple(found.values()), left, (*refused, *notes), stopped)
 
 
-def name_of(case: Case, dtype: str) -> str:
-    """Text that identifies a case: equal cases, equal names."""
+def file_name(name: str, engine: str) -> str:
+    """Return the name of a file in a run folder: with the name of the engine, unless it is our decoder.
+
+    >>> file_name("decoder.jsonl", "reference"), file_name("decoder.jsonl", "hf")
+    ('decoder.jsonl', 'decoder.hf.jsonl')
+    """
+    return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
+
+
+def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
+    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case.
+
+    InputError: another number of files, or files that measured something else.
+    """
+    if len(files) != len(cases) + 1:
+        expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
+        raise InputError(f"--bench: expected {expected}, got {len(files)}")
+    records = [
+        {"key": name_of(case, dtype, "vllm"), "dtype": dtype, **case.identity, **bench_record(case, files[0], file)}
+        for case, file in zip(cases, files[1:])
+    ]
+    notes = dict.fromkeys(str(r["reason"]) for r in records if r["reason"])
+    return ComparedCases(tuple(records), 0, tuple(notes))
+
+
+def runner_of(
+    engine: str,
+    device: Device,
+    config: ModelConfig,
+    content: Mapping[str, Any],
+    dtype: str,
+    seed: int,
+    python: str = sys.executable,
+) -> Runner:
+    """Return the runner of an engine; InputError if its library is not installed or cannot run the model."""
+    if engine == "reference":
+        from calibration.runners.decoder.timing import Executor
+
+        return Executor(device, config, dtype, seed)
+    if engine == "vllm":
+        from calibration.runners.vllm.runner import VllmRunner
+
+        return VllmRunner(device, config, content, dtype, seed=seed, python=python)
+    if find_spec(ENGINES[engine].package) is None:
+        package = ENGINES[engine].package
+        raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
+    from calibration.runners.hf_runner import HfRunner
+
+    return HfRunner(device, config, content, dtype, compiled=engine == "compile", seed=seed)
+
+
+def versions(engine: str) -> dict[str, str]:
+    """Return the version of the library of an engine; vLLM, of another environment, states its own in each record."""
+    package = ENGINES[engine].package
+    return {package: metadata.version(package)} if package and engine != "vllm" else {}
+
+
+def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:
+    try:
+        runner.prepare(case)
+    except (RuntimeError, MemoryError) as error:
+        from calibration.devices.operators import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        fewer = "use its first layers with --layers"
+        raise InputError(f"{config.name} in {dtype} does not fit on {runner.device.name}; {fewer}") from None
+
+
+def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
+    """Text that identifies a case in an engine: equal cases, equal names."""
     w = case.dense
     layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
     where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
-    return f"decoder {w.meta.model} {case.prune} {where}"
+    return f"{'decoder' if engine == 'reference' else engine} {w.meta.model} {case.prune} {where}"
 
 
 def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
-    """Return the pruned decoders in random order, to spread drift; the cases of one decoder stay together."""
+    """Return the pruned models in random order, to spread drift; the cases of one model stay together."""
     decoders = list(dict.fromkeys(case.prune for case in cases.values()))
     order = np.random.default_rng(seed).permutation(len(decoders))
     rank = {decoders[i]: position for position, i in enumerate(order)}
@@ -151,10 +265,11 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class ComparedSpeedup(CaseRow):
-    """One comparison, in the order of the columns. Times are of a forward pass.
+    """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
 
-    ``measured`` is the median ratio of alternating passes; ``measured_lower`` and ``measured_upper`` are its 95 %
-    interval, or the smallest and largest ratio if there are too few for an interval.
+    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the
+    median ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the
+    95 % interval of the median, or the smallest and largest ratio if there are too few for an interval.
     """
 
     runtime: str
@@ -182,27 +297,29 @@ def rows_of(
     *,
     device: str = "",
     dtype: str = "bf16",
+    engine: str = "reference",
     measured_bounds: Sequence[float] = (),
 ) -> list[ComparedSpeedup]:
     """Return comparisons of the cases, in their order, that have a measured time and a prediction.
 
-    A prefill, a pass from a graph, and any pass on a CPU (whose operator times include launches) are predicted as the
-    sum of their operators; a decode step with single launches on a GPU is predicted in eager mode. ``measured_bounds``
-    is the measured upper bound of each case, or NaN.
+    A case of a library is predicted in the engine that it was lowered for. Of our decoder, a prefill, a pass from a
+    graph, and any pass on a CPU (whose operator times include launches) are predicted as the sum of their operators; a
+    decode step with single launches on a GPU is predicted in eager mode. ``measured_bounds`` is the measured upper
+    bound of each case, or NaN.
     """
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
     for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
-        record = found.get(name_of(case, dtype))
+        record = found.get(name_of(case, dtype, engine))
         if record is None:
             continue
-        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
-        s = predicted_speedup(case.run_in("hf" if host_bound else EXECUTED), hw)
+        s = predicted_speedup(case if case.dense.meta.engine else _of_our_decoder(case, record, hw), hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
         ratio = dense_s / pruned_s
-        measured, low, high = median_interval(ratio.tolist())
+        pair = int(np.argsort(ratio, kind="stable")[(len(ratio) - 1) // 2])
+        _, low, high = median_interval(ratio.tolist())
         if not math.isfinite(high):
             low, high = float(ratio.min()), float(ratio.max())
         row = ComparedSpeedup(
@@ -210,18 +327,23 @@ def rows_of(
             device=device,
             dtype=dtype,
             runtime=str(record["runtime"]),
-            dense_s=float(np.median(dense_s)),
-            pruned_s=float(np.median(pruned_s)),
-            measured=measured,
+            dense_s=float(dense_s[pair]),
+            pruned_s=float(pruned_s[pair]),
+            measured=float(ratio[pair]),
             measured_lower=low,
             measured_upper=high,
             measured_bound=bound,
             predicted_dense_s=s.dense_s,
             predicted_pruned_s=s.pruned_s,
-            error=s.speedup / measured - 1,
+            error=s.speedup / float(ratio[pair]) - 1,
         )
         out.append(row)
     return out
+
+
+def _of_our_decoder(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
+    host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+    return case.run_in("hf" if host_bound else EXECUTED)
 
 
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol
 from calibration.records.exact_shapes import without_exact
+from calibration.records.methods import one_method
 from calibration.records.store import Header, Store, read_store
 from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import PURPOSES, Records
@@ -74,9 +76,15 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def begin(
-    folder: str | Path, device: Device, dtype: str, budget_s: float, name: str = RECORDS, **extra: Any
+    folder: str | Path,
+    device: Device,
+    dtype: str,
+    budget_s: float,
+    name: str = RECORDS,
+    software: Mapping[str, str] = MappingProxyType({}),
+    **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header.
+    """Return the file of a run's records and its header; ``software`` are versions next to those of the device.
 
     InputError: the budget is not positive, the device lacks the number format, or the folder holds records of another
     device or software.
@@ -88,7 +96,8 @@ def begin(
             f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
         )
     description = device.describe()
-    header = Header(description.device, dict(description.stack), dtype, extra={"opened": device.name, **extra})
+    stack = {**description.stack, **software}
+    header = Header(description.device, stack, dtype, extra={"opened": device.name, **extra})
     if not is_new(file):
         read_store(file).header.refuse_other(header, str(file))
     return file, header
@@ -274,6 +283,7 @@ def fit_run(
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
+    records, _ = one_method(records)  # the notes are those of the fit
     title = f"Calibration of {content.header.device}, {content.header.dtype}"
     reports: dict[str, Report | None] = {}
     for purpose, (name, subject) in REPORTS.items():

@@ -13,9 +13,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from test_telemetry import FakeNvml  # noqa: E402
+
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
+from calibration.devices import cuda_timing as timing  # noqa: E402
+from calibration.devices.capture_probe import Probed  # noqa: E402
 from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
+from calibration.devices.cuda_timing import PREHEAT_S  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
 from calibration.devices.telemetry import UNKNOWN  # noqa: E402
@@ -38,8 +43,10 @@ class Event:
 
     def record(self) -> None:
         self.at = self.cuda.now
+        self.cuda.order.append("event")
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.cuda.synchronize()
 
     def elapsed_time(self, other: Event) -> float:
         return (other.at - self.at) * 1e3
@@ -53,11 +60,21 @@ class Graph:
 
     def replay(self) -> None:
         self.cuda.replays += 1
+        self.cuda.queued += 1
+        self.cuda.order.append("replay")
         self.cuda.now += self.launches * self.cuda.kernel_s + self.cuda.gap_s
 
 
+ASSERT = 'captures_underway.empty() INTERNAL ASSERT FAILED at "c10/cuda/CUDACachingAllocator.cpp":3163'
+
+
 class FakeCuda:
-    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were captured, plus a gap."""
+    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were captured, plus a gap.
+
+    A capture during which ``capture_error`` is raised leaves the allocator in capture, as in torch before 2.12: every
+    later capture and ``empty_cache`` raises. After ``lost``, every synchronisation raises. ``queued`` counts launches
+    since the last synchronisation.
+    """
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.capability, self.kernel_s, self.gap_s = capability, 1e-5, 0.0
@@ -65,30 +82,49 @@ class FakeCuda:
         self.host_s, self.held = 0.0, []
         self.capture_error: Exception | None = None
         self.launch_error: Exception | None = None
+        self.lost: Exception | None = None
+        self.leaks, self.underway, self.queued, self.order = True, False, 0, list[str]()
         self.Event = lambda enable_timing: Event(self, enable_timing)
         self.CUDAGraph = lambda: Graph(self)
         self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
         self.stream = nullcontext
         self.is_available = lambda: True
         self.device_count = lambda: 1
-        self.set_device = self.synchronize = self.empty_cache = lambda *_: None
+        self.set_device = lambda *_: None
         self.mem_get_info = lambda index: (1e9, 1e9)
         self._sleep = self.held.append
+
+    def synchronize(self) -> None:
+        self.queued = 0
+        if self.lost is not None:
+            raise self.lost
+
+    def empty_cache(self) -> None:
+        if self.underway:
+            raise RuntimeError(ASSERT)
 
     def launch(self) -> None:
         if self.launch_error is not None:
             raise self.launch_error
+        if self.capturing and self.capture_error is not None:
+            raise self.capture_error
+        self.queued += not self.capturing
         time.sleep(self.host_s)
         self.captured += self.capturing
         self.now += 0.0 if self.capturing else self.kernel_s
 
     @contextmanager
     def graph(self, graph: Graph) -> Iterator[None]:
-        if self.capture_error is not None:
-            raise self.capture_error
+        self.empty_cache()
         self.capturing, self.captured = True, 0
-        yield
-        self.capturing, graph.launches = False, self.captured
+        try:
+            yield
+        except Exception:
+            self.underway = self.leaks
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        finally:
+            self.capturing = False
+        graph.launches = self.captured
 
     def get_device_properties(self, index: int) -> Any:
         major, minor = self.capability
@@ -103,8 +139,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     planted = FakeCuda()
     real = module.build
 
-    def build(op: Operator, place: str, arena: Any) -> Launches:
-        launches = real(op, place, arena)
+    def build(op: Operator, place: str, arena: Any, library: Any) -> Launches:
+        launches = real(op, place, arena, library)
 
         def launch(i: int) -> Any:
             planted.launch()
@@ -113,11 +149,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         return Launches(launch, launches.copies, launches.how)
 
     monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(timing, "PREHEAT_S", 1e-3)  # the launches are real ones of the CPU
     return planted
 
 
 def _device(fake: FakeCuda, **options: Any) -> CudaDevice:
-    return CudaDevice(0, backend=fake, torch_device="cpu", nvml=None, **options)
+    return CudaDevice(0, **{"backend": fake, "torch_device": "cpu", "nvml": None, **options})
 
 
 GEMM = Operator("gemm", m=4, n=128, k=64)
@@ -125,35 +162,170 @@ GEMM = Operator("gemm", m=4, n=128, k=64)
 
 def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCuda) -> None:
     prepared = _device(fake).prepare(GEMM)
-    copies = 2_000_000 // (128 * 64 * 2) + 1
+    copies = 4_000_000 // (128 * 64 * 2) + 1  # four times L2: of twice L2, a fifth would still be found there
     assert fake.captured % copies == 0
     assert fake.captured * fake.kernel_s >= 2e-3
     assert prepared.sample(1) == pytest.approx(1e-5)
-    assert f"graph of {fake.captured} launches over {copies} rotated copies" in prepared.method
+    assert f"graph of {fake.captured} launches over {copies} rotated copies (4 x L2)" in prepared.method
 
 
 def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
     fake.gap_s = 3e-6
     prepared = _device(fake).prepare(replace(GEMM, cold=False))
-    length, before = fake.captured, fake.replays
+    length = fake.captured
+    fake.order.clear()
     assert prepared.sample(2 * length + 1) == pytest.approx(1e-5, rel=0.02)
-    assert fake.replays - before == 3
+    first, last = (i for i, what in enumerate(fake.order) if what == "event")
+    assert fake.order[first + 1 : last] == ["replay"] * 3
+
+
+def test_the_start_event_is_not_recorded_on_an_idle_gpu(fake: FakeCuda) -> None:
+    prepared = _device(fake).prepare(GEMM)
+    fake.order.clear()
+    prepared.sample(1)
+    assert fake.order[:4] == ["replay", "event", "replay", "event"]
+    fake.kernel_s = 0.1  # the time of one replay does not count in one of seconds, but would double the run
+    prepared = _device(fake).prepare(Operator("gemm", m=4, n=1024, k=2048))
+    fake.order.clear()
+    prepared.sample(1)
+    assert fake.order[:2] == ["event", "replay"]
 
 
 def test_a_long_kernel_does_not_make_a_long_graph(fake: FakeCuda) -> None:
     fake.kernel_s = 0.1
-    _device(fake).prepare(Operator("gemm", m=4, n=1024, k=1024))
-    assert fake.captured == 1  # a weight of twice the cache needs no copies
+    _device(fake).prepare(Operator("gemm", m=4, n=1024, k=2048))
+    assert fake.captured == 1  # a weight of four times the cache needs no copies
 
 
-def test_what_cannot_be_captured_is_timed_launch_by_launch_after_a_flush(fake: FakeCuda) -> None:
-    fake.capture_error = RuntimeError("operation not permitted when stream is capturing")
-    device = _device(fake)
+CAPTURE_ERROR = RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fake: FakeCuda) -> None:
+    asked: list[Operator] = []
+
+    def probe(op: Operator) -> Probed:
+        asked.append(op)
+        return Probed(op.kind != "gemm", "not capturable: planted" if op.kind == "gemm" else "", ("a", "b"))
+
+    device = _device(fake, probe=probe)
     prepared = device.prepare(GEMM)
-    assert prepared.sample(300) == pytest.approx(1e-5)
-    assert "single launches after an L2 flush" in prepared.method
-    assert "not captured" in prepared.method
-    assert device._flush.numel() == 2_000_000  # twice the cache
+    assert prepared.sample(130) == pytest.approx(1e-5)
+    assert "single launches after a flush of 4 x L2; not capturable: planted" in prepared.method
+    assert (fake.captured, fake.underway) == (0, False)  # nothing was captured in this process
+    assert device._timer._flush.numel() == 4_000_000
+    device.prepare(replace(GEMM, m=8))
+    assert asked == [GEMM]  # one question for a kind and number format
+    low_rank = device.prepare(Operator("low_rank", m=4, n=128, k=64, rank=16))
+    device.prepare(Operator("gemm", "fp16", m=4, n=128, k=64))
+    assert [(op.kind, op.dtype) for op in asked[1:]] == [("low_rank", "bf16"), ("gemm", "fp16")]
+    assert low_rank.method.startswith("events around a graph")
+    assert low_rank.method.endswith("; kernels of the first low_rank: a, b")
+
+
+def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(fake: FakeCuda) -> None:
+    answers: Any = iter([Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")])
+
+    def probe(op: Operator) -> Probed:
+        answer = next(answers)
+        if isinstance(answer, Unsupported):
+            raise answer
+        return answer
+
+    device = _device(fake, probe=probe)
+    assert "graph" in device.prepare(GEMM).method
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="status -11"):
+            device.prepare(GEMM)
+    for _ in range(2):  # of a kind that nothing can be known of, once
+        assert "graph" in device.prepare(Operator("copy", n=4096)).method
+    assert next(answers, None) is None
+
+
+def test_a_failed_capture_ends_the_run_and_the_next_process_goes_on_without_its_operator(fake: FakeCuda) -> None:
+    kept: list[Any] = []
+    gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 64), (8, 64))]
+    plan = replace(in_order(gemms, Rates(1e14, 1e12)), drift_check=GEMM)
+
+    def keep(record: Any) -> None:
+        kept.append(record)
+        fake.capture_error = CAPTURE_ERROR if len(kept) == 2 else None  # of the second operator
+
+    protocol = Protocol(time_limit_s=1.0, min_window_s=1e-3)
+    outcome = run(plan, _device(fake), keep, protocol=protocol)
+    assert outcome.stopped.startswith("capture failed: gemm bf16 cold m=4")
+    assert outcome.needs_new_process
+    assert not outcome.complete
+    assert fake.underway  # every later capture of this process would fail
+    assert [r["status"] for r in kept] == ["ok", "ok", "unsupported"]
+    assert "not capturable: RuntimeError: operation not permitted" in kept[-1]["reason"]
+    assert (outcome.counts.unsupported, outcome.counts.left) == (1, 1)
+    fake.underway, fake.capture_error = False, None  # as in a new process
+    again = run(plan, _device(fake), kept.append, previous=list(kept), protocol=protocol)
+    assert (again.stopped, again.counts.ok, again.counts.resumed) == ("", 1, 2)
+    assert all(r["method"].startswith("events around a graph") for r in kept if "method" in r)
+
+
+def test_a_failed_capture_that_leaves_the_process_usable_costs_its_operator_only(fake: FakeCuda) -> None:
+    fake.leaks = False  # torch from 2.12
+    device = _device(fake)
+    fake.capture_error = CAPTURE_ERROR
+    with pytest.raises(Unsupported, match="not capturable: RuntimeError: operation not permitted"):
+        device.prepare(GEMM)
+    fake.capture_error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(OutOfMemory):
+        device.prepare(GEMM)
+    fake.capture_error = None
+    assert "graph" in device.prepare(GEMM).method
+
+
+def test_load_precedes_the_first_measurement_and_follows_a_pause(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [100.0]
+    monkeypatch.setattr(timing, "PREHEAT_S", PREHEAT_S)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter))
+    device = _device(fake)
+
+    def load_s(op: Operator) -> float:
+        before = fake.now
+        device.prepare(op)
+        return fake.now - before
+
+    assert PREHEAT_S == 0.3
+    assert load_s(GEMM) >= 0.3
+    times[0] += 0.1
+    assert load_s(replace(GEMM, m=2)) < 0.1  # the clocks are still those of the load
+    times[0] += 2.0  # as after a rest, a probe or a long preparation
+    assert load_s(replace(GEMM, m=1)) >= 0.3
+
+
+class LoadedNvml(FakeNvml):
+    """NVML of a GPU that is at its power limit under load, and idle without queued launches."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+
+    def __getattr__(self, name: str) -> Any:
+        busy = self.cuda.queued > 0
+        if name == "nvmlDeviceGetClockInfo":
+            return lambda handle, kind: (1410 if busy else 210) if kind == self.NVML_CLOCK_SM else 2619
+        if name == "nvmlDeviceGetCurrentClocksEventReasons":
+            return lambda handle: 0x4 if busy else 0x1
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_telemetry_is_read_while_launches_run(fake: FakeCuda, graphs: bool) -> None:
+    fake.kernel_s = 1e-3
+    device = _device(fake, graphs=graphs, nvml=LoadedNvml(fake))
+    assert device.snapshot().clock_hz == 210e6  # nothing runs yet
+    kept: list[Any] = []
+    plan = replace(in_order([replace(GEMM, m=8)], Rates(1e14, 1e12)), drift_check=GEMM)
+    run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=0.02, max_samples=40))
+    assert len(kept) == 3
+    for reading in (record[name] for record in kept for name in ("before", "after")):
+        assert (reading["clock_hz"], reading["throttle"]) == (1410e6, ["sw_power_cap"])
 
 
 def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(fake: FakeCuda) -> None:
@@ -172,7 +344,7 @@ def test_without_graphs(fake: FakeCuda) -> None:
     hot = device.prepare(replace(GEMM, cold=False))
     assert hot.sample(10) == pytest.approx(1e-5)
     assert "flush" not in hot.method
-    assert device._flush is None
+    assert device._timer._flush is None
     with pytest.raises(Unsupported, match="disabled"):
         device.prepare(Operator("launch_graph"))
     assert device.describe().stack["timing"] == "events"
@@ -236,19 +408,21 @@ def test_what_the_gpu_lacks_is_refused_by_name(op: Operator, capability: tuple[i
             device.prepare(op)
 
 
+LAUNCH_ERROR = RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line")
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), OutOfMemory),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), OutOfMemory),
-        (RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line"), DeviceLost),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), DeviceLost),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"), Unsupported),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), Unsupported),
+        (RuntimeError("CUDA error: invalid configuration argument\nsecond line"), Unsupported),
         (NotImplementedError("no kernel for this format"), Unsupported),
     ],
 )
 def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Exception, kind: type[Exception]) -> None:
-    assert type(translate(error, "gemm")) is kind
     device = _device(fake)
     fake.launch_error = error
     with pytest.raises(kind) as caught:
@@ -261,8 +435,52 @@ def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Except
         prepared.sample(1)
 
 
+def test_a_device_is_lost_only_if_a_trivial_kernel_fails_too(fake: FakeCuda) -> None:
+    device = _device(fake)
+    fake.launch_error = LAUNCH_ERROR
+    with pytest.raises(Unsupported, match="illegal memory access"):
+        device.prepare(GEMM)
+    fake.lost = LAUNCH_ERROR  # such an error stays with the process
+    for error in (LAUNCH_ERROR, RuntimeError("a message that names no library")):
+        fake.launch_error = error
+        with pytest.raises(DeviceLost) as caught:
+            device.prepare(GEMM)
+        assert "\n" not in str(caught.value)
+    assert type(translate(LAUNCH_ERROR, "gemm", lambda: True)) is Unsupported
+
+
+def test_a_refused_operator_costs_one_shape_and_a_lost_device_is_not_met_again_at_the_same_operator(
+    fake: FakeCuda,
+) -> None:
+    kept: list[Any] = []
+    gemms = [Operator("gemm", m=m, n=64, k=64) for m in range(1, 5)]
+    plan = replace(in_order(gemms, Rates(1e14, 1e12)), drift_check=GEMM)
+
+    def keep(record: Any) -> None:
+        kept.append(record)
+        fake.launch_error = LAUNCH_ERROR if len(kept) in (2, 4) else None
+        fake.lost = LAUNCH_ERROR if len(kept) == 4 else None
+
+    protocol = Protocol(time_limit_s=1.0, min_window_s=1e-3)
+    outcome = run(plan, _device(fake), keep, protocol=protocol)
+    assert outcome.stopped.startswith("device lost: gemm bf16 cold m=4")
+    assert [r["status"] for r in kept] == ["ok", "ok", "unsupported", "ok", "failed"]
+    assert "device lost" in kept[-1]["reason"]
+    fake.lost = fake.launch_error = None
+    again = run(plan, _device(fake), kept.append, previous=list(kept), protocol=protocol)
+    assert (again.stopped, again.counts.resumed) == ("", 4)
+
+
+def test_fp8_accumulates_fast_as_in_engines(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **options: seen.append(options))
+    prepared = _device(fake).prepare(Operator("gemm", "fp8", m=16, n=64, k=64))
+    assert all(options["use_fast_accum"] for options in seen)
+    assert "fast accumulation" in prepared.method
+
+
 def test_other_errors_stay_what_they_are_and_what_does_not_fit_is_not_allocated(fake: FakeCuda) -> None:
-    assert translate(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "gemm") is None
+    assert translate(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "gemm", lambda: True) is None
     fake.launch_error = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
         _device(fake).prepare(GEMM)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.measure.plan import DRIFT_CHECK, Item, MeasurementPlan
 from calibration.records.store import Header
 from calibration.records.stored_timings import records_of
-from calibration.records.timing_table import PURPOSES
+from calibration.records.timing_table import PURPOSES, Flag
 
 pytestmark = pytest.mark.quick
 
@@ -159,11 +159,37 @@ def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> Non
     outcome, kept = go(ReplayDevice(faults=Faults(lost_at=8)))
     assert outcome.stopped == "device lost: planted: the device has fallen off the bus"
     assert not outcome.complete
-    assert [r["status"] for r in items(kept)] == ["ok"] * 7
-    assert outcome.counts.left == ALL - 7
+    assert [r["status"] for r in items(kept)] == ["ok"] * 7 + ["failed"]  # a later run does not begin with it
+    assert kept[-1]["reason"] == "device lost: planted: the device has fallen off the bus"
+    assert (outcome.counts.failed, outcome.counts.left) == (1, ALL - 8)
     outcome, kept = go(ReplayDevice(faults=Faults(lost_at=0)))  # at the first drift check
     assert outcome.stopped.startswith("device lost: ")
     assert kept == []
+
+
+class Capped(ReplayDevice):
+    """A GPU at its power limit, at half of its clock during some preparations."""
+
+    def __init__(self, slow: Collection[int]) -> None:
+        super().__init__()
+        self.slow = slow
+
+    def snapshot(self) -> Snapshot:
+        clock_hz = 0.99e9 if len(self.prepared) - 1 in self.slow else 1.98e9
+        return Snapshot(clock_hz, throttle=("sw_power_cap",))
+
+
+def test_a_power_cap_that_lowers_the_clock_of_some_operators_is_flagged() -> None:
+    outcome, kept = go(Capped({3, 7}))
+    assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)  # a repeat would have the same clock
+    (line,) = outcome.problems
+    assert line.startswith(f"2 of {ALL} timed operators ran at the power limit, at a clock over 3% below the highest")
+    records = records_of(kept, Header("planted"))
+    assert int((records.flags & Flag.POWER_CAPPED > 0).sum()) == 2
+    for slow in ((), range(1000)):  # a clock that does not change is that of the device under load
+        outcome, kept = go(Capped(slow))
+        assert outcome.problems == ()
+        assert not records_of(kept, Header("planted")).flags.any()
 
 
 def test_what_a_device_lacks_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,3 +196,28 @@ def test_rates_name_what_is_wrong() -> None:
     for name in ("flop_per_s", "bytes_per_s", "floor_s", "setup_s", "memory_bytes"):
         with pytest.raises(ValueError, match=name):
             Rates(**{"flop_per_s": 1e12, "bytes_per_s": 1e10, name: 0.0})
+
+
+SPARSE: dict[str, Any] = {"kind": "attention_block_sparse", "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64}
+
+
+def _sparse(block: int, length: int) -> Operator:
+    return Operator(block=block, q_len=length, kv_len=length, density=0.5, **SPARSE)
+
+
+def test_flex_attention_is_compiled_once_per_configuration() -> None:
+    rates = replace(GPU, compile_s=15.0)
+    lengths = [_sparse(block, length) for block in (64, 128) for length in (512, 1024, 2048)]
+    gemm = Operator("gemm", m=1, n=64, k=64)
+    plain, compiled = in_order([gemm, *lengths], GPU), in_order([gemm, *lengths], rates)
+    assert compiled.estimated_s == pytest.approx(plain.estimated_s + 30.0)
+    assert rates.cost_s(gemm, Protocol()) == GPU.cost_s(gemm, Protocol())
+
+
+def test_a_short_budget_skips_what_it_cannot_compile_and_a_long_one_counts_it() -> None:
+    shares, rates = {"gemm": 0.5, "pruned": 0.5}, replace(GPU, compile_s=15.0)
+    plans = [base_plan(rates, budget_s=budget_s, shares=shares) for budget_s in (18.0, 60.0)]
+    short, long = ({item.operator.kind for item in made.items} for made in plans)
+    assert short == {"gemm", "low_rank", "gather_gemm", "grouped_gemm"}
+    assert long == {*short, "attention_block_sparse"}
+    assert all(made.estimated_s <= made.budget_s for made in plans)

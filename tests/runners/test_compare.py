@@ -22,13 +22,15 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
+from calibration.runners import pairs  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
 from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import prune_by_steps, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
-from calibration.runners.decoder.timing import PairTimes, time_pair  # noqa: E402
+from calibration.runners.decoder.timing import time_pair  # noqa: E402
+from calibration.runners.pairs import PairTimes  # noqa: E402
 from calibration.validation.scores import spearman  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.engines.engine import check_engine, load_engine  # noqa: E402
@@ -85,15 +87,15 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
     assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
     assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
-    for bottleneck, count in ((1.5, timing.LEAST), (0.5, 2), (0.2, 1)):  # three, unless they take three times as long
-        assert len(time_pair(first, second, **where, time_limit_s=bottleneck).first_s) == count
+    for limit_s in (1.5, 0.5, 0.2):  # fewer would not show their scatter
+        assert len(time_pair(first, second, **where, time_limit_s=limit_s).first_s) == pairs.LEAST
 
 
 def test_a_precise_ratio_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
     many, one = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=1)
     times = time_pair(many, one, batch=1, seq=8, phase="decode", time_limit_s=9e9)
-    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (timing.ENOUGH, {4.0}, {1.0})
+    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (pairs.ENOUGH, {4.0}, {1.0})
 
 
 def test_more_layers_take_longer() -> None:
@@ -151,7 +153,7 @@ def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
     assert len(planted) == 3  # 2:4 was refused
     again = _compare(tmp_path, cases[:6])
     assert len(planted) == 5
-    lines = read_store(tmp_path / "run" / comparing.STORE).rows
+    lines = read_store(tmp_path / "run" / "decoder.jsonl").rows
     assert len({line["key"] for line in lines}) == len(lines) == len(again.records) == 6
 
 
@@ -248,23 +250,29 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
         summary([])
 
 
-def test_what_a_graph_cannot_hold_is_launched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
         asked.append(runtime)
-        if runtime == "cuda_graph":
+        if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
         return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
 
     monkeypatch.setattr(timing, "time_pair", timed)
     monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")
-    (record,) = _compare(tmp_path, _cases(families=["depth"], phases=["decode"])).records
-    assert asked == ["cuda_graph", "eager"]
-    assert (record["status"], record["runtime"]) == ("ok", "eager")
+    cases = _cases(families=["depth", "width"], phases=["decode"])
+    first = _compare(tmp_path, cases)
+    assert (len(asked), first.left, first.needs_new_process) == (1, 1, True)
+    (record,) = first.records
+    assert record["status"] == "unsupported"
     assert record["reason"].startswith("not captured: RuntimeError: operation not permitted")
-    forced = _compare(tmp_path, _cases(families=["width"], phases=["decode"]), runtime="cuda_graph").records
-    assert forced[0]["status"] == "failed"
+    again = _compare(tmp_path, cases)
+    assert asked == ["cuda_graph"] * 2
+    assert sorted(r["status"] for r in again.records) == ["ok", "unsupported"]
+    assert not again.needs_new_process
 
 
 def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[str]) -> None:
@@ -370,7 +378,7 @@ def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pyt
     out, err = capsys.readouterr()
     assert "median error" in out
     assert "sparse tensor cores" in err
-    assert {p.name for p in folder.iterdir()} == {comparing.STORE, "comparison.csv", "comparison.md", "comparison.png"}
+    assert {p.name for p in folder.iterdir()} == {"decoder.jsonl", "comparison.csv", "comparison.md", "comparison.png"}
     page = (folder / "comparison.md").read_text()
     assert page.count("\n| depth") == 2
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2

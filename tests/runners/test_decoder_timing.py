@@ -71,7 +71,7 @@ def test_prefill_and_decode_are_captured(family: str, monkeypatch: pytest.Monkey
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
-    executor = timing.Executor(ReplayDevice(description=Description("cpu", "some CPU")), CONFIG, "fp32", "", 0)
+    executor = timing.Executor(ReplayDevice(description=Description("cpu", "some CPU")), CONFIG, "fp32", 0)
     for family in DYNAMIC:
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"

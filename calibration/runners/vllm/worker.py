@@ -1,0 +1,110 @@
+"""Run one model in vLLM and time its requests: the program of a child process, which needs only vLLM.
+
+    python worker.py DESCRIPTOR '{"model": "FOLDER", "load_format": "dummy", ...}'
+
+The settings are keyword arguments of ``vllm.LLM``. Each line of the standard input is a request, each line written to
+the file descriptor its answer, both JSON; vLLM itself writes to the standard output. The process ends with its input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Answer = dict[str, Any]
+
+
+def prompts(vllm: Any, batch: int, tokens: int, vocab: int) -> list[Any]:
+    """Return prompts of random tokens, equal in every call."""
+    choose = random.Random(0)
+    return [vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens)) for _ in range(batch)]
+
+
+def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
+    """Return the time from sending a batch of prompts until all have ``output`` new tokens."""
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
+    sent = prompts(vllm, batch, tokens, vocab)
+    start = time.perf_counter()
+    finished = llm.generate(sent, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    made = {len(one.outputs[0].token_ids) for one in finished}
+    if len(finished) != batch or made != {output}:
+        raise RuntimeError(f"expected {batch} requests with {output} new tokens each, got {len(finished)} with {made}")
+    return {"seconds": seconds}
+
+
+def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vocab: int, windows: int) -> Answer:
+    """Return times of windows in the steady state of a closed loop, and waits for first tokens.
+
+    ``concurrency`` requests are in flight; a finished one is replaced at once. The first ones ask for fewer tokens, so
+    that requests finish at equal distances. The ramp-up ends when as many requests have finished as are in flight. A
+    window is the time in which as many requests finish as are in flight: the time of one request.
+    """
+    engine, kind = llm.llm_engine, importlib.import_module("vllm.sampling_params").RequestOutputKind
+    sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
+    marks, waits = list[float](), list[float]()
+
+    def add(number: int, length: int) -> None:
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=kind.DELTA
+        )
+        begun[str(number)] = time.perf_counter()
+        engine.add_request(str(number), sent[number % concurrency], params)
+
+    for number in range(concurrency):
+        add(number, -(-(number + 1) * output // concurrency))
+    waiting, in_flight, number = set(begun), set(begun), concurrency
+    while len(marks) <= windows:
+        for one in engine.step():
+            if one.request_id in waiting:
+                waiting.discard(one.request_id)
+                if marks:
+                    waits.append(time.perf_counter() - begun[one.request_id])
+            if one.finished:
+                in_flight.discard(one.request_id)
+                done += 1
+                if done % concurrency == 0:
+                    marks.append(time.perf_counter())
+                add(number, output)
+                waiting.add(str(number))
+                in_flight.add(str(number))
+                number += 1
+    engine.abort_request(sorted(in_flight))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"seconds": [late - early for early, late in itertools.pairwise(marks)], "first_token_s": waits}
+
+
+TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "serve": serve}
+
+
+def main(descriptor: int, settings: Answer) -> None:
+    """Start the model, then answer requests until the input ends; an error is answered and ends the process."""
+    os.set_inheritable(descriptor, False)  # so that the reader sees the end of this process, not of vLLM's own
+    with os.fdopen(descriptor, "w", buffering=1) as answers:
+
+        def answer(**found: Any) -> None:
+            answers.write(json.dumps(found) + "\n")
+
+        try:
+            vllm = importlib.import_module("vllm")
+            versions = {name: importlib.import_module(name).__version__ for name in ("vllm", "torch")}
+            llm = vllm.LLM(**settings)
+            answer(versions=versions)
+            for line in sys.stdin:
+                request = json.loads(line)
+                answer(**TIMED[request.pop("what")](vllm, llm, **request))
+        except Exception as error:
+            answer(error=f"{type(error).__name__}: {error}")
+            raise
+
+
+if __name__ == "__main__":  # vLLM starts further processes, which import this module
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

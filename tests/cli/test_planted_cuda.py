@@ -1,0 +1,320 @@
+"""Whole commands on planted GPUs: what a calibration recovers, and what is reported when something goes wrong.
+
+Each case runs once per session; the tests read what it printed and wrote. ``golden/planted_cuda.txt`` has a line per
+case. Where a change is meant to move a line, ``PRUNESIM_GOLDEN=write python -m pytest tests/cli/test_planted_cuda.py``
+rewrites the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import os
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+from planted_cuda import installed
+from planted_gpu import GPUS, NO_TROUBLES, Kernel, Troubles
+
+from calibration.devices.protocol import Operator
+from calibration.records.store import read_store
+from simulator.cli import run
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.uncertainty.operators import gemm_time
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "planted_cuda.txt"
+MODEL = "llama-3.1-8b --device cuda --layers 2 --seq 256 --sparsity 0.5"
+PROBES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "arithmetic": ((2048, 4096, 8192), (4096, 6144, 8192), (4096, 8192)),
+    "bandwidth": ((1, 4), (8192, 14336, 16384), (8192, 16384)),
+    "launch": ((1, 4, 16), (64, 128, 256), (64, 128, 256)),
+}
+"""Values of m, n and k of GEMMs whose times are nearly one planted constant each."""
+TOLERANCE = {"arithmetic": 0.1, "bandwidth": 0.05, "launch": 0.2}
+"""The fitted model has waves of tiles, which the planted arithmetic has not."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A case: commands on a GPU, each in a new process as far as torch is concerned, into one folder."""
+
+    gpu: str
+    commands: tuple[str, ...]
+    troubles: Troubles = NO_TROUBLES  # of the first command
+    later: Troubles | None = None  # of the others, if they differ
+
+
+BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)
+COMPARE = f"compare {MODEL} -o RUN --family width,depth,low_rank --budget 30s"
+CALIBRATE, MEASURE = ("calibrate cuda -o RUN --verbose --budget 50s",), ("measure cuda -o RUN --budget 12s",)
+CASES: Mapping[str, Planted] = {
+    **{name: Planted(name, CALIBRATE) for name in GPUS},
+    "bound": Planted("H100", BOUND),
+    "compare": Planted("H100", (*CALIBRATE, COMPARE)),
+    "compare hf": Planted("H100", (*CALIBRATE, f"{COMPARE} --engine hf --phase prefill")),
+    "compare lost": Planted("H100", (COMPARE,), Troubles(lost_at_s=0.3)),
+    "compare too large": Planted("H100", (COMPARE,), Troubles(memory_bytes=100e6)),
+    "noise": Planted("H100", MEASURE, Troubles(noise=0.05)),
+    "drift": Planted("H100", MEASURE, Troubles(drift_per_s=0.01)),
+    "power cap": Planted("H100", MEASURE, Troubles(power_cap=0.75)),
+    "throttling": Planted("H100", MEASURE, Troubles(throttle=(4.0, 6.0))),
+    "throttling throughout": Planted("H100", MEASURE, Troubles(throttle=(0.0, 1e9))),
+    "lost": Planted("H100", MEASURE, Troubles(lost_at_s=6.0)),
+    "refused": Planted(
+        "H100", (f"upper-bound {MODEL} -o RUN --family depth --budget 10s",), Troubles(refused=(4096, 4096))
+    ),
+    "capture": Planted("H100", MEASURE, Troubles(uncapturable=("scaled_dot_product_attention",))),
+    "late capture": Planted("H100", MEASURE * 2, Troubles(capture_fails_at_s=4.0), NO_TROUBLES),
+    "out of memory": Planted("H100", MEASURE, Troubles(memory_bytes=100e6)),
+    "no NVML": Planted("H100", MEASURE, Troubles(nvml=False)),
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the last command of a case returned, printed and wrote."""
+
+    statuses: tuple[int, ...]
+    out: str
+    notes: str
+    folder: Path
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Measurements, without drift checks."""
+        return [row for row in read_store(self.folder / "records.jsonl").rows if row["purpose"] != "drift_check"]
+
+    @property
+    def profile(self) -> HardwareProfile:
+        return load_hardware(self.folder / "profile.yaml")
+
+    def counts(self) -> Counter[str]:
+        return Counter(row["status"] for row in self.rows)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
+    """Return what a case ended with; each case runs once."""
+    found: dict[str, Ended] = {}
+
+    def ended(name: str) -> Ended:
+        if name not in found:
+            case, folder, statuses = CASES[name], tmp_path_factory.mktemp("planted") / "run", []
+            for number, command in enumerate(case.commands):
+                troubles = case.later if number and case.later is not None else case.troubles
+                out, notes = io.StringIO(), io.StringIO()
+                words = [str(folder) if word == "RUN" else word for word in shlex.split(command)]
+                printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes)
+                with printed[0], printed[1], installed(case.gpu, troubles):
+                    statuses.append(run(words))
+                assert "Traceback" not in notes.getvalue()
+            found[name] = Ended(tuple(statuses), out.getvalue(), notes.getvalue(), folder)
+        return found[name]
+
+    return ended
+
+
+def planted_s(name: str, m: int, n: int, k: int) -> float:
+    """Return the planted time of a GEMM on a GPU without troubles."""
+    gpu, op = GPUS[name], Operator("gemm", m=m, n=n, k=k)
+    return gpu.floor_s + Kernel("linear", op.flops / gpu.flop_per_s, op.bytes / gpu.bytes_per_s).seconds(1.0)
+
+
+def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
+    """Return the median relative errors of a profile where one planted constant of a GPU decides."""
+    found = {}
+    for what, sizes in PROBES.items():
+        m, n, k = (axis.ravel() for axis in np.meshgrid(*sizes))
+        true = np.array([planted_s(name, *shape) for shape in zip(m.tolist(), n.tolist(), k.tolist(), strict=True)])
+        found[what] = float(np.median(gemm_time(m, n, k, profile).seconds / true)) - 1.0
+    return found
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_planted_constants_are_recovered(ended: Callable[[str], Ended], name: str) -> None:
+    done = ended(name)
+    assert done.statuses == (0,), done.notes
+    found = errors(name, done.profile)
+    assert all(abs(error) < TOLERANCE[what] for what, error in found.items()), found
+    assert {row["after"]["throttle"] == "unknown" for row in done.rows if row["status"] == "ok"} == {GPUS[name].mig}
+
+
+def test_the_measured_bound_is_that_of_the_planted_kernels(ended: Callable[[str], Ended]) -> None:
+    done = ended("bound")
+    assert done.statuses == (0,), done.notes
+    assert done.out.startswith(f"The largest measured bounds of llama-3.1-8b on {GPUS['H100'].name} (132 SM): prefill ")
+    assert set(done.counts()) == {"ok"}
+
+
+def test_a_decoder_on_a_planted_gpu_is_as_fast_as_predicted(ended: Callable[[str], Ended]) -> None:
+    done = ended("compare")
+    assert done.statuses == (0, 0), done.notes
+    assert f"for llama-3.1-8b hold on {GPUS['H100'].name}" in done.out.replace("\n", " ")
+    rows = list(csv.DictReader((done.folder / "comparison.csv").read_text().splitlines()))
+    assert {(row["family"], row["phase"]) for row in rows} == set(
+        itertools.product(("depth", "width", "low_rank"), ("prefill", "decode"))
+    )
+    assert statistics.median(abs(float(row["error"])) for row in rows) < 0.05
+
+
+def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = ended("compare hf")
+    assert done.statuses == (0, 0), done.notes
+    rows = list(csv.DictReader((done.folder / "comparison.hf.csv").read_text().splitlines()))
+    assert {row["family"] for row in rows} == {"depth", "width", "low_rank"}
+    assert all(float(row["measured"]) > 1.0 for row in rows)
+
+
+def test_a_lost_gpu_ends_a_comparison(ended: Callable[[str], Ended]) -> None:
+    done = ended("compare lost")
+    assert done.statuses == (1,)
+    assert "device lost" in done.notes
+    assert "illegal memory access" in done.notes
+
+
+def test_a_model_that_does_not_fit_is_bad_input_in_one_line(ended: Callable[[str], Ended]) -> None:
+    done = ended("compare too large")
+    assert done.statuses == (2,)
+    assert "does not fit on cuda:0; use its first layers with --layers" in done.notes
+
+
+def test_noise_is_flagged(ended: Callable[[str], Ended]) -> None:
+    done = ended("noise")
+    assert done.statuses == (0,)
+    assert done.counts()["noisy"] > done.counts()["ok"]
+    assert "noisy" in done.out
+
+
+def test_a_drifting_clock_is_reported(ended: Callable[[str], Ended]) -> None:
+    done = ended("drift")
+    assert done.statuses == (0,)
+    assert re.search(r"\d+ of \d+ drift checks differ from the first by \+", done.notes)
+
+
+def test_a_power_cap_is_read_under_load_and_reported(ended: Callable[[str], Ended]) -> None:
+    done = ended("power cap")
+    capped = [row for row in done.rows if "after" in row and "sw_power_cap" in row["after"]["throttle"]]
+    assert capped
+    assert {row["after"]["clock_hz"] for row in capped} == {0.75 * GPUS["H100"].clock_hz}
+    assert "timed operators ran at the power limit" in done.notes
+
+
+def test_what_was_measured_while_the_gpu_was_hot_is_measured_again(ended: Callable[[str], Ended]) -> None:
+    done = ended("throttling")
+    again = [row for row in done.rows if row.get("attempts", 1) > 1]
+    assert again
+    assert {row["status"] for row in again} == {"ok"}
+    assert all(row["throttled_samples"] > 0 for row in again)
+
+
+def test_a_gpu_that_stays_hot_is_reported(ended: Callable[[str], Ended]) -> None:
+    done = ended("throttling throughout")
+    assert set(done.counts()) == {"throttled"}
+    assert "throttled: hw_thermal_slowdown" in done.notes
+
+
+def test_a_lost_gpu_ends_the_run_and_keeps_its_records(ended: Callable[[str], Ended]) -> None:
+    done = ended("lost")
+    assert done.statuses == (1,)
+    assert "stopped: device lost: " in done.notes
+    assert "an illegal memory access was encountered" in done.notes
+    assert done.counts()["ok"] > 5
+    assert done.counts()["failed"] == 1
+
+
+def test_a_shape_that_cublas_refuses_is_the_only_one_without_a_time(ended: Callable[[str], Ended]) -> None:
+    done = ended("refused")
+    assert done.statuses == (0,)
+    refused = [row for row in done.rows if row["status"] == "unsupported"]
+    assert {(row["operator"]["n"], row["operator"]["k"]) for row in refused} == {(4096, 4096)}
+    assert all("CUBLAS_STATUS_EXECUTION_FAILED" in row["reason"] for row in refused)
+    assert done.counts()["ok"] > 5
+
+
+PLAIN_ATTENTION = ("attention_prefill", "attention_decode")
+
+
+def test_a_kind_that_cannot_be_captured_has_one_method(ended: Callable[[str], Ended]) -> None:
+    done = ended("capture")
+    assert done.statuses == (0,)
+    methods = {(row["operator"]["kind"], _method(row)) for row in done.rows if "method" in row}
+    assert {method for kind, method in methods if kind in PLAIN_ATTENTION} == {"events around single launches"}
+    assert {method for kind, method in methods if kind == "gemm"} == {"events around a graph"}
+
+
+def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(ended: Callable[[str], Ended]) -> None:
+    done = ended("late capture")
+    assert done.statuses == (1, 0)
+    spoiled = [row for row in done.rows if row["status"] == "unsupported"]
+    assert len(spoiled) == 1
+    assert "not capturable" in spoiled[0]["reason"]
+    rest = [row for row in done.rows if "method" in row and "host clock" not in row["method"]]
+    assert {_method(row) for row in rest} == {"events around a graph"}
+    assert len(rest) > 40
+
+
+def test_operators_that_do_not_fit_are_skipped(ended: Callable[[str], Ended]) -> None:
+    done = ended("out of memory")
+    assert done.statuses == (0,)
+    assert done.counts()["skipped"] > 0
+    assert done.counts()["ok"] > 20
+    assert "out of memory" in done.notes
+
+
+def test_without_nvml_every_reading_is_unknown(ended: Callable[[str], Ended]) -> None:
+    done = ended("no NVML")
+    assert done.statuses == (0,)
+    assert {value for row in done.rows if "after" in row for value in row["after"].values()} == {"unknown"}
+
+
+def _method(row: Mapping[str, Any]) -> str:
+    """The beginning of a method, up to numbers and details."""
+    return re.split(r" of \d| after |,|;", row["method"])[0]
+
+
+def line_of(name: str, done: Ended) -> str:
+    """Return a case, its exit statuses, what its last command concludes and notes, and errors of planted constants."""
+    case = CASES[name]
+    planted = {field.name for field in fields(Troubles) if getattr(case.troubles, field.name) != field.default}
+    what = ", ".join(f"{field} {getattr(case.troubles, field)}" for field in sorted(planted)) or "nothing"
+    first = re.split(r": |\n\n", done.out.replace(str(done.folder), "RUN"))[0].replace("\n", " ")
+    parts = [f"planted: {what}", f"exit {' '.join(map(str, done.statuses))}", first]
+    if (done.folder / "records.jsonl").exists():
+        parts.append("rows " + ", ".join(sorted(done.counts())))
+    parts += sorted({_plain(note) for note in re.findall(r"^note: (.*)", done.notes, re.MULTILINE)})
+    if (done.folder / "profile.yaml").exists():
+        off = errors(case.gpu, done.profile)
+        parts.append("constants " + ", ".join(f"{what} {100 * error:+.0f} %" for what, error in off.items()))
+    return f"{name} ({case.gpu}): " + " | ".join(parts)
+
+
+OPERATORS = re.compile(r"\b\w+ \w+ (cold|hot)( \w+=[\w.]+)+(, | and \d+ more)?")
+
+
+def _plain(note: str) -> str:
+    """A note without operators and numbers, which follow from the order of a plan."""
+    return re.sub(r"[+-]?\d[\d.,]*", "#", OPERATORS.sub("", note))[:160]
+
+
+def test_the_campaign_reports_what_was_planted(ended: Callable[[str], Ended]) -> None:
+    text = "".join(f"{line_of(name, ended(name))}\n" for name in CASES)
+    if os.environ.get("PRUNESIM_GOLDEN") == "write":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")

@@ -1,0 +1,140 @@
+"""Transformers run for real on a tiny model: phases, eager and compiled, and the command that compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason="transformers is not installed; it comes with the extra transformers")
+
+from calibration.devices.protocol import Description  # noqa: E402
+from calibration.devices.replay import ReplayDevice  # noqa: E402
+from calibration.records.store import read_store  # noqa: E402
+from calibration.runners import compare as comparing  # noqa: E402
+from calibration.runners import hf_runner  # noqa: E402
+from calibration.runners.cases import Case, settings_of  # noqa: E402
+from calibration.runners.hf_runner import HfRunner  # noqa: E402
+from simulator.cli import run  # noqa: E402
+from simulator.errors import InputError  # noqa: E402
+from simulator.models.library import load_model  # noqa: E402
+from simulator.prediction.scenario import Scenario  # noqa: E402
+
+TINY = {
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+CONFIG = load_model(TINY)
+
+
+def _cases(engine: str, **settings: Any) -> list[Case]:
+    runs = comparing.ENGINES[engine]
+    scenario = Scenario(engine=runs.lowered, dtype="fp32", new_tokens=4)
+    usual = {"seq": [16], "sparsities": [0.5], "families": ["depth"], "known_phases": runs.phases}
+    return settings_of(CONFIG, **{**usual, "scenario": scenario, **settings})[0]
+
+
+def _device() -> ReplayDevice:
+    return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}))
+
+
+def _runner(compiled: bool = False) -> HfRunner:
+    return HfRunner(_device(), CONFIG, TINY, "fp32", compiled=compiled, seed=0)
+
+
+@pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
+def test_eager_phases_are_timed_in_turns(phase: str) -> None:
+    (case,) = _cases("hf", phases=[phase], batch=[2])
+    runner = _runner()
+    runner.prepare(case)
+    record = runner.record(case, 3.0)
+    assert record["status"] == "ok", record["reason"]
+    assert (record["runtime"], record["patched"]) == ("eager", "")
+    dense, pruned = record["dense_s"], record["pruned_s"]
+    assert len(dense) == len(pruned) >= 3
+    assert min(*dense, *pruned) > 0
+
+
+def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was() -> None:
+    lengths: list[int] = []
+    (case,) = _cases("hf", phases=["decode"])
+    runner = _runner()
+    runner.prepare(case)
+    model = runner.kept["dense"].model
+    layer = model.model.layers[0].self_attn
+    given = layer.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(int((kwargs.get("cache") or kwargs.get("past_key_values")).get_seq_length()))
+        return given(*args, **kwargs)
+
+    layer.forward = noted
+    with torch.inference_mode():
+        sample = hf_runner.eager_sampler(runner.kept["dense"], case)
+        sample(2)
+    prompt, *steps = lengths
+    once = hf_runner.TOKENS + 1  # the first token warms up, then come those that are timed
+    assert prompt == 0
+    assert steps == [*range(16, 16 + once)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize("phase", comparing.ENGINES["compile"].phases)
+def test_compiled_phases_are_timed_in_turns(phase: str) -> None:
+    (case,) = _cases("compile", phases=[phase], families=["width"])
+    runner = _runner(compiled=True)
+    runner.prepare(case)
+    record = runner.record(case, 3.0)
+    assert record["status"] == "ok", record["reason"]
+    assert record["runtime"] == "compiled"
+    assert min(*record["dense_s"], *record["pruned_s"]) > 0
+
+
+def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    cases = _cases("hf", families=["depth", "dynamic_depth", "token"], phases=["prefill"])
+    found = comparing.compare(
+        tmp_path / "run", _device(), CONFIG, cases, budget_s=3.0, dtype="fp32", engine="hf", content=TINY
+    )
+    assert [r["prune"] for r in found.records] == ["depth 0.5"]
+    (note,) = found.notes
+    assert note.startswith("dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"), note
+    header = read_store(tmp_path / "run" / "decoder.hf.jsonl").header
+    assert header.stack["transformers"] == comparing.versions("hf")["transformers"]
+
+
+def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(comparing, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--engine hf needs transformers, which is not installed; try: pip install"):
+        comparing.compare(tmp_path / "run", _device(), CONFIG, _cases("hf"), budget_s=1.0, dtype="fp32", engine="hf")
+    assert not (tmp_path / "run").exists()
+
+
+def test_engines_keep_their_cases_apart() -> None:
+    names = [comparing.name_of(case, "fp32", engine) for engine in comparing.ENGINES for case in _cases(engine)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, folder = tmp_path / "config.json", tmp_path / "run"
+    model.write_text(json.dumps(TINY))
+    words = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
+    texts = ["--prune", "depth 0.5", "--prune", "width mlp=0.5 layers=1-2"]
+    assert run([*words.split(), *texts, "--phase", "prefill,decode,generate", "--budget", "6s"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("The predictions of a100_sxm_80gb for ")
+    assert out.count("generate") >= 2
+    files = {p.name for p in folder.iterdir()}
+    assert files == {"decoder.hf.jsonl", *(f"comparison.hf.{kind}" for kind in ("csv", "md", "png"))}
+    rows = read_store(folder / "decoder.hf.jsonl").rows
+    assert {row["patched"] for row in rows} == {"", "other widths of the MLP in 2 layers"}

@@ -1,0 +1,196 @@
+"""Files of ``vllm bench``: keys of two releases, planted times, wrong files, records and their predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_vllm import FILE
+
+from calibration.runners.cases import Case
+from calibration.runners.compare import name_of, rows_of
+from calibration.runners.vllm_bench import BenchRun, bench_case_of, bench_record, read_bench
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.scenario import Scenario
+
+pytestmark = pytest.mark.quick
+
+KNOWN = json.loads(FILE.read_text(encoding="utf-8"))
+LATENCY = {"avg_latency": 0.5, "latencies": [0.52, 0.48, 0.5], "percentiles": {"10": 0.484, "50": 0.5, "99": 0.5196}}
+MANY, REQUESTS, TOKENS, OUTPUT = 4, 24, 512, 65
+
+
+def _serve(each_s: float = 2.0, **changes: Any) -> dict[str, Any]:
+    """Return a detailed result of a closed loop: the first and last requests are slower, as in a ramp."""
+    times = [each_s * (3.0 if i < MANY or i >= REQUESTS - MANY else 1.0 + 0.01 * (i // MANY)) for i in range(REQUESTS)]
+    duration = sum(times) / MANY
+    found = {
+        "date": "20261128-120000",
+        "backend": "vllm",
+        "endpoint_type": "vllm",
+        "label": None,
+        "model_id": "dense",
+        "tokenizer_id": None,
+        "num_prompts": REQUESTS,
+        "request_rate": "inf",
+        "burstiness": 1.0,
+        "max_concurrency": MANY,
+        "duration": duration,
+        "completed": REQUESTS,
+        "total_input_tokens": REQUESTS * TOKENS,
+        "total_output_tokens": REQUESTS * OUTPUT,
+        "request_throughput": REQUESTS / duration,
+        "output_throughput": REQUESTS * OUTPUT / duration,
+        "total_token_throughput": REQUESTS * (OUTPUT + TOKENS) / duration,
+        "request_goodput": None,
+        "ttfts": [0.25 * t for t in times],
+        "itls": [[0.75 * t / (OUTPUT - 1)] * (OUTPUT - 1) for t in times],
+        "mean_ttft_ms": 500.0,
+        "p99_ttft_ms": 1500.0,
+        "std_ttft_ms": 100.0,
+    }
+    return {key: value for key, value in {**found, **changes}.items() if value != "absent"}
+
+
+def _file(tmp_path: Path, content: Any, name: str = "run.json") -> Path:
+    file = tmp_path / name
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT - 1, text: str = "depth 0.5") -> Case:
+    template = Scenario(model="llama-3.2-1b", phase=phase, shapes=((batch, seq),), new_tokens=max(steps, 1))
+    return Case.of(template.workloads[0], Pruning.read(text))
+
+
+def test_samples_of_a_batch(tmp_path: Path) -> None:
+    run = read_bench(_file(tmp_path, LATENCY))
+    assert (run.kind, run.samples_s, run.model) == ("latency", (0.52, 0.48, 0.5), "")
+    assert run.percentiles_s == {"10": 0.484, "50": 0.5, "99": 0.5196}
+    assert read_bench(_file(tmp_path, {**LATENCY, "model_id": "/models/dense"})).model == "/models/dense"
+
+
+def test_a_file_that_vllm_wrote() -> None:
+    """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two shared cores."""
+    run = read_bench(FILE.with_name("vllm_bench_latency.json"))
+    assert (run.kind, run.model, len(run.samples_s)) == ("latency", "bdense", 8)
+    assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
+
+
+@pytest.mark.parametrize("release", KNOWN)
+def test_the_keys_are_those_of_the_releases(release: str) -> None:
+    written = {kind: set(names.split()) for kind, names in KNOWN[release]["json"].items()}
+    assert set(LATENCY) <= written["latency"]
+    assert set(_serve()) - {"mean_ttft_ms", "p99_ttft_ms", "std_ttft_ms"} <= written["serve"]
+    assert {"ttfts", "itls"} <= written["serve without --save-detailed lacks"]
+    assert "latencies" not in written["serve without --save-detailed lacks"]
+
+
+def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
+    run = read_bench(_file(tmp_path, _serve()))
+    assert (run.kind, run.concurrency, run.input_tokens, run.output_tokens) == ("serve", MANY, TOKENS, OUTPUT)
+    assert run.samples_s == pytest.approx([2.02, 2.04, 2.06, 2.08])
+    assert (run.model, run.note) == ("dense", "")
+    assert run.percentiles_s == {"mean_ttft": 0.5, "p99_ttft": 1.5}
+    times = [t + sum(gaps) for t, gaps in zip(_serve()["ttfts"], _serve()["itls"])]
+    newer = read_bench(_file(tmp_path, _serve(latencies=times, ttfts="absent", itls="absent", failed=0)))
+    assert newer.samples_s == pytest.approx(run.samples_s)
+
+
+def test_a_short_result_has_one_sample_with_its_ramps(tmp_path: Path) -> None:
+    content = _serve(ttfts="absent", itls="absent")
+    run = read_bench(_file(tmp_path, content))
+    assert run.samples_s == (pytest.approx(MANY * content["duration"] / REQUESTS),)
+    assert "with ramp-up and ramp-down; use --save-detailed and --num-prompts 40" in run.note
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "run.json:1:1: is not JSON (Expecting value)"),
+        (json.dumps(LATENCY) + "\n" + json.dumps(LATENCY), "run.json:2:1: is not JSON (several results"),
+        ("[" * 100_000, "is not JSON (too many levels)"),
+        ([1], "expected a JSON object of vllm bench, got [1]"),
+        ({"elapsed_time": 1.0}, "expected the key avg_latency (vllm bench latency) or request_throughput"),
+        ({**LATENCY, "latencies": []}, "latencies: expected a list of times, got []"),
+        ({**LATENCY, "latencies": [0.5, -1.0]}, "latencies: expected positive times in seconds, at most 1e9, got"),
+        ({**LATENCY, "latencies": ["fast"]}, "latencies: expected"),
+        ({**LATENCY, "latencies": [math.nan]}, "latencies: expected positive times"),
+        ({"avg_latency": 0.5}, "latencies: expected a value, got no such key"),
+        ({**LATENCY, "percentiles": [1]}, "percentiles: expected an object, got [1]"),
+        ({**LATENCY, "model_id": 5}, "model_id: expected text, got 5"),
+        (_serve(max_concurrency=None), "max_concurrency: expected a value, got null"),
+        (_serve(max_concurrency=2.5), "max_concurrency: expected a whole number from 1 up, got 2.5"),
+        (_serve(request_rate=4.0), "request_rate: expected inf, requests that start when others finish, got 4.0"),
+        (_serve(completed=20), "failed: expected 0 requests, got 4"),
+        (_serve(failed=3), "failed: expected 0 requests, got 3"),
+        (_serve(duration=0.0), "duration: expected a positive time in seconds"),
+        (_serve(itls=[[0.1]]), "itls: expected 24 lists, as ttfts, got"),
+        (_serve(total_output_tokens="absent"), "total_output_tokens: expected a value, got no such key"),
+    ],
+)
+def test_wrong_files_are_refused_by_file_and_key(tmp_path: Path, content: Any, reason: str) -> None:
+    file = _file(tmp_path, content)
+    with pytest.raises(InputError) as caught:
+        read_bench(file)
+    assert str(caught.value).startswith(str(file))
+    assert reason in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.json: cannot be read"):
+        read_bench(tmp_path / "none.json")
+
+
+def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
+    latency, serve = read_bench(_file(tmp_path, LATENCY)), read_bench(_file(tmp_path, _serve(), "serve.json"))
+    assert bench_case_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
+    assert bench_case_of(latency, batch=8, seq=1024, output=1) == ("prefill", 8, 1024, 0)
+    assert bench_case_of(serve) == bench_case_of(serve, batch=4, seq=512) == ("serve", MANY, TOKENS, OUTPUT - 1)
+    with pytest.raises(InputError, match="seq: expected to be stated, as the file does not have it"):
+        bench_case_of(latency, batch=8, output=1)
+    with pytest.raises(InputError, match="batch: expected 4, as in the file, got 8"):
+        bench_case_of(serve, batch=8)
+    with pytest.raises(InputError, match="total_output_tokens: expected at least 2 per request, got 1"):
+        bench_case_of(replace(serve, output_tokens=1.0))
+
+
+def test_records_give_speedups_beside_predictions(tmp_path: Path) -> None:
+    hw = load_hardware("h100")
+    dense = read_bench(_file(tmp_path, _serve()))
+    pruned = read_bench(_file(tmp_path, _serve(1.0), "pruned.json"))
+    case = _case("serve")
+    record = bench_record(case, dense, pruned)
+    assert (record["status"], record["runtime"], record["reason"]) == ("ok", "vllm bench serve", "")
+    assert record["settings"]["pruned"]["file"] == "pruned.json"
+    json.dumps(record, allow_nan=False)
+    (row,) = rows_of([case], [{**record, "key": name_of(case, "bf16")}], hw, device="H100")
+    assert row.measured == pytest.approx(2.0)
+    assert row.dense_s == pytest.approx(2.04)
+    assert row.predicted_lower < row.predicted < row.predicted_upper
+
+    one = BenchRun("a.json", "latency", (1.0, 1.1, 1.2))
+    record = bench_record(_case("generate"), one, replace(one, samples_s=(0.5, 0.5)))
+    assert (record["dense_s"], record["pruned_s"]) == ([1.0, 1.1], [0.5, 0.5])
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    serve = read_bench(_file(tmp_path, _serve()))
+    latency = BenchRun("b.json", "latency", (1.0,))
+    with pytest.raises(InputError, match=r"b\.json: kind: expected serve, as in .*run\.json, got latency"):
+        bench_record(_case("serve"), serve, latency)
+    with pytest.raises(InputError, match=r"concurrency: expected 4, as in .*, got 8"):
+        bench_record(_case("serve"), serve, replace(serve, concurrency=8))
+    with pytest.raises(InputError, match="input_tokens: expected 512, as in the case, got 600"):
+        bench_record(_case("serve"), serve, replace(serve, input_tokens=600.0))
+    with pytest.raises(InputError, match="phase: expected serve for serve, got decode"):
+        bench_record(_case("decode"), serve, serve)
+    with pytest.raises(InputError, match="phase: expected prefill or generate for latency, got serve"):
+        bench_record(_case("serve"), latency, latency)

@@ -1,0 +1,308 @@
+"""vLLM as executor: a fake of its interface in real child processes, with planted times and faults.
+
+The fake accepts the parameters of two releases that ``vllm_signatures.json`` records from vLLM's sources.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import FILE, pass_s
+
+from calibration.devices.protocol import Description
+from calibration.devices.replay import ReplayDevice
+from calibration.runners.cases import Case
+from calibration.runners.vllm import runner as running
+from calibration.runners.vllm.models import CLASSES, Models, shapes_of
+from calibration.runners.vllm.process import RELEASES, cause, environment
+from calibration.runners.vllm.runner import STEPS, VllmRunner, lengths, release_note
+from simulator.errors import InputError
+from simulator.models.changes import content_of
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
+from simulator.prediction.prunings import prunings_of
+from simulator.prediction.scenario import Scenario
+
+TESTS = Path(__file__).parents[1]
+MODEL = load_model("smollm2-135m")
+PHASES = ("prefill", "decode", "generate", "serve")
+
+
+def _cases(
+    *texts: str, phases: tuple[str, ...] = ("decode",), model: ModelConfig = MODEL, **options: Any
+) -> list[Case]:
+    template = Scenario(**{"engine": "vllm", "new_tokens": 15, "shapes": ((4, 256),), **options}, model=model)
+    dense = [replace(template, phase=phase).workloads[0] for phase in phases]
+    return [Case.of(w, pruning) for w in dense for pruning in prunings_of((), prune=texts)]
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install the fake as package ``vllm`` of child processes, with a fault."""
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from fake_vllm import *\nfrom fake_vllm import __version__\n")
+    (package / "sampling_params.py").write_text("from fake_vllm import RequestOutputKind\n")
+    (package.parent / "torch.py").write_text("__version__ = '2.14.0'\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(package.parent), str(TESTS))))
+
+    def planted(fault: str = "", **plan: str) -> None:
+        monkeypatch.setenv("FAKE_VLLM", json.dumps({"release": RELEASES[1], "fault": fault, **plan}))
+
+    planted()
+    return planted
+
+
+def _runner(cases: list[Case], *, memory: float = 1e11, **options: Any) -> VllmRunner:
+    device = ReplayDevice(description=Description("cpu", "some CPU", memory_bytes=memory))
+    runner = VllmRunner(device, MODEL, content_of(MODEL), "bf16", seed=0, **options)
+    for case in cases:
+        runner.check(case)
+    return runner
+
+
+def _config(case: Case, model: ModelConfig = MODEL) -> dict[str, Any]:
+    """Return the config.json that vLLM should see for the pruned model of a case."""
+    models = Models(model, content_of(model))
+    return models.config_of(models.pruned(case))
+
+
+def _planted_s(config: dict[str, Any], case: Case) -> float:
+    batch, seq, steps = case.batch, case.seq, case.dense.meta.new_tokens
+    return {
+        "prefill": pass_s(config, batch * seq),
+        "decode": pass_s(config, batch),
+        "generate": pass_s(config, batch * seq) + steps * pass_s(config, batch),
+        "serve": batch * pass_s(config, seq) + (steps + 1) * pass_s(config, batch),
+    }[case.phase]
+
+
+@pytest.mark.parametrize(("release", "text"), [(RELEASES[0], "depth 0.25"), (RELEASES[1], "width mlp=0.5")])
+def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], release: str, text: str) -> None:
+    plant(release=release)
+    cases = _cases(text, phases=PHASES)
+    dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
+    with closing(_runner(cases)) as runner:
+        for case in cases:
+            record = runner.record(case, 10.0)
+            assert (record["status"], record["reason"], record["runtime"]) == ("ok", "", "vllm")
+            assert record["versions"] == {"vllm": release, "torch": "2.14.0"}
+            assert len(record["dense_s"]) == len(record["pruned_s"]) >= running.LEAST
+            assert record["dense_s"] == pytest.approx([_planted_s(dense, case)] * len(record["dense_s"]), rel=1e-5)
+            expected = [_planted_s(_config(case), case)] * len(record["pruned_s"])
+            assert record["pruned_s"] == pytest.approx(expected, rel=1e-5)
+            assert record["settings"]["in_turns"] == "samples"
+            json.dumps(record, allow_nan=False)
+
+
+def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., None]) -> None:
+    (case,) = _cases("depth 0.5", phases=("serve",))
+    with closing(_runner([case])) as runner:
+        record = runner.record(case, 10.0)
+    # one prefill, and the decode step in which it is scheduled
+    dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
+    wait = pass_s(dense, case.seq) + pass_s(dense, case.batch)
+    assert record["dense_first_token_s"] == pytest.approx([wait] * len(record["dense_first_token_s"]), rel=1e-5)
+    assert len(record["dense_first_token_s"]) >= case.batch
+
+
+def test_a_model_that_leaves_no_room_is_timed_before_the_other(plant: Callable[..., None]) -> None:
+    cases = _cases("depth 0.5", phases=("prefill",))
+    alive = []
+    with closing(_runner(cases, memory=4e9)) as runner:
+        ask = runner._sample
+        runner._sample = lambda *a: (alive.append(len(runner.engines)), ask(*a))[1]  # type: ignore[method-assign]
+        record = runner.record(cases[0], 10.0)
+    assert (record["status"], record["settings"]["in_turns"]) == ("ok", "models")
+    assert set(alive) == {1}
+    assert len(record["dense_s"]) == len(record["pruned_s"]) == running.ENOUGH
+
+
+def test_processes_are_kept_for_all_cases_of_a_pruning_and_end(plant: Callable[..., None]) -> None:
+    cases = _cases("depth 0.25", "depth 0.5", phases=("prefill", "decode"))
+    seen = set()
+    with closing(_runner(cases)) as runner:
+        for case in sorted(cases, key=lambda c: c.prune):
+            runner.record(case, 0.0)
+            seen |= {engine.process.pid for engine in runner.engines.values()}
+            assert len(runner.engines) == 2
+    assert len(seen) == 3  # the dense model, two prunings
+    for pid in seen:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "reason"),
+    [
+        ("memory", "skipped", "OutOfMemoryError: CUDA out of memory"),
+        ("crash", "failed", "the vLLM process ended with status 3: CUDA error: an illegal memory access"),
+        ("short", "failed", "expected 4 requests with 65 new tokens each, got 4 with {64}"),
+        ("noise", "failed", "a decode step of -"),
+        ("argument", "unsupported", "unexpected keyword argument 'kv_cache_memory_bytes'; supported releases of vLLM:"),
+    ],
+)
+def test_faults_are_recorded_with_their_cause(plant: Callable[..., None], fault: str, status: str, reason: str) -> None:
+    plant(fault)
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case])) as runner:
+        record = runner.record(case, 10.0)
+        assert record["status"] == status
+        assert reason in record["reason"]
+        assert "\n" not in record["reason"]
+        plant()
+        if fault != "noise":
+            assert runner.record(case, 10.0)["status"] == "ok"  # the next case starts anew
+
+
+def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
+    plant("hang")
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case], patience_s=0.5)) as runner:
+        record = runner.record(case, 10.0)
+        assert (record["status"], record["reason"]) == ("failed", "no answer of vLLM within 0.5 s")
+        assert not runner.engines
+
+
+def test_a_release_that_was_not_compared_is_noted(plant: Callable[..., None]) -> None:
+    plant(release="0.99.0", interface=RELEASES[1])
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case])) as runner:
+        assert "0.99.0" in runner.record(case, 10.0)["reason"]
+    assert release_note("0.10.2")
+    assert not any(map(release_note, RELEASES))
+
+
+def test_vllm_must_be_installed() -> None:
+    (case,) = _cases("depth 0.25")
+    with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
+        _runner([case], python=sys.executable)
+    with pytest.raises(InputError, match=r"cannot be run .* expected a Python interpreter with vLLM"):
+        _runner([case], python="/nowhere/python")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("low_rank 0.25", "low-rank factors"),
+        ("token 0.25", "no kernels for token"),
+        ("dynamic_depth 0.25", "routers"),
+        ("depth 0.25 unit=attention", "vLLM would not build the predicted shapes, such as"),
+    ],
+)
+def test_models_that_vllm_does_not_build_are_refused_before_they_run(
+    plant: Callable[..., None], text: str, reason: str
+) -> None:
+    (case,) = _cases(text)
+    with closing(_runner([])) as runner:
+        with pytest.raises(InputError, match=reason):
+            runner.check(case)
+        assert runner.record(case, 10.0)["status"] == "unsupported"
+        assert not runner.engines
+
+
+def test_other_formats_devices_and_lengths_are_refused(plant: Callable[..., None]) -> None:
+    device, content = ReplayDevice(description=Description("cpu", "some CPU")), content_of(MODEL)
+    with pytest.raises(InputError, match="--dtype: expected one of bf16, fp16, fp32 in vLLM, got fp8"):
+        VllmRunner(device, MODEL, content, "fp8", seed=0)
+    with pytest.raises(InputError, match="expected at most 8192 positions, got 8225 with new tokens"):
+        _runner(_cases("depth 0.25", shapes=((1, 8192),)))
+    with pytest.raises(InputError, match="expected weights, cache and arithmetic in bf16"):
+        _runner(_cases("depth 0.25", weight_dtype="int8"))
+    with pytest.raises(InputError, match=r"needs a config\.json"):
+        Models(MODEL, {})
+    with pytest.raises(InputError, match="model_type 'gpt_neox'"):
+        Models(load_model("pythia-6.9b"), content_of("pythia-6.9b"))
+
+
+def test_a_larger_case_that_was_not_checked_starts_larger_engines(plant: Callable[..., None]) -> None:
+    small, large = (_cases("depth 0.25", shapes=((b, 256),))[0] for b in (1, 8))
+    with closing(_runner([small])) as runner:
+        found = [runner.record(case, 0.0)["settings"]["max_num_seqs"] for case in (small, large, small)]
+        assert found == [1, 8, 8]
+        assert len(runner.engines) == 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("text", ["depth 0.25", "width mlp=0.25", "width 0.5", "width_cross 0.25"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "phi-3-mini-4k"])
+def test_configurations_state_the_predicted_shapes(name: str, text: str) -> None:
+    model = load_model(name)
+    (case,) = _cases(text, model=model)
+    if name == "qwen2.5-7b" and text in ("width 0.5", "width_cross 0.25"):
+        with pytest.raises(InputError, match="not for qwen2"):  # vLLM's class has no key for the width of a head
+            _config(case, model)
+        return
+    config = _config(case, model)
+    assert config["architectures"] == [CLASSES[model.architecture]]
+    assert load_model(config).parameters == pytest.approx(case.pruned.parameters, rel=1e-9)
+    assert load_model(config).parameters < model.parameters
+
+
+@pytest.mark.quick
+def test_configurations_of_experts_and_first_layers() -> None:
+    model = load_model("qwen3-30b-a3b")
+    few, fewer_active = _cases("experts 0.25", "experts 0.5 fewer=active", model=model)
+    assert _config(few, model)["num_experts"] == 96
+    assert _config(fewer_active, model)["num_experts_per_tok"] == 4
+    assert shapes_of(model, few.pruned).expert_inner == model.expert_inner
+    nested = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {}}
+    nested["text_config"] = {**content_of("mistral-7b-v0.3"), "model_type": "mistral"}
+    config = Models(load_model(nested), nested).config_of(load_model(nested))
+    assert (config["architectures"], config["hidden_size"]) == (["MistralForCausalLM"], 4096)
+    assert not {"vision_config", "text_config"} & set(config)
+
+
+@pytest.mark.quick
+def test_requests_of_phases() -> None:
+    cases = _cases("depth 0.25", phases=PHASES)
+    assert [lengths(c) for c in cases] == [(256, 1), (256 - STEPS // 2, STEPS + 1), (256, 16), (256, 16)]
+
+
+@pytest.mark.quick
+def test_every_class_is_in_the_registry_of_the_releases() -> None:
+    known = json.loads(FILE.read_text())
+    assert set(known) == set(RELEASES)
+    for release in RELEASES:
+        assert set(CLASSES.values()) == set(known[release]["architectures"].split())
+
+
+@pytest.mark.quick
+def test_a_child_sees_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "6"
+    assert environment("cuda")["CUDA_VISIBLE_DEVICES"] == "4"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ("", ""),
+        ("Killed", "Killed"),
+        ("(x) INFO 11-28 12:00 ValueError: no\nERROR 11-28 ValueError: bad\nRuntimeError: EngineDeadError", "bad"),
+        ("torch.OutOfMemoryError: CUDA out of memory\nother line", "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_causes_in_the_output(output: str, found: str) -> None:
+    assert cause(output).endswith(found)
+    assert bool(cause(output)) == bool(found)
+
+
+def test_the_installed_vllm_has_the_interface() -> None:
+    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+    engine = {"model", "load_format", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"}
+    assert engine <= set(inspect.signature(vllm.EngineArgs).parameters)
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
+    assert {"request_id", "prompt", "params"} <= set(inspect.signature(vllm.LLMEngine.add_request).parameters)
