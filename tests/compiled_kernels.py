@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -126,13 +127,17 @@ def digest(case: Case, capability: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def _path(cache: Path, case: Case, capability: int) -> Path:
+    return cache / f"{digest(case, capability)}.json"
+
+
 def figures(wanted: Sequence[tuple[int, Case]], cache: Path) -> list[Figures]:
     """Return the figures of pairs (compute capability, case), compiled in one child process if not in the cache.
 
     The child stores each result at once, so what is done survives an interruption.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    paths = [cache / f"{digest(case, capability)}.json" for capability, case in wanted]
+    paths = [_path(cache, case, capability) for capability, case in wanted]
     if missing := [pair for pair, path in zip(wanted, paths, strict=True) if not path.is_file()]:
         asked = json.dumps([[capability, asdict(case)] for capability, case in missing])
         command = [sys.executable, "-W", "ignore", __file__, "--child", str(cache)]
@@ -167,13 +172,13 @@ Each Triton kernel of the measuring side, compiled for six GPUs by Triton {trito
 GPU. No kernel has been timed here. Made by `python tests/compiled_kernels.py -o docs/gpu/kernels.md`; the tests of
 `tests/devices/test_compiled_kernels.py` assert the limits.
 
-A case is a tile that the kernel's wrapper can choose (`calibration/devices/tile_shapes.py`), in bf16, fp16, fp32 and
-tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of the
-operands are (*rows*), or none is (*none*).
+{missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/tile_shapes.py`), in bf16, fp16,
+fp32 and tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of
+the operands are (*rows*), or none is (*none*).
 
 - Shared memory: the largest per thread block, and its limit (CUDA C++ Programming Guide, compute capabilities).
 - Registers: the largest per thread; the limit is {registers}.
-- Stack: the largest bytes of spilled registers per thread.
+- Stack: the largest bytes of spilled registers per thread; the limit is {stack}.
 - Buffers: the fewest in shared memory per operand of the loop, in cases that can copy in the background: two overlap a
   copy with the products. Not in 16-bit rows without alignment (*none*), because `cp.async` copies at least 4 bytes;
   these load through registers, in smaller tiles.
@@ -184,8 +189,8 @@ operands are (*rows*), or none is (*none*).
 
 
 def page(done: Sequence[tuple[int, Case, Figures]]) -> str:
-    """Return the page of the figures of compiled cases."""
-    lines = []
+    """Return the page of the figures of compiled cases; it says how many are missing."""
+    lines, every = [], Counter(case.kernel for case in cases())
     for capability, kernel in product(SHARED_KB, TITLES):
         rows = [(case, f) for arch, case, f in done if (arch, case.kernel) == (capability, kernel)]
         if not rows:
@@ -194,10 +199,15 @@ def page(done: Sequence[tuple[int, Case, Figures]]) -> str:
         shared = f"{max(f.shared for _, f in rows) / 1024:.1f} of {SHARED_KB[capability]}"
         registers, stack = max(f.registers for _, f in rows), max(f.stack for _, f in rows)
         fewest = str(min(buffers)) if buffers else "no loop"
-        lines.append(
-            f"| sm_{capability} | {TITLES[kernel]} | {len(rows)} | {shared} | {registers} | {stack} | {fewest} |"
-        )
-    return HEADER.format(triton=version("triton"), registers=REGISTERS) + "\n".join(lines) + "\n"
+        count = str(len(rows)) if len(rows) == every[kernel] else f"{len(rows)} of {every[kernel]}"
+        lines.append(f"| sm_{capability} | {TITLES[kernel]} | {count} | {shared} | {registers} | {stack} | {fewest} |")
+    left = len(SHARED_KB) * every.total() - len(done)
+    missing = f"**Incomplete**: {left} of {left + len(done)} cases are not compiled yet.\n\n" if left else ""
+    return (
+        HEADER.format(triton=version("triton"), registers=REGISTERS, stack=STACK, missing=missing)
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _compiled(case: Case, capability: int) -> Figures:
@@ -248,12 +258,15 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and write the page of their figures.")
     parser.add_argument("-o", dest="output", type=Path, help="the page, docs/gpu/kernels.md")
     parser.add_argument("--cache", type=Path, default=ROOT / ".pytest_cache" / "d" / "compiled_kernels")
+    parser.add_argument("--cached", action="store_true", help="compile nothing: only what the cache holds")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         _child(options.child, json.load(sys.stdin))
         return
     wanted = [(capability, case) for capability in SHARED_KB for case in cases()]
+    if options.cached:
+        wanted = [(capability, case) for capability, case in wanted if _path(options.cache, case, capability).is_file()]
     done = [(*pair, f) for pair, f in zip(wanted, figures(wanted, options.cache), strict=True)]
     for capability, case, f in done:
         for problem in problems(capability, case, f):

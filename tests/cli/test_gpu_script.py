@@ -205,7 +205,7 @@ def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
     body = "if sys.argv[1] == 'calibrate': print('Do not use run/profile.yaml: the machine was busy'); sys.exit(1)"
     done, asked = pretend(tmp_path, body, DTYPES="bf16")
     assert done.returncode == 0, done.stdout
-    assert "verdict: do not use this profile" in done.stdout
+    assert "the verdict is not to use the profile" in done.stdout
     assert [a[0] for a in asked] == ["calibrate", "upper-bound", *["compare"] * 4]
 
 

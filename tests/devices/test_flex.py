@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter  # noqa: E402
 from calibration.devices import Operator, Unsupported, flex  # noqa: E402
 from calibration.devices.attention import block_layout, decode_attention, layout_mask  # noqa: E402
 from calibration.devices.operators import Arena, build  # noqa: E402
+from calibration.devices.torch_device import TorchDevice  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 ATTENTION: dict[str, Any] = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -184,6 +185,20 @@ def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(monkeypatch: 
     monkeypatch.setattr(flex, "_attend", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):
         build(op, CPU, Arena("cpu", 1e5, 1e8))
+
+
+@pytest.mark.quick
+def test_a_gpu_without_a_c_compiler_refuses_block_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, gpu, other = (
+        Operator("attention_block_sparse", "fp32", block=16, density=0.5, **ATTENTION),
+        type("Gpu", (TorchDevice,), {"name": "cuda:0"})("cpu", 1e6, 1e9),
+        type("Other", (TorchDevice,), {"name": "cpu"})("cpu", 1e6, 1e9),
+    )
+    monkeypatch.setattr("calibration.devices.torch_device.triton_needs", lambda: "a C compiler")
+    assert gpu.refuses(op) == "attention_block_sparse: flex attention needs a C compiler"
+    assert other.refuses(op) == ""
+    monkeypatch.setattr("calibration.devices.torch_device.triton_needs", lambda: "")
+    assert gpu.refuses(op) == ""
 
 
 @pytest.mark.slow

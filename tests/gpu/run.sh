@@ -25,8 +25,7 @@ echo "== $(date -u +%FT%TZ): $device, $model, $dtypes, engines ${engines:-none},
 
 say() { echo "$@" | tee -a "$log"; }
 
-# a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again;
-# a calibration that ends in "do not use" has the status 1 too, but is no failure
+# a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again
 failed=0
 failing() {
     failed=$((failed + 1))
@@ -35,7 +34,7 @@ failing() {
 }
 
 step() {
-    local name=$1 status=0 begin=$SECONDS left=$((limit - SECONDS)) stop=() lines
+    local name=$1 status=0 begin=$SECONDS left=$((limit - SECONDS)) stop=() size
     shift
     say "== $name: ${prunesim[*]} $*"
     if ((left < 5)); then
@@ -43,17 +42,14 @@ step() {
         failed=$((failed + 1))
         return
     fi
-    lines=$(wc -l <"$log")
     # SIGINT ends a measurement between two samples, with its records on the disk
     if command -v timeout >/dev/null; then stop=(timeout --signal=INT --kill-after=20 "$left"); fi
+    size=$(wc -c <"$log")
     ${stop[@]+"${stop[@]}"} "${prunesim[@]}" "$@" >>"$log" 2>&1 || status=$?
-    if ((status == 0)); then
-        say "   done in $((SECONDS - begin)) s"
-    elif ((status == 1)) && tail -n "+$((lines + 1))" "$log" | grep '^Do not ' >/dev/null; then
-        say "   done in $((SECONDS - begin)) s; verdict: do not use this profile"
-    else
-        failing "$status" "$((SECONDS - begin))"
-    fi
+    # a verdict against a new profile has status 1 too; its measurements are what this run is for
+    if ((status == 1)) && tail -c "+$((size + 1))" "$log" | grep -q '^Do not '; then
+        say "   done in $((SECONDS - begin)) s; the verdict is not to use the profile, see $log"
+    elif ((status == 0)); then say "   done in $((SECONDS - begin)) s"; else failing "$status" "$((SECONDS - begin))"; fi
 }
 
 # engines that this machine can run

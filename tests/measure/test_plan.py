@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.devices.protocol import OPERATORS, Operator
+from calibration.devices.protocol import OPERATORS, Description, Operator
+from calibration.devices.replay import ReplayDevice
 from calibration.measure.plan import (
     EXACT,
     FIT,
@@ -22,6 +23,7 @@ from calibration.measure.plan import (
     drift_check_operator,
     in_order,
 )
+from calibration.measure.probe import FLEX_COMPILE_S, probe
 from calibration.measure.shapes import ODD_SIZES, spread_order
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
@@ -221,3 +223,9 @@ def test_a_short_budget_skips_what_it_cannot_compile_and_a_long_one_counts_it() 
     assert short == {"gemm", "low_rank", "gather_gemm", "grouped_gemm"}
     assert long == {*short, "attention_block_sparse"}
     assert all(made.estimated_s <= made.budget_s for made in plans)
+
+
+@pytest.mark.parametrize(("name", "compile_s"), [("cuda:0", FLEX_COMPILE_S), ("cpu", 0.0)])
+def test_a_probe_counts_compilation_on_a_gpu(name: str, compile_s: float) -> None:
+    device = ReplayDevice(description=Description(name, "planted"))
+    assert probe(device, "bf16").compile_s == compile_s
