@@ -52,7 +52,7 @@ MODEL = "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 
 def test_commands_that_measure_open_the_device_with_the_threads_given(opened: list[Any], cli: Any) -> None:
     lines = {
         "measure cpu -o a --dtype fp32 --budget 5s": 0,
-        "calibrate cpu -o b --dtype fp32 --budget 20s": 1,  # too short for a profile that is for use
+        "calibrate cpu -o b --dtype fp32 --budget 20s": 1,  # too few rows for a profile
         f"upper-bound {MODEL} -o c --budget 5s": 0,
     }
     for line, status in lines.items():
@@ -95,7 +95,7 @@ def test_a_profile_of_other_threads_is_stated_with_what_to_do(cli: Any) -> None:
     assert "threads, but" not in cli(f"{bound} -o two --threads 2")[1]
     assert "threads, but" not in cli("validate two.yaml rows.parquet")[1]
     cli("measure cpu -o other --dtype fp32 --budget 20s --threads 1")
-    assert note in cli("validate two.yaml other", 1)[1]  # and it does not hold there
+    assert note in cli("validate two.yaml other", 1)[1]  # it holds for none of them
 
 
 @pytest.mark.quick

@@ -1,0 +1,56 @@
+"""Recorded runs of Transformers: predictions hold on them, and the page has their tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from calibration.records.store import read_store
+from calibration.runners import recorded
+from calibration.runners.recorded import RecordedRow, recorded_rows, scores, tables
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[RecordedRow]:
+    return recorded_rows()
+
+
+def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(rows: list[RecordedRow]) -> None:
+    assert len(rows) >= 120
+    assert {r.compared.model for r in rows} == {"smollm2-135m", "qwen2.5-0.5b"}
+    assert {r.engine for r in rows} == {"hf", "compile"}
+    assert {r.compared.dtype for r in rows} == {"fp32", "bf16"}
+    assert {r.compared.phase for r in rows} == {"prefill", "decode"}
+    assert {r.compared.batch for r in rows} == {1, 8}
+
+
+def test_predictions_hold_in_the_format_that_the_machine_computes_in(rows: list[RecordedRow]) -> None:
+    found = scores([r for r in rows if r.compared.dtype == "fp32" and r.threads == "1"])
+    assert found["median"] < 0.045
+    assert found["spearman"] > 0.95
+    assert found["inside"] > 0.75
+    other = scores([r for r in rows if r.compared.model == "qwen2.5-0.5b" and r.compared.dtype == "fp32"])
+    assert other["median"] < 0.04
+    assert other["inside"] > 0.85
+
+
+def test_records_have_raw_samples_and_versions() -> None:
+    for file in recorded.FOLDER.glob("*.jsonl"):
+        store = read_store(file)
+        assert {"torch", "transformers"} <= store.header.stack.keys()
+        timed = [row for row in store.rows if row["status"] == "ok"]
+        assert all(len(row["dense_s"]) == len(row["pruned_s"]) >= 3 for row in timed)
+
+
+def test_the_page_has_the_tables_of_the_records(rows: list[RecordedRow]) -> None:
+    page = recorded.FOLDER.with_suffix(".md").read_text()
+    for text in tables(rows):
+        assert text in page
+
+
+def test_given_a_dense_time_every_dense_time_is_met(rows: list[RecordedRow]) -> None:
+    few = rows[:3]
+    assert all(r.given_lower <= r.given <= r.given_upper for r in few)
+    assert np.isfinite([r.half_width for r in few]).all()
