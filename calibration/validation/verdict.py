@@ -34,6 +34,8 @@ LEAST_ROWS = 10
 DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5
 """Shares of disturbed rows above which a profile is for use with care, and not for use."""
 
+_COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
+
 WIDE_INTERVAL = 0.1
 """Relative half-width of the 95 % interval of a measured time above which the row is disturbed."""
 
@@ -131,6 +133,13 @@ def verdicts(report: Report) -> list[Verdict]:
     return [_of_parts(part.name, [part], report.level) for part in report.parts]
 
 
+def _whole(report: Report) -> Verdict:
+    """Return the verdict on all rows of operators with a fit of their own; a few rows of others, whose predictions are
+    sums of these operators, must not decide on a profile."""
+    own = [part for part in report.parts if part.operator not in _COMPOSED]
+    return _of_parts("all", own or report.parts, report.level)
+
+
 def disturbed_share(records: Records) -> float:
     """Return the share of measured times that other processes or throttling disturbed, of all except drift checks.
 
@@ -147,7 +156,7 @@ def disturbed_share(records: Records) -> float:
 def of_validation(report: Report) -> Judgement:
     """Judge a profile by measurements: whether it holds on them, and where it is worst."""
     found = verdicts(report)
-    every = _of_parts("all", report.parts, report.level)
+    every, whole = _of_parts("all", report.parts, report.level), _whole(report)
     failed = [v for v in found if not v.holds]
     some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
     holds = f"does not hold{some}" if failed else "holds"
@@ -164,7 +173,8 @@ def of_validation(report: Report) -> Judgement:
         reasons.append(f"intervals too narrow: {few(v.name for v in failed if not v.covered)}")
     if every.rows < LEAST_ROWS:
         reasons.append(f"few rows: {every.rows}, expected at least {LEAST_ROWS}")
-    verdict = DO_NOT_USE if len(failed) == len(found) or not every.better else PARTLY if reasons else USE
+    useless = not whole.better or not any(v.better for v in found)
+    verdict = DO_NOT_USE if useless else PARTLY if reasons else USE
     return Judgement(verdict, tuple(out), tuple(reasons))
 
 
@@ -185,7 +195,7 @@ def of_calibration(
     if report is None:
         text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {_LONGER}."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
-    found, every = verdicts(report), _of_parts("all", report.parts, report.level)
+    found, every = verdicts(report), _whole(report)
     on = f"on {every.rows} held-out shapes"
     worse = [v for v in found if not v.better]
     if not every.better or len(worse) == len(found):
@@ -194,22 +204,18 @@ def of_calibration(
     if every.rows < LEAST_ROWS:
         text = f"Do not rely on {profile} yet: {on}, fewer than {LEAST_ROWS}, {every.text}; {_LONGER}."
         return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
-    if not every.covered:
-        narrow = "its intervals are too narrow for its errors"
-        text = f"Do not rely on {profile} yet: {on} {narrow}, {every.text}; {_LONGER}."
-        return Judgement(DO_NOT_USE, (text,), ("intervals too narrow",))
-    judged = Judgement(USE, (f"Use {profile} as --hardware: {on}, {every.text}.",))
+    buts, reasons, more = [], [], []
     if worse:
-        named = "; ".join(f"{v.name}: {v.errors}" for v in worse)
-        judged = Judgement(
-            PARTLY,
-            (
-                f"Use {profile} as --hardware, but not for passes that spend most time in "
-                f"{few(v.name for v in worse)}: {on}, {every.text}.",
-                f"Worse than a datasheet roofline: {named}; {_LONGER}.",
-            ),
-            (f"worse than a datasheet roofline: {few(v.name for v in worse)}",),
-        )
+        names = few(v.name for v in worse)
+        buts.append(f"not for passes that spend most time in {names}")
+        reasons.append(f"worse than a datasheet roofline: {names}")
+        more.append(f"Worse than a datasheet roofline: {'; '.join(f'{v.name}: {v.errors}' for v in worse)}; {_LONGER}.")
+    if not every.covered:
+        buts.append("do not rely on its intervals, which are too narrow for its errors")
+        reasons.append("intervals too narrow")
+    but = f", but {'; '.join(buts)}" if buts else ""
+    text = f"Use {profile} as --hardware{but}: {on}, {every.text}."
+    judged = Judgement(PARTLY if buts else USE, (text, *more), tuple(reasons))
     return with_disturbed(judged, profile, disturbed)
 
 

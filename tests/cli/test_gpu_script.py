@@ -201,6 +201,14 @@ if folder and 'calibrate' in sys.argv:
     assert [row["reason"] for row in content.rows] == ["plain"]
 
 
+def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
+    body = "if sys.argv[1] == 'calibrate': print('Do not use run/profile.yaml: the machine was busy'); sys.exit(1)"
+    done, asked = pretend(tmp_path, body, DTYPES="bf16")
+    assert done.returncode == 0, done.stdout
+    assert "the verdict is not to use the profile" in done.stdout
+    assert [a[0] for a in asked] == ["calibrate", "upper-bound", *["compare"] * 4]
+
+
 @pytest.mark.slow
 def test_the_script_runs_end_to_end_in_simulated_time(tmp_path: Path) -> None:
     model, out = tmp_path / "config.json", tmp_path / "run"
