@@ -47,7 +47,7 @@ step() {
     size=$(wc -c <"$log")
     ${stop[@]+"${stop[@]}"} "${prunesim[@]}" "$@" >>"$log" 2>&1 || status=$?
     # a verdict against a new profile has status 1 too; its measurements are what this run is for
-    if ((status == 1)) && tail -c "+$((size + 1))" "$log" | grep -q '^Do not '; then
+    if ((status == 1)) && grep -q '^Do not ' < <(tail -c "+$((size + 1))" "$log"); then
         say "   done in $((SECONDS - begin)) s; the verdict is not to use the profile, see $log"
     elif ((status == 0)); then say "   done in $((SECONDS - begin)) s"; else failing "$status" "$((SECONDS - begin))"; fi
 }
