@@ -249,7 +249,8 @@ def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0)
     judged; if no section is, the profile is not for use.
     """
     rows = sum(part.rows for part in fit.parts)
-    about = f"{len(fit.parts)} sections of {fit.profile.name} are fitted on {rows:,} rows"
+    many = "1 section" if len(fit.parts) == 1 else f"{len(fit.parts)} sections"
+    about = f"{many} of {fit.profile.name} fitted on {rows:,} rows"
     known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
     if not known:
         text = f"Do not rely on {output} yet: {about}, too few for held-out shapes; fit more rows."
