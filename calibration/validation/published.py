@@ -17,6 +17,7 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.cost.gemm_shapes import Options
+from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -207,13 +208,16 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
     """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
     weight, hw = row["weight_dtype"], load_hardware(row["hardware"])
+    limit = load_engine(row["engine"]).limit(hw.memory_bytes, hw.name)
     w = lower(
         load_model(row["model"]),
         phase="serve",
         batch=int(row["concurrency"]),
         devices=int(row["devices"]),
+        parallel=row["parallel"],
         seq=int(row["seq"]),
         new_tokens=int(row["new_tokens"]),
+        token_budget=None if limit is None else limit.tokens,
         dtype="fp8" if weight == "fp8_block" else weight,
         weight_dtype=weight,
         kv_dtype=row["kv_dtype"] or None,

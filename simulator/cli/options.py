@@ -83,6 +83,13 @@ Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
+CachedPrefix = Annotated[
+    str | None,
+    opt("--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%)."),
+]
+TokenBudget = Annotated[
+    str | None, opt("--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")
+]
 Engine = Annotated[str, opt("--engine", "NAME", "Engine (see prunesim engines list) or YAML file.")]
 Engines = Annotated[
     str, opt("--engine", "LIST", "Engines (see prunesim engines list) or YAML files; a comma list for several.")
@@ -103,7 +110,7 @@ WeightDtype = Annotated[
 KvDtype = Annotated[
     str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
 ]
-Devices = Annotated[int, opt("--devices", "N", "Number of devices that share the model.")]
+Devices = Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")]
 Parallel = Annotated[str, opt("--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")]
 Skew = Annotated[
     float | None,
@@ -136,6 +143,8 @@ class Run:
     concurrency: Concurrency = None
     seq: Seq = "2048"
     new_tokens: NewTokens = 128
+    cached_prefix: CachedPrefix = None
+    token_budget: TokenBudget = None
     engine: Engines = DEFAULT_ENGINE
     dtype: Dtype = "bf16"
     weight_dtype: WeightDtype = None
@@ -151,8 +160,11 @@ class Run:
 
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")
+        budget = self.token_budget
         scenario = Scenario(
             new_tokens=self.new_tokens,
+            cached_prefix=0.0 if self.cached_prefix is None else prefix(self.cached_prefix),
+            token_budget=None if budget is None else _checked("--token-budget", budget, parse_count),
             dtype=self.dtype,
             weight_dtype=self.weight_dtype,
             kv_dtype=self.kv_dtype,
@@ -314,6 +326,16 @@ def fractions(option: str, text: str) -> list[float]:
             raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
         out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
+
+
+def prefix(text: str) -> float:
+    """Parse tokens, or a share of a prompt below 1.
+
+    >>> prefix("2k"), prefix("25%")
+    (2048.0, 0.25)
+    """
+    share = "%" in text or text.strip().startswith(("0.", "."))
+    return _checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
 
 
 def fraction(option: str, text: str) -> float:
