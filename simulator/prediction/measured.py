@@ -169,7 +169,10 @@ def request_of(
     stated = {"batch": batch, "seq": seq, "output": output}
     found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
     if run.total_tokens and (seq or output):
-        rest = max(round(run.total_tokens) - (seq or output or 0), 0)
+        rest = round(run.total_tokens) - (seq or output or 0)
+        if rest < 1:
+            more = f"expected more than {seq or output}"
+            raise InputError(f"{run.source}: tokens per request: {more}, got {run.total_tokens:g}")
         found["output" if seq else "seq"] = rest
     out = []
     for name, value in stated.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import AMOUNT, SECONDS, Range, array, number, shown, whole
+from simulator.arguments import AMOUNT, MOST, SECONDS, Range, array, number, shown, whole
 from simulator.errors import InputError, one_line
 
 ENOUGH_ROUNDS = 10
@@ -139,7 +139,7 @@ class Fields:
         """Return a whole number; one without a fraction, as 64.0, counts too."""
         given = self.value(key)
         found = whole(int(given)) if isinstance(given, float) and given.is_integer() else whole(given)
-        if found is None or found < least:
+        if found is None or not least <= found <= MOST:
             raise InputError(f"{self.place(key)}: expected a whole number from {least} up, got {shown(given)}")
         return found
 
