@@ -138,6 +138,12 @@ TRTLLM = _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
             {"mean_e2el_ms": 300.0},
             "requests in flight on average: expected 11.2 to 16.8, got 3",
         ),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"mean_tpot_ms": 2.0},
+            "requests in flight on average: expected 11.2 to 16.8, got 4.7",
+        ),
         ("vllm_latency.json", _scenario("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
         ("vllm_latency.json", _scenario("serve", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
         ("vllm_throughput.json", _scenario("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
@@ -246,7 +252,13 @@ def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None
         ({"model_id": "nvidia/Llama-3.1-8B-Instruct-FP8"}, _scenario("serve", 16, 1024, dtype="fp8"), []),
         ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
         (
-            {"num_prompts": 48, "completed": 48, "total_input_tokens": 48 * 1024, "total_output_tokens": 48 * 129},
+            {
+                "num_prompts": 48,
+                "completed": 48,
+                "duration": 4.6,
+                "total_input_tokens": 48 * 1024,
+                "total_output_tokens": 48 * 129,
+            },
             VLLM,
             ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"],
         ),

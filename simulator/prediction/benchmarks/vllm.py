@@ -45,7 +45,8 @@ def throughput(fields: Fields) -> BenchRun:
     """Return a result of ``vllm bench throughput --output-json FILE``.
 
     ``elapsed_time`` is the time of all ``num_requests`` requests, which are submitted together: that of one batch, if
-    the engine holds them all (``--max-num-seqs``). The file states the tokens of prompts and outputs together.
+    the engine holds them all (``--max-num-seqs``). The file states the tokens of prompts and outputs together, but not
+    the backend (``--backend vllm`` or ``hf``).
     """
     requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
     return BenchRun(
@@ -57,7 +58,6 @@ def throughput(fields: Fields) -> BenchRun:
         requests=requests,
         total_tokens=fields.amount("total_num_tokens") / requests,
         duration_s=seconds,
-        engine="vllm",
     )
 
 
@@ -66,7 +66,8 @@ def serve(fields: Fields) -> BenchRun:
 
     By Little's law, the mean time of a request is C x ``duration`` / ``completed``. ``mean_ttft_ms`` ends with the
     first token at the client, ``mean_tpot_ms`` is the rest of a request per further token, ``median_itl_ms`` the median
-    time between chunks of all streams. With ``--save-detailed``, samples exclude ramp-up and ramp-down.
+    time between chunks of all streams. The first and further tokens make up the time of a request (``mean_e2el_ms``,
+    which ``--percentile-metrics`` omits by default). With ``--save-detailed``, samples exclude ramp-up and ramp-down.
     """
     check_closed_loop(fields)
     many, completed = fields.count("max_concurrency"), fields.count("completed")
@@ -77,7 +78,8 @@ def serve(fields: Fields) -> BenchRun:
     duration = fields.seconds("duration")
     ttft, tpot, step = loop_times(fields)
     samples, note = loop_samples(fields, many, completed, duration, "--save-detailed")
-    request = fields.time("mean_e2el_ms")
+    output = fields.amount("total_output_tokens") / completed
+    request = fields.time("mean_e2el_ms") or (ttft + tpot * max(output - 1.0, 0.0) if ttft and tpot else 0.0)
     return BenchRun(
         fields.source,
         "serve",
@@ -88,7 +90,7 @@ def serve(fields: Fields) -> BenchRun:
         mean_concurrency=request * completed / duration,
         requests=completed,
         input_tokens=fields.amount("total_input_tokens") / completed,
-        output_tokens=fields.amount("total_output_tokens") / completed,
+        output_tokens=output,
         duration_s=duration,
         request_s=request,
         ttft_s=ttft,
