@@ -28,7 +28,8 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
 from simulator.prediction.benchmarks.read import read_benches
 from simulator.prediction.benchmarks.run import BenchRun
-from simulator.prediction.scenario import Scenario
+from simulator.prediction.scenario import Scenario, one_of
+from simulator.workload import PHASES
 
 TOLERANCE = 0.02
 """Relative difference by which mean lengths of a file may differ from those requested."""
@@ -88,6 +89,7 @@ def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
 def measured(path: str | os.PathLike[str], scenario: Scenario) -> Measured:
     """Return the time as :func:`dense_from`, with its result and with notes."""
     instance("scenario", scenario, Scenario, "simulator.prediction.scenario")
+    one_of("phase", scenario.phase, PHASES)
     if len(scenario.shapes) != 1:
         raise InputError(f"dense time: belongs to one scenario; expected one shape, got {len(scenario.shapes)}")
     runs, wrong = read_benches(path), []

@@ -274,6 +274,11 @@ def test_what_cannot_be_checked_is_a_note(
     assert all(f"{file}: " in one and text in one for one, text in zip(found, notes))
 
 
+def test_an_unknown_phase_is_refused() -> None:
+    with pytest.raises(InputError, match="phase 'decoding' is unknown"):
+        dense_from(FILES / "genai_perf.json", _scenario("decoding", 1, 550))
+
+
 def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
     data = _load("genai_perf.json")
     file = tmp_path / "run.json"
