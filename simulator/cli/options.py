@@ -100,6 +100,14 @@ DenseTime = Annotated[
 DenseTokens = Annotated[
     float | None, opt("--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")
 ]
+DenseFrom = Annotated[
+    str | None,
+    opt(
+        "--dense-from",
+        "FILE",
+        "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf for this request.",
+    ),
+]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
     str | None,
@@ -153,8 +161,8 @@ class Run:
     parallel: Parallel = "tensor"
     skew: Skew = None
 
-    def requests(self, known: Known | None = None, *, ideal: bool = False) -> Requests:
-        """Parse the options, with a measured time of the dense model, if any."""
+    def requests(self, known: Known | None = None, *, model: str = "", ideal: bool = False) -> Requests:
+        """Parse the options, with a measured time of the dense ``model``, if any."""
         from simulator.prediction.scenario import Scenario
         from simulator.routing import EXPERT_SKEW
 
@@ -180,18 +188,19 @@ class Run:
             engine=names("--engine", self.engine),
             scenario=scenario,
         )
-        return found if known is None else known.added(found)
+        return found if known is None else known.added(found, model)
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Axes of a prediction for :func:`simulator.table`, and their common scenario."""
+    """Axes of a prediction for :func:`simulator.table`, their common scenario, and notes on a measured time."""
 
     phase: Sequence[str]
     batch: Sequence[int]
     seq: Sequence[int]
     engine: Sequence[str]
     scenario: Scenario
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,21 +209,30 @@ class Known:
 
     dense_time: DenseTime = None
     dense_tokens_per_s: DenseTokens = None
+    dense_from: DenseFrom = None
 
-    def added(self, requests: Requests) -> Requests:
-        """Return requests with the measured time in the scenario."""
-        if self.dense_time is None and self.dense_tokens_per_s is None:
+    def added(self, requests: Requests, model: str) -> Requests:
+        """Return requests with the measured time of the dense ``model`` in the scenario."""
+        given = sum(value is not None for value in (self.dense_time, self.dense_tokens_per_s, self.dense_from))
+        if not given:
             return requests
-        if self.dense_time is not None and self.dense_tokens_per_s is not None:
-            raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
+        if given > 1:
+            raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         from simulator.prediction.scenario import dense_seconds
 
+        phase, batch, seq, notes = requests.phase[0], requests.batch[0], requests.seq[0], requests.notes
         if self.dense_time is not None:
             seconds = duration("--dense-time", self.dense_time)
+        elif self.dense_from is not None:
+            from simulator.prediction.measured import measured
+
+            engine, shapes = requests.engine[0], ((batch, seq),)
+            one = replace(requests.scenario, model=model, engine=engine, phase=phase, shapes=shapes)
+            found = measured(self.dense_from, one)
+            seconds, notes = found.seconds, (*notes, *found.notes)
         else:
-            first = requests.phase[0], requests.batch[0], requests.seq[0]
-            seconds = dense_seconds(self.dense_tokens_per_s, *first, requests.scenario.new_tokens)
-        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds))
+            seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, requests.scenario.new_tokens)
+        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds), notes=notes)
 
 
 KNOWN, RUN = Known(), Run()
