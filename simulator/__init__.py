@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from simulator.prediction.frame import sweep
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
+    from simulator.prediction.service import serve
     from simulator.prediction.speedup import speedup, speedups
     from simulator.prediction.table import predict, table
     from simulator.prediction.waterfall import Step, waterfall
@@ -57,6 +58,7 @@ _HOME = {
     "Result": "prediction.result",
     "Results": "prediction.result",
     "Scenario": "prediction.scenario",
+    "serve": "prediction.service",
     "Step": "prediction.waterfall",
     "speedup": "prediction.speedup",
     "speedups": "prediction.speedup",
@@ -94,6 +96,7 @@ __all__ = [
     "predict",
     "prune",
     "save_hardware",
+    "serve",
     "speedup",
     "speedups",
     "sweep",

@@ -29,6 +29,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("engines", "engines:app"),
     ("gemm", "gemm:gemm"),
     ("speedup", "speedup:speedup"),
+    ("serve", "serve:command"),
     ("explain", "explain:explain"),
     ("methods", "methods:command"),
     ("advise", "advise:command"),

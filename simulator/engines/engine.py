@@ -68,6 +68,19 @@ class Share:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Wait(Share):
+    """A share that depends on how requests arrive, and how far it lies from the value in nine of ten cases."""
+
+    below: Annotated[float, NumberField(0, 1, "0.1")] = 0.0
+    above: Annotated[float, NumberField(0, 1, "0.1")] = 0.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of the share, in [0, 1]."""
+        return max(self.value - self.below, 0.0), min(self.value + self.above, 1.0)
+
+
 NOTHING = HostTime(0.0, 0.0, "")
 
 
@@ -96,7 +109,7 @@ class Engine(Displayed):
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
     quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
-    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    prefill_wait: Wait = Wait(0.0, "")  # share of the other prompts' prefills that delays a request's first token
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
@@ -263,7 +276,7 @@ def _engine_field(root: Node) -> ObjectField:
     def known(what: str, names: Iterable[str]) -> Callable[[str], str]:
         return lambda name: "" if name in names else f"unknown {what}; expected one of {', '.join(names)}"
 
-    time, share = sourced(HostTime), sourced(Share)
+    time, share, wait = sourced(HostTime), sourced(Share), sourced(Wait)
     required: dict[str, FieldType] = {
         "schema_version": NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
         "name": _NAME,
@@ -284,7 +297,7 @@ def _engine_field(root: Node) -> ObjectField:
         "schedule": sourced(Schedule),
         "quantize_fused": share,
         "one_token": share,
-        "prefill_wait": share,
+        "prefill_wait": wait,
         "own_code": share,
         "log_sd": share,
         "apart_log_sd": share,

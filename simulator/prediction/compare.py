@@ -67,8 +67,8 @@ def compare(
     p, dense = forward_passes(batch, hw, level), batch.dense
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)
-    found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
-    tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
+    found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
+    tokens_per_s, ttft_s, tpot_s = serving(p, found.seconds)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
@@ -126,7 +126,7 @@ def results_of(
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
     columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
-    columns |= _memory(batch, at, hardware, device)
+    columns |= memory_columns(batch, at, hardware, device)
     return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
 
 
@@ -156,7 +156,7 @@ def against(
     half-widths of its interval below and above."""
     p, every = forward_passes(batch, hw, level), []
     for other in others:
-        found = prediction_intervals(p, level, other, *_alike(other, p))
+        found = prediction_intervals(p, level, other, *alike(other, p))
         middle = np.log(found.ratio)
         every.append((middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle))
     middle, below, above = (np.stack(part) for part in zip(*every))
@@ -247,7 +247,7 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 
-def _memory(
+def memory_columns(
     batch: WorkloadBatch, at: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
 ) -> dict[str, Array | Labels]:
     """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
@@ -318,7 +318,7 @@ def _names(codes: Array | Labels) -> Labels:
     return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
 
 
-def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
+def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Return the correlation (W, G) of errors of groups with those of another workload, and whether (W,) the host
     launches another mix of kernels."""
     groups, spent = p.workloads.groups, p.group_s
@@ -336,10 +336,12 @@ def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
     return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
 
 
-def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def serving(
+    p: ForwardPass, seconds: FloatArray, wait: float | None = None
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
-    phases. In serve, a request waits for a share of the other prompts before its first token, for the rest between its
-    tokens."""
+    phases. In serve, a request waits for a share of the other prompts before its first token (``wait``, by default the
+    engine's), for the rest between its tokens."""
     meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
     sequences = p.workloads.sequences.astype(np.float64)
     if meta.phase == "prefill":
@@ -350,5 +352,5 @@ def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArra
     steps, first = float(meta.new_tokens), prefill
     if meta.phase == "serve":
         own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        first = own + p.engine.prefill_wait.value * (prefill - own)
+        first = own + (p.engine.prefill_wait.value if wait is None else wait) * (prefill - own)
     return sequences * steps / seconds, first, (prefill - first + decode) / steps

@@ -238,11 +238,18 @@ def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, 
     return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s
 
 
-class HasSetting(Protocol):
-    """A prediction of one device, engine and request."""
+class HasDevice(Protocol):
+    """A prediction of one device."""
 
     @property
     def hardware(self) -> str: ...
+    @property
+    def devices(self) -> int: ...
+
+
+class HasSetting(HasDevice, Protocol):
+    """A prediction of one device, engine and request."""
+
     @property
     def engine(self) -> str: ...
     @property
@@ -251,8 +258,6 @@ class HasSetting(Protocol):
     def batch(self) -> int: ...
     @property
     def seq(self) -> int: ...
-    @property
-    def devices(self) -> int: ...
 
 
 def batch_name(phase: str) -> str:
@@ -265,7 +270,7 @@ def setting(r: HasSetting) -> str:
     return f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
 
 
-def device_text(r: HasSetting) -> str:
+def device_text(r: HasDevice) -> str:
     """Return the device with its number, if the prediction is of several."""
     return f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware
 

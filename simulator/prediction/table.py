@@ -129,7 +129,7 @@ def table(
     found = []
     for done, one in enumerate(requested, start=1):
         results = scenario_results(one, prunings, devices, reject)
-        lines = [*_dense_notes(results, one, devices), *_above_bound(results, prunings, one, devices)]
+        lines = [*dense_notes(results, one, devices), *_above_bound(results, prunings, one, devices)]
         notes |= dict.fromkeys(lines)
         if len(results):
             found.append(results)
@@ -225,7 +225,7 @@ def predict(
     return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
 
 
-def _dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
+def dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
     """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
     about, config = scenario.workloads[0].meta, load_model(scenario.model)
     if (reached := about.seq + about.new_tokens) > config.max_positions:

@@ -1,0 +1,233 @@
+"""``prunesim serve``: compare dense and pruned models in a server."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from simulator.cli import options, render
+from simulator.cli.options import opt
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.prediction.operating import OperatingPoint
+    from simulator.prediction.service import Service
+
+MOST_SERVICES = 3
+"""Services with sentences and a table each; of more, one row each is printed without --verbose."""
+
+MOST_PRUNINGS = 6
+"""Prunings in a table without --verbose: those with the most tokens/s at equal memory."""
+
+# fmt: off
+Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of the comparison at equal concurrency. Default: the most that fit the dense model.")]  # noqa: E501
+Seq = Annotated[str, opt("--seq", "N", "Tokens of each prompt.")]
+Ttft = Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")]
+Tpot = Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")]
+Price = Annotated[float | None, opt("--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")]
+Confidence = Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")]
+Family = Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")]
+Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper.")]  # noqa: E501
+Csv = Annotated[str | None, opt("--csv", "FILE", "Write the operating points as CSV (- for standard output).")]
+Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw throughput over time per token: .pdf, .svg or .png.")]
+Verbose = Annotated[bool, opt("--verbose", None, "Also print every concurrency of the grid, all prunings and all notes.")]  # noqa: E501
+# fmt: on
+
+
+@options.expanded("phase", "batch", "concurrency", "seq")
+def command(
+    model: options.Model,
+    hardware: options.Hardware,
+    family: Family = None,
+    method: options.Method = None,
+    pruned: options.Pruned = None,
+    prune: options.Prune = None,
+    sparsity: Sparsity = None,
+    concurrency: Concurrency = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    confidence: Confidence = 0.5,
+    price: Price = None,
+    seq: Seq = "2048",
+    run: options.Run = options.RUN,
+    ideal: options.Ideal = False,
+    option: options.Option = None,
+    same_stack: options.SameStack = False,
+    json: options.Json = False,
+    csv: Csv = None,
+    figure: Figure = None,
+    verbose: Verbose = False,
+) -> None:
+    """Compare dense and pruned models in a server: more sequences fit, and limits hold at a higher load.
+
+    Begins with the answers for the pruning that serves most. The table has the dense and each pruned model with equally
+    many requests in flight, each with as many as its weights and caches leave memory for (at most the engine's limit),
+    and with --ttft or --tpot each with as many as keep these limits. A request takes the steady state of continuous
+    batching. With --price it shows the cost of a million tokens: of output that pays for all, and of prompt and output
+    alike (--verbose: of prompt and of new tokens, by their share of the device time).
+    """
+    output = render.Output(json, csv, [figure])
+    from simulator.prediction.service import serve
+
+    requested = run.requests(ideal=ideal)
+    lengths = options.integers("--seq", seq)
+    if len(lengths) != 1:
+        raise InputError(f"--seq {seq!r}: expected one length")
+    with render.progress("predicting") as report:
+        found = serve(
+            model,
+            options.devices(hardware, same_stack),
+            None if family is None else options.names("--family", family),
+            None if sparsity is None else options.fractions("--sparsity", sparsity),
+            lengths[0],
+            method=[] if method is None else options.names("--method", method),
+            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            prune=prune or [],
+            engine=requested.engine,
+            concurrency=concurrency,
+            ttft_s=None if ttft is None else options.duration("--ttft", ttft),
+            tpot_s=None if tpot is None else options.duration("--tpot", tpot),
+            probability=confidence,
+            price=price,
+            scenario=requested.scenario,
+            options=options.settings("--option", option),
+            progress=report,
+        )
+    curves = [point for service in found.services for point in service.curve] if verbose else []
+    if output.write([point.to_dict() for point in (*found.points, *curves)]):
+        _print(found.services, verbose)
+    if figure:
+        from simulator.cli.drawing import draw_services
+
+        draw_services(found.services, figure)
+    render.notes((*requested.notes, *found.notes), verbose)
+
+
+def _print(services: Sequence[Service], verbose: bool) -> None:
+    """Print the conclusion and a table for each service; of many services one row each."""
+    from simulator.prediction.service_text import best_of, sentences
+
+    if len(services) > MOST_SERVICES and not verbose:
+        best = max(services, key=lambda s: s.points[0].ratio or 0.0)
+        render.conclude(*sentences(best))
+        _print_rows([(s, best_of(s)) for s in services])
+        return
+    for i, service in enumerate(services):
+        if i:
+            print()
+        render.conclude(*sentences(service))
+        _print_one(service, verbose)
+
+
+def _print_one(service: Service, verbose: bool) -> None:
+    """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
+    from simulator.prediction.operating import LIMITS, MEMORY
+    from simulator.prediction.service_text import best_of, equal_memory, failing_text
+
+    kinds, best = service.kinds, best_of(service)
+    order = sorted(range(1, len(kinds[MEMORY])), key=lambda i: -(kinds[MEMORY][i].tokens_per_s or 0.0))
+    shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
+    rows: list[OperatingPoint | str] = []
+    for kind, points in kinds.items():
+        rows += [kind if kind == LIMITS else f"at {kind}", *(points[i] for i in shown)]
+    first, hidden = service.points[0], len(order) + 1 - len(shown)
+    title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
+    render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
+    print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
+    lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, best)]
+    for point in kinds.get(LIMITS, ()):
+        if text := failing_text(service, point):
+            lines.append(f"{point.name}: {text}.")
+    for line in lines:
+        print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
+    if verbose:
+        print()
+        render.show(
+            render.first_fitting(_layouts(service.curve, True, named=True), render.width()), "every concurrency"
+        )
+
+
+def _print_rows(found: Sequence[tuple[Service, int]]) -> None:
+    """Print the best pruning of each service at equal memory, one per row."""
+    from simulator.prediction.operating import LIMITS, MEMORY
+
+    rows = [(s.kinds[MEMORY][i], s.kinds.get(LIMITS, s.kinds[MEMORY])[i]) for s, i in found]
+    columns = render.columns(
+        rows,
+        ("<hardware", lambda row: row[0].hardware),
+        ("<engine", lambda row: row[0].engine),
+        ("<best pruning", lambda row: row[0].name),
+        ("in\nflight", lambda row: f"{row[0].concurrency:,}"),
+        ("tokens/s per GPU", lambda row: _rate(row[0])),
+        ("ratio", lambda row: _ratio(row[0])),
+        ("in flight\nwithin limits", lambda row: f"{row[1].concurrency:,}"),
+        ("ratio\nwithin limits", lambda row: _ratio(row[1])),
+    )
+    limited = any(s.kinds.get(LIMITS) for s, _ in found)
+    render.show(render.narrowed(columns if limited else columns[:-2], 4), "at equal memory")
+
+
+def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
+    """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
+    from simulator.prediction.operating import OperatingPoint
+    from simulator.prediction.service_text import price
+
+    points = [row for row in rows if isinstance(row, OperatingPoint)]
+
+    def column(title: str, cell: Callable[[OperatingPoint], str]) -> render.Column:
+        return render.Column(title, [cell(row) if isinstance(row, OperatingPoint) else "" for row in rows])
+
+    def cost(name: str) -> Callable[[OperatingPoint], str]:
+        return lambda p: "-" if getattr(p, name) is None else price(getattr(p, name))
+
+    def layout(request: bool, detail: int) -> Iterator[render.Column]:
+        names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]
+        yield render.Column("model", names, right=False)
+        yield column("in\nflight", lambda p: f"{p.concurrency:,}")
+        yield column("tokens/s\nper GPU", _rate)
+        if not named:
+            yield column("ratio", _ratio)
+        if request:
+            yield column("time of\na request", lambda p: _time(p, "request", detail))
+        yield column("time to\nfirst token", lambda p: _time(p, "ttft", detail))
+        yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
+        if any(p.probability is not None for p in points):
+            yield column("limits\nhold", _chance)
+        if any(p.cost_output is not None for p in points):
+            yield column("cost/M\noutput", cost("cost_output"))
+            yield column("cost/M\nall", cost("cost_all"))
+            if verbose:
+                yield column("cost/M\nprompt", cost("cost_prompt"))
+                yield column("cost/M\nnew", cost("cost_new"))
+
+    for request, detail in ((True, 2), (True, 1), (False, 2), (False, 1), (True, 0), (False, 0)):
+        yield list(layout(request, detail))
+
+
+def _rate(p: OperatingPoint) -> str:
+    if p.tokens_per_s is None:
+        return "-"
+    return f"{p.tokens_per_s:,.0f} ({p.tokens_per_s_lower:,.0f}-{p.tokens_per_s_upper:,.0f})"
+
+
+def _ratio(p: OperatingPoint) -> str:
+    if p.ratio is None or p.ratio_lower is None or p.ratio_upper is None:
+        return "-"
+    if not p.pruning:
+        return render.ratio(p.ratio)
+    return f"{render.ratio(p.ratio)} ({render.ratio(p.ratio_lower)}-{render.ratio(p.ratio_upper)})"
+
+
+def _time(p: OperatingPoint, name: str, detail: int) -> str:
+    """Return a time: with its interval (2), with its interval in few characters (1), or alone (0)."""
+    value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
+    if value is None:
+        return "-"
+    return render.seconds_between(value, lower, upper, short=detail == 1) if detail else render.seconds(value)
+
+
+def _chance(p: OperatingPoint) -> str:
+    from simulator.prediction.conclusions import probability_text
+
+    return "-" if p.probability is None else probability_text(p.probability)

@@ -1,0 +1,286 @@
+"""Find the operating points of a service: the dense and the pruned models of one request on one device.
+
+Use :func:`operating_points`. It predicts the steady state of continuous batching (phase ``serve``) over a grid of
+concurrencies in one batch, then over a second grid around the answer. A model fits up to the concurrency at which its
+weights and caches fill the memory, or up to the sequences that the engine admits.
+
+The time to first token and the time per output token follow the time of a request, with its interval. They also depend
+on how requests arrive (``prefill_wait`` of the engine); on either side, both deviations are combined as a root of sum
+of squares. Limits of both times hold together with the smaller of the two probabilities: their errors are those of the
+same pass.
+
+The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
+(``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
+and of decode steps in that time (``cost_prompt``, ``cost_new``).
+
+Symbols
+-------
+W : workloads: models, dense and pruned, at concurrencies
+M : models, the dense one first
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simulator.arrays import FloatArray, IndexArray
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.prediction.batch import batch_of, rejecting
+from simulator.prediction.compare import alike, memory_columns, serving
+from simulator.prediction.configurations import probability_of
+from simulator.prediction.operating import CURVE, EQUAL, LIMITS, MEMORY, Limits, OperatingPoint
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.scenario import MAX_TOKENS, Scenario
+from simulator.uncertainty.factors import level_scale
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
+from simulator.workload_batch import WorkloadBatch, cache_parts, weights_bytes
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+REFINED = 16
+"""Concurrencies of the second grid, for each model."""
+
+SETTLED = 4
+"""Rounds in which the largest concurrencies settle; they hardly change after the second."""
+
+NO_LIMITS = Limits()
+
+Triple = tuple[FloatArray, FloatArray, FloatArray]
+"""Values, and the lower and the upper ends of their intervals."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both ends."""
+
+    batch: WorkloadBatch
+    p: PredictedPass
+    level: float
+    limits: Limits
+
+    @classmethod
+    def of(
+        cls, scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
+    ) -> _Served:
+        """Return the dense and the pruned models at some concurrencies."""
+        batch = _batch(scenario, prunings, at)
+        return cls(batch, forward_passes(batch, hw, scenario.level), scenario.level, limits)
+
+    def ratios(self, other: IndexArray) -> PredictionIntervals:
+        """Return the times of requests, s, and their ratios to those of other workloads, with intervals."""
+        return prediction_intervals(self.p, self.level, other, *alike(other, self.p))
+
+    def place(self, model: int, concurrency: int) -> int:
+        """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the batch."""
+        wanted = concurrency or self.batch.sequences.min()
+        return int(np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0])
+
+    @cached_property
+    def request(self) -> Triple:
+        """Time of a request, s."""
+        found = self.ratios(np.arange(len(self.batch)))
+        return found.seconds, found.lower, found.upper
+
+    @cached_property
+    def waits(self) -> Mapping[str, Triple]:
+        """Time to the first token and per further token, s, by the name of its limit."""
+        middle, lower, upper = self.request
+        values = serving(self.p, middle)[1:]
+        ends = [serving(self.p, middle, wait)[1:] for wait in self.p.engine.prefill_wait.ends]
+        scale, out = level_scale(self.level), {}
+        for name, value, *moved in zip(("ttft", "tpot"), values, *ends):
+            far = scale * np.log(np.stack(moved) / value)
+            below = np.hypot(np.log(middle / lower), np.minimum(far.min(axis=0), 0.0))
+            above = np.hypot(np.log(upper / middle), np.maximum(far.max(axis=0), 0.0))
+            out[name] = value, value * np.exp(-below), value * np.exp(above)
+        return out
+
+    @cached_property
+    def tokens_per_s(self) -> Triple:
+        """New tokens/s per device."""
+        meta = self.batch.rows.meta
+        rate, fast, slow = (self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request)
+        return rate, slow, fast
+
+    @cached_property
+    def chances(self) -> Mapping[str, FloatArray]:
+        """Probability (W,) with which each limit holds."""
+        out = {}
+        for name, limit in self.limits.named.items():
+            times = zip(*(column.tolist() for column in self.waits[name]))
+            found = [probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level) for t, low, high in times]
+            out[name] = np.array(found)
+        return out
+
+    def last_within(self, model: int, among: Iterable[int]) -> int:
+        """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
+        holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
+        return max((c for c in among if holds[self.place(model, c)]), default=0)
+
+    @property
+    def prefill_share(self) -> FloatArray:
+        """Share of prefills in the time of a request."""
+        return np.asarray(self.p.phase_s[:, 0] / self.p.total_s)
+
+
+def operating_points(
+    scenario: Scenario,
+    hw: HardwareProfile,
+    prunings: Sequence[Pruning],
+    names: Sequence[str],
+    *,
+    concurrency: int | None = None,
+    limits: Limits = NO_LIMITS,
+    price: float | None = None,
+) -> tuple[OperatingPoint, ...]:
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
+
+    ``scenario`` has one shape, whose batch is ignored; ``prunings`` run on the device, and ``names`` are their names.
+    Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
+    the smallest of the largest that fit the pruned models. InputError if no model fits.
+    """
+    scenario, models = scenario.on(hw), range(1 + len(prunings))
+    largest = _largest(scenario, hw, prunings)
+    if concurrency is None:
+        concurrency = largest[0] or min(filter(None, largest))
+    grids = [[c for c in steps(max(largest)) if c < most] + [most] for most in largest]
+    curve = _Served.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
+    kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
+    if limits.named:
+        firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
+        finer = [_between(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
+        found = _Served.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
+        kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
+    points = _Points(hw, names, prunings, largest, price)
+    return (
+        *(point for kind, at in kinds.items() for point in points.of_kind(found, kind, at)),
+        *(points.one(curve, CURVE, m, c) for m in models for c in grids[m] if c),
+    )
+
+
+def steps(last: int) -> list[int]:
+    """Return a grid of concurrencies: powers of two and steps between, up to a last one.
+
+    >>> steps(20)
+    [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    """
+    powers = [2**i for i in range(max(last, 1).bit_length())]
+    return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
+
+
+def _between(first: int, last: int) -> list[int]:
+    """Return the second grid between two concurrencies of the first one, with both."""
+    return sorted({round(c) for c in np.linspace(first, last, REFINED + 2).tolist()})
+
+
+def _batch(scenario: Scenario, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
+    """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
+    shapes = tuple((c, scenario.shapes[0][1]) for c in sorted({*at} - {0}))
+    return batch_of(replace(scenario, shapes=shapes), prunings, rejecting)
+
+
+def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
+    """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
+    engine's limit. InputError if no model fits.
+
+    The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
+    that follows from a request at the largest.
+    """
+    found = [1] * (1 + len(prunings))
+    for _ in range(SETTLED):
+        batch = _batch(scenario, prunings, found)
+        every = np.arange(len(batch))
+        columns = memory_columns(batch, every, [hw], np.zeros_like(every))
+        models, at = batch.pruning.tolist(), batch.sequences.tolist()
+        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // scenario.shapes[0][1]).tolist()
+        new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
+        if not any(new.values()):
+            need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
+            have = f"needs {need:.1f} GiB, {hw.memory_bytes / 2**30:.1f} GiB available; expected more devices (--tp)"
+            raise InputError(f"{hw.label}: no model fits: with one request, the smallest {have}")
+        found, before = [new.get(m, 0) for m in range(len(found))], found
+        if found == before:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What operating points of one device share."""
+
+    hw: HardwareProfile
+    names: Sequence[str]
+    prunings: Sequence[Pruning]
+    largest: Sequence[int]
+    price: float | None
+
+    def of_kind(self, found: _Served, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
+        """Return the points of a kind, of all models, each at its concurrency."""
+        if not at[0]:
+            return [self.one(found, kind, m, c) for m, c in enumerate(at)]
+        ratios = found.ratios(np.full(len(found.batch), found.place(0, at[0])))
+        every = np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper]) * found.batch.sequences / at[0]
+        return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
+
+    def one(
+        self, found: _Served, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
+    ) -> OperatingPoint:
+        """Return the point of a model (0: dense) at a concurrency."""
+        meta, i = found.batch.rows.meta, found.place(model, concurrency)
+        columns = {"request": found.request, **found.waits, "tokens_per_s": found.tokens_per_s}
+        if ratios is not None:
+            columns["ratio"] = ratios[0], ratios[1], ratios[2]
+        numbers: dict[str, float | None] = {}
+        for name, column in columns.items():
+            keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
+            numbers |= {key: float(values[i]) if concurrency else None for key, values in zip(keys, column)}
+        chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
+        unmet = min(chances, key=lambda name: chances[name]) if kind == LIMITS and most and not concurrency else ""
+        engine = load_engine(meta.engine)
+        limit = engine.limit(self.hw.memory_bytes, self.hw.name)
+        return OperatingPoint(
+            point=kind,
+            model=meta.model,
+            hardware=self.hw.label,
+            engine=engine.name,
+            devices=meta.devices,
+            seq=meta.seq,
+            new_tokens=meta.new_tokens,
+            pruning=self.names[model - 1] if model else "",
+            prune=self.prunings[model - 1].prune if model else "",
+            concurrency=concurrency,
+            fits=0 < concurrency <= most,
+            **numbers,
+            probability=min(chances.values()) if chances and (concurrency or unmet) else None,
+            unmet=unmet,
+            excess=float(found.waits[unmet][0][i]) / found.limits.named[unmet] if unmet else None,
+            **self.costs(found, i, concurrency),
+            largest_concurrency=most,
+            limited_by="engine" if limit is not None and most == limit.sequences else "memory",
+            weights_bytes=float(weights_bytes(found.batch)[i]),
+            cache_bytes=float(cache_parts(found.batch)[0][i]),
+            level=found.level,
+        )
+
+    def costs(self, found: _Served, i: int, concurrency: int) -> dict[str, float | None]:
+        """Return the costs of a million tokens of one workload."""
+        if self.price is None or not concurrency:
+            return {}
+        meta, prefill = found.batch.rows.meta, float(found.prefill_share[i])
+        million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
+        prompt = meta.new_tokens / meta.seq
+        return {
+            "cost_output": million,
+            "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
+            "cost_prompt": million * prefill * prompt,
+            "cost_new": million * (1.0 - prefill),
+        }

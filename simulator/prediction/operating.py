@@ -1,0 +1,181 @@
+"""Define a service: its operating points and limits (:class:`Service`, :class:`OperatingPoint`, :class:`Limits`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from simulator.arguments import SECONDS, number
+from simulator.display import Displayed
+from simulator.prediction.configurations import check_probability
+from simulator.prediction.scenario import device_text
+from simulator.units import ratio, seconds
+
+EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
+"""Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most time to the first token and per output token, s, and the probability with which both must hold.
+
+    >>> Limits(0.5, None, 0.9).text
+    '500 ms to the first token'
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_probability(self.probability)
+        for name, limit in self.named.items():
+            number(name, limit, SECONDS)
+
+    @property
+    def named(self) -> Mapping[str, float]:
+        """The limits that are set, by name."""
+        both = {"ttft": self.ttft_s, "tpot": self.tpot_s}
+        return {name: limit for name, limit in both.items() if limit is not None}
+
+    @property
+    def text(self) -> str:
+        """The limits in words."""
+        words = {"ttft": "to the first token", "tpot": "per output token"}
+        return " and ".join(f"{seconds(limit)} {words[name]}" for name, limit in self.named.items())
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class OperatingPoint(Displayed):
+    """One model in a service at one number of requests in flight.
+
+    Its fields are the keys of ``--json`` and the columns of ``--csv``. Times and rates are None where nothing can be
+    predicted: where no request fits, or limits do not hold even for one.
+
+    Parameters
+    ----------
+    point : str
+        "equal concurrency", "equal memory", "within limits", or "curve".
+    model, hardware, engine : str
+        Names.
+    devices : int
+        Number of devices that share the model.
+    seq, new_tokens : int
+        Tokens of a prompt, and tokens that each request decodes.
+    pruning, prune : str
+        The pruning in words and as a text of ``--prune``; "" for the dense model.
+    concurrency : int
+        Requests in flight; 0 if none fits or keeps the limits.
+    fits : bool
+        Whether the memory and the engine hold so many.
+    request_s, request_lower, request_upper : float or None
+        Time of a request, s, with the ends of its interval.
+    ttft_s, ttft_lower, ttft_upper : float or None
+        Time to the first token, s.
+    tpot_s, tpot_lower, tpot_upper : float or None
+        Time per further token, s.
+    tokens_per_s, tokens_per_s_lower, tokens_per_s_upper : float or None
+        New tokens/s per device.
+    ratio, ratio_lower, ratio_upper : float or None
+        Tokens/s over those of the dense model at its operating point of this kind.
+    probability : float or None
+        With which the limits hold; None without limits.
+    unmet, excess : str, float or None
+        The limit that fails for a single request, "ttft" or "tpot", and the predicted time over the limit.
+    cost_output, cost_all, cost_prompt, cost_new : float or None
+        Cost of a million tokens in the currency of the price: of output that pays for the whole request, of prompt and
+        output alike, and of prompt and new tokens by their shares of the device time. None without a price.
+    largest_concurrency : int
+        Most requests in flight of this model.
+    limited_by : str
+        What sets it: "memory", or "engine".
+    weights_bytes, cache_bytes : float
+        Bytes of the weights, and of the cache of one request, on the fullest device.
+    level : float
+        Level of the intervals, in (0, 1).
+    """
+
+    point: str
+    model: str
+    hardware: str
+    engine: str
+    devices: int
+    seq: int
+    new_tokens: int
+    pruning: str
+    prune: str
+    concurrency: int
+    fits: bool
+    request_s: float | None
+    request_lower: float | None
+    request_upper: float | None
+    ttft_s: float | None
+    ttft_lower: float | None
+    ttft_upper: float | None
+    tpot_s: float | None
+    tpot_lower: float | None
+    tpot_upper: float | None
+    tokens_per_s: float | None
+    tokens_per_s_lower: float | None
+    tokens_per_s_upper: float | None
+    ratio: float | None = None
+    ratio_lower: float | None = None
+    ratio_upper: float | None = None
+    probability: float | None
+    unmet: str
+    excess: float | None
+    cost_output: float | None = None
+    cost_all: float | None = None
+    cost_prompt: float | None = None
+    cost_new: float | None = None
+    largest_concurrency: int
+    limited_by: str
+    weights_bytes: float
+    cache_bytes: float
+    level: float
+
+    @property
+    def name(self) -> str:
+        """The pruning in words, or "dense"."""
+        return self.pruning or "dense"
+
+    @property
+    def setting(self) -> str:
+        """Devices, engine and request as part of a sentence."""
+        return f"{device_text(self)} in {self.engine} (seq {self.seq} + {self.new_tokens} new)"
+
+    def _title(self) -> str:
+        rate = "nothing" if self.tokens_per_s is None else f"{self.tokens_per_s:,.4g} tokens/s per GPU"
+        times = f", {ratio(self.ratio)}x of dense" if self.ratio is not None else ""
+        return f"{self.model} {self.name} on {self.setting}, {self.point}: {rate} at {self.concurrency}{times}"
+
+
+@dataclass(frozen=True, repr=False)
+class Service(Displayed):
+    """The operating points of the dense and the pruned models on one device in one engine.
+
+    Parameters
+    ----------
+    points : tuple of OperatingPoint
+        By kind (:attr:`kinds`), each kind by model, the dense one first.
+    curve : tuple of OperatingPoint
+        Each model at concurrencies from 1 to the largest that fits.
+    limits : Limits
+        The limits of latency.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    curve: tuple[OperatingPoint, ...]
+    limits: Limits
+
+    @property
+    def kinds(self) -> dict[str, list[OperatingPoint]]:
+        """Points by kind, the dense model first."""
+        out: dict[str, list[OperatingPoint]] = {}
+        for point in self.points:
+            out.setdefault(point.point, []).append(point)
+        return out
+
+    def _title(self) -> str:
+        first = self.points[0]
+        return f"{first.model} on {first.setting}: {len(self.points)} operating points"
