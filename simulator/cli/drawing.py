@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.figures.panels import across, device, fronts_of, roof_of, speedups_of, steps_of
+from simulator.figures.panels import across, device, fronts_of, roof_of, services_of, speedups_of, steps_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.titles import device_title
@@ -15,6 +15,7 @@ from simulator.prediction.scenario import batch_name
 if TYPE_CHECKING:
     from simulator.prediction.explain import Explanation
     from simulator.prediction.gemms import GemmRecord
+    from simulator.prediction.operating import Service
     from simulator.prediction.pareto import Front
     from simulator.prediction.result import Result
 
@@ -31,6 +32,11 @@ def _several(values: Sequence[object]) -> bool:
 def draw_speedups(results: Sequence[Result], path: str) -> None:
     """Draw speedups over batch, length or sparsity, whichever varies."""
     save_figure(speedups_of(results), path)
+
+
+def draw_services(found: Sequence[Service], path: str) -> None:
+    """Draw the throughput of services over their time per token, one panel each."""
+    save_figure(services_of(found), path)
 
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +12,7 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.prediction.operating import OperatingPoint
-    from simulator.prediction.service import Service
+    from simulator.prediction.operating import OperatingPoint, Service
 
 MOST_SERVICES = 3
 """Services with sentences and a table each; of more, one row each is printed without --verbose."""
@@ -106,12 +106,12 @@ def command(
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
     """Print the conclusion and a table for each service; of many services one row each."""
-    from simulator.prediction.service_text import best_of, sentences
+    from simulator.prediction.service_text import best_point, sentences
 
     if len(services) > MOST_SERVICES and not verbose:
-        best = max(services, key=lambda s: s.points[0].ratio or 0.0)
-        render.conclude(*sentences(best))
-        _print_rows([(s, best_of(s)) for s in services])
+        most = [0.0 if math.isnan(ratio) else ratio for ratio in (best_point(s).ratio for s in services)]
+        render.conclude(*sentences(services[most.index(max(most))]))
+        _print_rows(services)
         return
     for i, service in enumerate(services):
         if i:
@@ -123,10 +123,9 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
     from simulator.prediction.operating import LIMITS, MEMORY
-    from simulator.prediction.service_text import best_of, equal_memory, failing_text
+    from simulator.prediction.service_text import equal_memory, failing_text, ranked
 
-    kinds, best = service.kinds, best_of(service)
-    order = sorted(range(1, len(kinds[MEMORY])), key=lambda i: -(kinds[MEMORY][i].tokens_per_s or 0.0))
+    kinds, order = service.kinds, ranked(service)
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
     rows: list[OperatingPoint | str] = []
     for kind, points in kinds.items():
@@ -135,7 +134,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
     print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
-    lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, best)]
+    lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])]
     for point in kinds.get(LIMITS, ()):
         if text := failing_text(service, point):
             lines.append(f"{point.name}: {text}.")
@@ -148,11 +147,13 @@ def _print_one(service: Service, verbose: bool) -> None:
         )
 
 
-def _print_rows(found: Sequence[tuple[Service, int]]) -> None:
-    """Print the best pruning of each service at equal memory, one per row."""
+def _print_rows(services: Sequence[Service]) -> None:
+    """Print the best pruning of each service at equal memory, and within limits, one service per row."""
     from simulator.prediction.operating import LIMITS, MEMORY
+    from simulator.prediction.service_text import ranked
 
-    rows = [(s.kinds[MEMORY][i], s.kinds.get(LIMITS, s.kinds[MEMORY])[i]) for s, i in found]
+    limited = LIMITS if LIMITS in services[0].kinds else MEMORY
+    rows = [[s.kinds[kind][ranked(s)[0]] for kind in (MEMORY, limited)] for s in services]
     columns = render.columns(
         rows,
         ("<hardware", lambda row: row[0].hardware),
@@ -164,8 +165,7 @@ def _print_rows(found: Sequence[tuple[Service, int]]) -> None:
         ("in flight\nwithin limits", lambda row: f"{row[1].concurrency:,}"),
         ("ratio\nwithin limits", lambda row: _ratio(row[1])),
     )
-    limited = any(s.kinds.get(LIMITS) for s, _ in found)
-    render.show(render.narrowed(columns if limited else columns[:-2], 4), "at equal memory")
+    render.show(render.narrowed(columns[: len(columns) if limited == LIMITS else -2], 4), "at equal memory")
 
 
 def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
@@ -179,7 +179,7 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
         return render.Column(title, [cell(row) if isinstance(row, OperatingPoint) else "" for row in rows])
 
     def cost(name: str) -> Callable[[OperatingPoint], str]:
-        return lambda p: "-" if getattr(p, name) is None else price(getattr(p, name))
+        return lambda p: price(getattr(p, name)) if p.concurrency else "-"
 
     def layout(request: bool, detail: int) -> Iterator[render.Column]:
         names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]
@@ -192,9 +192,9 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
             yield column("time of\na request", lambda p: _time(p, "request", detail))
         yield column("time to\nfirst token", lambda p: _time(p, "ttft", detail))
         yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
-        if any(p.probability is not None for p in points):
+        if not all(math.isnan(p.probability) for p in points):
             yield column("limits\nhold", _chance)
-        if any(p.cost_output is not None for p in points):
+        if not all(math.isnan(p.cost_output) for p in points):
             yield column("cost/M\noutput", cost("cost_output"))
             yield column("cost/M\nall", cost("cost_all"))
             if verbose:
@@ -206,28 +206,27 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
 
 
 def _rate(p: OperatingPoint) -> str:
-    if p.tokens_per_s is None:
+    if not p.concurrency:
         return "-"
     return f"{p.tokens_per_s:,.0f} ({p.tokens_per_s_lower:,.0f}-{p.tokens_per_s_upper:,.0f})"
 
 
 def _ratio(p: OperatingPoint) -> str:
-    if p.ratio is None or p.ratio_lower is None or p.ratio_upper is None:
+    if math.isnan(p.ratio):
         return "-"
-    if not p.pruning:
-        return render.ratio(p.ratio)
-    return f"{render.ratio(p.ratio)} ({render.ratio(p.ratio_lower)}-{render.ratio(p.ratio_upper)})"
+    ends = f" ({render.ratio(p.ratio_lower)}-{render.ratio(p.ratio_upper)})" if p.pruning else ""
+    return f"{render.ratio(p.ratio)}{ends}"
 
 
 def _time(p: OperatingPoint, name: str, detail: int) -> str:
     """Return a time: with its interval (2), with its interval in few characters (1), or alone (0)."""
-    value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
-    if value is None:
+    if not p.concurrency:
         return "-"
+    value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
     return render.seconds_between(value, lower, upper, short=detail == 1) if detail else render.seconds(value)
 
 
 def _chance(p: OperatingPoint) -> str:
     from simulator.prediction.conclusions import probability_text
 
-    return "-" if p.probability is None else probability_text(p.probability)
+    return "-" if math.isnan(p.probability) else probability_text(p.probability)

@@ -33,7 +33,7 @@ from simulator.explore.layout import (
 )
 from simulator.explore.state import AXES, EXISTING
 from simulator.figures.layout import short
-from simulator.figures.style import BLACK, COLORS, GREEN, ORANGE, SKY, STYLES, Style, in_order
+from simulator.figures.style import BLACK, COLORS, DENSE, GREEN, ORANGE, SKY, STYLES, Style, in_order
 from simulator.figures.titles import device_title
 from simulator.prediction.scenario import batch_name, once
 from simulator.units import percent, ratio
@@ -201,8 +201,6 @@ def _hover(r: Result, name: str) -> str:
 
 # -- throughput over latency -------------------------------------------------------------------------------------------
 
-_DENSE = Style(BLACK, "o", "--", True, label="dense")
-
 
 class _Served(NamedTuple):
     """Batches that fit in memory (n), and time per token, ms, and new tokens/s per GPU (3, n): at the predicted time of
@@ -232,12 +230,12 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
     intervals."""
     name, look = name_of(candidates[0]), look_of(candidates[0].key, state)
     gpus, batches = once(r.hardware for _, r in candidates), batch_name(state.phase)
-    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px([_DENSE.label, name], len(gpus), most))
+    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px([DENSE.label, name], len(gpus), most))
     data: list[Dict] = []
     every: list[_Served] = []
     for panel, gpu in enumerate(gpus):
-        for title, style in ((_DENSE.label, _DENSE), (name, look)):
-            found = _served([r for _, r in candidates if r.hardware == gpu], style is _DENSE)
+        for title, style in ((DENSE.label, DENSE), (name, look)):
+            found = _served([r for _, r in candidates if r.hardware == gpu], style is DENSE)
             if not len(found.batch):
                 continue
             every.append(found)
@@ -253,7 +251,7 @@ def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> C
             more["hovertemplate"] = "%{hovertext}<extra></extra>"
             more["marker"] = {**marker_of(style), "size": np.where(found.batch == state.batch, 12, 7).tolist()}
             more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 1.8}
-            if style is _DENSE:  # the ends have their batch
+            if style is DENSE:  # the ends have their batch
                 ends_at = {0, len(found.batch) - 1}
                 more["text"] = [f"  {b:g}" if i in ends_at else "" for i, b in enumerate(found.batch.tolist())]
                 more |= {"textposition": "middle right", "textfont": {"size": SMALL, "color": SOFT}}

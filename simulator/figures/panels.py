@@ -1,7 +1,8 @@
 """Turn predictions into figures and panels, for the paper's figures, the command line and the page.
 
 :func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.prediction.explain.Explanation`,
-:func:`speedups_of` draws results, :func:`fronts_of` frontiers. :func:`placed` returns the panel of each result.
+:func:`speedups_of` draws results, :func:`fronts_of` frontiers, :func:`services_of` services. :func:`placed` returns the
+panel of each result.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from simulator.figures.roofline import Roof
-from simulator.figures.style import COLORS, STYLES, Style, label, style_of
+from simulator.figures.style import COLORS, DENSE, STYLES, Style, label, style_of
+from simulator.figures.throughput import Curve, Throughput
 from simulator.figures.titles import device_title, engine_title, model_title
 from simulator.figures.waterfall import Steps
 from simulator.prediction.gemms import gemm_points
+from simulator.prediction.operating import LIMITS
 from simulator.prediction.scenario import batch_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from simulator.prediction.explain import Explanation
+    from simulator.prediction.operating import OperatingPoint, Service
     from simulator.prediction.pareto import Front
     from simulator.prediction.result import Result
 
@@ -168,6 +174,44 @@ def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
     free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
     free.sort(key=lambda style: style.color in colors)
     return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}
+
+
+def services_of(services: Sequence[Service]) -> Figure:
+    """Draw the throughput of services over their time per token, one panel each."""
+    from simulator.figures.throughput import throughput_figure
+
+    engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
+    first = services[0].points[0]
+    model = "" if len(services) > 1 else f"{model_title(first.model)}, "
+    many = f"{first.devices} × " if first.devices > 1 else ""
+    panels = [throughput_of(s, f"{model}{many}{device(s.points[0])}") for s in services]
+    return throughput_figure(panels, interval=interval(first.level), columns=across(devices, engines))
+
+
+def throughput_of(service: Service, title: str) -> Throughput:
+    """Return the curves of a service as a panel; a model that does not fit has none.
+
+    >>> from simulator import serve
+    >>> panel = throughput_of(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0], "h100")
+    >>> [curve.name for curve in panel.curves], panel.curves[0].ms.shape
+    (['dense', 'depth at 25 %'], (3, 16))
+    """
+    groups: dict[str, list[OperatingPoint]] = {}
+    for point in service.curve:
+        groups.setdefault(point.name, []).append(point)
+    styles = {DENSE.label: DENSE, **styles_of({p.name: p.family for (p, *_) in groups.values() if p.pruning})}
+    within = {p.name: (p.tpot_s, p.tokens_per_s) for p in service.kinds.get(LIMITS, ()) if p.concurrency}
+    curves = []
+    for name, points in groups.items():
+        tpot, rate = (
+            np.array([[getattr(p, key) for p in points] for key in keys], dtype=float)
+            for keys in (
+                ("tpot_s", "tpot_lower", "tpot_upper"),
+                ("tokens_per_s", "tokens_per_s_lower", "tokens_per_s_upper"),
+            )
+        )
+        curves.append(Curve(name, styles[name], tpot, rate, points[-1].concurrency, within.get(name)))
+    return Throughput(title, curves, service.limits.tpot_s)
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:

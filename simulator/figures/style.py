@@ -64,6 +64,9 @@ STYLES: MappingProxyType[str, Style] = MappingProxyType(
 )
 """Style of each family, in the order of legends: static ones first."""
 
+DENSE = Style(BLACK, "o", "--", True, label="dense")
+"""Style of the dense model where it has a curve."""
+
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
 

@@ -22,6 +22,7 @@ M : models, the dense one first
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -239,10 +240,10 @@ class _Points:
         columns = {"request": found.request, **found.waits, "tokens_per_s": found.tokens_per_s}
         if ratios is not None:
             columns["ratio"] = ratios[0], ratios[1], ratios[2]
-        numbers: dict[str, float | None] = {}
+        numbers: dict[str, float] = {}
         for name, column in columns.items():
             keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
-            numbers |= {key: float(values[i]) if concurrency else None for key, values in zip(keys, column)}
+            numbers |= {key: float(values[i]) if concurrency else math.nan for key, values in zip(keys, column)}
         chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
         unmet = min(chances, key=lambda name: chances[name]) if kind == LIMITS and most and not concurrency else ""
         engine = load_engine(meta.engine)
@@ -257,12 +258,13 @@ class _Points:
             new_tokens=meta.new_tokens,
             pruning=self.names[model - 1] if model else "",
             prune=self.prunings[model - 1].prune if model else "",
+            family=self.prunings[model - 1].family if model else "",
             concurrency=concurrency,
             fits=0 < concurrency <= most,
             **numbers,
-            probability=min(chances.values()) if chances and (concurrency or unmet) else None,
+            probability=min(chances.values()) if chances and (concurrency or unmet) else math.nan,
             unmet=unmet,
-            excess=float(found.waits[unmet][0][i]) / found.limits.named[unmet] if unmet else None,
+            excess=float(found.waits[unmet][0][i]) / found.limits.named[unmet] if unmet else math.nan,
             **self.costs(found, i, concurrency),
             largest_concurrency=most,
             limited_by="engine" if limit is not None and most == limit.sequences else "memory",
@@ -271,7 +273,7 @@ class _Points:
             level=found.level,
         )
 
-    def costs(self, found: _Served, i: int, concurrency: int) -> dict[str, float | None]:
+    def costs(self, found: _Served, i: int, concurrency: int) -> dict[str, float]:
         """Return the costs of a million tokens of one workload."""
         if self.price is None or not concurrency:
             return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ class Limits:
 class OperatingPoint(Displayed):
     """One model in a service at one number of requests in flight.
 
-    Its fields are the keys of ``--json`` and the columns of ``--csv``. Times and rates are None where nothing can be
-    predicted: where no request fits, or limits do not hold even for one.
+    Its fields are the keys of ``--json`` and the columns of ``--csv``. Numbers that do not exist are NaN (in
+    ``to_dict`` None): times and rates where no request fits or limits do not hold even for one.
 
     Parameters
     ----------
@@ -62,29 +63,29 @@ class OperatingPoint(Displayed):
         Number of devices that share the model.
     seq, new_tokens : int
         Tokens of a prompt, and tokens that each request decodes.
-    pruning, prune : str
-        The pruning in words and as a text of ``--prune``; "" for the dense model.
+    pruning, prune, family : str
+        The pruning in words and as a text of ``--prune``, and its families joined by "+"; "" for the dense model.
     concurrency : int
         Requests in flight; 0 if none fits or keeps the limits.
     fits : bool
         Whether the memory and the engine hold so many.
-    request_s, request_lower, request_upper : float or None
+    request_s, request_lower, request_upper : float
         Time of a request, s, with the ends of its interval.
-    ttft_s, ttft_lower, ttft_upper : float or None
+    ttft_s, ttft_lower, ttft_upper : float
         Time to the first token, s.
-    tpot_s, tpot_lower, tpot_upper : float or None
+    tpot_s, tpot_lower, tpot_upper : float
         Time per further token, s.
-    tokens_per_s, tokens_per_s_lower, tokens_per_s_upper : float or None
+    tokens_per_s, tokens_per_s_lower, tokens_per_s_upper : float
         New tokens/s per device.
-    ratio, ratio_lower, ratio_upper : float or None
+    ratio, ratio_lower, ratio_upper : float
         Tokens/s over those of the dense model at its operating point of this kind.
-    probability : float or None
-        With which the limits hold; None without limits.
-    unmet, excess : str, float or None
+    probability : float
+        With which the limits hold; NaN without limits.
+    unmet, excess : str, float
         The limit that fails for a single request, "ttft" or "tpot", and the predicted time over the limit.
-    cost_output, cost_all, cost_prompt, cost_new : float or None
+    cost_output, cost_all, cost_prompt, cost_new : float
         Cost of a million tokens in the currency of the price: of output that pays for the whole request, of prompt and
-        output alike, and of prompt and new tokens by their shares of the device time. None without a price.
+        output alike, and of prompt and new tokens by their shares of the device time. NaN without a price.
     largest_concurrency : int
         Most requests in flight of this model.
     limited_by : str
@@ -104,30 +105,31 @@ class OperatingPoint(Displayed):
     new_tokens: int
     pruning: str
     prune: str
+    family: str
     concurrency: int
     fits: bool
-    request_s: float | None
-    request_lower: float | None
-    request_upper: float | None
-    ttft_s: float | None
-    ttft_lower: float | None
-    ttft_upper: float | None
-    tpot_s: float | None
-    tpot_lower: float | None
-    tpot_upper: float | None
-    tokens_per_s: float | None
-    tokens_per_s_lower: float | None
-    tokens_per_s_upper: float | None
-    ratio: float | None = None
-    ratio_lower: float | None = None
-    ratio_upper: float | None = None
-    probability: float | None
+    request_s: float
+    request_lower: float
+    request_upper: float
+    ttft_s: float
+    ttft_lower: float
+    ttft_upper: float
+    tpot_s: float
+    tpot_lower: float
+    tpot_upper: float
+    tokens_per_s: float
+    tokens_per_s_lower: float
+    tokens_per_s_upper: float
+    ratio: float = math.nan
+    ratio_lower: float = math.nan
+    ratio_upper: float = math.nan
+    probability: float
     unmet: str
-    excess: float | None
-    cost_output: float | None = None
-    cost_all: float | None = None
-    cost_prompt: float | None = None
-    cost_new: float | None = None
+    excess: float
+    cost_output: float = math.nan
+    cost_all: float = math.nan
+    cost_prompt: float = math.nan
+    cost_new: float = math.nan
     largest_concurrency: int
     limited_by: str
     weights_bytes: float
@@ -145,8 +147,8 @@ class OperatingPoint(Displayed):
         return f"{device_text(self)} in {self.engine} (seq {self.seq} + {self.new_tokens} new)"
 
     def _title(self) -> str:
-        rate = "nothing" if self.tokens_per_s is None else f"{self.tokens_per_s:,.4g} tokens/s per GPU"
-        times = f", {ratio(self.ratio)}x of dense" if self.ratio is not None else ""
+        rate = f"{self.tokens_per_s:,.4g} tokens/s per GPU" if self.concurrency else "nothing"
+        times = "" if math.isnan(self.ratio) else f", {ratio(self.ratio)}x of dense"
         return f"{self.model} {self.name} on {self.setting}, {self.point}: {rate} at {self.concurrency}{times}"
 
 

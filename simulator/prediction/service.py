@@ -182,7 +182,7 @@ def serve(
 def _too_many(service: Service) -> list[str]:
     """Return a note on each model that does not fit at equal concurrency; the dense model's memory has one already."""
     return [
-        f"{p.name} with {p.concurrency} requests on {p.setting}: {p.largest_concurrency} fit; its times are hypothetical"
+        f"{p.name} at concurrency {p.concurrency} on {p.hardware}: {p.largest_concurrency} fit; hypothetical times"
         for p in service.kinds[EQUAL]
         if not p.fits and (p.pruning or p.limited_by == "engine")
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
 from simulator.display import few
 from simulator.prediction.conclusions import probability_text
 from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service
@@ -24,13 +26,13 @@ def sentences(service: Service) -> list[str]:
 
     >>> from simulator import serve
     >>> lines = sentences(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
-    >>> print(lines[0][69:])
+    >>> print(lines[0][70:])
     depth at 25 % makes llama-3.1-8b 1.30x faster (1.26-1.33).
     >>> print(lines[1][:108])
     depth at 25 % serves 1.32x (1.22-1.42) as many tokens/s at equal memory: 1.40x as many sequences fit (343 in
     """
     kinds = service.kinds
-    best = best_of(service)
+    best = ranked(service)[0]
     out = [_equal_concurrency(kinds[EQUAL], best)] if kinds[MEMORY][0].fits else []
     out.append(equal_memory(kinds[MEMORY][0], kinds[MEMORY][best]))
     if LIMITS in kinds:
@@ -39,10 +41,15 @@ def sentences(service: Service) -> list[str]:
     return [*out[:-1], f"{out[-1][:-1]}{_cost(last[0], last[best])}."]
 
 
-def best_of(service: Service) -> int:
-    """Return the index of the pruned model with the most tokens/s at equal memory, 1 for the first."""
-    rates = [point.tokens_per_s or 0.0 for point in service.kinds[MEMORY]]
-    return max(range(1, len(rates)), key=lambda i: rates[i])
+def ranked(service: Service) -> list[int]:
+    """Return the indices of the pruned models (from 1) by their tokens/s at equal memory, the most first."""
+    rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[MEMORY]]
+    return sorted(range(1, len(rates)), key=lambda i: -rates[i])
+
+
+def best_point(service: Service) -> OperatingPoint:
+    """Return the pruned model with the most tokens/s at equal memory, there."""
+    return service.kinds[MEMORY][ranked(service)[0]]
 
 
 def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
@@ -58,7 +65,7 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
     else:
         times = ratio(pruned.concurrency / dense.concurrency)
         fit = f"{times}x as many sequences fit ({_instead(dense, pruned)}{_smaller(dense, pruned)})"
-    longer = (pruned.request_s or 0.0) / (dense.request_s or 1.0)
+    longer = pruned.request_s / dense.request_s
     start = f"{name} serves {_times(pruned)} as many tokens/s at equal memory"
     return f"{start}: {fit}, and each request takes {ratio(longer)}x as long."
 
@@ -81,12 +88,12 @@ def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoin
 
 def failing_text(service: Service, point: OperatingPoint) -> str:
     """Return which limit a model cannot keep even for one request, and by how much; "" if it keeps them."""
-    if not point.unmet or point.excess is None:
+    if not point.unmet:
         return ""
     name, limit = _TIMES[point.unmet][0], service.limits.named[point.unmet]
     if point.excess > 1.0:
         return f"{name} {seconds(limit * point.excess)} for one request, {ratio(point.excess)}x the limit"
-    chance = probability_text(point.probability or 0.0)
+    chance = probability_text(point.probability)
     return (
         f"{name} {seconds(limit * point.excess)} for one request, below the limit with a probability of only {chance}"
     )
@@ -108,18 +115,15 @@ def _equal_concurrency(points: Sequence[OperatingPoint], best: int) -> str:
 
 
 def _gain(point: OperatingPoint) -> str:
-    ends = f"({ratio(point.ratio_lower or 0.0)}-{ratio(point.ratio_upper or 0.0)})"
-    if (point.ratio_upper or 0.0) < 1.0:
+    if point.ratio_upper < 1.0:
         return f"makes {point.model} slower: {_times(point)}"
-    if (point.ratio_lower or 0.0) <= 1.0:
+    if point.ratio_lower <= 1.0:
         return f"gives {point.model} no certain gain: {_times(point)}"
-    return f"makes {point.model} {ratio(point.ratio or 0.0)}x faster {ends}"
+    return f"makes {point.model} {_times(point).replace(' ', ' faster ', 1)}"
 
 
 def _times(point: OperatingPoint) -> str:
-    ends = point.ratio, point.ratio_lower, point.ratio_upper
-    middle, lower, upper = (ratio(end or 0.0) for end in ends)
-    return f"{middle}x ({lower}-{upper})"
+    return f"{ratio(point.ratio)}x ({ratio(point.ratio_lower)}-{ratio(point.ratio_upper)})"
 
 
 def _requests(point: OperatingPoint) -> str:
@@ -163,9 +167,9 @@ def _weights(point: OperatingPoint) -> str:
 
 def _cost(dense: OperatingPoint, pruned: OperatingPoint) -> str:
     """Return the cost of output as the end of a sentence."""
-    if pruned.cost_output is None:
+    if math.isnan(pruned.cost_output):
         return ""
-    instead = "" if dense.cost_output is None else f" instead of {price(dense.cost_output)}"
+    instead = "" if math.isnan(dense.cost_output) else f" instead of {price(dense.cost_output)}"
     return f"; a million output tokens cost {price(pruned.cost_output)}{instead}"
 
 

@@ -1,0 +1,134 @@
+"""``prunesim serve``: its sentences, its table, JSON, CSV and figure, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import simulator
+from simulator.cli import render
+from simulator.prediction.operating import OperatingPoint
+
+pytestmark = pytest.mark.quick
+LINE = "serve llama-3.1-8b --hardware h100 --new-tokens 256 --prune 'depth 0.25' --prune 'kv_cache 0.5'"
+KEYS = (
+    "point model hardware engine devices seq new_tokens pruning prune family concurrency fits request_s request_lower "
+    "request_upper ttft_s ttft_lower ttft_upper tpot_s tpot_lower tpot_upper tokens_per_s tokens_per_s_lower "
+    "tokens_per_s_upper ratio ratio_lower ratio_upper probability unmet excess cost_output cost_all cost_prompt "
+    "cost_new largest_concurrency limited_by weights_bytes cache_bytes level"
+)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_answers_come_first_then_one_table(cli: Any) -> None:
+    out, err = cli(f"{LINE} --tpot 20ms --ttft 1s --price 2")
+    head, table, rest = out.split("\n\n")
+    first, second, third = re.split(r"(?<=\.) (?=[dW])", " ".join(head.split()))
+    assert re.fullmatch(
+        r"With \d+ requests in flight on h100_sxm in vllm \(seq 2048 \+ 256 new\), depth at 25 % makes llama-3.1-8b "
+        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\); kv_cache at 50 % 1\.\d\dx \(.*-.*\)\.",
+        first,
+    )
+    assert re.fullmatch(
+        r"depth at 25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s at equal memory: 1\.\d\dx as many sequences fit "
+        r"\(\d+ instead of \d+, as weights shrink by .* % and the cache of each by 25 %\), and each request takes "
+        r"\d\.\d\dx as long\.",
+        second,
+    )
+    assert re.fullmatch(
+        r"Within 1\.00 s to the first token and 20\.0 ms per output token, depth at 25 % serves 1\.\d\dx \(.*-.*\) as "
+        r"many tokens/s: \d+ requests in flight instead of \d+; a million output tokens cost 0\.\d+ instead of "
+        r"0\.\d+\.",
+        third,
+    )
+    rows = table.splitlines()
+    assert [row for row in rows if not row.startswith(" ")][-3:] == [
+        "at equal concurrency", "at equal memory", "within limits",
+    ]  # fmt: skip
+    assert sum(row.startswith("  dense ") for row in rows) == 3
+    assert sum(row.startswith("  depth at 25 % ") for row in rows) == 3
+    assert "kv_cache at 50 % serves 1." in rest
+    assert err.count("depends on how requests arrive") == 1
+    assert len(err.splitlines()) <= render.MOST_NOTES
+    assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
+    verbose = cli.out(f"{LINE} --tpot 20ms --ttft 1s --price 2 --verbose")
+    assert verbose.startswith(head)
+    assert "every concurrency" in verbose
+    assert "prompt" in verbose
+
+
+def test_many_devices_have_one_row_each(cli: Any) -> None:
+    out = cli.out(f"{LINE.replace('h100', 'h100,a100')} --engine vllm,sglang --tpot 30ms")
+    rows = [
+        row for row in out.splitlines() if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|sglang) +depth at 25 % ", row)
+    ]
+    assert len(rows) == 4
+    assert "within limits" in out
+
+
+def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
+    line = f"{LINE} --tpot 20ms --concurrency 16 --price 2 --confidence 0.8 --seq 1k --dtype fp16 --cached-prefix 25%"
+    records = cli.json(line)
+    scenario = simulator.Scenario(new_tokens=256, dtype="fp16", cached_prefix=0.25)
+    found = simulator.serve(
+        "llama-3.1-8b", "h100", prune=["depth 0.25", "kv_cache 0.5"], seq=1024, concurrency=16, tpot_s=0.02,
+        probability=0.8, price=2.0, scenario=scenario,
+    )  # fmt: skip
+    assert records == [point.to_dict() for point in found.points]
+    assert [" ".join(record) for record in records] == [KEYS] * 9
+    assert KEYS.split() == list(OperatingPoint.__dataclass_fields__)
+    assert cli.out(f"{line} --csv out.csv") == ""
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, record in zip(rows, records, strict=True):
+        assert list(row) == list(record)
+        assert float(row["tokens_per_s"]) == record["tokens_per_s"]
+    everything = json.loads(cli.out(f"{line} --json --verbose"))
+    assert everything[:9] == records
+    assert {record["point"] for record in everything[9:]} == {"curve"}
+
+
+def test_a_model_without_a_request_has_dashes_and_a_reason(cli: Any) -> None:
+    out = cli.out(f"{LINE} --tpot 6ms")
+    within = out.partition("within limits\n")[2]
+    assert within.split()[:9] == ["dense", "0", *["-"] * 4, "<", "1", "%"]
+    assert re.search(r"dense: time per output token 7\.\d\d ms for one request, 1\.\d\dx the limit\.", out)
+
+
+def test_the_figure_is_drawn(cli: Any) -> None:
+    for path in ("one.png", "two.svg"):
+        cli(f"{LINE} --tpot 20ms --engine {'vllm' if path == 'one.png' else 'vllm,sglang'} --figure {path}")
+        assert Path(path).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--ttft 5", "the unit is missing"),
+        ("--tpot 0ms", "tpot: expected a positive time"),
+        ("--price -1", "price: expected a positive price per GPU-hour"),
+        ("--confidence 2", "confidence 2: expected a number between 0 and 1"),
+        ("--seq 1k,2k", "--seq '1k,2k': expected one length"),
+        ("--figure a.jpg", "expected a name that ends in .pdf, .svg or .png"),
+        ("--phase decode", "No such option"),
+        ("--new-tokens 0", "new tokens 0"),
+    ],
+)
+def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:
+    assert says in cli.refused(f"{LINE} {options}")
+
+
+def test_where_nothing_fits_is_one_line(cli: Any) -> None:
+    line = "serve llama-3.1-70b --hardware h100 --prune 'depth 0.1'"
+    assert "expected more devices (--tp)" in cli.refused(line)
+    out = cli.out("serve llama-3.1-70b --hardware h100 --prune 'depth 0.5'")
+    assert out.startswith("llama-3.1-70b does not fit on h100_sxm in vllm")
