@@ -60,7 +60,7 @@ Triple = tuple[FloatArray, FloatArray, FloatArray]
 
 
 @dataclass(frozen=True)
-class _Served:
+class ServePasses:
     """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both ends."""
 
     batch: WorkloadBatch
@@ -71,7 +71,7 @@ class _Served:
     @classmethod
     def of(
         cls, scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
-    ) -> _Served:
+    ) -> ServePasses:
         """Return the dense and the pruned models at some concurrencies."""
         batch = _batch(scenario, prunings, at)
         return cls(batch, forward_passes(batch, hw, scenario.level), scenario.level, limits)
@@ -154,12 +154,12 @@ def operating_points(
     if concurrency is None:
         concurrency = largest[0] or min(filter(None, largest))
     grids = [[c for c in steps(max(largest)) if c < most] + [most] for most in largest]
-    curve = _Served.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
+    curve = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
     kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
     if limits.named:
         firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
         finer = [_between(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
-        found = _Served.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
+        found = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
         kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
     points = _Points(hw, names, prunings, largest, price)
     return (
@@ -224,7 +224,7 @@ class _Points:
     largest: Sequence[int]
     price: float | None
 
-    def of_kind(self, found: _Served, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
+    def of_kind(self, found: ServePasses, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
         """Return the points of a kind, of all models, each at its concurrency."""
         if not at[0]:
             return [self.one(found, kind, m, c) for m, c in enumerate(at)]
@@ -233,7 +233,7 @@ class _Points:
         return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
 
     def one(
-        self, found: _Served, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
+        self, found: ServePasses, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
     ) -> OperatingPoint:
         """Return the point of a model (0: dense) at a concurrency."""
         meta, i = found.batch.rows.meta, found.place(model, concurrency)
@@ -273,7 +273,7 @@ class _Points:
             level=found.level,
         )
 
-    def costs(self, found: _Served, i: int, concurrency: int) -> dict[str, float]:
+    def costs(self, found: ServePasses, i: int, concurrency: int) -> dict[str, float]:
         """Return the costs of a million tokens of one workload."""
         if self.price is None or not concurrency:
             return {}
