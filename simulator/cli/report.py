@@ -40,6 +40,9 @@ Detail = Annotated[
     str | None, opt("--detail", "NAME", "Family or text of --prune of waterfall, roofline and bounds, or pruned.")
 ]
 Over = Annotated[str | None, opt("--over", "NAME", "Axis of the second figure of speedups: batch or seq.")]
+Ttft = Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token of a serve.")]
+Tpot = Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token of a serve.")]
+Price = Annotated[float | None, opt("--price", "X", "Price of a GPU-hour of a serve.")]
 At = Annotated[float | None, opt("--at", "FRACTION", "Sparsity of waterfall, roofline and map.")]
 # fmt: on
 
@@ -64,6 +67,9 @@ def command(
     devices: Devices = None,
     pruned: Pruned = None,
     prune: options.Prune = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    price: Price = None,
     over: Over = None,
     detail: Detail = None,
     at: At = None,
@@ -85,14 +91,15 @@ def command(
 
     given: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens}
     given |= {"dtype": dtype, "weights": weight_dtype, "devices": devices, "pruned": pruned, "detail": detail, "at": at}
-    given |= {"prune": tuple(prune) if prune else None, "over": over}
+    given |= {"prune": tuple(prune) if prune else None, "over": over, "price": price}
     if concurrency is not None:
         if batch is not None or phase != "serve":
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")
         given["batch"] = concurrency
     given |= {name: _engine(given_name) for name, given_name in (("engine", engine), ("versus", versus)) if given_name}
-    if dense_time is not None:
-        given["dense_ms"] = float(Decimal(repr(parse_quantity(dense_time, "s"))).scaleb(3))  # 18.6 stays 18.6
+    for name, time in (("dense_ms", dense_time), ("ttft_ms", ttft), ("tpot_ms", tpot)):
+        if time is not None:
+            given[name] = float(Decimal(repr(parse_quantity(time, "s"))).scaleb(3))  # 18.6 stays 18.6
     if hardware is not None:
         given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
     if family is not None:

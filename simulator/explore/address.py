@@ -152,6 +152,9 @@ KEYS: Mapping[str, Reader] = MappingProxyType({
     "at": ("at", lambda _, text: _fraction(text)),
     "over": ("over", _word),
     "dense": ("dense_ms", _maybe(_number, None)),
+    "ttft": ("ttft_ms", _maybe(_number, None)),
+    "tpot": ("tpot_ms", _maybe(_number, None)),
+    "price": ("price", _maybe(_number, None)),
     "versus": ("versus", _maybe(_engine, "")),
     "pin": ("pin", _maybe(_pinned, None)),
 })

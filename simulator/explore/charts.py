@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.explore.curve_charts import latency_chart, sizes, sparsities, speedup_chart
+from simulator.explore.curve_charts import (
+    latency_chart,
+    over_batches,
+    over_concurrency,
+    sizes,
+    sparsities,
+    speedup_chart,
+)
 from simulator.explore.layout import (
     INK,
     MARKERS,
@@ -28,7 +35,7 @@ from simulator.explore.layout import (
     rule,
     scatter,
 )
-from simulator.explore.predictions import curves, predictions
+from simulator.explore.predictions import curves, predictions, services
 from simulator.explore.state import State
 from simulator.figures.panels import device, roof_of, steps_of
 from simulator.figures.roofline import Roof, common_ranges, drawn, merged
@@ -57,19 +64,30 @@ def charts(state: State, most: int) -> dict[str, Chart]:
     found = predictions(state)
     if found.problem:
         return {name: message(found.problem) for name in CARDS if name != "crossover"}
-    over, batches = curves(state, state.over), curves(state, "batch")
+    over = curves(state, state.over)
     key, details = state.explained, found.details
     about = key if (pruned := state.load_pruned()) is None else pruned.name
     why = message(next((n for n in found.notes if n.startswith((key, about))), "nothing to draw"))
-    served = [c for c in batches.candidates if c.key == key and c.result.tpot_s is not None]
-    unserved = message("a prefill generates no tokens") if state.phase == "prefill" else why
     return {
         "speedup": speedup_chart(found.candidates, state, sparsities(found.candidates, state.at), most),
         "over": speedup_chart(over.candidates, state, sizes(state), most) if over.candidates else message(over.problem),
         "roofline": roofline_chart(details, most) if details else why,
         "waterfall": waterfall_chart(details, found.versus, most) if details else why,
-        "latency": latency_chart(served, state, most) if served else unserved,
+        "latency": _latency_chart(state, most) or why,
     }
+
+
+def _latency_chart(state: State, most: int) -> Chart | None:
+    """Draw throughput over latency, of a serve over its concurrencies; None without predictions."""
+    if state.phase == "serve":
+        found = services(state)
+        return (
+            latency_chart(over_concurrency(found.found, state), state, most) if found.found else message(found.problem)
+        )
+    if state.phase == "prefill":
+        return message("a prefill generates no tokens")
+    served = [c for c in curves(state, "batch").candidates if c.key == state.explained]
+    return latency_chart(over_batches(served, state), state, most) if served else None
 
 
 # -- the loss waterfall ------------------------------------------------------------------------------------------------

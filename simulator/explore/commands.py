@@ -6,7 +6,7 @@ Use :func:`commands`. A command is a list of arguments: a test can run it, and q
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from simulator.engines.engine import DEFAULT_ENGINE
 from simulator.explore.address import to_query
 from simulator.explore.dropped import PREFIX, path_of
 from simulator.explore.predictions import Predictions, predictions
-from simulator.explore.state import EXISTING, State
+from simulator.explore.state import EXISTING, State, typed
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.prediction.scenario import batch_name
 
@@ -46,7 +46,7 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
     if found.problem:
         return ()
     supported = _gpus(state, {gpu.label for gpu in found.gpus})
-    known = ("--dense-time", f"{state.dense_text}ms") if state.dense_ms is not None else ()
+    known = _times({"--dense-time": state.dense_ms})
     used = known if state.scenario.dense_s is not None else ()
     pruned = ("--pruned", _typed(state.pruned)) if state.pruned else ()
     others = {"prunings": _prune(state.texts)} if found.prunings else {}
@@ -58,7 +58,9 @@ def commands(state: State, found: Predictions) -> tuple[Command, ...]:
     detail = pruned if state.explained == EXISTING else _prune([state.explained])
     if state.explained in state.drawn:
         detail = _families([state.explained], [state.at])
-    if state.phase != "prefill" and state.over != "batch":
+    if state.phase == "serve":
+        out["throughput"] = _serve(state, supported, detail)
+    elif state.phase != "prefill" and state.over != "batch":
         out["throughput"] = _over(state, supported, detail, "batch")
     if found.details:
         gpus = _gpus(state, {e.result.hardware for e in found.details})
@@ -90,12 +92,27 @@ def _over(state: State, gpus: Sequence[str], which: tuple[str, ...], axis: str) 
     return _line("speedup", state, gpus, which, batches, lengths)
 
 
+def _serve(state: State, gpus: Sequence[str], which: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command that prints the services of a serve."""
+    return _line("serve", state, gpus, which) + _limits(state)
+
+
+def _limits(state: State) -> tuple[str, ...]:
+    price = () if state.price is None else ("--price", typed(state.price))
+    return (*_times({"--ttft": state.ttft_ms, "--tpot": state.tpot_ms}), *price)
+
+
+def _times(given: Mapping[str, float | None]) -> tuple[str, ...]:
+    """Return the options of times that are given, in ms."""
+    return tuple(part for option, ms in given.items() if ms is not None for part in (option, f"{typed(ms)}ms"))
+
+
 def _report(state: State, more: tuple[str, ...]) -> tuple[str, ...]:
     """Return the command that writes the page; a page with a pin is given by its address."""
     if state.pin is not None:
         return ("report", f"?{to_query(state)}")
     which = (*_families(state.families, state.sparsities), *_prune(state.prune))
-    line = _line("report", state, [_typed(gpu) for gpu in state.gpus], which) + more
+    line = _line("report", state, [_typed(gpu) for gpu in state.gpus], which) + more + _limits(state)
     line += ("--versus", state.versus) if state.versus else ()
     line += ("--over", state.over) if state.over != "batch" else ()
     return (*line, "--detail", state.detail, "--at", repr(state.at))
@@ -128,8 +145,9 @@ def _line(
     lengths: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """Return the arguments of a command; defaults of the command are omitted."""
-    values: dict[str, Any] = {"--phase": state.phase}
-    values["--batch"] = _values(batches or [state.batch])
+    values: dict[str, Any] = {"--concurrency": state.batch}
+    if command != "serve":
+        values = {"--phase": state.phase, "--batch": _values(batches or [state.batch])}
     values["--seq"] = _values(lengths or [state.seq])
     if state.phase in ("generate", "serve"):
         values["--new-tokens"] = state.new_tokens

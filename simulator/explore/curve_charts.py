@@ -1,6 +1,7 @@
 """Draw curves with their intervals, one panel per GPU: speedups over an axis, and throughput over latency.
 
-Use :func:`speedup_chart` with an :class:`Axis` (:func:`sparsities`, :func:`sizes`), and :func:`latency_chart`.
+Use :func:`speedup_chart` with an :class:`Axis` (:func:`sparsities`, :func:`sizes`), and :func:`latency_chart` with
+the models of :func:`over_batches` or, of a serve, :func:`over_concurrency`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from simulator.explore.state import AXES, EXISTING
 from simulator.figures.layout import short
 from simulator.figures.style import BLACK, COLORS, DENSE, GREEN, ORANGE, SKY, STYLES, Style, in_order
 from simulator.figures.titles import device_title
+from simulator.prediction.operating import LIMITS
 from simulator.prediction.scenario import batch_name, once
 from simulator.units import percent, ratio
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from simulator.arrays import Array, FloatArray
     from simulator.explore.predictions import Candidate
     from simulator.explore.state import State
+    from simulator.prediction.operating import Service
     from simulator.prediction.result import Result
 
 MOST_BANDS = 6
@@ -202,64 +205,99 @@ def _hover(r: Result, name: str) -> str:
 # -- throughput over latency -------------------------------------------------------------------------------------------
 
 
-class _Served(NamedTuple):
-    """Batches that fit in memory (n), and time per token, ms, and new tokens/s per GPU (3, n): at the predicted time of
-    a pass and at both ends of its interval."""
+class Latency(NamedTuple):
+    """A model on a GPU over batches or concurrencies (n) that fit in memory: time per token, ms, and new tokens/s per
+    GPU (3, n), each as the prediction and with both ends of its interval; and the batch within limits of latency."""
 
+    gpu: str
+    title: str
+    look: Style
     batch: Array
     ms: FloatArray
     rate: FloatArray
+    within: int = 0  # 0: none
 
 
-def _served(own: Sequence[Result], dense: bool) -> _Served:
-    rows = [
-        (r.batch, r.devices, r.dense_tpot_s, r.dense_tokens_per_s, r.dense_s, r.dense_lower, r.dense_upper)
-        if dense
-        else (r.batch, r.devices, r.tpot_s, r.tokens_per_s, r.pruned_s, r.pruned_lower, r.pruned_upper)
-        for r in own
-        if (r.dense_fits if dense else r.pruned_fits)
-    ]
-    batch, devices, tpot, rate, *times = np.array(rows, dtype=float).reshape(-1, 7).T
-    slower = np.stack(times) / times[0]  # all parts of a request scale with its time
-    return _Served(batch, 1e3 * tpot * slower, rate / devices / slower)
+def over_batches(candidates: Sequence[Candidate], state: State) -> list[Latency]:
+    """Return the dense model and one candidate at the batches that fit in memory, by GPU."""
+    name, look = name_of(candidates[0]), look_of(candidates[0].key, state)
+    out = []
+    for gpu in once(r.hardware for _, r in candidates):
+        own = [r for _, r in candidates if r.hardware == gpu]
+        for title, style in ((DENSE.label, DENSE), (name, look)):
+            rows = [
+                (r.batch, r.devices, r.dense_tpot_s, r.dense_tokens_per_s, r.dense_s, r.dense_lower, r.dense_upper)
+                if style is DENSE
+                else (r.batch, r.devices, r.tpot_s, r.tokens_per_s, r.pruned_s, r.pruned_lower, r.pruned_upper)
+                for r in own
+                if (r.dense_fits if style is DENSE else r.pruned_fits)
+            ]
+            batch, devices, tpot, rate, *times = np.array(rows, dtype=float).reshape(-1, 7).T
+            slower = np.stack(times) / times[0]  # all parts of a request scale with its time
+            out.append(Latency(gpu, title, style, batch, 1e3 * tpot * slower, rate / devices / slower))
+    return out
 
 
-def latency_chart(candidates: Sequence[Candidate], state: State, most: int) -> Chart:
+def over_concurrency(found: Sequence[Service], state: State) -> list[Latency]:
+    """Return the dense model and the pruning in detail at the concurrencies that fit in memory, by GPU."""
+    out, look = [], look_of(state.explained, state)
+    for service in found:
+        within = service.kinds.get(LIMITS, service.points)
+        for name, kept in zip(dict.fromkeys(p.name for p in service.points), within):
+            points = [p for p in service.curve if p.name == name]
+            title, style = (escape(one_line(name, 30), quote=False), look) if kept.pruning else (DENSE.label, DENSE)
+            tpot = [[p.tpot_s, p.tpot_lower, p.tpot_upper] for p in points]
+            rate = [[p.tokens_per_s, p.tokens_per_s_upper, p.tokens_per_s_lower] for p in points]
+            ms, rates = 1e3 * np.reshape(tpot, (-1, 3)).T, np.reshape(rate, (-1, 3)).T
+            batch = np.array([p.concurrency for p in points], dtype=float)
+            limited = kept.concurrency if kept.point == LIMITS else 0
+            out.append(Latency(kept.hardware, title, style, batch, ms, rates, limited))
+    return out
+
+
+def latency_chart(found: Sequence[Latency], state: State, most: int) -> Chart:
     """Draw throughput over time per token of the dense model and of one candidate, a point per batch that fits in
     memory, a large one at the state's batch. A slower pass moves a point right and down; the band joins the ends of the
-    intervals."""
-    name, look = name_of(candidates[0]), look_of(candidates[0].key, state)
-    gpus, batches = once(r.hardware for _, r in candidates), batch_name(state.phase)
-    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px([DENSE.label, name], len(gpus), most))
-    data: list[Dict] = []
-    every: list[_Served] = []
-    for panel, gpu in enumerate(gpus):
-        for title, style in ((DENSE.label, DENSE), (name, look)):
-            found = _served([r for _, r in candidates if r.hardware == gpu], style is DENSE)
-            if not len(found.batch):
-                continue
-            every.append(found)
-            x_ends, y_ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (found.ms, found.rate))
-            data.append(_area(x_ends, y_ends, panel, style, 0.18, title))
-            hover = [
-                f"<b>{title}</b>, {device_title(gpu)}, {batches} {b:g}<br>"
-                f"{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
-                f"{v[0]:,.5g} tokens/s per GPU ({v[2]:,.5g} to {v[1]:,.5g})"
-                for b, t, v in zip(found.batch.tolist(), found.ms.T.tolist(), found.rate.T.tolist())
-            ]
-            more: Dict = {"name": title, "legendgroup": title, "hovertext": hover}
-            more["hovertemplate"] = "%{hovertext}<extra></extra>"
-            more["marker"] = {**marker_of(style), "size": np.where(found.batch == state.batch, 12, 7).tolist()}
-            more["line"] = {"color": style.color, "dash": LINES[style.line], "width": 1.8}
-            if style is DENSE:  # the ends have their batch
-                ends_at = {0, len(found.batch) - 1}
-                more["text"] = [f"  {b:g}" if i in ends_at else "" for i, b in enumerate(found.batch.tolist())]
-                more |= {"textposition": "middle right", "textfont": {"size": SMALL, "color": SOFT}}
-            data.append(scatter(panel, "lines+markers+text", found.ms[0].tolist(), found.rate[0].tolist(), **more))
+    intervals. A limit of the time per token is a line, and a ring the largest concurrency within the limits."""
+    every = [one for one in found if len(one.batch)]
     if not every:
         return message("no batch fits in memory")
+    gpus, names = once(one.gpu for one in found), once(one.title for one in found)
+    frame = PanelGrid(list(map(device_title, gpus)), most, 200, bottom=legend_px(names, len(gpus), most))
+    data = [trace for one in every for trace in _latency(one, gpus.index(one.gpu), state)]
+    limit = state.tpot_ms if state.phase == "serve" else None
+    shapes = [] if limit is None else [rule(i, "x", limit, SOFT, 1.2, layer="below") for i in range(len(gpus))]
     x, y = (
         log_axis(min(v.min() for v in values) / 1.15, max(v.max() for v in values) * 1.15, 5)
-        for values in ([f.ms for f in every], [f.rate for f in every])
+        for values in ([one.ms for one in every], [one.rate for one in every])
     )
-    return frame.chart(_named_once(data), [x] * len(gpus), [y] * len(gpus), "time per token (ms)", "tokens/s per GPU")
+    titles = "time per token (ms)", "tokens/s per GPU"
+    return frame.chart(_named_once(data), [x] * len(gpus), [y] * len(gpus), *titles, shapes=shapes)
+
+
+def _latency(one: Latency, panel: int, state: State) -> list[Dict]:
+    """Return the band and the points of a model, and its ring."""
+    x_ends, y_ends = (np.concatenate([v[1], v[2, ::-1]]).tolist() for v in (one.ms, one.rate))
+    hover = [
+        f"<b>{one.title}</b>, {device_title(one.gpu)}, {batch_name(state.phase)} {b:g}<br>"
+        f"{t[0]:.4g} ms per token ({t[1]:.4g} to {t[2]:.4g})<br>"
+        f"{v[0]:,.5g} tokens/s per GPU ({v[2]:,.5g} to {v[1]:,.5g})"
+        for b, t, v in zip(one.batch.tolist(), one.ms.T.tolist(), one.rate.T.tolist())
+    ]
+    more: Dict = {"name": one.title, "legendgroup": one.title, "hovertext": hover}
+    more["hovertemplate"] = "%{hovertext}<extra></extra>"
+    more["marker"] = {**marker_of(one.look), "size": np.where(one.batch == state.batch, 12, 7).tolist()}
+    more["line"] = {"color": one.look.color, "dash": LINES[one.look.line], "width": 1.8}
+    if one.look is DENSE or state.phase == "serve":  # the ends have their batch
+        ends_at = {0, len(one.batch) - 1}
+        more["text"] = [f"  {b:g}" if i in ends_at else "" for i, b in enumerate(one.batch.tolist())]
+        more |= {"textposition": "middle right", "textfont": {"size": SMALL, "color": SOFT}}
+    out = [_area(x_ends, y_ends, panel, one.look, 0.18, one.title)]
+    out.append(scatter(panel, "lines+markers+text", one.ms[0].tolist(), one.rate[0].tolist(), **more))
+    if one.within:
+        at = [float(np.exp(np.interp(one.within, one.batch, np.log(v[0])))) for v in (one.ms, one.rate)]
+        ring = {"symbol": "circle-open", "size": 17, "color": one.look.color, "line": {"width": 1.6}}
+        text = f"<b>{one.title}</b>: {one.within} within the limits<extra></extra>"
+        quiet = {"showlegend": False, "legendgroup": one.title}
+        out.append(scatter(panel, "markers", at[:1], at[1:], marker=ring, hovertemplate=text, **quiet))
+    return out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulator.engines.engine import load_engine
 from simulator.explore.commands import Command, commands
-from simulator.explore.predictions import Candidate, Predictions, curves, predictions
+from simulator.explore.predictions import Candidate, Predictions, curves, predictions, services
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES
 from simulator.figures.style import label
@@ -21,6 +21,7 @@ from simulator.prediction.breakeven import break_even
 from simulator.prediction.compare import PARTS
 from simulator.prediction.explain import conclusion
 from simulator.prediction.scenario import batch_name
+from simulator.prediction.service_text import sentences
 from simulator.pruning import FAMILIES
 from simulator.units import percent, ratio, seconds, seconds_between, size
 
@@ -73,8 +74,7 @@ def texts(state: State) -> dict[str, str]:
         "h-over": f"Speedup over {over}",
         "about-over": f"{_break_even(state)}Families at {at}, prunings as written. {bands} "
         f"Pale points: the dense model exceeds the memory.{elsewhere}",
-        "about-latency": f"Dense and {both}, a point per {batch_name(state.phase)} from {BATCHES[0]} to {BATCHES[-1]} "
-        f"that fits in memory; the large one has {state.batch}. {bands}{elsewhere}",
+        "about-latency": f"{_about_latency(state, both)} {bands}{elsewhere}",
         "about-roofline": f"GEMMs of the layers, dense (hollow) and with {both} (filled), on the datasheet roofline.",
         "about-waterfall": paragraphs(_conclusions(found)),
         "about-crossover": f"Fastest of the selected families at {at}, {state.phase}. "
@@ -91,6 +91,24 @@ def _break_even(state: State) -> str:
     """Return from which batch or length the pruning in detail pays, a paragraph per GPU."""
     own = [c.result for c in curves(state, state.over).candidates if c.key == state.explained]
     return paragraphs(b.sentence for b in break_even(own))
+
+
+def _about_latency(state: State, both: str) -> str:
+    """Return what the points of throughput over latency are; of a serve after the conclusion on each service."""
+    if state.phase != "serve":
+        batches = f"{BATCHES[0]} to {BATCHES[-1]} that fits in memory"
+        return f"Dense and {both}, a point per batch from {batches}; the large one has {state.batch}."
+    found = services(state).found
+    lines = [
+        f"{service.points[0].hardware}: {line}" if len(found) > 1 else line
+        for service in found
+        for line in sentences(service)
+    ]
+    ring = ", a ring around the most within the limits" if state.ttft_ms or state.tpot_ms else ""
+    text = (
+        f"Dense and {both}, points up to the most that fit in memory; the large one has {state.batch} requests{ring}."
+    )
+    return f"{paragraphs(lines)}{text}"
 
 
 def _items(lines: Iterable[str], name: str) -> str:

@@ -15,7 +15,7 @@ from simulator.engines.engine import list_engines, load_engine
 from simulator.explore.address import to_query
 from simulator.explore.charts import CARDS
 from simulator.explore.dropped import PREFIX, read_profile, read_token
-from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW_TOKENS, State
+from simulator.explore.state import ARITHMETIC, EXISTING, MOST_DEVICES, MOST_NEW_TOKENS, State, typed
 from simulator.figures.style import label, style_of
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models
@@ -28,6 +28,8 @@ _SIGNS = dict(zip("osD^vPXdh*", ("●○", "■□", "◆◇", "▲△", "▼▽
 """Markers of families as characters, filled and hollow."""
 
 _BATCH = '<span class="batch">Batch</span><span class="concurrency">Concurrency</span>'
+
+_MEASURED = "Time of the whole pass on a single GPU; narrows every interval"
 
 _EXAMPLES = "width mlp=0.3 heads=0.2&#10;depth 0.25 + width 0.2"
 
@@ -116,8 +118,10 @@ def _form(state: State, wrong: str, own: Sequence[str]) -> str:
     details = {name: label(name) for name in FAMILIES} | {EXISTING: "pruned model"} | given["detail"]
     prune, pin = escape("\n".join(state.prune)), escape(to_query(state.pin)) if state.pin is not None else ""
     engines = {name: load_engine(name).title for name in list_engines()}
-    dense = '<input type="number" id="dense" name="dense" min="0" step="any" placeholder="not measured" '
-    dense += f'title="Time of the whole pass on a single GPU; narrows every interval" value="{state.dense_text}">'
+    dense = _optional("dense", "Measured dense time (ms)", state.dense_ms, "not measured", _MEASURED)
+    ttft = _optional("ttft", "First token (ms)", state.ttft_ms, "no limit", "Limit of the time to the first token")
+    tpot = _optional("tpot", "Per token (ms)", state.tpot_ms, "no limit", "Limit of the time per output token")
+    price = _optional("price", "Price of a GPU-hour", state.price, "none", "For the cost of a million output tokens")
     sparsities = ", ".join(map(repr, state.sparsities))
     at = f'<input type="number" id="at" name="at" min="0" max="0.99" step="0.05" value="{state.at!r}">'
     return f"""<form id="controls" autocomplete="off">
@@ -144,7 +148,13 @@ def _form(state: State, wrong: str, own: Sequence[str]) -> str:
 {_number("new", "New tokens", state.new_tokens, MOST_NEW_TOKENS)}
 </div>
 {_select("engine", "Engine", dict(zip(engines, engines)), state.engine, engines)}
-<label class="field" for="dense">Measured dense time (ms){dense}</label>
+<div class="limits"><div class="pair">
+{ttft}
+{tpot}
+</div>
+{price}
+</div>
+{dense}
 </fieldset>
 <fieldset><legend>Pruning</legend>
 <div class="checks families">{families}</div>
@@ -169,6 +179,13 @@ def _form(state: State, wrong: str, own: Sequence[str]) -> str:
 </fieldset>
 <input type="hidden" name="pin" id="pin" value="{pin}">
 </form>"""
+
+
+def _optional(name: str, title: str, value: float | None, empty: str, hint: str) -> str:
+    """Return a field for a positive number, which may be empty."""
+    shown = f'placeholder="{empty}" title="{hint}" value="{typed(value)}"'
+    field = f'<input type="number" id="{name}" name="{name}" min="0" step="any" {shown}>'
+    return f'<label class="field" for="{name}">{title}{field}</label>'
 
 
 def _methods() -> str:

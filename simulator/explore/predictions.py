@@ -1,7 +1,7 @@
 """Predict the content of the page: the table, explanations of the pruning in detail, curves and the map of winners.
 
-Use :func:`predictions`, :func:`curves` and :func:`winners`; they cache the last states. A state that cannot be
-predicted gives a line of text, never an exception.
+Use :func:`predictions`, :func:`curves`, :func:`services` and :func:`winners`; they cache the last states. A state that
+cannot be predicted gives a line of text, never an exception.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator.errors import InputError
-from simulator.explore.state import EXISTING, State
+from simulator.explore.state import EXISTING, State, seconds_of
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import label
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.crossover import winners as fastest
 from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.operating import Service
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.prediction.result import Result
+from simulator.prediction.service import serve
 from simulator.prediction.table import table
 
 if TYPE_CHECKING:
@@ -137,20 +139,14 @@ def _explained(
 ) -> tuple[Explanation, ...]:
     """Return the explanations in detail of each GPU; note each GPU without one, unless there is a note already."""
     out: list[Explanation] = []
-    pruned = state.load_pruned() if state.explained == EXISTING else None
-    texts = [state.explained] if state.explained in state.texts else []
-    family, sparsity = (state.explained, state.at) if pruned is None and not texts else (None, None)
-    request = [state.phase], [state.batch], [state.seq]
-    existing = [] if pruned is None else [pruned]
+    request: dict[str, Any] = {"phase": [state.phase], "batch": [state.batch], "seq": [state.seq]}
+    which = _in_detail(state)
     for gpu in gpus:
         try:
-            found = explanations(
-                model, [gpu], family, sparsity, *request, pruned=existing, prune=texts, scenario=scenario
-            )
-            out += found
+            out += explanations(model, [gpu], scenario=scenario, **request, **which)
         except InputError as error:
             if not any(str(error) in note for note in notes):
-                at = f" at {state.at:g}" if family else ""
+                at = f" at {state.at:g}" if "family" in which else ""
                 notes.append(f"{state.explained} on {gpu.label}{at}: {error}")
     return tuple(out)
 
@@ -216,6 +212,58 @@ def _curves(state: State, over: str, profiles: tuple[HardwareProfile, ...]) -> C
         return Curves(problem=str(error))
     candidates = tuple(Candidate(keys[i], r) for i, r in zip(found.pruning.tolist(), found.rows))
     return Curves(candidates, "" if candidates else next(iter(excluded_lines(excluded)), "nothing to predict"))
+
+
+@dataclass(frozen=True)
+class Services:
+    """Services of the dense model and the pruning in detail, one per GPU."""
+
+    found: tuple[Service, ...] = ()
+    problem: str = ""  # why there is none for the first GPU without one
+
+
+def services(state: State) -> Services:
+    """Return the services of a serve, at its concurrency and within its limits.
+
+    >>> found = services(State(phase="serve", detail="depth", tpot_ms=20.0)).found
+    >>> [point.concurrency for point in found[0].points][:2]
+    [1, 1]
+    """
+    return _services(replace(state, pin=None), state.profiles)
+
+
+@lru_cache(maxsize=KEPT)
+def _services(state: State, profiles: tuple[HardwareProfile, ...]) -> Services:
+    gpus, _ = _gpus(state, profiles)
+    found, problems = list[Service](), list[str]()
+    for gpu in gpus:
+        try:
+            one = serve(
+                state.load(),
+                gpu,
+                seq=state.seq,
+                engine=state.engine,
+                concurrency=state.batch,
+                ttft_s=seconds_of(state.ttft_ms),
+                tpot_s=seconds_of(state.tpot_ms),
+                price=state.price,
+                scenario=replace(state.scenario, dense_s=None),
+                **_in_detail(state),
+            )
+            found += one.services
+        except InputError as error:
+            problems.append(str(error))
+    return Services(tuple(found), next(iter(problems), ""))
+
+
+def _in_detail(state: State) -> dict[str, Any]:
+    """Return the pruning in detail as arguments of predictions."""
+    pruned = state.load_pruned() if state.explained == EXISTING else None
+    if pruned is not None:
+        return {"pruned": [pruned]}
+    if state.explained in state.texts:
+        return {"prune": [state.explained]}
+    return {"family": state.explained, "sparsity": state.at}
 
 
 def winners(state: State) -> tuple[tuple[Cell, ...], str]:

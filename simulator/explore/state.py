@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
+from simulator.arguments import number
 from simulator.engines.engine import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.explore.dropped import PREFIX, read_profile, read_token
@@ -18,6 +19,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.prediction.operating import PRICE
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import MAX_TOKENS, Scenario, check_fraction, once, one_of, whole_number
 from simulator.pruning import FAMILIES
@@ -76,6 +78,9 @@ class State:
     at: float = 0.5  # sparsity of waterfall, roofline and map, [0, 1); always a point of the curves
     over: str = "batch"  # axis of the second figure of speedups
     dense_ms: float | None = None  # measured time of the dense model on a single GPU, ms
+    ttft_ms: float | None = None  # limit of the time to the first token of a serve, ms
+    tpot_ms: float | None = None  # limit of its time per output token, ms
+    price: float | None = None  # of a GPU-hour of a serve
     versus: str = ""  # second engine, which has a waterfall too, if any
     pin: State | None = None  # a state that is compared with this one
 
@@ -109,15 +114,18 @@ class State:
             one_of("weights", self.weights, DTYPES)
         if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
             raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
-        if self.dense_ms is not None and not 0.0 < self.dense_ms < 1e9:
-            raise InputError(f"dense {self.dense_ms!r}: expected a positive number of milliseconds")
+        for name, given in (("dense", self.dense_ms), ("ttft", self.ttft_ms), ("tpot", self.tpot_ms)):
+            if given is not None and not 0.0 < given < 1e9:
+                raise InputError(f"{name} {given!r}: expected a positive number of milliseconds")
+        if self.price is not None:
+            number("price", self.price, PRICE)
         _ = self.scenario, self.scenario_versus  # checks engines and dtype
 
     @property
     def scenario(self) -> Scenario:
         """Number formats, engine, devices and measured time."""
         known = self.dense_ms is not None and len(self.gpus) == 1
-        dense_s = parse_quantity(f"{self.dense_text}ms", "s") if known else None  # as in a command
+        dense_s = seconds_of(self.dense_ms) if known else None
         return Scenario(
             new_tokens=self.new_tokens,
             engine=self.engine,
@@ -132,11 +140,6 @@ class State:
         """Number format of arithmetic: the requested one, or fp8 if the weight format requires it."""
         stored = self.weights or self.load().weight_dtype
         return "fp8" if stored in _IN_FP8 and self.dtype in ("bf16", "fp16") else self.dtype
-
-    @property
-    def dense_text(self) -> str:
-        """The measured time as the user types it, ms; empty if there is none."""
-        return "" if self.dense_ms is None else repr(self.dense_ms).removesuffix(".0")
 
     @property
     def scenario_versus(self) -> Scenario | None:
@@ -182,6 +185,20 @@ class State:
     def load_pruned(self) -> ModelConfig | None:
         """Load the existing pruned model, if there is one."""
         return _loaded(self.pruned) if self.pruned else None
+
+
+def typed(number: float | None) -> str:
+    """Return a number as the user types it; "" for None.
+
+    >>> typed(500.0), typed(18.6), typed(None)
+    ('500', '18.6', '')
+    """
+    return "" if number is None else repr(number).removesuffix(".0")
+
+
+def seconds_of(ms: float | None) -> float | None:
+    """Return a time in ms as the command line reads it, s."""
+    return None if ms is None else parse_quantity(f"{typed(ms)}ms", "s")
 
 
 def normal(text: str) -> str:

@@ -153,7 +153,8 @@ def operating_points(
     largest = _largest(scenario, hw, prunings)
     if concurrency is None:
         concurrency = largest[0] or min(filter(None, largest))
-    grids = [[c for c in steps(max(largest)) if c < most] + [most] for most in largest]
+    steady = {*steps(max(largest)), concurrency}
+    grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
     curve = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
     kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
     if limits.named:

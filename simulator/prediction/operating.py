@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simulator.arguments import SECONDS, number
+from simulator.arguments import SECONDS, Range, number
 from simulator.display import Displayed
 from simulator.prediction.configurations import check_probability
 from simulator.prediction.scenario import device_text
@@ -14,6 +14,8 @@ from simulator.units import ratio, seconds
 
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
+
+PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simulator.arguments import OneOrMore, Range, listed, number, shown
+from simulator.arguments import OneOrMore, listed, number, shown
 from simulator.display import Displayed, items_html, table_html
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
@@ -19,7 +19,7 @@ from simulator.models.library import load_model
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.concurrency import operating_points
-from simulator.prediction.operating import CURVE, EQUAL, Limits, OperatingPoint, Service
+from simulator.prediction.operating import CURVE, EQUAL, PRICE, Limits, OperatingPoint, Service
 from simulator.prediction.prunings import Excluded, difference_lines, exclude, excluded_lines, prunings_of, readable
 from simulator.prediction.scenario import Scenario, profiles, scenarios, whole_number
 from simulator.prediction.service_text import sentences
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 ARRIVALS = "time to first token depends on how requests arrive; its interval covers this"
 """Note on the time to first token."""
-
-PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,7 +25,7 @@ from simulator.explore.charts import CARDS, charts
 from simulator.explore.layout import WIDE
 from simulator.explore.map_chart import map_chart
 from simulator.explore.predictions import predictions
-from simulator.explore.state import State
+from simulator.explore.state import State, typed
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import batch_name
 from simulator.units import percent, ratio, seconds
@@ -169,12 +169,14 @@ def check(tab: Tab, state: State) -> None:
     """Address, controls, table and figures show the state as the Python interface predicts it."""
     assert read_query(tab.query, [gpu for gpu in state.gpus if "/" in gpu]) == (state, ())
     controls = tab.page.evaluate("Object.fromEntries(new FormData(document.getElementById('controls')))")
-    for name in {*KEYS} - {"gpu", "family", "sparsity", "at", "new", "dense", "prune", "pin"}:
+    for name in {*KEYS} - {"gpu", "family", "sparsity", "at", "new", "dense", "ttft", "tpot", "price", "prune", "pin"}:
         assert controls[name] == str(getattr(state, name))
     assert read_query(f"prune={quote(controls['prune'])}")[0].prune == state.prune
     assert read_query(controls["pin"])[0] == (state.pin or State())
     assert controls["new"] == str(state.new_tokens)
-    assert controls["dense"] == state.dense_text
+    assert [controls[n] for n in ("dense", "ttft", "tpot", "price")] == [
+        typed(n) for n in (state.dense_ms, state.ttft_ms, state.tpot_ms, state.price)
+    ]
     checked = "(name) => [...document.querySelectorAll(`[name=${name}]:checked`)].map((e) => e.value)"
     assert set(tab.page.evaluate(checked, "gpu")) == set(state.gpus)
     assert set(tab.page.evaluate(checked, "family")) == set(state.families)

@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from simulator.explore.dropped import profile_token, token
 from simulator.explore.layout import INK, PAGE, PAPER, PHONE, SOFT, WIDE, PanelGrid
 from simulator.explore.map_chart import map_chart
 from simulator.explore.page import page_html
-from simulator.explore.predictions import curves, predictions, winners
+from simulator.explore.predictions import curves, predictions, services, winners
 from simulator.explore.state import AXES, EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import STYLES, label
 from simulator.prediction.explain import explanations
 from simulator.prediction.gemms import gemm_points
+from simulator.prediction.service_text import sentences
 from simulator.pruning import general_families
 from simulator.units import percent, ratio, seconds
 
@@ -133,6 +135,54 @@ def test_throughput_over_latency_is_of_batches_that_fit() -> None:
     assert "generates no tokens" in json.dumps(charts(State(), WIDE)["latency"])
     large = State(model="llama-2-70b", gpus=("l4",), phase="decode", families=("depth",), detail="depth", at=0.1)
     assert "no batch fits" in json.dumps(charts(large, WIDE)["latency"])
+
+
+@pytest.mark.parametrize("detail", ["depth", "width mlp=0.5"])
+def test_throughput_of_a_serve_is_that_of_its_services(detail: str) -> None:
+    state = State(
+        gpus=("a100_sxm_80gb", "h100_sxm"), phase="serve", batch=20, families=("depth",), detail=detail, at=0.25,
+        tpot_ms=25.0, price=2.0,
+    )  # fmt: skip
+    chart, found = charts(state, WIDE)["latency"], services(state).found
+    name = "depth at 25 %" if detail == "depth" else detail
+    which: Any = {"family": detail, "sparsity": 0.25} if detail == "depth" else {"prune": detail}
+    for panel, service in enumerate(found):
+        assert service == simulator.serve(
+            state.load(), state.gpus[panel], concurrency=20, tpot_s=0.025, price=2.0,
+            scenario=state.scenario, **which,
+        ).services[0]  # fmt: skip
+        for title in ("dense", name):
+            drawn = named(chart, title)[panel]
+            points = [p for p in service.curve if p.name == title]
+            assert drawn["x"] == pytest.approx([1e3 * p.tpot_s for p in points])
+            assert drawn["y"] == pytest.approx([p.tokens_per_s for p in points])
+            assert drawn["text"][-1] == f"  {points[-1].largest_concurrency}"
+            assert drawn["marker"]["size"].count(12) == 1, "the state's concurrency"
+    rings = [t for t in chart["data"] if t["mode"] == "markers"]
+    kept = [p for service in found for p in service.kinds["within limits"]]
+    assert [t["y"][0] for t in rings] == pytest.approx([p.tokens_per_s for p in kept], rel=0.05)
+    assert [shape["x0"] for shape in chart["layout"]["shapes"]] == [25.0, 25.0]
+    said = markup.texts(state)["about-latency"]
+    for service in found:
+        assert all(escape(line) in said for line in sentences(service))
+    assert "a100_sxm_80gb: " in said
+    assert "a million output tokens cost" in said
+    assert "a ring around the most within the limits" in said
+
+
+def test_a_serve_that_does_not_fit_is_a_line() -> None:
+    large = State(model="llama-2-70b", gpus=("l4",), phase="serve", families=("depth",), detail="depth", at=0.1)
+    assert "no model fits" in services(large).problem
+    (note,) = charts(large, WIDE)["latency"]["layout"]["annotations"]
+    assert "no model fits" in note["text"].replace("<br>", " ")
+    assert "limits" not in markup.texts(large)["about-latency"]
+
+
+def test_limits_are_fields_of_a_serve() -> None:
+    made = page_html(State(tpot_ms=30.0, price=2.5), defaultdict(str), defaultdict(str))
+    assert re.search(r'id="tpot"[^>]* value="30"', made)
+    assert re.search(r'id="ttft"[^>]* value=""', made)
+    assert re.search(r'id="price"[^>]* value="2.5"', made)
 
 
 def test_two_settings_stand_side_by_side() -> None:

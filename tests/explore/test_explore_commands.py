@@ -24,7 +24,7 @@ from simulator.explore.commands import commands
 from simulator.explore.dropped import profile_token, token
 from simulator.explore.layout import PAGE, PHONE
 from simulator.explore.markup import commands_html
-from simulator.explore.predictions import curves, predictions, winners
+from simulator.explore.predictions import curves, predictions, services, winners
 from simulator.explore.state import EXISTING, State
 from simulator.hardware.library import profiles_folder
 from simulator.models.huggingface import from_hf_config
@@ -41,6 +41,9 @@ CASES = {
     "a measured time": State(phase="decode", batch=8, families=TWO, dense_ms=11.7, versus="compile"),
     "a measured time of nobody knows which GPU": State(gpus=("h100_sxm", "rtx_4090"), families=TWO, dense_ms=77.0),
     "serve": State(phase="serve", batch=16, new_tokens=9, families=TWO, engine="sglang"),
+    "a serve within limits": State(
+        phase="serve", batch=24, new_tokens=200, families=TWO, detail="depth", tpot_ms=15.5, ttft_ms=800.0, price=2.5
+    ),
     "one family": State(families=("width",), sparsities=(0.123456789, 0.3), at=0.3),
     "a GPU without the number format": State(gpus=("cpu", "rtx_4090"), families=TWO),
     "dropped": State(model=token(json.dumps(TINY), "my model.json"), families=TWO),
@@ -109,7 +112,10 @@ def test_the_commands_give_what_the_page_shows(state: State, capsys: pytest.Capt
     if state.pin is not None:
         pinned = [e.result for e in predictions(state.pin).details]
         assert [row["speedup"] for row in printed["A, pinned"]] == [r.speedup for r in pinned]
-    if "throughput" in printed:
+    if "throughput" in printed and state.phase == "serve":
+        points = [point.to_dict() for service in services(state).found for point in service.points]
+        assert printed["throughput"] == points
+    elif "throughput" in printed:
         served = [c.result.tpot_s for c in curves(state, "batch").candidates if c.key == state.explained]
         assert sorted(row["tpot_s"] for row in printed["throughput"]) == pytest.approx(sorted(served))
     for gives, drawn in (("waterfall and roofline", found.details), (f"waterfall in {state.versus}", found.versus)):

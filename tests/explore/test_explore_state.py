@@ -68,6 +68,9 @@ states = st.builds(
     over=st.sampled_from(list(AXES)),
     at=fractions,
     dense_ms=st.none() | st.floats(1e-6, 1e8),
+    ttft_ms=st.none() | st.floats(1e-6, 1e8),
+    tpot_ms=st.none() | st.floats(1e-6, 1e8),
+    price=st.none() | st.floats(1e-6, 1e6),
     versus=st.sampled_from(["", *list_engines()]),
 )
 with_pin = st.builds(lambda state, pin: replace(state, pin=pin), states, st.none() | states)
@@ -123,6 +126,9 @@ def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -
         ("dense=slow", "dense 'slow': expected a number", "shown with none"),
         ("dense=-1", "dense -1.0: expected a positive number of milliseconds", "shown with none"),
         ("dense=nan", "dense nan: expected a positive number of milliseconds", "shown with none"),
+        ("ttft=0", "ttft 0.0: expected a positive number of milliseconds", "shown with none"),
+        ("tpot=fast", "tpot 'fast': expected a number", "shown with none"),
+        ("price=-2", "price: expected a positive price per GPU-hour, such as 2.5, got -2.0", "shown with none"),
         ("prune=width 0.3 mlp=", "pruning 'width 0.3 mlp=', column 14: expected NAME=VALUE or a fraction", "ignored"),
         ("prune=widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width", "ignored"),
         ("prune=.%2Fplan.yaml", "prune './plan.yaml': the page opens no files; use prunesim report", "ignored"),
