@@ -135,6 +135,11 @@ def _print_one(service: Service, verbose: bool) -> None:
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
     print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
     lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])]
+    lines += [
+        f"{point.name} in {point.engine}: will it run? {answer.sentence}"
+        for point, answer in zip(service.points[1:], service.runs)
+        if not answer.works
+    ]
     for point in kinds.get(LIMITS, ()):
         if text := failing_text(service, point):
             lines.append(f"{point.name}: {text}.")
@@ -190,7 +195,7 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
             yield column("ratio", _ratio)
         if request:
             yield column("time of\na request", lambda p: _time(p, "request", detail))
-        yield column("time to\nfirst token", lambda p: _time(p, "ttft", detail))
+        yield column("time to\nfirst token", lambda p: _time(p, "ttft", 2 if detail else 0))
         yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
         if not all(math.isnan(p.probability) for p in points):
             yield column("limits\nhold", _chance)

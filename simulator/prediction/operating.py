@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from simulator.arguments import SECONDS, Range, number
 from simulator.display import Displayed
 from simulator.prediction.configurations import check_probability
+from simulator.prediction.runnable import Runnable
 from simulator.prediction.scenario import device_text
 from simulator.units import ratio, seconds
 
@@ -166,11 +167,14 @@ class Service(Displayed):
         Each model at concurrencies from 1 to the largest that fits.
     limits : Limits
         The limits of latency.
+    runs : tuple of Runnable
+        Whether the stock engine runs each pruned model.
     """
 
     points: tuple[OperatingPoint, ...]
     curve: tuple[OperatingPoint, ...]
     limits: Limits
+    runs: tuple[Runnable, ...]
 
     @property
     def kinds(self) -> dict[str, list[OperatingPoint]]:

@@ -21,6 +21,7 @@ from simulator.prediction.compare import scenario_results
 from simulator.prediction.concurrency import operating_points
 from simulator.prediction.operating import CURVE, EQUAL, PRICE, Limits, OperatingPoint, Service
 from simulator.prediction.prunings import Excluded, difference_lines, exclude, excluded_lines, prunings_of, readable
+from simulator.prediction.runnable import runnable
 from simulator.prediction.scenario import Scenario, profiles, scenarios, whole_number
 from simulator.prediction.service_text import sentences
 from simulator.prediction.table import dense_notes
@@ -165,9 +166,8 @@ def serve(
             own = [prunings[i] for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
             points = operating_points(one, hw, own, names, concurrency=concurrency, limits=limits, price=price)
-            service = Service(
-                tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE), limits
-            )
+            kinds = tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE)
+            service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
             services.append(service)
             notes |= dict.fromkeys((*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results)))
         if progress is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from simulator.display import few
 from simulator.prediction.conclusions import probability_text
@@ -27,13 +26,13 @@ def sentences(service: Service) -> list[str]:
     >>> from simulator import serve
     >>> lines = sentences(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
     >>> print(lines[0][70:])
-    depth at 25 % makes llama-3.1-8b 1.30x faster (1.26-1.33).
+    depth at 25 % makes llama-3.1-8b 1.30x faster (1.26-1.33); stock vllm runs it.
     >>> print(lines[1][:108])
     depth at 25 % serves 1.32x (1.22-1.42) as many tokens/s at equal memory: 1.40x as many sequences fit (343 in
     """
     kinds = service.kinds
     best = ranked(service)[0]
-    out = [_equal_concurrency(kinds[EQUAL], best)] if kinds[MEMORY][0].fits else []
+    out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
     out.append(equal_memory(kinds[MEMORY][0], kinds[MEMORY][best]))
     if LIMITS in kinds:
         out.append(within_limits(service, kinds[LIMITS][0], kinds[LIMITS][best]))
@@ -105,13 +104,14 @@ def _failing(service: Service, point: OperatingPoint) -> str:
     return f"{name} fails ({text})" if text else f"{name} does not fit"
 
 
-def _equal_concurrency(points: Sequence[OperatingPoint], best: int) -> str:
+def _equal_concurrency(service: Service, best: int) -> str:
     """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
+    points = service.kinds[EQUAL]
     dense, pruned = points[0], points[best]
     start = f"With {_requests(dense)} on {dense.setting}, {pruned.name}"
-    text = f"{start} {_gain(pruned)}"
+    text = f"{start} {_gain(pruned)}{service.runs[best - 1].clause}"
     others = [f"{p.name} {_times(p)}" for i, p in enumerate(points) if i not in (0, best)]
-    return f"{text}; {few(others, NAMED)}." if others else f"{text}."
+    return f"{text}; others: {few(others, NAMED)}." if others else f"{text}."
 
 
 def _gain(point: OperatingPoint) -> str:

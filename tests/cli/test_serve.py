@@ -35,7 +35,7 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     first, second, third = re.split(r"(?<=\.) (?=[dW])", " ".join(head.split()))
     assert re.fullmatch(
         r"With \d+ requests in flight on h100_sxm in vllm \(seq 2048 \+ 256 new\), depth at 25 % makes llama-3.1-8b "
-        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\); kv_cache at 50 % 1\.\d\dx \(.*-.*\)\.",
+        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\); stock vllm runs it; others: kv_cache at 50 % 1\.\d\dx \(.*-.*\)\.",
         first,
     )
     assert re.fullmatch(
@@ -57,6 +57,7 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     assert sum(row.startswith("  dense ") for row in rows) == 3
     assert sum(row.startswith("  depth at 25 % ") for row in rows) == 3
     assert "kv_cache at 50 % serves 1." in rest
+    assert "kv_cache at 50 % in vllm: will it run? No: stock vllm has no kernels for kv_cache." in rest
     assert err.count("depends on how requests arrive") == 1
     assert len(err.splitlines()) <= render.MOST_NOTES
     assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
