@@ -107,7 +107,9 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     }
     for name, share in shares.items():
         if share.source:
-            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
+            low, high = e.prefill_wait.ends
+            ends = f" ({low:g} to {high:g})" if share is e.prefill_wait else ""
+            yield name, f"{share.value:g}{ends}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""
     for family, kernels in e.dynamic.items():

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 REFINED = 16
 """Concurrencies of the second grid, for each model."""
 
-SETTLED = 4
-"""Rounds in which the largest concurrencies settle; they hardly change after the second."""
+ROUNDS = 4
+"""Rounds in which the largest concurrencies are found; they hardly change after the second."""
 
 NO_LIMITS = Limits()
 
@@ -198,7 +198,7 @@ def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning
     that follows from a request at the largest.
     """
     found = [1] * (1 + len(prunings))
-    for _ in range(SETTLED):
+    for _ in range(ROUNDS):
         batch = _batch(scenario, prunings, found)
         every = np.arange(len(batch))
         columns = memory_columns(batch, every, [hw], np.zeros_like(every))

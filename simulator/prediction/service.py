@@ -94,10 +94,12 @@ def serve(
         Name, path or shapes of the dense model.
     hardware : one or more
         Devices: names, paths or profiles.
-    family, sparsity, method, pruned, prune, options : one or more
-        Prunings, as in :func:`simulator.table`.
+    family, sparsity : one or more
+        Families and fractions removed, as in :func:`simulator.table`.
     seq : int
         Tokens of each prompt, at least 1.
+    method, pruned, prune : one or more
+        Instead of families: published methods, existing pruned models, or texts such as ``"width mlp=0.3"``.
     engine : one or more
         Names or paths of engines.
     concurrency : int, optional
@@ -111,6 +113,8 @@ def serve(
         Price of a GPU-hour, in any currency.
     scenario : Scenario
         Common inputs: new tokens, number formats, devices, cached prefix, token budget, level of the intervals.
+    options : mapping
+        Further options of a single family.
     progress : callable
         Called with services done and their number.
 

@@ -176,7 +176,8 @@ def _cost(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 def price(value: float) -> str:
     """Return an amount of money without its currency.
 
-    >>> price(1.216), price(123.4), price(0.0123)
-    ('1.22', '123', '0.0123')
+    >>> price(1.216), price(123.4), price(0.9), price(0.0123)
+    ('1.22', '123', '0.900', '0.0123')
     """
-    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}" if value < 1.0 else f"{value:.2f}"
+    digits = 0 if value >= 99.5 else 2 if value >= 1.0 else 3
+    return f"{value:,.{digits}f}" if value >= 0.1 else f"{value:.3g}"
