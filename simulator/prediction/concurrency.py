@@ -6,8 +6,8 @@ weights and caches fill the memory, or up to the sequences that the engine admit
 
 The time to first token and the time per output token follow the time of a request, with its interval. They also depend
 on how requests arrive (``prefill_wait`` of the engine); on either side, both deviations are combined as a root of sum
-of squares. Limits of both times hold together with the smaller of the two probabilities: their errors are those of the
-same pass.
+of squares. Limits of both times hold together with at most the smaller of the two probabilities. It is used, because
+both times follow the same pass, so their errors move together.
 
 The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
 (``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
@@ -126,6 +126,16 @@ class ServePasses:
         """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
         holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
         return max((c for c in among if holds[self.place(model, c)]), default=0)
+
+    @cached_property
+    def weights_bytes(self) -> FloatArray:
+        """Bytes of the weights on the fullest device."""
+        return weights_bytes(self.batch)
+
+    @cached_property
+    def cache_bytes(self) -> FloatArray:
+        """Bytes of the cache of one request on the fullest device."""
+        return cache_parts(self.batch)[0]
 
     @property
     def prefill_share(self) -> FloatArray:
@@ -246,7 +256,9 @@ class _Points:
             keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
             numbers |= {key: float(values[i]) if concurrency else math.nan for key, values in zip(keys, column)}
         chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
-        unmet = min(chances, key=lambda name: chances[name]) if kind == LIMITS and most and not concurrency else ""
+        excess = {name: float(found.waits[name][0][i]) / limit for name, limit in found.limits.named.items()}
+        fails = kind == LIMITS and most and not concurrency
+        unmet = min(chances, key=lambda name: (chances[name], -excess[name])) if fails else ""
         engine = load_engine(meta.engine)
         limit = engine.limit(self.hw.memory_bytes, self.hw.name)
         return OperatingPoint(
@@ -265,12 +277,12 @@ class _Points:
             **numbers,
             probability=min(chances.values()) if chances and (concurrency or unmet) else math.nan,
             unmet=unmet,
-            excess=float(found.waits[unmet][0][i]) / found.limits.named[unmet] if unmet else math.nan,
+            excess=excess.get(unmet, math.nan),
             **self.costs(found, i, concurrency),
             largest_concurrency=most,
             limited_by="engine" if limit is not None and most == limit.sequences else "memory",
-            weights_bytes=float(weights_bytes(found.batch)[i]),
-            cache_bytes=float(cache_parts(found.batch)[0][i]),
+            weights_bytes=float(found.weights_bytes[i]),
+            cache_bytes=float(found.cache_bytes[i]),
             level=found.level,
         )
 

@@ -15,13 +15,13 @@ NAMED = 3
 LEAST = 0.001
 """Relative change of a number of bytes from which it is stated."""
 
-_TIMES = {"ttft": ("time to the first token", "ttft_s"), "tpot": ("time per output token", "tpot_s")}
+_LIMITED = {"ttft": "time to the first token", "tpot": "time per output token"}
 
 
 def sentences(service: Service) -> list[str]:
     """Return the conclusion on a service: at equal concurrency, at equal memory, and within limits if there are some.
 
-    The last two are about the pruning with the most tokens/s at equal memory.
+    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits.
 
     >>> from simulator import serve
     >>> lines = sentences(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
@@ -30,19 +30,19 @@ def sentences(service: Service) -> list[str]:
     >>> print(lines[1][:108])
     depth at 25 % serves 1.32x (1.22-1.42) as many tokens/s at equal memory: 1.40x as many sequences fit (343 in
     """
-    kinds = service.kinds
-    best = ranked(service)[0]
+    kinds, best = service.kinds, ranked(service)[0]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
     out.append(equal_memory(kinds[MEMORY][0], kinds[MEMORY][best]))
+    last = kinds[MEMORY][0], kinds[MEMORY][best]
     if LIMITS in kinds:
-        out.append(within_limits(service, kinds[LIMITS][0], kinds[LIMITS][best]))
-    last = kinds.get(LIMITS, kinds[MEMORY])
-    return [*out[:-1], f"{out[-1][:-1]}{_cost(last[0], last[best])}."]
+        last = kinds[LIMITS][0], kinds[LIMITS][ranked(service, LIMITS)[0]]
+        out.append(within_limits(service, *last))
+    return [*out[:-1], f"{out[-1][:-1]}{_cost(*last)}."]
 
 
-def ranked(service: Service) -> list[int]:
-    """Return the indices of the pruned models (from 1) by their tokens/s at equal memory, the most first."""
-    rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[MEMORY]]
+def ranked(service: Service, kind: str = MEMORY) -> list[int]:
+    """Return the indices of the pruned models (from 1) by their tokens/s at the points of a kind, the most first."""
+    rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
     return sorted(range(1, len(rates)), key=lambda i: -rates[i])
 
 
@@ -89,13 +89,11 @@ def failing_text(service: Service, point: OperatingPoint) -> str:
     """Return which limit a model cannot keep even for one request, and by how much; "" if it keeps them."""
     if not point.unmet:
         return ""
-    name, limit = _TIMES[point.unmet][0], service.limits.named[point.unmet]
+    time = seconds(service.limits.named[point.unmet] * point.excess)
+    start = f"{_LIMITED[point.unmet]} {time} for one request"
     if point.excess > 1.0:
-        return f"{name} {seconds(limit * point.excess)} for one request, {ratio(point.excess)}x the limit"
-    chance = probability_text(point.probability)
-    return (
-        f"{name} {seconds(limit * point.excess)} for one request, below the limit with a probability of only {chance}"
-    )
+        return f"{start}, {ratio(point.excess)}x the limit"
+    return f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
 
 
 def _failing(service: Service, point: OperatingPoint) -> str:

@@ -173,6 +173,7 @@ def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> N
     assert pruned.concurrency > 0
     assert math.isnan(pruned.ratio)
     assert "; the dense model fails (time per output token 7." in sentences(service)[2]
+    assert one("depth 0.5", ttft_s=1e-3, tpot_s=1e-4).kinds[LIMITS][0].unmet == "tpot", "of two, that by more"
     nothing = one("depth 0.5", ttft_s=0.001)
     assert [p.concurrency for p in nothing.kinds[LIMITS]] == [0, 0]
     assert "no request can be served: the dense model fails (time to the first token" in sentences(nothing)[2]
