@@ -122,18 +122,14 @@ def _draw(ax: Axes, panel: Throughput) -> None:
 
 def _name(ax: Axes, panel: Throughput) -> None:
     """Write the names of the curves right of the panel, with lines to their ends."""
-    low, high = np.log(ax.get_ylim())
+    (left, right), (low, high) = np.log(ax.get_xlim()), np.log(ax.get_ylim())
+    edge = float(np.exp(left + 1.02 * (right - left)))
     ends = [(float(np.log(c.tokens_per_s[0, -1]) - low) / (high - low), c) for c in panel.curves]
     height = 1.0 + LINE
     for place, c in sorted(ends, key=lambda end: -end[0]):
         height = min(place, height - LINE)
-        style: dict[str, Any] = {"xycoords": "data", "textcoords": "axes fraction", "va": "center", "fontsize": 6}
-        style["arrowprops"] = {
-            "arrowstyle": "-",
-            "color": GREY,
-            "linewidth": 0.4,
-            "shrinkA": 0,
-            "shrinkB": 3,
-            "relpos": (0, 0.5),
-        }
-        ax.annotate(f"{c.name} ({c.largest:,})", (c.ms[0, -1], c.tokens_per_s[0, -1]), (1.03, height), **style)
+        text: dict[str, Any] = {"transform": ax.transAxes, "va": "center", "fontsize": 6}
+        ax.text(1.03, height, f"{c.name} ({c.largest:,})", **text)
+        to = float(np.exp(low + height * (high - low)))
+        line: dict[str, Any] = {"color": GREY, "linewidth": 0.4, "clip_on": False, "zorder": 3}
+        ax.plot([c.ms[0, -1], edge], [c.tokens_per_s[0, -1], to], **line)
