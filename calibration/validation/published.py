@@ -17,6 +17,8 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.cost.gemm_shapes import Options
+from simulator.engines.engine import load_engine
+from simulator.engines.generations import split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -34,6 +36,9 @@ from simulator.workload_batch import memory
 
 MISS = 0.10
 """Relative error from which the likely reason is printed."""
+
+NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
+"""Generation assumed for serving runs whose version the source does not state."""
 
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
@@ -116,7 +121,7 @@ def _comparison(
         source=row["source"],
         assumed=row["assumed"],
         reason=row.get("reason", ""),
-        engine=row["engine"],
+        engine=split(row["engine"])[0],
         gpu=row["hardware"],
         split=row.get("split") or "fit",
         own_code=row.get("own_code") == "true",
@@ -217,9 +222,15 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
         dtype="fp8" if weight == "fp8_block" else weight,
         weight_dtype=weight,
         kv_dtype=row["kv_dtype"] or None,
-        engine=row["engine"],
+        engine=_as_of(row["engine"], row["version"]),
     )
     return (w, hw) if memory(w, hw).fits else None
+
+
+def _as_of(engine: str, version: str) -> str:
+    """Return an engine in the generation of a version, or in the one assumed for runs without a version."""
+    version = version or NO_VERSION.get(engine, "")
+    return f"{engine}@{version}" if version and load_engine(engine).generations else engine
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:

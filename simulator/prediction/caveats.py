@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
 
+SPLIT = 0.05
+"""Width of the interval of the host time per pass, as a share of the host time, from which a note states it."""
+
 _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
@@ -147,6 +150,10 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     if inferred.layer_s:
         host = f"{seconds(inferred.layer_s)} per layer, {host}"
     if inferred.host_bound:
+        low, high = inferred.pass_share
+        if high - low > SPLIT:
+            per_pass = f"{100 * low:.0f} to {100 * high:.0f} % of the host time is per pass"
+            host += f"; {per_pass}, which fewer layers do not reduce"
         return f"{hardware}: {predicted}: host-bound ({host})"
     also = f", the host {host}" if inferred.host_s else ""
     return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"
