@@ -53,7 +53,7 @@ class Scenario:
     new_tokens : int
         Tokens that generate and serve decode.
     engine : str
-        Name or path of the engine.
+        Name or path of the engine, with a version or generation if needed (``vllm@0.19``, ``vllm@v1``).
     dtype : str
         Number format of activations and arithmetic.
     weight_dtype, kv_dtype : str, optional
@@ -109,7 +109,7 @@ class Scenario:
 
     @property
     def engine_name(self) -> str:
-        """Name of the engine, also of one loaded from a path."""
+        """Name of the engine, also of one loaded from a path, with the version if one was given (vllm@0.19)."""
         return load_engine(self.engine).name
 
     @cached_property
@@ -152,7 +152,8 @@ def scenarios(
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.prediction.scenario")
     )
     models = [load_model(model) for model in listed("model", models)]
-    engines = tuple({load_engine(name).path: name for name in listed("engine", engine)}.values()) or (template.engine,)
+    loaded = ((load_engine(name), name) for name in listed("engine", engine))
+    engines = tuple({(e.path, e.name): name for e, name in loaded}.values()) or (template.engine,)
     phases = once(one_of("phase", p, PHASES) for p in listed("phase", phase))
     batches, lengths = (
         once(whole_number(name, n) for n in listed(name, values)) for name, values in (("batch", batch), ("seq", seq))

@@ -75,7 +75,7 @@ def test_serving_runs_of_a_held_out_model(found: Found) -> None:
 def test_engines_hold_what_the_serving_runs_give() -> None:
     for name in SERVING:
         groups = [g for key, g in serving.groups().items() if key[0] == name]
-        found, engine = serving.fit_hosts(name, groups), load_engine(name)
+        found, engine = serving.fit_hosts(name, groups), load_engine({"vllm": "vllm@v1"}.get(name, name))
         assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
         assert engine.each_sequence.value == pytest.approx(found.each_sequence_s, rel=0.05, abs=1e-6)
         assert engine.prefill_wait.value == pytest.approx(found.prefill_wait, abs=0.02)
