@@ -86,7 +86,8 @@ def test_the_conclusion_comes_first_and_an_interval_has_two_ends(line: str, cli:
     assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
 
 
-ONE = "advise {} --hardware h100 --target 1.3 --phase decode --batch 8 --engine vllm@v1 --family depth,width,kv_cache,token"
+ONE = "advise {} --hardware h100 --engine vllm@v1 --target 1.3 --phase decode --batch 8 "
+ONE += "--family depth,width,kv_cache,token"
 EIGHT = "advise {} --hardware h100,a100 --engine vllm,hf --batch 1,8 --target 1.3 --phase decode --family depth,width"
 
 
