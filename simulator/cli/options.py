@@ -83,9 +83,16 @@ Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
-Engine = Annotated[str, opt("--engine", "NAME", "Engine (see prunesim engines list) or YAML file.")]
+Engine = Annotated[
+    str, opt("--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")
+]
 Engines = Annotated[
-    str, opt("--engine", "LIST", "Engines (see prunesim engines list) or YAML files; a comma list for several.")
+    str,
+    opt(
+        "--engine",
+        "LIST",
+        "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML files; a comma list.",
+    ),
 ]
 DenseTime = Annotated[
     str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")
