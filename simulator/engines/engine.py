@@ -65,6 +65,7 @@ class Share:
 
     value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
+    sd: Annotated[float, NumberField(0, 3, "0.1")] = 0.0  # its standard deviation between users
     note: str = ""
 
 

@@ -8,6 +8,7 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Labels, Results
 from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import Inferred, prediction_intervals
+from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
 from simulator.workload import DTYPES, Kind, Phase
 from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes_of, cache_parts, sums, weights_bytes
 
@@ -68,7 +69,7 @@ def compare(
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
-    tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
+    served = _serving(p, found, level)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
@@ -91,12 +92,8 @@ def compare(
         "calibrated": default_share < SMALL_SHARE,
         "uncalibrated": default_parts,
         "uncalibrated_share": default_share,
-        "tokens_per_s": tokens_per_s,
-        "ttft_s": ttft_s,
-        "tpot_s": tpot_s,
-        "dense_tokens_per_s": tokens_per_s[dense],
-        "dense_ttft_s": ttft_s[dense],
-        "dense_tpot_s": tpot_s[dense],
+        **served,
+        **{f"dense_{name}": column[dense] for name, column in served.items()},
     }, found.inferred
 
 
@@ -336,19 +333,38 @@ def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
     return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
 
 
-def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
-    phases. In serve, a request waits for a share of the other prompts before its first token, for the rest between its
-    tokens."""
-    meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
-    sequences = p.workloads.sequences.astype(np.float64)
+def _serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
+    """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
+    ends of their intervals; NaN for other phases.
+
+    In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
+    The share depends on how requests arrive.
+    """
+    meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
+    sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
+    ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
+    ttft, tpot = dict.fromkeys(ends, none), dict.fromkeys(ends, none)
+    rate = none
     if meta.phase == "prefill":
-        return none, seconds, none
-    if meta.phase == "decode":
-        return sequences / seconds, none, seconds
-    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-    steps, first = float(meta.new_tokens), prefill
-    if meta.phase == "serve":
-        own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        first = own + p.engine.prefill_wait.value * (prefill - own)
-    return sequences * steps / seconds, first, (prefill - first + decode) / steps
+        ttft = ends
+    elif meta.phase == "decode":
+        rate, tpot = sequences / seconds, ends
+    else:
+        prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
+        first, waits, wait = prefill, np.zeros(len(seconds)), p.engine.prefill_wait
+        if meta.phase == "serve":
+            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+            first, waits = own + wait.value * (prefill - own), wait.sd * (prefill - own)
+        rate = sequences * meta.new_tokens / seconds
+        further = prefill - first + decode
+        ttft, tpot = (_latency(part, waits, ends, level) for part in (first, further))
+        tpot = {name: part / meta.new_tokens for name, part in tpot.items()}
+    out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
+    return out | {f"tpot_{name}": part for name, part in tpot.items()}
+
+
+def _latency(part: FloatArray, sd: FloatArray, ends: Mapping[str, FloatArray], level: float) -> dict[str, FloatArray]:
+    """Return a part of a time, s, with the ends of its interval: relative errors of the whole time, and ``sd``, s."""
+    added = NormalDist().inv_cdf(0.5 + 0.5 * level) * sd / np.maximum(part, 1e-300)
+    low, high = (np.hypot(np.log(ends["s"] / ends["lower"]), added), np.hypot(np.log(ends["upper"] / ends["s"]), added))
+    return {"s": part, "lower": part * np.exp(-low), "upper": part * np.exp(high)}

@@ -144,7 +144,7 @@ class Scenario:
         )
 
     def on(self, hw: HardwareProfile) -> Scenario:
-        """Return the scenario with the token budget of its engine on a GPU.
+        """Return the scenario with the token budget of its engine on the GPU ``hw``.
 
         >>> scenario = Scenario(phase="serve", engine="vllm")
         >>> [scenario.on(load_hardware(name)).token_budget for name in ("a100", "h100")]
