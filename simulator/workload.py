@@ -156,6 +156,8 @@ class Meta:
     batch: int = 1  # sequences; in serve, requests in flight
     seq: int = 1  # prompt tokens per sequence; in decode, cached positions
     new_tokens: int = 0  # new tokens per request of generate or serve
+    cached: int = 0  # prompt tokens per sequence in the prefix cache
+    budget: int = 0  # tokens of prompts in one step; 0: unlimited
     dtype: str = "bf16"
     layers: int = 0  # decoder layers of the dense model
     hidden: int = 0

@@ -6,7 +6,8 @@ whether a workload fits on a device. Memory is that of the fullest device:
 - weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
 - cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
-  the length.
+  the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
+  the current prefill hold all positions.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
   output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One forward pass without
   chunks, without an allocator's fragmentation.
@@ -27,7 +28,7 @@ from simulator.arguments import AMOUNT, instance, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.hardware.library import load_hardware
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Workload
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Phase, Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -341,13 +342,32 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of keys, values and states of each workload at the longest length of each layer."""
+    each, prompts = cache_parts(workloads)
+    return each * workloads.sequences + prompts
+
+
+def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
+    """Return the bytes of the cache of one sequence of each workload, and what prompts need beyond while they are
+    computed, whatever the number of sequences."""
     w = workloads.rows
-    at = np.flatnonzero(w.is_attention | (w.kind == Kind.DELTA_NET))
+    every = w.is_attention | (w.kind == Kind.DELTA_NET)
+    if w.meta.phase != "serve":
+        return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(len(workloads))
+    held = _longest(workloads, every & (w.phase == Phase.DECODE), workloads.sequences) / workloads.sequences
+    prefill = every & (w.phase == Phase.PREFILL)
+    together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
+    prompts = _longest(workloads, prefill, together)
+    return held, np.maximum(prompts - together * held, 0.0)
+
+
+def _longest(workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any) -> FloatArray:
+    """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache."""
+    w, at = workloads.rows, np.flatnonzero(rows)
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
     seen = np.where(window > 0, np.minimum(kv, window), kv)
-    batch = np.maximum(w.batch[at], workloads.sequences[workloads.owner[at]])
+    batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
     latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
     each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
     each = np.where(w.kind[at] == Kind.DELTA_NET, batch / np.maximum(w.batch[at], 1) * w.state_bytes_each[at], each)
@@ -364,8 +384,14 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
+    return np.maximum(*(activation_bytes_of(workloads, phase) for phase in Phase))
+
+
+def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
+    """Return the peak bytes of activations in one pass of a phase of each workload; 0 without such a pass."""
     w, size = workloads.rows, len(workloads)
-    gemm = w.kind == Kind.GEMM
+    here = w.phase == phase
+    gemm = (w.kind == Kind.GEMM) & here
     element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
@@ -376,8 +402,8 @@ def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
         return most.reshape(size, len(ROLES))
 
     def largest(role: str, column: Any) -> Any:
-        here = w.is_role(role)
-        return np.maximum(workloads.largest(np.where(here, column, 0.0)), 0.0) if here.any() else 0.0
+        mine = w.is_role(role) & here
+        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if mine.any() else 0.0
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
     # the embedding has all tokens; layers may compute fewer

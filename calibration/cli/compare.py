@@ -120,22 +120,26 @@ def _of_files(
     What a file does not state is that of the options: batch, length, and new tokens unless the phase is prefill.
     """
     from calibration.runners.compare import ENGINES, compare_files
-    from calibration.runners.vllm_bench import bench_case_of, read_bench
     from simulator.hardware.library import load_hardware
+    from simulator.prediction.benchmarks.read import read_bench
+    from simulator.prediction.measured import request_of
 
     if engine != "vllm":
         raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
     if not selection.hardware:
         raise InputError("--bench: expected --hardware with the GPU that wrote the files")
     hw, runs = load_hardware(selection.hardware), [read_bench(file) for file in files]
+    for run in runs:
+        if run.engine not in ("vllm", ""):
+            raise InputError(f"{run.source}: engine: expected vllm, got {run.engine}")
     given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
-    if runs[0].kind == "latency":
+    if runs[0].kind == "batch":
         batch, seq = options.integers("--batch", selection.batch), options.integers("--seq", selection.seq)
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = bench_case_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
     of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
     _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
     if notes:  # the files belong to the prunings by their order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.validation.runs import RunResult
     from calibration.validation.validate import Report
 
 # fmt: off
@@ -29,6 +31,21 @@ Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: number of processes."
 EndToEnd = Annotated[
     bool, opt("--end-to-end", None, "Evaluate whole models on published measurements, by engine and GPU.")
 ]
+Runs = Annotated[
+    str | None,
+    opt("--runs", "FOLDER", "With --end-to-end: your results of vllm bench, SGLang, trtllm-bench, genai-perf, AIPerf."),
+]
+ModelOf = Annotated[str, opt("--model", "MODEL", "With --runs: model of files that do not name a known one.")]
+HardwareOf = Annotated[str, opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file.")]
+EngineOf = Annotated[str, opt("--engine", "NAME", "With --runs: engine. Default: that of the tool.")]
+WeightsOf = Annotated[str, opt("--weight-dtype", "NAME", "With --runs: format of weights. Default: that of the file.")]
+CacheOf = Annotated[str, opt("--kv-dtype", "NAME", "With --runs: format of the K/V cache. Default: that of the file.")]
+DevicesOf = Annotated[int | None, opt("--devices", "N", "With --runs: GPUs that share the model. Default: 1.")]
+BatchOf = Annotated[int | None, opt("--batch", "N", "With --runs: batch of files that do not state it.")]
+SeqOf = Annotated[int | None, opt("--seq", "N", "With --runs: prompt tokens of files that do not state them.")]
+NewOf = Annotated[
+    int | None, opt("--new-tokens", "N", "With --runs: decode steps of files that do not state them; 0 is a prefill.")
+]
 Tables = Annotated[
     str, opt("--table", "LIST", "With --protocol: tables to evaluate, such as a100,stacks,attention; or all.")
 ]
@@ -37,6 +54,22 @@ RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of tr
 # fmt: on
 
 
+@dataclass(frozen=True)
+class Given:
+    """Conditions of result files (:class:`calibration.validation.runs.Conditions`)."""
+
+    model: ModelOf = ""
+    hardware: HardwareOf = ""
+    engine: EngineOf = ""
+    weight_dtype: WeightsOf = ""
+    kv_dtype: CacheOf = ""
+    devices: DevicesOf = None
+    batch: BatchOf = None
+    seq: SeqOf = None
+    new_tokens: NewOf = None
+
+
+@options.expanded()
 def command(
     profile: Profile = None,
     records: MaybeRecords = None,
@@ -50,6 +83,8 @@ def command(
     wheel: Wheel = None,
     jobs: Jobs = 2,
     end_to_end: EndToEnd = False,
+    runs: Runs = None,
+    given: Given = Given(),
     json: options.Json = False,
     figure: options.Figure = None,
     verbose: options.Verbose = False,
@@ -62,8 +97,13 @@ def command(
     and the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows
     and evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped
     and after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
-    --end-to-end predicts the published times and speedups of whole models, each in its engine.
+    --end-to-end predicts the published times and speedups of whole models, each in its engine; with --runs your own
+    result files of serving benchmarks, each under its own conditions.
     """
+    if runs is None and given != Given():
+        raise InputError("--model, --hardware, --engine and other conditions: expected --end-to-end --runs with them")
+    if runs is not None and (not end_to_end or figure):
+        raise InputError("--runs: expected --end-to-end with it, and no --figure")
     if figure and not end_to_end:
         raise InputError("--figure: expected --end-to-end with it")
     if end_to_end:
@@ -71,6 +111,9 @@ def command(
             raise InputError(
                 "--end-to-end: evaluates the published rows; expected no PROFILE, RECORDS or --protocol with it"
             )
+        if runs is not None:
+            _runs(runs, given, dtype or "", json, verbose)
+            return
         _end_to_end(render.Output(json, figures=[figure]), figure)
         return
     if protocol:
@@ -184,6 +227,40 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
         from simulator.figures.save import save_figure
 
         save_figure(scatter(comparisons), figure)
+
+
+def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> None:
+    """Evaluate a folder of result files and print conclusion, one row per result, and notes."""
+    from dataclasses import asdict
+
+    from calibration.validation.runs import Conditions, evaluate, of_runs
+
+    results = evaluate(folder, Conditions(**asdict(given), dtype=dtype))
+    skipped = [f"{r.source}: skipped: {r.reason}" for r in results if r.compared is None]
+    if len(skipped) == len(results):
+        raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
+    if render.Output(json).write([r.as_row() for r in results]):
+        render.conclude(*of_runs(results, folder))
+        render.show(
+            render.narrowed(_run_columns(results), 6), "Measured and predicted times per pass (serve: per request)"
+        )
+    render.notes([*skipped, *(note for r in results for note in r.notes)], verbose)
+
+
+def _run_columns(results: list[RunResult]) -> list[render.Column]:
+    shown = [(r, r.compared) for r in results if r.compared is not None]
+    return render.columns(
+        shown,
+        ("<file", lambda rc: rc[0].source),
+        ("<model", lambda rc: rc[0].model),
+        ("<GPU", lambda rc: rc[1].gpu),
+        ("<engine", lambda rc: rc[1].engine),
+        ("<request", lambda rc: rc[0].request),
+        ("measured", lambda rc: render.seconds(rc[1].measured)),
+        ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
+        ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
+        ("inside", lambda rc: "yes" if rc[1].inside else "no"),
+    )
 
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:

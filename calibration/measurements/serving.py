@@ -1,8 +1,8 @@
 """Measured serving runs: make ``serving.csv`` from ``systems/silicon_sample.csv`` of the wheel.
 
-It has the runs of dense models on one H100, H200 or B200 node in one pool (mode agg), where one engine runs the prefill
-and decode of a request. Rows that a steady-state model cannot explain stay, with the reason in ``left_out``. Validation
-decides whether the cache holds the requested sequences.
+It has the runs of dense models, and of Qwen3-235B-A22B, on one H100, H200 or B200 node in one pool (mode agg), where
+one engine runs the prefill and decode of a request. Rows that a steady-state model cannot explain stay, with the reason
+in ``left_out``. Validation decides whether the cache holds the requested sequences.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 MEMBER = "aiconfigurator_core/systems/silicon_sample.csv"
 COLUMNS: tuple[str, ...] = (
-    *("engine", "version", "model", "hardware", "devices", "weight_dtype", "kv_dtype"),
+    *("engine", "version", "model", "hardware", "devices", "parallel", "weight_dtype", "kv_dtype"),
     *("concurrency", "seq", "new_tokens", "ttft_s", "tpot_s", "left_out", "assumed", "source"),
 )
-"""SI units; ``devices`` share every layer (tensor parallel), ``concurrency`` requests are in flight."""
+"""SI units; ``devices`` share every layer, ``concurrency`` requests are in flight."""
 
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
@@ -27,6 +27,7 @@ MODELS: Mapping[str, str] = {
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
     "Qwen/Qwen3-32B": "qwen3-32b",
     "nvidia/Qwen3-32B-NVFP4": "qwen3-32b",
+    "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
 }
 FP8_CACHE = ("meta-llama/Llama-3.1-70B",)
 CACHE_ASSUMED = "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
@@ -48,13 +49,15 @@ def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
 def _rows(raw: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
     for r in raw:
         taken = r["mode"] == "agg" and r["backend"] in ENGINES and r["system"] in HARDWARE
-        if taken and r["model_path"] in MODELS and float(r["pp_size"]) == 1:
+        experts = _parallel(r) if "235B" in r["model_path"] else "tensor"
+        if taken and r["model_path"] in MODELS and float(r["pp_size"]) == 1 and experts:
             row = {
                 "engine": r["backend"],
                 "version": r["backend_version"],
                 "model": MODELS[r["model_path"]],
                 "hardware": r["system"],
                 "devices": _whole(r["tp_size"]),
+                "parallel": experts,
                 # without a format of the products and a precision, the checkpoint is bf16
                 "weight_dtype": r["gemm_quant_mode"] or r["precision"] or "bf16",
                 "kv_dtype": "fp8" if r["model_path"] in FP8_CACHE else "",
@@ -66,6 +69,12 @@ def _rows(raw: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
             }
             assumed = CACHE_ASSUMED if row["kv_dtype"] else ""
             yield {**row, "left_out": _left_out(r), "assumed": assumed, "source": f"silicon_sample.csv: {_origin(r)}"}
+
+
+def _parallel(r: Mapping[str, str]) -> str:
+    """Return how devices share the routed experts of a row; "" for attention and experts on other numbers of them."""
+    devices, tensor, expert = (float(r[name] or 0) for name in ("tp_size", "moe_tp_size", "moe_ep_size"))
+    return "tensor" if tensor == devices else "expert" if expert == devices else ""
 
 
 def _whole(text: str) -> str:

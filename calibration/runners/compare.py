@@ -28,7 +28,7 @@ from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
-from calibration.runners.vllm_bench import BenchRun, bench_record
+from calibration.runners.vllm_bench import bench_record
 from calibration.validation.scores import errors, spearman
 from calibration.validation.verdict import verdict_of
 from simulator.display import few
@@ -38,6 +38,7 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
+from simulator.prediction.benchmarks.run import BenchRun
 from simulator.units import ratio
 from simulator.workload import PHASES
 

@@ -100,10 +100,11 @@ def compare_speedups(given: bool = False) -> list[Comparison]:
     return [_speedup(row, given) for row in published("speedups") if not row["left_out"]]
 
 
-def compare_serving(engine: str = "") -> list[Comparison]:
-    """Return measured times per output token of serving runs, s, of one engine or of all; runs whose caches do not fit
-    are excluded."""
+def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
+    """Return measured times per output token of serving runs, s, of one engine or of all, with or without models with
+    routed experts; runs whose caches do not fit are excluded."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
+    rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
 
 
@@ -202,23 +203,27 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
     w, hw = served
     (s,) = speedups(w, [w], hw)
     assert s.dense_tpot_s is not None
-    low, high = s.dense_tpot_s * s.dense_lower / s.dense_s, s.dense_tpot_s * s.dense_upper / s.dense_s
+    assert s.dense_tpot_lower is not None
+    assert s.dense_tpot_upper is not None
     gpu = row["hardware"].partition("_")[0].upper()
     where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
-    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, low, high)
+    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, s.dense_tpot_lower, s.dense_tpot_upper)
 
 
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
     """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
     weight, hw = row["weight_dtype"], load_hardware(row["hardware"])
+    limit = load_engine(row["engine"]).limit(hw.memory_bytes, hw.name)
     w = lower(
         load_model(row["model"]),
         phase="serve",
         batch=int(row["concurrency"]),
         devices=int(row["devices"]),
+        parallel=row["parallel"],
         seq=int(row["seq"]),
         new_tokens=int(row["new_tokens"]),
+        token_budget=None if limit is None else limit.tokens,
         dtype="fp8" if weight == "fp8_block" else weight,
         weight_dtype=weight,
         kv_dtype=row["kv_dtype"] or None,

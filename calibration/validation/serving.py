@@ -1,9 +1,10 @@
 """Fit the host times of serving engines to serving runs, and evaluate them on held-out models.
 
-A request that is served with c - 1 others takes E = c t_p + o (t_d + h0 + hs c): all c prefills, and o decode steps. h0
-and hs are fitted to E, which does not depend on how the load generator spaces requests; then phi, the share of the
-other requests' prefills before the first token, is fitted to the time per output token. A common error of a group of
-runs (a model on a GPU) is attributed to its kernels, not to the host: each group has an offset.
+A request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c): P is the time of the prefills of all c
+requests, of which those that arrive during one decode step share a pass, and o are the decode steps. h0 and hs are
+fitted to E, which does not depend on how the load generator spaces requests; then phi, the share of the other requests'
+prefills before the first token, is fitted to the time per output token. A common error of a group of runs (a model on a
+GPU) is attributed to its kernels, not to the host: each group has an offset.
 
 Use :func:`fit_hosts` for the values of ``simulator/engines/*.yaml``, :func:`held_out_models` for their errors on
 held-out models: ``python -m calibration.validation.serving`` prints both.
@@ -22,6 +23,8 @@ from scipy.optimize import least_squares
 from calibration.measurements import published
 from calibration.validation.published import serving_workload
 from simulator.arrays import FloatArray
+from simulator.models.library import load_model
+from simulator.prediction.compare import prefill_passes
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Phase
 from simulator.workload_batch import WorkloadBatch
@@ -47,19 +50,21 @@ class Group:
 
     concurrency: FloatArray
     new_tokens: FloatArray
+    seq: FloatArray
     step_s: FloatArray  # device time of a decode step of all requests
-    prefill_s: FloatArray  # device time of one prompt
+    prefill_s: FloatArray  # device time of the prefills of all requests
+    pass_s: FloatArray  # device time until a prompt is computed, once its first pass starts
     tpot_s: FloatArray  # measured
     request_s: FloatArray  # measured
 
     def request(self, h0: float, hs: float) -> FloatArray:
         """Return the predicted time of a request."""
         steps = self.step_s + h0 + hs * self.concurrency
-        return np.asarray(self.concurrency * self.prefill_s + self.new_tokens * steps)
+        return np.asarray(self.prefill_s + self.new_tokens * steps)
 
     def tpot(self, h0: float, hs: float, phi: float) -> FloatArray:
         """Return the predicted time per output token."""
-        waits = (1.0 - phi) * (self.concurrency - 1.0) * self.prefill_s / self.new_tokens
+        waits = (1.0 - phi) * (self.prefill_s - self.pass_s) / self.new_tokens
         return np.asarray(self.step_s + h0 + hs * self.concurrency + waits)
 
 
@@ -84,17 +89,40 @@ class HeldOut:
     model: str
     hardware: str
     dtype: str
-    rows: int
-    tpot_error: float  # median absolute
-    tpot_bias: float
-    request_error: float
+    group: Group
     log_ratio: FloatArray  # of predicted over measured time per token
+    request_log_ratio: FloatArray  # of predicted over measured time of a request
+
+    @property
+    def experts(self) -> bool:
+        """Whether the model has routed experts."""
+        return load_model(self.model).experts > 0
+
+    @property
+    def tpot_error(self) -> float:
+        """Median absolute error of the time per token."""
+        return median_of_logs(self.log_ratio)
+
+    @property
+    def tpot_bias(self) -> float:
+        """Median error of the time per token."""
+        return float(np.expm1(np.median(self.log_ratio)))
+
+    @property
+    def request_error(self) -> float:
+        """Median absolute error of the time of a request."""
+        return median_of_logs(self.request_log_ratio)
+
+
+def median_of_logs(log_ratio: FloatArray) -> float:
+    """Return the median absolute error of the logs of ratios."""
+    return float(np.median(np.abs(np.expm1(log_ratio))))
 
 
 @lru_cache(maxsize=1)
 def groups() -> Mapping[Key, Group]:
     """Return the serving runs that fit their memory, by group, with the predicted device times."""
-    runs: dict[Key, list[tuple[float, float, float, float, float, float]]] = {}
+    runs: dict[Key, list[tuple[float, ...]]] = {}
     for row in published("serving"):
         served = None if row["left_out"] else serving_workload(row)
         if served is None:
@@ -102,11 +130,17 @@ def groups() -> Mapping[Key, Group]:
         w, hw = served
         p = forward_passes(WorkloadBatch.of([w]), hw)
         phase = p.workloads.groups.segment // 3
-        c, o, tpot, ttft = (float(row[name]) for name in ("concurrency", "new_tokens", "tpot_s", "ttft_s"))
+        c, o, seq, tpot, ttft = (float(row[n]) for n in ("concurrency", "new_tokens", "seq", "tpot_s", "ttft_s"))
         step, prefill = (float(p.group_s[0, phase == at].sum()) for at in (Phase.DECODE, Phase.PREFILL))
+        alone = prefill / min(float(prefill_passes(p.workloads)[0]), c)
         key = (row["engine"], row["version"], row["model"], row["hardware"], row["weight_dtype"])
-        runs.setdefault(key, []).append((c, o, step / o, prefill / c, tpot, ttft + o * tpot))
+        runs.setdefault(key, []).append((c, o, seq, step / o, prefill, alone, tpot, ttft + o * tpot))
     return {key: Group(*np.array(values).T) for key, values in runs.items() if len(values) >= FEWEST}
+
+
+def fitted() -> dict[Key, Group]:
+    """Return the groups that hosts are fitted to: dense models, as kernels of routed experts are less certain."""
+    return {key: group for key, group in groups().items() if not load_model(key[2]).experts}
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
@@ -138,28 +172,26 @@ def held_out_models() -> list[HeldOut]:
     """Return the errors of every group, predicted with parameters fitted to the runs of other models."""
     out = []
     for (engine, _, model, hardware, dtype), group in groups().items():
-        others = [g for key, g in groups().items() if key[0] == engine and key[2] != model]
+        others = [g for key, g in fitted().items() if key[0] == engine and key[2] != model]
         p = fit_hosts(engine, others)
         tpot = np.log(group.tpot(p.each_pass_s, p.each_sequence_s, p.prefill_wait) / group.tpot_s)
         request = np.log(group.request(p.each_pass_s, p.each_sequence_s) / group.request_s)
-        errors = [float(np.median(np.abs(np.expm1(log_ratio)))) for log_ratio in (tpot, request)]
-        bias = float(np.expm1(np.median(tpot)))
-        out.append(HeldOut(engine, model, hardware, dtype, len(tpot), errors[0], bias, errors[1], tpot))
+        out.append(HeldOut(engine, model, hardware, dtype, group, tpot, request))
     return out
 
 
 def main() -> None:
     """Print the parameters of every engine, and its errors on held-out models."""
     for engine in sorted({key[0] for key in groups()}):
-        p = fit_hosts(engine, [g for key, g in groups().items() if key[0] == engine])
+        p = fit_hosts(engine, [g for key, g in fitted().items() if key[0] == engine])
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
         held_out = [x for x in held_out_models() if x.engine == engine]
-        error = float(np.median(np.abs(np.expm1(np.concatenate([x.log_ratio for x in held_out])))))
-        print(f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out models {100 * error:.1f} %")
+        error = median_of_logs(np.concatenate([x.log_ratio for x in held_out if not x.experts]))
+        print(f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %")
         for x in held_out:
             tpot = f"TPOT {100 * x.tpot_error:.1f} % (bias {100 * x.tpot_bias:+.1f})"
             request = f"request {100 * x.request_error:.1f} %"
-            print(f"  {x.model} {x.dtype} on {x.hardware}, {x.rows} runs: {tpot}, {request}")
+            print(f"  {x.model} {x.dtype} on {x.hardware}, {len(x.log_ratio)} runs: {tpot}, {request}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def command(
     from simulator.prediction.conclusions import of_advice
     from simulator.prediction.configurations import Target
 
-    requested = run.requests(known, ideal=ideal)
+    requested = run.requests(known, model=model, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
     if write and prune:
@@ -94,7 +94,7 @@ def command(
         _details(found) if verbose else _summary(found)
     shown: list[HasResult] = [*found.configurations, *(a for a in found.advice if verbose or a.reached), *found.given]
     results = [held.result for held in shown]
-    render.notes((*written, *uncalibrated(results), *found.notes), verbose)
+    render.notes((*requested.notes, *written, *uncalibrated(results), *found.notes), verbose)
 
 
 def _summary(found: Advised) -> None:

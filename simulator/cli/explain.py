@@ -53,7 +53,7 @@ def explain(
     from simulator.prediction.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
     from simulator.prediction.prunings import readable
 
-    requested = run.requests(known, ideal=ideal)
+    requested = run.requests(known, model=model, ideal=ideal)
     existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
     with render.progress("explaining") as report:
         found = explanations(
@@ -87,7 +87,7 @@ def explain(
             if i:
                 print()
             _print(together)
-        render.notes([*skipped, *_notes(found)], verbose)
+        render.notes([*requested.notes, *skipped, *_notes(found)], verbose)
     if figure or roofline:
         from simulator.cli.drawing import draw_rooflines, draw_waterfalls
 

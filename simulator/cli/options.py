@@ -83,6 +83,13 @@ Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
+CachedPrefix = Annotated[
+    str | None,
+    opt("--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%)."),
+]
+TokenBudget = Annotated[
+    str | None, opt("--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")
+]
 Engine = Annotated[
     str, opt("--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")
 ]
@@ -100,6 +107,14 @@ DenseTime = Annotated[
 DenseTokens = Annotated[
     float | None, opt("--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")
 ]
+DenseFrom = Annotated[
+    str | None,
+    opt(
+        "--dense-from",
+        "FILE",
+        "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf for this request.",
+    ),
+]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
 WeightDtype = Annotated[
     str | None,
@@ -110,7 +125,7 @@ WeightDtype = Annotated[
 KvDtype = Annotated[
     str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
 ]
-Devices = Annotated[int, opt("--devices", "N", "Number of devices that share the model.")]
+Devices = Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")]
 Parallel = Annotated[str, opt("--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")]
 Skew = Annotated[
     float | None,
@@ -143,6 +158,8 @@ class Run:
     concurrency: Concurrency = None
     seq: Seq = "2048"
     new_tokens: NewTokens = 128
+    cached_prefix: CachedPrefix = None
+    token_budget: TokenBudget = None
     engine: Engines = DEFAULT_ENGINE
     dtype: Dtype = "bf16"
     weight_dtype: WeightDtype = None
@@ -151,15 +168,18 @@ class Run:
     parallel: Parallel = "tensor"
     skew: Skew = None
 
-    def requests(self, known: Known | None = None, *, ideal: bool = False) -> Requests:
-        """Parse the options, with a measured time of the dense model, if any."""
+    def requests(self, known: Known | None = None, *, model: str = "", ideal: bool = False) -> Requests:
+        """Parse the options, with a measured time of the dense ``model``, if any."""
         from simulator.prediction.scenario import Scenario
         from simulator.routing import EXPERT_SKEW
 
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")
+        budget = self.token_budget
         scenario = Scenario(
             new_tokens=self.new_tokens,
+            cached_prefix=0.0 if self.cached_prefix is None else prefix(self.cached_prefix),
+            token_budget=None if budget is None else _checked("--token-budget", budget, parse_count),
             dtype=self.dtype,
             weight_dtype=self.weight_dtype,
             kv_dtype=self.kv_dtype,
@@ -175,18 +195,19 @@ class Run:
             engine=names("--engine", self.engine),
             scenario=scenario,
         )
-        return found if known is None else known.added(found)
+        return found if known is None else known.added(found, model)
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Axes of a prediction for :func:`simulator.table`, and their common scenario."""
+    """Axes of a prediction for :func:`simulator.table`, their common scenario, and notes on a measured time."""
 
     phase: Sequence[str]
     batch: Sequence[int]
     seq: Sequence[int]
     engine: Sequence[str]
     scenario: Scenario
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,21 +216,30 @@ class Known:
 
     dense_time: DenseTime = None
     dense_tokens_per_s: DenseTokens = None
+    dense_from: DenseFrom = None
 
-    def added(self, requests: Requests) -> Requests:
-        """Return requests with the measured time in the scenario."""
-        if self.dense_time is None and self.dense_tokens_per_s is None:
+    def added(self, requests: Requests, model: str) -> Requests:
+        """Return requests with the measured time of the dense ``model`` in the scenario."""
+        given = sum(value is not None for value in (self.dense_time, self.dense_tokens_per_s, self.dense_from))
+        if not given:
             return requests
-        if self.dense_time is not None and self.dense_tokens_per_s is not None:
-            raise InputError("--dense-time and --dense-tokens-per-s: expected one of them")
+        if given > 1:
+            raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         from simulator.prediction.scenario import dense_seconds
 
+        phase, batch, seq, notes = requests.phase[0], requests.batch[0], requests.seq[0], requests.notes
         if self.dense_time is not None:
             seconds = duration("--dense-time", self.dense_time)
+        elif self.dense_from is not None:
+            from simulator.prediction.measured import measured
+
+            engine, shapes = requests.engine[0], ((batch, seq),)
+            one = replace(requests.scenario, model=model, engine=engine, phase=phase, shapes=shapes)
+            found = measured(self.dense_from, one)
+            seconds, notes = found.seconds, (*notes, *found.notes)
         else:
-            first = requests.phase[0], requests.batch[0], requests.seq[0]
-            seconds = dense_seconds(self.dense_tokens_per_s, *first, requests.scenario.new_tokens)
-        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds))
+            seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, requests.scenario.new_tokens)
+        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds), notes=notes)
 
 
 KNOWN, RUN = Known(), Run()
@@ -321,6 +351,16 @@ def fractions(option: str, text: str) -> list[float]:
             raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
         out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
+
+
+def prefix(text: str) -> float:
+    """Parse tokens, or a share of a prompt below 1.
+
+    >>> prefix("2k"), prefix("25%")
+    (2048.0, 0.25)
+    """
+    share = "%" in text or text.strip().startswith(("0.", "."))
+    return _checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
 
 
 def fraction(option: str, text: str) -> float:

@@ -58,6 +58,7 @@ def command(
     engine: Engine = None,
     versus: Versus = None,
     dense_time: Dense = None,
+    dense_from: options.DenseFrom = None,
     dtype: Dtype = None,
     weight_dtype: WeightDtype = None,
     devices: Devices = None,
@@ -101,11 +102,21 @@ def command(
     if sparsity is not None:
         given["sparsities"] = once(options.fractions("--sparsity", sparsity))
     state = replace(_start(model), **{name: value for name, value in given.items() if value is not None})
+    notes: tuple[str, ...] = ()
+    if dense_from is not None:
+        if dense_time is not None or len(state.gpus) != 1:
+            raise InputError("--dense-from: expected one GPU in --hardware, and no --dense-time")
+        from simulator.prediction.measured import measured
+
+        shapes = ((state.batch, state.seq),)
+        found = measured(dense_from, replace(state.scenario, model=state.load(), phase=state.phase, shapes=shapes))
+        state, notes = replace(state, dense_ms=1e3 * found.seconds), found.notes
     size = write_report(state, output)
     if as_json:
         render.show_json({"file": output, "bytes": size})
     else:
         print(output)
+    render.notes(notes)
 
 
 def _engine(name: str) -> str:

@@ -70,7 +70,7 @@ def speedup(
     from simulator.prediction.runnable import runnables
     from simulator.prediction.table import table
 
-    requested = run.requests(known, ideal=ideal)
+    requested = run.requests(known, model=model, ideal=ideal)
     devices = [load_hardware(name) for name in options.devices(hardware, same_stack)]
     with render.progress("predicting") as report:
         found = table(
@@ -99,7 +99,7 @@ def speedup(
         from simulator.cli.drawing import draw_speedups
 
         draw_speedups([replace(r, family=r.name) for r in found], figure)
-    render.notes((*uncalibrated(found), *found.notes), verbose)
+    render.notes((*requested.notes, *uncalibrated(found), *found.notes), verbose)
 
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:

@@ -26,6 +26,7 @@ from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.engines.generations import SINCE, Generation, GenerationsField, selected, split
 from simulator.engines.loading import FEATURES, Kernels, Loading, Width
+from simulator.engines.schedule import Schedule, StepLimit
 from simulator.errors import InputError, unknown
 from simulator.files.fields import (
     CheckedField,
@@ -66,6 +67,7 @@ class Share:
 
     value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
+    sd: Annotated[float, NumberField(0, 3, "0.1")] = 0.0  # its standard deviation between users
     note: str = ""
 
 
@@ -100,6 +102,7 @@ class Engine(Displayed):
     cache: str = "paged"  # a decode step writes only its own keys and values; "copied": it copies the cache, and heads
     experts: str = "grouped"  # routed experts run together; one by one: "touched" (those that tokens use), or "all"
     launches: Mapping[str, int] = field(default_factory=dict)  # kernels per operator, by role; 0: fused into another
+    schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
@@ -129,6 +132,14 @@ class Engine(Displayed):
     def kernels(self) -> NDArray[np.float64]:
         """Kernels launched for one operator, by role code."""
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)
+
+    def limit(self, memory_bytes: float, device: str) -> StepLimit | None:
+        """Return the most tokens and sequences of a step on a device; None without a limit.
+
+        >>> [load_engine("vllm").limit(8e10, device).tokens for device in ("a100_sxm_80gb", "h100_sxm")]
+        [2048, 8192]
+        """
+        return None if self.schedule is None else self.schedule.limit(memory_bytes, device)
 
     def in_graph(self, phase: str) -> bool:
         """Return whether a prefill or a decode step runs as one CUDA graph."""
@@ -326,6 +337,7 @@ def _engine_field(root: Node) -> ObjectField:
         "experts": TextField(("grouped", "touched", "all")),
         "launches": MapField(NumberField(0, 100, "7", whole=True), known("operator", ROLES)),
         "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time, "correlation": sourced(Correlation)}),
+        "schedule": sourced(Schedule),
         "quantize_fused": share,
         "one_token": share,
         "prefill_wait": share,

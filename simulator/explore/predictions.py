@@ -15,9 +15,8 @@ from simulator.errors import InputError
 from simulator.explore.state import EXISTING, State
 from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import label
-from simulator.prediction.batch import batch_of
 from simulator.prediction.caveats import uncalibrated
-from simulator.prediction.compare import results_of
+from simulator.prediction.compare import scenario_results
 from simulator.prediction.crossover import winners as fastest
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
@@ -212,7 +211,7 @@ def _curves(state: State, over: str, profiles: tuple[HardwareProfile, ...]) -> C
         keys = [*state.drawn, *state.texts, EXISTING]
         shapes = state.shapes(over)
         one = replace(state.scenario, model=model, phase=state.phase, shapes=shapes, dense_s=None)
-        found = results_of(batch_of(one, prunings, reject), prunings, gpus, one, reject)
+        found = scenario_results(one, prunings, gpus, reject)
     except InputError as error:
         return Curves(problem=str(error))
     candidates = tuple(Candidate(keys[i], r) for i, r in zip(found.pruning.tolist(), found.rows))

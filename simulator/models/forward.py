@@ -33,6 +33,10 @@ class Request:
     batch: int
     seq: int
     new_tokens: int
+    cached: int  # prompt tokens in the prefix cache
+    budget: int  # tokens of a step; 0: unlimited
+    clustered: int  # tokens of prompts of neighbouring steps of a server that share a step
+    chunked: bool  # longer prompts are computed in chunks
     engine: str
     logits: str
     copies: bool
@@ -55,14 +59,15 @@ class Request:
 
 @dataclass(frozen=True)
 class PassRows:
-    """One prefill, or the decode steps of a request, as rows; one attention row per run of equal layers."""
+    """Equal prefill passes, or the decode steps of a request, as rows; one attention row per run of equal layers."""
 
     request: Request
     part: ModelConfig  # the shapes of one device
     phase: Phase
     batch: int  # sequences
     q_len: int
-    steps: int  # executions of the pass
+    steps: float  # executions of the pass; in a steady state their mean number
+    first: bool = True  # of its phase; its rows have the parameters
 
     @property
     def tokens(self) -> int:
@@ -86,7 +91,7 @@ class PassRows:
     @property
     def owns(self) -> float:
         """Share of the parameters that each execution of the rows counts."""
-        return (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
+        return self.first * (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
 
     def rows(self) -> list[Row]:
         model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden

@@ -19,6 +19,12 @@ FOLDER = resources.files(__package__)
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 """A Hugging Face id, owner/name."""
 
+_VARIANT = re.compile(
+    r"[-_](?:instruct|chat|it|hf|base|dynamic|block|static|awq|nvfp4|fp4|fp8|bf16|quantized|gptq(?:-int[48])?|w\d+a\d+)$",
+    re.IGNORECASE,
+)
+"""Ending of a Hugging Face id that states the tuning or the number format, not the shapes."""
+
 
 def _key(name: str) -> str:
     """Return a name without case, ``-``, ``_``, ``.`` and spaces, which do not matter."""
@@ -72,6 +78,24 @@ def model_title(name: str) -> str:
         return name
     published: str = _content(name)["_source"].rsplit("/", 1)[-1]
     return published.removesuffix("-hf")
+
+
+def shipped_model(name: str) -> ModelConfig | None:
+    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version; None for a path or
+    an unknown name. No other file is read.
+
+    >>> [model and model.name for model in map(shipped_model, ("nvidia/Llama-3.1-8B-Instruct-FP8", "/models/mine"))]
+    ['llama-3.1-8b', None]
+    """
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return None
+    last = name.rsplit("/", 1)[-1]
+    while last:
+        if (found := _aliases().get(_key(last))) is not None:
+            return _shipped(found)
+        shorter = _VARIANT.sub("", last)
+        last = shorter if shorter != last else ""
+    return None
 
 
 def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:

@@ -19,12 +19,18 @@ The engine determines which projections are one GEMM, and which positions the he
   halves of one weight transform queries and outputs (``absorb_k``, ``absorb_v``), unless the cache is copied.
 - Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
 - Generate: one attention row per decode step; for thousands of steps, neighbours share one row of their middle length.
+- Prefill in an engine with a token budget: a pass holds as many whole prompts as the budget, at least one. A longer
+  prompt is computed in chunks, each of which attends to the earlier ones, if the engine has them.
+- Prefix caching: the first tokens of each prompt are in the cache; a prefill computes and writes only the others.
 - Serve: the steady state of continuous batching. During one request every other request in flight is served too: one
-  prefill each, one at a time, and ``new_tokens`` decode steps of all requests, whose caches are half grown on average.
+  prefill each, and ``new_tokens`` decode steps of all requests, whose caches are half grown on average. Prompts that
+  arrive during one decode step, ``batch / new_tokens``, are computed in one pass; short ones of neighbouring steps too
+  (``Schedule.clustered``). A pass has at least one prompt, and at most the budget.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -49,6 +55,12 @@ MAX_TOKENS = 2**40
 SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
 """At 2 the busiest expert has 40,000 times the load of the least busy."""
 
+_PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
+
+LEAST_PROMPTS = 4
+"""Share of a budget, one in so many, that decoding sequences leave for prompts: servers limit their sequences to this
+end."""
+
 MAX_DECODES = 1_000_000
 """Largest number of decode steps."""
 
@@ -72,6 +84,8 @@ def lower(
     devices: int = 1,
     parallel: str = "tensor",
     skew: float = EXPERT_SKEW,
+    token_budget: int | None = None,
+    cached_prefix: float = 0,
 ) -> Workload:
     """Return the operators of one decoder pass, one row per shape; equal arguments return the same object.
 
@@ -103,6 +117,12 @@ def lower(
         How devices share the model, see :mod:`simulator.models.parallel`.
     skew : float
         Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.routing.experts_chance`.
+    token_budget : int, optional
+        Most prompt and decode tokens of one step, at least 1. Default: the engine's on GPUs of much memory
+        (:class:`simulator.engines.schedule.Schedule`); engines without a schedule compute all prompts in one pass.
+    cached_prefix : float
+        Tokens of each prompt that the prefix cache holds, below ``seq``, or a share of the prompt in [0, 1). No effect
+        on ``decode``.
 
     Returns
     -------
@@ -135,12 +155,22 @@ def lower(
     devices, low = _integer("devices", devices, 1, 1_000_000), int(phase in ("generate", "serve"))
     new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
     runs = load_engine(engine)
+    schedule = runs.schedule
+    budget = 0 if schedule is None else schedule.limits[-1].tokens
+    if token_budget is not None:
+        budget = _integer("token_budget", token_budget, 1, MAX_TOKENS)
+    if schedule is not None and schedule.decodes_count and phase == "serve":
+        budget = max(budget - batch, budget // LEAST_PROMPTS)
     request = Request(
         model=model,
         phase=phase,
         batch=batch,
         seq=seq,
         new_tokens=new_tokens,
+        cached=0 if phase == "decode" else cached_tokens(cached_prefix, seq),
+        budget=budget,
+        clustered=0 if schedule is None else schedule.clustered,
+        chunked=schedule is not None and schedule.chunked,
         engine=engine,
         logits=runs.logits,
         copies=runs.cache == "copied",
@@ -167,6 +197,22 @@ def stream_of(dtype: str) -> str:
     return dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
 
 
+def cached_tokens(prefix: float, seq: int) -> int:
+    """Return the tokens of a prompt of ``seq`` tokens that a prefix cache holds; ``prefix`` is tokens, or a share below
+    1. InputError if no token is left to compute.
+
+    >>> cached_tokens(512, 2048), cached_tokens(0.25, 2048)
+    (512, 512)
+    """
+    prefix = number("cached_prefix", prefix, _PREFIX)
+    tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
+    if tokens >= seq or (prefix >= 1.0 and tokens != prefix):
+        raise InputError(
+            f"cached_prefix: expected whole tokens below the {seq} of the prompt, or a share below 1, got {prefix:g}"
+        )
+    return tokens
+
+
 def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int:
     expected = f"{low}" if low == high else f"an integer from {low} to {high}"
     found = whole(value)
@@ -177,16 +223,19 @@ def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int
 
 @lru_cache(maxsize=256)
 def _lower(r: Request) -> Workload:
-    part, passes, lengths = shard(r.model, r.devices, r.parallel), [], []
+    part = shard(r.model, r.devices, r.parallel)
+    passes: list[PassRows] = []
+    lengths: list[tuple[Array, Array]] = []
     serve = r.phase == "serve"
     if r.phase != "decode":
-        together, prompts = (1, r.batch) if serve else (r.batch, 1)
-        passes.append(PassRows(r, part, Phase.PREFILL, together, r.seq, prompts))
-        lengths.append((np.array([r.seq]), np.array([prompts])))
+        for prompts, tokens, past, chunks, each in _prefills(r):
+            passes.append(PassRows(r, part, Phase.PREFILL, prompts, tokens, chunks * each, first=not passes))
+            done, runs = _steps(chunks)
+            lengths.append((past + tokens * done, runs * each))
     if r.phase != "prefill":
         steps = max(r.new_tokens, 1)
         passes.append(PassRows(r, part, Phase.DECODE, r.batch, 1, steps))
-        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if serve else _decodes(steps)
+        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if serve else _steps(steps)
         lengths.append((r.seq + grown[0], grown[1]))
     meta = Meta(
         model=r.model.name,
@@ -194,6 +243,8 @@ def _lower(r: Request) -> Workload:
         batch=r.batch,
         seq=r.seq,
         new_tokens=r.new_tokens,
+        cached=r.cached,
+        budget=r.budget,
         dtype=DTYPES[r.dtype],
         layers=r.model.layers,
         hidden=r.model.hidden,
@@ -222,12 +273,35 @@ def _lower(r: Request) -> Workload:
     return w.replace(**columns)
 
 
-def _decodes(steps: int) -> tuple[Array, Array]:
-    """Return numbers of positions that decode steps have added, and how many steps each number represents.
+def _prefills(r: Request) -> Iterator[tuple[int, int, int, int, float]]:
+    """Yield kinds of prefill passes: prompts, tokens of each, positions before them, chunks in a row, executions."""
+    tokens = r.seq - r.cached
+    budget = r.budget or r.batch * tokens
+    if r.chunked and tokens > budget:
+        chunks, rest = divmod(tokens, budget)
+        yield 1, budget, r.cached, chunks, r.batch
+        if rest:
+            yield 1, rest, r.seq - rest, 1, r.batch
+        return
+    together = min(r.batch, max(budget // tokens, 1))
+    if r.phase == "serve":
+        arriving = round(r.batch / r.new_tokens) if r.budget else 1  # without a server one after the other
+        together = min(together, max(arriving, r.clustered // tokens, 1))
+        yield together, tokens, r.cached, 1, r.batch / together
+        return
+    full, rest = divmod(r.batch, together)
+    yield together, tokens, r.cached, 1, full
+    if rest:
+        yield rest, tokens, r.cached, 1, 1
+
+
+def _steps(steps: int) -> tuple[Array, Array]:
+    """Return numbers of steps (decode steps, chunks of a prompt) that are done after a step, and how many steps each
+    number represents.
 
     The first steps and the last step are never shared: pruning depends on the first, cache memory on the last.
 
-    >>> lengths, executions = _decodes(1_000_000)
+    >>> lengths, executions = _steps(1_000_000)
     >>> len(lengths), lengths[[0, -1]].tolist(), int(executions.sum()), int(lengths @ executions) * 2
     (1552, [1, 1000000], 1000000, 1000001000000)
     """

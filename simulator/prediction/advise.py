@@ -34,7 +34,7 @@ from simulator.prediction.configurations import LARGEST_SPARSITY as LARGEST_SPAR
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.reach import Reach, reach
 from simulator.prediction.result import HasResult, Result, Results, plain
-from simulator.prediction.scenario import Scenario, batch_name, check_measured, profiles, scenarios
+from simulator.prediction.scenario import Scenario, batch_name, by_budget, check_measured, profiles, scenarios
 from simulator.prediction.speedup import speedups
 from simulator.pruning import prune
 from simulator.units import percent, ratio
@@ -205,8 +205,8 @@ def advise(
         raise InputError("family: expected at least one")
     requested = scenarios(scenario, [config], engine, phase, batch, seq)
     check_measured(requested, devices)
-    targets = [Targets.of(one, devices, target) for one in requested]
-    kinds, rest = 0, len(targets) * len(devices)
+    targets = [Targets.of(some, same, target) for one in requested for some, same in by_budget(one, devices)]
+    kinds, rest = 0, len(requested) * len(devices)
 
     def of_kinds(done: int, total: int) -> None:
         nonlocal kinds
@@ -225,7 +225,7 @@ def advise(
     done = itertools.count(kinds + 1)
     for one in targets:
         search = _Search(one.scenario, chosen, notes)
-        for hw, needed in zip(devices, one.speedups):
+        for hw, needed in zip(one.hardware, one.speedups):
             if needed > 1.0:
                 found, more = search.on(hw, needed)
                 advice, others = [*advice, *found], [*others, *more]

@@ -23,6 +23,8 @@ from simulator.prediction.scenario import Scenario
 from simulator.workload import Kernel, Workload, role_code
 from simulator.workload_batch import WorkloadBatch
 
+_EMBEDDING = role_code("embedding")[0]
+
 Group = tuple[int, ...]
 """Indices of some requests of a scenario."""
 
@@ -107,15 +109,10 @@ def _together(scenario: Scenario, names: Collection[str]) -> Together:
 
 
 def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
-    groups: list[list[int]] = []
-    for length in dict.fromkeys(seq for _, seq in shapes):
-        first = len(groups)
-        for i in sorted((i for i, (_, seq) in enumerate(shapes) if seq == length), key=lambda i: shapes[i][0]):
-            # token pruning distinguishes rows of all tokens from rows of one token per sequence by their number
-            if len(groups) == first or shapes[i][0] >= shapes[groups[-1][0]][0] * length:
-                groups.append([])
-            groups[-1].append(i)
-    return [tuple(g) for g in groups]
+    return [
+        tuple(i for i, (_, seq) in enumerate(shapes) if seq == length)
+        for length in dict.fromkeys(seq for _, seq in shapes)
+    ]
 
 
 Part = tuple[Group, Workload, IndexArray]
@@ -146,7 +143,7 @@ def _prune(
         if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
             return []  # the sparsity is the reason, not the request
     else:
-        lengths = _lengths(pruned, 2 if scenario.phase in ("generate", "serve") else 1, len(group))
+        lengths = _lengths(pruned, [_passes(scenario.workloads[i]) for i in group])
         if lengths is not None:
             return [(group, pruned, lengths)]
     return [part for i in group for part in _prune(scenario, (i,), scenario.workloads[i], call, reasons)]
@@ -160,11 +157,16 @@ def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
     return ""
 
 
-def _lengths(pruned: Workload, passes: int, many: int) -> IndexArray | None:
-    """Return the number of rows of each of ``many`` requests, whose passes begin with an embedding; else None."""
-    if many == 1:
+def _lengths(pruned: Workload, passes: Sequence[int]) -> IndexArray | None:
+    """Return the number of rows of each request, whose ``passes`` begin with an embedding; else None."""
+    if len(passes) == 1:
         return np.array([len(pruned)])
-    begins = np.flatnonzero(pruned.role == role_code("embedding")[0])
-    if len(begins) != passes * many or begins[0] != 0:
+    begins = np.flatnonzero(pruned.role == _EMBEDDING)
+    if len(begins) != sum(passes) or begins[0] != 0:
         return None
-    return np.diff(np.append(begins[::passes], len(pruned)))
+    first = np.cumsum([0, *passes[:-1]])
+    return np.diff(np.append(begins[first], len(pruned)))
+
+
+def _passes(w: Workload) -> int:
+    return int((w.role == _EMBEDDING).sum())

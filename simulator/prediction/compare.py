@@ -8,6 +8,7 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,15 @@ from simulator.cost.forward import ForwardPass, by_kind, section_of
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.formats import label_of
-from simulator.prediction.batch import Reject, rejecting
+from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.parts import removed_parts, sizes
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Labels, Results
-from simulator.prediction.scenario import Scenario
+from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import Inferred, prediction_intervals
-from simulator.workload import DTYPES, Kind
-from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes, cache_bytes, sums, weights_bytes
+from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
+from simulator.workload import DTYPES, Kind, Phase
+from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes_of, cache_parts, sums, weights_bytes
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -68,7 +69,7 @@ def compare(
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *_alike(dense, p), None if dense_s is None else (0, dense_s))
-    tokens_per_s, ttft_s, tpot_s = _serving(p, found.seconds)
+    served = _serving(p, found, level)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
@@ -91,12 +92,8 @@ def compare(
         "calibrated": default_share < SMALL_SHARE,
         "uncalibrated": default_parts,
         "uncalibrated_share": default_share,
-        "tokens_per_s": tokens_per_s,
-        "ttft_s": ttft_s,
-        "tpot_s": tpot_s,
-        "dense_tokens_per_s": tokens_per_s[dense],
-        "dense_ttft_s": ttft_s[dense],
-        "dense_tpot_s": tpot_s[dense],
+        **served,
+        **{f"dense_{name}": column[dense] for name, column in served.items()},
     }, found.inferred
 
 
@@ -126,8 +123,27 @@ def results_of(
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
     columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
-    columns |= _memory(batch, at, np.array([float(hw.memory_bytes) for hw in hardware])[device])
+    columns |= _memory(batch, at, hardware, device)
     return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
+
+
+def scenario_results(
+    scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile], reject: Reject = rejecting
+) -> Results:
+    """Return the results of a scenario by request, pruning and device; workloads differ between devices where the token
+    budget of the engine does."""
+    parts = [
+        results_of(batch_of(one, prunings, reject), prunings, devices, one, reject)
+        for one, devices in by_budget(scenario, hardware)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    found = Results.join(parts)
+    shape = {shape: i for i, shape in enumerate(scenario.shapes)}
+    place = [shape[one] for one in zip(found.columns["batch"].tolist(), found.columns["seq"].tolist())]
+    label = {hw.label: i for i, hw in enumerate(hardware)}
+    device = [label[name] for name in found.columns["hardware"].tolist()]
+    return found.take(np.lexsort((np.array(device), found.pruning, np.array(place))))
 
 
 def against(
@@ -228,19 +244,48 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 
-def _memory(batch: WorkloadBatch, at: IndexArray, capacity: FloatArray) -> dict[str, Array | Labels]:
-    """Return the memory columns of some workloads and their dense workloads; ``capacity`` in bytes per workload."""
-    cache, activations = cache_bytes(batch), activation_bytes(batch)
-    needed = weights_bytes(batch) + cache + activations + RESERVE_BYTES
-    # a further sequence needs its cache and its activations; serve computes prompts one by one
-    each = (cache + (0.0 if batch.rows.meta.phase == "serve" else activations)) / batch.sequences
+def _memory(
+    batch: WorkloadBatch, at: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
+) -> dict[str, Array | Labels]:
+    """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
+    meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
+    fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
+    activations = {phase: activation_bytes_of(batch, phase) for phase in Phase}
+    needed = fixed + each * batch.sequences + np.maximum(*activations.values())
+    # sequences up to which the activations of a pass grow
+    growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
+    engine = load_engine(meta.engine)
+    capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
+    limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
+    most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
     columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}
     for name, which in (("dense", batch.dense[at]), ("pruned", at)):
         columns[f"{name}_memory_bytes"] = needed[which]
         columns[f"{name}_fits"] = needed[which] <= capacity
-        left = np.maximum(capacity - (needed[which] - batch.sequences[which] * each[which]), 0.0)
-        columns[f"{name}_largest_batch"] = np.floor(left / np.maximum(each[which], 1.0) + 1e-9).astype(np.int64)
+        left, cache = np.maximum(capacity - fixed[which], 0.0), np.maximum(each[which], 1.0)
+        largest = np.full(len(at), np.inf)
+        for phase, activation in activations.items():
+            full = growing[phase][which]
+            own = activation[which] / np.minimum(batch.sequences[which], full)
+            beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
+            within = np.minimum(left / (cache + own), full)
+            largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
+        largest = np.maximum(np.floor(largest + 1e-9), 0.0)
+        columns[f"{name}_largest_batch"] = np.minimum(largest, most).astype(np.int64)
     return columns
+
+
+def _most_together(batch: WorkloadBatch) -> FloatArray:
+    """Return the sequences of each workload whose activations a pass can hold at once: beyond the token budget of a
+    prefill, activations do not grow; in a steady state they are those of its prefill."""
+    meta, rows = batch.rows.meta, batch.rows
+    if meta.phase == "serve":
+        return np.ones(len(batch))
+    if not meta.budget or meta.phase == "decode":
+        return np.full(len(batch), np.inf)
+    computed = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
+    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # of each prompt
+    return np.asarray(np.maximum(meta.budget // np.maximum(tokens, 1.0), 1.0))
 
 
 def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
@@ -281,18 +326,45 @@ def _alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bo
     return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
 
 
-def _serving(p: ForwardPass, seconds: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
-    phases. In serve, a request waits for a share of the other prompts before its first token, for the rest between its
-    tokens."""
-    meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
-    sequences = p.workloads.sequences.astype(np.float64)
+def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
+    """Return the prefill passes of each workload; in a steady state those during one request, of all requests."""
+    rows = workloads.rows
+    begins = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
+    return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
+
+
+def _serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
+    """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
+    ends of their intervals; NaN for other phases.
+
+    In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
+    The share depends on how requests arrive.
+    """
+    meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
+    sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
+    ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
+    ttft, tpot = dict.fromkeys(ends, none), dict.fromkeys(ends, none)
+    rate = none
     if meta.phase == "prefill":
-        return none, seconds, none
-    if meta.phase == "decode":
-        return sequences / seconds, none, seconds
-    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-    steps, first = float(meta.new_tokens), prefill
-    if meta.phase == "serve":
-        first = prefill / sequences * (1.0 + p.engine.prefill_wait.value * (sequences - 1.0))
-    return sequences * steps / seconds, first, (prefill - first + decode) / steps
+        ttft = ends
+    elif meta.phase == "decode":
+        rate, tpot = sequences / seconds, ends
+    else:
+        prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
+        first, waits, wait = prefill, np.zeros(len(seconds)), p.engine.prefill_wait
+        if meta.phase == "serve":
+            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+            first, waits = own + wait.value * (prefill - own), wait.sd * (prefill - own)
+        rate = sequences * meta.new_tokens / seconds
+        further = prefill - first + decode
+        ttft, tpot = (_latency(part, waits, ends, level) for part in (first, further))
+        tpot = {name: part / meta.new_tokens for name, part in tpot.items()}
+    out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
+    return out | {f"tpot_{name}": part for name, part in tpot.items()}
+
+
+def _latency(part: FloatArray, sd: FloatArray, ends: Mapping[str, FloatArray], level: float) -> dict[str, FloatArray]:
+    """Return a part of a time, s, with the ends of its interval: relative errors of the whole time, and ``sd``, s."""
+    added = NormalDist().inv_cdf(0.5 + 0.5 * level) * sd / np.maximum(part, 1e-300)
+    low, high = (np.hypot(np.log(ends["s"] / ends["lower"]), added), np.hypot(np.log(ends["upper"] / ends["s"]), added))
+    return {"s": part, "lower": part * np.exp(-low), "upper": part * np.exp(high)}

@@ -18,7 +18,7 @@ from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import against, results_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Results
-from simulator.prediction.scenario import Scenario
+from simulator.prediction.scenario import Scenario, by_budget
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -56,8 +56,9 @@ def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[
     together, found = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
     for start in range(0, len(scenario.shapes), together):
         some = replace(scenario, shapes=scenario.shapes[start : start + together])
-        batch = batch_of(some, prunings, skip)
-        found += [w for hw in hardware if len((w := _of_device(some, prunings, batch, hw, skip)).best)]
+        for one, devices in by_budget(some, hardware):
+            batch = batch_of(one, prunings, skip)
+            found += [w for hw in devices if len((w := _of_device(one, prunings, batch, hw, skip)).best)]
     if not found:
         raise InputError("; ".join(reasons) or "nothing to predict")
     parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))

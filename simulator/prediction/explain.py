@@ -11,9 +11,8 @@ from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.caveats import better_than_bound, inferred_by
-from simulator.prediction.compare import results_of
+from simulator.prediction.compare import scenario_results
 from simulator.prediction.prunings import prunings_of
 from simulator.prediction.result import HasResult, Result
 from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios, setting
@@ -114,9 +113,9 @@ def explanations(
     out: list[Explanation] = []
     for one in requested:
         for pruning in prunings:
-            (dense,), workloads = one.workloads, batch_of(one, [pruning], rejecting)
-            w = pruning.apply(dense, one)
-            for hw, r in zip(devices, results_of(workloads, [pruning], devices, one)):
+            for hw, r in zip(devices, scenario_results(one, [pruning], devices)):
+                (dense,) = one.on(hw).workloads
+                w = pruning.apply(dense, one)
                 steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
                 # rounded as in the waterfall
                 r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))

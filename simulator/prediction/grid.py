@@ -235,6 +235,8 @@ class Grid:
     # as in a scenario, for the whole grid
     parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
     new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
+    cached_prefix: Annotated[float, NumberField(0, MAX_TOKENS, "512")] = 0.0
+    token_budget: Annotated[int | None, NumberField(1, MAX_TOKENS, "8192", whole=True)] = None
     ideal: bool = False
     level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
 
@@ -274,6 +276,8 @@ class Grid:
             phase=phase,
             shapes=shapes,
             new_tokens=self.new_tokens,
+            cached_prefix=self.cached_prefix,
+            token_budget=self.token_budget,
             engine=engine,
             dtype=formats.dtype,
             weight_dtype=formats.weight_dtype,

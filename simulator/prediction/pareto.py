@@ -29,7 +29,7 @@ from simulator.prediction.caveats import uncalibrated_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario, profiles, scenarios
+from simulator.prediction.scenario import Scenario, by_budget, profiles, scenarios
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -210,8 +210,10 @@ def fronts(
     out: list[Front] = []
     runs = scenarios(scenario, [config], engine, phase, batch, seq)
     for one in runs:
-        workloads, ((b, s),) = batch_of(one, prunings, reject), one.shapes
+        batches = {same: batch_of(some, prunings, reject) for some, same in by_budget(one, devices)}
+        ((b, s),) = one.shapes
         for hw in devices:
+            workloads = next(batch for same, batch in batches.items() if hw in same)
             results = results_of(workloads, prunings, [hw], one, reject)
             points = [_point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)]
             if not points:

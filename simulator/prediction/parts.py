@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from simulator.arrays import Array, BoolArray
 from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import Step
@@ -37,7 +39,7 @@ def sizes(w: Workload) -> dict[str, float]:
     >>> sizes(lower("llama-3.1-8b"))["inner width"]
     14336.0
     """
-    first = w.phase == (w.phase[0] if len(w) else 0)
+    first = np.cumsum(w.is_role("embedding")) <= 1  # a prefill may have several kinds of passes
     down, outputs = readers(w, "down") & first, writers(w, "o") & first
     attention, experts = w.is_attention & first, (w.kind == Kind.EXPERTS) & first
     devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1

@@ -52,6 +52,10 @@ class Scenario:
         Batch, and tokens (prefill) or cached positions (decode).
     new_tokens : int
         Tokens that generate and serve decode.
+    cached_prefix : float
+        Tokens of each prompt that the prefix cache holds, or a share of the prompt below 1.
+    token_budget : int, optional
+        Most tokens of a step (:func:`simulator.lower`). Default: the engine's on the GPU.
     engine : str
         Name or path of the engine, with a version or generation if needed (``vllm@0.19``, ``vllm@v1``).
     dtype : str
@@ -83,6 +87,8 @@ class Scenario:
     phase: str = "prefill"
     shapes: tuple[tuple[int, int], ...] = ((1, 2048),)
     new_tokens: int = 128
+    cached_prefix: float = 0.0
+    token_budget: int | None = None
     engine: str = DEFAULT_ENGINE
     dtype: str = "bf16"
     weight_dtype: str | None = None
@@ -102,6 +108,8 @@ class Scenario:
                 one_of(name, dtype, DTYPES)
         whole_number("new tokens", self.new_tokens, 1_000_000)
         whole_number("devices", self.devices, 100_000)
+        if self.token_budget is not None:
+            whole_number("token budget", self.token_budget)
         number("level", self.level, LEVEL)
         number("skew", self.skew, SKEW)
         if self.dense_s is not None:
@@ -129,9 +137,25 @@ class Scenario:
                 devices=self.devices,
                 parallel=self.parallel,
                 skew=self.skew,
+                token_budget=self.token_budget,
+                cached_prefix=self.cached_prefix,
             )
             for batch, seq in self.shapes
         )
+
+    def on(self, hw: HardwareProfile) -> Scenario:
+        """Return the scenario with the token budget of its engine on the GPU ``hw``.
+
+        >>> scenario = Scenario(phase="serve", engine="vllm")
+        >>> [scenario.on(load_hardware(name)).token_budget for name in ("a100", "h100")]
+        [2048, 8192]
+        """
+        limit = load_engine(self.engine).limit(hw.memory_bytes, hw.name)
+        if self.token_budget is not None or limit is None or self.phase == "decode":
+            return self
+        if self.phase != "serve" and max(batch * seq for batch, seq in self.shapes) <= limit.tokens:
+            return self  # one pass with any budget
+        return replace(self, token_budget=limit.tokens)
 
 
 def scenarios(
@@ -174,6 +198,17 @@ def scenarios(
         replace(template, model=m, engine=e, phase=p, shapes=((b, s),))
         for m, e, p, b, s in itertools.product(models, engines, phases, batches, lengths)
     ]
+
+
+def by_budget(
+    scenario: Scenario, hardware: Iterable[HardwareProfile]
+) -> list[tuple[Scenario, tuple[HardwareProfile, ...]]]:
+    """Return a scenario for each token budget of its engine on some devices, with the devices of that budget."""
+    groups: dict[int | None, tuple[Scenario, list[HardwareProfile]]] = {}
+    for hw in hardware:
+        one = scenario.on(hw)
+        groups.setdefault(one.token_budget, (one, []))[1].append(hw)
+    return [(one, tuple(devices)) for one, devices in groups.values()]
 
 
 def check_measured(found: Sequence[Scenario], hardware: Sequence[HardwareProfile]) -> None:

@@ -24,8 +24,7 @@ from simulator.files.parquet import load_pyarrow
 from simulator.hardware.library import files_of, load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import DECODE_LENGTHS
-from simulator.prediction.batch import batch_of
-from simulator.prediction.compare import results_of
+from simulator.prediction.compare import scenario_results
 from simulator.prediction.grid import Grid, read_grid
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.prediction.result import COLUMNS, Labels, Results, plain
@@ -188,8 +187,7 @@ def piece_results(grid: Grid, piece: Piece, excluded: Excluded, where: str | Non
         if pruning is not None:
             exclude(excluded, prunings[pruning], reason, device)
 
-    batch, devices = batch_of(scenario, prunings, reject), [load_hardware(h) for h in grid.hardware]
-    results = results_of(batch, prunings, devices, scenario, reject)
+    results = scenario_results(scenario, prunings, [load_hardware(h) for h in grid.hardware], reject)
     condition = _condition(where)
     if condition is None:
         return results

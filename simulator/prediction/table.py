@@ -16,7 +16,6 @@ from simulator.arguments import OneOrMore, listed, shown
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.prediction.batch import batch_of
 from simulator.prediction.caveats import (
     BETTER,
     better_than_bound,
@@ -25,7 +24,7 @@ from simulator.prediction.caveats import (
     inferred_by,
     inferred_line,
 )
-from simulator.prediction.compare import results_of
+from simulator.prediction.compare import scenario_results
 from simulator.prediction.prunings import (
     Excluded,
     Pruning,
@@ -129,9 +128,8 @@ def table(
     notes = dict.fromkeys((*skipped, *(line for pair in pairs for line in difference_lines(*pair))))
     found = []
     for done, one in enumerate(requested, start=1):
-        workloads, (dense,) = batch_of(one, prunings, reject), one.workloads
-        results = results_of(workloads, prunings, devices, one, reject)
-        lines = [*_dense_notes(results, one, dense, devices), *_above_bound(results, prunings, one, dense, devices)]
+        results = scenario_results(one, prunings, devices, reject)
+        lines = [*_dense_notes(results, one, devices), *_above_bound(results, prunings, one, devices)]
         notes |= dict.fromkeys(lines)
         if len(results):
             found.append(results)
@@ -227,16 +225,15 @@ def predict(
     return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
 
 
-def _dense_notes(
-    results: Results, scenario: Scenario, dense: Workload, devices: Sequence[HardwareProfile]
-) -> Iterator[str]:
+def _dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
     """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
-    about, config = dense.meta, load_model(scenario.model)
+    about, config = scenario.workloads[0].meta, load_model(scenario.model)
     if (reached := about.seq + about.new_tokens) > config.max_positions:
         supported = f"{config.name} supports {config.max_positions} positions"
         yield f"{supported}, but {reached} were requested; timed as if supported"
     too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
     for hw in devices:
+        (dense,) = scenario.on(hw).workloads
         if hw.label in too_large:
             where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
             yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
@@ -259,11 +256,7 @@ def _too_large(dense: Workload, hw: HardwareProfile) -> str:
 
 
 def _above_bound(
-    results: Results,
-    prunings: Sequence[Pruning],
-    scenario: Scenario,
-    dense: Workload,
-    devices: Sequence[HardwareProfile],
+    results: Results, prunings: Sequence[Pruning], scenario: Scenario, devices: Sequence[HardwareProfile]
 ) -> Iterator[str]:
     """Yield one note per device on the speedup that is farthest above its roofline bound."""
     above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
@@ -272,6 +265,7 @@ def _above_bound(
         if len(mine):
             most = int(mine[above[mine].argmax()])
             r, pruning = results[most], prunings[results.pruning[most]]
+            (dense,) = scenario.on(hw).workloads
             why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
             yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"

@@ -132,14 +132,15 @@ def prompt_of(w: Workload) -> Array:
     """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; else 0."""
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
-    decode = w.kind == Kind.DECODE_ATTENTION
-    rows = w.take(decode if decode.any() else w.kind == Kind.PREFILL_ATTENTION)
+    decodes = bool((w.kind == Kind.DECODE_ATTENTION).any())
+    rows = w.take(w.kind == (Kind.DECODE_ATTENTION if decodes else Kind.PREFILL_ATTENTION))
     # a decode step also attends to its own position
     grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
-    length = rows.kv_len - (grown if decode.any() else 0)
+    length = rows.kv_len - (grown if decodes else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
-        run = slice(first, first + many)
-        out[run] = np.minimum(out[run], length[(rows.layer == first) & (rows.layers == many)].min())
+        run, lengths = slice(first, first + many), length[(rows.layer == first) & (rows.layers == many)]
+        # the first decode step, or the last chunk of the prompt
+        out[run] = np.minimum(out[run], lengths.min() if decodes else lengths.max())
     out[out == none] = 0
     prompt: Array = np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
     return prompt

@@ -45,7 +45,7 @@ def kv_cache(
     out = shorter_copies(w, changed(w, decode, kv_len=length))
     rows = prefill if prefill.any() else decode
     realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
-    at = np.flatnonzero(prefill & pruned)
+    at = np.flatnonzero(prefill & pruned & (w.kv_len >= prompt))  # the last chunk of a prompt
     if ideal or not len(at):
         return out, realised
     latent = w.latent[at]  # one vector for all heads, counted half as key and half as value

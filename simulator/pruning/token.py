@@ -18,6 +18,9 @@ from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 START = 2
 """Default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most."""
 
+_LAST = "lm_head", "all_gather", "softcap"
+"""Operators of the head that compute all positions, or only the last of each prompt."""
+
 
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
@@ -61,11 +64,17 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
     whole_prompt = int(prompt.max(initial=0)) or w.meta.seq
     prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or without attention
     kept = np.where(s > 0, np.maximum(whole_share(1.0 - s, prompt), 1), prompt)
-    together = 1 if w.meta.phase == "serve" else w.meta.batch  # sequences of a prefill
-    sampled = (w.layer < 0) & (w.m <= together)  # the head on last positions
+    begins, norms = w.is_role("embedding"), w.is_role("final_norm")
+    ends = w.m[norms if norms.sum() == begins.sum() else begins]  # tokens at the end of each pass
+    sampled = w.is_role(*_LAST) & (w.m < np.r_[w.m.max(initial=0), ends][np.cumsum(begins)])
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
     m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
-    q_len, kv_len = (np.maximum(length - (prompt - kept), 1) for length in (w.q_len, w.kv_len))
+    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / np.maximum(prompt, 1)
+    q_len, kv_len = (
+        # of each chunk of a prompt the same share
+        np.where(prefill, np.maximum(whole_share(share, length), 1), np.maximum(length - (prompt - kept), 1))
+        for length in (w.q_len, w.kv_len)
+    )
     out = shorter_copies(w, changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
     return out.replace(m=m, **moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
 
@@ -77,8 +86,9 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
         return out
     x, place = w.take(rows), before_sublayer(w, rows)
     missing = np.r_[0.0, table][x.layer]  # share of the prompt missing in the previous layer
-    before = x.batch * np.maximum(whole_share(1.0 - missing, prompt[rows]), 1)
-    left, hidden = x.batch * kept[rows], int(hidden_at(w, np.flatnonzero(sublayer_ends(w))).max())
+    before = x.batch * np.maximum(whole_share(1.0 - missing, x.q_len), 1)
+    left = x.batch * np.maximum(whole_share(kept[rows] / np.maximum(prompt[rows], 1), x.q_len), 1)
+    hidden = int(hidden_at(w, np.flatnonzero(sublayer_ends(w))).max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
     once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # only in one layer
     traffic: dict[str, Any] = {

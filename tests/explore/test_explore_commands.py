@@ -154,6 +154,24 @@ def test_a_report_takes_engines_by_alias_and_by_file(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
+def test_a_report_takes_the_dense_time_of_a_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dense.json").write_text('{"avg_latency": 1.25, "latencies": [1.25], "percentiles": {}}')
+    few = "report llama-3.1-8b --family depth --detail depth --batch 8 --seq 1024 --dense-from dense.json -o r.html"
+    assert run([*few.split(), "--phase", "generate"]) == 0
+    assert "--batch-size 8 --input-len 1024 --output-len 129" in capsys.readouterr().err
+    assert "<i>--dense-time</i> <i>1250ms</i>" in Path("r.html").read_text()
+    for more, says in (
+        ("--phase decode", "phase: expected generate or prefill for vllm bench latency, got decode"),
+        ("--phase generate --dense-time 1s", "--dense-from: expected one GPU in --hardware, and no --dense-time"),
+    ):
+        assert run([*few.split(), *more.split()]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("plotly") is None, reason="the extra explore is not installed")
 def test_a_report_is_of_the_profile_in_the_file_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

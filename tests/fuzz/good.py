@@ -73,6 +73,10 @@ SLEB,depth,llama-2-7b,0.2,ppl,false,7.26,12,,C4,a paper,unit=layer,
 Slice,width_cross,llama-2-7b,0.25,ppl,false,7.26,10,,C4,a paper,residual_projections=true,
 2:4,semi_structured,llama-2-7b,0.5,ppl,false,7.26,10.5,,C4,a paper,,note
 """
+BENCHES: tuple[Any, ...] = tuple(
+    json.loads(file.read_text(encoding="utf-8").splitlines()[0] if file.suffix == ".jsonl" else file.read_text())
+    for file in sorted((ROOT / "tests" / "prediction" / "benchmarks").iterdir())
+)
 HARNESS = {
     "results": {
         "arc_easy": {"alias": "arc_easy", "acc,none": 0.6, "acc_stderr,none": 0.01, "acc_norm,none": 0.55},

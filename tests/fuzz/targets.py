@@ -42,7 +42,9 @@ from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.headers import BITS
+from simulator.prediction.benchmarks.read import read_benches
 from simulator.prediction.grid import read_grid
+from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
 from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
 from simulator.prediction.result import COLUMNS
@@ -377,6 +379,17 @@ def harness(path: Path) -> None:
     rows = load_quality(listed).rows
     assert len(read_quality(table_text(rows))) == len(rows)
     assert all(np.isfinite(row.relative_loss) for row in rows)
+
+
+def _make_bench(rng: random.Random) -> bytes:
+    return seldom(json.dumps(mutate.json_tree(rng.choice(good.BENCHES), rng, 2)).encode(), rng, 0.1)
+
+
+@Target("bench.json", _make_bench)
+def bench(path: Path) -> None:
+    for run in read_benches(path):
+        phase, batch, seq, steps = request_of(run, batch=None if run.concurrency else 8, seq=1024, output=129)
+        finite(pass_seconds(run, phase, batch, seq, steps))
 
 
 @Target("speedups.csv", lambda rng: mutate.csv_text(good.SPEEDUPS, rng), f"{_PARETO} --measured {{}}")

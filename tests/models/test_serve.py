@@ -37,7 +37,7 @@ def serve(name: str = "llama-3.1-8b", batch: int = 16, seq: int = 500, steps: in
     batch=st.integers(1, 300),
     seq=st.integers(1, 5000),
     steps=st.integers(0, 200).map(lambda half: 2 * half + 1),
-    engine=st.sampled_from(["", "vllm", "reference"]),
+    engine=st.sampled_from(["", "hf", "reference"]),
 )
 def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
     name: str, batch: int, seq: int, steps: int, engine: str
@@ -112,7 +112,7 @@ def test_bad_numbers_of_tokens_are_refused(steps: Any) -> None:
         serve(steps=steps)
 
 
-@pytest.mark.parametrize("engine", ["", "vllm", "reference"])
+@pytest.mark.parametrize("engine", ["", "reference"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
     """Kernel by kernel: those of a pruned prefill, as often as there are prompts, and of a pruned decode."""

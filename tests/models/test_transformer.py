@@ -206,11 +206,11 @@ def test_formats_apart() -> None:
 def test_meta_and_identity_of_equal_calls() -> None:
     model = load_model("llama-3.1-8b")
     w = lower(model, phase="generate", batch=4, seq=100, new_tokens=7)
-    assert w.meta == Meta("llama-3.1-8b", "generate", 4, 100, 7, "bf16", 32, 4096, 1, "none")
+    assert w.meta == Meta("llama-3.1-8b", "generate", 4, 100, 7, 0, 0, "bf16", 32, 4096, 1, "none")
     assert w.meta.config is model
     assert lower(model, phase="generate", batch=np.int64(4), seq=100, new_tokens=7) is w
     fused = lowering.lower(model, phase="generate", batch=4, seq=100, new_tokens=7)  # by default in vLLM
-    assert fused.meta == replace(w.meta, engine="vllm")
+    assert fused.meta == replace(w.meta, engine="vllm", budget=8192)
 
 
 WIDE = ["llama-2-70b", "llama-3.1-70b", "qwen3-32b", "gemma-2-9b", "opt-66b", "pythia-6.9b"]

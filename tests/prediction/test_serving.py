@@ -90,9 +90,9 @@ def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_fir
     none, half, all_of_them = found
     assert none.dense_s == half.dense_s == all_of_them.dense_s
     assert none.tokens_per_s == all_of_them.tokens_per_s
-    alone = none.dense_ttft_s
-    assert close(half.dense_ttft_s, alone * (1.0 + 0.5 * 31))
-    assert close(all_of_them.dense_ttft_s, 32 * alone)
+    alone, passes = none.dense_ttft_s, 8 if engine == "sglang" else 32  # SGLang computes four waiting prompts together
+    assert close(half.dense_ttft_s, alone * (1.0 + 0.5 * (passes - 1)))
+    assert close(all_of_them.dense_ttft_s, passes * alone)
     assert all_of_them.dense_tpot_s < half.dense_tpot_s < none.dense_tpot_s
 
 
@@ -117,7 +117,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, se
         for largest, pruned in ((r.dense_largest_batch, False), (r.pruned_largest_batch, True)):
             assert largest >= 1
             fits = []
-            for batch in (largest, largest + 1):
+            limit = load_engine("vllm").limit(hw.memory_bytes, hw.name) if phase != "prefill" else None
+            bound = limit is not None and largest == limit.sequences  # by the engine, not by memory
+            for batch in (largest, largest + 1 + 10**6 * bound):
                 w = replace(setting, model=model, phase=phase, shapes=((batch, r.seq),)).workloads[0]
                 fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
             assert fits == [True, False], (r.family, largest)

@@ -14,9 +14,12 @@ from fake_vllm import FILE
 
 from calibration.runners.cases import Case
 from calibration.runners.compare import name_of, rows_of
-from calibration.runners.vllm_bench import BenchRun, bench_case_of, bench_record, read_bench
+from calibration.runners.vllm_bench import bench_record
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.prediction.benchmarks.read import read_bench
+from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.measured import request_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import Scenario
 
@@ -72,7 +75,7 @@ def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT 
 
 def test_samples_of_a_batch(tmp_path: Path) -> None:
     run = read_bench(_file(tmp_path, LATENCY))
-    assert (run.kind, run.samples_s, run.model) == ("latency", (0.52, 0.48, 0.5), "")
+    assert (run.kind, run.samples_s, run.model) == ("batch", (0.52, 0.48, 0.5), "")
     assert run.percentiles_s == {"10": 0.484, "50": 0.5, "99": 0.5196}
     assert read_bench(_file(tmp_path, {**LATENCY, "model_id": "/models/dense"})).model == "/models/dense"
 
@@ -80,7 +83,7 @@ def test_samples_of_a_batch(tmp_path: Path) -> None:
 def test_a_file_that_vllm_wrote() -> None:
     """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two shared cores."""
     run = read_bench(FILE.with_name("vllm_bench_latency.json"))
-    assert (run.kind, run.model, len(run.samples_s)) == ("latency", "bdense", 8)
+    assert (run.kind, run.model, len(run.samples_s)) == ("batch", "bdense", 8)
     assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
 
 
@@ -117,8 +120,11 @@ def test_a_short_result_has_one_sample_with_its_ramps(tmp_path: Path) -> None:
         ("", "run.json:1:1: is not JSON (Expecting value)"),
         (json.dumps(LATENCY) + "\n" + json.dumps(LATENCY), "run.json:2:1: is not JSON (several results"),
         ("[" * 100_000, "is not JSON (too many levels)"),
-        ([1], "expected a JSON object of vllm bench, got [1]"),
-        ({"elapsed_time": 1.0}, "expected the key avg_latency (vllm bench latency) or request_throughput"),
+        ([1], "expected a JSON object of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench"),
+        (
+            {"elapsed_time": 1.0},
+            "expected a result of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench",
+        ),
         ({**LATENCY, "latencies": []}, "latencies: expected a list of times, got []"),
         ({**LATENCY, "latencies": [0.5, -1.0]}, "latencies: expected positive times in seconds, at most 1e9, got"),
         ({**LATENCY, "latencies": ["fast"]}, "latencies: expected"),
@@ -151,15 +157,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
     latency, serve = read_bench(_file(tmp_path, LATENCY)), read_bench(_file(tmp_path, _serve(), "serve.json"))
-    assert bench_case_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
-    assert bench_case_of(latency, batch=8, seq=1024, output=1) == ("prefill", 8, 1024, 0)
-    assert bench_case_of(serve) == bench_case_of(serve, batch=4, seq=512) == ("serve", MANY, TOKENS, OUTPUT - 1)
+    assert request_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
+    assert request_of(latency, batch=8, seq=1024, output=1) == ("prefill", 8, 1024, 0)
+    assert request_of(serve) == request_of(serve, batch=4, seq=512) == ("serve", MANY, TOKENS, OUTPUT - 1)
     with pytest.raises(InputError, match="seq: expected to be stated, as the file does not have it"):
-        bench_case_of(latency, batch=8, output=1)
+        request_of(latency, batch=8, output=1)
     with pytest.raises(InputError, match="batch: expected 4, as in the file, got 8"):
-        bench_case_of(serve, batch=8)
+        request_of(serve, batch=8)
     with pytest.raises(InputError, match="total_output_tokens: expected at least 2 per request, got 1"):
-        bench_case_of(replace(serve, output_tokens=1.0))
+        request_of(replace(serve, output_tokens=1.0))
 
 
 def test_records_give_speedups_beside_predictions(tmp_path: Path) -> None:
@@ -176,21 +182,23 @@ def test_records_give_speedups_beside_predictions(tmp_path: Path) -> None:
     assert row.dense_s == pytest.approx(2.04)
     assert row.predicted_lower < row.predicted < row.predicted_upper
 
-    one = BenchRun("a.json", "latency", (1.0, 1.1, 1.2))
+    one = BenchRun("a.json", "batch", (1.0, 1.1, 1.2), tool="vllm bench latency")
     record = bench_record(_case("generate"), one, replace(one, samples_s=(0.5, 0.5)))
     assert (record["dense_s"], record["pruned_s"]) == ([1.0, 1.1], [0.5, 0.5])
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     serve = read_bench(_file(tmp_path, _serve()))
-    latency = BenchRun("b.json", "latency", (1.0,))
-    with pytest.raises(InputError, match=r"b\.json: kind: expected serve, as in .*run\.json, got latency"):
+    latency = BenchRun("b.json", "batch", (1.0,), tool="vllm bench latency")
+    with pytest.raises(
+        InputError, match=r"b\.json: tool: expected vllm bench serve, as in .*run\.json, got vllm bench latency"
+    ):
         bench_record(_case("serve"), serve, latency)
     with pytest.raises(InputError, match=r"concurrency: expected 4, as in .*, got 8"):
         bench_record(_case("serve"), serve, replace(serve, concurrency=8))
-    with pytest.raises(InputError, match="input_tokens: expected 512, as in the case, got 600"):
+    with pytest.raises(InputError, match="input_tokens: expected 512, got 600"):
         bench_record(_case("serve"), serve, replace(serve, input_tokens=600.0))
-    with pytest.raises(InputError, match="phase: expected serve for serve, got decode"):
+    with pytest.raises(InputError, match="phase: expected serve for vllm bench serve, got decode"):
         bench_record(_case("decode"), serve, serve)
-    with pytest.raises(InputError, match="phase: expected prefill or generate for latency, got serve"):
+    with pytest.raises(InputError, match="phase: expected prefill or generate for vllm bench latency, got serve"):
         bench_record(_case("serve"), latency, latency)

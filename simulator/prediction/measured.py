@@ -1,0 +1,268 @@
+"""Turn the result file of a serving benchmark into the measured time of the dense model: :func:`dense_from`.
+
+What a file must match, and which of its numbers is the time of a phase (:func:`pass_seconds`):
+
+- **prefill**: the time of a batch with one output token (``vllm bench latency``, ``throughput``), or the mean time to
+  the first token with one request in flight. With more, the time to the first token depends on how requests arrive.
+- **decode**: the mean time per further token with one request in flight. With more, it includes the prompts of other
+  requests; the median time between tokens does not while fewer than half of the steps have a prompt. ``seq`` is the
+  mean number of cached positions, the prompt and half of the output.
+- **generate**: the time of a batch; with one request in flight, the mean time of a request; where all requests of a
+  run start together, the time of the run.
+- **serve**: the mean time of a request in a closed loop: requests in flight per requests/s (Little's law).
+
+``new_tokens`` decode steps are measured with ``new_tokens`` + 1 output tokens. Times over HTTP (``serve``, SGLang,
+genai-perf, AIPerf) include the network, tokenisation and the client.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from simulator.arguments import instance
+from simulator.errors import InputError
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model, shipped_model
+from simulator.prediction.benchmarks.read import read_benches
+from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.scenario import Scenario, one_of
+from simulator.workload import PHASES
+
+TOLERANCE = 0.02
+"""Relative difference by which mean lengths of a file may differ from those requested."""
+
+SLACK_TOKENS = 2.0
+"""Prompt tokens by which a mean length may always differ: tokens that a tokeniser adds."""
+
+IN_FLIGHT = (0.7, 1.05)
+"""Share of the requests in flight that may be in flight on average: fewer are during ramp-up and ramp-down."""
+
+_QUANTISED = re.compile(r"fp8|int8|int4|nvfp4|mxfp4|awq|gptq|w\d+a\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured time of the dense model, s, the result it is from, and what could not be checked."""
+
+    seconds: float
+    run: BenchRun
+    notes: tuple[str, ...]
+
+
+def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
+    """Return the measured time of the dense model from the result file of a serving benchmark.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Result of ``vllm bench latency``, ``throughput`` or ``serve``, SGLang's ``bench_serving``, ``trtllm-bench``,
+        genai-perf or AIPerf. Of several results in a file, the last one that matches is taken.
+    scenario : Scenario
+        Model, phase, one shape (batch, or requests in flight in ``serve``), new tokens, number formats and devices.
+
+    Returns
+    -------
+    float
+        Time of a pass, s: the argument ``dense_s`` of :class:`~simulator.prediction.scenario.Scenario` and
+        :func:`simulator.speedup`.
+
+    Raises
+    ------
+    InputError
+        If the file is no such result, has failed requests or a request rate, or differs in model, lengths, batch,
+        requests in flight, devices or number formats from the scenario. The message names file and key.
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "dense.json")
+    >>> _ = path.write_text(json.dumps({"avg_latency": 1.2, "latencies": [1.19, 1.2, 1.23], "percentiles": {}}))
+    >>> dense_from(path, Scenario(model="llama-3.1-8b", phase="generate", shapes=((8, 1024),), new_tokens=128))
+    1.2
+    """
+    return measured(path, scenario).seconds
+
+
+def measured(path: str | os.PathLike[str], scenario: Scenario) -> Measured:
+    """Return the time as :func:`dense_from`, with its result and with notes."""
+    instance("scenario", scenario, Scenario, "simulator.prediction.scenario")
+    one_of("phase", scenario.phase, PHASES)
+    if len(scenario.shapes) != 1:
+        raise InputError(f"dense time: belongs to one scenario; expected one shape, got {len(scenario.shapes)}")
+    runs, wrong = read_benches(path), []
+    for run in reversed(runs):
+        try:
+            return measured_of(run, scenario)
+        except InputError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    raise InputError(f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}")
+
+
+def measured_of(run: BenchRun, scenario: Scenario) -> Measured:
+    """Return the time of a pass that one result measured, after comparing its conditions with those of a scenario."""
+    model, ((batch, seq),) = load_model(scenario.model), scenario.shapes
+    notes = [*_model_notes(run, model, scenario), *([run.note] if run.note else [])]
+    if run.devices and run.devices != scenario.devices:
+        raise InputError(f"{run.source}: devices: expected {scenario.devices}, got {run.devices}")
+    weights = scenario.weight_dtype or model.weight_dtype or scenario.dtype
+    for what, own, expected in (("dtype", run.dtype, scenario.dtype), ("weight dtype", run.weight_dtype, weights)):
+        if own and own != expected:
+            raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
+    seconds = pass_seconds(run, scenario.phase, batch, seq, scenario.new_tokens)
+    if run.kind == "batch" and not run.concurrency:
+        check = f"--batch-size {batch} --input-len {seq} --output-len {_output(scenario.phase, scenario.new_tokens)}"
+        notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
+    return Measured(seconds, run, tuple(notes))
+
+
+def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: int) -> float:
+    """Return the time of a pass of a phase that a result measured, s.
+
+    ``batch`` is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
+    batch or other lengths; what the file does not state is not checked.
+
+    >>> run = BenchRun("run.json", "serve", (2.0,), concurrency=8, requests=80, input_tokens=512.0, output_tokens=65.0)
+    >>> pass_seconds(run, "serve", 8, 512, 64)
+    2.0
+    >>> pass_seconds(run, "serve", 16, 512, 64)
+    Traceback (most recent call last):
+    simulator.errors.InputError: run.json: concurrency: expected 16, got 8
+    """
+    if run.kind == "batch":
+        return _batch_seconds(run, phase, batch, seq, new_tokens)
+    together = phase == "generate" and run.requests == batch > 1
+    _check_in_flight(run, batch)
+    _check_lengths(run, phase, seq, new_tokens)
+    if phase == "serve":
+        if run.requests and run.requests < 2 * batch:
+            expected = f"expected at least {2 * batch}, twice those in flight"
+            raise InputError(f"{run.source}: requests: {expected}, got {run.requests}")
+        return fmean(run.samples_s)
+    if phase == "generate" and (together or batch == 1):
+        return run.duration_s if together else run.request_s or fmean(run.samples_s)
+    if phase == "decode" and batch > 1 and 2 * batch < run.output_tokens:
+        return _stated(run, "median time between tokens, one token per chunk", run.step_s)
+    if batch > 1:
+        raise InputError(f"{run.source}: concurrency: expected 1 for phase {phase}, got {batch}; use phase serve")
+    if phase == "prefill":
+        return _stated(run, "time to first token", run.ttft_s)
+    return _stated(run, "time per output token", run.tpot_s)
+
+
+def request_of(
+    run: BenchRun, *, batch: int | None = None, seq: int | None = None, output: int | None = None
+) -> tuple[str, int, int, int]:
+    """Return phase, batch, seq and decode steps that a result measured.
+
+    ``batch`` (requests in flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
+    states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file has them.
+
+    >>> request_of(BenchRun("run.json", "batch", (0.5,)), batch=8, seq=1024, output=1)
+    ('prefill', 8, 1024, 0)
+    >>> request_of(BenchRun("run.json", "serve", (0.5,), concurrency=8, input_tokens=512.0, output_tokens=65.0))
+    ('serve', 8, 512, 64)
+    """
+    in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
+    stated = {"batch": batch, "seq": seq, "output": output}
+    found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
+    if run.total_tokens and (seq or output):
+        rest = round(run.total_tokens) - (seq or output or 0)
+        if rest < 1:
+            more = f"expected more than {seq or output}"
+            raise InputError(f"{run.source}: tokens per request: {more}, got {run.total_tokens:g}")
+        found["output" if seq else "seq"] = rest
+    out = []
+    for name, value in stated.items():
+        own = found[name]
+        if value is None and not own:
+            raise InputError(f"{run.source}: {name}: expected to be stated, as the file does not have it")
+        if value is not None and own and value != own:
+            raise InputError(f"{run.source}: {name}: expected {own}, as in the file, got {value}")
+        out.append(own or int(value or 0))
+    phase = "serve" if run.kind == "serve" else "generate" if out[2] > 1 else "prefill"
+    if phase == "serve" and out[2] < 2:
+        raise InputError(f"{run.source}: total_output_tokens: expected at least 2 per request, got {out[2]}")
+    return phase, out[0], out[1], out[2] - 1
+
+
+def _batch_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: int) -> float:
+    """Return the median time of a batch, which is a prefill if it has one output token."""
+    if phase not in ("prefill", "generate"):
+        raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}")
+    if run.concurrency and run.concurrency != batch:
+        raise InputError(f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}")
+    _check_lengths(run, phase, seq, new_tokens)
+    return median(run.samples_s)
+
+
+def _output(phase: str, new_tokens: int) -> int:
+    """Return the output tokens of a request: that of the prefill and one per decode step."""
+    return 1 if phase == "prefill" else new_tokens + 1
+
+
+def _check_lengths(run: BenchRun, phase: str, seq: int, new_tokens: int) -> None:
+    """Reject other mean lengths than those requested."""
+    output = _output(phase, new_tokens)
+    if run.total_tokens:
+        _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
+    around = max(TOLERANCE * seq, SLACK_TOKENS)
+    if phase == "decode":
+        middle = run.input_tokens + max(run.output_tokens - 2.0, 0.0) / 2.0
+        _check_length(run, "cached positions (prompt and half of the output)", middle, seq, around)
+        return
+    if run.input_tokens:
+        _check_length(run, "input_tokens", run.input_tokens, seq, around)
+    of_one = phase == "prefill" and run.kind == "serve"  # the time to the first token depends on the prompt only
+    if run.output_tokens and not of_one:
+        _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5))
+
+
+def _check_length(run: BenchRun, what: str, own: float, expected: int, around: float) -> None:
+    if abs(own - expected) > around:
+        raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}")
+
+
+def _check_in_flight(run: BenchRun, batch: int) -> None:
+    """Reject a closed loop with other requests in flight than requested, by its option or on average."""
+    if run.concurrency and run.concurrency != batch:
+        raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}")
+    mean = run.mean_concurrency
+    if not (run.concurrency or mean):
+        raise InputError(f"{run.source}: concurrency: expected to be stated in the file")
+    low, high = (share * batch for share in IN_FLIGHT)
+    if mean and not low <= mean <= high:
+        raise InputError(f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got {mean:.3g}")
+
+
+def _stated(run: BenchRun, what: str, seconds: float) -> float:
+    if not seconds:
+        raise InputError(f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with streaming")
+    return seconds
+
+
+def _model_notes(run: BenchRun, model: ModelConfig, scenario: Scenario) -> list[str]:
+    """Return notes on what of model and engine cannot be checked; reject another model."""
+    notes, engine = [], scenario.engine_name.partition("@")[0]
+    if run.engine and run.engine != engine:
+        notes.append(f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine")
+    if not run.model:
+        return notes
+    known = shipped_model(run.model)
+    if known is None:
+        notes.append(f"{run.source}: model {run.model} is not known by name; check that it is {model.name}")
+    elif _shapes(known) != _shapes(model):
+        raise InputError(f"{run.source}: model: expected {model.name}, got {run.model}")
+    plain = scenario.dtype in ("bf16", "fp16") and not (scenario.weight_dtype or model.weight_dtype or run.weight_dtype)
+    if plain and _QUANTISED.search(run.model):
+        formats = f"the prediction is for {scenario.dtype}; check --dtype and --weight-dtype"
+        notes.append(f"{run.source}: model {run.model} is quantised by its name, {formats}")
+    return notes
+
+
+def _shapes(model: ModelConfig) -> tuple[object, ...]:
+    return model.hidden, model.layers, model.heads, model.kv_heads, model.inner, model.vocab, model.experts

@@ -1,0 +1,336 @@
+"""The measured time of the dense model from result files of serving benchmarks, and files that do not match.
+
+The files in ``tests/prediction/benchmarks`` have the keys, in their order, that the writers of these tools write, and
+planted times of Llama-3.1-8B on an H100:
+
+- ``vllm_latency.json``, ``vllm_throughput.json``, ``vllm_serve.json``, ``vllm_serve_detailed.json``: vLLM,
+  ``vllm/benchmarks/latency.py`` (commit 00cae07), ``throughput.py`` (1a91bc2), ``serve.py`` (def9ce8; 0.33.0).
+- ``sglang.jsonl``: SGLang, ``python/sglang/benchmark/serving.py`` (commit 00f9ec4); three runs, one per line.
+- ``trtllm_latency.json``, ``trtllm_throughput.json``: TensorRT-LLM, ``tensorrt_llm/bench/dataclasses/reporting.py``
+  (commit 0249976), percentiles of ``statistics.py``.
+- ``genai_perf.json``: perf_analyzer, ``genai-perf/genai_perf/export_data/json_exporter.py`` (commit 4cc7650) with the
+  sections of ``config/input/base_config.py`` (0f5cc07); ``metrics/statistics.py`` writes "requests/sec" as the unit of
+  all that is not a time.
+- ``aiperf.json``: AIPerf, ``src/aiperf/exporters/metrics_json_exporter.py`` (commit 047d59d, schema 1.3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulator.cli import run as command
+from simulator.errors import InputError
+from simulator.prediction.benchmarks.read import read_bench, read_benches
+from simulator.prediction.measured import dense_from, measured
+from simulator.prediction.scenario import Scenario
+
+pytestmark = pytest.mark.quick
+
+FILES = Path(__file__).with_name("benchmarks")
+MODEL = "llama-3.1-8b"
+
+
+def _scenario(phase: str, batch: int, seq: int, new_tokens: int = 128, **more: Any) -> Scenario:
+    return Scenario(**{"model": MODEL, "phase": phase, "shapes": ((batch, seq),), "new_tokens": new_tokens, **more})
+
+
+def _load(name: str) -> Any:
+    text = (FILES / name).read_text(encoding="utf-8")
+    return json.loads(text.splitlines()[-1] if name.endswith(".jsonl") else text)
+
+
+@pytest.mark.parametrize(
+    ("name", "scenario", "seconds"),
+    [
+        # the median time of a batch
+        ("vllm_latency.json", _scenario("generate", 8, 1024), lambda d: d["percentiles"]["50"]),
+        ("vllm_latency.json", _scenario("prefill", 8, 1024), lambda d: d["percentiles"]["50"]),
+        ("vllm_throughput.json", _scenario("generate", 32, 512, 63), lambda d: d["elapsed_time"]),
+        # Little's law: requests in flight per requests/s
+        ("vllm_serve.json", _scenario("serve", 16, 1024), lambda d: 16 / d["request_throughput"]),
+        ("vllm_serve_detailed.json", _scenario("serve", 2, 64, 4), lambda d: 0.0605),
+        ("sglang.jsonl", _scenario("serve", 16, 1024, engine="sglang"), lambda d: 16 / d["request_throughput"]),
+        ("aiperf.json", _scenario("serve", 16, 1024), lambda d: 16 / d["request_throughput"]["avg"]),
+        ("genai_perf.json", _scenario("serve", 1, 550, 127), lambda d: 1 / d["request_throughput"]["avg"]),
+        # one token of 129 is within the tolerance
+        ("genai_perf.json", _scenario("serve", 1, 550, 128), lambda d: 1 / d["request_throughput"]["avg"]),
+        # the mean number in flight per requests/s is the mean time of a request
+        (
+            "trtllm_throughput.json",
+            _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8", kv_dtype="fp8"),
+            lambda d: d["request_info"]["avg_num_concurrent_requests"] / d["performance"]["request_throughput_req_s"],
+        ),
+        # one request in flight: prompt, steps and both
+        ("trtllm_latency.json", _scenario("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
+        (
+            "trtllm_latency.json",
+            _scenario("decode", 1, 1087, engine="trtllm"),
+            lambda d: d["streaming_metrics"]["avg_tpot_ms"] / 1e3,
+        ),
+        ("trtllm_latency.json", _scenario("generate", 1, 1024, 127, engine="trtllm"), lambda d: 0.86),
+        ("genai_perf.json", _scenario("prefill", 1, 550), lambda d: d["time_to_first_token"]["avg"] / 1e3),
+        ("genai_perf.json", _scenario("decode", 1, 613), lambda d: d["inter_token_latency"]["avg"] / 1e3),
+        ("genai_perf.json", _scenario("generate", 1, 550, 127), lambda d: d["request_latency"]["avg"] / 1e3),
+        # the median time between tokens is a step without prompts
+        ("vllm_serve.json", _scenario("decode", 16, 1088), lambda d: d["median_itl_ms"] / 1e3),
+        ("sglang.jsonl", _scenario("decode", 16, 1088, engine="sglang"), lambda d: d["median_itl_ms"] / 1e3),
+    ],
+)
+def test_the_time_of_each_phase(name: str, scenario: Scenario, seconds: Callable[[Any], float]) -> None:
+    assert dense_from(FILES / name, scenario) == pytest.approx(seconds(_load(name)), rel=1e-9)
+
+
+def test_of_several_runs_in_a_file_the_one_of_the_request_is_taken() -> None:
+    runs = read_benches(FILES / "sglang.jsonl")
+    assert [(r.concurrency, r.source.rsplit(":", 1)[1]) for r in runs] == [(1, "1"), (4, "2"), (16, "3")]
+    found = measured(FILES / "sglang.jsonl", _scenario("serve", 4, 1024, engine="sglang"))
+    assert found.run.concurrency == 4
+    assert found.notes == ()
+    assert dense_from(FILES / "sglang.jsonl", _scenario("prefill", 1, 1024, engine="sglang")) == pytest.approx(0.024)
+    with pytest.raises(
+        InputError, match=r"expected a result of this request among 3; .*: concurrency: expected 8, got"
+    ):
+        dense_from(FILES / "sglang.jsonl", _scenario("serve", 8, 1024, engine="sglang"))
+    with pytest.raises(InputError, match=r"sglang\.jsonl:2:1: is not JSON \(several results"):
+        read_bench(FILES / "sglang.jsonl")
+
+
+def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
+    data = _load("trtllm_throughput.json")
+    data["request_info"] |= {"num_requests": 8, "avg_num_concurrent_requests": 7.9}
+    data["performance"] |= {"total_latency_ms": 712.0}
+    file = tmp_path / "together.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    scenario = {"engine": "trtllm", "dtype": "fp8"}
+    assert dense_from(file, _scenario("generate", 8, 1024, 127, **scenario)) == pytest.approx(0.712)
+    with pytest.raises(InputError, match="requests: expected at least 16, twice those in flight, got 8"):
+        dense_from(file, _scenario("serve", 8, 1024, 127, **scenario))
+
+
+VLLM = _scenario("serve", 16, 1024)
+TRTLLM = _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "scenario", "changes", "reason"),
+    [
+        ("vllm_serve.json", VLLM, {"model_id": "Qwen/Qwen3-8B"}, "model: expected llama-3.1-8b, got Qwen/Qwen3-8B"),
+        ("vllm_serve.json", _scenario("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
+        ("vllm_serve.json", _scenario("serve", 16, 1024, 256), {}, "output_tokens: expected 257, got 129"),
+        ("vllm_serve.json", _scenario("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
+        ("vllm_serve.json", _scenario("prefill", 16, 1024), {}, "concurrency: expected 1 for phase prefill, got 16"),
+        ("vllm_serve.json", _scenario("generate", 16, 1024), {}, "concurrency: expected 1 for phase generate, got 16"),
+        ("vllm_serve.json", _scenario("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
+        ("vllm_serve.json", _scenario("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),
+        ("vllm_serve.json", VLLM, {"request_rate": 4.0}, "request_rate: expected inf"),
+        ("vllm_serve.json", VLLM, {"failed": 2}, "failed: expected 0 requests, got 2"),
+        ("vllm_serve.json", VLLM, {"max_concurrency": None}, "max_concurrency: expected a value, got null"),
+        ("vllm_serve.json", VLLM, {"spec_decode_num_drafts": 4}, "speculative decoding is unsupported"),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"mean_e2el_ms": 300.0},
+            "requests in flight on average: expected 11.2 to 16.8, got 3",
+        ),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"mean_tpot_ms": 2.0},
+            "requests in flight on average: expected 11.2 to 16.8, got 4.7",
+        ),
+        ("vllm_latency.json", _scenario("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
+        ("vllm_latency.json", _scenario("serve", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
+        ("vllm_throughput.json", _scenario("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
+        ("vllm_throughput.json", _scenario("prefill", 32, 512), {}, "tokens per request: expected 513, got 576"),
+        ("vllm_throughput.json", _scenario("generate", 8, 512, 63), {}, "requests: expected 8, the batch, got 32"),
+        ("sglang.jsonl", VLLM, {"request_rate": 8.0}, "request_rate: expected inf"),
+        ("sglang.jsonl", VLLM, {"request_rate": "trace"}, "request_rate: expected inf"),
+        ("sglang.jsonl", VLLM, {"max_concurrency": None}, "max_concurrency: expected a value, got null"),
+        ("sglang.jsonl", VLLM, {"errors": ["", "timeout"]}, "errors: expected 0 requests, got 1"),
+        ("sglang.jsonl", VLLM, {"accept_length": 2.5}, "speculative decoding is unsupported"),
+        ("sglang.jsonl", VLLM, {"concurrency": 9.0}, "requests in flight on average: expected 11.2 to 16.8, got 9"),
+        ("sglang.jsonl", VLLM, {"server_info": {"tp_size": 4}}, "devices: expected 1, got 4"),
+        (
+            "trtllm_throughput.json",
+            TRTLLM,
+            {"decoding_stats": {"mode": "Eagle"}},
+            "speculative decoding is unsupported",
+        ),
+        ("trtllm_throughput.json", VLLM, {}, "dtype: expected bf16, got fp8"),
+        ("trtllm_latency.json", TRTLLM, {}, "dtype: expected fp8, got bf16"),
+        (
+            "trtllm_throughput.json",
+            _scenario("serve", 64, 1024, 127, engine="trtllm", dtype="fp8"),
+            {},
+            "requests in flight on average: expected 44.8 to 67.2, got 7.92",
+        ),
+        ("trtllm_throughput.json", TRTLLM, {"world_info": {"world_size": 8}}, "devices: expected 1, got 8"),
+        ("aiperf.json", VLLM, {"was_cancelled": True}, "was_cancelled: expected false, got true"),
+        ("aiperf.json", VLLM, {"error_summary": [{"count": 3}]}, "error_summary: expected 0 requests, got 3"),
+        ("aiperf.json", VLLM, {"error_request_count": {"avg": 2.0}}, "error_summary: expected 0 requests, got 2"),
+        (
+            "aiperf.json",
+            VLLM,
+            {"input_config": {"phases": [{"name": "profiling", "type": "poisson", "rate": 8}]}},
+            "input_config.phases: expected one phase of type concurrency, got poisson",
+        ),
+        (
+            "aiperf.json",
+            VLLM,
+            {"input_config": {"loadgen": {"request_rate": 5.0}}},
+            "loadgen.request_rate: expected inf",
+        ),
+        (
+            "genai_perf.json",
+            _scenario("serve", 1, 550, 127),
+            {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}},
+            "perf_analyzer.stimulus: expected concurrency, got request_rate",
+        ),
+        (
+            "genai_perf.json",
+            _scenario("prefill", 1, 550),
+            {"time_to_first_token": None},
+            "time to first token: expected in a file of genai-perf, got none; run it with streaming",
+        ),
+    ],
+)
+def test_what_does_not_match_is_refused(
+    tmp_path: Path, name: str, scenario: Scenario, changes: dict[str, Any], reason: str
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**_load(name), **changes}), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        dense_from(file, scenario)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not JSON"),
+        ("hello", "is not JSON"),
+        ("[1, 2]", "expected a JSON object of vllm bench"),
+        ('{"results": []}', "expected a result of vllm bench latency, throughput or serve, SGLang"),
+        ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
+        ('{"input_config": 5}', "input_config: expected an object, got 5"),
+        ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
+        ('{"performance": {}, "request_info": {}}', "performance.avg_request_latency_ms: expected a value"),
+        ('{"median_e2e_latency_ms": 5.0}', "max_concurrency: expected a value, got no such key"),
+        ('{"elapsed_time": NaN, "num_requests": 4}', "elapsed_time: expected a positive time in seconds"),
+        ('{"input_config": {}, "request_throughput": {"avg": 0.0}}', "request_throughput.avg: expected a positive"),
+        ('{"input_config": {"model": [5]}, "request_throughput": {"avg": 1.0}}', "model_names: expected names"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        dense_from(file, VLLM)
+    assert str(caught.value).startswith(str(file))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scenario", "notes"),
+    [
+        ({}, VLLM, []),
+        ({"model_id": "meta-llama/Meta-Llama-3.1-8B"}, VLLM, []),
+        ({"model_id": "/models/llama-70b"}, VLLM, ["model /models/llama-70b is not known by name; check that it is"]),
+        ({"model_id": "my-finetune"}, VLLM, ["model my-finetune is not known by name"]),
+        (
+            {"model_id": "nvidia/Llama-3.1-8B-Instruct-FP8"},
+            VLLM,
+            ["is quantised by its name, the prediction is for bf16"],
+        ),
+        ({"model_id": "nvidia/Llama-3.1-8B-Instruct-FP8"}, _scenario("serve", 16, 1024, dtype="fp8"), []),
+        ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
+        (
+            {
+                "num_prompts": 48,
+                "completed": 48,
+                "duration": 4.6,
+                "total_input_tokens": 48 * 1024,
+                "total_output_tokens": 48 * 129,
+            },
+            VLLM,
+            ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"],
+        ),
+    ],
+)
+def test_what_cannot_be_checked_is_a_note(
+    tmp_path: Path, changes: dict[str, Any], scenario: Scenario, notes: list[str]
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**_load("vllm_serve.json"), **changes}), encoding="utf-8")
+    found = measured(file, scenario).notes
+    assert len(found) == len(notes)
+    assert all(f"{file}: " in one and text in one for one, text in zip(found, notes))
+
+
+def test_an_unknown_phase_is_refused() -> None:
+    with pytest.raises(InputError, match="phase 'decoding' is unknown"):
+        dense_from(FILES / "genai_perf.json", _scenario("decoding", 1, 550))
+
+
+def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
+    data = _load("genai_perf.json")
+    file = tmp_path / "run.json"
+    arguments = {"model": ["llama-3.1-8b"], "concurrency": 1, "request_rate": None, "streaming": True}
+    loadgen = {"endpoint": {"model_names": ["llama-3.1-8b"]}, "loadgen": {"concurrency": 1, "request_count": 20}}
+    for given in (arguments, loadgen):
+        file.write_text(json.dumps({**data, "input_config": given}), encoding="utf-8")
+        found = measured(file, _scenario("generate", 1, 550, 127))
+        assert found.seconds == pytest.approx(data["request_latency"]["avg"] / 1e3)
+        assert (found.run.model, found.notes) == ("llama-3.1-8b", ())
+    seconds = {**data["request_latency"], "unit": "ns", "avg": data["request_latency"]["avg"] * 1e6}
+    file.write_text(json.dumps({**data, "request_latency": seconds}), encoding="utf-8")
+    assert math.isclose(dense_from(file, _scenario("generate", 1, 550, 127)), data["request_latency"]["avg"] / 1e3)
+
+
+WORDS = f"speedup {MODEL} --hardware h100 --prune depth@0.25 --json"
+
+
+def _run(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = command([word.replace("@", " ") for word in words.split()])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_file_instead_of_a_time_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    request = "--phase serve --concurrency 16 --seq 1024 --new-tokens 128"
+    _, plain, _ = _run(f"{WORDS} {request}", capsys)
+    status, given, err = _run(f"{WORDS} {request} --dense-from {FILES / 'vllm_serve.json'}", capsys)
+    seconds = 16 / _load("vllm_serve.json")["request_throughput"]
+    _, by_time, notes = _run(f"{WORDS} {request} --dense-time {1e3 * seconds!r}ms", capsys)
+    assert (status, err) == (0, notes), "nothing of the file remains unchecked"
+    (before,), (after,), (same,) = (json.loads(text) for text in (plain, given, by_time))
+    assert after["dense_s"] == pytest.approx(same["dense_s"], rel=1e-9)
+    assert after["dense_s"] == pytest.approx(seconds, rel=0.02)
+    width = [math.log(r["dense_upper"] / r["dense_lower"]) for r in (before, after)]
+    assert width[1] < 0.2 * width[0]
+
+
+def test_notes_and_refusals_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    latency, serve = FILES / "vllm_latency.json", FILES / "vllm_serve.json"
+    explain = f"explain {MODEL} --hardware h100 --prune depth@0.25 --phase generate --batch 8 --seq 1024 --dense-from"
+    status, _, err = _run(f"{explain} {latency}", capsys)
+    assert status == 0
+    assert "check that it ran with --batch-size 8 --input-len 1024 --output-len 129" in " ".join(err.split())
+    advise = f"advise {MODEL} --hardware h100 --target 1.2 --prune depth@0.25 --phase serve --concurrency 16 --seq 1024"
+    assert _run(f"{advise} --dense-from {serve}", capsys)[0] == 0
+    for more, reason in (
+        (f"--dense-from {serve}", "concurrency: expected 1, got 16"),
+        (f"--dense-from {serve} --dense-time 3ms", "--dense-time, --dense-tokens-per-s, --dense-from: expected one"),
+        ("--dense-from none.json", "none.json: cannot be read"),
+        (f"--dense-from {latency}", "phase: expected generate or prefill for vllm bench latency, got decode"),
+    ):
+        status, _, err = _run(f"{WORDS} --phase decode --seq 1088 {more}", capsys)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert reason in err
