@@ -110,6 +110,13 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     if e.host_correlation.source:
         source = f"{e.host_correlation.source}{f': {e.host_correlation.note}' if e.host_correlation.note else ''}"
         yield "correlation of host times", f"{e.host_correlation.value:g}", "", source
+    if e.schedule is not None:
+        for x in e.schedule.limits:
+            unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
+            where = f", GPUs from {render.size(x.memory)}{unless}" if x.memory else ""
+            yield f"step{where}", f"{x.tokens:,} tokens, {x.sequences:,} sequences", "", e.schedule.source
+        yield "longer prompts", "in chunks" if e.schedule.chunked else "whole", "", e.schedule.source
+        yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
     shares = {
         "fused quantisation": e.quantize_fused,
         "GEMM of one token": e.one_token,
