@@ -220,9 +220,8 @@ def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, m
     assert re.match(fitted, " ".join(out.split()))
     out, err = cli("fit rows.csv --hardware h100 --anchor -o near.yaml")
     text = " ".join(out.split())
-    assert re.match(
-        r"Use near.yaml for this machine and software: mean error of \d+ rows [\d.]+ %, each predicted", text
-    )
+    judged = r"Use near.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each predicted"
+    assert re.match(judged, text)
     assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
     assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
     assert "+-" not in out + err
