@@ -32,6 +32,8 @@ from calibration.runners.vllm_bench import bench_record
 from calibration.validation.scores import errors, spearman
 from calibration.validation.verdict import verdict_of
 from simulator.display import few
+from simulator.engines.engine import load_engine
+from simulator.engines.generations import numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
@@ -303,7 +305,8 @@ def rows_of(
 ) -> list[ComparedSpeedup]:
     """Return comparisons of the cases, in their order, that have a measured time and a prediction.
 
-    A case of a library is predicted in the engine that it was lowered for. Of our decoder, a prefill, a pass from a
+    A case of a library is predicted in the engine that it was lowered for, in the generation of the version in its
+    record. Of our decoder, a prefill, a pass from a
     graph, and any pass on a CPU (whose operator times include launches) are predicted as the sum of their operators; a
     decode step with single launches on a GPU is predicted in eager mode. ``measured_bounds`` is the measured upper
     bound of each case, or NaN.
@@ -314,7 +317,8 @@ def rows_of(
         record = found.get(name_of(case, dtype, engine))
         if record is None:
             continue
-        s = predicted_speedup(case if case.dense.meta.engine else _of_our_decoder(case, record, hw), hw)
+        lowered = _as_of(case, record) if case.dense.meta.engine else _of_our_decoder(case, record, hw)
+        s = predicted_speedup(lowered, hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
@@ -340,6 +344,13 @@ def rows_of(
         )
         out.append(row)
     return out
+
+
+def _as_of(case: Case, record: Mapping[str, Any]) -> Case:
+    """Return a case in the generation of its engine that ran it; the newest if its record states no version."""
+    engine = load_engine(case.dense.meta.engine)
+    version = str(record.get("versions", {}).get(engine.name, ""))
+    return case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
 
 
 def _of_our_decoder(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:

@@ -29,6 +29,7 @@ from calibration.validation.published import (
 )
 from calibration.validation.report import table
 from calibration.validation.serving import HeldOut, held_out_models
+from simulator.arrays import FloatArray
 from simulator.engines.engine import list_engines, load_engine
 from simulator.engines.loading import FEATURES, Loading
 from simulator.hardware.library import load_hardware
@@ -130,12 +131,14 @@ def tables() -> list[str]:
     overall = [summary([c for c in rows if not c.own_code], kind) for kind, rows in evaluated.items() if rows]
     measured = [c for c in evaluated["dense"] if load_hardware(c.gpu).section("gemm", "bf16").status != "default"]
     overall.append(summary(measured, "measured"))
+    held_out = held_out_models()
     by_engine = summaries({k: v for k, v in all_rows.items() if k != "serve"}, by_gpu=False)
     return [
         _summary_table(overall, ("kind",)),
         _summary_table(by_engine, ("kind", "engine", "split")),
         loads_table(),
-        _held_out_table(held_out_models()),
+        _held_out_table(held_out),
+        _load_table(held_out),
         _summary_table(summaries({"serve": all_rows["serve"]}), ("engine", "gpu")),
         _figure_2(),
         _comparison_table(all_rows["dense"], _seconds),
@@ -189,11 +192,46 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
         members = [x for x in groups if x.engine == engine]
         for x in members:
             errors = f"{100 * x.tpot_error:.1f} %", f"{100 * x.tpot_bias:+.1f} %", f"{100 * x.request_error:.1f} %"
-            cells.append([engine, x.model, x.hardware, x.dtype, str(x.rows), *errors])
-        error = np.expm1(np.concatenate([x.log_ratio for x in members]))
-        overall = f"{100 * np.median(np.abs(error)):.1f} %", f"{100 * np.median(error):+.1f} %"
-        cells.append([engine, "all", "", "", str(len(error)), *overall, ""])
+            cells.append([engine, x.model, x.hardware, x.dtype, str(len(x.log_ratio)), *errors])
+        cells.append(
+            [engine, "all dense models", "", "", *_errors([x.log_ratio for x in members if not x.experts]), ""]
+        )
     return table(header, cells, left=range(4))
+
+
+def _errors(log_ratios: Sequence[FloatArray]) -> tuple[str, str, str]:
+    """Return rows, median absolute error and bias of logs of ratios."""
+    error = np.expm1(np.concatenate(log_ratios))
+    return str(len(error)), f"{100 * np.median(np.abs(error)):.1f} %", f"{100 * np.median(error):+.1f} %"
+
+
+PROMPTS: Mapping[str, tuple[float, float]] = {
+    "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
+    "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
+}  # fmt: skip
+"""Prompt lengths of the serving runs -> ends of the range."""
+
+LOADS: Mapping[str, tuple[float, float]] = {
+    "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
+    "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
+}  # fmt: skip
+"""Concurrency per new token: prompts that arrive with a decode step -> ends of the range."""
+
+
+def _load_table(groups: Sequence[HeldOut]) -> str:
+    """Return the errors of the time per token by prompt length and by prompts per decode step."""
+    cells = []
+    for engine, experts in dict.fromkeys((x.engine, x.experts) for x in groups):
+        members = [x for x in groups if (x.engine, x.experts) == (engine, experts)]
+        for axis, ranges in (("prompt tokens", PROMPTS), ("concurrency / new tokens", LOADS)):
+            for name, (low, high) in ranges.items():
+                values = [
+                    x.group.seq if ranges is PROMPTS else x.group.concurrency / x.group.new_tokens for x in members
+                ]
+                some = [x.log_ratio[(v >= low) & (v < high)] for x, v in zip(members, values, strict=True)]
+                if sum(map(len, some)):
+                    cells.append([engine, "experts" if experts else "dense", axis, name, *_errors(some)])
+    return table(["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4))
 
 
 def _figure_2() -> str:

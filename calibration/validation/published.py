@@ -18,6 +18,7 @@ import numpy as np
 from calibration.measurements import published
 from simulator.cost.gemm_shapes import Options
 from simulator.engines.engine import load_engine
+from simulator.engines.generations import split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -35,6 +36,9 @@ from simulator.workload_batch import memory
 
 MISS = 0.10
 """Relative error from which the likely reason is printed."""
+
+NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
+"""Generation assumed for serving runs whose version the source does not state."""
 
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
@@ -96,10 +100,11 @@ def compare_speedups(given: bool = False) -> list[Comparison]:
     return [_speedup(row, given) for row in published("speedups") if not row["left_out"]]
 
 
-def compare_serving(engine: str = "") -> list[Comparison]:
-    """Return measured times per output token of serving runs, s, of one engine or of all; runs whose caches do not fit
-    are excluded."""
+def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
+    """Return measured times per output token of serving runs, s, of one engine or of all, with or without models with
+    routed experts; runs whose caches do not fit are excluded."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
+    rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
 
 
@@ -117,7 +122,7 @@ def _comparison(
         source=row["source"],
         assumed=row["assumed"],
         reason=row.get("reason", ""),
-        engine=row["engine"],
+        engine=split(row["engine"])[0],
         gpu=row["hardware"],
         split=row.get("split") or "fit",
         own_code=row.get("own_code") == "true",
@@ -198,11 +203,12 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
     w, hw = served
     (s,) = speedups(w, [w], hw)
     assert s.dense_tpot_s is not None
-    low, high = s.dense_tpot_s * s.dense_lower / s.dense_s, s.dense_tpot_s * s.dense_upper / s.dense_s
+    assert s.dense_tpot_lower is not None
+    assert s.dense_tpot_upper is not None
     gpu = row["hardware"].partition("_")[0].upper()
     where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
-    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, low, high)
+    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, s.dense_tpot_lower, s.dense_tpot_upper)
 
 
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
@@ -221,9 +227,15 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
         dtype="fp8" if weight == "fp8_block" else weight,
         weight_dtype=weight,
         kv_dtype=row["kv_dtype"] or None,
-        engine=row["engine"],
+        engine=_as_of(row["engine"], row["version"]),
     )
     return (w, hw) if memory(w, hw).fits else None
+
+
+def _as_of(engine: str, version: str) -> str:
+    """Return an engine in the generation of a version, or in the one assumed for runs without a version."""
+    version = version or NO_VERSION.get(engine, "")
+    return f"{engine}@{version}" if version and load_engine(engine).generations else engine
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:

@@ -89,11 +89,34 @@ class HeldOut:
     model: str
     hardware: str
     dtype: str
-    rows: int
-    tpot_error: float  # median absolute
-    tpot_bias: float
-    request_error: float
+    group: Group
     log_ratio: FloatArray  # of predicted over measured time per token
+    request_log_ratio: FloatArray  # of predicted over measured time of a request
+
+    @property
+    def experts(self) -> bool:
+        """Whether the model has routed experts."""
+        return load_model(self.model).experts > 0
+
+    @property
+    def tpot_error(self) -> float:
+        """Median absolute error of the time per token."""
+        return median_of_logs(self.log_ratio)
+
+    @property
+    def tpot_bias(self) -> float:
+        """Median error of the time per token."""
+        return float(np.expm1(np.median(self.log_ratio)))
+
+    @property
+    def request_error(self) -> float:
+        """Median absolute error of the time of a request."""
+        return median_of_logs(self.request_log_ratio)
+
+
+def median_of_logs(log_ratio: FloatArray) -> float:
+    """Return the median absolute error of the logs of ratios."""
+    return float(np.median(np.abs(np.expm1(log_ratio))))
 
 
 @lru_cache(maxsize=1)
@@ -153,9 +176,7 @@ def held_out_models() -> list[HeldOut]:
         p = fit_hosts(engine, others)
         tpot = np.log(group.tpot(p.each_pass_s, p.each_sequence_s, p.prefill_wait) / group.tpot_s)
         request = np.log(group.request(p.each_pass_s, p.each_sequence_s) / group.request_s)
-        errors = [float(np.median(np.abs(np.expm1(log_ratio)))) for log_ratio in (tpot, request)]
-        bias = float(np.expm1(np.median(tpot)))
-        out.append(HeldOut(engine, model, hardware, dtype, len(tpot), errors[0], bias, errors[1], tpot))
+        out.append(HeldOut(engine, model, hardware, dtype, group, tpot, request))
     return out
 
 
@@ -165,12 +186,12 @@ def main() -> None:
         p = fit_hosts(engine, [g for key, g in fitted().items() if key[0] == engine])
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
         held_out = [x for x in held_out_models() if x.engine == engine]
-        error = float(np.median(np.abs(np.expm1(np.concatenate([x.log_ratio for x in held_out])))))
-        print(f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out models {100 * error:.1f} %")
+        error = median_of_logs(np.concatenate([x.log_ratio for x in held_out if not x.experts]))
+        print(f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %")
         for x in held_out:
             tpot = f"TPOT {100 * x.tpot_error:.1f} % (bias {100 * x.tpot_bias:+.1f})"
             request = f"request {100 * x.request_error:.1f} %"
-            print(f"  {x.model} {x.dtype} on {x.hardware}, {x.rows} runs: {tpot}, {request}")
+            print(f"  {x.model} {x.dtype} on {x.hardware}, {len(x.log_ratio)} runs: {tpot}, {request}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Engines: list them, show one, check a file.")
 
 
+_EXPERTS = {"grouped": "together", "touched": "one by one: those in use", "all": "one by one: all"}
+
+
 @app.command("list")
 def list_(as_json: options.Json = False) -> None:
     """List the shipped engines."""
@@ -52,6 +55,11 @@ def show(
         return
     also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
     print(f"{engine.title}: {engine.name}{also}\n")
+    for one in engine.generations:
+        current = " (these values)" if one.name == engine.generation else ""
+        print(f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}")
+    if engine.generations:
+        print()
     rows = list(_values(engine))
     columns = render.columns(rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2]))
     room = max(render.width() - render.table_width(columns) - 2, 20)
@@ -91,6 +99,7 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
     yield "prompt logits", e.logits, "", ""
     yield "cache", e.cache, "", ""
+    yield "routed experts", _EXPERTS[e.experts], "", ""
     for role, many in e.launches.items():
         yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
     times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence, "gap in a graph": e.gap}
@@ -98,6 +107,16 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"
             yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
+    if e.host_correlation.source:
+        source = f"{e.host_correlation.source}{f': {e.host_correlation.note}' if e.host_correlation.note else ''}"
+        yield "correlation of host times", f"{e.host_correlation.value:g}", "", source
+    if e.schedule is not None:
+        for x in e.schedule.limits:
+            unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
+            where = f", GPUs from {render.size(x.memory)}{unless}" if x.memory else ""
+            yield f"step{where}", f"{x.tokens:,} tokens, {x.sequences:,} sequences", "", e.schedule.source
+        yield "longer prompts", "in chunks" if e.schedule.chunked else "whole", "", e.schedule.source
+        yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
     shares = {
         "fused quantisation": e.quantize_fused,
         "GEMM of one token": e.one_token,
@@ -107,9 +126,7 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     }
     for name, share in shares.items():
         if share.source:
-            low, high = e.prefill_wait.ends
-            ends = f" ({low:g} to {high:g})" if share is e.prefill_wait else ""
-            yield name, f"{share.value:g}{ends}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
+            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""
     for family, kernels in e.dynamic.items():

@@ -108,7 +108,7 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
     """Return notes on a measured time, calibration and pruned checkpoints."""
-    from simulator.prediction.caveats import inferred_line, uncalibrated
+    from simulator.prediction.caveats import experts_assumed, inferred_line, uncalibrated
     from simulator.prediction.prunings import difference_lines
 
     lines = []
@@ -116,6 +116,7 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         if e.inferred is not None and e.dense_s is not None:
             lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
     lines += uncalibrated(e.result for e in found)
+    lines += dict.fromkeys(filter(None, (experts_assumed(e.dense) for e in found)))
     return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
 
 

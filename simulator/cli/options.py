@@ -90,9 +90,16 @@ CachedPrefix = Annotated[
 TokenBudget = Annotated[
     str | None, opt("--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")
 ]
-Engine = Annotated[str, opt("--engine", "NAME", "Engine (see prunesim engines list) or YAML file.")]
+Engine = Annotated[
+    str, opt("--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")
+]
 Engines = Annotated[
-    str, opt("--engine", "LIST", "Engines (see prunesim engines list) or YAML files; a comma list for several.")
+    str,
+    opt(
+        "--engine",
+        "LIST",
+        "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML files; a comma list.",
+    ),
 ]
 DenseTime = Annotated[
     str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")

@@ -190,19 +190,19 @@ class ForwardPass:
         """(W,) kernels, gaps included."""
         return np.asarray(self.group_s.sum(axis=1))
 
-    def at(self, z: float) -> tuple[FloatArray, FloatArray]:
-        """Return the time (W,) on a host ``z`` standard deviations slower than the typical host, and the part of it (0
-        to 1) that follows the device."""
-        total, shown = (part.sum(axis=1) for part in (self._phases(z) if z else self._typical))
+    def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
+        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
+        typical host (:mod:`simulator.cost.host`), and the part of it (0 to 1) that follows the device."""
+        total, shown = (part.sum(axis=-1) for part in self._phases(work, passes))
         return total, shown / np.maximum(total, 1e-300)
 
-    def _phases(self, z: float) -> tuple[FloatArray, FloatArray]:
-        return self.host.total(self.group_s, self.workloads.groups.segment, z)
+    def _phases(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
+        return self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
 
     @cached_property
     def _typical(self) -> tuple[FloatArray, FloatArray]:
         """Time by phase on the typical host, and how much of it follows the device."""
-        return self._phases(0.0)
+        return self._phases(0.0, 0.0)
 
     @property
     def phase_s(self) -> FloatArray:
@@ -217,8 +217,7 @@ class ForwardPass:
     @property
     def host_s(self) -> FloatArray:
         """(W,) time of the host, to launch and to schedule, hidden or not."""
-        h = self.host
-        return np.asarray(h.launch.sum(axis=1) + h.each_pass.sum(axis=1) + h.each_sequence.sum(axis=1))
+        return np.asarray(sum(self.host.spent()))
 
     @cached_property
     def device_share(self) -> FloatArray:

@@ -4,12 +4,15 @@ Under a CUDA graph a pass waits for the scheduler, then its kernels follow one a
 every kernel while the device works on earlier ones. A pass is host-bound while kernels are shorter than their launches:
 only fewer launches, not smaller kernels, make a model faster then.
 
-One number ``z`` describes the speed of a host, in standard deviations of the logs: 0 is the typical (median) host.
+Two numbers describe the speed of a host, in standard deviations of the logs: ``passes`` of its time per pass, ``work``
+of its time per launch and per sequence; 0 is the typical (median) host. Over hosts they are correlated, not equal: a
+measured time of a whole pass determines their sum, not how it divides between the pass and the layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +42,7 @@ class Host:
     pass_log_sd: float
     each_sequence: FloatArray  # (W, 2)
     sequence_log_sd: float
+    correlation: float = 1.0  # of ``passes`` and ``work``; 1: one unknown
 
     @classmethod
     def of(
@@ -74,57 +78,91 @@ class Host:
             pass_log_sd=engine.each_pass.log_sd,
             each_sequence=sequences * engine.each_sequence.value,
             sequence_log_sd=engine.each_sequence.log_sd,
+            correlation=engine.host_correlation.value,
         )
 
     def __bool__(self) -> bool:
         return bool(self.launch.any() or self.each_pass.any() or self.each_sequence.any())
 
-    def total(self, device: FloatArray, segment: NDArray[Any], z: float) -> tuple[FloatArray, FloatArray]:
-        """Return the time of the passes by phase (W, 2) on a host of speed ``z``, and how much of it follows the
-        device.
+    @property
+    def unknowns(self) -> int:
+        """Number of independent speeds of the host: 0 without host time, 1 if only one kind of time is spent."""
+        passes, work = self.each_pass.any(), self.launch.any() or self.each_sequence.any()
+        return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
+
+    def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
+        """Return the speeds ``work`` and ``passes`` for two independent standard normals: the speed of passes, and what
+        the speed of the other host time does not share with it."""
+        first = np.asarray(first, dtype=np.float64)
+        if self.unknowns < 2:
+            return first, first
+        return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second), first
+
+    def take(self, rows: Any) -> Host:
+        """Return the host of some workloads."""
+        names = ("launch", "layer", "each_pass", "each_sequence")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def spent(self, work: Any = 0.0, passes: Any = 0.0) -> tuple[FloatArray, FloatArray]:
+        """Return the host's time (..., W), hidden or not: per pass, and for launches and sequences."""
+        work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
+        launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
+        sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
+        return self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes), launches + sequences
+
+    def total(
+        self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and how much of it follows
+        the device.
 
         ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``.
         """
-        launch = self.launch * np.exp(self.launch_log_sd * z)
-        scheduled = self.each_pass * np.exp(self.pass_log_sd * z)
-        added = self.each_sequence * np.exp(self.sequence_log_sd * z)
-        spent = np.stack([device[:, segment // 3 == p].sum(axis=1) for p in PHASES], axis=1)
-        total, shown = spent + scheduled, spent.copy()
+        work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
+        total, shown = [], []
         for p in PHASES:
-            if launch[:, segment // 3 == p].any():  # no graph launches them
-                total[:, p], shown[:, p] = _beside(device, launch, segment, p, scheduled[:, p])
-        return total + added, shown
+            scheduled = self.each_pass[:, p] * np.exp(self.pass_log_sd * passes)
+            parts = [segment == 3 * p + part for part in range(3)]
+            busy, launch = ([times[:, part].sum(axis=1) for part in parts] for times in (device, self.launch))
+            spent = device[:, segment // 3 == p].sum(axis=1)
+            if any(one.any() for one in launch):  # no graph launches them
+                slower = np.exp(self.launch_log_sd * work)
+                seconds, follows = _beside(spent, busy, [one * slower for one in launch], scheduled)
+            else:
+                seconds, follows = spent + scheduled, spent + 0.0 * scheduled
+            total.append(seconds + self.each_sequence[:, p] * np.exp(self.sequence_log_sd * work))
+            shown.append(np.broadcast_to(follows, total[-1].shape))
+        return np.stack(total, axis=-1), np.stack(shown, axis=-1)
 
 
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
-    """Return the kernels of each workload and group: those of an operator per execution, those of looped experts per
-    expert that some token uses."""
+    """Return the kernels of each workload and group: those of an operator per execution; if the engine computes routed
+    experts one by one, those of an expert per expert that some token uses, or per expert."""
     groups, w = workloads.groups, workloads.rows
     times, routed = groups.count, w.kind == Kind.EXPERTS
-    if engine.experts == "looped" and routed.any():
-        used = np.ones(len(w))
-        used[routed] = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
-        times = groups.sums(w.count * used)
+    if engine.experts != "grouped" and routed.any():
+        looped = np.ones(len(w))
+        touched = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
+        looped[routed] = touched if engine.experts == "touched" else w.experts[routed]
+        times = groups.sums(w.count * looped)
     return np.asarray(times * engine.kernels[groups.role])
 
 
 def _beside(
-    device: FloatArray, launch: FloatArray, segment: NDArray[Any], phase: int, after: FloatArray
+    left: FloatArray, device: Sequence[FloatArray], launch: Sequence[FloatArray], after: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
     device.
 
     Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
     The device can start a segment only when the host has launched it, and ends no earlier than the host, which works
-    ``after`` the last launch.
+    ``after`` the last launch. ``left`` is the time of all three on the device.
     """
-    parts = [segment == 3 * phase + part for part in range(3)]
-    left = device[:, segment // 3 == phase].sum(axis=1)
-    launched, longest, shown = np.zeros(len(device)), left.copy(), left.copy()
-    for part in parts:
+    launched: Any = 0.0
+    longest, shown = left, left
+    for busy, launching in zip(device, launch, strict=True):
         way = launched + left
         shown, longest = np.where(way > longest, left, shown), np.maximum(longest, way)
-        launched = launched + launch[:, part].sum(axis=1)
-        left = left - device[:, part].sum(axis=1)
+        launched, left = launched + launching, left - busy
     launched = launched + after
     return np.maximum(longest, launched), np.where(launched > longest, 0.0, shown)

@@ -2,7 +2,8 @@
 
 Use :func:`load_engine` with a name, an alias or the path of your own YAML file; :func:`check_engine` lists all problems
 of a file. An engine describes no GPU. It names the software stacks whose kernels it runs, and a hardware profile has
-the fitted sections of these stacks (``HardwareProfile.serving``).
+the fitted sections of these stacks (``HardwareProfile.serving``). Releases that differ are generations of one engine
+(:mod:`simulator.engines.generations`): ``load_engine("vllm@0.19")``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
+from simulator.engines.generations import SINCE, Generation, GenerationsField, selected, split
 from simulator.engines.loading import FEATURES, Kernels, Loading, Width
 from simulator.engines.schedule import Schedule, StepLimit
 from simulator.errors import InputError, unknown
@@ -65,20 +67,17 @@ class Share:
 
     value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
+    sd: Annotated[float, NumberField(0, 3, "0.1")] = 0.0  # its standard deviation between users
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Wait(Share):
-    """A share that depends on how requests arrive, and how far it lies from the value in nine of ten cases."""
+class Correlation:
+    """Correlation, over hosts, of the speeds of two kinds of host time."""
 
-    below: Annotated[float, NumberField(0, 1, "0.1")] = 0.0
-    above: Annotated[float, NumberField(0, 1, "0.1")] = 0.0
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Both ends of the share, in [0, 1]."""
-        return max(self.value - self.below, 0.0), min(self.value + self.above, 1.0)
+    value: Annotated[float, NumberField(0, 1, "0.5")]
+    source: str
+    note: str = ""
 
 
 NOTHING = HostTime(0.0, 0.0, "")
@@ -101,15 +100,16 @@ class Engine(Displayed):
     logits: str = "last"  # positions of a prefill that the head computes: "last" or "all"
     graph: tuple[str, ...] = PASSES  # passes that run as a CUDA graph, so no launch waits for the host
     cache: str = "paged"  # a decode step writes only its own keys and values; "copied": it copies the cache, and heads
-    experts: str = "grouped"  # routed experts run together; "looped": one by one, each with its own launches
+    experts: str = "grouped"  # routed experts run together; one by one: "touched" (those that tokens use), or "all"
     launches: Mapping[str, int] = field(default_factory=dict)  # kernels per operator, by role; 0: fused into another
     schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
+    host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
     quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
-    prefill_wait: Wait = Wait(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
@@ -121,6 +121,8 @@ class Engine(Displayed):
     loads: Mapping[str, Loading] = field(default_factory=dict)  # by feature of a checkpoint; empty: not stated
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    generations: tuple[Generation, ...] = ()  # oldest first
+    generation: str = ""  # name of the one that this engine is; "" if it has none
     path: Path | None = None
 
     def _title(self) -> str:
@@ -167,40 +169,44 @@ def load_engine(name_or_path: str) -> Engine:
     ----------
     name_or_path : str
         Name or alias of a shipped engine (case, blanks, dashes, dots and underscores do not matter), path of a YAML
-        file, or "" for bare kernels in a CUDA graph.
+        file, or "" for bare kernels in a CUDA graph. ``@`` and a version, or the name of a generation, select a
+        generation: ``vllm@0.6``, ``vllm@v1``. Without it the engine is its newest generation.
 
     Returns
     -------
     Engine
-        How the engine runs a decoder.
+        How the engine runs a decoder. Its name includes the version, if one was given.
 
     Raises
     ------
     InputError
-        If the name is unknown (the error lists the closest names), or the file is invalid (the error is its first
-        problem, ``file:line:column: key: reason``).
+        If the name is unknown (the error lists the closest names), the engine has no such generation, or the file is
+        invalid (the error is its first problem, ``file:line:column: key: reason``).
 
     Examples
     --------
     >>> load_engine("transformers")
-    <Engine: hf: Hugging Face Transformers, eager>
+    <Engine: hf: Hugging Face Transformers from 5.0, eager>
+    >>> load_engine("vllm@0.10.1").generation, load_engine("vllm").generation
+    ('v1', 'async')
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(f"engine: expected a name or a path, got {shown(name_or_path)}")
     name_or_path = os.fspath(name_or_path)
     if not name_or_path:
         return _KERNELS
-    if _PATH.search(name_or_path):
+    name, wanted = split(name_or_path)
+    if _PATH.search(name):
         try:
-            status = os.stat(name_or_path)
+            status = os.stat(name)
             stamp = (status.st_mtime_ns, status.st_size)
         except (OSError, ValueError):
             stamp = (-1, -1)
-        return _load(name_or_path, stamp)
+        return _load(name, stamp, wanted)
     names = _names()
-    if _plain(name_or_path) not in names:
-        raise unknown("engine", name_or_path, list_engines())
-    return _load(names[_plain(name_or_path)], (0, 0))
+    if _plain(name) not in names:
+        raise unknown("engine", name, list_engines())
+    return _load(names[_plain(name)], (0, 0), wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -230,12 +236,22 @@ def _names() -> Mapping[str, str]:
     return MappingProxyType(found)
 
 
-@lru_cache(maxsize=32)
-def _load(path: str, _stamp: tuple[int, int]) -> Engine:
-    engine, problems = _read(Path(path))
-    if engine is None:
+@lru_cache(maxsize=64)
+def _load(path: str, stamp: tuple[int, int], wanted: str = "") -> Engine:
+    if wanted:
+        engine = _load(path, stamp)
+        found = selected(engine.name, engine.generations, wanted)
+        title = f"{engine.short_title or engine.name} {wanted}"
+        return replace(_as_of(engine, found), name=f"{engine.name}@{wanted}", short_title=title)
+    read, problems = _read(Path(path))
+    if read is None:
         raise problems.error("engines")
-    return engine
+    return read
+
+
+def _as_of(engine: Engine, generation: Generation) -> Engine:
+    """Return an engine as it is in one of its generations."""
+    return replace(engine, title=generation.title, generation=generation.name, **generation.values)
 
 
 def _read(path: Path) -> tuple[Engine | None, Problems]:
@@ -251,9 +267,36 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
     if len(problems):
         return None, problems
     del top["schema_version"]
-    host = top.pop("host", {})
-    gap, each_pass, each_sequence = (host.get(key, NOTHING) for key in ("gap", "pass", "sequence"))
-    return Engine(**top, gap=gap, each_pass=each_pass, each_sequence=each_sequence, path=path), problems
+    listed = top.pop("generations", ())
+    engine = Engine(**_flat(top), path=path)
+    if not listed:
+        return engine, problems
+    kept = ("name", "since", "title", "source")
+    changes = [_flat({name: value for name, value in one.items() if name not in kept}) for one in listed]
+    for change in changes:
+        if "launches" in change:
+            change["launches"] = {**engine.launches, **change["launches"]}
+    common = {name: getattr(engine, name) for change in changes for name in change}
+    engine = replace(
+        engine,
+        generations=tuple(
+            Generation(**{name: one[name] for name in kept}, values={**common, **change})
+            for one, change in zip(listed, changes, strict=True)
+        ),
+    )
+    return _as_of(engine, engine.generations[-1]), problems
+
+
+_HOST: Mapping[str, str] = MappingProxyType(
+    {"pass": "each_pass", "sequence": "each_sequence", "gap": "gap", "correlation": "host_correlation"}
+)
+"""Key of the host block -> field of :class:`Engine`."""
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file, or of a generation, as fields of :class:`Engine`."""
+    out = {name: value for name, value in values.items() if name != "host"}
+    return out | {_HOST[key]: value for key, value in values.get("host", {}).items()}
 
 
 _NAME = TextField((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
@@ -276,7 +319,7 @@ def _engine_field(root: Node) -> ObjectField:
     def known(what: str, names: Iterable[str]) -> Callable[[str], str]:
         return lambda name: "" if name in names else f"unknown {what}; expected one of {', '.join(names)}"
 
-    time, share, wait = sourced(HostTime), sourced(Share), sourced(Wait)
+    time, share = sourced(HostTime), sourced(Share)
     required: dict[str, FieldType] = {
         "schema_version": NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
         "name": _NAME,
@@ -291,13 +334,13 @@ def _engine_field(root: Node) -> ObjectField:
         "logits": TextField(("last", "all")),
         "graph": ListField(TextField(PASSES)),
         "cache": TextField(("paged", "copied")),
-        "experts": TextField(("grouped", "looped")),
+        "experts": TextField(("grouped", "touched", "all")),
         "launches": MapField(NumberField(0, 100, "7", whole=True), known("operator", ROLES)),
-        "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time}),
+        "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time, "correlation": sourced(Correlation)}),
         "schedule": sourced(Schedule),
         "quantize_fused": share,
         "one_token": share,
-        "prefill_wait": wait,
+        "prefill_wait": share,
         "own_code": share,
         "log_sd": share,
         "apart_log_sd": share,
@@ -309,4 +352,14 @@ def _engine_field(root: Node) -> ObjectField:
         "loads": MapField(sourced(Loading), known("feature", FEATURES)),
         "notes": ListField(TextField()),
     }
-    return ObjectField(required, optional)
+    own = ("short_title", "aliases")  # a generation has none of its own
+    generation = ObjectField(
+        {
+            "name": _NAME,
+            "since": TextField((), SINCE, 'a version in quotes, such as "0.14"'),
+            "title": TextField(),
+            "source": CheckedField(TextField(), listed),
+        },
+        {name: found for name, found in optional.items() if name not in own},
+    )
+    return ObjectField(required, {**optional, "generations": GenerationsField(generation)})

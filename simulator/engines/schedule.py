@@ -34,7 +34,7 @@ class Schedule:
     decodes_count: bool = False  # each decoding sequence takes one token of the budget
     # tokens of prompts up to which prompts of neighbouring steps share one: requests that start together end together
     clustered: Annotated[int, NumberField(0, _COUNT, "1024", whole=True)] = 0
-    note: str = ""
+    note: str = ""  # on ``clustered``
 
     def limit(self, memory_bytes: float, name: str) -> StepLimit:
         """Return the limit of a GPU: the last one that applies.

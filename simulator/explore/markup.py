@@ -37,7 +37,7 @@ UNITS = {
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
     "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
     **dict.fromkeys(("dense_s", "dense_lower", "dense_upper", "pruned_s", "pruned_lower", "pruned_upper"), "s"),
-    **dict.fromkeys(("ttft_s", "tpot_s", "dense_ttft_s", "dense_tpot_s"), "s"),
+    **{f"{t}_{end}": "s" for t in ("ttft", "tpot", "dense_ttft", "dense_tpot") for end in ("s", "lower", "upper")},
     **dict.fromkeys(("tokens_per_s", "dense_tokens_per_s"), "1/s"),
     **dict.fromkeys(("dense_largest_batch", "pruned_largest_batch"), "sequences"),
 }

@@ -14,6 +14,7 @@ import re
 from functools import lru_cache
 
 from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.generations import split
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import model_title as model_title
 
@@ -43,7 +44,7 @@ def device_title(label: str) -> str:
 def engine_title(name: str) -> str:
     """Return the title of an engine from its name.
 
-    >>> engine_title("vllm"), engine_title("hf"), engine_title("mine")
-    ('vLLM', 'Transformers (eager)', 'mine')
+    >>> engine_title("vllm"), engine_title("vllm@0.19"), engine_title("hf"), engine_title("mine")
+    ('vLLM', 'vLLM 0.19', 'Transformers (eager)', 'mine')
     """
-    return load_engine(name).short_title or name if name in list_engines() else name
+    return load_engine(name).short_title or name if split(name)[0] in list_engines() else name

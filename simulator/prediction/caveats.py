@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
 
+_EXPERTS = {
+    "grouped": "runs routed experts together",
+    "touched": "loops over the routed experts that tokens use",
+    "all": "loops over all routed experts",
+}
+
+SPLIT = 0.05
+"""Width of the interval of the host time per pass, as a share of the host time, from which a note states it."""
+
 _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
@@ -59,7 +68,8 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
-    """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or "".
+    """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
+    generations run routed experts differently, or "".
 
     A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this.
 
@@ -73,10 +83,11 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
+    assumed = experts_assumed(w)
     if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
         return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
-        return ""
+        return assumed
     own, served = engine.stacks[0], hw.serving(engine.stacks)
     stacks = {PARTS[part]: served.section(part, label).stack for part, label in sections_of(w).items() if part in PARTS}
     fitted = [stack for stack in stacks.values() if stack]
@@ -86,7 +97,23 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
         if stack != own:
             some = "" if len(parts) == len(fitted) else f" for {with_and(parts)}"
             out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
-    return f"{hw.label}: {'; '.join(out)}" if out else ""
+    return "; ".join(filter(None, (f"{hw.label}: {'; '.join(out)}" if out else "", assumed)))
+
+
+def experts_assumed(w: Workload) -> str:
+    """Return how a workload's engine is assumed to run routed experts if its generations differ in that, or "".
+
+    >>> from simulator import load_model, lower
+    >>> experts_assumed(lower(load_model("mixtral-8x7b"), phase="decode", engine="hf@4.40"))[:44]
+    'hf@4.40 loops over all routed experts (Huggi'
+    """
+    engine = load_engine(w.meta.engine)
+    ways = {g.name: g.values.get("experts", engine.experts) for g in engine.generations}
+    if len(set(ways.values())) < 2 or not (w.kind == Kind.EXPERTS).any():
+        return ""
+    name = engine.name.partition("@")[0]
+    others = ", ".join(f"{name}@{other}" for other, way in ways.items() if way != engine.experts)
+    return f"{engine.name} {_EXPERTS[engine.experts]} ({engine.title}); others: {others}"
 
 
 def sections_of(w: Workload) -> dict[str, str]:
@@ -147,6 +174,10 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     if inferred.layer_s:
         host = f"{seconds(inferred.layer_s)} per layer, {host}"
     if inferred.host_bound:
+        low, high = inferred.pass_share
+        if high - low > SPLIT:
+            per_pass = f"{100 * low:.0f} to {100 * high:.0f} % of the host time is per pass"
+            host += f"; {per_pass}, which fewer layers do not reduce"
         return f"{hardware}: {predicted}: host-bound ({host})"
     also = f", the host {host}" if inferred.host_s else ""
     return f"{hardware}: {predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"

@@ -8,6 +8,7 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Labels, Results
 from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import Inferred, prediction_intervals
+from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
 from simulator.workload import DTYPES, Kind, Phase
 from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes_of, cache_parts, sums, weights_bytes
 
@@ -68,7 +69,7 @@ def compare(
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
-    tokens_per_s, ttft_s, tpot_s = serving(p, found.seconds)
+    served = serving(p, found, level)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
@@ -91,12 +92,8 @@ def compare(
         "calibrated": default_share < SMALL_SHARE,
         "uncalibrated": default_parts,
         "uncalibrated_share": default_share,
-        "tokens_per_s": tokens_per_s,
-        "ttft_s": ttft_s,
-        "tpot_s": tpot_s,
-        "dense_tokens_per_s": tokens_per_s[dense],
-        "dense_ttft_s": ttft_s[dense],
-        "dense_tpot_s": tpot_s[dense],
+        **served,
+        **{f"dense_{name}": column[dense] for name, column in served.items()},
     }, found.inferred
 
 
@@ -336,21 +333,38 @@ def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
     return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
 
 
-def serving(
-    p: ForwardPass, seconds: FloatArray, wait: float | None = None
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return for each workload new tokens/s of all devices, time to first token and per further token, s; NaN for other
-    phases. In serve, a request waits for a share of the other prompts before its first token (``wait``, by default the
-    engine's), for the rest between its tokens."""
-    meta, none = p.workloads.rows.meta, np.full(len(seconds), np.nan)
-    sequences = p.workloads.sequences.astype(np.float64)
+def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
+    """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
+    ends of their intervals; NaN for other phases.
+
+    In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
+    The share depends on how requests arrive; on either side, its deviation, at most to none or all of the prompts, and
+    the relative error of the whole time are combined as a root of sum of squares.
+    """
+    meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
+    sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
+    ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
+    ttft, tpot = dict.fromkeys(ends, none), dict.fromkeys(ends, none)
+    rate = none
     if meta.phase == "prefill":
-        return none, seconds, none
-    if meta.phase == "decode":
-        return sequences / seconds, none, seconds
-    prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-    steps, first = float(meta.new_tokens), prefill
-    if meta.phase == "serve":
-        own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        first = own + (p.engine.prefill_wait.value if wait is None else wait) * (prefill - own)
-    return sequences * steps / seconds, first, (prefill - first + decode) / steps
+        ttft = ends
+    elif meta.phase == "decode":
+        rate, tpot = sequences / seconds, ends
+    else:
+        prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
+        own, wait = prefill, p.engine.prefill_wait
+        if meta.phase == "serve":
+            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+        rate, far = sequences * meta.new_tokens / seconds, NormalDist().inv_cdf(0.5 + 0.5 * level) * wait.sd
+        shares = np.clip([wait.value, wait.value - far, wait.value + far], 0.0, 1.0)[:, None]
+        first = own + shares * (prefill - own)
+        ttft, tpot = (_latency(part, ends) for part in (first, (prefill - first + decode)[[0, 2, 1]] / meta.new_tokens))
+    out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
+    return out | {f"tpot_{name}": part for name, part in tpot.items()}
+
+
+def _latency(part: FloatArray, ends: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with its interval."""
+    below = np.hypot(np.log(ends["s"] / ends["lower"]), np.log(part[0] / part[1]))
+    above = np.hypot(np.log(ends["upper"] / ends["s"]), np.log(part[2] / part[0]))
+    return {"s": part[0], "lower": part[0] * np.exp(-below), "upper": part[0] * np.exp(above)}

@@ -4,10 +4,9 @@ Use :func:`operating_points`. It predicts the steady state of continuous batchin
 concurrencies in one batch, then over a second grid around the answer. A model fits up to the concurrency at which its
 weights and caches fill the memory, or up to the sequences that the engine admits.
 
-The time to first token and the time per output token follow the time of a request, with its interval. They also depend
-on how requests arrive (``prefill_wait`` of the engine); on either side, both deviations are combined as a root of sum
-of squares. Limits of both times hold together with at most the smaller of the two probabilities. It is used, because
-both times follow the same pass, so their errors move together.
+The time to first token and the time per output token (:func:`simulator.prediction.compare.serving`) follow the time of
+a request, and depend on how requests arrive (``prefill_wait`` of the engine). Limits of both hold together with at most
+the smaller of the two probabilities, which is used: both times follow the same pass, so their errors move together.
 
 The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
 (``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
@@ -39,7 +38,6 @@ from simulator.prediction.configurations import probability_of
 from simulator.prediction.operating import CURVE, EQUAL, LIMITS, MEMORY, Limits, OperatingPoint
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import MAX_TOKENS, Scenario
-from simulator.uncertainty.factors import level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.workload_batch import WorkloadBatch, cache_parts, weights_bytes
@@ -86,24 +84,20 @@ class ServePasses:
         return int(np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0])
 
     @cached_property
+    def intervals(self) -> PredictionIntervals:
+        """Times of requests, s, with intervals."""
+        return self.ratios(np.arange(len(self.batch)))
+
+    @property
     def request(self) -> Triple:
         """Time of a request, s."""
-        found = self.ratios(np.arange(len(self.batch)))
-        return found.seconds, found.lower, found.upper
+        return self.intervals.seconds, self.intervals.lower, self.intervals.upper
 
     @cached_property
     def waits(self) -> Mapping[str, Triple]:
         """Time to the first token and per further token, s, by the name of its limit."""
-        middle, lower, upper = self.request
-        values = serving(self.p, middle)[1:]
-        ends = [serving(self.p, middle, wait)[1:] for wait in self.p.engine.prefill_wait.ends]
-        scale, out = level_scale(self.level), {}
-        for name, value, *moved in zip(("ttft", "tpot"), values, *ends):
-            far = scale * np.log(np.stack(moved) / value)
-            below = np.hypot(np.log(middle / lower), np.minimum(far.min(axis=0), 0.0))
-            above = np.hypot(np.log(upper / middle), np.maximum(far.max(axis=0), 0.0))
-            out[name] = value, value * np.exp(-below), value * np.exp(above)
-        return out
+        found = serving(self.p, self.intervals, self.level)
+        return {name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"]) for name in ("ttft", "tpot")}
 
     @cached_property
     def tokens_per_s(self) -> Triple:

@@ -61,7 +61,7 @@ def reach(
 
     >>> (one,), _ = reach("llama-3.1-8b", ["h100"], Target(1.5), ["depth 0.25"], ["decode"])
     >>> one.reached, one.verdict, one.probability < 0.01
-    (False, 'missed by 16 %', True)
+    (False, 'missed by 15.2 %', True)
     """
     check_probability(probability)
     found = table(

@@ -51,11 +51,18 @@ class Result(Displayed):
         Ratio of FLOPs, of bytes, and of the operators' datasheet rooflines; all exclude work that pruning adds.
     bottleneck : str
         Largest share of the pruned model's time, one of ``BOTTLENECKS``.
-    tokens_per_s, ttft_s, tpot_s : float or None
-        New tokens/s of the pruned model on all devices together, time to first token and time per further token, s;
-        None if the phase has no such number.
-    dense_tokens_per_s, dense_ttft_s, dense_tpot_s : float or None
-        The same numbers of the dense model.
+    tokens_per_s : float or None
+        New tokens/s of the pruned model on all devices together; None in prefill.
+    ttft_s, ttft_lower, ttft_upper : float or None
+        Its time to first token, s, with the ends of its interval; None in decode.
+    tpot_s, tpot_lower, tpot_upper : float or None
+        Its time per further token, s, with the ends of its interval; None in prefill.
+    dense_tokens_per_s : float or None
+        The same of the dense model, as the following.
+    dense_ttft_s, dense_ttft_lower, dense_ttft_upper : float or None
+        Time to first token of the dense model, s.
+    dense_tpot_s, dense_tpot_lower, dense_tpot_upper : float or None
+        Time per further token of the dense model, s.
     pruned : str
         Name of the existing pruned model, else "".
     measured_bound : float or None
@@ -133,10 +140,18 @@ class Result(Displayed):
     bottleneck: str
     tokens_per_s: float | None
     ttft_s: float | None
+    ttft_lower: float | None
+    ttft_upper: float | None
     tpot_s: float | None
+    tpot_lower: float | None
+    tpot_upper: float | None
     dense_tokens_per_s: float | None
     dense_ttft_s: float | None
+    dense_ttft_lower: float | None
+    dense_ttft_upper: float | None
     dense_tpot_s: float | None
+    dense_tpot_lower: float | None
+    dense_tpot_upper: float | None
     pruned: str
     measured_bound: float | None
     efficiency: float
@@ -300,7 +315,7 @@ class Results(Displayed):
     >>> import simulator
     >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
     >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
-    (2, 0.5, [1.32, 1.94])
+    (2, 0.5, [1.32, 1.95])
     """
 
     columns: Columns

@@ -57,7 +57,7 @@ class Scenario:
     token_budget : int, optional
         Most tokens of a step (:func:`simulator.lower`). Default: the engine's on the GPU.
     engine : str
-        Name or path of the engine.
+        Name or path of the engine, with a version or generation if needed (``vllm@0.19``, ``vllm@v1``).
     dtype : str
         Number format of activations and arithmetic.
     weight_dtype, kv_dtype : str, optional
@@ -117,7 +117,7 @@ class Scenario:
 
     @property
     def engine_name(self) -> str:
-        """Name of the engine, also of one loaded from a path."""
+        """Name of the engine, also of one loaded from a path, with the version if one was given (vllm@0.19)."""
         return load_engine(self.engine).name
 
     @cached_property
@@ -176,7 +176,8 @@ def scenarios(
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.prediction.scenario")
     )
     models = [load_model(model) for model in listed("model", models)]
-    engines = tuple({load_engine(name).path: name for name in listed("engine", engine)}.values()) or (template.engine,)
+    loaded = ((load_engine(name), name) for name in listed("engine", engine))
+    engines = tuple({(e.path, e.name): name for e, name in loaded}.values()) or (template.engine,)
     phases = once(one_of("phase", p, PHASES) for p in listed("phase", phase))
     batches, lengths = (
         once(whole_number(name, n) for n in listed(name, values)) for name, values in (("batch", batch), ("seq", seq))

@@ -138,8 +138,8 @@ def serve(
     equal concurrency: depth at 25 % at 245
     equal memory: dense at 245
     equal memory: depth at 25 % at 343
-    within limits: dense at 30
-    within limits: depth at 25 % at 43
+    within limits: dense at 33
+    within limits: depth at 25 % at 49
     """
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")

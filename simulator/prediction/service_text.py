@@ -26,9 +26,9 @@ def sentences(service: Service) -> list[str]:
     >>> from simulator import serve
     >>> lines = sentences(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
     >>> print(lines[0][70:])
-    depth at 25 % makes llama-3.1-8b 1.30x faster (1.26-1.33); stock vllm runs it.
+    depth at 25 % makes llama-3.1-8b 1.32x faster (1.30-1.34); stock vllm runs it.
     >>> print(lines[1][:108])
-    depth at 25 % serves 1.32x (1.22-1.42) as many tokens/s at equal memory: 1.40x as many sequences fit (343 in
+    depth at 25 % serves 1.34x (1.23-1.45) as many tokens/s at equal memory: 1.40x as many sequences fit (343 in
     """
     kinds, best = service.kinds, ranked(service)[0]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []

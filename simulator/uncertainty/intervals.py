@@ -2,24 +2,26 @@
 
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Each pass is therefore evaluated at three host speeds: the typical one and both ends of the host interval. On
-each side, the change is combined with the device interval as a root of sum of squares.
+device. Its two speeds (:mod:`simulator.cost.host`) are functions of two independent normals: ``first``, the speed of
+passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host and
+at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
+interval as a root of sum of squares.
 
-A measured pass time is one observation. Bayes' rule weights a grid of host speeds; kernel errors are conditioned on the
-remaining difference.
+A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors are conditioned on
+the remaining difference. The ends of the interval are then those of ``first``, each with the median of ``second``
+there, so host times per pass and per layer vary with a nearly constant sum, and those of ``second``.
 
 Symbols
 -------
 W : passes
-z : speed of the host, standard deviations from the typical host
-h : host speeds at which passes are evaluated
+h : hosts at which passes are evaluated, the median host first
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +45,13 @@ MIXED_LOG_SD = 0.05
 MEASURED_LOG_SD = 0.01
 """Log standard deviation of a measured time of a whole pass from run to run."""
 
-_GRID = np.linspace(-5.0, 5.0, 201)
-"""Host speeds that a measured time selects from, standard deviations."""
+_FINE, _COARSE, _NONE = np.linspace(-5.0, 5.0, 201), np.linspace(-4.0, 4.0, 81), np.zeros(1)
+_GRIDS = ((_NONE, _NONE), (_FINE, _NONE), (_COARSE, _FINE))
+"""Host speeds ``first`` and ``second`` that a measured time selects from, standard deviations, by number of
+unknowns."""
+
+_ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
+"""Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
 
 CONSISTENT_SD = 2.5
 """Standard deviations from its prediction beyond which a measured time is ignored."""
@@ -75,19 +82,19 @@ class Inferred:
     layer_s: float  # time of the host to launch one layer; 0 under a graph
     host_s: float  # time of the host in the whole measured pass
     host_bound: bool
+    pass_share: tuple[float, float]  # interval of the part of the host's time that is spent per pass
 
 
 @dataclass(frozen=True)
 class _Hosts:
-    """Passes at h host speeds: times (h, W) and the part of them that follows the device."""
+    """Passes at h hosts: times (h, W) and the part of them that follows the device."""
 
     seconds: FloatArray
     share: FloatArray
 
     @classmethod
-    def at(cls, p: PredictedPass, z: FloatArray) -> _Hosts:
-        seconds, share = zip(*(p.at(one) for one in z.tolist()), strict=True)
-        return cls(np.stack(seconds), np.stack(share))
+    def at(cls, p: PredictedPass, first: FloatArray, second: FloatArray) -> _Hosts:
+        return cls(*p.at(*p.host.speeds(first, second)))
 
 
 def prediction_intervals(
@@ -106,13 +113,12 @@ def prediction_intervals(
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
     scale = coverage_factor * level_scale(level)
-    z, inferred = (np.array([-scale, 0.0, scale]) if p.host else np.zeros(3)), None
+    speeds, inferred = scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T, None
     variance = uncertainty.variance()
     if measured is not None:
-        weights, inferred = _hosts_given(p, variance[measured[0]], *measured)
-        if inferred.consistent:
-            z = _quantiles(weights, 0.5 + 0.5 * np.array([-1.0, 0.0, 1.0]) * math.erf(scale / math.sqrt(2.0)))
-    hosts = _Hosts.at(p, z)
+        given, inferred = _hosts_given(p, variance[measured[0]], *measured, scale)
+        speeds = given if inferred.consistent else speeds
+    hosts = _Hosts.at(p, *speeds)
     a, b = hosts.share, hosts.share[:, other]
     # covariance with the other pass
     together = 0.5 * (variance + variance[other] - uncertainty.ratio_variance(other, same))
@@ -123,12 +129,12 @@ def prediction_intervals(
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and inferred is not None and inferred.consistent:
         hosts, explained = _conditioned(p, hosts, variance, same, *measured)
-        own = own - explained**2 + mix * (1.0 - a[1]) ** 2  # the measured time is that of another mix on the host
+        own = own - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured time is that of another mix on the host
         between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
     lower, upper = _ends(log, scale**2 * own)
-    ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[1]) * (1.0 - b[1])))
-    times = np.exp(log[1])
+    ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[0]) * (1.0 - b[0])))
+    times = np.exp(log[0])
     ratios = times[other] / times, np.exp(ratio_lower), np.exp(ratio_upper)
     return PredictionIntervals(times, np.exp(lower), np.exp(upper), *ratios, inferred)
 
@@ -154,50 +160,78 @@ def _conditioned(
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of intervals of logs (h, W) at three hosts, the middle one the prediction; ``square`` holds
-    squared half-widths at each.
+    """Return the ends of intervals of logs (h, W) at some hosts: the first is the prediction, each further pair the
+    ends of one unknown; ``square`` holds squared half-widths at each.
 
     Device errors matter more next to one host than next to another. On either side, half of their square is that next
     to the typical host, half that next to the host farthest on that side. On planted hosts and kernels that take
     equally long, the typical host alone covers 81 %, this rule 86 %.
     """
-    square, every = np.maximum(square, 0.0), np.arange(log.shape[1])
-    low, high = log.argmin(axis=0), log.argmax(axis=0)
-    below = (log[1] - log[low, every]) ** 2 + 0.5 * (square[1] + square[low, every])
-    above = (log[1] - log[high, every]) ** 2 + 0.5 * (square[1] + square[high, every])
-    return log[1] - np.sqrt(below), log[1] + np.sqrt(above)
+    square, every, ends = np.maximum(square, 0.0), np.arange(log.shape[1]), []
+    for side in (-1.0, 1.0):
+        change = side * (log - log[0])
+        whole = 0.5 * (square[0] + square[change.argmax(axis=0), every])
+        for pair in range(1, len(log), 2):
+            whole += np.maximum(change[pair : pair + 2].max(axis=0), 0.0) ** 2
+        ends.append(log[0] + side * np.sqrt(whole))
+    return ends[0], ends[1]
 
 
-def _hosts_given(p: PredictedPass, variance: float, at: int, seconds: float) -> tuple[FloatArray, Inferred]:
-    """Return the weights of the host speeds of :data:`_GRID` given a measured pass, and what follows from it."""
-    hosts = _Hosts.at(p, _GRID)
-    log, share = np.log(seconds / hosts.seconds[:, at]), hosts.share[:, at]
-    whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
-    likely = np.exp(-0.5 * (_GRID**2 + log * log / whole)) / np.sqrt(whole)
-    best = int(np.argmax(likely))
-    deviation = float(np.sqrt(_GRID[best] ** 2 + log[best] ** 2 / whole[best]))
-    if not likely.sum() > 0.0:  # farther than any host explains
-        likely = np.where(np.arange(len(_GRID)) == best, 1.0, 0.0)
-    weights = likely / likely.sum()
-    z = float(_quantiles(weights, 0.5))
-    there, middle = _Hosts.at(p, np.array([z])), _GRID.size // 2
+def _hosts_given(
+    p: PredictedPass, variance: float, at: int, seconds: float, scale: float
+) -> tuple[FloatArray, Inferred]:
+    """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, given a measured pass;
+    and what follows from it."""
+    first, second = _GRIDS[p.host.unknowns]
+    host, segment = p.host.take([at]), p.workloads.groups.segment
+    total, follows = host.total(p.group_s[[at]], segment, *p.host.speeds(first[:, None], second))
+    predicted = total.sum(axis=-1)[..., 0]
+    share = follows.sum(axis=-1)[..., 0] / np.maximum(predicted, 1e-300)
+    log, prior = np.log(seconds / predicted), first[:, None] ** 2 + second**2
+    whole = np.broadcast_to(share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2, prior.shape)
+    log, share = np.broadcast_to(log, prior.shape), np.broadcast_to(share, prior.shape)
+    likely = -0.5 * (prior + log * log / whole + np.log(whole))
+    best = np.unravel_index(int(likely.argmax()), likely.shape)
+    deviation = float(np.sqrt(prior[best] + log[best] ** 2 / whole[best]))
+    hosts = _hosts_of(first, second, likely, scale, p.host.unknowns)
+    usual, (each_pass, other) = float(p.host_s[at]), (part[:, 0] for part in host.spent(*p.host.speeds(*hosts)))
+    spent, launch = each_pass + other, float(np.exp(p.host.launch_log_sd * p.host.speeds(*hosts)[0][0]))
+    shares = each_pass / np.maximum(spent, 1e-300)
+    there, middle = p.at(*p.host.speeds(*hosts[:, :1]))[1], (len(first) // 2, len(second) // 2)
     gain = share[best] * variance / whole[best]
-    host = np.exp(p.host.launch_log_sd * z) if p.host.launch.any() else np.exp(p.host.pass_log_sd * z)
-    return weights, Inferred(
-        host=float(host),
+    return hosts, Inferred(
+        host=float(spent[0]) / usual if usual else 1.0,
         device=float(np.exp(gain * log[best])),
-        predicted_s=float(hosts.seconds[middle, at]),
+        predicted_s=float(predicted[middle]),
         deviation=deviation,
         consistent=deviation <= CONSISTENT_SD,
-        layer_s=float(p.host.layer[at] * host),
-        host_s=float(p.host_s[at] * host),
-        host_bound=bool(there.share[0, at] < 0.5),
+        layer_s=float(p.host.layer[at]) * launch,
+        host_s=float(spent[0]),
+        host_bound=bool(there[0, at] < 0.5),
+        pass_share=(float(shares.min()), float(shares.max())),
     )
 
 
-def _quantiles(weights: FloatArray, at: Any) -> Any:
-    """Return the host speeds below which shares of the weights of :data:`_GRID` lie."""
-    return np.interp(at, np.cumsum(weights) - 0.5 * weights, _GRID)
+def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, scale: float, unknowns: int) -> FloatArray:
+    """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: the medians, and the quantiles that correspond
+    to ``scale`` standard deviations of a normal distribution; those of ``second`` are given ``first``."""
+    ends = np.array(_ENDS[unknowns], dtype=np.float64).T
+    at = 0.5 + 0.5 * ends * math.erf(scale / math.sqrt(2.0))
+    row = log_weight.max(axis=1)
+    given = np.exp(log_weight - row[:, None])
+    found = _quantiles(first, np.exp(row - row.max()) * given.sum(axis=1), at[0])
+    rows, next_to = np.arange(len(first), dtype=np.float64), np.interp(found, first, np.arange(len(first)))
+    out = np.zeros(len(found))
+    for i in np.unique(np.concatenate([np.floor(next_to), np.ceil(next_to)])).astype(int):
+        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # of linear interpolation
+        out += part * _quantiles(second, given[i], at[1])
+    return np.stack([found, out])
+
+
+def _quantiles(values: FloatArray, weights: FloatArray, at: FloatArray) -> FloatArray:
+    """Return the values below which shares of the weights lie."""
+    total = np.cumsum(weights)
+    return np.asarray(np.interp(at, (total - 0.5 * weights) / total[-1], values))
 
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:

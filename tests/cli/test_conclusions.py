@@ -35,8 +35,8 @@ BEGINS = {
     "explain llama-3.2-1b --hardware h100,a100 --family depth --sparsity 0.25 --phase prefill,decode": (
         r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx \(.*\) on .*\."
     ),
-    "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8": (
-        r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm \(decode, batch 8, seq 2048\) is "
+    "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8 --engine sglang": (
+        r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in sglang \(decode, batch 8, seq 2048\) is "
         r"depth: \d\d layers, .* of the parameters kept; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\. .*\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
@@ -86,7 +86,8 @@ def test_the_conclusion_comes_first_and_an_interval_has_two_ends(line: str, cli:
     assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
 
 
-ONE = "advise {} --hardware h100 --target 1.3 --phase decode --batch 8 --family depth,width,kv_cache,token"
+ONE = "advise {} --hardware h100 --engine sglang --target 1.3 --phase decode --batch 8 "
+ONE += "--family depth,width,kv_cache,token"
 EIGHT = "advise {} --hardware h100,a100 --engine vllm,hf --batch 1,8 --target 1.3 --phase decode --family depth,width"
 
 
@@ -219,9 +220,8 @@ def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, m
     assert re.match(fitted, " ".join(out.split()))
     out, err = cli("fit rows.csv --hardware h100 --anchor -o near.yaml")
     text = " ".join(out.split())
-    assert re.match(
-        r"Use near.yaml for this machine and software: mean error of \d+ rows [\d.]+ %, each predicted", text
-    )
+    judged = r"Use near.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each predicted"
+    assert re.match(judged, text)
     assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
     assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
     assert "+-" not in out + err

@@ -77,7 +77,7 @@ def test_bounds_of_any_host_and_that_more_time_is_never_faster(
     device: list[float], launch: list[float], each_pass: float, each_sequence: float, z: float, by: float, more: float
 ) -> None:
     host, spent = host_of(launch, each_pass, each_sequence), np.array([device])
-    total, shown = host.total(spent, SEGMENT, z)
+    total, shown = host.total(spent, SEGMENT, z, z)
     scale = np.exp(0.5 * z)
     for phase in (0, 1):
         at = slice(3 * phase, 3 * phase + 3)
@@ -86,9 +86,9 @@ def test_bounds_of_any_host_and_that_more_time_is_never_faster(
         assert total[0, phase] >= max(busy, launched + scale * each_pass) + added - 1e-9
         assert total[0, phase] <= busy + launched + scale * each_pass + added + 1e-9
         assert -1e-9 <= shown[0, phase] <= min(busy, total[0, phase]) + 1e-9
-    slower, _ = host.total(spent, SEGMENT, z + by)
+    slower, _ = host.total(spent, SEGMENT, z + by, z + by)
     assert (slower >= total - 1e-9).all()
-    longer, _ = host.total(spent * more, SEGMENT, z)
+    longer, _ = host.total(spent * more, SEGMENT, z, z)
     assert (longer >= total - 1e-9).all()
     assert (longer <= total * more + 1e-9).all()
 
@@ -117,8 +117,8 @@ def test_a_scheduler_adds_its_time_to_each_pass_and_each_sequence(
     wanted = (prefills + decodes) * e.each_pass.value + decodes * batch * e.each_sequence.value
     assert p.host_s[0] == pytest.approx(wanted, rel=1e-12)
     assert p.total_s[0] == pytest.approx(p.device_s[0] + wanted, rel=1e-12)
-    slow = p.at(1.5)[0][0] - p.device_s[0]
-    passes_s = (prefills + decodes) * e.each_pass.value * np.exp(1.5 * e.each_pass.log_sd)
+    slow = p.at(1.5, -0.5)[0][0] - p.device_s[0]
+    passes_s = (prefills + decodes) * e.each_pass.value * np.exp(-0.5 * e.each_pass.log_sd)
     sequences_s = decodes * batch * e.each_sequence.value * np.exp(1.5 * e.each_sequence.log_sd)
     assert slow == pytest.approx(passes_s + sequences_s, rel=1e-9)
 
@@ -130,7 +130,7 @@ def test_under_a_graph_without_a_scheduler_and_on_a_cpu_there_is_none(phase: str
         assert not p.host
         assert p.host_s.tolist() == [0.0]
         np.testing.assert_allclose(p.total_s, p.device_s, rtol=1e-15)
-        assert p.at(3.0)[0] == pytest.approx(p.at(-3.0)[0], rel=1e-15)
+        assert p.at(3.0, 3.0)[0] == pytest.approx(p.at(-3.0, -3.0)[0], rel=1e-15)
     cpu = simulator.load_hardware("cpu")
     for engine in ("hf", "vllm", "reference"):
         p = passed(lowered(engine, phase, batch=3, dtype="fp32"), hw=cpu)
@@ -156,7 +156,8 @@ def test_a_pass_on_a_slower_host_is_never_faster_and_follows_the_device_less() -
     for engine in ("hf", "vllm", "sglang"):
         workloads = [lowered(engine, "decode", batch=b, seq=s) for b, s in ((1, 64), (8, 512), (64, 4096), (256, 8192))]
         p = passed(*workloads)
-        seconds, shares = (np.stack(column) for column in zip(*(p.at(z) for z in np.linspace(-3, 3, 25)), strict=True))
+        z = np.linspace(-3, 3, 25)
+        seconds, shares = p.at(z, z)
         assert (np.diff(seconds, axis=0) >= -1e-15).all()
         assert (np.diff(shares, axis=0) <= 1e-12).all()
         assert (shares >= 0.0).all()
@@ -174,3 +175,32 @@ def test_host_time_of_launches_is_the_machine_s_and_that_of_passes_the_engine_s(
     usual, there = passed(w), passed(w, hw=slow)
     np.testing.assert_allclose(there.host.launch, 3.0 * usual.host.launch, rtol=1e-12)
     np.testing.assert_array_equal(there.host.each_pass, usual.host.each_pass)
+
+
+def test_many_hosts_at_once_are_those_one_by_one() -> None:
+    for engine in ("hf", "vllm@v1"):
+        p = passed(lowered(engine, "generate"), lowered(engine, "generate", batch=64, seq=4096))
+        work, passes = np.meshgrid([-2.0, 0.0, 1.5], [-1.0, 0.5], indexing="ij")
+        seconds, shares = p.at(work, passes)
+        assert seconds.shape == (3, 2, 2)
+        for at in np.ndindex(3, 2):
+            one, share = p.at(work[at], passes[at])
+            np.testing.assert_allclose(seconds[at], one, rtol=1e-14)
+            np.testing.assert_allclose(shares[at], share, rtol=1e-14)
+
+
+def test_launches_and_passes_have_speeds_of_their_own_with_the_correlation_of_the_engine() -> None:
+    p = passed(lowered("hf"))
+    assert p.host.unknowns == 2
+    rng = np.random.default_rng(1)
+    work, passes = p.host.speeds(*rng.normal(size=(2, 200_000)))
+    assert np.corrcoef(work, passes)[0, 1] == pytest.approx(load_engine("hf").host_correlation.value, abs=0.01)
+    assert [work.std(), passes.std()] == pytest.approx([1.0, 1.0], abs=0.01)
+    each_pass, other = p.host.spent(1.0, -1.0)
+    assert each_pass[0] == pytest.approx(p.host.each_pass.sum() * np.exp(-load_engine("hf").each_pass.log_sd))
+    assert other[0] == pytest.approx(p.host.launch.sum() * np.exp(p.host.launch_log_sd))
+    # one kind of host time, or a correlation of 1: one unknown
+    alone = replace(p.host, each_pass=0.0 * p.host.each_pass)
+    assert (alone.unknowns, replace(p.host, correlation=1.0).unknowns) == (1, 1)
+    assert [z.tolist() for z in alone.speeds([0.5], [2.0])] == [[0.5], [0.5]]
+    assert passed(lowered("")).host.unknowns == 0

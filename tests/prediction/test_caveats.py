@@ -75,7 +75,7 @@ def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_nam
     planted = replace(fitted.calibrated(sections), name="planted")
     model, seen = simulator.load_model("llama-3.2-1b"), {}
     for batch in (1, 2048):
-        dense = simulator.lower(model, phase="decode", batch=batch, seq=16)
+        dense = simulator.lower(model, phase="decode", batch=batch, seq=16, engine="vllm@v1")
         pruned = simulator.prune(dense, "width", 0.25)
         r = simulator.speedup(dense, pruned, planted)
         shares = []

@@ -208,7 +208,7 @@ def test_the_command_wants_one_target(capsys: pytest.CaptureFixture[str]) -> Non
     assert run([*words, "--latency", "2"]) == 2
     assert "--latency '2': expected" in capsys.readouterr().err
     assert run([*words, "--phase", "decode", "--latency", "1.8ms", "--family", "depth"]) == 0
-    assert "reaches 1.80 ms on h100_sxm in vllm (decode, batch 1, seq 2048) is depth: 8" in capsys.readouterr().out
+    assert "reaches 1.80 ms on h100_sxm in vllm (decode, batch 1, seq 2048) is depth: 12" in capsys.readouterr().out
 
 
 def test_a_file_keeps_its_other_keys_and_odd_shapes_are_searched(

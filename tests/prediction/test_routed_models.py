@@ -90,14 +90,28 @@ def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
     assert simulator.speedup(dense, active, H200).flop_bound > 1.05
 
 
-def test_transformers_launches_each_expert_that_is_used() -> None:
-    w, engine = lowered("qwen3-30b-a3b", devices=1, batch=4, engine="hf", skew=0), load_engine("hf")
-    workloads = WorkloadBatch.of([w])
-    row = np.flatnonzero(workloads.groups.kind == Kind.EXPERTS)
-    used = float(experts_touched(4, 128, 8))
-    assert launches(workloads, engine)[0, row] == pytest.approx(48 * used * engine.launches["experts"])
-    assert launches(workloads, load_engine("vllm"))[0, row] == 48
-    assert workload_time(w, H200).host_bound
+def test_transformers_launches_all_experts_those_in_use_or_groups_by_version() -> None:
+    looped = {"hf@4.51.3": 128.0, "hf@4.53": float(experts_touched(4, 128, 8)), "hf@5.0.0rc1": 1.0, "hf": 1.0}
+    seconds = []
+    for name, many in looped.items():
+        w, engine = lowered("qwen3-30b-a3b", devices=1, batch=4, engine=name, skew=0), load_engine(name)
+        workloads = WorkloadBatch.of([w])
+        row = np.flatnonzero(workloads.groups.kind == Kind.EXPERTS)
+        assert launches(workloads, engine)[0, row] == pytest.approx(48 * many * engine.launches["experts"])
+        assert launches(workloads, load_engine("vllm"))[0, row] == 48
+        assert workload_time(w, H200).host_bound
+        seconds.append(workload_time(w, H200).total_s)
+    assert seconds[0] > 3 * seconds[1] > 6 * seconds[2]
+    assert seconds[2] == seconds[3]
+
+
+def test_a_note_names_the_loop_over_experts_that_was_assumed() -> None:
+    for name, way in (("hf", "runs routed experts together"), ("hf@all", "loops over all routed experts")):
+        found = simulator.table(["mixtral-8x7b"], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name])
+        assert [way in note for note in found.notes].count(True) == 1, found.notes
+    for model, name in (("llama-3.1-8b", "hf"), ("mixtral-8x7b", "vllm")):  # no experts; one way in all generations
+        found = simulator.table([model], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name])
+        assert not any("routed experts" in note for note in found.notes)
 
 
 def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from fake_vllm import FILE, pass_s
 
+import simulator
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.runners.cases import Case
+from calibration.runners.compare import name_of, rows_of
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.models import CLASSES, Models, shapes_of
 from calibration.runners.vllm.process import RELEASES, cause, environment
@@ -306,3 +308,18 @@ def test_the_installed_vllm_has_the_interface() -> None:
     assert engine <= set(inspect.signature(vllm.EngineArgs).parameters)
     assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
     assert {"request_id", "prompt", "params"} <= set(inspect.signature(vllm.LLMEngine.add_request).parameters)
+
+
+def test_a_run_is_predicted_in_the_generation_of_its_version() -> None:
+    (case,) = _cases("depth 0.5", phases=("decode",))
+    record = {"key": name_of(case, "bf16", "vllm"), "status": "ok", "runtime": "vllm"}
+    record |= {"dense_s": [2e-3] * 9, "pruned_s": [1e-3] * 9}
+    hw = simulator.load_hardware("h100")
+    of = {"0.12.0": "vllm@v1", "0.19.1": "vllm@async", "nightly": "vllm"}
+    for version, engine in of.items():
+        (row,) = rows_of([case], [{**record, "versions": {"vllm": version}}], hw, engine="vllm")
+        expected = simulator.workload_time(case.run_in(engine).dense, hw).total_s
+        assert row.predicted_dense_s == pytest.approx(expected, rel=1e-12)
+    (row,) = rows_of([case], [record], hw, engine="vllm")
+    expected = simulator.workload_time(case.run_in("vllm").dense, hw).total_s
+    assert row.predicted_dense_s == pytest.approx(expected, rel=1e-12)

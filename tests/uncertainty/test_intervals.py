@@ -139,7 +139,7 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
             * max(1.0, before.pruned_s[i] / before.dense_s[0])
             * (dense_s - before.dense_s[0])
         )
-        slack = 0.005 * before.dense_s[0]
+        slack = 0.01 * before.dense_s[0]  # the median of a host time of wide spread is not that of its posterior
         assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
     assert inferred.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
     assert (inferred.deviation < 0.1) == (factor == 1.0)
@@ -172,7 +172,7 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
     pruned = [prune(dense, family, s) for family in FAMILIES for s in (0.25, 0.5) if family != "semi_structured"]
     before, _ = compared(dense, *pruned)
     after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
-    np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.01)
+    np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.015)
     for i in range(1, 1 + len(pruned)):
         # but for what a host does to a pass, which is not linear; more so where pruning adds launches
         slack = 1.05 if pruned[i - 1].overhead.any() else 1.03
@@ -241,6 +241,7 @@ sources: {here: "this test"}
 graph: [GRAPH]
 host:
   pass: {value: PASS ms, log_sd: 0.43, source: here}
+  correlation: {value: CORRELATION, source: here}
 log_sd: {value: 0.05, source: here}
 """
 
@@ -260,22 +261,25 @@ def of_rows(p: PredictedPass) -> Uncertainty:
 
 
 @pytest.mark.parametrize(
-    ("graph", "pass_ms", "m", "wide", "most"),
+    ("graph", "pass_ms", "m", "wide", "alike", "most"),
     [
-        ("decode", 0.6, 16, 8192, 0.97),  # a scheduler beside kernels under a graph
-        ("decode", 0.0001, 512, 8192, 0.97),  # kernels alone
-        ("", 0.05, 1, 1024, 1.0),  # launches set the pace, or did: wider than need be where either explains a total
-        ("", 0.3, 1, 8192, 0.97),  # either may
-        ("", 0.2, 64, 14336, 0.97),  # the device sets it
+        ("decode", 0.6, 16, 8192, 1, 0.97),  # a scheduler beside kernels under a graph
+        ("decode", 0.0001, 512, 8192, 1, 0.97),  # kernels alone
+        ("", 0.05, 1, 1024, 1, 1.0),  # launches set the pace, or did: wider than need be where either explains a total
+        ("", 0.3, 1, 8192, 1, 0.97),  # either may
+        ("", 0.2, 64, 14336, 1, 0.97),  # the device sets it
+        ("", 0.6, 1, 1024, 0.3, 1.0),  # launches and passes, whose sum a measured time determines
+        ("", 0.6, 1, 1024, 0, 1.0),
     ],
-    ids=["scheduler", "kernels", "launches", "either", "device"],
+    ids=["scheduler", "kernels", "launches", "either", "device", "split", "independent"],
 )
 def test_intervals_cover_planted_hosts_and_kernels(
-    tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, most: float
+    tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, alike: float, most: float
 ) -> None:
     """Hosts and errors of kernels drawn from the prior, conditioned on a noisy total: how often the truth is inside."""
     path = tmp_path / "planted.yaml"
-    path.write_text(ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms)))
+    text = ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms))
+    path.write_text(text.replace("CORRELATION", str(alike)))
     dense = two_operators(str(path), m, 32, wide)
     others = two_operators(str(path), m, 16, wide), two_operators(str(path), m, 32, wide // 2)
     batch = batch_with(dense, others)
@@ -293,10 +297,11 @@ def test_intervals_cover_planted_hosts_and_kernels(
         error = error + np.sqrt(uncertainty.independent) * own[shape]
         error = error + np.sqrt(2.0 * (1.0 - SAME_SHAPE) * uncertainty.variance) * apart[:9] * (np.arange(9) == 4)
         device = p.group_s + groups.sums(np.where(np.isin(np.arange(9), rows), p.row_s * np.expm1(error), 0.0))
-        z, whole, other_mix = rng.normal(size=3)
-        total = p.host.total(device, groups.segment, z)[0].sum(axis=1)
-        mixed = z + MIXED_LOG_SD / 0.43 * other_mix  # the host of fewer launches
-        total[1] = p.host.total(device, groups.segment, mixed)[0].sum(axis=1)[1]
+        z, whole, other_mix, split = rng.normal(size=4)
+        work, passes = p.host.speeds(z, split)
+        total = p.host.total(device, groups.segment, work, passes)[0].sum(axis=1)
+        mixed = MIXED_LOG_SD / 0.43 * other_mix  # the host of fewer launches
+        total[1] = p.host.total(device, groups.segment, work + mixed, passes + mixed)[0].sum(axis=1)[1]
         total = total * np.exp(p.engine.log_sd.value * whole)
         c = SimpleNamespace(**compare(batch, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))[0])
         ratio = total[0] / total
@@ -312,15 +317,17 @@ def test_intervals_cover_planted_hosts_and_kernels(
 
 def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
     path = tmp_path / "planted.yaml"
-    path.write_text(ENGINE.replace("GRAPH", "").replace("PASS", "0.3"))
+    path.write_text(ENGINE.replace("GRAPH", "").replace("PASS", "0.3").replace("CORRELATION", "0.3"))
     p = forward_passes(WorkloadBatch.of([two_operators(str(path), 1, 32, 4096)]), H100)
     (lower,), (upper,) = intervals(p, 0.9)
     rng = np.random.default_rng(3)
     variance = p.uncertainty.variance()[0]
     seen = [
-        p.host.total(p.group_s * np.exp(np.sqrt(variance) * rng.normal()), p.workloads.groups.segment, rng.normal())[
-            0
-        ].sum()
+        p.host.total(
+            p.group_s * np.exp(np.sqrt(variance) * rng.normal()),
+            p.workloads.groups.segment,
+            *p.host.speeds(*rng.normal(size=2)),
+        )[0].sum()
         for _ in range(2000)
     ]
     assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97

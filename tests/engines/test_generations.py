@@ -1,0 +1,210 @@
+"""Generations: a version or a name selects one, results name it, and its host decides the prediction."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simulator
+from simulator.cli import run
+from simulator.engines.engine import check_engine, list_engines, load_engine
+from simulator.engines.generations import numbers, reached
+from simulator.errors import InputError
+from simulator.figures.titles import engine_title
+from simulator.prediction.scenario import scenarios
+
+pytestmark = pytest.mark.quick
+
+FILE = """\
+schema_version: 1
+name: mine
+title: "An engine"
+stacks: [vllm]
+sources:
+  bench: "a benchmark, https://example.org/bench"
+launches: {mlp_norm: 7, rotary: 2}
+host:
+  pass: {value: 1 ms, log_sd: 0.3, source: bench}
+  sequence: {value: 20 us, log_sd: 0.2, source: bench}
+generations:
+  - {name: first, since: "0", title: "Before 0.8", source: bench}
+  - name: second
+    since: "0.8"
+    title: "From 0.8"
+    source: bench
+    launches: {mlp_norm: 1}
+    host:
+      pass: {value: 0.1 ms, log_sd: 0.9, source: bench}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "generation"),
+    [
+        ("vllm", "async"),
+        ("vllm@0.6", "v0"),
+        ("vllm@0.7.3", "v0"),
+        ("vllm@0.8", "v1"),
+        ("vllm@0.8.0", "v1"),
+        ("VLLM@0.10.2", "v1"),
+        ("vllm@0.13.0+cu129", "v1"),
+        ("vllm@0.14.0rc1", "async"),
+        ("vllm@0.19.1", "async"),
+        ("vllm@1.0.0rc3", "async"),
+        ("vllm@v1", "v1"),
+        ("vllm@V0", "v0"),
+        ("sglang@0.3.6", "sync"),
+        ("sglang@0.5.6.post2", "overlap"),
+        ("transformers@4.51.3", "all"),
+        ("hf@4.53", "touched"),
+        ("hf@5.0.0", "grouped"),
+    ],
+)
+def test_a_version_or_a_name_selects_a_generation(text: str, generation: str) -> None:
+    engine = load_engine(text)
+    assert engine.generation == generation
+    assert engine.title == next(g.title for g in engine.generations if g.name == generation)
+    assert engine is load_engine(text)
+    name, at, version = text.lower().partition("@")
+    assert engine.name == load_engine(name).name + at + version
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vllm@next", "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0), v1 (from"),
+        ("vllm@v2", "engine 'vllm@v2': expected a version"),
+        ("vllm@0.1.", "engine 'vllm@0.1.': expected a version"),
+        ("trtllm@1.0", "engine 'trtllm@1.0': trtllm has no generations; expected trtllm"),
+        ("vlm@0.19", "engine 'vlm' is unknown; did you mean vllm"),
+        ("vllm@", "engine 'vllm@' is unknown; did you mean vllm"),
+        ("@0.19", "engine '@0.19' is unknown"),
+    ],
+)
+def test_what_selects_no_generation_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_engine(text)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    ordered = ["0.4", "0.5.6", "0.9", "0.10.2", "0.14", "1.0.0rc3"]
+    for before, after in pairwise(ordered):
+        earlier, later = numbers(before), numbers(after)
+        assert earlier is not None
+        assert later is not None
+        assert reached(later, before.removesuffix("rc3"))
+        assert not reached(earlier, after.removesuffix("rc3"))
+
+
+@pytest.mark.parametrize("name", [n for n in list_engines() if load_engine(n).generations])
+def test_every_shipped_generation_has_a_source_and_rises(name: str) -> None:
+    engine = load_engine(name)
+    assert engine.generation == engine.generations[-1].name
+    for before, after in pairwise(engine.generations):
+        since = numbers(after.since)
+        assert since is not None
+        assert reached(since, before.since)
+    for generation in engine.generations:
+        one = load_engine(f"{name}@{generation.name}")
+        assert generation.source in one.sources
+        for value in (one.gap, one.each_pass, one.each_sequence):
+            assert (value.source in one.sources) == (value.log_sd > 0.0) == (value.value > 0.0)
+
+
+def test_a_generation_overrides_what_it_names_and_nothing_else(mine: Path) -> None:
+    assert check_engine(str(mine)) == []
+    newest, first = load_engine(str(mine)), load_engine(f"{mine}@0.7")
+    assert (newest.name, newest.title, first.name, first.title) == ("mine", "From 0.8", "mine@0.7", "Before 0.8")
+    assert (newest.each_pass.value, newest.each_pass.log_sd, first.each_pass.value) == (1e-4, 0.9, 1e-3)
+    assert newest.each_sequence == first.each_sequence
+    assert (dict(newest.launches), dict(first.launches)) == ({"mlp_norm": 1, "rotary": 2}, {"mlp_norm": 7, "rotary": 2})
+    assert load_engine(f"{mine}@second").launches == newest.launches
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "reason"),
+    [
+        ('since: "0.8"', 'since: "next"', "14:12: generations.1.since", "expected a version in quotes"),
+        ('since: "0.8"', "since: 0.8", "14:12: generations.1.since", "put it in quotes"),
+        ('since: "0.8"', 'since: "0"', "13:5: generations.1", "expected a later version than the one before"),
+        ("name: second", "name: first", "12:3: generations", "expected generations with different names"),
+        ("    launches:", "    launch:", "17:5: generations.1.launch", "unknown key; did you mean launches?"),
+        ("    source: bench\n", "", "13:5: generations.1.source", "is missing"),
+        ("    source: bench\n", "    source: guess\n", "16:13: generations.1.source", "is not listed under sources"),
+    ],
+)
+def test_what_is_wrong_with_a_generation_is_said_with_its_place(
+    mine: Path, old: str, new: str, place: str, reason: str
+) -> None:
+    assert FILE.count(old) == 1
+    mine.write_text(FILE.replace(old, new))
+    (line, *_) = check_engine(str(mine))
+    assert line.startswith(f"{mine}:{place}: "), line
+    assert reason in line
+
+
+def test_results_name_the_version_and_two_versions_are_two_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["vllm@0.6", "vllm@0.19", "VLLM@0.19", "vllm"]
+    assert [one.engine_name for one in scenarios(None, ["llama-3.2-1b"], asked, ["decode"], [8], [512])] == [
+        "vllm@0.6",
+        "vllm@0.19",
+        "vllm",
+    ]
+    line = "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch 8 --seq 512"
+    assert run([*line.split(), "--engine", ",".join(asked), "--csv", "-"]) == 0
+    header, *rows = (row.split(",") for row in capsys.readouterr().out.splitlines())
+    assert [row[header.index("engine")] for row in rows] == ["vllm@0.6", "vllm@0.19", "vllm"]
+    times = [float(row[header.index("dense_s")]) for row in rows]
+    assert times[0] > times[1] == times[2]
+    assert (engine_title("vllm@0.19"), engine_title("vllm@v1")) == ("vLLM 0.19", "vLLM v1")
+    assert run(["explain", *line.split()[1:], "--engine", "vllm@0.6,vllm@0.19"]) == 0
+    assert "vllm@0.19" in capsys.readouterr().out
+    assert run(["engines", "show", "vllm@0.9"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("vllm@v0, from 0:", "vllm@v1, from 0.8:", "(these values)", "vllm@async, from 0.14:", "950 us"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("phase", ["decode", "serve"])
+@pytest.mark.parametrize("key", ["pass", "sequence"])
+def test_the_spread_of_hosts_is_in_the_interval_of_a_speedup(tmp_path: Path, phase: str, key: str) -> None:
+    def width(sd: float) -> float:
+        path = tmp_path / f"{sd}.yaml"
+        text = FILE.partition("generations:")[0].replace("log_sd: 0.3", "log_sd: 0.01").replace("0.2,", "0.01,")
+        value = {"pass": ("value: 1 ms, log_sd: 0.01", f"value: 1 ms, log_sd: {sd}")}.get(
+            key, ("value: 20 us, log_sd: 0.01", f"value: 200 us, log_sd: {sd}")
+        )
+        path.write_text(text.replace(*value))
+        options: dict[str, Any] = {"phase": phase, "batch": 16, "seq": 512, "engine": str(path)}
+        dense = simulator.lower(
+            simulator.load_model("llama-3.2-1b"), new_tokens=64 if phase == "serve" else 0, **options
+        )
+        s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.5), "h100")
+        return float(np.log(s.upper / s.lower))
+
+    assert width(1.0) > 1.5 * width(0.02)
+
+
+@pytest.mark.parametrize(("removed", "least"), [(0.2, 0.0), (0.45, 0.1), (0.6, 0.15), (0.8, 0.29)])
+def test_a_measured_time_leaves_its_split_between_pass_and_layers_open(removed: float, least: float) -> None:
+    model, hw = simulator.load_model("llama-2-7b"), simulator.load_hardware("h100")
+    dense = simulator.lower(model, phase="decode", batch=1, seq=128, engine="hf")
+    depth, width = (simulator.prune(dense, family, removed) for family in ("depth", "width"))
+    given = simulator.speedup(dense, depth, hw, dense_s=18.6e-3)
+    assert given.lower <= (1.0 - least) * given.speedup
+    narrow = simulator.speedup(dense, width, hw, dense_s=18.6e-3)
+    assert narrow.lower > 0.96 * narrow.speedup  # as many layers: the split does not matter
+    assert given.dense_upper / given.dense_lower < 1.05
