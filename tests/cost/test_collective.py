@@ -19,7 +19,8 @@ from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.errors import InputError
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile, Link
+from simulator.hardware.link import Link
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 
 pytestmark = pytest.mark.quick
@@ -50,7 +51,9 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, 
     share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)
     assert t.roofline_s[-1] == pytest.approx(share * PAYLOAD[-1] / hw.link.bandwidth_bytes_per_s)
     wire = {"all_reduce": 2 * part, "send": 1.0}.get(kind, part) * PAYLOAD[-1]
-    slower = CONSTANTS["e_link"].default(hw.link.family) * (2 / devices) ** CONSTANTS["sharing"].default(hw.link.family)
+    slower = CONSTANTS["e_link"].default(hw.link.defaults) * (2 / devices) ** CONSTANTS["sharing"].default(
+        hw.link.defaults
+    )
     assert t.seconds[-1] == pytest.approx(wire / hw.link.bandwidth_bytes_per_s / slower, rel=0.05)
 
 
