@@ -37,6 +37,9 @@ from simulator.workload import Kind
 COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 """Roles of collectives; the index is the code, also in the residual grid of a profile."""
 
+UNFITTED = ("xgmi", "pcie-host")
+"""Connections of which no table was fitted."""
+
 APART = 8.0
 """Octaves between two collectives, so that their errors are uncorrelated."""
 
@@ -82,16 +85,17 @@ class Messages(Calls):
     def bandwidth_bytes_per_s(self) -> Any:
         """Bandwidth of a device in one direction: a mesh has one link to each other device."""
         full = self.link.bandwidth_bytes_per_s
-        used = (self.devices - 1.0) / (self.link.max_devices - 1.0)
-        return full * used if self.link.connection == "xgmi" else full
+        if self.link.connection != "xgmi":
+            return full
+        return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
 
     @property
     def operator(self) -> str:
         return "collective"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one uplink ("topology"), and
-        without a name from the user the connection may be another one ("unstated")."""
+        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie") and devices may share one uplink ("topology");
+        unless the user named the connection, it may be another one ("unstated")."""
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
@@ -180,7 +184,7 @@ def _over(link: Link, hw: HardwareProfile, payload: FloatArray, count: FloatArra
     section, constants, residual = _ready(hw)
     link = replace(link, stated=link.stated or hw.own_link)
     e = Messages(np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1).estimate(constants)
-    if section.status == "default":
+    if section.status == "default" and link.connection in UNFITTED:
         e = replace(e, loadings={**e.loadings, "default": np.asarray(count > 1, dtype=np.float64)})
     return e.with_residual(None if residual is None else residual(e.position), section)
 

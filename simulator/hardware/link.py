@@ -38,6 +38,9 @@ PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
 without it, 42 us of a small all-reduce on eight RTX 4090 over its 14 ring steps
 (https://github.com/NVIDIA/nccl/issues/1530)."""
 
+FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
+"""Kinds of links with defaults of their own."""
+
 _PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
 
 
@@ -69,7 +72,7 @@ class Link:
         """Kind of defaults that constants of collectives have over this link."""
         if self.connection == "pcie-host":
             return "pcie_host"
-        return self.kind if self.kind in ("pcie3", "pcie4") else self.family
+        return self.kind if self.kind in FITTED_KINDS else self.family
 
     @property
     def most_devices(self) -> int:
