@@ -221,6 +221,8 @@ def test_an_assumed_connection_is_noted_unless_it_is_named(cli: Any) -> None:
     line = "speedup llama-3.1-8b --hardware a6000 --family depth --batch 8 --devices 2"
     assert "a6000: its devices are assumed to have pcie4 with peer access" in cli(line)[1]
     assert "are assumed to have" not in cli(f"{line} --link bridge")[1]
+    explained = cli("explain llama-3.1-8b --hardware a6000 --prune 'depth 0.25' --batch 8 --devices 2")[1]
+    assert "are assumed to have" in explained
     shown = cli.out("hardware show a6000")
     assert "pcie4 with peer access, 32.0 GB/s one way, 1.60 us; others with --link: bridge, pcie-host" in shown
 
