@@ -163,6 +163,7 @@ class Meta:
     hidden: int = 0
     devices: int = 1
     parallel: str = "none"  # none, tensor or pipeline
+    link: str = ""  # connection of the devices; "": the usual one of the hardware
     engine: str = ""  # name or path; "": bare kernels
     applied: tuple[Applied, ...] = ()
     config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model

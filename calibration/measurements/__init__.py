@@ -27,10 +27,12 @@ PUBLISHED: Mapping[str, str] = {
     "dense": "published_dense.csv",
     "speedups": "published_speedups.csv",
     "gemm_ratios": "published_gemm_ratios.csv",
+    "collectives": "published_collectives.csv",
     "paper": "published_paper.csv",
     "serving": "serving.csv",
 }
-"""Files of published measurements: whole models (dense, pruned, the taxonomy paper, serving) and single GEMMs."""
+"""Files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
+collectives."""
 
 
 def file_name(name: str) -> str:

@@ -107,8 +107,8 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    """Return notes on a measured time, calibration and pruned checkpoints."""
-    from simulator.prediction.caveats import experts_assumed, inferred_line, uncalibrated
+    """Return notes on a measured time, calibration, assumptions and pruned checkpoints."""
+    from simulator.prediction.caveats import assumed_link, experts_assumed, inferred_line, uncalibrated
     from simulator.prediction.prunings import difference_lines
 
     lines = []
@@ -116,7 +116,8 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         if e.inferred is not None and e.dense_s is not None:
             lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
     lines += uncalibrated(e.result for e in found)
-    lines += dict.fromkeys(filter(None, (experts_assumed(e.dense) for e in found)))
+    assumed = (note for e in found for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense)))
+    lines += dict.fromkeys(filter(None, assumed))
     return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
 
 

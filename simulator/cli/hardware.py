@@ -51,6 +51,7 @@ def show(
     factor on correlated and independent errors at which 90 % of the held-out rows of its table are covered.
     """
     from simulator.hardware.library import load_hardware
+    from simulator.hardware.link import choices
     from simulator.hardware.profile import unfitted
 
     hw = load_hardware(name)
@@ -67,7 +68,11 @@ def show(
     ]
     if hw.link is not None:
         speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
-        facts.append(("link", f"{hw.link.kind}, {speed}"))
+        others = ", ".join(choices(hw.link, hw.bridge)[1:])
+        facts.append(("link", f"{hw.link.text}, {speed}; others with --link: {others}"))
+    if hw.bridge is not None:
+        speed = f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.bridge.latency_s)}"
+        facts.append(("bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.label}{also}\n")
     render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))

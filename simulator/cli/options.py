@@ -33,6 +33,7 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),
     "--method": "pruning._methods.METHODS",
     "--phase": "workload.PHASES",
+    "--link": "hardware.link.CONNECTIONS",
     **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "workload.DTYPES"),
 }
 """Option or argument -> place of the names for shell completion."""
@@ -126,6 +127,14 @@ KvDtype = Annotated[
     str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
 ]
 Devices = Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")]
+LinkName = Annotated[
+    str | None,
+    opt(
+        "--link",
+        "NAME",
+        "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. Default: the hardware's.",
+    ),
+]
 Parallel = Annotated[str, opt("--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")]
 Skew = Annotated[
     float | None,
@@ -165,6 +174,7 @@ class Run:
     weight_dtype: WeightDtype = None
     kv_dtype: KvDtype = None
     devices: Devices = 1
+    link: LinkName = None
     parallel: Parallel = "tensor"
     skew: Skew = None
 
@@ -175,6 +185,8 @@ class Run:
 
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")
+        if self.link is not None and self.devices == 1:
+            raise InputError("--link: expected with --devices of at least 2")
         budget = self.token_budget
         scenario = Scenario(
             new_tokens=self.new_tokens,
@@ -185,6 +197,7 @@ class Run:
             kv_dtype=self.kv_dtype,
             devices=self.devices,
             parallel=self.parallel,
+            link=self.link,
             skew=EXPERT_SKEW if self.skew is None else self.skew,
             ideal=ideal,
         )

@@ -1,9 +1,11 @@
-"""Collectives between devices: alpha-beta over the profile's link.
+"""Collectives between devices: alpha-beta over the link that joins them (:mod:`simulator.hardware.link`).
 
 The library's algorithm (NCCL's ring) takes a start, a hop for each synchronising step, the wire's time, and a ramp: a
-payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Engines have their
-own all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter,
-then all-gather), where devices see each other's memory; the fastest is used. Use :func:`collective`.
+payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Within one host,
+NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc), so it is not modelled. Engines have their own
+all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter,
+then all-gather), where devices see each other's memory; the fastest is used. A ring over NVLink bridges crosses PCIe
+once per pair and direction, at the rate of PCIe. Use :func:`collective`.
 
 Symbols
 -------
@@ -15,7 +17,7 @@ wire : bytes that a device sends, over the link's bandwidth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,11 +30,15 @@ from simulator.cost.base import Calls, Estimate, bottleneck
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS
-from simulator.hardware.profile import HardwareProfile, Link, Section
+from simulator.hardware.link import Link
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.workload import Kind
 
 COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 """Roles of collectives; the index is the code, also in the residual grid of a profile."""
+
+UNFITTED = ("xgmi", "pcie-host")
+"""Connections of which no table was fitted."""
 
 APART = 8.0
 """Octaves between two collectives, so that their errors are uncorrelated."""
@@ -58,7 +64,7 @@ class Messages(Calls):
         wire = np.choose(self.code, [2.0 * share, share, share, share, one]) * self.payload
         hops = np.choose(self.code, [2.0 * others, others, others, 1.0 + np.log2(self.devices), one])
         # devices behind one PCIe switch share its uplink
-        rate = self.link.bandwidth_bytes_per_s * (2.0 / self.devices) ** c["sharing"]
+        rate = self.bandwidth_bytes_per_s / (0.5 * self.ports) ** c["sharing"]
         moved = wire / (c["e_link"] * rate)
         launch, step = c["t0_s"] + c["hop_s"] * hops, np.sqrt(c["pipe_s"] * moved)
         own_rate = c["own_e"] * rate
@@ -71,12 +77,25 @@ class Messages(Calls):
         return np.where(own, own_launch, launch), np.where(own, own_moved, moved), np.where(own, own_step, step)
 
     @property
+    def ports(self) -> FloatArray:
+        """Ports of the link that a ring uses, at least 2."""
+        return np.maximum(self.devices / self.link.group, 2.0)
+
+    @property
+    def bandwidth_bytes_per_s(self) -> Any:
+        """Bandwidth of a device in one direction: a mesh has one link to each other device."""
+        full = self.link.bandwidth_bytes_per_s
+        if self.link.connection != "xgmi":
+            return full
+        return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
+
+    @property
     def operator(self) -> str:
         return "collective"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost. Over PCIe, devices may not reach each other's memory ("pcie"), and may share one uplink
-        ("topology")."""
+        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie") and devices may share one uplink ("topology");
+        unless the user named the connection, it may be another one ("unstated")."""
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
@@ -84,8 +103,9 @@ class Messages(Calls):
         kind, devices, size = position
         if self.link.family == "pcie":
             loadings["pcie"] = loadings["link"] + 0.5 * loadings["step"]
-            loadings["topology"] = (devices - 1.0) * loadings["pcie"]
-        roofline = least_wire(self.code, self.devices, self.link.kind) * self.payload / self.link.bandwidth_bytes_per_s
+            loadings["topology"] = np.log2(0.5 * self.ports) * loadings["pcie"]
+            loadings["unstated"] = float(not self.link.stated) * (1.0 - 0.5 * loadings["link"])
+        roofline = least_wire(self.code, self.devices, self.link) * self.payload / self.bandwidth_bytes_per_s
         roofline = np.where(self.active, roofline, 0.0)
         return Estimate(
             operator="collective",
@@ -101,11 +121,11 @@ class Messages(Calls):
         )
 
 
-def least_wire(code: NDArray[Any], devices: FloatArray, link: str) -> FloatArray:
+def least_wire(code: NDArray[Any], devices: FloatArray, link: Link) -> FloatArray:
     """Return the payloads that must at least pass a device's link. From its fourth generation on, NVLink's switch can
     add up, so an all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
-    adds = link.lower().startswith("nvlink") and not link.lower().startswith(("nvlink1", "nvlink2", "nvlink3"))
+    adds = link.connection == "nvswitch" and not link.kind.lower().startswith(("nvlink1", "nvlink2", "nvlink3"))
     reduce = np.ones_like(share) if adds else 2.0 * share
     return np.where(code == 0, reduce, np.where(code == COLLECTIVES.index("send"), 1.0, share))
 
@@ -117,6 +137,15 @@ def _ready(hw: HardwareProfile) -> tuple[Section, dict[str, float], ResidualGrid
     if hw.link is not None and section.constants["hop_s"].status == "default":
         constants["hop_s"] = hw.link.latency_s
     return section, constants, ResidualGrid.from_arrays(section.arrays)
+
+
+def _either(first: NDArray[Any], one: Estimate, other: Estimate) -> Estimate:
+    """Return the first estimate in some operators, the other in the rest."""
+    names = dict.fromkeys((*one.loadings, *other.loadings))
+    parts = {n: (getattr(one, n), getattr(other, n)) for n in ("time", "floor", "roofline", "bottleneck")}
+    chosen = {name: np.where(first, *both) for name, both in parts.items()}
+    loadings = {name: np.where(first, one.loadings.get(name, 0.0), other.loadings.get(name, 0.0)) for name in names}
+    return replace(one, **chosen, loadings=loadings)
 
 
 def collective(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, kind: str = "all_reduce") -> Estimate:
@@ -141,9 +170,26 @@ def collective(payload_bytes: Any, devices: Any, hw: HardwareProfile, *, kind: s
         if most > 1:
             raise InputError(f"{hw.name} has no link to other devices; expected 1 device, got {most}")
         link = Link("none", 1.0, 0.0, 1)  # one device sends nothing over it
-    elif most > link.max_devices:
-        raise InputError(f"{hw.name}: its {link.kind} connects {link.max_devices} devices, got {most}")
+    elif most > link.most_devices:
+        raise InputError(f"{hw.name}: its {link.kind} connects {link.most_devices} devices, got {most}")
+    near = _over(link, hw, payload, count, COLLECTIVES.index(kind))
+    if link.beyond is None or most <= link.max_devices:
+        return near
+    far = _over(link.beyond, _beyond(hw), payload, count, COLLECTIVES.index(kind))
+    return _either(count <= link.max_devices, near, far)
+
+
+def _over(link: Link, hw: HardwareProfile, payload: FloatArray, count: FloatArray, code: int) -> Estimate:
+    """Return the cost of collectives of one kind over one link of a device."""
     section, constants, residual = _ready(hw)
-    code = np.full(payload.shape, COLLECTIVES.index(kind))
-    e = Messages(code, payload, np.maximum(count, 2.0), link, count > 1).estimate(constants)
+    link = replace(link, stated=link.stated or hw.own_link)
+    e = Messages(np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1).estimate(constants)
+    if section.status == "default" and link.connection in UNFITTED:
+        e = replace(e, loadings={**e.loadings, "default": np.asarray(count > 1, dtype=np.float64)})
     return e.with_residual(None if residual is None else residual(e.position), section)
+
+
+@lru_cache(maxsize=64)
+def _beyond(hw: HardwareProfile) -> HardwareProfile:
+    """Return a device whose link is the one beyond the pairs of its bridges."""
+    return replace(hw, link=hw.link.beyond if hw.link else None)

@@ -139,7 +139,8 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
     between = w.kind == int(Kind.COLLECTIVE)
     for role in collective.COLLECTIVES if between.any() else ():
         if len(rows := np.flatnonzero(between & w.is_role(role))):
-            yield rows, collective.collective(w.read_bytes[rows], w.batch[rows], hw, kind=role)
+            joined = hw.over(w.meta.link)
+            yield rows, collective.collective(w.read_bytes[rows], w.batch[rows], joined, kind=role)
 
 
 def engine_factors(
@@ -227,12 +228,13 @@ class ForwardPass:
     @property
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
-        w, hw = self.workloads.rows, self.hw
+        w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
         # of a format that the device does not compute in, only the bytes count
         rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
         compute_s = self.workloads.flops * (1.0 / rates)[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
-        link = w.read_bytes * w.count / (hw.link.bandwidth_bytes_per_s if hw.link else np.inf)
+        rate = hw.link.between(w.meta.devices).bandwidth_bytes_per_s if hw.link else np.inf
+        link = w.read_bytes * w.count / rate
         return np.where(w.kind == Kind.COLLECTIVE, link, out)
 
     @property

@@ -30,6 +30,12 @@ def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other
     return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
 
 
+def _joined(unit: str, low: float, high: float, source: str, meaning: str, **defaults: float) -> Constant:
+    """Return a constant with defaults by kind of link, where that of PCIe holds for each of its kinds."""
+    kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
+    return _row(unit, low, high, source, meaning, **{**kinds, **defaults})
+
+
 # fmt: off
 # sources of defaults
 _AIC = "aiconfigurator-core 0.12.0"
@@ -65,9 +71,12 @@ _EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which
     "Transformers at batch 1 among the rows fitted on")
 _LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
     "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
-_NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, b200_sxm, l40s, rtx_pro_6000_server; 2, 4 "
-    "and 8 devices)")
+_NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
+    "rtx_pro_6000_server; 2, 4 and 8 devices)")
 
+_HOST_MEMORY = ("NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on two Xeon "
+    "8480+: 35 GB/s with 4 devices, 28 GB/s with 8)")
+_PEERS = ("vLLM's all-reduce needs peer access, vllm/distributed/device_communicators/custom_all_reduce.py")
 _MOE = (f"fits to the MoE tables of {_AIC}, bf16, tensor parallel alone; geometric mean over stacks")
 
 # unit, range, source, meaning, default by architecture
@@ -237,25 +246,32 @@ RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 })
 
 COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
-        pcie=4.0e-6, other=5.5e-6),
-    "hop_s": _row("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
+    "t0_s": _joined("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
+        pcie=4.0e-6, nvlink3=8.6e-6, nvlink4=4.5e-6, nvlink5=7.4e-6, other=5.5e-6),
+    "hop_s": _joined("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
         pcie=1.4e-6, other=9e-7),
-    "e_link": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth in one direction of a large payload",
-        pcie=0.57, other=0.77),
-    "sharing": _row("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
+    "e_link": _joined("1", 0.01, 1.0, f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
+        "share of the link's bandwidth in one direction of a large payload",
+        pcie=0.57, pcie3=0.65, pcie4=0.65, pcie_host=0.5, nvlink3=0.75, nvlink4=0.78, nvlink5=0.74, other=0.77),
+    "sharing": _joined("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
         "power of 2 / devices by which bandwidth drops, as devices share it", pcie=0.5, other=0.0),
-    "pipe_s": _row("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
-        pcie=5.5e-6, other=1.5e-5),
-    "own_devices": _row("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink",
-        "devices up to which the engine has its own all-reduce; 0: it has none", pcie=2.0, other=8.0),
-    "own_bytes": _row("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce", pcie=6.7e7, other=1.68e7),
-    "own_t0_s": _row("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce", pcie=5.5e-6, other=3.5e-6),
-    "own_hop_s": _row("s", 0.0, 1e-5, _NCCL, "further start time per device", pcie=0.0, other=1.2e-7),
-    "own_e": _row("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve", pcie=0.59, other=0.65),
-    "own_step_s": _row("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two", other=6e-6),
+    "pipe_s": _joined("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
+        pcie=5.5e-6, nvlink3=3.2e-5, nvlink4=1.27e-5, nvlink5=2.1e-5, other=1.5e-5),
+    "own_devices": _joined("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
+        "devices up to which the engine has its own all-reduce; 0: it has none", pcie=2.0, pcie_host=0.0, other=8.0),
+    "own_bytes": _joined("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce",
+        pcie=6.7e7, nvlink3=8.39e6, other=1.68e7),
+    "own_t0_s": _joined("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce",
+        pcie=5.5e-6, nvlink3=4.6e-6, nvlink4=3e-6, nvlink5=5.1e-6, other=3.5e-6),
+    "own_hop_s": _joined("s", 0.0, 1e-5, _NCCL, "further start time per device",
+        pcie=0.0, nvlink3=1.25e-7, nvlink4=9.2e-8, nvlink5=1.06e-7, other=1.2e-7),
+    "own_e": _joined("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve",
+        pcie=0.59, nvlink3=0.56, nvlink4=0.65, nvlink5=0.5, other=0.65),
+    "own_step_s": _joined("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two",
+        pcie=6e-6, nvlink3=9e-6, nvlink4=5.8e-6, nvlink5=9.1e-6, other=6e-6),
 })
-"""Constants with defaults by kind of link, "pcie" or any other, instead of the architecture."""
+"""Constants with defaults by kind of link (:attr:`simulator.hardware.link.Link.defaults`), instead of the
+architecture."""
 
 EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels: sorting of tokens, products, activation, sum",

@@ -18,6 +18,7 @@ from simulator.arguments import COUNT, Range, number
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
 from simulator.hardware.formats import labels
+from simulator.hardware.link import Link, named
 from simulator.hardware.sections import (
     ANY_DTYPE,
     Fitted,
@@ -70,21 +71,6 @@ class Rate:
     sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
 
 
-@dataclass(frozen=True)
-class Link:
-    """Connection between devices."""
-
-    kind: str
-    bandwidth_bytes_per_s: float  # in one direction
-    latency_s: float  # of one message step
-    max_devices: int
-
-    @property
-    def family(self) -> str:
-        """ "nvlink", or "pcie" for every other link."""
-        return "nvlink" if "nvlink" in self.kind.lower() else "pcie"
-
-
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _FACTS: Mapping[str, Range] = MappingProxyType(
     {
@@ -122,7 +108,9 @@ class HardwareProfile(Displayed):
     memory_bytes, bandwidth_bytes_per_s, l2_bytes, power_w : float
         Memory, its bandwidth, last shared cache (bytes, B/s, bytes) and power limit (W); above 0.
     link : Link, optional
-        Connection to other devices of the same kind.
+        Connection to other devices of the same kind: the usual one, or of :meth:`over`.
+    bridge : Link, optional
+        NVLink bridge between two devices, if the GPU has connectors for one.
     sources, notes : mapping of str to str
         Source of each fact, and remarks, by datasheet key ("sm_count", "rates.bf16", "link.latency").
     references : mapping of str to str
@@ -175,6 +163,7 @@ class HardwareProfile(Displayed):
     l2_bytes: float
     power_w: float
     link: Link | None = None
+    bridge: Link | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     references: Mapping[str, str] = field(default_factory=dict)
@@ -228,6 +217,7 @@ class HardwareProfile(Displayed):
             "l2_bytes": self.l2_bytes,
             "power_w": self.power_w,
             "link": self.link,
+            "bridge": self.bridge,
             "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
             "stack": self.stack,
             "stacks": [stack for stack in self.stacks if stack],
@@ -277,6 +267,25 @@ class HardwareProfile(Displayed):
         """
         return _serving(self, stacks) if stacks and not self.engine_stack else self
 
+    def over(self, link: str) -> HardwareProfile:
+        """Return the device joined to others by another connection, of :data:`simulator.hardware.link.CONNECTIONS`.
+
+        Fitted collectives of the usual connection are not used over another one. "" returns the profile itself.
+
+        Raises
+        ------
+        InputError
+            For an unknown name, and for a connection that the GPU does not have.
+
+        Examples
+        --------
+        >>> from simulator.hardware.library import load_hardware
+        >>> hw = load_hardware("a6000").over("bridge")
+        >>> hw.link.text, hw.link.most_devices
+        ('nvlink3 bridges between pairs, pcie4 beyond', 8)
+        """
+        return _over(self, link) if link else self
+
     def calibrated(self, sections: Sections, own_stack: str = "") -> HardwareProfile:
         """Return the device with the sections of the user's own calibration.
 
@@ -301,6 +310,12 @@ class HardwareProfile(Displayed):
             return SAME_STACK, section.section_scale
         engines = fitted and section.stack == self.engine_stack != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
+
+    @property
+    def own_link(self) -> bool:
+        """Whether the user measured collectives over the device's link."""
+        found = self.sections.get(("collective", "*"))
+        return found is not None and found.status == "calibrated" and not found.stack
 
     @property
     def clock_headroom(self) -> float:
@@ -337,7 +352,7 @@ class HardwareProfile(Displayed):
         Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
         has every constant of the operator; a constant that was not fitted has its default and the status "default".
         """
-        kind = self.link.family if operator == "collective" and self.link else self.architecture
+        kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)
         found = self.sections.get((operator, "*" if operator in ANY_DTYPE else dtype))
         twin = _TWINS.get(dtype, "")
@@ -372,7 +387,8 @@ def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwarePr
 
     Only number formats that the device has are inherited, and collectives only over a link of the same kind.
     """
-    linked = profile.link and related.link and profile.link.kind == related.link.kind
+    same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
+    linked = len(same) == 2 and same[0] == same[1]
     known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
     stacks = {name: dict(own) for name, own in profile.stacks.items()}
     for name, sections in related.stacks.items():
@@ -389,6 +405,19 @@ def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
             raise InputError(f"{profile.name}: expected no stack, as nothing was fitted for one, got {stack!r}")
         raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
     return replace(preferring(profile, profile.stacks, stack), pinned=True)
+
+
+@lru_cache(maxsize=64)
+def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
+    link = named(name, profile.link, profile.bridge, profile.architecture, profile.name)
+    if profile.link is not None and replace(profile.link, stated=True) == link:
+        return replace(profile, link=link)
+
+    def without(sections: Sections) -> Sections:
+        return MappingProxyType({key: section for key, section in sections.items() if key[0] != "collective"})
+
+    stacks = {stack: without(sections) for stack, sections in profile.stacks.items()}
+    return replace(profile, link=link, sections=without(profile.sections), stacks=MappingProxyType(stacks))
 
 
 @lru_cache(maxsize=64)

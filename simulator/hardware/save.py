@@ -213,9 +213,18 @@ def _facts(profile: HardwareProfile) -> dict[str, Any]:
     if link := profile.link:
         datasheet["link"] = {
             "kind": _text(link.kind),
+            **(
+                {"connection": fact("link.connection", link.connection)} if "link.connection" in profile.sources else {}
+            ),
             "max_devices": link.max_devices,
             "bandwidth": fact("link.bandwidth", format_quantity(link.bandwidth_bytes_per_s, "B/s")),
             "latency": fact("link.latency", format_quantity(link.latency_s, "s")),
+        }
+    if bridge := profile.bridge:
+        datasheet["bridge"] = {
+            "kind": _text(bridge.kind),
+            "bandwidth": fact("bridge.bandwidth", format_quantity(bridge.bandwidth_bytes_per_s, "B/s")),
+            "latency": fact("bridge.latency", format_quantity(bridge.latency_s, "s")),
         }
     return {
         "schema_version": SCHEMA_VERSION,

@@ -31,7 +31,8 @@ from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, Link, Rate
+from simulator.hardware.link import CONNECTIONS, Link
+from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, Rate
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
     ANY_DTYPE,
@@ -173,12 +174,13 @@ def _profile_field(root: Node, path: Path, fetch: Fetch) -> ObjectField:
     quantities = {key: fact(quantity) for key, (_, quantity) in QUANTITIES.items()}
     max_clock = quantities.pop("max_clock")
     rate = fact(RATE, accumulate=_SUMS, sparse_factor=NumberField(1, 4, "2"))
-    link: dict[str, FieldType] = {
-        "kind": TextField(),
-        "max_devices": NumberField(1, 100_000, "8", whole=True),
+    speed: dict[str, FieldType] = {
         "bandwidth": fact(QuantityField("B/s", 1e6, 1e14)),
         "latency": fact(QuantityField("s", 1e-9, 1.0)),
     }
+    link: dict[str, FieldType] = {"kind": TextField(), "max_devices": NumberField(1, 100_000, "8", whole=True), **speed}
+    bridge: dict[str, FieldType] = {"kind": TextField(), **speed}
+    connection = fact(TextField(tuple(name for name in CONNECTIONS if name != "bridge")))
     facts: dict[str, FieldType] = {
         "sm_count": fact(NumberField(1, 100_000, "132", whole=True)),
         **quantities,
@@ -191,7 +193,14 @@ def _profile_field(root: Node, path: Path, fetch: Fetch) -> ObjectField:
         "vendor": TextField(),
         "architecture": TextField(ARCHITECTURES),
         "sources": MapField(TextField()),
-        "datasheet": ObjectField(facts, {"max_clock": max_clock, "link": ObjectField(link)}),
+        "datasheet": ObjectField(
+            facts,
+            {
+                "max_clock": max_clock,
+                "link": ObjectField(link, {"connection": connection}),
+                "bridge": ObjectField(bridge),
+            },
+        ),
     }
     optional: dict[str, FieldType] = {
         "aliases": ListField(_ALIAS),
@@ -328,9 +337,17 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
         dtype: Rate(rate["value"], rate["accumulate"], rate["sparse_factor"]) for dtype, rate in facts["rates"].items()
     }
     entries |= {f"rates.{dtype}": entry for dtype, entry in facts["rates"].items()}
+    bridge = facts.get("bridge")
+    for name, given in (("link", link), ("bridge", bridge)):
+        entries |= {
+            f"{name}.{key}": given[key] for key in ("bandwidth", "latency", "connection") if given and key in given
+        }
+    if bridge:
+        bridge = Link(bridge["kind"], bridge["bandwidth"]["value"], bridge["latency"]["value"], 2, "bridge")
     if link:
-        entries |= {f"link.{key}": link[key] for key in ("bandwidth", "latency")}
-        link = Link(link["kind"], link["bandwidth"]["value"], link["latency"]["value"], link["max_devices"])
+        connection = link["connection"]["value"] if "connection" in link else ""
+        speed = link["bandwidth"]["value"], link["latency"]["value"]
+        link = Link(link["kind"], *speed, link["max_devices"], connection)
     profile = HardwareProfile(
         name=top["name"],
         title=top["title"],
@@ -341,6 +358,7 @@ def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
         sm_count=facts["sm_count"]["value"],
         **values,
         link=link,
+        bridge=bridge,
         sources=MappingProxyType({key: references[entry["source"]] for key, entry in entries.items()}),
         notes=MappingProxyType({key: entry["note"] for key, entry in entries.items() if "note" in entry}),
         references=references,

@@ -44,8 +44,14 @@ datasheet:
     bf16: {value: FILL_IN TFLOP/s, accumulate: fp32, sparse_factor: 2, source: datasheet}
   # For several devices: bandwidth in one direction, latency of one message.
   # link:
-  #   kind: nvlink4
+  #   kind: nvlink4  # or pcie5, xgmi
+  #   connection: {value: pcie-host, source: datasheet}  # PCIe without peer access; else by kind
   #   max_devices: 8
+  #   bandwidth: {value: FILL_IN GB/s, source: datasheet}
+  #   latency: {value: FILL_IN us, source: datasheet}
+  # For cards with connectors for an NVLink bridge between two of them (--link bridge).
+  # bridge:
+  #   kind: nvlink4
   #   bandwidth: {value: FILL_IN GB/s, source: datasheet}
   #   latency: {value: FILL_IN us, source: datasheet}
 """)

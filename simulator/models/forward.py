@@ -42,6 +42,7 @@ class Request:
     copies: bool
     devices: int
     parallel: str
+    link: str
     skew: float
     fuse_qkv: bool
     fuse_gate_up: bool

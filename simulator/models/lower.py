@@ -83,6 +83,7 @@ def lower(
     engine: str = DEFAULT_ENGINE,
     devices: int = 1,
     parallel: str = "tensor",
+    link: str | None = None,
     skew: float = EXPERT_SKEW,
     token_budget: int | None = None,
     cached_prefix: float = 0,
@@ -115,6 +116,9 @@ def lower(
         Number of devices, at least 1.
     parallel : {"tensor", "expert", "pipeline"}
         How devices share the model, see :mod:`simulator.models.parallel`.
+    link : str, optional
+        What joins the devices, of :data:`simulator.hardware.link.CONNECTIONS`. Default: the hardware's usual
+        connection.
     skew : float
         Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.routing.experts_chance`.
     token_budget : int, optional
@@ -176,6 +180,7 @@ def lower(
         copies=runs.cache == "copied",
         devices=devices,
         parallel=parallel,
+        link="" if link is None else text("link", link),
         skew=number("skew", skew, SKEW),
         fuse_qkv="qkv" in runs.fuse,
         fuse_gate_up="gate_up" in runs.fuse,
@@ -250,6 +255,7 @@ def _lower(r: Request) -> Workload:
         hidden=r.model.hidden,
         devices=r.devices,
         parallel=r.parallel if r.devices > 1 else "none",
+        link=r.link if r.devices > 1 else "",
         engine=r.engine,
         config=r.model,
     )

@@ -1,5 +1,5 @@
 """Notes on the limits of a prediction, one line each: :func:`beyond_measured`, :func:`better_than_bound`,
-:func:`fallback`, :func:`uncalibrated`, :func:`inferred_line`."""
+:func:`fallback`, :func:`assumed_link`, :func:`uncalibrated`, :func:`inferred_line`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from simulator.cost.forward import SECTIONS, by_formats, section_of
 from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
+from simulator.hardware.link import choices
 from simulator.hardware.profile import unfitted
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import PARTS, SMALL_SHARE, compare
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
+
+LINK_SHARE = 0.05
+"""Share of the time in collectives from which a note states the assumed connection."""
 
 _EXPERTS = {
     "grouped": "runs routed experts together",
@@ -98,6 +102,27 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
             some = "" if len(parts) == len(fitted) else f" for {with_and(parts)}"
             out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
     return "; ".join(filter(None, (f"{hw.label}: {'; '.join(out)}" if out else "", assumed)))
+
+
+def assumed_link(hw: HardwareProfile, w: Workload) -> str:
+    """Return a note on the connection of the devices if it was assumed and collectives take over :data:`LINK_SHARE` of
+    the time, or "".
+
+    >>> from simulator import load_hardware, load_model, lower
+    >>> w = lower(load_model("llama-3.1-8b"), batch=8, devices=4)
+    >>> assumed_link(load_hardware("a6000"), w)
+    'a6000: its devices are assumed to have pcie4 with peer access; for another link, use --link bridge or pcie-host'
+    >>> assumed_link(load_hardware("a6000"), lower(load_model("llama-3.1-8b"), batch=8, devices=4, link="bridge"))
+    ''
+    """
+    if hw.link is None or w.meta.link or w.meta.devices == 1 or hw.own_link:
+        return ""
+    engine = load_engine(w.meta.engine)
+    spent = operator_times(w, hw.serving(engine.stacks), engine=engine)[0].seconds * w.count
+    if spent[w.kind == Kind.COLLECTIVE].sum() < LINK_SHARE * spent.sum():
+        return ""
+    others = " or ".join(choices(hw.link, hw.bridge)[1:])
+    return f"{hw.label}: its devices are assumed to have {hw.link.text}; for another link, use --link {others}"
 
 
 def experts_assumed(w: Workload) -> str:

@@ -19,6 +19,7 @@ from simulator.errors import InputError
 from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
 from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
 from simulator.hardware.library import reference
+from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -234,6 +235,7 @@ class Grid:
     prune: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _text))] = ()
     # as in a scenario, for the whole grid
     parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
+    link: Annotated[str | None, CheckedField(TextField(), _link)] = None
     new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
     cached_prefix: Annotated[float, NumberField(0, MAX_TOKENS, "512")] = 0.0
     token_budget: Annotated[int | None, NumberField(1, MAX_TOKENS, "8192", whole=True)] = None
@@ -284,6 +286,7 @@ class Grid:
             kv_dtype=formats.kv_dtype,
             devices=devices,
             parallel=self.parallel,
+            link=self.link,
             ideal=self.ideal,
             level=self.level,
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)
 """Default sparsities."""
 
-ALIKE = ("engine", "phase", "batch", "seq", "new_tokens", "cached", "budget", "dtype", "devices", "parallel")
+ALIKE = ("engine", "phase", "batch", "seq", "new_tokens", "cached", "budget", "dtype", "devices", "parallel", "link")
 """Fields of ``Meta`` that a pruned and a dense workload must share."""
 
 Excluded = dict[str, list[float]]

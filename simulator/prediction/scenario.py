@@ -17,6 +17,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
+from simulator.hardware.link import check as check_link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import SKEW, lower
@@ -67,6 +68,9 @@ class Scenario:
         Number of devices.
     parallel : str
         How the model is divided among devices: tensor, pipeline or expert.
+    link : str, optional
+        What joins the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation and lanes (pcie4x8).
+        Default: the usual connection of the hardware.
     skew : float
         Load of routed experts: 0 is uniform; 1 gives the busiest expert 200 times the load of the least busy.
     ideal : bool
@@ -95,6 +99,7 @@ class Scenario:
     kv_dtype: str | None = None
     devices: int = 1
     parallel: str = "tensor"
+    link: str | None = None
     skew: float = EXPERT_SKEW
     ideal: bool = False
     level: float = 0.9
@@ -103,6 +108,8 @@ class Scenario:
     def __post_init__(self) -> None:
         load_engine(self.engine)
         one_of("parallel", self.parallel, PARALLEL)
+        if self.link is not None:
+            check_link(self.link)
         for name, dtype in (("dtype", self.dtype), ("weight dtype", self.weight_dtype), ("kv dtype", self.kv_dtype)):
             if dtype is not None:
                 one_of(name, dtype, DTYPES)
@@ -136,6 +143,7 @@ class Scenario:
                 engine=self.engine,
                 devices=self.devices,
                 parallel=self.parallel,
+                link=self.link,
                 skew=self.skew,
                 token_budget=self.token_budget,
                 cached_prefix=self.cached_prefix,

@@ -18,6 +18,7 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.caveats import (
     BETTER,
+    assumed_link,
     better_than_bound,
     beyond_measured,
     fallback,
@@ -155,6 +156,7 @@ def predict(
     kv_dtype: str | None = None,
     devices: int = 1,
     parallel: str = "tensor",
+    link: str | None = None,
     ideal: bool = False,
     level: float = 0.9,
     dense_s: float | None = None,
@@ -187,6 +189,8 @@ def predict(
         Number of devices.
     parallel : {"tensor", "expert", "pipeline"}
         How devices share the model.
+    link : str, optional
+        What joins the devices, as in :class:`simulator.Scenario`.
     ideal : bool
         Exclude the work that pruning adds.
     level : float
@@ -218,6 +222,7 @@ def predict(
         kv_dtype=kv_dtype,
         devices=devices,
         parallel=parallel,
+        link=link,
         ideal=ideal,
         level=level,
         dense_s=dense_s,
@@ -243,6 +248,8 @@ def dense_notes(results: Results, scenario: Scenario, devices: Sequence[Hardware
             yield inferred_line(inferred, hw.label, scenario.dense_s)
         if other := fallback(hw, dense):
             yield other
+        if joined := assumed_link(hw, dense):
+            yield joined
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:

@@ -51,7 +51,7 @@ _FACTORS: dict[str, float] = {
     "elementwise launch": 0.15, "elementwise memory": 0.10, "elementwise l2": 0.20, "elementwise default": 0.28,
     "elementwise added": 0.30,
     "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
-    "collective topology": 0.5,
+    "collective topology": 0.6, "collective unstated": 0.35, "collective default": 0.3,
     "experts launch": 0.35, "experts compute": 0.38, "experts memory": 0.07, "experts io": 0.5, "experts padding": 0.25,
     "experts skew": 0.05, "experts alignment": 0.4, "experts quantised": 0.25, "experts scaled": 0.2,
     "experts default": 0.2, "experts generic": 0.3,

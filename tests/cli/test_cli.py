@@ -90,6 +90,9 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --dtype int4                                                       | int4
 speedup llama-3.1-8b --hardware a100 --dtype fp8                     | a100_sxm_80gb has no fp8
 @ --devices 7                                                        | devices 7
+@ --link pcie                                                        | --link: expected with --devices of at least 2
+@ --devices 2 --link pci                                             | link 'pci' is unknown
+@ --devices 2 --link bridge                                          | h100_sxm has no such connection; expected one of
 speedup no/such/config.json --hardware h100                          | no/such/config.json
 speedup llama-3.1-8b --hardware no/such.yaml                         | no/such.yaml
 @ --family depth,width,semi_structured --sparsity 1.5                | expected a fraction in [0, 1)
@@ -212,6 +215,16 @@ def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
     assert "too large" in out
     assert "llama-3.1-70b" in err
     assert "too large" not in cli.out("speedup llama-3.1-8b --hardware h100 --family depth --memory")
+
+
+def test_an_assumed_connection_is_noted_unless_it_is_named(cli: Any) -> None:
+    line = "speedup llama-3.1-8b --hardware a6000 --family depth --batch 8 --devices 2"
+    assert "a6000: its devices are assumed to have pcie4 with peer access" in cli(line)[1]
+    assert "are assumed to have" not in cli(f"{line} --link bridge")[1]
+    explained = cli("explain llama-3.1-8b --hardware a6000 --prune 'depth 0.25' --batch 8 --devices 2")[1]
+    assert "are assumed to have" in explained
+    shown = cli.out("hardware show a6000")
+    assert "pcie4 with peer access, 32.0 GB/s one way, 1.60 us; others with --link: bridge, pcie-host" in shown
 
 
 @pytest.mark.parametrize("available", [60, 80, 100, 120, 200])

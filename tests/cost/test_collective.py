@@ -19,7 +19,8 @@ from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.errors import InputError
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile, Link
+from simulator.hardware.link import Link
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 
 pytestmark = pytest.mark.quick
@@ -50,7 +51,9 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, 
     share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)
     assert t.roofline_s[-1] == pytest.approx(share * PAYLOAD[-1] / hw.link.bandwidth_bytes_per_s)
     wire = {"all_reduce": 2 * part, "send": 1.0}.get(kind, part) * PAYLOAD[-1]
-    slower = CONSTANTS["e_link"].default(hw.link.family) * (2 / devices) ** CONSTANTS["sharing"].default(hw.link.family)
+    slower = CONSTANTS["e_link"].default(hw.link.defaults) * (2 / devices) ** CONSTANTS["sharing"].default(
+        hw.link.defaults
+    )
     assert t.seconds[-1] == pytest.approx(wire / hw.link.bandwidth_bytes_per_s / slower, rel=0.05)
 
 
@@ -92,6 +95,66 @@ def test_intervals_are_wider_over_pcie_and_with_more_devices() -> None:
     ]
     assert widths[0] == pytest.approx(widths[1], rel=0.05)
     assert widths[1] < widths[2] < widths[3]
+
+
+def test_more_devices_than_a_pair_fall_to_pcie_over_bridges() -> None:
+    hw = bare("a100_pcie_80gb")
+    bridged, pcie, nvswitch = hw.over("bridge"), hw.over("pcie"), bare("a100_sxm_80gb")
+    pair = collective_time(PAYLOAD, 2, bridged).seconds
+    np.testing.assert_allclose(pair[PAYLOAD > 1e6], collective_time(PAYLOAD, 2, nvswitch).seconds[PAYLOAD > 1e6])
+    assert collective_time(1e8, 2, pcie).seconds > 8 * collective_time(1e8, 2, bridged).seconds
+    across = collective_time(1e8, [2, 4], bridged).seconds
+    assert across[0] == collective_time(1e8, 2, bridged).seconds
+    # a ring crosses PCIe once per pair, so pairs share less of an uplink than four devices without bridges
+    assert collective_time(1e8, 4, nvswitch).seconds * 5 < across[1] < collective_time(1e8, 4, pcie).seconds
+    assert across[1] == collective_time(1e8, 4, bridged).seconds
+    assert collective_time(1e8, 4, bridged).roofline_s == pytest.approx(1.5e8 / 32e9)
+
+
+def test_without_peer_access_there_is_no_engine_s_all_reduce_and_less_bandwidth() -> None:
+    hw = bare("l40s")
+    peers, host, slot = (
+        collective_time([1e4, 1e9], 2, hw.over(name)).seconds for name in ("pcie", "pcie-host", "pcie4x8")
+    )
+    assert np.all(host > 1.2 * peers)
+    assert host[0] > 1.8 * peers[0]
+    assert slot[1] == pytest.approx(2.0 * peers[1], rel=0.01)
+
+
+def test_a_mesh_has_one_link_to_each_other_device() -> None:
+    hw = bare("mi300x")
+    assert hw.link is not None
+    rooflines = collective_time(1e9, [2, 8], hw).roofline_s
+    assert rooflines[0] == pytest.approx(1e9 / (hw.link.bandwidth_bytes_per_s / 7))
+    assert rooflines[1] == pytest.approx(1.75e9 / hw.link.bandwidth_bytes_per_s)
+
+
+def test_a_named_connection_is_more_certain_than_an_assumed_one() -> None:
+    hw = bare("h100_pcie")
+    for payload in (1.6e4, 1e8):
+        named, assumed = (collective_time(payload, 2, one) for one in (hw.over("pcie"), hw))
+        assert named.seconds == assumed.seconds
+        assert named.upper < 0.95 * assumed.upper
+    fitted = load_hardware("l40s")
+    assert collective_time(1e6, 2, fitted.over("pcie")).seconds == collective_time(1e6, 2, fitted).seconds
+    assert ("collective", "*") not in fitted.over("pcie-host").sections
+    nvswitch = load_hardware("h100")
+    assert collective_time(1e6, 2, nvswitch.over("nvswitch")).upper == collective_time(1e6, 2, nvswitch).upper
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "said"),
+    [
+        ("l40s", "bridge", "l40s has no such connection; expected one of pcie, pcie-host"),
+        ("a100_pcie_80gb", "nvswitch", "expected one of pcie, bridge, pcie-host"),
+        ("h100_sxm", "bridge", "expected one of nvswitch, pcie, pcie-host"),
+        ("h100_sxm", "nvswich", "did you mean nvswitch"),
+        ("h100_sxm", "pcie7", "link 'pcie7' is unknown"),
+    ],
+)
+def test_a_connection_that_a_gpu_does_not_have_is_named(name: str, link: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        bare(name).over(link)
 
 
 TRUTH = {

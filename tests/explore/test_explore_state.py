@@ -213,10 +213,10 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (OWN.replace("82,", "many,"), "p.yaml:12:21: datasheet.sm_count.value: expected"),
+        (OWN.replace("82,", "many,"), "p.yaml:14:21: datasheet.sm_count.value: expected"),
         (OWN + "stacks_of: h10\n", "p.yaml: stacks_of: profile 'h10' is unknown"),
         ("", "p.yaml:1:1: file: is empty"),
-        (OWN + "\ud800: 1\n", "p.yaml:30:1: ?: unknown key"),
+        (OWN + "\ud800: 1\n", "p.yaml:37:1: ?: unknown key"),
         ("&a [*a]", "anchors (&) and aliases (*) are not allowed"),
         ((profiles_folder() / "cpu.yaml").read_text(), "expected a profile without arrays"),
         ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "expected a profile, got the sections of one stack"),

@@ -70,6 +70,8 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     assert ("fp8" in hw.rates) == (hw.architecture not in ("volta", "turing", "ampere", "cpu"))
     facts = {"sm_count", *QUANTITIES, *(f"rates.{dtype}" for dtype in hw.rates)}
     facts |= {"link.bandwidth", "link.latency"} if hw.link else set()
+    facts |= {"link.connection"} if hw.link and hw.link.connection == "pcie-host" else set()
+    facts |= {"bridge.bandwidth", "bridge.latency"} if hw.bridge else set()
     if hw.architecture != "cpu":
         assert hw.sources.keys() == facts
         assert all("https://" in source for source in hw.sources.values())  # where it can be looked up
@@ -664,7 +666,7 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
     path = new_hardware("My GPU", tmp_path / "my_gpu.yaml")
     problems = check_hardware(path)
     assert (
-        len(problems) == path.read_text().count("value: FILL_IN") - 3 + 1
+        len(problems) == path.read_text().count("value: FILL_IN") - 5 + 1
     )  # the facts that may be missing; architecture
     for line in problems:
         assert LINE.fullmatch(line)
@@ -674,7 +676,9 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
         .replace("architecture: FILL_IN", "architecture: turing")
         .replace('"FILL_IN"', '"its datasheet"')
     )
-    text = re.sub("# (max_clock|link:|  (?:kind|max_devices|bandwidth|latency))", r"\1", text)  # what may be missing
+    text = re.sub(
+        "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))", r"\1", text
+    )  # what may be missing
     filled = {"sm_count": 40, "FILL_IN GHz": "1.5 GHz", "FILL_IN TFLOP/s": "60 TFLOP/s", "FILL_IN GB/s": "300 GB/s"}
     filled |= {"FILL_IN GB": "16 GB", "FILL_IN MiB": "4 MiB", "FILL_IN W": "70 W", "FILL_IN us": "1.5 us"}
     for placeholder, value in filled.items():

@@ -1,0 +1,172 @@
+"""Connections between devices: what joins them, and the names by which a user selects another one.
+
+A profile states the usual connection of its GPU. :func:`named` returns another one for ``--link``.
+
+=========== =========================================================================================================
+name        connection
+=========== =========================================================================================================
+nvswitch    NVLink between all devices (SXM modules)
+xgmi        Infinity Fabric, one link to each other device
+bridge      NVLink bridges that join devices in pairs; more than two devices communicate over PCIe
+pcie        PCIe with peer access: a device reads and writes the memory of another
+pcie-host   PCIe without peer access: all data pass through host memory
+=========== =========================================================================================================
+
+PCIe names may have a generation and lanes: pcie3, pcie4x8, pcie5-host. The default is the GPU's own, with 16 lanes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from simulator.errors import InputError, unknown
+
+CONNECTIONS: tuple[str, ...] = ("nvswitch", "xgmi", "bridge", "pcie", "pcie-host")
+"""Names of connections."""
+
+LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})
+"""Rate of a PCIe lane in one direction by generation, B/s, as datasheets round it."""
+
+GENERATIONS: Mapping[str, int] = MappingProxyType({"volta": 3, "turing": 3, "ampere": 4, "ada": 4})
+"""PCIe generation of GPUs by architecture; 5 for all others."""
+
+PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
+"""Time of one message step over PCIe, s: with peer access that of an L40S (NCCL table of aiconfigurator-core 0.12.0);
+without it, 42 us of a small all-reduce on eight RTX 4090 over its 14 ring steps
+(https://github.com/NVIDIA/nccl/issues/1530)."""
+
+FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
+"""Kinds of links with defaults of their own."""
+
+_PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Connection between devices."""
+
+    kind: str  # nvlink4, pcie5, xgmi
+    bandwidth_bytes_per_s: float  # in one direction
+    latency_s: float  # of one message step
+    max_devices: int
+    connection: str = ""  # of CONNECTIONS; "": by kind
+    beyond: Link | None = None  # connects more devices than max_devices
+    group: int = 1  # neighbours in a ring that share one port of this link, as they are joined otherwise
+    stated: bool = False  # the user named the connection
+
+    def __post_init__(self) -> None:
+        if not self.connection:
+            usual = {"nvlink": "nvswitch", "xgmi": "xgmi"}.get(self.kind.rstrip("0123456789").lower(), "pcie")
+            object.__setattr__(self, "connection", usual)
+
+    @property
+    def family(self) -> str:
+        """ "pcie", or "nvlink" for links on which all devices see each other's memory."""
+        return "pcie" if self.connection.startswith("pcie") else "nvlink"
+
+    @property
+    def defaults(self) -> str:
+        """Kind of defaults that constants of collectives have over this link."""
+        if self.connection == "pcie-host":
+            return "pcie_host"
+        return self.kind if self.kind in FITTED_KINDS else self.family
+
+    @property
+    def most_devices(self) -> int:
+        """Largest number of devices, over :attr:`beyond` too."""
+        return self.beyond.most_devices if self.beyond else self.max_devices
+
+    def between(self, devices: int) -> Link:
+        """Return the link that bounds a collective of some devices: itself, or the one beyond pairs."""
+        return self.beyond if self.beyond and devices > self.max_devices else self
+
+    @property
+    def name(self) -> str:
+        """Name that :func:`named` accepts on a GPU of another default too: with the generation of PCIe."""
+        return self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
+
+    @property
+    def text(self) -> str:
+        """What joins the devices, in a few words."""
+        if self.connection == "bridge" and self.beyond:
+            return f"{self.kind} bridges between pairs, {self.beyond.kind} beyond"
+        return {
+            "nvswitch": f"{self.kind} between all devices",
+            "xgmi": f"{self.kind} to each other device",
+            "pcie": f"{self.kind} with peer access",
+            "pcie-host": f"{self.kind} through host memory (no peer access)",
+        }.get(self.connection, self.kind)
+
+
+def check(name: str) -> str:
+    """Return the name of a connection; InputError for an unknown one.
+
+    >>> check("pcie4x8-host")
+    'pcie4x8-host'
+    """
+    if name not in CONNECTIONS and not _PCIE.fullmatch(name):
+        raise unknown("link", name, CONNECTIONS)
+    return name
+
+
+def named(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
+    """Return the connection ``name`` of a GPU with a usual link and, if it has connectors for one, an NVLink bridge.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, and for NVLink that the GPU does not have.
+
+    Examples
+    --------
+    >>> usual = Link("pcie4", 32e9, 1.6e-6, 8)
+    >>> named("pcie-host", usual, None, "ada", "l40s").text
+    'pcie4 through host memory (no peer access)'
+    >>> named("pcie3x8", usual, None, "ada", "l40s").bandwidth_bytes_per_s
+    8000000000.0
+    >>> named("bridge", usual, None, "ada", "l40s")
+    Traceback (most recent call last):
+    ...
+    simulator.errors.InputError: link bridge: l40s has no such connection; expected one of pcie, pcie-host
+    """
+    check(name)
+    if link is not None and name in (link.connection, link.name):
+        return replace(link, stated=True)
+    if bridge is not None and name == "bridge":
+        return replace(joined(bridge, link, architecture), stated=True)
+    if found := _PCIE.fullmatch(name):
+        return replace(_pcie(found, link, architecture), stated=True)
+    raise InputError(
+        f"link {name}: {device} has no such connection; expected one of {', '.join(choices(link, bridge))}"
+    )
+
+
+def choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
+    """Return the names of connections that :func:`named` accepts for a GPU, the usual one first."""
+    found = [*([link.connection] if link else []), *(["bridge"] if bridge else []), "pcie", "pcie-host"]
+    return tuple(dict.fromkeys(found))
+
+
+def joined(bridge: Link, link: Link | None, architecture: str) -> Link:
+    """Return bridges between pairs, with the PCIe link of the GPU beyond."""
+    pcie = link if link and link.family == "pcie" else _pcie(_PCIE.fullmatch("pcie"), link, architecture)
+    return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
+
+
+def _pcie(name: re.Match[str] | None, link: Link | None, architecture: str) -> Link:
+    parts = name.groupdict() if name else {}
+    generation = int(parts.get("generation") or 0)
+    own = link if link and link.family == "pcie" else None
+    if not generation:
+        generation = int(own.kind[-1]) if own and own.kind[-1].isdigit() else GENERATIONS.get(architecture, 5)
+    lanes, host = int(parts.get("lanes") or 16), bool(parts.get("host"))
+    return Link(
+        f"pcie{generation}",
+        lanes * LANE_BYTES_PER_S[generation],
+        HOST_LATENCY_S if host else PEER_LATENCY_S,
+        link.most_devices if link else 8,
+        "pcie-host" if host else "pcie",
+    )
