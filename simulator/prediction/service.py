@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-ARRIVALS = "time to first token depends on how requests arrive; its interval covers this"
-"""Note on the time to first token."""
-
 
 @dataclass(frozen=True, repr=False)
 class Served(Displayed):
@@ -178,7 +175,7 @@ def serve(
             progress(done, len(requested) * len(devices))
     if not services:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Served(tuple(services), (ARRIVALS, *notes, *excluded_lines(excluded)))
+    return Served(tuple(services), (*notes, *excluded_lines(excluded)))
 
 
 def _too_many(service: Service) -> list[str]:

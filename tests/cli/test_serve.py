@@ -58,7 +58,7 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     assert sum(row.startswith("  depth at 25 % ") for row in rows) == 3
     assert "kv_cache at 50 % serves 1." in rest
     assert "kv_cache at 50 % in vllm: will it run? No: stock vllm has no kernels for kv_cache." in rest
-    assert err.count("depends on how requests arrive") == 1
+    assert out.count("depends on how requests arrive") == 1
     assert len(err.splitlines()) <= render.MOST_NOTES
     assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
     verbose = cli.out(f"{LINE} --tpot 20ms --ttft 1s --price 2 --verbose")
