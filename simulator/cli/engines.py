@@ -121,6 +121,7 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
         "fused quantisation": e.quantize_fused,
         "GEMM of one token": e.one_token,
         "wait for other prompts": e.prefill_wait,
+        "wait of first tokens (sd)": e.first_wait_sd,
         "custom modelling code": e.own_code,
         "unexplained (log sd)": e.log_sd,
     }

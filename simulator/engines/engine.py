@@ -110,6 +110,7 @@ class Engine(Displayed):
     quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    first_wait_sd: Share = Share(0.0, "")  # spread of that share in measured times to the first token: queues count
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
@@ -341,6 +342,7 @@ def _engine_field(root: Node) -> ObjectField:
         "quantize_fused": share,
         "one_token": share,
         "prefill_wait": share,
+        "first_wait_sd": share,
         "own_code": share,
         "log_sd": share,
         "apart_log_sd": share,

@@ -339,7 +339,8 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
 
     In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
     The share depends on how requests arrive; on either side, its deviation, at most to none or all of the prompts, and
-    the relative error of the whole time are combined as a root of sum of squares.
+    the relative error of the whole time are combined as a root of sum of squares. Measured times to the first token
+    deviate more, as they include queues of requests that start together.
     """
     meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
     sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
@@ -355,12 +356,23 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
         own, wait = prefill, p.engine.prefill_wait
         if meta.phase == "serve":
             own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        rate, far = sequences * meta.new_tokens / seconds, NormalDist().inv_cdf(0.5 + 0.5 * level) * wait.sd
-        shares = np.clip([wait.value, wait.value - far, wait.value + far], 0.0, 1.0)[:, None]
-        first = own + shares * (prefill - own)
-        ttft, tpot = (_latency(part, ends) for part in (first, (prefill - first + decode)[[0, 2, 1]] / meta.new_tokens))
+        rate = sequences * meta.new_tokens / seconds
+        first, before = (
+            _first_tokens(own, prefill, wait.value, sd, level) for sd in (p.engine.first_wait_sd.value, wait.sd)
+        )
+        ttft, tpot = (
+            _latency(part, ends) for part in (first, (prefill - before + decode)[[0, 2, 1]] / meta.new_tokens)
+        )
     out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
     return out | {f"tpot_{name}": part for name, part in tpot.items()}
+
+
+def _first_tokens(own: FloatArray, prefill: FloatArray, share: float, sd: float, level: float) -> FloatArray:
+    """Return the times (3, W) to the first token, s, if a request waits for a share of the other prompts, and at both
+    ends of that share."""
+    far = NormalDist().inv_cdf(0.5 + 0.5 * level) * sd
+    shares = np.clip([share, share - far, share + far], 0.0, 1.0)[:, None]
+    return np.asarray(own + shares * (prefill - own))
 
 
 def _latency(part: FloatArray, ends: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
