@@ -7,7 +7,7 @@ whether a workload fits on a device. Memory is that of the fullest device:
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
 - cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
   the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
-  the current prefill hold all positions.
+  the current prefill hold all positions, and a cached prefix is stored once, unless positions are evicted.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
   output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One forward pass without
   chunks, without an allocator's fragmentation.
@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import AMOUNT, instance, number
+from simulator.arguments import AMOUNT, SHARE, instance, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
+from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Part, Phase, Workload
 
@@ -266,7 +267,9 @@ class Memory(Displayed):
         return self.verdict
 
 
-def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES) -> Memory:
+def memory(
+    workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES, share: float | None = None
+) -> Memory:
     """Return the memory that a workload needs on a device.
 
     Parameters
@@ -277,6 +280,8 @@ def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: floa
         The device: a name, or a profile from :func:`simulator.load_hardware`.
     reserve_bytes : float
         Memory that other uses take, bytes.
+    share : float, optional
+        Share of the device's memory that may be used, in [0, 1]. Default: in serve that of the engine, else 1.
 
     Returns
     -------
@@ -297,8 +302,8 @@ def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: floa
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
-    hw = load_hardware(hw)
-    workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, float(hw.memory_bytes)
+    hw, share = load_hardware(hw), memory_share(workload) if share is None else number("share", share, SHARE)
+    workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, share * hw.memory_bytes
     weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes
     fits = total <= capacity
@@ -312,6 +317,11 @@ def memory(workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: floa
     if fits:
         verdict = f"fits: {need} of {have} ({total / capacity:.0%})"
     return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
+
+
+def memory_share(w: Workload) -> float:
+    """Return the share of a device's memory that a workload may use: a server leaves some to others."""
+    return load_engine(w.meta.engine).memory.value if w.meta.phase == "serve" else 1.0
 
 
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
@@ -353,19 +363,36 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
     every = w.is_attention | (w.kind == Kind.DELTA_NET)
     if w.meta.phase != "serve":
         return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(len(workloads))
-    held = _longest(workloads, every & (w.phase == Phase.DECODE), workloads.sequences) / workloads.sequences
+    decode = every & (w.phase == Phase.DECODE)
+    held = _longest(workloads, decode, workloads.sequences) / workloads.sequences
+    own = _longest(workloads, decode, workloads.sequences, *_prefix(workloads)) / workloads.sequences
     prefill = every & (w.phase == Phase.PREFILL)
     together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
     prompts = _longest(workloads, prefill, together)
-    return held, np.maximum(prompts - together * held, 0.0)
+    return own, np.maximum(prompts - together * held, 0.0) + (held - own)  # all share one prefix
 
 
-def _longest(workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any) -> FloatArray:
-    """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache."""
+def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
+    """Return the positions of a prompt of each workload, and those of them that the prefix cache holds."""
+    w = workloads.rows
+    prefill = w.phase == Phase.PREFILL
+    prompt = workloads.largest(np.where(w.is_attention & prefill, w.kv_len, 0)).astype(np.float64)
+    computed = workloads.total(np.where(w.is_role("embedding") & prefill, w.m * w.count, 0.0)) / workloads.sequences
+    return prompt, np.maximum(np.round(prompt - computed), 0.0)
+
+
+def _longest(
+    workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any, prompt: Any = None, shared: Any = None
+) -> FloatArray:
+    """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
+    ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
     w, at = workloads.rows, np.flatnonzero(rows)
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
+    if shared is not None:
+        owner = workloads.owner[at]
+        kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
     seen = np.where(window > 0, np.minimum(kv, window), kv)
     batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
     latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])

@@ -229,7 +229,7 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
         kv_dtype=row["kv_dtype"] or None,
         engine=_as_of(row["engine"], row["version"]),
     )
-    return (w, hw) if memory(w, hw).fits else None
+    return (w, hw) if memory(w, hw, share=1.0).fits else None
 
 
 def _as_of(engine: str, version: str) -> str:

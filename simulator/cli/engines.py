@@ -118,6 +118,7 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
         yield "longer prompts", "in chunks" if e.schedule.chunked else "whole", "", e.schedule.source
         yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
     shares = {
+        "memory of a server": e.memory,
         "fused quantisation": e.quantize_fused,
         "GEMM of one token": e.one_token,
         "wait for other prompts": e.prefill_wait,

@@ -99,7 +99,9 @@ def speedup(
         from simulator.cli.drawing import draw_speedups
 
         draw_speedups([replace(r, family=r.name) for r in found], figure)
-    render.notes((*requested.notes, *uncalibrated(found), *found.notes), verbose)
+    render.notes(
+        (*requested.notes, *uncalibrated(found, requested.scenario.dense_s is not None), *found.notes), verbose
+    )
 
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:

@@ -109,6 +109,7 @@ class Engine(Displayed):
     host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
     quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
+    memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
     first_wait_sd: Share = Share(0.0, "")  # spread of that share in measured times to the first token: queues count
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
@@ -341,6 +342,7 @@ def _engine_field(root: Node) -> ObjectField:
         "schedule": sourced(Schedule),
         "quantize_fused": share,
         "one_token": share,
+        "memory": share,
         "prefill_wait": share,
         "first_wait_sd": share,
         "own_code": share,

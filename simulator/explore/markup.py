@@ -35,7 +35,7 @@ UNITS = {
         "roofline_bound", "measured_bound", "efficiency", "bottleneck_share", "uncalibrated_share", "level", "devices",
     ), "1"),
     **dict.fromkeys(("dense_memory_bytes", "pruned_memory_bytes", "capacity_bytes"), "B"),
-    "batch": "sequences", "seq": "tokens", "new_tokens": "tokens",
+    "batch": "sequences", "seq": "tokens", "new_tokens": "tokens", "cached_prefix": "tokens",
     **dict.fromkeys(("dense_s", "dense_lower", "dense_upper", "pruned_s", "pruned_lower", "pruned_upper"), "s"),
     **{f"{t}_{end}": "s" for t in ("ttft", "tpot", "dense_ttft", "dense_tpot") for end in ("s", "lower", "upper")},
     **dict.fromkeys(("tokens_per_s", "dense_tokens_per_s"), "1/s"),

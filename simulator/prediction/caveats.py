@@ -229,9 +229,9 @@ def uncalibrated_of(found: Iterable[HasShare]) -> tuple[str, float]:
     return "+".join(part for part in PARTS if part in parts), share
 
 
-def uncalibrated(found: Iterable[HasShare]) -> tuple[str, ...]:
+def uncalibrated(found: Iterable[HasShare], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
-    at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any.
+    at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given.
 
     >>> from simulator.prediction.scenario import Scenario
     >>> from simulator.prediction.table import table
@@ -251,7 +251,7 @@ def uncalibrated(found: Iterable[HasShare]) -> tuple[str, ...]:
         f"{names} on {with_and(some)} ({'up to ' if len(some) > 1 else ''}{100.0 * share[some[0]]:.0f} % of the time)"
         for names, some in devices.items()
     ]
-    action = "run prunesim calibrate on the GPU, or give a measured --dense-time"
+    action = f"run prunesim calibrate on the GPU{'' if measured else ', or give a measured --dense-time'}"
     return (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",) if what else ()
 
 

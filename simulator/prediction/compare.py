@@ -22,6 +22,7 @@ from simulator.cost.forward import ForwardPass, by_kind, section_of
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.formats import label_of
+from simulator.models.lower import cached_tokens
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.parts import removed_parts, sizes
 from simulator.prediction.prunings import Pruning
@@ -30,7 +31,15 @@ from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
 from simulator.workload import DTYPES, Kind, Phase
-from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, activation_bytes_of, cache_parts, sums, weights_bytes
+from simulator.workload_batch import (
+    RESERVE_BYTES,
+    WorkloadBatch,
+    activation_bytes_of,
+    cache_parts,
+    memory_share,
+    sums,
+    weights_bytes,
+)
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -120,6 +129,8 @@ def results_of(
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
     columns["uncalibrated"] = _names(columns["uncalibrated"])
     columns["batch"], columns["seq"] = np.array(scenario.shapes, dtype=np.int64)[batch.dense[at]].T
+    cached = [0 if scenario.phase == "decode" else cached_tokens(scenario.cached_prefix, s) for _, s in scenario.shapes]
+    columns["cached_prefix"] = np.array(cached, dtype=np.int64)[batch.dense[at]]
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
     columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
@@ -255,7 +266,7 @@ def memory_columns(
     # sequences up to which the activations of a pass grow
     growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
     engine = load_engine(meta.engine)
-    capacity = np.array([float(hw.memory_bytes) for hw in hardware])[device]
+    capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
     limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
     most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
     columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}

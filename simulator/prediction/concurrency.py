@@ -211,7 +211,8 @@ def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning
         new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
         if not any(new.values()):
             need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
-            have = f"needs {need:.1f} GiB, {hw.memory_bytes / 2**30:.1f} GiB available; expected more devices (--tp)"
+            room = float(np.asarray(columns["capacity_bytes"])[0]) / 2**30
+            have = f"needs {need:.1f} GiB, {room:.1f} GiB available; expected more devices (--tp)"
             raise InputError(f"{hw.label}: no model fits: with one request, the smallest {have}")
         found, before = [new.get(m, 0) for m in range(len(found))], found
         if found == before:
@@ -262,6 +263,7 @@ class _Points:
             engine=engine.name,
             devices=meta.devices,
             seq=meta.seq,
+            cached_prefix=meta.cached,
             new_tokens=meta.new_tokens,
             pruning=self.names[model - 1] if model else "",
             prune=self.prunings[model - 1].prune if model else "",

@@ -131,7 +131,7 @@ def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: in
     2.0
     >>> pass_seconds(run, "serve", 16, 512, 64)
     Traceback (most recent call last):
-    simulator.errors.InputError: run.json: concurrency: expected 16, got 8
+    simulator.errors.InputError: run.json: concurrency: expected 16, got 8; use --phase serve --concurrency 8
     """
     if run.kind == "batch":
         return _batch_seconds(run, phase, batch, seq, new_tokens)
@@ -230,7 +230,8 @@ def _check_length(run: BenchRun, what: str, own: float, expected: int, around: f
 def _check_in_flight(run: BenchRun, batch: int) -> None:
     """Reject a closed loop with other requests in flight than requested, by its option or on average."""
     if run.concurrency and run.concurrency != batch:
-        raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}")
+        hint = f"use --phase serve --concurrency {run.concurrency}"
+        raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}; {hint}")
     mean = run.mean_concurrency
     if not (run.concurrency or mean):
         raise InputError(f"{run.source}: concurrency: expected to be stated in the file")

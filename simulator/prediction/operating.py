@@ -64,8 +64,8 @@ class OperatingPoint(Displayed):
         Names.
     devices : int
         Number of devices that share the model.
-    seq, new_tokens : int
-        Tokens of a prompt, and tokens that each request decodes.
+    seq, cached_prefix, new_tokens : int
+        Tokens of a prompt, those of them in the prefix cache, and tokens that each request decodes.
     pruning, prune, family : str
         The pruning in words and as a text of ``--prune``, and its families joined by "+"; "" for the dense model.
     concurrency : int
@@ -105,6 +105,7 @@ class OperatingPoint(Displayed):
     engine: str
     devices: int
     seq: int
+    cached_prefix: int
     new_tokens: int
     pruning: str
     prune: str
@@ -147,7 +148,8 @@ class OperatingPoint(Displayed):
     @property
     def setting(self) -> str:
         """Devices, engine and request as part of a sentence."""
-        return f"{device_text(self)} in {self.engine} (seq {self.seq} + {self.new_tokens} new)"
+        cached = f", {self.cached_prefix} of them cached," if self.cached_prefix else ""
+        return f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
 
     def _title(self) -> str:
         rate = f"{self.tokens_per_s:,.4g} tokens/s per GPU" if self.concurrency else "nothing"

@@ -81,6 +81,8 @@ class Result(Displayed):
         Their share of the time of the dense or the pruned model, the larger, in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
+    cached_prefix : int
+        Tokens of each prompt in the prefix cache.
     weight_dtype, kv_dtype : str
         Number formats of the weights and of the K/V cache.
     devices : int
@@ -90,7 +92,7 @@ class Result(Displayed):
     ideal : bool
         Whether the work that pruning adds is excluded.
     dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
-        Memory needed on the fullest device, and the memory that a device has, bytes.
+        Memory needed on the fullest device, and the memory that a device has (in serve: that the engine takes), bytes.
     dense_fits, pruned_fits : bool
         Whether the memory suffices.
     dense_largest_batch, pruned_largest_batch : int
@@ -161,6 +163,7 @@ class Result(Displayed):
     uncalibrated: str
     uncalibrated_share: float
     new_tokens: int
+    cached_prefix: int
     weight_dtype: str
     kv_dtype: str
     devices: int
@@ -210,7 +213,9 @@ class Result(Displayed):
     def scenario(self) -> str:
         """Everything except device and pruning as text."""
         name, new = "concurrency" if self.phase == "serve" else "batch", f" + {self.new_tokens} new"
-        parts = [self.model, self.phase, f"{name} {self.batch}", f"seq {self.seq}{new if self.new_tokens else ''}"]
+        cached = f" ({self.cached_prefix} cached)" if self.cached_prefix else ""
+        length = f"seq {self.seq}{cached}{new if self.new_tokens else ''}"
+        parts = [self.model, self.phase, f"{name} {self.batch}", length]
         equal = self.weight_dtype == self.kv_dtype == self.dtype
         parts.append(self.dtype if equal else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
         parts.append(self.engine)

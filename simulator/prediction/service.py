@@ -131,10 +131,10 @@ def serve(
     >>> found = simulator.serve("llama-3.1-8b", "h100", prune="depth 0.25", tpot_s=0.02)
     >>> for point in found.points:
     ...     print(f"{point.point}: {point.name} at {point.concurrency}")
-    equal concurrency: dense at 245
-    equal concurrency: depth at 25 % at 245
-    equal memory: dense at 245
-    equal memory: depth at 25 % at 343
+    equal concurrency: dense at 214
+    equal concurrency: depth at 25 % at 214
+    equal memory: dense at 214
+    equal memory: depth at 25 % at 303
     within limits: dense at 33
     within limits: depth at 25 % at 49
     """

@@ -242,21 +242,21 @@ def dense_notes(results: Results, scenario: Scenario, devices: Sequence[Hardware
         if hw.label in too_large:
             where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
             yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
+        if joined := assumed_link(hw, dense):
+            yield joined
         if far := beyond_measured(dense, hw):
             yield far
         if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
             yield inferred_line(inferred, hw.label, scenario.dense_s)
         if other := fallback(hw, dense):
             yield other
-        if joined := assumed_link(hw, dense):
-            yield joined
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
     """Return why a model does not fit, and the devices or batch that fit."""
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
     way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
-    left = hw.memory_bytes - (m.total_bytes - m.cache_bytes)
+    left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
     largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
     way += f"; the largest {name} that fits is {largest}" if largest else ""
     return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"

@@ -17,9 +17,9 @@ from simulator.prediction.operating import OperatingPoint
 pytestmark = pytest.mark.quick
 LINE = "serve llama-3.1-8b --hardware h100 --new-tokens 256 --prune 'depth 0.25' --prune 'kv_cache 0.5'"
 KEYS = (
-    "point model hardware engine devices seq new_tokens pruning prune family concurrency fits request_s request_lower "
-    "request_upper ttft_s ttft_lower ttft_upper tpot_s tpot_lower tpot_upper tokens_per_s tokens_per_s_lower "
-    "tokens_per_s_upper ratio ratio_lower ratio_upper probability unmet excess cost_output cost_all cost_prompt "
+    "point model hardware engine devices seq cached_prefix new_tokens pruning prune family concurrency fits request_s "
+    "request_lower request_upper ttft_s ttft_lower ttft_upper tpot_s tpot_lower tpot_upper tokens_per_s "
+    "tokens_per_s_lower tokens_per_s_upper ratio ratio_lower ratio_upper probability unmet excess cost_output cost_all cost_prompt "
     "cost_new largest_concurrency limited_by weights_bytes cache_bytes level"
 )
 
@@ -45,9 +45,9 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
         second,
     )
     assert re.fullmatch(
-        r"Within 1\.00 s to the first token and 20\.0 ms per output token, depth at 25 % serves 1\.\d\dx \(.*-.*\) as "
-        r"many tokens/s: \d+ requests in flight instead of \d+; a million output tokens cost 0\.\d+ instead of "
-        r"0\.\d+\.",
+        r"Within 1\.00 s to the first token and 20\.0 ms per output token \(with a probability of 50 %\), depth at "
+        r"25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s: \d+ requests in flight instead of \d+; a million output tokens "
+        r"cost 0\.\d+ instead of 0\.\d+\.",
         third,
     )
     rows = table.splitlines()
