@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,40 @@ def test_eviction_raises_the_largest_concurrency() -> None:
     limit = simulator.load_engine("vllm").limit(80e9, "h100")
     assert limit is not None
     assert small[0].pruned_largest_batch == limit.sequences  # of the engine, not of the memory
+
+
+def test_a_server_leaves_memory_to_others(tmp_path: Path) -> None:
+    text = Path(simulator.__file__).parent.joinpath("engines", "vllm.yaml").read_text()
+    largest = []
+    for share in (0.5, 0.9, 1.0):
+        path = tmp_path / f"{share}.yaml"
+        lines = [line for line in text.splitlines() if not line.startswith("memory:")]
+        path.write_text("\n".join([*lines, f"memory: {{value: {share}, source: serving}}\n"]))
+        (r,) = simulator.table("llama-3.1-8b", "h100", "depth", 0.25, "serve", 8, 4096, engine=str(path))
+        largest.append(r.dense_largest_batch)
+        assert r.capacity_bytes == share * hardware("h100")[0].memory_bytes
+        (decode,) = simulator.table("llama-3.1-8b", "h100", "depth", 0.25, "decode", 8, 4096, engine=str(path))
+        assert decode.capacity_bytes == hardware("h100")[0].memory_bytes
+    sequence = 2 * 32 * 8 * 128 * 2 * (4096 + 64)  # bytes of keys and values
+    expected = 0.1 * hardware("h100")[0].memory_bytes / sequence
+    assert largest[2] - largest[1] == pytest.approx(expected, abs=1)
+    assert largest[1] - largest[0] == pytest.approx(4 * expected, abs=1)
+
+
+def test_a_shared_prefix_is_stored_once() -> None:
+    prunings = ["depth 0.5", "kv_cache 0.5"]
+    alone, shared = (
+        simulator.table(
+            "llama-3.1-8b", "h100", prune=prunings, phase="serve", batch=8, seq=4096, scenario=scenario(cached_prefix=n)
+        )
+        for n in (0, 2048)
+    )
+    assert [r.cached_prefix for r in shared] == [2048, 2048]
+    own = (4096 + 64 - 2048) / (4096 + 64)
+    assert shared[0].dense_largest_batch == pytest.approx(alone[0].dense_largest_batch / own, rel=0.02)
+    assert shared[1].pruned_largest_batch == pytest.approx(
+        alone[1].pruned_largest_batch, rel=0.02
+    )  # evicted: not shared
 
 
 def test_long_prompts_stay_within_few_rows() -> None:
