@@ -42,7 +42,7 @@ FOCUS = """() => {
 
 
 def test_everything_can_be_reached_by_keyboard(tab: Tab) -> None:
-    tab.open("?phase=generate")
+    tab.open("?phase=serve")
     reached: list[dict[str, Any]] = []
     for _ in range(140):
         tab.page.keyboard.press("Tab")
