@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from simulator._version import __version__
 
 if TYPE_CHECKING:
+    from simulator.capacity import memory
     from simulator.engines.engine import list_engines, load_engine
     from simulator.errors import InputError
     from simulator.hardware.library import list_hardware, load_hardware
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from simulator.uncertainty.intervals import workload_time
     from simulator.uncertainty.operators import gemm_time
     from simulator.workload import Workload
-    from simulator.workload_batch import memory
 
 # name -> module; imported on first use, so that ``import simulator`` stays fast
 _HOME = {
@@ -50,7 +50,7 @@ _HOME = {
     "list_hardware": "hardware.library",
     "load_hardware": "hardware.library",
     "save_hardware": "hardware.save",
-    "memory": "workload_batch",
+    "memory": "capacity",
     "FAMILIES": "pruning",
     "METHODS": "pruning._methods",
     "predict": "prediction.table",

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
-from simulator import workload_batch
+from simulator import capacity
+from simulator.capacity import RESERVE_BYTES, memory
 from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
 from simulator.models.library import load_model
 from simulator.workload import Kernel, Kind, Part, Workload
-from simulator.workload_batch import RESERVE_BYTES, WorkloadBatch, memory
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
@@ -30,7 +31,7 @@ def _of_one(count: Callable[[WorkloadBatch], Any]) -> Callable[[Workload], float
     return lambda w: float(count(WorkloadBatch.of([w]))[0])
 
 
-counts = (workload_batch.weights_bytes, workload_batch.cache_bytes, workload_batch.activation_bytes)
+counts = (capacity.weights_bytes, capacity.cache_bytes, capacity.activation_bytes)
 weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
 
 

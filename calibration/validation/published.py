@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibration.measurements import published
+from simulator.capacity import memory
 from simulator.cost.gemm_shapes import Options
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
@@ -32,7 +33,6 @@ from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
 from simulator.units import parse_fraction
 from simulator.workload import Kernel, Workload
-from simulator.workload_batch import memory
 
 MISS = 0.10
 """Relative error from which the likely reason is printed."""

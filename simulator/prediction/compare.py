@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from simulator.arguments import SECONDS, number
 from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.capacity import RESERVE_BYTES, activation_bytes_of, cache_parts, memory_share, weights_bytes
 from simulator.cost.base import BOTTLENECKS
 from simulator.cost.forward import ForwardPass, by_kind, section_of
 from simulator.engines.engine import load_engine
@@ -31,15 +32,7 @@ from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
 from simulator.workload import DTYPES, Kind, Phase
-from simulator.workload_batch import (
-    RESERVE_BYTES,
-    WorkloadBatch,
-    activation_bytes_of,
-    cache_parts,
-    memory_share,
-    sums,
-    weights_bytes,
-)
+from simulator.workload_batch import WorkloadBatch, sums
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
+from simulator.capacity import cache_parts, weights_bytes
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.prediction.batch import batch_of, rejecting
@@ -40,7 +41,7 @@ from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import MAX_TOKENS, Scenario
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
-from simulator.workload_batch import WorkloadBatch, cache_parts, weights_bytes
+from simulator.workload_batch import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arguments import OneOrMore, listed, shown
+from simulator.capacity import MOST_DEVICES, memory
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -37,7 +38,6 @@ from simulator.prediction.prunings import (
 )
 from simulator.prediction.result import Result, Results, plain
 from simulator.prediction.scenario import Scenario, batch_name, check_measured, profiles, scenarios
-from simulator.workload_batch import MOST_DEVICES, memory
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from model_shapes import PUBLISHED, layer_tensors
 
+from simulator.capacity import cache_bytes
 from simulator.errors import InputError
 from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.workload import ROLES, Kind, Workload
-from simulator.workload_batch import WorkloadBatch, cache_bytes
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED
 
 import simulator
+from simulator.capacity import activation_bytes, cache_bytes, memory, weights_bytes
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.models import lower as lowering
@@ -19,7 +20,7 @@ from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Kind, Phase, Workload
-from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, memory, weights_bytes
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
+from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.errors import InputError
 from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import Kind, Phase, Workload
-from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, weights_bytes
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 MODEL = "llama-3.2-1b"

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
 
+from simulator.capacity import memory
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -24,7 +25,6 @@ from simulator.prediction.speedup import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
-from simulator.workload_batch import memory
 
 lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
 FUSED = {"engine": "vllm"}

@@ -12,13 +12,13 @@ import pytest
 
 import simulator
 from simulator import Scenario, serve
+from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.concurrency import steps
 from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.service_text import equal_memory, failing_text, ranked, sentences
 from simulator.prediction.table import table
-from simulator.workload_batch import memory
 
 pytestmark = pytest.mark.quick
 MODEL, NEW = "llama-3.1-8b", Scenario(new_tokens=256)

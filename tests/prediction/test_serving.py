@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.capacity import memory
 from simulator.engines.engine import list_engines, load_engine
 from simulator.errors import InputError
 from simulator.prediction.advise import advise
@@ -22,7 +23,6 @@ from simulator.prediction.speedup import speedup
 from simulator.prediction.sweep import digest, sweep_results
 from simulator.prediction.waterfall import waterfall
 from simulator.pruning import prune
-from simulator.workload_batch import memory
 
 FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from model_shapes import PUBLISHED, expert_tensors, layer_tensors
 
+from simulator.capacity import cache_bytes
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, prune
 from simulator.workload import ROLES, Kind, Workload
-from simulator.workload_batch import WorkloadBatch, cache_bytes
+from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

@@ -31,11 +31,12 @@ from calibration.runners.cases import Case
 from calibration.runners.pairs import ENOUGH, LEAST, PRECISION, Runner
 from calibration.runners.vllm.models import Models
 from calibration.runners.vllm.process import RELEASES, EngineFailed, EngineProcess, check_installed, environment
+from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.errors import InputError
 from simulator.models.changes import write_config
 from simulator.models.config import ModelConfig
 from simulator.models.lower import lower
-from simulator.workload_batch import WorkloadBatch, activation_bytes, cache_bytes, weights_bytes
+from simulator.workload_batch import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Number formats, and their names in vLLM."""

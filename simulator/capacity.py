@@ -1,0 +1,245 @@
+"""Compute the memory of workloads, and whether they fit on a device.
+
+Use :func:`memory` for one workload, the functions below for a batch. Memory is that of the fullest device:
+
+- weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
+  dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
+- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
+  the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
+  the current prefill hold all positions, and a cached prefix is stored once, unless positions are evicted.
+- activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
+  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One pass of the
+  engine's steps, without an allocator's fragmentation.
+- a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import AMOUNT, SHARE, instance, number
+from simulator.arrays import FloatArray
+from simulator.display import Displayed
+from simulator.engines.engine import load_engine
+from simulator.hardware.library import load_hardware
+from simulator.workload import DTYPE_BYTES, ROLES, Kernel, Kind, Part, Phase, Workload
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
+
+RESERVE_BYTES = 1e9
+"""Memory of CUDA context, library workspaces and framework: an assumed default, not a measurement."""
+
+MOST_DEVICES = 1024
+"""Largest number of devices to try."""
+
+_QKV, _WIDE = (
+    [ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
+)
+_O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
+
+
+@dataclass(frozen=True, repr=False)
+class Memory(Displayed):
+    """Bytes on the fullest device, and the verdict."""
+
+    weights_bytes: float
+    cache_bytes: float
+    activation_bytes: float
+    reserve_bytes: float
+    total_bytes: float
+    capacity_bytes: float
+    fits: bool
+    devices_needed: int  # smallest power of two that fits, with equal shares; 0: none up to MOST_DEVICES
+    verdict: str  # one sentence
+
+    def _title(self) -> str:
+        return self.verdict
+
+
+def memory(
+    workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES, share: float | None = None
+) -> Memory:
+    """Return the memory that a workload needs on a device.
+
+    Parameters
+    ----------
+    workload : Workload
+        The workload, from :func:`simulator.lower`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile from :func:`simulator.load_hardware`.
+    reserve_bytes : float
+        Memory that other uses take, bytes.
+    share : float, optional
+        Share of the device's memory that may be used, in [0, 1]. Default: in serve that of the engine, else 1.
+
+    Returns
+    -------
+    Memory
+        Bytes by use on the fullest device, and whether they fit; a model that is too large raises no error.
+
+    Raises
+    ------
+    InputError
+        If an argument has the wrong type or is out of range.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
+    >>> print(memory(w, "h100").verdict)
+    does not fit: needs 130.0 GiB, 79.6 GiB available (1.6x); fits on 2 devices
+    """
+    instance("workload", workload, Workload, "simulator.lower")
+    number("reserve_bytes", reserve_bytes, AMOUNT)
+    hw, share = load_hardware(hw), memory_share(workload) if share is None else number("share", share, SHARE)
+    workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, share * hw.memory_bytes
+    weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
+    total = weights + cache + activation + reserve_bytes
+    fits = total <= capacity
+    # the part that devices share; overestimated for the fullest stage of a pipeline
+    shared, whole = (weights + cache) * devices, activation + reserve_bytes
+    sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
+    needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
+    need, have = f"{total / 2**30:.1f} GiB", f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}"
+    way = f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
+    verdict = f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
+    if fits:
+        verdict = f"fits: {need} of {have} ({total / capacity:.0%})"
+    return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
+
+
+def memory_share(w: Workload) -> float:
+    """Return the share of a device's memory that a workload may use: a server leaves some to others."""
+    return load_engine(w.meta.engine).memory.value if w.meta.phase == "serve" else 1.0
+
+
+def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Return the bytes of the parameters of each workload."""
+    w = workloads.rows
+    element = DTYPE_BYTES[np.where(w.kind == Kind.DELTA_NET, w.dtype, w.weight_dtype)]
+    gemm = w.kind == Kind.GEMM
+    each = w.params * element
+    sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
+    if sparse.any():
+        # per kept value: rows that run less or more than once per layer share weights
+        values = np.maximum(w.n * w.k * w.density, 1.0)
+        beyond = w.params * w.repeats - values
+        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
+        whole = np.where(w.kernel == Kernel.SPARSE24, w.weight_bytes_each, w.n * w.k * element)
+        each = np.where(sparse, (w.params - bias) * whole / values + bias * element, each)
+    stored = np.where(w.params > 0, each * w.count, 0.0)
+    if w.meta.parallel != "pipeline":
+        return workloads.total(stored)
+    inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
+    tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy
+    first = workloads.total(np.where(~inside & ~head, stored, 0.0))
+    last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
+    return np.asarray(
+        workloads.total(np.where(inside, stored, 0.0)) * _stage_share(workloads) + np.maximum(first, last)
+    )
+
+
+def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Return the bytes of keys, values and states of each workload at the longest length of each layer."""
+    each, prompts = cache_parts(workloads)
+    return each * workloads.sequences + prompts
+
+
+def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
+    """Return the bytes of the cache of one sequence of each workload, and what prompts need beyond while they are
+    computed, whatever the number of sequences."""
+    w = workloads.rows
+    every = w.is_attention | (w.kind == Kind.DELTA_NET)
+    if w.meta.phase != "serve":
+        return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(len(workloads))
+    decode = every & (w.phase == Phase.DECODE)
+    held = _longest(workloads, decode, workloads.sequences) / workloads.sequences
+    own = _longest(workloads, decode, workloads.sequences, *_prefix(workloads)) / workloads.sequences
+    prefill = every & (w.phase == Phase.PREFILL)
+    together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
+    prompts = _longest(workloads, prefill, together)
+    return own, np.maximum(prompts - together * held, 0.0) + (held - own)  # all share one prefix
+
+
+def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
+    """Return the positions of a prompt of each workload, and those of them that the prefix cache holds."""
+    w = workloads.rows
+    prefill = w.phase == Phase.PREFILL
+    prompt = workloads.largest(np.where(w.is_attention & prefill, w.kv_len, 0)).astype(np.float64)
+    computed = workloads.total(np.where(w.is_role("embedding") & prefill, w.m * w.count, 0.0)) / workloads.sequences
+    return prompt, np.maximum(np.round(prompt - computed), 0.0)
+
+
+def _longest(
+    workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any, prompt: Any = None, shared: Any = None
+) -> FloatArray:
+    """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
+    ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
+    w, at = workloads.rows, np.flatnonzero(rows)
+    if not len(at):
+        return np.zeros(len(workloads))
+    kv, window = w.kv_len[at], w.window[at]
+    if shared is not None:
+        owner = workloads.owner[at]
+        kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
+    seen = np.where(window > 0, np.minimum(kv, window), kv)
+    batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
+    latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
+    each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
+    each = np.where(w.kind[at] == Kind.DELTA_NET, batch / np.maximum(w.batch[at], 1) * w.state_bytes_each[at], each)
+    start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
+    span = int((start + size).max()) + 1
+    # decodes of generate have one row per length; the longest counts
+    first = workloads.owner[at] * span + start
+    inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
+    layers = np.zeros(len(workloads) * span)  # owner x layer
+    np.maximum.at(layers, np.repeat(first, size) + inside, np.repeat(each, size))
+    out = layers.reshape(len(workloads), span).sum(axis=1)
+    return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
+
+
+def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
+    """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
+    return np.maximum(*(activation_bytes_of(workloads, phase) for phase in Phase))
+
+
+def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
+    """Return the peak bytes of activations in one pass of a phase of each workload; 0 without such a pass."""
+    w, size = workloads.rows, len(workloads)
+    here = w.phase == phase
+    gemm = (w.kind == Kind.GEMM) & here
+    element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
+    tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
+
+    def widest(width: Any, stage: int) -> FloatArray:
+        """Return the largest tensor of every workload and role, except those inside a low-rank pair."""
+        most = np.zeros(size * len(ROLES))
+        np.maximum.at(most, cell, np.where(gemm & (w.stage != stage), tokens * width, 0.0))
+        return most.reshape(size, len(ROLES))
+
+    def largest(role: str, column: Any) -> Any:
+        mine = w.is_role(role) & here
+        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if mine.any() else 0.0
+
+    outer, inner = widest(w.n, 1), widest(w.k, 2)
+    # the embedding has all tokens; layers may compute fewer
+    stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
+    attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
+    mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
+    # gathered tokens of routed experts, and their gate and up
+    routed = largest("experts", tokens * w.active * (w.k + 2.0 * w.n))
+    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, routed)), outer[:, _HEAD])
+    return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
+
+
+def _stage_share(workloads: WorkloadBatch) -> FloatArray:
+    """Return the share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
+    w = workloads.rows
+    layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
+    return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)
