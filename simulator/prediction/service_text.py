@@ -108,7 +108,11 @@ def _equal_concurrency(service: Service, best: int) -> str:
     dense, pruned = points[0], points[best]
     start = f"With {_requests(dense)} on {dense.setting}, {pruned.name}"
     text = f"{start} {_gain(pruned)}{service.runs[best - 1].clause}"
-    others = [f"{p.name} {_times(p)}" for i, p in enumerate(points) if i not in (0, best)]
+    others = [
+        f"{p.name} {_times(p)}{f', which stock {p.engine} does not run' if service.runs[i - 1].works is False else ''}"
+        for i, p in enumerate(points)
+        if i not in (0, best)
+    ]
     return f"{text}; others: {few(others, NAMED)}." if others else f"{text}."
 
 
