@@ -21,17 +21,27 @@ MOST_PRUNINGS = 6
 """Prunings in a table without --verbose: those with the most tokens/s at equal memory."""
 
 # fmt: off
-Concurrency = Annotated[int | None, opt("--concurrency", "N", "Requests in flight of the comparison at equal concurrency. Default: the most that fit the dense model.")]  # noqa: E501
+Concurrency = Annotated[
+    int | None,
+    opt("--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
+        "Default: the most that fit the dense model."),
+]
 Seq = Annotated[str, opt("--seq", "N", "Tokens of each prompt.")]
 Ttft = Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")]
 Tpot = Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")]
 Price = Annotated[float | None, opt("--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")]
 Confidence = Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")]
 Family = Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")]
-Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper.")]  # noqa: E501
+Sparsity = Annotated[
+    str | None,
+    opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."),
+]
 Csv = Annotated[str | None, opt("--csv", "FILE", "Write the operating points as CSV (- for standard output).")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw throughput over time per token: .pdf, .svg or .png.")]
-Verbose = Annotated[bool, opt("--verbose", None, "Also print every concurrency of the grid, all prunings and all notes.")]  # noqa: E501
+Verbose = Annotated[
+    bool,
+    opt("--verbose", None, "Also print every concurrency of the grid, all prunings and all notes."),
+]
 # fmt: on
 
 

@@ -177,8 +177,8 @@ def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> N
     nothing = one("depth 0.5", ttft_s=0.001)
     assert [p.concurrency for p in nothing.kinds[LIMITS]] == [0, 0]
     assert "no request can be served: the dense model fails (time to the first token" in sentences(nothing)[2]
-    unsure = one("depth 0.5", tpot_s=1.02 * alone.tpot_s, probability=0.9)
-    assert "below the limit with a probability of only" in failing_text(unsure, unsure.kinds[LIMITS][0])
+    uncertain = one("depth 0.5", tpot_s=1.02 * alone.tpot_s, probability=0.9)
+    assert "below the limit with a probability of only" in failing_text(uncertain, uncertain.kinds[LIMITS][0])
 
 
 def test_costs_are_those_of_the_devices_time() -> None:
