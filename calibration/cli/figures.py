@@ -6,6 +6,7 @@ The measured GEMMs that ship are drawn next to the predictions of their devices.
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,7 +105,6 @@ def command(
 def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str], needed: bool) -> Paper:
     """The paper with the measured GEMMs of its devices; without those that ship where they cannot be read and are not
     needed, with a line in ``missing``."""
-    from dataclasses import replace
 
     from simulator.figures.measured import read_measured_gemms
     from simulator.hardware.library import load_hardware
@@ -156,21 +156,26 @@ def _write_captions(
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """Return the shipped table that a device's profile was fitted on; None without rows of the number format."""
+    """Return the first shipped table that a stack of a device was fitted on; None without rows of the number format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
     from simulator.figures.measured import from_columns
 
-    recipe = RECIPES.get(f"{hw.name}.{hw.stack}")
-    name = next((n for n in recipe.tables if "/gemm/" in n and n in list_measurements()), None) if recipe else None
-    if name is None:
+    recipes = {stack: RECIPES.get(f"{hw.name}.{stack}") for stack in ([hw.stack] if hw.pinned else hw.stacks)}
+    shipped = [
+        (stack, name)
+        for stack, recipe in recipes.items()
+        for name in (recipe.tables if recipe else ())
+        if "/gemm/" in name and name in list_measurements()
+    ]
+    if not shipped:
         return None
+    stack, name = shipped[0]
     rows = load_measurements(name)
     rows = rows.select(rows.labels() == dtype)
     if not len(rows):
         return None
     about = provenance(name)
     source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
-    return from_columns(
-        {column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}, source, dtype
-    )
+    columns = {column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}
+    return replace(from_columns(columns, source, dtype), stack=stack)

@@ -48,7 +48,8 @@ def gemm(
 ) -> None:
     """Predict the time of a matrix product.
 
-    The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written.
+    The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written. "kernels" names the
+    software stack whose kernels were fitted: vllm's, or the next that was; --hardware GPU@STACK selects another.
     """
     sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
     output = render.Output(json, figures=[figure])
@@ -79,11 +80,19 @@ def _print(rows: Sequence[GemmRecord]) -> None:
         ("time", lambda r: render.seconds(r.seconds)),
         ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
         ("<bottleneck", lambda r: r.bottleneck),
+        ("<kernels", _kernels),
         ("roofline", lambda r: render.seconds(r.roofline_s)),
         ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
         ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
     )
     render.show(render.narrowed(columns, 5))
+
+
+def _kernels(r: GemmRecord) -> str:
+    """Return whose kernels were fitted."""
+    if r.status == "default":
+        return "not fitted"
+    return r.stack or "own"
 
 
 def _print_steps(row: GemmRecord) -> None:

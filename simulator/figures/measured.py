@@ -51,6 +51,7 @@ class MeasuredGemms:
     seconds: FloatArray
     copies: FloatArray | None = None  # number of rotated weights; None: cold
     predicted_s: FloatArray | None = None  # held-out predictions
+    stack: str = ""  # software stack that was measured; "": that of the device's profile
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -61,9 +62,11 @@ class MeasuredGemms:
         return mask
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
-        """Return predictions of all rows, s: the given ones, else the profile's under the same rotation of weights."""
+        """Return predictions of all rows, s: the given ones, else the profile's under the same rotation of weights,
+        for the stack that was measured."""
         if self.predicted_s is not None:
             return self.predicted_s
+        hw = hw.on(self.stack) if self.stack else hw
         return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
 
 
@@ -105,7 +108,15 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
         raise InputError(f"{label}: no row of {dtype}")
     used = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
     found = {name: _numbers(columns[name], name, label)[keep] for name in used}
-    return MeasuredGemms(source, seconds=found.pop(time) * TIMES[time], **found)
+    return MeasuredGemms(
+        source,
+        m=found["m"],
+        n=found["n"],
+        k=found["k"],
+        seconds=found[time] * TIMES[time],
+        copies=found.get("copies"),
+        predicted_s=found.get("predicted_s"),
+    )
 
 
 def _formats(column: Sequence[Any]) -> NDArray[Any]:

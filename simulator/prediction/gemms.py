@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.cost.gemm_shapes import Options
+from simulator.hardware.formats import label_of
 from simulator.prediction.scenario import once, one_of, profiles, whole_number
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
@@ -45,6 +46,8 @@ class GemmRecord:
     hardware: str
     dtype: str
     weight_dtype: str
+    stack: str  # software stack whose kernels were fitted; "" for the user's own calibration, and if none were
+    status: str  # of the fit: "calibrated", "inherited" (of a stack or GPU that stands in) or "default" (none)
     semi_structured: bool  # 2:4 weights on sparse tensor cores
     cold: bool  # weights come from memory, not from the L2 cache
     seconds: float
@@ -99,6 +102,7 @@ def gemm_table(
     for hw in profiles(hardware):
         time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
         steps = {name: time.details[name] for name in STEPS}
+        section = hw.section("gemm", label_of(dtype, weight))
         out += [
             GemmRecord(
                 m=sizes[i, 0].item(),
@@ -107,6 +111,8 @@ def gemm_table(
                 hardware=hw.label,
                 dtype=dtype,
                 weight_dtype=weight,
+                stack=section.stack,
+                status=section.status,
                 semi_structured=semi_structured,
                 cold=cold,
                 seconds=time.seconds[i].item(),

@@ -285,14 +285,14 @@ def test_gemm_prints_steps_that_end_at_its_time(cli: Any) -> None:
 def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {r["name"] for r in cli.json("hardware list")}
     listed = cli.out("hardware list")
-    assert re.search(r"h100_sxm +hopper .* sglang, trtllm, vllm +h100\n", listed)
+    assert re.search(r"h100_sxm +hopper .* vllm, sglang, trtllm +h100\n", listed)
     assert re.search(r"h100_pcie .* as h100_sxm\n", listed)
     assert max(map(len, listed.splitlines())) <= 100
     (shown,) = cli.json("hardware show h100")
     assert shown["name"] == "h100_sxm"
     assert shown["sources"]
     assert "989" in cli.out("hardware show h100")
-    for name, stack in (("h100", "sglang +calibrated .* SGLang"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
+    for name, stack in (("h100", "vllm +calibrated .* VLLM"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
         assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
     assert re.search(r"gemm +int8_wo +sglang +inherited .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
     own = tmp_path / "own.yaml"

@@ -87,7 +87,7 @@ def test_decode_reads_its_cache_cold(
     assert float(t.seconds) >= size / hw.bandwidth_bytes_per_s
     assert float(t.lower) >= size / hw.bandwidth_bytes_per_s
     warm = decode_time(batch, kv, *heads, dim, hw, kv_dtype=cache, cold=False)
-    assert float(warm.seconds) <= float(t.seconds) * (1 + 1e-12)
+    assert float(warm.seconds) <= float(t.seconds) * (1 + 1e-6)  # a gain of 1 is stored rounded
 
 
 def bare(name: str) -> object:
@@ -122,7 +122,7 @@ def test_what_no_fit_has_seen_widens_the_interval() -> None:
         {"kv_dtype": "fp8"},
         {"window": 4096},
     )  # as wide as the prompt
-    hw, levels = load_hardware("h100_sxm"), ({"level": 0.5}, {}, {"level": 0.99})
+    hw, levels = load_hardware("h100_sxm@sglang"), ({"level": 0.5}, {}, {"level": 0.99})
     times = [prefill_time(1, 4096, 4096, 32, 8, 128, hw, **o) for o in (*levels, *options)]
     narrow, usual, *wider = (float(np.log(t.upper / t.lower)) for t in times)
     assert narrow < usual < min(wider)

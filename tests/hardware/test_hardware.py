@@ -502,7 +502,7 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     assert [reference(name) for name in ("a100", "A100@trtllm")] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
     one = section(4e-6, "vllm")
     save_stack(replace(hw, stacks={"vllm": {("gemm", "bf16"): one}}), "vllm", tmp_path / "my_gpu.vllm.yaml")
-    assert list(load_hardware(path).stacks) == ["sglang", "trtllm", "vllm"]  # a new file is seen
+    assert list(load_hardware(path).stacks) == ["vllm", "sglang", "trtllm"]  # a new file is seen
     assert not any("." in name for name in list_hardware())
 
 
@@ -523,7 +523,7 @@ def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path
         load_hardware("h100"), tmp_path / "copy.yaml"
     )  # a copy of a shipped one is no calibration of one's own
     copy = load_hardware(tmp_path / "copy.yaml")
-    assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "sglang")
+    assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "vllm")
 
 
 def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
@@ -551,7 +551,7 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
 def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) -> None:
     for name, says in (
         ("h100@tensorrt", "h100_sxm: stack 'tensorrt' is unknown; .*Known: sglang, trtllm, vllm"),
-        ("h100@", "Known: sglang, trtllm"),
+        ("h100@", "Known: sglang, trtllm, vllm"),
         ("h100@torch", "Known: sglang, trtllm, vllm"),
         ("cpu@vllm", "cpu: expected no stack, as nothing was fitted for one, got 'vllm'"),
         ("h10@vllm", "did you mean h100"),
