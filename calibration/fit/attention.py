@@ -34,10 +34,7 @@ from simulator.workload import DTYPE_BYTES, DTYPES
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 """Operators of records and sections that are fitted here."""
 
-_STRUCTURE = {
-    "prefill": ("packs", "pads", "sparse_block"),
-    "decode": ("rows", "units_per_sm", "split_keys", "long_keys"),
-}
+_STRUCTURE = {"prefill": ("packs", "pads", "sparse_block"), "decode": ("rows", "units_per_sm", "split_keys")}
 """Constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry."""
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
@@ -46,11 +43,6 @@ FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
 }
 """Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
 cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
-
-LONE_FORMS: Sequence[Mapping[str, float]] = ({}, {"long_keys": 1.0, "split_keys": 64.0})
-"""Structures of decode to compare on rows of one head configuration: the registry's, which splits a cache from
-``long_keys`` keys, and one that splits every cache of two blocks. Few rows near that length cannot show its step: on
-the RTX 4090, the registry's form let the time fall to half at 512 keys."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
@@ -275,8 +267,6 @@ def fit_form(
     """
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
-        if c.calls.operator == "attention_decode":
-            starts = [_best_form(c, starts, keep, LONE_FORMS)]
     if c.calls.operator in FORMS:
         starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
     low, why = c.registry["sequence_s"].low, "time follows the work units alone"

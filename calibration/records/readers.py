@@ -233,8 +233,8 @@ def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
     columns |= {"operator": operator, "role": role, "read_bytes": reads, "write_bytes": writes}
     kernel_time = np.array(["kernel time" in note for note in table["note"]])
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
-    # kernel times are from a running model, whose weights come from memory; other rows are loops over one shape
-    columns["cold"] = kernel_time & (operator == "gemm")
+    # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
+    columns["cold"] = kernel_time & np.isin(operator, ("gemm", "attention_decode"))
     # the first number format a text names (``fp16/bf16 (presumed)`` -> ``fp16``)
     named = np.array([str(v).replace("/", " ").split(" ")[0] for v in table["dtype"]], dtype=object)
     columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", named, DTYPES, "bf16")

@@ -184,16 +184,11 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
     slots = c["units_per_sm"] * device.sm_count
     units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # of a kernel's factor on the rows the rounding
-    parts_of_cache = work.kv / c["split_keys"]
-    # a kernel that splits every cache of two blocks also splits begun ones, else its time would fall at each new part
-    parts_of_cache = np.where(c["long_keys"] <= TILE, np.ceil(parts_of_cache), np.floor(parts_of_cache))
-    splits = np.minimum(np.floor(slots / units), parts_of_cache)
-    long = work.kv >= c["long_keys"]
-    splits = np.where(long, np.maximum(splits, 1.0), 1.0)
+    # begun parts count, else the time would fall at each new part
+    splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
-    start = c["unit_s"] + long * c["long_unit_s"]
-    unit = work.calls.batch * c["sequence_s"] + waves * (start + keys * work.key_bytes / c["unit_bytes_per_s"])
+    unit = work.calls.batch * c["sequence_s"] + waves * (c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"])
     cache = work.cache_bytes
     if np.any(work.calls.warm):
         cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)

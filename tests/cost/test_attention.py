@@ -129,7 +129,7 @@ def test_what_no_fit_has_seen_widens_the_interval() -> None:
 
 
 def test_a_window_bounds_the_work() -> None:
-    hw = load_hardware("h100_sxm")
+    hw = load_hardware("h100_sxm@sglang")
     prefill = prefill_time(1, 16384, 16384, 32, 8, 128, hw, window=[4096, 0]).seconds
     assert prefill[0] < 0.7 * prefill[1]
     decode = decode_time(8, [4096, 4096, 65536], 32, 8, 128, hw, window=[8192, 0, 4096]).seconds

@@ -249,11 +249,11 @@ def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> 
 
 
 @pytest.mark.slow
-def test_the_form_of_decode_follows_from_rows_of_one_head_configuration(shared_data: Path) -> None:
-    """A split from the registry's 512 keys errs more on the RTX 4090 than one of every cache of two blocks."""
+def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) -> None:
+    """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is 1."""
     hw = datasheet("rtx_4090")
     rows = rtx_tables(shared_data, hw)
     calls = calls_of(rows.select(rows.is_operator("attention_decode")), "attention_decode", Machine.of(hw, "bf16"))
     section = fit_attention(calls, hw.architecture).section
-    assert (section["long_keys"], section["split_keys"]) == (1.0, 64.0)
-    assert section.accuracy["mape"] < 0.125  # 0.150 by the registry's form
+    assert section.accuracy["mape"] < 0.09
+    assert 0.85 < section["e_d"] < 0.95

@@ -25,7 +25,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile
 from simulator.uncertainty.operators import gemm_time
 
-HW = load_hardware("h100_sxm")
+HW = load_hardware("h100_sxm@sglang")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")
 OF = {"gather_gemm": ("gemm", "block_step"), "attention_block_sparse": ("attention_prefill", "sparse_block")}
 
