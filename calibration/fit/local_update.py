@@ -275,8 +275,9 @@ def _fit(name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatA
     """Return the errors of the rows ``at`` before and after the update."""
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
-    half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(after)) * posterior.coverage_factor
-    inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= posterior.coverage_factor * after
+    half_after = after * posterior.coverage_factors[posterior.kind[at]]
+    half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(half_after))
+    inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= half_after
     return Fit(
         name=name,
         rows=int(at.sum()),

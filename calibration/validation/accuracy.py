@@ -23,7 +23,7 @@ from calibration.fit.attention import calls_of
 from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import layers_of
 from calibration.fit.gemm import products_of
-from calibration.measurements import list_measurements, load_measurements
+from calibration.measurements import list_measurements, load_measurements, provenance
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records
@@ -79,10 +79,11 @@ STACK_OPERATORS = ("gemm", "attention_prefill", "attention_decode")
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")
 """Formats of experts that are evaluated; weight-only formats have one or two models."""
 TABLES: tuple[str, ...] = (
-    *(*GEMMS, "stacks", "h200_from_h100", "rtx_4090", "attention", "mla", "experts", "elementwise"),
+    *(*GEMMS, "stacks", "unlisted", "h200_from_h100", "rtx_4090", "attention", "mla", "experts", "elementwise"),
 )
-"""Tables to evaluate. After the GEMM tables: each stack of a GPU with two or more held out; the section of another GPU;
-each projection held out; the other operators. Most tables of "mla" are in the wheel."""
+"""Tables to evaluate. After the GEMM tables: each stack of a GPU with two or more held out; each GPU by its datasheet
+alone, as a GPU without tables; the section of another GPU; each projection held out; the other operators. Most tables
+of "mla" are in the wheel."""
 
 Step = Callable[[], list[Row]]
 
@@ -131,6 +132,8 @@ def _steps(
         yield from (partial(_gemm, name, size, seed) for seed in seeds for size in sizes)
     elif name == "stacks":
         yield from (partial(_stack, *pair, seeds) for pair in stack_pairs(wheel))
+    elif name == "unlisted":
+        yield from (partial(_unlisted, table, others, seeds) for table, others in unlisted_tables(wheel))
     elif name == "h200_from_h100":
         yield _h200
     elif name == "attention":
@@ -180,6 +183,40 @@ def stack_pairs(
     return out
 
 
+UNLISTED: tuple[tuple[str, str], ...] = (
+    *(("gemm", "bf16"), ("gemm", "fp8"), ("gemm", "fp8_block")),
+    *(("attention_prefill", "bf16"), ("attention_decode", "bf16"), ("mla_decode", "bf16")),
+    *(("experts", "bf16"), ("experts", "fp8_block")),
+)
+"""Operators and formats that are evaluated by datasheet alone."""
+
+
+def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableChoice | None]]:
+    """Return one table for every GPU, operator and format of :data:`UNLISTED`, by the first stack that has one, and the
+    GPU's bf16 GEMMs, whose rows update the others. vLLM's tables, which lack large GEMMs, count last."""
+    found: dict[tuple[str, str, str], TableChoice] = {}
+    order = sorted(STACKS, key=lambda stack: stack == "vllm")
+    for operator, dtype in UNLISTED:
+        tables = sorted(_tables(operator, wheel), key=lambda t: order.index(t.measurement.split("/")[2]))
+        for table in tables:
+            formats = _formats(table) if table.wheel else _formats(table) & set(provenance(table.measurement)["rows"])
+            if dtype in formats:
+                found.setdefault((operator, dtype, table.measurement.split("/")[0]), replace(table, dtype=dtype))
+    return [
+        (table, None if (operator, dtype) == ("gemm", "bf16") else found.get(("gemm", "bf16", device)))
+        for (operator, dtype, device), table in found.items()
+    ]
+
+
+def by_datasheet(name: str) -> HardwareProfile:
+    """Return a GPU as if it had no tables: with the defaults of its architecture where another GPU of it was fitted,
+    else with those of no architecture."""
+    hw = datasheet(name)
+    kin = {c.hardware for c in CHOICES.values() if datasheet(c.hardware).architecture == hw.architecture}
+    kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
+    return hw if kin - {name} else replace(hw, architecture="cdna3")
+
+
 def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
     """Return the GEMM rows of records."""
     return Measured(products_of(records, Machine.of(hw, dtype)), hw, dtype)
@@ -227,6 +264,18 @@ def _stack(table: TableChoice, source: TableChoice, seeds: Sequence[int]) -> lis
     device, operator, stack = table.measurement.split("/")
     rows = (r for seed in seeds for r in stacks.evaluate_held_out(source.fitted(), table.load(), seed))
     return [{**r, "table": f"{operator}, held-out stack", "held_out": f"{device} {stack}"} for r in rows]
+
+
+def _unlisted(table: TableChoice, others: TableChoice | None, seeds: Sequence[int]) -> list[Row]:
+    """Return the scores of a GPU by its datasheet alone, and with rows of its own or of its GEMMs."""
+    device, operator, stack = table.measurement.split("/")
+    hw, gemms = by_datasheet(CHOICES[table.measurement].hardware), None if others is None else others.load()
+    out = []
+    for seed in seeds:
+        for r in stacks.evaluate_datasheet(hw, table.load(), gemms, seed):
+            name = f"{device} {stack}{', GEMM rows' if r['method'] == 'other rows' else ''}"
+            out.append({**r, "method": r["method"].replace("other rows", "posterior"), "held_out": name})
+    return [{**r, "table": f"{operator} {table.dtype}, by datasheet alone"} for r in out]
 
 
 def _h200() -> list[Row]:

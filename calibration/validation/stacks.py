@@ -1,21 +1,22 @@
-"""Evaluation on a held-out software stack: a profile fitted on one stack of a device predicts the rows of another, as
-shipped and after a local update with 20 to 400 of its rows.
+"""Evaluation on a held-out software stack or GPU, as shipped and after a local update with 20 to 400 rows.
 
-Use :func:`evaluate_held_out` for one pair of stacks and seed. Simpler alternatives to the local update
-(:data:`ALTERNATIVES`) are one factor and three constants.
+Use :func:`evaluate_held_out` where a profile fitted on one stack of a device predicts the rows of another, and
+:func:`evaluate_datasheet` where the defaults of an architecture predict a device whose fits are left out, as for a GPU
+without any table. Simpler alternatives to the local update (:data:`ALTERNATIVES`) are one factor and three constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from calibration.fit.gemm import GemmFit
 from calibration.fit.local_update import update_profile
 from calibration.validation.protocol import Measured, Row, coverage, errors, ratio_coverage, row, speedups
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
+from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile, Section
 
 SIZES = (20, 100, 400)
@@ -43,26 +44,59 @@ def three_constants(section: Section, rows: Measured, test: Measured) -> FloatAr
 def evaluate_held_out(section: Section, table: Measured, seed: int, sizes: Sequence[int] = SIZES) -> list[Row]:
     """Evaluate a section of one stack on another stack's table: as shipped, and after an update with some of the
     table's rows, by each method; all on the same rows of the test groups."""
-    rng = np.random.default_rng(seed + 50)
-    unseen = table.train_test(None, seed)[1]
-    test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
-    pairs = test.pairs()
-    pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
-
-    def scores(seconds: FloatArray) -> dict[str, float]:
-        return {**errors(seconds, test.data), **speedups(seconds, test.data, pairs)}
-
-    def all_scores(hw: HardwareProfile) -> dict[str, float]:
-        predicted = test.predicted(hw)
-        ratios = ratio_coverage(predicted, hw, test.data.seconds, pairs)
-        return {**scores(predicted.time.seconds), **coverage(predicted.time, test.data), **ratios}
-
+    test = _Test.of(table, seed)
     hw = table.profile(section, same_stack=False)
-    out = [row("as shipped", seed, 0, all_scores(hw))]
+    out = [row("as shipped", seed, 0, test.scores(hw))]
     for size in sizes:
         rows = table.train_test(size, seed)[0]
-        out.append(row("posterior", seed, size, all_scores(update_profile(hw, rows.records()).profile), rows=size))
+        out.append(row("posterior", seed, size, test.scores(update_profile(hw, rows.records()).profile), rows=size))
         for name in ALTERNATIVES if isinstance(table.data, GemmFit) else ():
-            seconds = one_factor(hw, rows, test) if name == "factor" else three_constants(section, rows, test)
-            out.append(row(name, seed, size, scores(seconds), rows=size))
+            seconds = one_factor(hw, rows, test.rows) if name == "factor" else three_constants(section, rows, test.rows)
+            out.append(row(name, seed, size, test.errors(seconds), rows=size))
     return out
+
+
+def evaluate_datasheet(
+    hw: HardwareProfile, table: Measured, others: Measured | None, seed: int, sizes: Sequence[int] = (20, 100)
+) -> list[Row]:
+    """Evaluate a profile without fits on a table of its device: as it is, updated with some of the table's rows, and
+    updated with as many rows of another operator (``others``), whose method is "other rows"."""
+    test = _Test.of(table, seed)
+    out = [row("as shipped", seed, 0, test.scores(hw))]
+    for size in sizes:
+        for method, source in (("posterior", table), ("other rows", others)):
+            if source is not None:
+                records = source.train_test(size, seed)[0].records()
+                try:
+                    updated = update_profile(hw, records).profile
+                except InputError:  # the defaults are off by more than an update accepts
+                    continue
+                out.append(row(method, seed, size, test.scores(updated), rows=size))
+    return out
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Held-out rows of a table, and pairs of them whose ratio is evaluated."""
+
+    rows: Measured
+    pairs: IndexArray
+
+    @classmethod
+    def of(cls, table: Measured, seed: int) -> _Test:
+        """Return a sample of the rows of the test groups."""
+        rng = np.random.default_rng(seed + 50)
+        unseen = table.train_test(None, seed)[1]
+        rows = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
+        pairs = rows.pairs()
+        return cls(rows, pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])])
+
+    def errors(self, seconds: FloatArray) -> dict[str, float]:
+        """Return the errors of predicted times and of their ratios."""
+        return {**errors(seconds, self.rows.data), **speedups(seconds, self.rows.data, self.pairs)}
+
+    def scores(self, hw: HardwareProfile) -> dict[str, float]:
+        """Return errors and coverage of times and ratios by a profile."""
+        predicted = self.rows.predicted(hw)
+        ratios = ratio_coverage(predicted, hw, self.rows.data.seconds, self.pairs)
+        return {**self.errors(predicted.time.seconds), **coverage(predicted.time, self.rows.data), **ratios}

@@ -85,7 +85,7 @@ def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[Ope
         variance, half = uncertainty.variance, COVERAGE_FACTOR * half_scale
     else:
         shift, variance = posterior.at(uncertainty)
-        time, half = time * np.exp(shift).reshape(shape), posterior.coverage_factor * half_scale
+        time, half = time * np.exp(shift).reshape(shape), posterior.coverage_factors[uncertainty.kind] * half_scale
     width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(shape)
     time = np.maximum(time, e.floor)
     ends: list[FloatArray] = [time, np.maximum(time / width, e.floor), time * width, e.roofline]

@@ -35,6 +35,15 @@ PRIOR_FACTORS, PRIOR_NOISE, PRIOR_ROWS = 4.0, 20.0, 30
 _ROUNDS = 9
 
 
+def _coverage_factor(z: Array) -> float:
+    """Return the coverage factor from z-scores, shrunk to the prior's by :data:`PRIOR_ROWS` rows."""
+    count = len(z)
+    if not count:
+        return COVERAGE_FACTOR
+    at = min(count - 1, int(np.ceil(0.9 * (count + 1))) - 1)
+    return float((count * np.sort(z)[at] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
+
+
 def _causes() -> NDArray[np.intp]:
     """Return the number of the cause of each error factor: those of one share the variance that the data give them."""
     causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
@@ -47,7 +56,7 @@ class Posterior:
 
     scale: Array  # (c,) variance of the error of each of ERROR_FACTORS, the prior's being 1
     noise: Array  # factor on correlated and independent variance, by kind of operator
-    coverage_factor: float  # half-width of a 90 % interval over the standard deviation
+    coverage_factors: Array  # half-width of a 90 % interval over the standard deviation, by kind of operator; last: all
     systematic: Array  # (n, c) of the measured times
     correlated: Array  # (n,)
     coordinates: Array  # (n, 3)
@@ -72,7 +81,8 @@ class Posterior:
         Outliers count less (Student's t of 4 degrees). Expectation-maximisation also estimates how far this stack
         differs (the variance of each error factor; the prior counts as :data:`PRIOR_FACTORS` factors) and how noisy
         each kind of operator is (the prior counts as :data:`PRIOR_NOISE` rows). Z-scores of each row, predicted from
-        the others, give the coverage factor, shrunk to the prior's by :data:`PRIOR_ROWS` rows.
+        the others, give the coverage factor of its kind, shrunk to the prior's by :data:`PRIOR_ROWS` rows: rows of one
+        kind of operator say nothing about the tails of another.
         """
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(max(Kind) + 1)
@@ -97,12 +107,15 @@ class Posterior:
                 g = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(g)))
         precision = np.diag(inverse)
         left_out = np.stack([a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))])
-        z = np.sort((np.abs(left_out[0]) / left_out[1])[kind != HOST_KIND])
-        count, coverage_factor = len(z), COVERAGE_FACTOR
-        if count:
-            at = min(count - 1, int(np.ceil(0.9 * (count + 1))) - 1)
-            coverage_factor = float((count * z[at] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
-        return cls(s, g, coverage_factor, systematic, correlated, coordinates, kind, a, inverse, left_out)
+        z = np.abs(left_out[0]) / left_out[1]
+        chosen = [kind == k for k in range(len(g))] + [kind != HOST_KIND]
+        coverage = np.array([_coverage_factor(z[rows]) for rows in chosen])
+        return cls(s, g, coverage, systematic, correlated, coordinates, kind, a, inverse, left_out)
+
+    @property
+    def coverage_factor(self) -> float:
+        """Half-width of a 90 % interval over the standard deviation, from the rows of all operators."""
+        return float(self.coverage_factors[-1])
 
     def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: int) -> Array:
         """Return (m, n), the covariance of m times of one kind with the measured ones."""
