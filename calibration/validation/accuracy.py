@@ -24,6 +24,7 @@ from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import layers_of
 from calibration.fit.gemm import products_of
 from calibration.measurements import list_measurements, load_measurements
+from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records
@@ -159,7 +160,7 @@ def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
     """Return the tables of an operator, those of one device next to each other."""
     shipped = list_measurements()
     out: dict[str, list[TableChoice]] = {}
-    for name in shipped if wheel is None else CHOICES:
+    for name in shipped if wheel is None else SOURCES:
         device, its_operator, stack = name.split("/")
         if its_operator == operator and stack in STACKS:
             out.setdefault(device, []).append(TableChoice(name, wheel=None if name in shipped else wheel))
@@ -197,7 +198,7 @@ def _records(table: TableChoice) -> Records:
 @lru_cache(maxsize=8)
 def _loaded(table: TableChoice) -> Measured:
     records = _records(replace(table, dtype="")).of_dtype(table.dtype)
-    hw = datasheet(CHOICES[table.measurement].hardware)
+    hw = datasheet(SOURCES[table.measurement].hardware)
     machine = Machine.of(hw, table.dtype)
     if table.operator == "experts":
         return Measured(layers_of(records, machine, hw.architecture), hw, table.dtype)
@@ -265,7 +266,7 @@ def _experts(table: TableChoice, seeds: Sequence[int]) -> list[Row]:
     device, _, stack = table.measurement.split("/")
     formats = _formats(table)
     if table.wheel is None:
-        formats &= set(CHOICES[table.measurement].ships)
+        formats &= set(SOURCES[table.measurement].ships)
     out: list[Row] = []
     for dtype in (dtype for dtype in EXPERT_FORMATS if dtype in formats):
         data = replace(table, dtype=dtype).load()
