@@ -122,7 +122,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
         screen.refuse(stalled, f"over {STALL:g} times the time of a call of more work")
     source = Source(
         device=DEVICE,
-        stack={about.library: "unknown"},
+        stack={about.library: "of unknown version"},
         kernel=about.kernel,
         method=f"InferSim: {about.method}",
         origin=f"{REPOSITORY}, {about.file}",
