@@ -34,8 +34,7 @@ from simulator.cost.base import Calls, Estimate, Machine, element_bytes, largest
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError
 from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
-from simulator.hardware.profile import OTHER_STACK, Fitted, HardwareProfile, Section, unfitted
-from simulator.hardware.sections import default_section
+from simulator.hardware.profile import OTHER_STACK, HardwareProfile, Section, unfitted
 from simulator.workload import Kind
 
 _PART = Range(1e-9, 1.0, "numbers above 0, up to 1")
@@ -169,8 +168,6 @@ class _Ready:
 @lru_cache(maxsize=128)
 def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
     section, cache = hw.section(operator, dtype), kv_dtype or dtype
-    if operator == "attention_decode":
-        section = _of_kernel(hw, section)
     cache_bytes = element_bytes(cache)
     machine, constants = Machine.of(hw, dtype), {name: section[name] for name in CONSTANTS[operator]}
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
@@ -181,23 +178,6 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
     return _Ready(machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors)
-
-
-def _of_kernel(hw: HardwareProfile, section: Section) -> Section:
-    """Return the section of plain decode for the kernel of the engine.
-
-    Where products show in the times of a fit (``tile_rows``), they are those of its kernel. Another kernel whose
-    constants are known then has these constants and the defaults.
-    """
-    known = DECODE_KERNELS.get((hw.architecture, hw.engine_stack))
-    named = section.stack if section.status != "default" and hw.engine_stack and not hw.pinned else ""
-    other = named not in ("", hw.engine_stack) and section["tile_rows"] > 0.0
-    if known is None or (section.status != "default" and not other):
-        return section
-    default = default_section("attention_decode", hw.architecture)
-    return replace(
-        default, constants={**default.constants, **{n: Fitted(v, None, "default") for n, v in known.items()}}
-    )
 
 
 def _makeshift(hw: HardwareProfile, section: Section, narrow: bool) -> bool:
