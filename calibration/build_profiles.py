@@ -24,6 +24,7 @@ import numpy as np
 from calibration.fit.kernels import fit_sparse_step
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measurements import load_measurements
+from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.importers import import_table
 from calibration.records.timing_table import Records
@@ -55,7 +56,7 @@ class Recipe:
     @property
     def ships(self) -> bool:
         """Whether any of the tables ships."""
-        return any(CHOICES[name].ships and CHOICES[name].stack != "nccl" for name in self.tables)
+        return any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
 
 
 _OTHER_HOST = ("l40s.sglang",)
@@ -69,10 +70,10 @@ def _recipes() -> dict[str, Recipe]:
     vLLM's tables lack the compute-bound GEMMs, so SGLang's section is their prior.
     """
     recipes: dict[str, Recipe] = {}
-    for hardware, stack in dict.fromkeys((c.hardware, c.stack) for c in CHOICES.values() if c.stack != "nccl"):
+    for hardware, stack in dict.fromkeys((c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"):
         name, prior = f"{hardware}.{stack}", f"{hardware}.sglang" if stack == "vllm" else ""
         stacks = (stack,) if name in _OTHER_HOST else (stack, "nccl")
-        tables = [n for s in stacks for n, c in CHOICES.items() if (c.hardware, c.stack) == (hardware, s)]
+        tables = [n for s in stacks for n, c in SOURCES.items() if (c.hardware, c.stack) == (hardware, s)]
         recipes[name] = Recipe(hardware, stack, tuple(tables), prior)
     return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
 
@@ -95,10 +96,10 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
     """Return the rows of a recipe, from the wheel or from the shipped tables."""
     parts = []
     for name in recipe.tables:
-        if wheel is not None:
+        if wheel is not None and name in CHOICES:
             with open_wheel(wheel) as archive:
                 parts.append(read_choice(archive, CHOICES[name])[0])
-        elif CHOICES[name].ships:
+        elif SOURCES[name].ships:
             parts.append(load_measurements(name))
     return Records.concat(parts)
 
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
             raise unknown("stack file", wrong[0], RECIPES)
         operators = tuple(filter(None, given.operator.split(",")))
         tables = {name: {table.split("/")[1] for table in RECIPES[name].tables} for name in names}
-        known = sorted({table.split("/")[1] for table in CHOICES})
+        known = sorted({table.split("/")[1] for table in SOURCES})
         for operator in operators:
             if operator not in known:
                 raise unknown("operator", operator, known)

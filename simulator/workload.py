@@ -78,7 +78,7 @@ class Phase(IntEnum):
 PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
 """Phases that :func:`simulator.lower` accepts."""
 
-STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch")
+STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
 """Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
 
 DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")

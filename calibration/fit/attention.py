@@ -23,7 +23,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray
 from simulator.cost.attention import Attention
-from simulator.cost.attention_model import Geometry, decode_work, prefill_work
+from simulator.cost.attention_model import Geometry, decode_core, decode_work, prefill_work
 from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import CONSTANTS, Constant
@@ -34,7 +34,10 @@ from simulator.workload import DTYPE_BYTES, DTYPES
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 """Operators of records and sections that are fitted here."""
 
-_STRUCTURE = {"prefill": ("packs", "pads", "sparse_block"), "decode": ("rows", "units_per_sm", "split_keys")}
+_STRUCTURE = {
+    "prefill": ("packs", "pads", "sparse_block"),
+    "decode": ("rows", "units_per_sm", "split_keys", "tile_rows"),
+}
 """Constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry."""
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
@@ -43,6 +46,12 @@ FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
 }
 """Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
 cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
+
+TILE_ROWS: Sequence[Mapping[str, float]] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
+"""Rows of the tiles of plain decode to compare where products show: on a device with little compute for its
+bandwidth."""
+SEEN = 0.25
+"""Least share of the products in the smallest tiles, over the time of reading the cache, of the median row."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
@@ -79,9 +88,23 @@ class AttentionFit(Fit):
         return CONSTANTS[self.calls.operator]
 
     @property
+    def defaults(self) -> dict[str, float]:
+        """Constants of no particular architecture."""
+        return {name: constant.default("*") for name, constant in self.registry.items()}
+
+    @property
     def decodes(self) -> bool:
         """Whether each call has one query per sequence."""
         return self.calls.phase == "decode"
+
+    @property
+    def shows_tiles(self) -> bool:
+        """Whether the products of padded tiles are large enough to change the times of decode."""
+        machine, work = self.calls.machine, decode_work(self.calls.geometry)
+        if not self.decodes or self.calls.latent or machine.packs:
+            return False
+        least = decode_core(work, machine, {**self.defaults, **TILE_ROWS[0]}).by_bottleneck
+        return bool(np.median(least["compute"] / least["memory"]) >= SEEN)
 
     @property
     def length(self) -> FloatArray:
@@ -166,7 +189,7 @@ class AttentionFit(Fit):
 
     def blank(self) -> ResidualGrid:
         """Return a blank grid over the smallest box of octaves that contains the rows."""
-        position = self.calls.estimate({n: c.default("*") for n, c in self.registry.items()}).position
+        position = self.calls.estimate(self.defaults).position
         start = tuple(float(np.floor(np.min(x))) for x in position)
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
@@ -212,7 +235,11 @@ def fit_attention(
     """
     c, dropped = calls.screened()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
-    kinds, kind, count, seen = kinds[count >= MINIMUM_ROWS], kind.reshape(-1), count[count >= MINIMUM_ROWS], kinds
+    kind = kind.reshape(-1)
+    if count.max(initial=0) < MINIMUM_ROWS <= len(c):  # together they are enough for one kernel
+        most = count.argmax()
+        kinds, kind, count = kinds[most : most + 1], np.zeros_like(kind), np.array([len(c)])
+    kinds, count, seen = kinds[count >= MINIMUM_ROWS], count[count >= MINIMUM_ROWS], kinds
     if not len(kinds):
         few = f"expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none excluded'})"
         raise ValueError(f"{c.calls.operator}: {few}")
@@ -269,6 +296,8 @@ def fit_form(
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
     if c.calls.operator in FORMS:
         starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
+    if c.shows_tiles:
+        starts = [_best_form(c, starts, keep, TILE_ROWS)]
     low, why = c.registry["sequence_s"].low, "time follows the work units alone"
     forms: list[tuple[float, ConstantsFit, ResidualGrid]] = []
     for simple in (False, True) if len(c) >= FEW_ROWS else (False,):

@@ -24,6 +24,7 @@ from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import layers_of
 from calibration.fit.gemm import products_of
 from calibration.measurements import list_measurements, load_measurements, provenance
+from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records
@@ -70,6 +71,7 @@ GEMMS: Mapping[str, TableChoice] = MappingProxyType(
         "l40s": TableChoice("l40s/gemm/trtllm"),
         "rtx_pro_6000": TableChoice("rtx_pro_6000/gemm/trtllm"),
         "b200": TableChoice("b200_sxm/gemm/trtllm"),
+        "h20_fp8_block": TableChoice("h20/gemm/sglang", "fp8_block"),
         "a100_int8_wo": TableChoice("a100_sxm/gemm/trtllm", "int8_wo"),
         "a100_int4_wo": TableChoice("a100_sxm/gemm/trtllm", "int4_wo"),
     }
@@ -84,6 +86,9 @@ TABLES: tuple[str, ...] = (
 """Tables to evaluate. After the GEMM tables: each stack of a GPU with two or more held out; each GPU by its datasheet
 alone, as a GPU without tables; the section of another GPU; each projection held out; the other operators. Most tables
 of "mla" are in the wheel."""
+
+FEWEST = 40
+"""Rows of an attention table from which three tenths of its heads or lengths are held out."""
 
 Step = Callable[[], list[Row]]
 
@@ -162,7 +167,7 @@ def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
     """Return the tables of an operator, those of one device next to each other."""
     shipped = list_measurements()
     out: dict[str, list[TableChoice]] = {}
-    for name in shipped if wheel is None else CHOICES:
+    for name in shipped if wheel is None else SOURCES:
         device, its_operator, stack = name.split("/")
         if its_operator == operator and stack in STACKS:
             out.setdefault(device, []).append(TableChoice(name, wheel=None if name in shipped else wheel))
@@ -234,7 +239,7 @@ def _records(table: TableChoice) -> Records:
 @lru_cache(maxsize=8)
 def _loaded(table: TableChoice) -> Measured:
     records = _records(replace(table, dtype="")).of_dtype(table.dtype)
-    hw = datasheet(CHOICES[table.measurement].hardware)
+    hw = datasheet(SOURCES[table.measurement].hardware)
     machine = Machine.of(hw, table.dtype)
     if table.operator == "experts":
         return Measured(layers_of(records, machine, hw.architecture), hw, table.dtype)
@@ -305,7 +310,10 @@ def _rtx_4090() -> list[Row]:
 def _attention(table: TableChoice, by: str, seeds: Sequence[int]) -> list[Row]:
     device, operator, stack = table.measurement.split("/")
     kind, phase = operator.split("_")
-    rows = (protocol.evaluate_table(table.load(), None, seed, by, fold_by=(by,)) for seed in seeds)
+    data = table.load()
+    if len(data.data) < FEWEST or data.groups(by).max() < 2:
+        return []
+    rows = (protocol.evaluate_table(data, None, seed, by, fold_by=(by,)) for seed in seeds)
     return [{**r, "table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}"} for r in rows]
 
 
@@ -314,7 +322,7 @@ def _experts(table: TableChoice, seeds: Sequence[int]) -> list[Row]:
     device, _, stack = table.measurement.split("/")
     formats = _formats(table)
     if table.wheel is None:
-        formats &= set(CHOICES[table.measurement].ships)
+        formats &= set(SOURCES[table.measurement].ships)
     out: list[Row] = []
     for dtype in (dtype for dtype in EXPERT_FORMATS if dtype in formats):
         data = replace(table, dtype=dtype).load()

@@ -99,7 +99,8 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile, level: flo
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s
     if operator == "collective":
         moved = time.roofline_s
-    section = hw.section(SECTIONS[operator], dtype)
+    of_format = (SECTIONS[operator], label) in hw.sections  # of weights narrower than the arithmetic, or with scales
+    section = hw.section(SECTIONS[operator], label if of_format else dtype)
     origin = section.provenance
     return Part(
         operator=operator,

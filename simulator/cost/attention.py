@@ -31,10 +31,9 @@ from simulator.cost.attention_model import (
     prefill_work,
 )
 from simulator.cost.base import Calls, Estimate, Machine, element_bytes, largest_part
-from simulator.cost.gemm_model import WGMMA_ROWS
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError
-from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
 from simulator.hardware.profile import OTHER_STACK, HardwareProfile, Section, unfitted
 from simulator.workload import Kind
 
@@ -174,11 +173,8 @@ def _ready(hw: HardwareProfile, operator: str, dtype: str, kv_dtype: str | None)
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
     if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
         fastest = max(fastest, hw.peak_flop_per_s(cache))
-    factors = unfitted(operator, section, hw.architecture)
-    if factors and hw.architecture == "hopper" and operator == "attention_decode":
-        # the queries of a KV head fill the rows of an instruction: two FLOP per row for each element of the cache
-        most = hw.section("gemm", dtype)["e_tc"] * machine.peak_flop_per_s / (2.0 * WGMMA_ROWS)
-        constants["e_d"] = min(constants["e_d"], most * cache_bytes / machine.bandwidth_bytes_per_s)
+    known = operator == "attention_decode" and (hw.architecture, hw.engine_stack) in DECODE_KERNELS
+    factors = () if known else unfitted(operator, section, hw.architecture)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
     return _Ready(machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors)

@@ -197,8 +197,9 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
     fixed = c["t0_s"] + merge
     parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
-    if "e_tc" in c:  # many heads over one latent make products count, as they never do in plain attention
-        parts["compute"] = work.flops / (c["e_tc"] * device.peak_flop_per_s)
+    if np.any(tile := c["tile_rows"]):  # tensor cores compute whole tiles, however few query heads share a KV head
+        rows = tile * np.ceil(work.group / np.maximum(tile, 1.0) - 1e-4)
+        parts["compute"] = work.flops * (rows / work.group) / (c["e_tc"] * device.peak_flop_per_s)
     work_s = np.sqrt(sum(part * part for part in parts.values()))
     total = fixed + work_s
     rest = 1.0 / (total * work_s)

@@ -4,8 +4,8 @@ A decode step reads and writes the state of every sequence: bytes over achieved 
 chunks of 64 tokens (arXiv 2406.06484): five kernels of small products, whose intermediate results cross memory; one of
 the kernels takes chunk after chunk, as each needs the state of the last one. Use :func:`delta_net`.
 
-No constant is fitted. The defaults were chosen from what similar kernels achieve, then compared with nine rows of an
-H20 (alibaba/InferSim, Apache-2.0; 32 value heads): docs/model.md has the errors.
+One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
+heads). The others were chosen from what similar kernels achieve: docs/model.md has the errors of nine rows.
 
 Symbols
 -------

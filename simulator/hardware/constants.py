@@ -50,6 +50,7 @@ _OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes 
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
 _COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
 _DELTA = "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in docs/model.md"
+_STEPS = "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2 MB of each"
 _PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
     "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
 _ASSUMED = "uncalibrated: assumed"
@@ -58,8 +59,14 @@ _QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those 
     "later, 4.7 are TensorRT's layer profiler, which its int8 kernels show too")
 _CONTEXT = (f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
     "head_dim 128")
+_RIDGE = ("; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet rate leave "
+    "2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal errors on H100 and H200, and "
+    "7 % on the H20 (InferSim), whose SMs compute a quarter of the H100's products")
 _GENERATION = (f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
     "bf16)")
+_TILES = ("0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare other values "
+    "where the products of 16 rows take a quarter of the time of reading or more (H20)")
+_MMA = f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {_AIC} (A100, L40S, RTX PRO 6000)"
 _MLA = (f"fits on the MLA tables of {_AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200, decode on Hopper "
     "SGLang's; bf16)")
 _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
@@ -139,10 +146,10 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "t0_s": _row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and of further launches of its library",
         ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
-    "e_tc": _row("1", 0.1, 1.1, _CONTEXT, "share of the datasheet tensor rate that the two products achieve",
-        ampere=0.505, ada=0.426, hopper=0.738, other=0.5),
-    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT, "exponentials/s of an SM, in parallel with its products",
-        ampere=3.7e10, ada=3.7e10, hopper=5.2e10, other=3.7e10),
+    "e_tc": _row("1", 0.1, 1.1, _CONTEXT + _RIDGE, "share of the datasheet tensor rate that the two products achieve",
+        ampere=0.505, ada=0.426, hopper=1.0, other=0.5),
+    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT + _RIDGE, "exponentials/s of an SM, in addition to its products",
+        ampere=3.7e10, ada=3.7e10, hopper=2.3e10, other=3.7e10),
     "tile_s": _row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
     "sequence_s": _row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
     "kappa": _row("1", 0.05, 6.0, _CONTEXT, "time of the longest tile alone, in units of its share of a full SM",
@@ -193,7 +200,27 @@ DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "split_keys": _row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys per split, at least", other=128.0),
     "regroup": _row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
         "further time of a cache whose KV heads serve several query heads, as a CPU packs it", cpu=1.0, other=0.0),
+    "e_tc": _row("1", 0.05, 1.1, _MMA, "share of the datasheet rate that the products of padded rows achieve",
+        other=0.5),
+    "tile_rows": _row("1", 0.0, 128.0, _TILES,
+        "rows that the query heads of a KV head are padded to a multiple of; 0: reading the cache hides all products",
+        other=0.0),
 })
+
+DECODE_KERNELS: Mapping[tuple[str, str], Mapping[str, float]] = MappingProxyType({
+    ("hopper", ""): {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
+    ("hopper", "sglang"): {"tile_rows": 128.0, "e_tc": 0.85},
+    ("hopper", "vllm"): {"tile_rows": 64.0, "e_tc": 0.54},
+})
+"""Constants of decode kernels that differ from the defaults, by architecture and the stack that an engine runs ("": no
+engine); they apply where that kernel was not fitted.
+
+"": FlashInfer, which computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ)
+and has two units per SM, as in its fit on the L40S. SGLang's default is FlashAttention-3: tiles of 128 rows
+(hopper/tile_size.h) at the rate of its prompts, 0.75 (H100) to 0.95 (H20) of the datasheet's. vLLM's fork of it has 64
+rows (use_one_mma_wg) at 0.63 of that rate: the ratio of both for fp8 caches in the tables of H100 and H200, which SMs
+bound and not memory. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to 0.45 of
+FlashInfer's rate."""
 
 
 
@@ -207,8 +234,8 @@ def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> di
 
 
 _PROMPT = _latent(PREFILL_CONSTANTS,
-    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 0.75, 0.58, 0.78, 0.55),
-    exp_per_s=(5.1e10, 6.1e10, 5.8e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
+    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
+    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
     tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6), sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
     e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8), l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5))
 _DECODE = _latent(DECODE_CONSTANTS,
@@ -217,16 +244,17 @@ _DECODE = _latent(DECODE_CONSTANTS,
     unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10), e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
     split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6), merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
     l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8), rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
-    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6))
+    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6), tile_rows=(1.0,) * 6)
 MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_PROMPT, "e_tc": replace(_PROMPT["e_tc"], high=2.2),
 })
 MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
-    "e_tc": _row("1", 0.05, 2.2, _MLA,
+    "e_tc": _row("1", 0.05, 2.2, _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
+        "tables of H100 and H200 do not determine it",
         "share of the datasheet rate of the activations' format that the two products achieve; above 1 if they run in "
         "the format of a narrower cache, or if the time of work units includes them",
-        ampere=0.54, ada=0.53, hopper=2.2, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
+        ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
 })
 
 RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
@@ -303,8 +331,8 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         "products that depend on each other", other=1.5e-6),
     "e_tc": _row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
         "attention, whose tiles are larger", other=0.4),
-    "e_d": _row("1", 0.05, 1.0, _DELTA, "share of the datasheet bandwidth at which states and intermediate results "
-        "move: that of the rotary embedding, which also updates in place", other=0.65),
+    "e_d": _row("1", 0.05, 1.0, _STEPS, "share of the datasheet bandwidth at which states and intermediate results "
+        "move", other=0.57),
     "e_conv": _row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
         "three positions, 6 bytes of a sector of 32", other=0.3),
 })

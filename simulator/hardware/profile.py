@@ -17,6 +17,7 @@ from typing import Any
 from simulator.arguments import COUNT, Range, number
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
+from simulator.hardware.constants import DECODE_KERNELS
 from simulator.hardware.formats import labels
 from simulator.hardware.link import Link, named
 from simulator.hardware.sections import (
@@ -30,6 +31,7 @@ from simulator.hardware.sections import (
     inherited,
     section_row,
     unfitted,
+    unfitted_section,
 )
 from simulator.units import rate, size
 from simulator.workload import STACKS
@@ -351,6 +353,8 @@ class HardwareProfile(Displayed):
 
         Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
         has every constant of the operator; a constant that was not fitted has its default and the status "default".
+        Where the tiles of a decode kernel show in the times of a fit (``tile_rows``), an engine with another, known
+        kernel has that kernel's constants (:data:`simulator.hardware.constants.DECODE_KERNELS`) and the defaults.
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)
@@ -358,11 +362,18 @@ class HardwareProfile(Displayed):
         twin = _TWINS.get(dtype, "")
         if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
             found = inherited(self.sections[operator, twin], f"{self.name} {operator} {twin}")
-        if found is None:
-            return default
+        if found is None or (operator == "attention_decode" and self._runs_another(found)):
+            return unfitted_section(operator, kind, self.engine_stack)
         if found.constants.keys() >= default.constants.keys():
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
+
+    def _runs_another(self, section: Section) -> bool:
+        """Return whether the engine has a decode kernel of its own, known to differ from that of a fit."""
+        tiles = section.constants.get("tile_rows")
+        other = not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
+        known = (self.architecture, self.engine_stack) in DECODE_KERNELS
+        return bool(other and known and tiles is not None and tiles.value > 0.0)
 
 
 def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
 from simulator.files.fields import NumberField
-from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
 
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
@@ -134,6 +134,15 @@ def default_section(operator: str, kind: str) -> Section:
         raise unknown("operator", operator, CONSTANTS)
     values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
     return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
+
+
+@lru_cache(maxsize=64)
+def unfitted_section(operator: str, kind: str, stack: str) -> Section:
+    """Return the section of defaults, with the known constants of the kernel of an engine's stack."""
+    section = default_section(operator, kind)
+    known = DECODE_KERNELS.get((kind, stack), {}) if operator == "attention_decode" else {}
+    constants = {name: Fitted(value, None, "default") for name, value in known.items()}
+    return replace(section, constants=MappingProxyType({**section.constants, **constants}))
 
 
 @lru_cache(maxsize=64)

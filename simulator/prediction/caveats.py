@@ -75,7 +75,8 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
     generations run routed experts differently, or "".
 
-    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this.
+    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A
+    fit of decode attention that is unused, as the engine has another kernel, is named.
 
     >>> from simulator import load_hardware, load_model, lower
     >>> w = lower(load_model("llama-3.1-8b"), phase="decode", dtype="fp16", engine="sglang")
@@ -83,6 +84,8 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     ''
     >>> fallback(load_hardware("rtx_4090"), w)
     'rtx_4090: sglang kernels are not calibrated; vllm kernels are used instead'
+    >>> fallback(load_hardware("h20"), w)
+    "h20: flashinfer's decode attention is not the default of sglang; if it is enabled, use h20@flashinfer"
     >>> fallback(load_hardware("t4"), w)
     't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
@@ -101,6 +104,11 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
         if stack != own:
             some = "" if len(parts) == len(fitted) else f" for {with_and(parts)}"
             out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
+    label = sections_of(w).get("attention_decode")
+    unused = next((section for (part, _), section in served.sections.items() if part == "attention_decode"), None)
+    if label and unused is not None and served.section("attention_decode", label).status == "default":
+        name = f"{hw.name}@{unused.stack}"
+        out.append(f"{unused.stack}'s decode attention is not the default of {own}; if it is enabled, use {name}")
     return "; ".join(filter(None, (f"{hw.label}: {'; '.join(out)}" if out else "", assumed)))
 
 

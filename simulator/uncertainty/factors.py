@@ -44,6 +44,7 @@ _FACTORS: dict[str, float] = {
     "prefill occupancy": 0.5, "prefill sparse": 0.15, "prefill default": 0.12,
     "prefill generic": 0.20, "prefill kernel": 0.12,
     "decode launch": 0.21, "decode memory": 0.12, "decode latency": 0.3, "decode merge": 0.5, "decode sparse": 0.10,
+    "decode compute": 0.12,
     "decode default": 0.12, "decode generic": 0.20, "decode kernel": 0.12,
     "mla_decode launch": 0.08, "mla_decode memory": 0.03, "mla_decode latency": 0.12, "mla_decode compute": 0.08,
     "mla_decode merge": 0.2, "mla_decode sparse": 0.10,

@@ -150,8 +150,8 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     base = load_hardware("h100_sxm")
     constants = {n: Fitted(k.default("hopper")) for n, k in DECODE_CONSTANTS.items()}
     residual_grid = ResidualGrid((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), np.full((3, 3, 2), np.log(1.5)))
-    plain = replace(base, sections={("attention_decode", "bf16"): Section(constants)})
-    wide = Section(constants, residual_grid.arrays(), 3.0)
+    plain = replace(base, sections={("attention_decode", "bf16"): Section(constants, status="calibrated")})
+    wide = Section(constants, residual_grid.arrays(), 3.0, status="calibrated")
     fitted = replace(base, sections={("attention_decode", "bf16"): wide})
     a, b = (decode_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
     assert b.seconds == pytest.approx(1.5 * a.seconds)

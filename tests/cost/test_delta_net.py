@@ -82,13 +82,16 @@ def test_loadings_are_the_derivatives_of_the_log_of_the_time() -> None:
 
 
 def test_measured_rows_of_an_h20() -> None:
-    """No constant is fitted: above the time of a call the median error is 15 %, and all rows lie in their interval."""
+    """The bandwidth of states is fitted on the steps: above the time of a call the median error is 5 %, that of the
+    prompt 13 %, and all rows lie in their interval."""
     tokens = np.array([*STEP, *PROMPT])
     batch, measured = np.array([*STEP, 1]), np.array([*STEP.values(), *PROMPT.values()]) * 1e-6
     t = delta_net_time(tokens, batch, *QWEN, load_hardware("h20"))
     kernels = measured > CALL_S
     assert kernels.sum() == 6
-    assert np.median(np.abs(t.seconds / measured - 1.0)[kernels]) < 0.16
+    error = np.abs(t.seconds / measured - 1.0)[kernels]
+    assert np.median(error) < 0.06
+    assert error.max() < 0.14
     assert ((t.lower <= measured) & (measured <= t.upper))[kernels].all()
     assert (t.seconds < measured)[~kernels].all()  # a call takes longer than its kernels
     assert (delta_net(1024, 1024, 64, 16, 128, 128, load_hardware("h20")).floor > 2073e-6).all()  # the repeated rows

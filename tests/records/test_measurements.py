@@ -12,6 +12,7 @@ import pytest
 
 import calibration.measurements as shipped
 from calibration.measurements import FOLDER, INDEX, file_name, list_measurements, load_measurements, provenance
+from calibration.measurements.infersim import REPOSITORY, SOURCES
 from calibration.measurements.wheel import (
     CHOICES,
     HEAD_DIMS,
@@ -34,7 +35,7 @@ build = pytest.importorskip("calibration.measurements.build")
 
 def test_what_is_promised_is_there_and_small() -> None:
     tables = list_measurements()
-    assert set(tables) == {name for name, choice in CHOICES.items() if choice.ships}
+    assert set(tables) == {name for name, choice in SOURCES.items() if choice.ships}
     for device in ("a100_sxm", "h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"):
         for operator in ("gemm", "attention_prefill", "attention_decode", "collective"):
             expected = {f"{device}/{operator}/{stack}" for stack in ("sglang", "trtllm")}
@@ -47,6 +48,7 @@ def test_what_is_promised_is_there_and_small() -> None:
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     assert PACKAGE in notice
     assert build.COPYRIGHT in notice
+    assert "Alimama AI Infra Team" in notice
     assert "Apache License" in (FOLDER / "LICENSE-Apache-2.0.txt").read_text(encoding="utf-8")
 
 
@@ -59,13 +61,17 @@ def test_a_table_is_what_its_provenance_says(name: str) -> None:
     assert {s.device for s in records.sources} == {entry["device"]}
     assert {s.licence for s in records.sources} == {"Apache-2.0"}
     assert records.sources[0].stack == {entry["framework"]: entry["version"]}
-    assert entry["path"].endswith(records.sources[0].origin)
-    assert "NVIDIA CORPORATION" in entry["copyright"]
+    if name in CHOICES:
+        assert entry["path"].endswith(records.sources[0].origin)
+        assert "NVIDIA CORPORATION" in entry["copyright"]
+    else:
+        assert records.sources[0].origin == f"{REPOSITORY}, {entry['path']}"
+        assert "Alibaba Group" in entry["copyright"]
     assert set(provenance(name)) >= {"left_out", "refused", "sha256", "kernels"}
     assert records.timed.all()
     assert not records.flags.any()
     assert int(records.groups().max()) + 1 == len(records)
-    assert not np.any(too_fast(records, datasheet(CHOICES[name].hardware)))
+    assert not np.any(too_fast(records, datasheet(SOURCES[name].hardware)))
     if "attention" in name:
         assert len(records.sources) == 1  # one kernel path
         assert not records.window.any()
@@ -78,8 +84,10 @@ def test_a_table_is_what_its_provenance_says(name: str) -> None:
         assert kinds == (
             {"all_reduce", "all_gather", "all_to_all", "reduce_scatter"} if "nccl" in name else {"all_reduce"}
         )
-    else:
+    elif name in CHOICES:
         assert set(np.unique(records.copies)) <= set(range(1, 7))
+    elif "gemm" in name:
+        assert records.cold.all()  # InferSim overwrites the L2 before each
 
 
 def test_the_files_are_written_the_same_again() -> None:
@@ -111,10 +119,10 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
         load_measurements(name)
     wheel = tmp_path / "aiconfigurator_core-0.12.0.whl"
     with pytest.raises(InputError, match="cannot be read"):
-        build.build(wheel, tmp_path)
+        build.build(wheel, tmp_path, tmp_path)
     wheel.write_bytes(b"PK")
     with pytest.raises(InputError, match=r"expected the wheel of aiconfigurator-core 0\.12\.0"):
-        build.build(wheel, tmp_path)
+        build.build(wheel, tmp_path, tmp_path)
 
 
 def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
@@ -169,8 +177,8 @@ def test_every_choice_is_in_the_wheel_and_what_ships_is_a_part_of_it(name: str, 
 
 
 @pytest.mark.slow
-def test_the_wheel_gives_the_shipped_files(tmp_path: Path, wheel: Path) -> None:
-    tables = build.build(wheel, tmp_path)
+def test_the_wheel_and_infersim_give_the_shipped_files(tmp_path: Path, wheel: Path, shared_data: Path) -> None:
+    tables = build.build(wheel, shared_data / "h20", tmp_path)
     assert set(tables) == set(list_measurements())
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name

@@ -1,0 +1,158 @@
+"""The measured kernels of alibaba/InferSim on an H20, and the selected rows (:data:`TABLES`).
+
+:func:`read_table` reads one CSV file of the folder in which the repository's ``bench_data/*/h20`` were joined; times
+are in microseconds. Its benchmark scripts (``kernel_benchmark``) show how each was measured, and so which rows are the
+time of a kernel (:class:`Method`). SGLang runs these kernels (stack ``sglang``), except in decode attention: the
+table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
+FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
+
+Two kinds of files have no table: gated delta nets (nine different rows, ``tests/cost/test_delta_net.py``), and single
+projections of experts, without activation and permutation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calibration.measurements.wheel import CHOICES, Choice, datasheet
+from calibration.records.importers import finish
+from calibration.records.readers import Draft
+from calibration.records.screening import Refusals, Screen
+from calibration.records.timing_table import Records, Source
+from simulator.arrays import Array
+from simulator.files import csv
+from simulator.files.read import read_bounded
+
+REPOSITORY = "alibaba/InferSim@f2293da"
+URL = "https://github.com/alibaba/InferSim"
+COPYRIGHT = (
+    "Copyright (c) Alimama AI Infra Team and Future Living Lab, Alibaba Group, as the repository's README names them"
+)
+DEVICE = "NVIDIA H20"
+
+CALL_S = 40e-6
+"""A call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are its time."""
+STALL = 1.15
+"""A row with this many times the time of a row of more work was disturbed: 2 of 375."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the rows of a file were measured."""
+
+    file: str
+    kernel: str
+    library: str
+    method: str
+    launch: str
+    columns: Mapping[str, str | float]  # column of records -> column of the file, or a value
+
+
+# fmt: off
+_HEADS = {"heads": "heads", "kv_heads": "kv_heads", "head_dim": "head_dim"}
+_METHODS: Mapping[str, Method] = {
+    "gemm": Method(
+        "gemm_fp8.csv", "deep_gemm fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
+        "kernel time of a profiler, L2 overwritten before each; activations quantised before", "excluded",
+        {"m": "m", "n": "n", "k": "k"}),
+    "attention_prefill": Method(
+        "attention_prefill.csv", "sgl_kernel flash_attn_varlen_func", "FlashAttention-3",
+        "mean of 10 calls in a row after 10 others, operands as far in L2 as they fit", "eager",
+        {**_HEADS, "batch": 1.0, "q_len": "seq_len", "kv_len": "seq_len"}),
+    "attention_decode": Method(
+        "attention_decode.csv", "BatchDecodeWithPagedKVCacheWrapper, tensor cores", "FlashInfer",
+        "mean of 10 calls in a row after 10 others, cache as far in L2 as it fits", "eager",
+        {**_HEADS, "batch": "batch_size", "q_len": 1.0, "kv_len": "kv_len"}),
+    "mla_decode": Method(
+        "mla_decode.csv", "FlashMLA", "FlashMLA", "calls in a row; the script is not in the repository", "unknown",
+        {"heads": "heads", "kv_heads": 1.0, "head_dim": 576.0, "n": 512.0, "batch": "batch_size", "q_len": 1.0,
+         "kv_len": "kv_len"}),
+}
+_FORMATS = {"gemm": ("fp8_block",), "attention_decode": ("bf16", "fp8_wo")}
+_STACKS = {"attention_decode": "flashinfer"}
+
+
+def _tables() -> dict[str, Choice]:
+    out = {}
+    for operator, about in _METHODS.items():
+        stack = _STACKS.get(operator, "sglang")
+        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, about.file, ships=_FORMATS.get(operator, ("bf16",)))
+    return out
+
+
+TABLES: Mapping[str, Choice] = _tables()
+# fmt: on
+SOURCES: Mapping[str, Choice] = {**CHOICES, **TABLES}
+"""Every table that profiles are fitted on, by ``device/operator/stack``."""
+
+
+def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
+    """Return the rows of a table of :data:`TABLES`, with times in single precision, and the refused rows by reason."""
+    operator = name.split("/")[1]
+    about = _METHODS[operator]
+    content = read_bounded(folder / about.file)
+    cells = csv.read_csv(content, about.file)
+    given = {column: np.array([float(cell or "nan") for cell in cells.column(column)]) for column in _numbers(cells)}
+    size = len(cells.rows)
+    columns: dict[str, Array] = {
+        ours: given[theirs] if isinstance(theirs, str) else np.full(size, theirs)
+        for ours, theirs in about.columns.items()
+    }
+    formats = cells.column("kv_dtype") if "kv_dtype" in cells.header else ["bf16"] * size
+    gemm = operator == "gemm"
+    columns |= {
+        "operator": np.full(size, operator, dtype=object),
+        "dtype": np.full(size, "fp8" if gemm else "bf16", dtype=object),
+        "weight_dtype": np.array(["fp8_block"] * size if gemm else [f or "bf16" for f in formats], dtype=object),
+        "seconds": given["latency_us"] * 1e-6,
+        "cold": np.full(size, gemm),
+        "copies": np.full(size, 0.0 if gemm else 1.0),
+        "launch": np.full(size, about.launch, dtype=object),
+    }
+    screen = Screen(size)
+    screen.refuse(np.isnan(columns["seconds"]), "the file has no time")
+    if operator == "attention_decode":
+        calls, stalled = _disturbed(columns)
+        screen.refuse(calls, f"shorter than {CALL_S * 1e6:.0f} us, where calls take the host that long")
+        screen.refuse(stalled, f"over {STALL:g} times the time of a call of more work")
+    source = Source(
+        device=DEVICE,
+        stack={about.library: "of unknown version"},
+        kernel=about.kernel,
+        method=f"InferSim: {about.method}",
+        origin=f"{REPOSITORY}, {about.file}",
+        digest=hashlib.sha256(content).hexdigest(),
+        licence="Apache-2.0",
+    )
+    found = finish(Draft(columns, (source,), screen), label=about.file, hw=datasheet("h20"), dtype="all")
+    r = found.records
+    r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS)]))
+    r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()
+    return r.replace(seconds=r.seconds.astype(np.float32).astype(np.float64)), found.refusals
+
+
+def _numbers(cells: csv.CsvTable) -> list[str]:
+    return [name for name in cells.header if name not in ("dtype", "kv_dtype")]
+
+
+def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return masks of decode rows: of the host's time of a call instead of a kernel's, and of disturbed ones.
+
+    A layout of heads is one run. Runs whose shortest time is above half of :data:`CALL_S` timed calls.
+    """
+    calls, stalled = (np.zeros(len(columns["seconds"]), dtype=np.bool_) for _ in range(2))
+    layouts = np.stack([columns[name] for name in _HEADS], axis=1)
+    for layout in np.unique(layouts, axis=0):
+        run = np.flatnonzero((layouts == layout).all(axis=1) & np.isfinite(columns["seconds"]))
+        seconds, batch, length = (columns[name][run] for name in ("seconds", "batch", "kv_len"))
+        if len(run) and seconds.min() > 0.5 * CALL_S:
+            calls[run] = seconds < CALL_S
+        more = (batch[:, None] <= batch) & (length[:, None] <= length)
+        same = columns["weight_dtype"][run][:, None] == columns["weight_dtype"][run]
+        stalled[run] = (more & same & (STALL * seconds < seconds[:, None])).any(axis=1)
+    return calls, stalled
