@@ -45,7 +45,7 @@ _GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication 
 _OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of 11468, 0.33 s "
     "with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them for one halving); blackwell: up to "
     "35 % of the gain lost (arXiv 2606.09080, appendix C, RTX PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the "
-    "time, 0.35 more for three halvings); others: least squares of the log times of both, a third to three times it")
+    "time, 0.35 more for three halvings); others: least squares of the log times of both, half to twice it")
 _OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
 _SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
 _COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
@@ -120,8 +120,9 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "e_tc_8bit": _row("1", 0.05, 1.3, _ASSUMED, "e_tc of 8-bit formats without their own fit",
         ampere=0.9, ada=0.6, hopper=0.75, blackwell=0.6, cpu=0.5, other=0.7),
     "align_step": _row("1", 0.0, 3.0, _OFF_16,
-        "main-loop time added per halving of the alignment of n or k below 16 bytes",
-        ampere=0.85, blackwell=0.12, cpu=0.02, other=0.21),
+        "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and sqrt(3) times that at a "
+        "quarter and an eighth",
+        ampere=0.85, blackwell=0.20, cpu=0.02, other=0.38),
     "align_step_8bit": _row("1", 0.0, 30.0, _OFF_16_NARROW,
         "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
     "align_load": _row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",

@@ -310,7 +310,8 @@ class HardwareProfile(Displayed):
         own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
         if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
-        engines = fitted and section.stack == (self.engine_stack or self.stack) != ""
+        # without an engine the section's own stack is meant, also in a copy that the user saved
+        engines = section.status == "calibrated" and section.stack == (self.engine_stack or section.stack) != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
     @property

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -182,39 +182,50 @@ def in_order(errors: Sequence[tuple[Any, Uncertainty]], size: int) -> Uncertaint
     return Uncertainty.joined([error for _, error in errors], np.argsort(at))
 
 
-def error_scales(e: Estimate, hw: HardwareProfile) -> tuple[float, float]:
-    """Return the factors on the prior of an estimate's errors: on systematic ones, and on the others."""
+class Scales(NamedTuple):
+    """Factors on the prior of an estimate's errors."""
+
+    machine: float = 1.0  # on the error factors of the machine
+    kernels: float = 1.0  # on those of the operator's kernels
+    others: float = 1.0  # on correlated and independent errors
+
+
+def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
+    """Return the factors on the prior of an estimate's errors, by what its section was fitted on."""
     if e.section is None:
-        return 1.0, 1.0
-    systematic, others = hw.error_scales(e.section)
+        return Scales()
+    stack, others = hw.error_scales(e.section)
+    if stack == SAME_STACK:  # the same kernels on the same machine
+        return same_stack_scales(e.operator)._replace(others=others)
     size = ERROR_SIZES[e.operator]
-    if systematic == ENGINE_STACK:
-        others = others * size.engine_scale
-    return size.scales.get(systematic, systematic), others
+    others = others * size.engine_scale if stack == ENGINE_STACK else others
+    return Scales(stack, size.scales.get(stack, stack), others)
 
 
-def same_stack_scales(operator: str) -> tuple[float, float]:
+def same_stack_scales(operator: str) -> Scales:
     """Return the factors for times on the very stack that was fitted, in another run."""
-    return ERROR_SIZES[operator].scales.get(SAME_STACK, SAME_STACK), 1.0
+    scale = ERROR_SIZES[operator].scales.get(SAME_STACK, SAME_STACK)
+    return Scales(scale, scale)
 
 
-def uncertainty_of(e: Estimate, scales: tuple[float, float]) -> Uncertainty:
+def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     """Return the errors of an estimate's n times; ``scales`` are those of :func:`error_scales`.
 
     Loadings "launch", "compute" and "memory" also count for the machine's error factors.
     """
-    systematic_scale, scale = scales
-    shape, dtype = np.shape(e.time), e.coordinates.dtype
+    scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
     sizes = ERROR_SIZES[e.operator]
     names = [f"machine {name}" for name in e.loadings if f"machine {name}" in ERROR_FACTORS]
     loadings = [e.loadings[name.removeprefix("machine ")] for name in names]
+    factors = [scales.machine] * len(names) + [scales.kernels] * len(e.loadings)
     names += [f"{e.operator} {name}" for name in e.loadings]
     loadings += e.loadings.values()
     systematic = np.empty((len(names), *shape), dtype=dtype)
     for i, loading in enumerate(loadings):
         systematic[i] = loading
     systematic = systematic.reshape(len(names), -1)
-    systematic *= np.array([systematic_scale * ERROR_FACTORS[name] for name in names], dtype=dtype)[:, None]
+    sds = [factor * ERROR_FACTORS[name] for factor, name in zip(factors, names, strict=True)]
+    systematic *= np.array(sds, dtype=dtype)[:, None]
     shares = {**e.loadings, **e.noise}
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():

@@ -33,6 +33,7 @@ from simulator.hardware.library import (
 )
 from simulator.hardware.profile import (
     ARCHITECTURES,
+    ENGINE_STACK,
     OTHER_STACK,
     SAME_STACK,
     STACKS,
@@ -508,7 +509,7 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
 
 def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path: Path) -> None:
     path = stacked(tmp_path)
-    for same, factors in ((False, (OTHER_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
+    for same, factors in ((False, (ENGINE_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
         hw = load_hardware(path, same_stack=same)
         assert hw.error_scales(hw.section("gemm", "bf16")) == factors
         assert (
