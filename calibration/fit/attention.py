@@ -53,6 +53,11 @@ bandwidth."""
 SEEN = 0.25
 """Least share of the products in the smallest tiles, over the time of reading the cache, of the median row."""
 
+LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
+"""Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
+heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted better
+with such tiles: there the products of fewer heads hide."""
+
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
 INFORMING_ROWS = 8  # rows that a constant must move to be fitted at all
@@ -294,7 +299,10 @@ def fit_form(
     """
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
-    if c.calls.operator in FORMS:
+    if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:
+        keep = {**keep, "unit_bytes_per_s": "products of a single number of heads have the same effect"}
+        starts = [{**start, **LONE_LATENT} for start in starts]
+    elif c.calls.operator in FORMS:
         starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
     if c.shows_tiles:
         starts = [_best_form(c, starts, keep, TILE_ROWS)]

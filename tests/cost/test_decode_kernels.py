@@ -96,6 +96,14 @@ def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
         assert (t.lower >= flops / (hw.peak_flop_per_s("bf16") * hw.clock_headroom) * (1 - 1e-12)).all()
 
 
+def test_few_heads_of_latent_attention_fill_a_tile() -> None:
+    """The H20 was measured with 128 heads; FlashMLA's tiles have 64."""
+    heads = np.array([8, 16, 32, 64, 128])
+    t = attention.decode(64, 8192, heads, 1, 576, H20, value_dim=512, latent=True).time
+    assert np.ptp(np.log(t[:4])) < 0.02
+    assert 1.7 < t[4] / t[3] < 2.1
+
+
 def test_without_tiles_nothing_changes() -> None:
     """Sections of other GPUs have no tiles: products hide behind reading the cache."""
     hw = load_hardware("a100")
