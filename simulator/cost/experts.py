@@ -248,7 +248,8 @@ def _ready(hw: HardwareProfile, dtype: str, weight: str) -> _Ready:
     if section.status == "default" and weight != dtype:  # fitted kernels of the dense format read narrower weights
         section = hw.section("experts", dtype)
         factors = () if section.status == "default" else ("quantised",)
-    factors = (*factors, *(["scaled"] if weight in SCALED else []), *unfitted("experts", section, hw.architecture))
+    scaled = weight in SCALED and section.status != "default"  # defaults are the middle of all stacks
+    factors = (*factors, *(["scaled"] if scaled else []), *unfitted("experts", section, hw.architecture))
     constants = {name: section[name] for name in EXPERTS_CONSTANTS}
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
