@@ -197,7 +197,8 @@ class Workload(Table):
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
     batch, q_len, kv_len : array of int, shape (rows,)
         Attention: sequences, query positions and key positions per sequence, the last ``q_len`` those of the queries.
-        Delta net: ``batch`` sequences. Collective: ``batch`` devices. Copied cache: ``kv_len`` positions.
+        Delta net: ``batch`` sequences. Collective: ``batch`` devices. Experts: ``batch`` devices that
+        share them, or 0. Copied cache: ``kv_len`` positions.
     heads, kv_heads, head_dim, value_dim : array of int, shape (rows,)
         Attention: query heads, key/value heads, features of a query or key head, and features of a value head (0: as
         of a key head). Delta net: value heads, key heads, features of a key head and of a value head.

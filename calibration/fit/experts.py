@@ -1,4 +1,5 @@
-"""Calibration of routed experts: one number format of one stack, from measured times of whole layers.
+"""Calibration of routed experts: one number format of one stack, from measured times of whole layers, or of the two
+grouped products alone.
 
 Use :func:`layers_of` on records, then :func:`calibration.fit.section.fit_section`.
 """
@@ -17,9 +18,10 @@ from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
 from simulator.cost.base import Machine
-from simulator.cost.experts import ALIGNED, Layers
+from simulator.cost.experts import ALIGNED, PARTS, Layers
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
+from simulator.workload import ROLES
 
 PRIOR = 1.5
 """Log standard deviation of the constants around their defaults."""
@@ -27,11 +29,13 @@ ROWS = 4000
 """Rows that the constants are fitted on; more do not change them."""
 OCTAVES = (1.0, 2.0, 2.0)
 """Octaves between the nodes of the residual."""
+PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])
+"""Role of a record by index into :data:`simulator.cost.experts.PARTS`."""
 
 
 @dataclass(frozen=True)
 class ExpertsFit(Fit):
-    """Measured expert layers of one device; tokens distributed by rule, weights warm."""
+    """Measured expert layers of one device, or products of them; tokens distributed by rule."""
 
     calls: Layers
     architecture: str
@@ -43,8 +47,10 @@ class ExpertsFit(Fit):
     ROUNDS = 4
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the model of each row: hidden size, experts, and experts per token."""
-        return solver.numbered(self.calls.k, self.calls.experts, self.calls.active)
+        """Return the model of each row: hidden size, experts, and experts per token; of products, which are timed for
+        several numbers of devices that share the experts, hidden size and ratio of both numbers."""
+        c, whole = self.calls, self.calls.whole
+        return solver.numbered(c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0))
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         if start is None:
@@ -57,13 +63,20 @@ class ExpertsFit(Fit):
             start,
             CONSTANTS,
             few.covariance(PRIOR),
-            fixed={} if (few.calls.n % ALIGNED).any() else {"align": solver.ABSENT},
+            fixed=dict.fromkeys(few.absent(), solver.ABSENT),
             moot={"l2_gain": ("l2_share", "without meaning where L2 gains nothing")},
             prior=PRIOR,
             center=start,
             max_nfev=60,
             x_scale=0.1,
         )
+
+    def absent(self) -> list[str]:
+        """Return the constants of kernels or conditions that no row has."""
+        c, whole = self.calls, self.calls.whole
+        classes = {("align",): c.n % ALIGNED > 0, ("l2_gain", "l2_share"): c.warm, ("product_s",): ~whole}
+        classes[("t0_s", "expert_s", "e_io")] = whole
+        return [name for names, rows in classes.items() if not np.any(rows) for name in names]
 
     def blank(self) -> ResidualGrid:
         c = self.calls
@@ -83,4 +96,10 @@ def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
     """Return the fit of expert records (an object with columns of these names)."""
     names = ("m", "n", "k", "experts", "active", "skew", "seconds")
     m, n, k, experts, active, skew, seconds = (np.asarray(getattr(records, x), dtype=np.float64) for x in names)
-    return ExpertsFit(Layers(machine, m, n, k, experts, active, skew), seconds, architecture)
+    layers = Layers(machine, m, n, k, experts, active, skew, warm=~np.asarray(records.cold), part=experts_part(records))
+    return ExpertsFit(layers, seconds, architecture)
+
+
+def experts_part(records: Any) -> IndexArray:
+    """Return the index into :data:`simulator.cost.experts.PARTS` of expert records."""
+    return np.asarray(np.argmax(np.asarray(records.role)[:, None] == PART_ROLES, axis=1))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
+from calibration.fit.experts import experts_part
 from calibration.fit.gemm import weight_copies
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records
@@ -23,7 +24,7 @@ from simulator.cost import attention
 from simulator.cost.base import Estimate, bottleneck
 from simulator.cost.collective import collective
 from simulator.cost.elementwise import elementwise
-from simulator.cost.experts import experts
+from simulator.cost.experts import PARTS, experts
 from simulator.cost.gemm_shapes import Options
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
@@ -256,10 +257,23 @@ def _elementwise(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted
 
 
 def _experts(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
-    # the tables distribute tokens by rule and keep the weights warm
-    sizes = r.m, r.n, r.k, r.experts, r.active
-    e = experts(*sizes, hw, skew=r.skew, dtype=formats.dtype, weight_dtype=formats.weight, dealt=True)
-    time, uncertainty = predicted(e, hw, formats.level)
+    def call(rows: Records) -> Estimate:
+        return experts(
+            rows.m,
+            rows.n,
+            rows.k,
+            rows.experts,
+            rows.active,
+            hw,
+            skew=rows.skew,
+            dtype=formats.dtype,
+            weight_dtype=formats.weight,
+            dealt=True,
+            warm=not rows.cold[0],
+            part=PARTS[int(experts_part(rows)[0])],
+        )
+
+    time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, formats.level, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
     return Predicted(time, shown, uncertainty)
 

@@ -22,6 +22,7 @@ from calibration.records.store import MARK, parse
 from calibration.records.stored_timings import content_records, untimed
 from calibration.records.timing_table import COUNTS, NEEDED, Records
 from simulator.arrays import Array
+from simulator.cost.experts import POWER
 from simulator.errors import InputError
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet
@@ -178,7 +179,7 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
             columns["spread"] = np.where(columns["spread"] >= 0, columns["spread"], np.nan)
         if "active" in columns:
             held = np.broadcast_to(columns.get("experts", np.array(0.0)), seconds.shape)
-            wrong = ~((columns["active"] > 0) & (columns["active"] <= held) & (columns["skew"] >= 0))
+            wrong = ~((columns["active"] > 0) & (columns["active"] <= held) & (columns["skew"] >= POWER.low))
             screen.refuse(wrong & (operator == "experts"), "active experts are not among the device's experts")
         if "density" in columns:
             screen.refuse(~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]")

@@ -14,7 +14,7 @@ import numpy as np
 from calibration.records.timing_table import Flag, Records
 from simulator.arrays import Array
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPE_BYTES, DTYPES, attention_pairs
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, attention_pairs
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict
@@ -110,8 +110,9 @@ def work(records: Records) -> tuple[Array, Array, Array]:
     flops = [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 2 * heads * pairs]
     seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
     cache = r.batch * r.kv_heads * np.where(r.is_operator("mla_decode"), r.head_dim, width) * seen * weight
-    expert = 3 * n * k  # gate, up, down
-    touched = np.where(r.skew > 0, r.active, np.minimum(m * r.active, r.experts))  # minimum for a power law
+    alone = [r.role == ROLES.index(name) for name in ("gate_up", "down")]
+    expert = np.select(alone, [2.0, 1.0], 3.0) * n * k  # gate and up, down, or all
+    touched = np.where(r.skew != 0, r.active, np.minimum(m * r.active, r.experts))  # minimum for a power law
     weights = [n * k * weight * kept, rank * (n + k) * weight, cache, touched * expert * weight]
     activations = tokens * (n + k) * act
     others = [activations, activations, heads * r.q_len * act, 2 * m * k * act]

@@ -97,7 +97,8 @@ class Records(Table):
     """
 
     operator: Array = column(np.int8, 0)
-    role: Array = column(np.int16, -1)  # index into workload.ROLES; -1 where the operator has none
+    # index into workload.ROLES; -1 where the operator has none, and for all products of experts
+    role: Array = column(np.int16, -1)
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; dtype by default
     m: Array = column(np.int64, 0)  # GEMM, elementwise, experts: tokens
@@ -121,7 +122,8 @@ class Records(Table):
     copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
     experts: Array = column(np.int64, 0)  # experts on the device
     active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
-    skew: Array = column(np.float64, 0.0)  # experts: exponent of the power law of their tokens; 0: uniform
+    # experts: exponent of the power law of their tokens; 0: uniform; below: minus the largest share off their mean
+    skew: Array = column(np.float64, 0.0)
     fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
     seconds: Array = column(np.float64, np.nan)  # s, median of the samples (the mean, if the source has no median)
     spread: Array = column(np.float64, np.nan)  # relative half-width of the median's 95 % interval; NaN: unknown

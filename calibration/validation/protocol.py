@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from calibration.fit.attention import SHAPE, AttentionFit, fit_attention
 from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.errors import neighbours, pairs_along
+from calibration.fit.experts import PART_ROLES
 from calibration.fit.gemm import GemmFit, fit_gemm
 from calibration.fit.predict import Predicted, joined, predict
 from calibration.fit.section import Fit, fit_section
@@ -79,7 +80,7 @@ class Measured:
         if isinstance(c, Products):
             return neighbours((c.m, c.n, c.k))
         if isinstance(c, Layers):
-            same = [c.m, c.k, c.active, c.skew]
+            same = [c.m, c.k, c.active, c.skew, c.part]
             return np.concatenate([pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])])
         assert isinstance(c, Attention)
         g = c.geometry
@@ -109,7 +110,7 @@ class Measured:
             columns["weight_dtype"] = weight
         elif isinstance(c, Layers):
             columns = {name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")}
-            columns |= {"weight_dtype": weight, "cold": False, "copies": 1}
+            columns |= {"weight_dtype": weight, "cold": ~c.warm, "copies": c.warm, "role": PART_ROLES[c.part]}
         elif isinstance(c, Attention):
             g = c.geometry
             columns = {name: getattr(g, name) for name in SHAPE}

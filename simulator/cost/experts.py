@@ -1,9 +1,10 @@
-"""Routed experts (MoE): the gate_up and down products of a layer's experts on one device, with activation, permutation
-and weighted sum, without the router.
+"""Routed experts (MoE): the experts of a layer on one device, without the router, in parts that are timed apart.
 
-Each expert's tokens fill tiles of a few heights, the last one of an expert in part; the height that takes least time is
-chosen. The weights of every expert that some token uses cross memory at the same time. Activations are moved before,
-between and after, and a handful of kernels start. Use :func:`experts`.
+Two grouped products (gate and up; down) take most of the time. Each expert's tokens fill tiles of a few heights, the
+last one of an expert in part; the height that takes least time is chosen. A tile takes the time of its arithmetic and
+that of loading the expert's weights into an SM. The weights of every expert that some token uses cross memory at the
+same time. The other kernels sort, permute, activate and sum: they move activations. Where devices share the experts,
+the time is that of the device with the highest load. Use :func:`experts`.
 
 Symbols
 -------
@@ -17,14 +18,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from simulator.arguments import AMOUNT, COUNT, array, instance, text, together
+from simulator.arguments import AMOUNT, COUNT, Range, array, instance, text, together
 from simulator.arrays import FloatArray
 from simulator.cost.base import Calls, Estimate, Machine, element_bytes, from_l2, largest_part
 from simulator.cost.residual_grid import ResidualGrid
+from simulator.errors import unknown
 from simulator.hardware.constants import EXPERTS_CONSTANTS
 from simulator.hardware.formats import label_of
 from simulator.hardware.profile import HardwareProfile, Section, unfitted
@@ -33,6 +36,10 @@ from simulator.workload import Kind
 
 TILES = (16.0, 64.0, 128.0)
 """Rows of the tiles that a kernel may choose."""
+TILE_COLUMNS = 128.0
+"""Columns of a tile."""
+PARTS = ("layer", "gate_up", "down")
+"""What a time includes: all kernels of the layer except the router's, or one of the two grouped products."""
 ALIGNED = 16.0
 """Widths of an expert that are no multiple of it are slow."""
 QUANTILES = 32
@@ -46,6 +53,10 @@ OCTAVES = (0.4, 0.6, 0.6)
 correlate by 0.73 over one octave of tokens and 0.59 over two, 0.68 and 0.52 over octaves of width (medians of 38
 tables)."""
 
+POWER = Range(-1.0, 1e30, "finite numbers from -1 up")
+"""Rules by which benchmarks distribute tokens, see :func:`dealt_load`."""
+_NORMAL = NormalDist()
+
 
 @dataclass(frozen=True)
 class Load:
@@ -53,11 +64,12 @@ class Load:
 
     touched: FloatArray  # experts that some token uses
     tiles: tuple[FloatArray, ...]  # tiles of each height of TILES that their tokens fill, all experts together
+    rows: FloatArray  # tokens of all experts together
 
 
-def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any) -> Load:
+def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any, devices: Any = 1.0) -> Load:
     """Return the load of tokens that choose independently, as in a model: an expert's number of tokens is near a
-    Poisson number."""
+    Poisson number. If several ``devices`` share the experts, it is that of the device with the highest load."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
     # a spread wider than a tile leaves the last one half empty; one tile holds what is far below it
@@ -65,33 +77,53 @@ def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any
         np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
         for rows in TILES
     )
-    return Load(experts * some.mean(axis=0), tuple(experts * t for t in tiles))
+    load = Load(experts * some.mean(axis=0), tuple(experts * t for t in tiles), m * active)
+    return _highest(load, chance, m, experts, active, devices) if np.any(np.greater(devices, 1.0)) else load
+
+
+def _highest(
+    load: Load, chance: FloatArray, m: FloatArray, experts: FloatArray, active: FloatArray, devices: Any
+) -> Load:
+    """Return the load of the highest of ``devices``, which hold experts regardless of their use, from that of a mean
+    device: both numbers are near normal, and of d normal numbers the highest is near the quantile (d - 3/8) / (d + 1/4)
+    (G. Blom, "Statistical estimates and transformed beta-variables", 1958)."""
+    known, which = np.unique(devices, return_inverse=True)
+    quantiles = np.array([_NORMAL.inv_cdf((d - 0.375) / (d + 0.25)) for d in known])
+    deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(experts * (1.0 - 1.0 / np.asarray(devices)))
+    some, mean, most = load.touched / experts, m * chance, np.minimum(active * devices, experts)
+    touched = np.minimum(load.touched + deviations * np.sqrt(some * (1.0 - some)), np.minimum(experts, m * most))
+    spread = np.sqrt((mean * (1.0 - chance)).mean(axis=0) + mean.var(axis=0))
+    rows = np.minimum(load.rows + deviations * spread, m * most)
+    more = rows / np.maximum(load.rows, 1e-30)
+    return Load(touched, tuple(touched + (tiles - load.touched) * more for tiles in load.tiles), rows)
 
 
 def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: Any) -> Load:
-    """Return the load of tokens that aiconfigurator's collectors distribute: in turn (``power`` 0), or by a rounded
-    power law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by rounding go
-    to experts without any."""
+    """Return the load of tokens that benchmarks distribute. aiconfigurator's collectors do it in turn (``power`` 0), or
+    by a rounded power law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by
+    rounding go to experts without any. DeepGEMM's draw each number from the mean less to the mean plus a share
+    (``power`` is minus the share), rounded down."""
     choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
     even, few = choices / experts, choices <= experts
     if power.any():
         rank = (np.arange(QUANTILES)[:, None] + 0.5) / QUANTILES
+        share = np.floor(even * (1.0 - power * (2.0 * rank - 1.0)) + 1e-9)
         low, high = np.where(few, 0.01, 1.0), np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
         inverse = 1.0 - np.where(power > 0, power, 1.01)
         load = (low**inverse + rank * (high**inverse - low**inverse)) ** (1.0 / inverse)
         counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
         idle = (counts < 1.0).mean(axis=0)
         over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
-        counts = np.where(power > 0, np.where(counts < 1.0, over, counts), even)
+        counts = np.select([power > 0, power < 0], [np.where(counts < 1.0, over, counts), share], even)
     else:
         counts = even[None]
     tiles = (np.where(counts < 1.0, counts, np.ceil(counts / rows)).mean(axis=0) for rows in TILES)
-    return Load(experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles))
+    return Load(experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles), choices)
 
 
 @dataclass(frozen=True)
 class Layers(Calls):
-    """Expert layers of one device."""
+    """Expert layers of one device, or single products of them."""
 
     machine: Machine
     m: FloatArray
@@ -100,51 +132,70 @@ class Layers(Calls):
     experts: FloatArray
     active: FloatArray
     skew: FloatArray
-    dealt: bool = True  # as a benchmark: tokens distributed by rule, weights warm
+    dealt: bool = True  # tokens are distributed by rule, as in a benchmark
+    warm: Any = True  # weights are in L2 as far as they fit, as in a benchmark that repeats one layer
+    part: Any = 0  # index into PARTS
+    devices: Any = 1.0  # that share the experts; if tokens choose
     unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
 
     @cached_property
     def load(self) -> Load:
         """How tokens are distributed over the experts."""
-        load = dealt_load if self.dealt else drawn_load
-        return load(self.m, self.experts, self.active, self.skew)
+        sizes = self.m, self.experts, self.active, self.skew
+        return dealt_load(*sizes) if self.dealt else drawn_load(*sizes, self.devices)
+
+    @cached_property
+    def products(self) -> tuple[Any, Any]:
+        """Whether each row's time includes the products of gate and up, and of down."""
+        return np.not_equal(self.part, PARTS.index("down")), np.not_equal(self.part, PARTS.index("gate_up"))
+
+    @cached_property
+    def whole(self) -> Any:
+        """Whether each row's time is that of the whole layer."""
+        return np.equal(self.part, PARTS.index("layer"))
+
+    @cached_property
+    def elements(self) -> FloatArray:
+        """Weights of an expert in the timed products."""
+        up, down = self.products
+        return np.asarray((2.0 * up + down) * self.n * self.k)
 
     @property
     def operator(self) -> str:
         return "experts"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost; weights come out of L2 where they fit if the calls are a benchmark's."""
-        m, n, k, experts, active, machine = self.m, self.n, self.k, self.experts, self.active, self.machine
-        load = self.load
+        """Return the cost; warm weights come out of L2 where they fit."""
+        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
+        (up, down), whole = self.products, self.whole
         slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
-        row_s = 6.0 * n * k / (c["e_tc"] * machine.peak_flop_per_s)
-        padded = [tiles * (rows + c["tile_rows"]) for tiles, rows in zip(load.tiles, TILES, strict=True)]
-        computed = [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)]
-        chosen, rows = np.argmin(padded, axis=0), m * active
-        weights = 3.0 * n * k * load.touched * machine.weight_bytes
-        memory = weights / (c["e_d"] * machine.bandwidth_bytes_per_s)
-        if self.dealt:
-            memory = memory * from_l2(weights, machine, c)
-        # 16-bit: tokens permuted, products written and read, results read and added up; the layer's input and output
-        moved = 2.0 * (rows * (3.0 * k + 3.0 * n) + 2.0 * m * k)
-        launch = c["t0_s"] + c["expert_s"] * experts + c["depth_s"] * (n + k)
-        padding = np.log(np.maximum(np.choose(chosen, computed) / rows, 1.0))
+        # of a tile of each height, per weight: arithmetic of its rows, and loading the weight into an SM
+        row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
+        loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
+        tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
+        every = np.stack([tiles * s for tiles, s in zip(load.tiles, tile_s, strict=True)])
+        chosen = np.argmin(every, axis=0)
+        # the last tile of an SM is alone: its main loop is as long as the product is deep
+        alone = c["tail"] * TILE_COLUMNS * machine.sm_count * tile_s[chosen] * (up * k + down * n)
+        compute = (every.min(axis=0) * self.elements + alone) * slower
+        weights = self.elements * load.touched * machine.weight_bytes
+        memory = weights / (c["e_d"] * machine.bandwidth_bytes_per_s) * slower
+        if np.any(self.warm):
+            held = from_l2(3.0 * n * k * load.touched * machine.weight_bytes, machine, c)
+            memory = memory * np.where(self.warm, held, 1.0)
+        # 16-bit: tokens permuted, products of gate and up read and their activation written, results read and added up
+        moved = 2.0 * whole * (load.rows * (2.0 * k + 3.0 * n) + 2.0 * m * k)
         io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
-        compute, memory = np.min(padded, axis=0) * row_s * slower, memory * slower
-        return self._estimate(load, launch, io, compute, memory, padding)
+        launch = whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
+        computed = np.choose(chosen, [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)])
+        padding = np.log(np.maximum(computed / np.maximum(load.rows, 1e-30), 1.0))
+        return self._estimate(launch, io, compute, memory, padding)
 
     def _estimate(
-        self,
-        load: Load,
-        launch: FloatArray,
-        io: FloatArray,
-        compute: FloatArray,
-        memory: FloatArray,
-        padding: FloatArray,
+        self, launch: FloatArray, io: FloatArray, compute: FloatArray, memory: FloatArray, padding: FloatArray
     ) -> Estimate:
         """Return the cost from its parts, s: arithmetic and weights overlap in part, the rest adds up."""
-        m, n, k, machine = self.m, self.n, self.k, self.machine
+        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
         work = np.hypot(compute, memory)
         total = np.asarray(launch + io + work)
         rest = 1.0 / (np.maximum(work, 1e-30) * total)
@@ -153,12 +204,15 @@ class Layers(Calls):
         loadings |= {"io": io / total, "padding": computing * np.minimum(padding, 1.0)}
         loadings |= dict.fromkeys(self.unfitted, 1.0)
         if (self.skew > 0.0).any():
-            loadings["skew"] = np.minimum(self.skew, 1.0)
+            loadings["skew"] = np.clip(self.skew, 0.0, 1.0)
+        if np.any(np.greater(self.devices, 1.0)):
+            more = load.rows / np.maximum(m * self.active, 1e-30)
+            loadings["balance"] = work / total * np.log(np.maximum(more, 1.0))
         if (n % ALIGNED).any():
             loadings["alignment"] = np.where(n % ALIGNED, loadings["compute"] + loadings["memory"], 0.0)
-        compute_s = 6.0 * m * self.active * n * k / machine.peak_flop_per_s
-        bytes_ = 3.0 * n * k * load.touched * machine.weight_bytes + 2.0 * m * k * machine.element_bytes
-        bytes_s = bytes_ / machine.bandwidth_bytes_per_s
+        compute_s = 2.0 * self.elements * load.rows / machine.peak_flop_per_s
+        streams = 2.0 * m * k * machine.element_bytes * self.whole
+        bytes_s = (self.elements * load.touched * machine.weight_bytes + streams) / machine.bandwidth_bytes_per_s
         position = np.log2(m * self.active / self.experts), np.log2(n), np.log2(self.experts)
         octaves = [scale * np.ravel(x) for scale, x in zip(OCTAVES, position, strict=True)]
         parts = {"compute": compute, "memory": np.maximum(memory, io), "launch": launch}
@@ -166,7 +220,7 @@ class Layers(Calls):
             operator="experts",
             kind=int(Kind.EXPERTS),
             time=total,
-            floor=np.maximum(compute_s / machine.headroom, 0.0 if self.dealt else bytes_s),
+            floor=np.maximum(compute_s / machine.headroom, np.where(self.warm, 0.0, bytes_s)),
             roofline=np.maximum(compute_s, bytes_s),
             bottleneck=largest_part(parts, total.shape),
             loadings=loadings,
@@ -191,9 +245,11 @@ def _ready(hw: HardwareProfile, dtype: str, weight: str) -> _Ready:
     element_bytes(weight)
     label, factors = label_of(dtype, weight), tuple[str, ...]()
     machine, section = Machine.of(hw, label), hw.section("experts", label)
-    if section.status == "default" and weight != dtype:  # kernels of the dense format that read narrower weights
-        section, factors = hw.section("experts", dtype), ("quantised",)
-    factors = (*factors, *(["scaled"] if weight in SCALED else []), *unfitted("experts", section, hw.architecture))
+    if section.status == "default" and weight != dtype:  # fitted kernels of the dense format read narrower weights
+        section = hw.section("experts", dtype)
+        factors = () if section.status == "default" else ("quantised",)
+    scaled = weight in SCALED and section.status != "default"  # defaults are the middle of all stacks
+    factors = (*factors, *(["scaled"] if scaled else []), *unfitted("experts", section, hw.architecture))
     constants = {name: section[name] for name in EXPERTS_CONSTANTS}
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
@@ -209,24 +265,33 @@ def experts(
     skew: Any = 0.0,
     dtype: str = "bf16",
     weight_dtype: str | None = None,
+    devices: Any = 1,
     dealt: bool = False,
+    warm: bool = False,
+    part: str = "layer",
 ) -> Estimate:
     """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
     size k, of which a token uses ``active`` on average (no whole number where devices share the experts).
 
     The floor is FLOP / peak at the highest clock, and the bytes of the experts that some token is expected to use over
-    the bandwidth. ``skew`` is that of their load (:func:`simulator.routing.experts_chance`; 0: uniform). ``dealt``
-    times a benchmark: tokens are distributed by rule (``skew`` is then the power of its law), weights are warm.
+    the bandwidth. ``skew`` is that of their load (:func:`simulator.routing.experts_chance`; 0: uniform). If several
+    ``devices`` share the experts of the layer, the time is that of the device with the highest load, for which the
+    others wait. Benchmarks are predicted with tokens ``dealt`` by rule (``skew`` is then the power of its law),
+    weights ``warm`` if they repeat one layer without overwriting L2, and a ``part`` of :data:`PARTS`.
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
-    m, n, k, experts, active, skew = together(
+    m, n, k, experts, active, skew, devices = together(
         m=array("m", m, COUNT),
         n=array("n", n, COUNT),
         k=array("k", k, COUNT),
         experts=array("experts", experts, COUNT),
         active=array("active", active, AMOUNT),
-        skew=array("skew", skew, AMOUNT),
+        skew=array("skew", skew, POWER if dealt else AMOUNT),
+        devices=array("devices", devices, COUNT),
     )
     r = _ready(hw, text("dtype", dtype), text("weight_dtype", weight_dtype or dtype))
-    e = Layers(r.machine, m, n, k, experts, active, skew, dealt, r.unfitted).estimate(r.constants)
+    if part not in PARTS:
+        raise unknown("part", part, PARTS)
+    sizes = m, n, k, experts, active, skew
+    e = Layers(r.machine, *sizes, dealt, warm, PARTS.index(part), devices, r.unfitted).estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)

@@ -122,7 +122,11 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
             from simulator.cost import experts  # most models have none
 
             sizes = w.m[rows], w.n[rows], w.k[rows], w.experts[rows], w.active[rows]
-            yield rows, experts.experts(*sizes, hw, skew=w.skew[rows], dtype=dtype, weight_dtype=second)
+            devices = np.maximum(w.batch[rows], 1)
+            yield (
+                rows,
+                experts.experts(*sizes, hw, skew=w.skew[rows], devices=devices, dtype=dtype, weight_dtype=second),
+            )
         elif kind == Kind.DELTA_NET:
             from simulator.cost import delta_net  # most models have none
 

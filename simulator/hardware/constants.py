@@ -84,7 +84,10 @@ _NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, h200
 _HOST_MEMORY = ("NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on two Xeon "
     "8480+: 35 GB/s with 4 devices, 28 GB/s with 8)")
 _PEERS = ("vLLM's all-reduce needs peer access, vllm/distributed/device_communicators/custom_all_reduce.py")
-_MOE = (f"fits to the MoE tables of {_AIC}, bf16, tensor parallel alone; geometric mean over stacks")
+_MOE = (f"joint fit to the MoE tables of {_AIC} (all formats, tensor parallel alone) and to grouped products of an H20 "
+    "(alibaba/InferSim@f2293da), by architecture around a fit to all GPUs")
+_MOE_E_TC = f"{_MOE}; the H20, whose SMs are the H100's at a quarter of the tensor rate, separates it from b_sm"
+_H20 = "grouped products of an H20, alone (alibaba/InferSim@f2293da, DeepGEMM, kernel times)"
 
 # unit, range, source, meaning, default by architecture
 
@@ -298,29 +301,30 @@ COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 architecture."""
 
 EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels: sorting of tokens, products, activation, sum",
-        ampere=1.6e-5, ada=1.5e-5, hopper=2e-5, blackwell=1.2e-5, other=1.6e-5),
+    "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels except the products: sorting of tokens, activation, "
+        "sum", ampere=2.1e-5, ada=7.6e-6, hopper=1.9e-5, blackwell=3.2e-5, blackwell_sm100=1.5e-5, other=2e-5),
+    "product_s": _row("s", 1e-7, 1e-4, _H20, "fixed time of one grouped product", other=5.2e-6),
     "expert_s": _row("s", 1e-11, 1e-6, _MOE, "further fixed time per expert of the device",
-        ampere=1.5e-8, ada=1.1e-8, hopper=8.6e-10, blackwell=2.2e-8, other=4.7e-9),
-    "depth_s": _row("s", 1e-12, 2e-8, _MOE, "further time per feature of a token and of an expert: main loops of "
-        "one tile",
-        ampere=3.7e-9, ada=3.8e-10, hopper=1.6e-9, blackwell=3.2e-9, blackwell_sm100=2.8e-10, other=1.2e-9),
-    "e_tc": _row("1", 0.05, 3.0, _MOE, "share of the datasheet rate that an infinite tile would achieve",
-        ampere=0.56, ada=0.69, hopper=0.8, blackwell=0.67, blackwell_sm100=0.94, other=0.74),
-    "tile_rows": _row("1", 0.5, 400.0, _MOE, "rows that take as long as starting a tile",
-        ampere=25, ada=46, hopper=48, blackwell=8.6, blackwell_sm100=45, other=32),
+        ampere=5.4e-8, ada=1.6e-8, hopper=2.3e-8, blackwell=3.4e-8, blackwell_sm100=1.4e-9, other=2.6e-8),
+    "e_tc": _row("1", 0.05, 1.0, _MOE_E_TC, "share of the datasheet rate in the arithmetic of a tile", other=0.85),
+    "b_sm": _row("B/s", 1e10, 1e13, _MOE, "rate at which an SM loads the weights of a tile",
+        ampere=3.2e10, ada=3.3e10, hopper=1.5e11, blackwell=7.8e10, blackwell_sm100=2.3e11, other=4.4e10),
+    "least_rows": _row("1", 8.0, 64.0, _MOE, "rows of the smallest tile in arithmetic: fewer take as long",
+        ada=36, hopper=44, blackwell=16, ampere=16, blackwell_sm100=16, other=29),
+    "tail": _row("1", 0.01, 4.0, _MOE, "tiles that an SM computes alone at the end of a product", other=0.04),
     "e_d": _row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth that weights from DRAM achieve",
-        ampere=0.97, ada=0.78, hopper=0.98, blackwell=0.85, blackwell_sm100=0.98, other=0.93),
-    "e_io": _row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, writing, reading and summing activations",
-        other=0.8),
+        ampere=0.99, ada=0.81, hopper=0.96, blackwell=0.83, blackwell_sm100=0.95, other=0.88),
+    "e_io": _row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, activating and summing activations",
+        ampere=0.42, ada=0.64, hopper=0.33, blackwell=0.6, blackwell_sm100=0.37, other=0.45),
     "l2_gain": _row("1", 1.0, 10.0, _MOE, "rate of weights in L2 over the rate from DRAM",
-        ampere=5, ada=6.7, hopper=1.7, blackwell=5.2, blackwell_sm100=1.5, other=3),
+        ampere=8.1, ada=10, hopper=9, blackwell=4.7, blackwell_sm100=7.2, other=8.7),
     "l2_share": _row("1", 0.1, 4.0, _MOE, "bytes of weights in use over L2 size at which half are in L2",
-        ampere=0.4, ada=1.1, hopper=0.32, blackwell=1, other=0.54),
+        ampere=0.36, ada=1, hopper=0.49, blackwell=0.96, blackwell_sm100=0.27, other=0.93),
     "narrow": _row("1", 0.1, 256.0, _MOE, "columns added to the width of every expert",
-        ampere=7.5, ada=0.27, hopper=28, blackwell=0.17, blackwell_sm100=36, other=4.6),
-    "align": _row("1", 0.01, 10.0, _MOE, "further time of an expert whose width is not a multiple of 16",
-        hopper=1.6, ada=0.4, blackwell=0.34, other=0.81),
+        ampere=1.8, ada=1.4, hopper=22, blackwell=0.25, blackwell_sm100=64, other=12),
+    "align": _row("1", 0.01, 10.0, f"{_MOE}; geometric mean over stacks",
+        "further time of an expert whose width is not a multiple of 16",
+        ada=1.1, hopper=0.82, blackwell=0.04, blackwell_sm100=0.4, other=0.47),
 })
 
 DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({

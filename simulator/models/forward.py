@@ -267,11 +267,12 @@ class PassRows:
         model, part, h = self.part, Part.MLP, self.part.hidden
         if model.shared_gate and block.inner:
             yield self.gemm("shared_gate", part, 1, h, False) | self.wide
-        all_experts = block.experts * (self.request.devices if self.request.parallel == "expert" else 1)
-        yield self.gemm("router", part, all_experts, h, model.router_bias) | self.wide
+        devices = self.request.devices if self.request.parallel == "expert" else 1
+        yield self.gemm("router", part, devices * block.experts, h, model.router_bias) | self.wide
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
-        yield row | {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+        row |= {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+        yield row | ({"batch": devices} if devices > 1 else {})
 
     def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[Row]:
         """Yield the product of a projection, or the two products of its factors."""

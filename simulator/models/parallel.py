@@ -6,7 +6,8 @@ split embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et
 Fewer key/value heads than devices are replicated. Rows and their parameters then describe one device.
 
 *Expert* parallel is tensor parallel except for routed experts: each device holds complete experts, an equal number, and
-computes all tokens that use them. The same all-reduce sums the outputs. Attention is not split by sequences, so every
+computes all tokens that use them; the others wait for the device with the highest load. The same all-reduce sums the
+outputs. Attention is not split by sequences, so every
 device sees all tokens and nothing is sent before the experts.
 
 *Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its

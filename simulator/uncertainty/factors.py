@@ -54,8 +54,8 @@ _FACTORS: dict[str, float] = {
     "collective launch": 0.24, "collective link": 0.08, "collective step": 0.33, "collective pcie": 0.4,
     "collective topology": 0.6, "collective unstated": 0.35, "collective default": 0.3,
     "experts launch": 0.35, "experts compute": 0.38, "experts memory": 0.07, "experts io": 0.5, "experts padding": 0.25,
-    "experts skew": 0.05, "experts alignment": 0.4, "experts quantised": 0.25, "experts scaled": 0.2,
-    "experts default": 0.2, "experts generic": 0.3,
+    "experts skew": 0.05, "experts balance": 0.2, "experts alignment": 0.6, "experts quantised": 0.25,
+    "experts scaled": 0.2, "experts default": 0.1, "experts generic": 0.15,
     "delta_net launch": 0.4, "delta_net compute": 0.35, "delta_net memory": 0.22, "delta_net latency": 0.5,
     "host": 0.43,
 }
