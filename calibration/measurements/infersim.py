@@ -6,20 +6,21 @@ time of a kernel (:class:`Method`). SGLang runs these kernels (stack ``sglang``)
 table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
 FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
 
-Two kinds of files have no table: gated delta nets (nine different rows, ``tests/cost/test_delta_net.py``), and single
-projections of experts, without activation and permutation.
+Gated delta nets have no table: their files hold nine different rows (``tests/cost/test_delta_net.py``). Rows of experts
+are single products, without activation and permutation (:mod:`calibration.records.grouped_products`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from calibration.measurements.wheel import CHOICES, Choice, datasheet
+from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
 from calibration.records.importers import finish
 from calibration.records.readers import Draft
 from calibration.records.screening import Refusals, Screen
@@ -45,7 +46,7 @@ STALL = 1.15
 class Method:
     """How the rows of a file were measured."""
 
-    file: str
+    files: tuple[str, ...]
     kernel: str
     library: str
     method: str
@@ -57,31 +58,36 @@ class Method:
 _HEADS = {"heads": "heads", "kv_heads": "kv_heads", "head_dim": "head_dim"}
 _METHODS: Mapping[str, Method] = {
     "gemm": Method(
-        "gemm_fp8.csv", "deep_gemm fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
+        ("gemm_fp8.csv",), "deep_gemm fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
         "kernel time of a profiler, L2 overwritten before each; activations quantised before", "excluded",
         {"m": "m", "n": "n", "k": "k"}),
     "attention_prefill": Method(
-        "attention_prefill.csv", "sgl_kernel flash_attn_varlen_func", "FlashAttention-3",
+        ("attention_prefill.csv",), "sgl_kernel flash_attn_varlen_func", "FlashAttention-3",
         "mean of 10 calls in a row after 10 others, operands as far in L2 as they fit", "eager",
         {**_HEADS, "batch": 1.0, "q_len": "seq_len", "kv_len": "seq_len"}),
     "attention_decode": Method(
-        "attention_decode.csv", "BatchDecodeWithPagedKVCacheWrapper, tensor cores", "FlashInfer",
+        ("attention_decode.csv",), "BatchDecodeWithPagedKVCacheWrapper, tensor cores", "FlashInfer",
         "mean of 10 calls in a row after 10 others, cache as far in L2 as it fits", "eager",
         {**_HEADS, "batch": "batch_size", "q_len": 1.0, "kv_len": "kv_len"}),
     "mla_decode": Method(
-        "mla_decode.csv", "FlashMLA", "FlashMLA", "calls in a row; the script is not in the repository", "unknown",
+        ("mla_decode.csv",), "FlashMLA", "FlashMLA", "calls in a row; the script is not in the repository", "unknown",
         {"heads": "heads", "kv_heads": 1.0, "head_dim": 576.0, "n": 512.0, "batch": "batch_size", "q_len": 1.0,
          "kv_len": "kv_len"}),
+    "experts": Method(
+        ("experts_decode.csv", "experts_prefill.csv"),
+        "deep_gemm grouped fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
+        "kernel time of a profiler, L2 overwritten before each; one product of all experts", "excluded", {}),
 }
-_FORMATS = {"gemm": ("fp8_block",), "attention_decode": ("bf16", "fp8_wo")}
+_EXPERTS = ("experts", "active", "role")
+_FORMATS = {"gemm": ("fp8_block",), "experts": ("fp8_block",), "attention_decode": ("bf16", "fp8_wo")}
 _STACKS = {"attention_decode": "flashinfer"}
 
 
 def _tables() -> dict[str, Choice]:
     out = {}
     for operator, about in _METHODS.items():
-        stack = _STACKS.get(operator, "sglang")
-        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, about.file, ships=_FORMATS.get(operator, ("bf16",)))
+        stack, formats = _STACKS.get(operator, "sglang"), _FORMATS.get(operator, ("bf16",))
+        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, " ".join(about.files), ships=formats)
     return out
 
 
@@ -95,16 +101,41 @@ def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
     """Return the rows of a table of :data:`TABLES`, with times in single precision, and the refused rows by reason."""
     operator = name.split("/")[1]
     about = _METHODS[operator]
-    content = read_bounded(folder / about.file)
-    cells = csv.read_csv(content, about.file)
-    given = {column: np.array([float(cell or "nan") for cell in cells.column(column)]) for column in _numbers(cells)}
-    size = len(cells.rows)
+    contents = [read_bounded(folder / file) for file in about.files]
+    parts = [csv.read_csv(content, file) for content, file in zip(contents, about.files, strict=True)]
+    columns, screen = (
+        read_grouped(_numbers(parts, GROUPED_SHAPE)) if operator == "experts" else _columns(operator, parts[0])
+    )
+    source = Source(
+        device=DEVICE,
+        stack={about.library: "of unknown version"},
+        kernel=about.kernel,
+        method=f"InferSim: {about.method}",
+        origin=f"{REPOSITORY}, {' and '.join(about.files)}",
+        digest=hashlib.sha256(b"".join(contents)).hexdigest(),
+        licence="Apache-2.0",
+    )
+    found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"), dtype="all")
+    r = found.records
+    r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS, *_EXPERTS)]))
+    r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()
+    return r.replace(seconds=r.seconds.astype(np.float32).astype(np.float64)), found.refusals
+
+
+def _numbers(tables: Sequence[csv.CsvTable], names: Iterable[str]) -> dict[str, Array]:
+    """Return columns of numbers of some tables, one after the other; NaN where a cell is empty."""
+    return {name: np.array([float(cell or "nan") for t in tables for cell in t.column(name)]) for name in names}
+
+
+def _columns(operator: str, cells: csv.CsvTable) -> tuple[dict[str, Array], Screen]:
+    """Return the columns of records of GEMMs or attention, and the refused rows."""
+    about, size, gemm = _METHODS[operator], len(cells.rows), operator == "gemm"
+    given = _numbers([cells], [name for name in cells.header if name not in ("dtype", "kv_dtype")])
     columns: dict[str, Array] = {
         ours: given[theirs] if isinstance(theirs, str) else np.full(size, theirs)
         for ours, theirs in about.columns.items()
     }
     formats = cells.column("kv_dtype") if "kv_dtype" in cells.header else ["bf16"] * size
-    gemm = operator == "gemm"
     columns |= {
         "operator": np.full(size, operator, dtype=object),
         "dtype": np.full(size, "fp8" if gemm else "bf16", dtype=object),
@@ -120,24 +151,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
         calls, stalled = _disturbed(columns)
         screen.refuse(calls, f"shorter than {CALL_S * 1e6:.0f} us, where calls take the host that long")
         screen.refuse(stalled, f"over {STALL:g} times the time of a call of more work")
-    source = Source(
-        device=DEVICE,
-        stack={about.library: "of unknown version"},
-        kernel=about.kernel,
-        method=f"InferSim: {about.method}",
-        origin=f"{REPOSITORY}, {about.file}",
-        digest=hashlib.sha256(content).hexdigest(),
-        licence="Apache-2.0",
-    )
-    found = finish(Draft(columns, (source,), screen), label=about.file, hw=datasheet("h20"), dtype="all")
-    r = found.records
-    r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS)]))
-    r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()
-    return r.replace(seconds=r.seconds.astype(np.float32).astype(np.float64)), found.refusals
-
-
-def _numbers(cells: csv.CsvTable) -> list[str]:
-    return [name for name in cells.header if name not in ("dtype", "kv_dtype")]
+    return columns, screen
 
 
 def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
