@@ -53,6 +53,10 @@ unknowns."""
 _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
 """Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
 
+UNEXPLAINED = 0.3
+"""Share of the deviation of a measured time from its prediction that may be spent per pass instead of in proportion to
+the work, or the reverse (assumed): what the measured machine does otherwise is not among the causes of the model."""
+
 CONSISTENT_SD = 2.5
 """Standard deviations from its prediction beyond which a measured time is ignored."""
 
@@ -132,6 +136,10 @@ def prediction_intervals(
         own = own - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured time is that of another mix on the host
         between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
+    if measured is not None and inferred is not None and inferred.consistent:
+        beyond = UNEXPLAINED * math.log(measured[1] / inferred.predicted_s)
+        own = own + (beyond * -np.expm1(-np.abs(log - log[:, [measured[0]]]))) ** 2
+        between = between + (beyond * -np.expm1(-np.abs(log - log[:, other]))) ** 2
     lower, upper = _ends(log, scale**2 * own)
     ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[0]) * (1.0 - b[0])))
     times = np.exp(log[0])

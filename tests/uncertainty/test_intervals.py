@@ -20,7 +20,14 @@ from simulator.prediction.compare import SAME_SHAPE, compare
 from simulator.pruning import FAMILIES, prune
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
-from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
+from simulator.uncertainty.intervals import (
+    CONSISTENT_SD,
+    MEASURED_LOG_SD,
+    MIXED_LOG_SD,
+    UNEXPLAINED,
+    intervals,
+    workload_time,
+)
 from simulator.workload import Kind, Meta, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -155,14 +162,20 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     st.floats(0.05, 0.9),
     st.floats(0.5, 2.0),
 )
-def test_without_a_host_a_speedup_is_never_wider_for_a_measured_time(
+def test_without_a_host_a_measured_time_widens_by_what_it_leaves_unexplained_alone(
     engine: str, phase: str, batch: int, seq: int, family: str, sparsity: float, factor: float
 ) -> None:
     dense = lowered(engine, phase, batch, seq)
     pruned = prune(dense, family, sparsity)
     before, _ = compared(dense, pruned)
-    after, _ = compared(dense, pruned, dense_s=factor * float(before.dense_s[0]))
-    assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
+    after, inferred = compared(dense, pruned, dense_s=factor * float(before.dense_s[0]))
+    gain = 1.0 - 1.0 / max(float(after.speedup[1]), 1.0 / float(after.speedup[1]))
+    slack = 2.0 * COVERAGE_FACTOR * UNEXPLAINED * abs(np.log(factor)) * gain if inferred.consistent else 0.0
+    assert width(after, 1)[0] <= width(before, 1)[0] + 1e-9
+    for a, b in zip(width(before, 1)[1:], width(after, 1)[1:], strict=True):
+        assert b <= np.hypot(a, slack) + 1e-9
+    if factor == 1.0:
+        assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
 
 
 @pytest.mark.quick
@@ -174,9 +187,8 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
     after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
     np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.015)
     for i in range(1, 1 + len(pruned)):
-        # but for what a host does to a pass, which is not linear; more so where pruning adds launches
-        slack = 1.05 if pruned[i - 1].overhead.any() else 1.03
-        assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
+        # but for what a host does to a pass, which is not linear; more so where kernels are better known than the host
+        assert width(after, i)[2] <= 1.05 * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
 @pytest.mark.quick
