@@ -110,6 +110,8 @@ ROLES: tuple[str, ...] = (
     "fill", "product",
     # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
     "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
+    # conversion of activations for narrow products (quantize: of the residual stream): outputs of heads, inner features
+    "quantize_heads", "quantize_inner",
 )
 # fmt: on
 """Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""

@@ -72,12 +72,20 @@ class GemmFit(Fit):
         c = self.calls
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
+    @property
+    def compute_bound(self) -> NDArray[np.bool_]:
+        """Rows whose arithmetic takes longer than their weights and activations by the datasheet."""
+        c, machine = self.calls, self.calls.machine
+        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+        return np.asarray(2.0 * c.m * c.n * c.k / machine.peak_flop_per_s > moved / machine.bandwidth_bytes_per_s)
+
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return the constants ``free``.
 
         The search begins at ``start``, which has all constants, and at :data:`STARTS` random places around it; the fit
         with the smallest residual is used. L2 is at least as fast as DRAM. A constant on its bound stays there; a
-        constant with a log standard error above 0.5 returns to its start. Both are named in ``fixed``.
+        constant with a log standard error above 0.5 returns to its start. In formats below 16 bits without a
+        compute-bound row, the main loop's rate is that of the prior. All are named in ``fixed``.
         """
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
@@ -85,6 +93,9 @@ class GemmFit(Fit):
         if len(self) > ROWS:
             few = self.take(np.sort(np.random.default_rng(self.seed).choice(len(self), ROWS, replace=False)))
         ranges = {name: CONSTANTS[name] for name in self.free or free_constants(machine)}
+        unseen = {}
+        if self.prior is not None and machine.element_bytes < 2.0 and not self.compute_bound.any():
+            unseen = {"e_tc": "no row is compute-bound: that of the prior"}
         if "b_hit" in ranges:
             ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
 
@@ -99,6 +110,7 @@ class GemmFit(Fit):
                 origin,
                 ranges,
                 covariance,
+                fixed=unseen,
                 weak=min(0.5, 0.45 * prior) if prior >= WEAK else 0.5,
                 prior=prior,
                 center=start,
@@ -241,8 +253,6 @@ def free_constants(machine: Machine) -> tuple[str, ...]:
     names = ["t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s"]
     if not machine.persistent:
         names.append("b_l2")
-    if machine.element_bytes < 2.0:
-        names.append("b_convert")
     return tuple(names)
 
 
@@ -251,9 +261,7 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
-    if machine.element_bytes < 2.0:
-        values |= {"e_tc": values["e_tc_8bit"], "t0": values["t0_8bit"]}
-    elif machine.weight_bytes < machine.element_bytes:
+    if machine.weight_bytes < machine.element_bytes:
         values |= weight_only_constants(values, machine.weight_bytes / machine.element_bytes)
     if prior is not None:
         values |= {name: prior[name] for name in prior.constants if name in values}

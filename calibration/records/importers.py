@@ -111,7 +111,8 @@ def finish(
     records = Records.from_columns(draft.sources, size=int(screen.kept.sum()), **kept)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
         copies = rotated_copies(np.maximum(work(records)[1], 1.0), hw.l2_bytes)
-        records = records.replace(copies=np.where(records.is_operator("gemm"), copies, records.copies))
+        several = records.is_operator("gemm") & (records.copies > 1)
+        records = records.replace(copies=np.where(several, copies, records.copies))
     notes = list(draft.notes)
     labels = records.labels()
     present = {str(name): int((labels == name).sum()) for name in np.unique(labels)}

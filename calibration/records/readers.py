@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration.records.aiconfigurator_experts import EXPERTS_SHAPE, read_experts
+from calibration.records.conversion import MOST, conversion_s
 from calibration.records.screening import Screen
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
 from simulator.arrays import Array
@@ -75,6 +76,11 @@ _AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
 # device, framework and version of decode times above the memory's bandwidth, its bytes/s and L2 bytes (datasheet)
 _AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
 _AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
+# of the same collection, formats whose times are those of TensorRT's profiler of layers, and the time that it adds: the
+# smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+_AIC_PROFILED, _AIC_PROFILER_S = ("int8_wo", "int4_wo"), 4.7e-6
+# the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py: outside_loop_count)
+_AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
@@ -109,8 +115,9 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
     }
     if gemm:
         columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
-        columns["copies"] = np.full(size, 6.0)
         formats = (table["gemm_dtype"],) * 2
+        one = (np.char.upper(_texts(table["framework"])) == "VLLM") & np.isin(_texts(formats[0]), _AIC_ONE_WEIGHT)
+        columns["copies"] = np.where(one, 1.0, 6.0)
     elif collective:
         of = "allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"
         _need(table, (of,), path)
@@ -149,6 +156,10 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
 
     if kind == "attention_decode":
         _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
+    if gemm:
+        profiled = (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1) & np.isin(_texts(formats[0]), _AIC_PROFILED)
+        columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
+        _without_conversion(screen, columns)
     if "beam_width" in table:
         screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
@@ -167,6 +178,27 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
     )
     still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
     return Draft(columns, sources, screen, rotated=gemm, still=still)
+
+
+def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
+    """Subtract the conversion of activations from the times of narrow products, where the table tells it."""
+    m, n, k, seconds = (columns[name] for name in ("m", "n", "k", "seconds"))
+    valid = np.isfinite(m) & np.isfinite(n) & np.isfinite(k) & (seconds > 0) & (np.minimum(m, np.minimum(n, k)) >= 1)
+    bytes_ = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+    weights = columns["weight_dtype"].astype(str)
+    wide = valid & (bytes_ == 2.0) & (weights == columns["dtype"].astype(str))
+    converted = np.zeros(len(seconds))
+    for name in np.unique(weights[bytes_ < 2.0]):
+        of_format = (bytes_ < 2.0) & (weights == name)
+        rows = np.flatnonzero(wide | (of_format & valid))
+        share = float(bytes_[of_format][0]) / 2.0
+        converted[of_format] = np.nan
+        converted[rows] = conversion_s(m[rows], n[rows], k[rows], seconds[rows], wide[rows], share)
+        converted[wide] = 0.0
+    screen.refuse(valid & np.isnan(converted), "the time includes a conversion of activations that no narrow row tells")
+    most = valid & (converted > MOST * seconds)
+    screen.refuse(most, f"over {100 * MOST:.0f} % of the time is the conversion of activations")
+    columns["seconds"] = seconds - np.where(valid & ~most, np.nan_to_num(converted), 0.0)
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:

@@ -119,7 +119,6 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
         yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
     shares = {
         "memory of a server": e.memory,
-        "fused quantisation": e.quantize_fused,
         "GEMM of one token": e.one_token,
         "wait for other prompts": e.prefill_wait,
         "wait of first tokens (sd)": e.first_wait_sd,
@@ -129,6 +128,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, share in shares.items():
         if share.source:
             yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
+    source = f"{e.quantize.source}{f': {e.quantize.note}' if e.quantize.note else ''}"
+    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", source
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""
     for family, kernels in e.dynamic.items():

@@ -34,9 +34,10 @@ _ROLES = {
     "norm": "attention_norm mlp_norm qk_norm post_norm gated_norm",
     "final_norm": "final_norm",
     "rotary": "rotary",
-    "activation": "activation product softcap quantize output_gate",
+    "activation": "activation product softcap output_gate",
     "select": "sampling select sort",
     "scatter": "scatter",
+    "quantize": "quantize quantize_heads quantize_inner",
 }
 # every class by its own name; a role of no class counts as a copy
 _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}

@@ -28,9 +28,8 @@ from simulator.cost.base import BOTTLENECKS, Estimate, bottleneck
 from simulator.cost.gemm_shapes import Options
 from simulator.cost.host import Host
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
-from simulator.hardware.formats import label_of
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind, Workload
 from simulator.workload_batch import WorkloadBatch, sums
 
 SECTIONS: Mapping[int, str] = MappingProxyType(
@@ -152,19 +151,15 @@ def engine_factors(
 ) -> FloatArray:
     """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured.
 
-    Clocks fall under load. Fused quantisation of activations saves a share of the later start of a narrow GEMM. One
-    token may have a separate kernel. ``codes`` are bottlenecks.
+    Clocks fall under load. One token may have a separate kernel. ``codes`` are bottlenecks.
     """
     out = np.ones(len(w))
     loaded = hw.section("runtime", "*")["sustained"]
-    for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        before, late = seconds[rows], 0.0
-        if DTYPE_BYTES[dtype_code(dtype)] < 2.0:
-            late = hw.section("gemm", label_of(dtype, weight))["t0"] - hw.section("gemm", "bf16")["t0"]
-        after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
-        after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
-        least = np.minimum(roofline_s[rows], before)
-        out[rows] = np.maximum(after - max(engine.quantize_fused.value * late, 0.0), least) / before
+    rows = w.kind == Kind.GEMM
+    before = seconds[rows]
+    after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
+    after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
+    out[rows] = np.maximum(after, np.minimum(roofline_s[rows], before)) / before
     return out
 
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.formats import LABELS, label_of
 from simulator.hardware.profile import HardwareProfile, Section, unfitted
 from simulator.workload import Kernel, Kind
+
+CLOCKED: Mapping[str, float] = MappingProxyType(
+    {"ampere": 0.78e12, "ada": 1.03e12, "hopper": 1.41e12, "blackwell": 0.78e12, "blackwell_sm100": 2.25e12}
+)
+"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs that the defaults of ``e_tc`` come from: A100,
+L40S, H100, RTX PRO 6000, B200 (SXM). A GPU with fewer keeps a higher clock: see :func:`clocked`."""
 
 EDGE = 1e-4
 """Steps before the last node at which a coordinate of the residual stops."""
@@ -75,6 +82,7 @@ class GemmKernel:
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
     unfitted: tuple[str, ...]  # error factors of what no fit has seen
+    dense: GemmKernel | None = None  # of weights alone in fewer bits: the kernel without them, which computes the same
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
     section = hw.section("gemm", label if own else dtype)
     c = {name: float(section[name]) for name in CONSTANTS}
-    if section.status == "default" and element < 2.0:
-        c["e_tc"], c["t0"] = c["e_tc_8bit"], c["t0_8bit"]
+    if section.status == "default":
+        c["e_tc"] = clocked(c["e_tc"], hw) * (1.0 if element >= 2.0 else c["narrow_step"])
     load_scale, pad_m = 1.0, 1.0
     factors = [*unfitted("gemm", section, hw.architecture)]
     if kernel == Kernel.SPARSE24:
@@ -137,14 +145,15 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         factors.append("blocks")
     elif kernel == Kernel.SPMV:
         factors.append("spmv")
-    if ELEMENT_BYTES[weight] < element and not own:
+    alone = ELEMENT_BYTES[weight] < element
+    if alone and not own:
         c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
         factors.append("quantised")
     machine = replace(
         Machine.of(hw, dtype),
         peak_flop_per_s=peak,
         weight_bytes=weight_bytes,
-        least_rows=WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" else 1.0,
+        least_rows=WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" and not alone else 1.0,
         ragged=kernel in GROUPS,
     )
     residual = ResidualGrid.from_arrays(section.arrays)
@@ -164,7 +173,24 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         pad_m=pad_m,
         group=GROUPS.get(kernel, 0.0),
         unfitted=tuple(factors),
+        dense=gemm_kernel(hw, dtype, None, kernel) if alone and kernel == Kernel.DENSE else None,
     )
+
+
+def clocked(e_tc: float, hw: HardwareProfile) -> float:
+    """Return the default share of the datasheet rate on a device that may need less power for it, or more.
+
+    Under a power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and
+    1.02 of rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach the rate.
+
+    >>> from simulator.hardware.library import load_hardware
+    >>> [round(clocked(0.8, load_hardware(name)), 2) for name in ("h100_sxm", "h100_pcie", "h20")]
+    [0.8, 0.65, 1.0]
+    """
+    rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
+    if hw.architecture not in CLOCKED or not rates:
+        return e_tc
+    return min(e_tc * math.sqrt(CLOCKED[hw.architecture] * hw.power_w / rates[0]), max(e_tc, 1.0))
 
 
 def with_section(hw: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
@@ -229,13 +255,18 @@ def estimate(
     loadings |= {name: np.float32(1.0) for name in kernel.unfitted}
     if "generic" in kernel.unfitted:  # every GPU draws much the same share of its DRAM's bandwidth
         loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
+    time, bottlenecks = a.total_us * factor, _bottleneck(a, model, k)
+    if kernel.dense is not None:  # weights in fewer bits save memory time, not arithmetic
+        dense = estimate(kernel.dense, given, precision)
+        least = dense.time * dense.loadings["compute"]
+        time, bottlenecks = np.maximum(time, least), np.where(least > time, dense.bottleneck, bottlenecks)
     out = Estimate(
         operator="gemm",
         kind=int(Kind.GEMM),
-        time=a.total_us * factor,
+        time=time,
         floor=floor,
         roofline=np.maximum(compute, moved),
-        bottleneck=_bottleneck(a, model, k),
+        bottleneck=bottlenecks,
         loadings=loadings,
         coordinates=coordinates,
         position=position,

@@ -81,7 +81,7 @@ def ready_model(machine: Machine, constants: Mapping[str, float], dtype: Any = n
     """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``."""
     c = {name: float(value) for name, value in constants.items()}
     menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
-    tiles = [tile for tile in MENUS[menu] if tile[0] >= machine.least_rows]
+    tiles = [tile if tile[0] >= machine.least_rows else tile[::-1] for tile in MENUS[menu]]
     tile_m, tile_n = np.array(tiles, dtype=np.float64).T[:, :, None]
     step = LINE_BYTES / 2.0 ** math.floor(math.log2(machine.element_bytes))  # scales of nvfp4 lie elsewhere
     flop_us = 1e6 * 2.0 * step * tile_m * tile_n * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
@@ -178,8 +178,6 @@ def analytical_time(
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     memory, dram = memory_time(m, n, k, model, copies, load_scale)
     total = cube_root(cube(memory) + compute) + model.t0_us
-    if machine.element_bytes < 2.0:  # 16-bit activations read, narrow ones written, by a kernel of its own before
-        total = total + m * k * (1e6 * (2.0 + machine.element_bytes) / c["b_convert"])
     return Analytical(total, compute, memory, dram, tile, np.where(unsplit <= compute, 1.0, split), tiles)
 
 

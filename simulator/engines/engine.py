@@ -45,6 +45,8 @@ from simulator.workload import DTYPES, ROLES, STACKS
 SCHEMA_VERSION = 1
 FUSIONS: tuple[str, ...] = ("qkv", "gate_up")
 """Groups of projections that one GEMM can compute."""
+INPUTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
+"""Products with activations of their own: outputs of a norm, of attention, of a norm, of the MLP's activation."""
 
 PASSES: tuple[str, ...] = ("prefill", "decode")
 _FOLDER = resources.files(__package__)
@@ -68,6 +70,16 @@ class Share:
     value: Annotated[float, NumberField(0, 3, "0.65")]
     source: str
     sd: Annotated[float, NumberField(0, 3, "0.1")] = 0.0  # its standard deviation between users
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Products in formats below 16 bits whose activations a kernel of its own converts; the kernel before the others
+    writes their format."""
+
+    inputs: Annotated[tuple[str, ...], ListField(TextField(INPUTS))]
+    source: str
     note: str = ""
 
 
@@ -107,7 +119,7 @@ class Engine(Displayed):
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
     host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
-    quantize_fused: Share = Share(0.0, "")  # share of the quantisation of activations that is fused into other kernels
+    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
@@ -340,7 +352,7 @@ def _engine_field(root: Node) -> ObjectField:
         "launches": MapField(NumberField(0, 100, "7", whole=True), known("operator", ROLES)),
         "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time, "correlation": sourced(Correlation)}),
         "schedule": sourced(Schedule),
-        "quantize_fused": share,
+        "quantize": sourced(Quantisation),
         "one_token": share,
         "memory": share,
         "prefill_wait": share,

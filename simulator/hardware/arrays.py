@@ -223,8 +223,8 @@ def _check_values(operator: str, arrays: Arrays) -> None:
     values = arrays["values"]
     if operator == "elementwise":
         _need(arrays, "values", "start")
-        good = values.ndim == 2 and values.shape[0] == len(CLASSES) and values.shape[1] >= 1
-        _shape("values", values, good, f"({len(CLASSES)}, nodes)")
+        good = values.ndim == 2 and 1 <= values.shape[0] <= len(CLASSES) and values.shape[1] >= 1
+        _shape("values", values, good, f"({len(CLASSES)}, nodes), or fewer classes")
         _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
     else:
         _need(arrays, "values", "start", "step")

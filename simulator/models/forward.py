@@ -16,6 +16,9 @@ from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_cod
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
 
+_QUANTIZE = {"qkv": "quantize", "gate_up": "quantize", "o": "quantize_heads", "down": "quantize_inner"}
+"""Role of the conversion of a product's activations."""
+
 _MXFP4 = dtype_code("mxfp4")
 
 _STATE = dtype_code("fp32")
@@ -46,6 +49,7 @@ class Request:
     skew: float
     fuse_qkv: bool
     fuse_gate_up: bool
+    quantize: tuple[str, ...]  # products whose activations a kernel of its own converts
     sparse24: bool
     dtype: int
     weight_dtype: int
@@ -120,6 +124,7 @@ class PassRows:
         if "attention" not in block.linear and not block.heads:
             return
         yield from self.norm_before("attention_norm", part)
+        yield from self.quantized("qkv", part, h)
         if "attention" in block.linear:
             yield self.linear(part)
         elif block.delta:
@@ -140,6 +145,7 @@ class PassRows:
             yield row | {"params": model.sinks * block.heads * self.owns}
             if model.output_gate:
                 yield self.move("output_gate", part, q, 2 * q, q)
+            yield from self.quantized("o", part, q)
             yield from self.projection(block, "o", part, h, q, model.o_bias)
         yield from self.collective("all_reduce", part, self.tokens, h)
         yield from self.shortcut(block, part, h)
@@ -169,6 +175,7 @@ class PassRows:
             **sizes,
         }
         yield self.move("gated_norm", part, values, 2 * values, values, own.value)
+        yield from self.quantized("o", part, values)
         yield self.gemm("o", part, h, values, False)
 
     def latent_attention(self, block: Block) -> Iterator[Row]:
@@ -207,6 +214,7 @@ class PassRows:
         yield self.attend(block, sizes | {"latent": 0 if whole else own.cached})
         if absorbs:
             yield self.gemm("absorb_v", part, heads * own.value, own.rank, False)
+        yield from self.quantized("o", part, heads * own.value)
         yield self.gemm("o", part, h, heads * own.value, False)
 
     @property
@@ -246,6 +254,8 @@ class PassRows:
         if not (inner or block.experts or "mlp" in block.linear):
             return
         yield from self.norm_before("mlp_norm", part)
+        if inner or "mlp" in block.linear:
+            yield from self.quantized("gate_up", part, h)
         if "mlp" in block.linear:
             yield self.linear(part)
         elif inner:
@@ -253,6 +263,7 @@ class PassRows:
             for role, n in block.roles("gate_up", made, model.gated and self.request.fuse_gate_up).items():
                 yield from self.projection(block, role, part, n, h, bias)
             yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
+            yield from self.quantized("down", part, inner)
             yield from self.projection(block, "down", part, out, inner, bias or model.down_bias)
         if block.experts:
             yield from self.routed(block)
@@ -282,6 +293,13 @@ class PassRows:
         else:
             yield self.gemm(role, part, rank, k, False) | {"stage": 1}
             yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
+
+    def quantized(self, product: str, part: Part, k: int) -> Iterator[Row]:
+        """Yield the conversion of a product's activations, if a kernel of its own does it."""
+        r = self.request
+        if product in r.quantize:
+            written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
+            yield self.move(_QUANTIZE[product], part, k, k, written)
 
     def shortcut(self, block: Block, part: Part, n: int) -> Iterator[Row]:
         """Yield the product that rotates the residual of a sublayer; pruning added it."""

@@ -6,8 +6,9 @@ The engine determines which projections are one GEMM, and which positions the he
   and the output of the previous sublayer, and write the sum and its norm (2 + 2 tensors). The first layer's norm counts
   the same, though it adds nothing. If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises,
   and one ``residual`` row adds both outputs.
-- Scaling of the embedding, soft-capping of attention, biases and quantisation of activations are fused: no rows, no
-  bytes.
+- Scaling of the embedding, soft-capping of attention and biases are fused: no rows, no bytes.
+- Products in a format below 16 bits read activations in that format. The kernel before them writes it, or a kernel of
+  its own converts it (``quantize``), as the engine's file states. Latent vectors are converted with their norm.
 - Bytes of token ids, norm weights and rotary tables are excluded (below 0.1 % of any pass), and so is sampling.
 - ``dtype`` is the format in which the GEMMs of the layers compute. With 8 or 4 bits, the residual stream, attention,
   embedding and head stay in bf16. ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints
@@ -184,6 +185,7 @@ def lower(
         skew=number("skew", skew, SKEW),
         fuse_qkv="qkv" in runs.fuse,
         fuse_gate_up="gate_up" in runs.fuse,
+        quantize=runs.quantize.inputs if DTYPE_BYTES[dtype_code(dtype)] < 2.0 else (),
         sparse24=model.sparse24 or (model.declared == "2:4" and (not engine or dtype in runs.sparse24)),
         dtype=dtype_code(dtype),
         weight_dtype=dtype_code(weight_dtype or model.weight_dtype or dtype),

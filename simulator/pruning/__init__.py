@@ -253,6 +253,7 @@ def _share(w: Workload, part: str) -> FloatArray:
     attention = w.is_attention
     heads, groups = (covering(w, attention, x.astype(np.float64)) for x in (w.heads, w.kv_heads))
     fused = np.maximum(heads + 2.0 * groups, 1.0)
-    alone = ("q", "o", "q_b", "kv_b", "absorb_k", "absorb_v") if part == "heads" else ("k", "v")
+    queries = ("q", "o", "q_b", "kv_b", "absorb_k", "absorb_v", "quantize_heads")
+    alone = queries if part == "heads" else ("k", "v")
     whole = (attention | w.is_role(*alone, "rotary", "qk_norm", "cache_write")) & (w.layer >= 0)
     return np.where(w.is_role("qkv"), (heads if part == "heads" else 2.0 * groups) / fused, np.where(whole, 1.0, 0.0))

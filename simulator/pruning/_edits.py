@@ -46,7 +46,7 @@ def with_inner(w: Workload, kept: Array) -> Workload:
     """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP do not change."""
     down = readers(w, "down")
     width = covering(w, down, w.k)
-    divisor, wide = np.maximum(width, 1), w.is_role("activation", "product") & (width > 0)
+    divisor, wide = np.maximum(width, 1), w.is_role("activation", "product", "quantize_inner") & (width > 0)
     n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
     return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
 

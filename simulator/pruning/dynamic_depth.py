@@ -88,7 +88,7 @@ def dynamic_depth(
     if dense_kv:
         w = changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
         w = w.replace(**moved(w, np.where(skips, query_share(w, keep), 1.0)))
-        skips &= ~w.is_role(*KEYS)
+        skips &= ~(w.is_role(*KEYS) | (w.is_role("quantize") & (w.part == Part.ATTENTION)))
     else:
         q_len, kv_len = (np.maximum(whole_share(keep, length), 1) for length in (w.q_len, w.kv_len))
         w = changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)

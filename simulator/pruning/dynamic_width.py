@@ -52,7 +52,7 @@ def dynamic_width(
         raise InputError(f"dynamic_width: {reason}")
     heads = covering(w, w.is_attention, w.kv_heads)
     groups = np.where(w.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
-    channels = w.is_role("activation") & (w.layer >= 0)
+    channels = w.is_role("activation", "quantize_heads", "quantize_inner") & (w.layer >= 0)
     attention = w.is_attention & (s > 0)
     chance = -np.expm1(np.maximum(tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))  # 1 - s^M
     used = np.where(tiles, chance, 1.0)

@@ -20,6 +20,8 @@ from simulator.workload import Kind, Workload
 
 HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
 """Projections whose outputs belong to query heads, or to the heads of a gated delta net."""
+OUTPUTS: tuple[str, ...] = ("gated_norm", "output_gate", "quantize_heads")
+"""Elementwise operators on the outputs of query heads."""
 PARTS: tuple[str, ...] = (*SUBLAYERS, *NESTED)
 
 
@@ -59,7 +61,7 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     some_heads = left(heads * grouped // np.maximum(groups, 1), alone)
     some_groups = np.where(one_vector, some_heads, left(grouped, kv))
     heads, groups = np.maximum(heads, 1), np.maximum(groups, 1)
-    queries, fused = writers(w, *HEADS) | w.is_role("gated_norm", "output_gate") | delta, writers(w, "qkv")
+    queries, fused = writers(w, *HEADS) | w.is_role(*OUTPUTS) | delta, writers(w, "qkv")
     keys = groups * covering(w, attention, w.head_dim)  # features of all keys
     n = np.where(queries, w.n * some_heads // heads, np.where(writers(w, "k", "v"), w.n * some_groups // groups, w.n))
     # what is no key and no value of a fused projection are queries, and gates of the outputs if there are any
@@ -71,7 +73,7 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     share = np.where(
         rotated, (some_heads + some_groups) / (heads + groups), np.where(cached, some_groups / groups, 1.0)
     )
-    share = np.where(w.is_role("gated_norm", "output_gate"), some_heads / heads, share)
+    share = np.where(w.is_role(*OUTPUTS), some_heads / heads, share)
     params = np.where(delta, w.params * (some_heads / heads), w.params)
     return resized(
         w.replace(params=params),

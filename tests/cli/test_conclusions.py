@@ -64,7 +64,7 @@ BEGINS = {
     "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode": (
         r"The best trade, most speedup per loss of .*: .* on \d of 4 settings \(.*\)\. On at least one frontier: .*\."
     ),
-    "validate h100 h100_sxm/gemm/sglang-0.5.6": (
+    "validate h100 h100_sxm/collective/trtllm": (
         r"h100_sxm holds on [\d,]+ measurements of NVIDIA H100 .*: median error .* % \(datasheet roofline .* %\), "
         r"\d+ % in their 90 % interval\..*"
     ),

@@ -35,7 +35,7 @@ host:
   pass: {value: 0.5 ms, log_sd: 0.3, source: bench}
   sequence: {value: 20 us, log_sd: 0.2, source: bench, note: "of 8 to 64"}
   gap: {value: 100 ns, log_sd: 0.1, source: bench}
-quantize_fused: {value: 0.5, source: bench}
+quantize: {inputs: [o, down], source: bench}
 log_sd: {value: 0.05, source: bench}
 weight_only: [int4]
 sparse24: [bf16]
@@ -69,7 +69,6 @@ def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name:
         assert (value.source in engine.sources) == (value.value > 0.0)
         assert (value.log_sd > 0.0) == (value.value > 0.0)  # no host is known exactly
     for name, usual in (
-        ("quantize_fused", 0.0),
         ("one_token", 1.0),
         ("prefill_wait", 0.0),
         ("own_code", 1.0),
@@ -79,7 +78,8 @@ def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name:
     ):
         share = getattr(engine, name)
         assert share.source in engine.sources or share.value == usual, name
-    assert engine.quantize_fused.value <= 1.0
+    assert engine.quantize.source in engine.sources or engine.quantize == Engine().quantize
+    assert len(set(engine.quantize.inputs)) == len(engine.quantize.inputs)
     assert engine.prefill_wait.value <= 1.0
     assert engine.log_sd.value < 0.1
 
@@ -124,7 +124,7 @@ def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
     assert (engine.each_pass.log_sd, engine.each_sequence.note) == (0.3, "of 8 to 64")
     assert engine.kernels[ROLES.index("mlp_norm")] == 7.0
     assert engine.kernels.sum() == len(ROLES) + 6.0
-    assert (engine.quantize_fused.value, engine.prefill_wait.value, engine.log_sd.value) == (0.5, 0.0, 0.05)
+    assert (engine.quantize.inputs, engine.prefill_wait.value, engine.log_sd.value) == (("o", "down"), 0.0, 0.05)
     inner, narrow = engine.loads["layer_inner"], engine.widths["int4"]
     assert (inner.value, inner.model_types, inner.multiple) == (True, ("llama",), 64)
     assert (narrow.multiple, narrow.required, engine.dynamic["kv_cache"].how) == (128, True, "with --evict")

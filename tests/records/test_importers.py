@@ -218,10 +218,12 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7, 0.03, 0.02]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100, dtype="all")
-    assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, "time is zero": 1}
-    assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "int8", "bf16", "fp8_block", "nvfp4"]
-    assert result.records.seconds == pytest.approx(np.array([0.05, 0.03, 0.02, 0.03, 0.7, 0.03, 0.02]) / 1e3)
-    assert result.records.copies.tolist() == [2, 3, 5, 3, 1, 3, 5]  # ceil(40 MiB / weight bytes), at most 6
+    unknown = "the time includes a conversion of activations that no narrow row tells"
+    assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
+    assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "bf16"]
+    # weights alone without the 4.7 us of a profiler
+    assert result.records.seconds == pytest.approx(np.array([0.05, 0.0253, 0.0153, 0.7]) / 1e3)
+    assert result.records.copies.tolist() == [2, 3, 5, 1]  # ceil(40 MiB / weight bytes), at most 6
     assert {LAUNCHES[c] for c in result.records.launch} == {"graph"}
     (source,) = result.records.sources
     assert (source.device, source.software, source.kernel) == ("NVIDIA A100-SXM4-80GB", "TRTLLM 1.0.0", "k")

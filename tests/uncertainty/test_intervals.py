@@ -187,8 +187,10 @@ def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: i
     after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
     np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.015)
     for i in range(1, 1 + len(pruned)):
-        # but for what a host does to a pass, which is not linear; more so where kernels are better known than the host
-        assert width(after, i)[2] <= 1.05 * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
+        # but for what a host does to a pass, which is not linear; more so where pruning adds launches,
+        # and where kernels are better known than the host
+        slack = 1.08 if pruned[i - 1].overhead.any() else 1.05
+        assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
 
 
 @pytest.mark.quick

@@ -1,0 +1,93 @@
+"""Rows that convert activations for products below 16 bits: where an engine has them, and what pruning does to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simulator import load_engine, load_hardware, lower, prune, workload_time
+from simulator.engines.engine import INPUTS
+from simulator.workload import ROLES, Workload
+
+MODEL, HIDDEN, INNER = "llama-3.1-8b", 4096, 14336
+CONVERTED = ("quantize", "quantize_heads", "quantize_inner")
+
+
+def conversions(w: Workload) -> dict[str, tuple[float, float]]:
+    """Role -> executions, and bytes of all of them."""
+    found = {}
+    for name in CONVERTED:
+        rows = w.is_role(name)
+        if rows.any():
+            found[name] = float(w.count[rows].sum()), float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
+    return found
+
+
+def test_an_engine_converts_what_it_does_not_fuse() -> None:
+    each = 3.0 * 7 * 32  # bytes of an element read and written, tokens, layers
+    every = {"quantize": (64, 2 * HIDDEN * each), "quantize_heads": (32, HIDDEN * each)}
+    every["quantize_inner"] = (32, INNER * each)
+    for engine in ("sglang", "hf", "reference", "", "vllm@v0"):
+        assert conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine=engine)) == every, engine
+    found = conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine="vllm"))
+    assert found == {"quantize_heads": every["quantize_heads"]}
+    found = conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine="trtllm"))
+    assert found == {"quantize": every["quantize"]}
+    assert load_engine("").quantize.inputs == INPUTS
+
+
+def test_a_format_of_16_bits_and_weights_alone_convert_nothing() -> None:
+    for formats in ({}, {"dtype": "fp16"}, {"weight_dtype": "int8"}, {"weight_dtype": "int4"}):
+        assert conversions(lower(MODEL, engine="sglang", **formats)) == {}
+    narrow = conversions(lower(MODEL, batch=1, seq=1, dtype="nvfp4", engine="sglang"))
+    assert narrow["quantize_heads"][1] == 32 * HIDDEN * 2.5625
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity", "left"),
+    [
+        ("depth", 0.5, {name: (0.5, 0.5) for name in CONVERTED}),
+        ("width", {"attention": 0.25}, {"quantize_heads": (1.0, 0.75)}),
+        ("width", {"heads": 0.5}, {"quantize_heads": (1.0, 0.5)}),
+        ("width", {"mlp": 0.5}, {"quantize_inner": (1.0, 0.5)}),
+        ("width_cross", 0.25, {"quantize": (1.0, 0.75)}),
+    ],
+)
+def test_conversions_shrink_with_what_they_convert(family: str, sparsity, left) -> None:  # type: ignore[no-untyped-def]
+    w = lower(MODEL, phase="decode", batch=4, seq=100, dtype="fp8", engine="sglang")
+    before, after = conversions(w), conversions(prune(w, family, sparsity))
+    for name in CONVERTED:
+        executions, bytes_ = left.get(name, (1.0, 1.0))
+        assert after[name] == pytest.approx((before[name][0] * executions, before[name][1] * bytes_)), name
+
+
+def test_skipped_tokens_are_not_converted_but_keys_are() -> None:
+    w = lower(MODEL, batch=4, seq=256, dtype="fp8", engine="sglang")
+    out = prune(w, "dynamic_depth", 0.5, kernel="gathered")
+    before, after = conversions(w), conversions(out)
+    assert after["quantize_inner"][1] == pytest.approx(0.5 * before["quantize_inner"][1], rel=0.01)
+    assert after["quantize_heads"][1] == pytest.approx(0.5 * before["quantize_heads"][1], rel=0.01)
+    assert after["quantize"][1] == pytest.approx(0.75 * before["quantize"][1], rel=0.01)  # half of it feeds keys too
+
+
+FP8 = [
+    name for name in ("h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200", "h20", "l4", "mi300x")
+]  # with fp8 arithmetic
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_is_faster_than_bf16_where_arithmetic_takes_the_time(name: str, engine: str) -> None:
+    hw = load_hardware(name)
+    times = [workload_time(lower(MODEL, seq=2048, dtype=dtype, engine=engine), hw).total_s for dtype in ("bf16", "fp8")]
+    assert times[1] < 0.95 * times[0]
+
+
+def test_a_conversion_is_a_short_kernel_of_its_own() -> None:
+    hw = load_hardware("h100")
+    w = lower(MODEL, phase="decode", batch=1, seq=1024, dtype="fp8", engine="sglang")
+    seconds = workload_time(w, hw).seconds[w.is_role(*CONVERTED)]
+    assert len(seconds) == 4
+    assert (np.array(seconds) > 1e-6).all()
+    assert (np.array(seconds) < 4e-6).all()
+    assert {ROLES[code] for code in w.role[w.is_role(*CONVERTED)]} == set(CONVERTED)
