@@ -14,7 +14,7 @@ from pathlib import Path
 from simulator.hardware.constants import add_constants
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.uncertainty.factors import ERROR_FACTORS, ErrorSize, add_errors, uncertainty_of
+from simulator.uncertainty.factors import ERROR_FACTORS, ErrorSize, Scales, add_errors, uncertainty_of
 from simulator.uncertainty.posterior import Posterior
 
 # the section is written and read
@@ -30,7 +30,7 @@ np.testing.assert_allclose(again.seconds, predicted.seconds, rtol=1e-5)
 
 # other rows of another stack, whose launches take longer, move the error factor of launches, and predictions
 few = test.take(slice(0, None, 16))
-errors = uncertainty_of(selective_scan(few.calls, mine), (1.0, 1.0))
+errors = uncertainty_of(selective_scan(few.calls, mine), Scales())
 true = few.calls.seconds({**truth, "t0_s": 1.5 * truth["t0_s"]})
 log_ratio = np.log(true / operator_time(selective_scan(few.calls, mine), mine).seconds)
 kind = np.full(len(few), errors.kind)

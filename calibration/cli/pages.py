@@ -179,8 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = accuracy.run_protocol(jobs=2, progress=progress)
         if given.wheel is None:
             return rows
-        in_wheel = accuracy.run_protocol(("mla", "experts"), wheel=given.wheel, jobs=2, progress=progress)
-        return [r for r in rows if not str(r["table"]).startswith(("mla", "experts"))] + in_wheel
+        in_wheel = accuracy.run_protocol(("unlisted", "mla", "experts"), wheel=given.wheel, jobs=2, progress=progress)
+        again = {r["table"] for r in in_wheel}
+        return [r for r in rows if r["table"] not in again] + in_wheel
 
     pages: Mapping[str, Callable[[], str]] = {
         "accuracy": lambda: accuracy_page(_rows(given.results, protocol_rows)),

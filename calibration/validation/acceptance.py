@@ -103,7 +103,7 @@ def _stacks(tables: Tables) -> Iterator[Criterion]:
                 continue
             name = f"{title}, {f'{size} rows' if size else 'as shipped'}"
             mape = float(np.mean([r["mape"] for r in scores]))
-            yield _at_most(f"{name}: MAPE, mean of {len(scores)}", mape, target if title.startswith("gemm") else 0.0)
+            yield _at_most(f"{name}: MAPE, mean of {len(scores)}", mape, target if title.startswith("gemm,") else 0.0)
             yield _coverage(f"{name}: coverage", [r["coverage"] for r in scores])
             if ratios := [r["ratio coverage"] for r in scores if "ratio coverage" in r]:
                 yield _coverage(f"{name}: ratio coverage", ratios)

@@ -275,12 +275,13 @@ def _unlisted(table: TableChoice, others: TableChoice | None, seeds: Sequence[in
     """Return the scores of a GPU by its datasheet alone, and with rows of its own or of its GEMMs."""
     device, operator, stack = table.measurement.split("/")
     hw, gemms = by_datasheet(CHOICES[table.measurement].hardware), None if others is None else others.load()
-    out = []
+    alone, out = f"{operator} {table.dtype}, by datasheet alone", list[Row]()
     for seed in seeds:
         for r in stacks.evaluate_datasheet(hw, table.load(), gemms, seed):
-            name = f"{device} {stack}{', GEMM rows' if r['method'] == 'other rows' else ''}"
-            out.append({**r, "method": r["method"].replace("other rows", "posterior"), "held_out": name})
-    return [{**r, "table": f"{operator} {table.dtype}, by datasheet alone"} for r in out]
+            title = f"{alone}, with GEMM rows" if r["method"] == "other rows" else alone
+            method = "posterior" if r["rows"] else r["method"]
+            out.append({**r, "method": method, "table": title, "held_out": f"{device} {stack}"})
+    return out
 
 
 def _h200() -> list[Row]:

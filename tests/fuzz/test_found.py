@@ -266,7 +266,7 @@ ODD_ARRAYS = [
     ("attention_prefill", "values", np.zeros((2, 2)), "array values"),
     ("attention_decode", "start", np.zeros(2), "array start"),
     ("attention_decode", "values", np.zeros((0, 2, 2)), "array values"),
-    ("elementwise", "values", np.zeros((3, 4)), "array values"),
+    ("elementwise", "values", np.zeros((3, 4, 2)), "array values"),
     ("elementwise", "start", np.zeros(2), "array start"),
     ("elementwise", "start", None, "array values needs array start"),
 ]
