@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.fit.kernels import fit_sparse_step
+from calibration.fit.kernels import fit_sparse24
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measurements import load_measurements
 from calibration.measurements.infersim import SOURCES
@@ -149,7 +149,7 @@ def build(
     if recipe.tables or shared is None:
         fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
         dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
-        profile = with_sections(fit.profile, {key: fit_sparse_step(fit.profile, key[1]) for key in dense})
+        profile = with_sections(fit.profile, {key: fit_sparse24(fit.profile, key[1]) for key in dense})
     else:
         fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
         profile = _with_gap(

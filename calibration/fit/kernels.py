@@ -1,6 +1,6 @@
 """Fit constants of kernels that skip work (2:4, gathered tokens, blocks of keys), with the dense section unchanged.
 
-Use :func:`fit_skipping` on measured rows, :func:`fit_sparse_step` on published ratios of 2:4 to dense times: ratios
+Use :func:`fit_skipping` on measured rows, :func:`fit_sparse24` on published ratios of 2:4 to dense times: ratios
 within one benchmark are comparable, absolute times of different benchmarks are not.
 """
 
@@ -32,6 +32,12 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
 }
 """Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
 the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
+STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
+LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
+"""Values of ``sparse_step`` and ``sparse_load`` that :func:`fit_sparse24` tries; compressed weights do not arrive
+faster than dense ones."""
+FEW_TOKENS = 64
+"""Tokens up to which the bytes of weights are most of the time, so that a ratio tells ``sparse_load``."""
 EDGE = 64.0
 """Edge of the blocks of keys. The search uses their cost instead of ``sparse_block``, which may be 0, without a log."""
 
@@ -88,11 +94,12 @@ def _known(searched: Mapping[str, float]) -> dict[str, float]:
     return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
 
 
-def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
-    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios; unchanged with fewer than
-    :data:`ENOUGH_RATIOS` of this device (ratios of an unnamed device are excluded).
+def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
+    """Return the GEMM section of a format with ``sparse_step``, and with ``sparse_load`` where ratios of few tokens are
+    among them, fitted to published ratios; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device (ratios of an
+    unnamed device are excluded).
 
-    Ten rows of an A100 and ten of an H100-class device are known, so one constant is fitted, by least absolute log
+    Ten rows of an A100 (from 2,048 tokens on) and ten of an H100-class device are known, fitted by least absolute log
     error (bf16 and fp16 count as one, since they run at one rate). "median_2to4" in its accuracy is the median log
     error of rows held out one at a time.
     """
@@ -104,17 +111,21 @@ def fit_sparse_step(hw: HardwareProfile, dtype: str) -> Section:
         return section
     m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
     ratio = before / after
-    constant = CONSTANTS["gemm"]["sparse_step"]
-    steps = np.round(np.arange(max(constant.low, 0.3), constant.high + 1e-9, 0.01), 2)
     dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", cold=False).seconds
-    error = np.empty((len(steps), len(ratio)))
-    for i, step in enumerate(steps):  # for one constant, a scan is safer than a search
-        trial = with_section(hw, dtype, _with_constants(section, {"sparse_step": Fitted(float(step))}))
+    tried: list[dict[str, float]] = [{"sparse_step": step} for step in STEPS]
+    if m.min() <= FEW_TOKENS:
+        tried = [{**values, "sparse_load": load} for values in tried for load in LOADS]
+    error = np.empty((len(tried), len(ratio)))
+    for i, values in enumerate(tried):  # for so few constants, a scan is safer than a search
+        trial = with_section(hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()}))
         sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", density=0.5, cold=False).seconds
         error[i] = np.abs(np.log(dense / sparse / ratio))
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
     draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
-    std_error = np.std([steps[error[:, drawn].sum(axis=1).argmin()] for drawn in draws])
-    found = Fitted(float(steps[total.argmin()]), float(std_error), "fitted")
-    return _with_constants(section, {"sparse_step": found}, median_2to4=float(np.median(without)))
+    drawn = [tried[error[:, rows].sum(axis=1).argmin()] for rows in draws]
+    found = {
+        name: Fitted(value, float(np.std([values[name] for values in drawn])) or None)  # None: on its bound
+        for name, value in tried[total.argmin()].items()
+    }
+    return _with_constants(section, found, median_2to4=float(np.median(without)))

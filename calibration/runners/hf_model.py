@@ -279,15 +279,13 @@ def _sparsify(made: Any, w: Workload) -> None:
     shares = {}
     for i in ((w.layer >= 0) & (w.kind == Kind.GEMM)).nonzero()[0].tolist():
         shares[ROLES[w.role[i]]] = (Kernel(int(w.kernel[i])), float(w.density[i]))
-    found: dict[tuple[int, int], dict[int, Any]] = {}
     for layer in made.model.layers:
         for role, (kernel, density) in shares.items():
             old = _module(layer, role)
             if kernel == Kernel.SPARSE24:
                 if old.weight.device.type != "cuda":
                     raise Unsupported(f"2:4 needs sparse tensor cores; device {old.weight.device} has none")
-                shape = (old.out_features, old.in_features)
-                packed = sparse_weight(two_of_four(old.weight.data), found.setdefault(shape, {}))
+                packed = sparse_weight(two_of_four(old.weight.data), searched=False)
                 old.forward = partial(packed.linear, bias=old.bias)
             elif kernel == Kernel.UNSTRUCTURED:
                 old.weight.data.mul_(torch.rand_like(old.weight) < density)

@@ -36,7 +36,7 @@ def list_(as_json: options.Json = False) -> None:
         ("<name", lambda e: e.name + (" (default)" if e.name == DEFAULT_ENGINE else "")),
         ("<software", lambda e: e.title),
         ("<host", _host),
-        ("<2:4 kernels", lambda e: ", ".join(e.sparse24) or "none"),
+        ("<2:4 kernels", lambda e: ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"),
         ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),
     )
     render.show(render.narrowed(columns, 2))
@@ -131,7 +131,13 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     source = f"{e.quantize.source}{f': {e.quantize.note}' if e.quantize.note else ''}"
     yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", source
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
-    yield "2:4 formats", ", ".join(e.sparse24) or "none", "", ""
+    for library, found in e.sparse24.items():
+        where = f"on {', '.join(found.on)}" if found.on else ""
+        plan = "" if found.searched else "one plan for all shapes"
+        said = "; ".join(text for text in (plan, found.note) if text)
+        yield f"2:4, {library}", ", ".join(found.formats), where, f"{found.source}{f': {said}' if said else ''}"
+    if not e.sparse24:
+        yield "2:4 formats", "none", "", ""
     for family, kernels in e.dynamic.items():
         yield f"kernels, {family}", "yes", "", f"{kernels.source}: {kernels.how}"
     for dtype, width in e.widths.items():

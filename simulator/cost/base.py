@@ -94,6 +94,7 @@ class Machine:
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
     least_rows: float = 1.0  # rows of the smallest tile that is used
     ragged: bool = False  # skipped tiles end at once: SMs continue one by one, not in waves
+    serial: bool = False  # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
 
     @classmethod
     def of(cls, hw: HardwareProfile, label: str = "bf16") -> Machine:

@@ -75,9 +75,18 @@ def section_of(w: Workload, row: int) -> str:
 
 def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Estimate]]:
     """Yield rows of a workload and the cost of one execution of each, whatever the mix of operators."""
+    engine = load_engine(w.meta.engine)
     for kind, rows, dtype, second in by_kind(w):
         if kind == Kind.GEMM:
-            options = Options(dtype, second, w.kernel[rows], density=w.density[rows], block=w.block[rows])
+            sparse24 = engine.sparse24_kernels(dtype, second, hw.architecture)
+            options = Options(
+                dtype,
+                second,
+                w.kernel[rows],
+                density=w.density[rows],
+                block=w.block[rows],
+                searched=sparse24 is None or sparse24.searched,
+            )
             for some, e in gemm.estimates(w.m[rows], w.n[rows], w.k[rows], hw, options)[1]:
                 yield rows[some], e
         elif kind == Kind.PREFILL_ATTENTION:
@@ -277,15 +286,18 @@ def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
 
-def refusal(workloads: WorkloadBatch) -> str:
-    """Return why an engine has no kernels for some of its workloads, else ""."""
+def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
+    """Return why an engine has no kernels for some of its workloads, on an architecture or ("") on any; else ""."""
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
     gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
-    for code in sorted(set(w.dtype[gemm & (w.kernel == Kernel.SPARSE24)].tolist())):
-        if DTYPES[code] not in engine.sparse24:
-            have = ", ".join(name for name in sparse24_engines() if DTYPES[code] in load_engine(name).sparse24)
-            formats = f"{DTYPES[code]} " if engine.sparse24 else ""
-            return f"{engine.name} has no {formats}2:4 kernels; these engines have: {have or 'none'}"
+    sparse24 = gemm & (w.kernel == Kernel.SPARSE24)
+    for codes in sorted(set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))):
+        dtype, weight = (DTYPES[code] for code in codes)
+        if engine.sparse24_kernels(dtype, weight, architecture) is None:
+            have = ", ".join(sparse24_engines(dtype, weight, architecture))
+            formats = f"{weight} " if engine.sparse24 else ""
+            place = f" on {architecture}" if engine.sparse24_kernels(dtype, weight) else ""
+            return f"{engine.name} has no {formats}2:4 kernels{place}; these engines have: {have or 'none'}"
     narrow = gemm & (DTYPE_BYTES[w.dtype] >= 2.0) & (DTYPE_BYTES[w.weight_dtype] < 2.0)
     for code in sorted(set(w.weight_dtype[narrow].tolist())):
         if DTYPES[code] not in engine.weight_only:

@@ -61,6 +61,14 @@ group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an R
 GROUPS_STEP = 0.9
 """e_tc of those kernels over that of dense ones (same source)."""
 
+SPARSE24_PARTS: Mapping[str, str] = {
+    "sparse_step": "compute",
+    "sparse_load": "memory",
+    "sparse_time": "launch",
+    "sparse_tau": "serial",
+}
+"""Constants that 2:4 kernels alone have -> the part of the time that each changes."""
+
 TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
 """Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
 
@@ -83,6 +91,7 @@ class GemmKernel:
     group: float  # features, of GROUPS; 0 where no groups are skipped
     unfitted: tuple[str, ...]  # error factors of what no fit has seen
     dense: GemmKernel | None = None  # of weights alone in fewer bits: the kernel without them, which computes the same
+    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time of which no table of its architecture tells
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,13 @@ class Products(Calls):
 
 
 @lru_cache(maxsize=128)
-def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: Kernel) -> GemmKernel:
-    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown."""
+def gemm_kernel(
+    hw: HardwareProfile, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True
+) -> GemmKernel:
+    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown.
+
+    ``searched`` is that of :class:`~simulator.cost.gemm_shapes.Options`.
+    """
     rate, weight = hw.rate(dtype), weight_dtype or dtype
     element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
     label = label_of(dtype, weight)
@@ -126,35 +140,47 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
     c = {name: float(section[name]) for name in CONSTANTS}
     if section.status == "default":
         c["e_tc"] = clocked(c["e_tc"], hw) * (1.0 if element >= 2.0 else c["narrow_step"])
-    load_scale, pad_m = 1.0, 1.0
+    load_scale, pad_m, serial = 1.0, 1.0, False
+    assumed: tuple[str, ...] = ()
     factors = [*unfitted("gemm", section, hw.architecture)]
+    weight_only = ELEMENT_BYTES[weight] < element
+    compressed = kernel == Kernel.SPARSE24 and not weight_only
     if kernel == Kernel.SPARSE24:
         if rate.sparse_factor <= 1.0:
             raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")
+        known, assumed = sparse24_constants(section, hw.architecture)
+        c |= known
         peak *= rate.sparse_factor
         c["e_tc"] *= c["sparse_step"]
-        c["t0"] += c["sparse_time"]
-        load_scale /= c["sparse_load"]
         # half the values and two bits of index for each; of the two operands L2 feeds, one is the compressed weight
         weight_bytes = 0.5 * weight_bytes + 0.125
+        if compressed:
+            pad_m, serial = 8.0, not searched
+            c["t0"] += c["sparse_time"]
+            load_scale /= c["sparse_load"]
+        else:  # as the dense kernel of the format (Sparse-Marlin): a step waits for the bytes of its weights
+            assumed = tuple(part for part in assumed if part == "compute")
+            c["tau"] *= weight_bytes / ELEMENT_BYTES[weight]
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
-        pad_m = 8.0
         factors.append("sparse24")
     elif kernel == Kernel.BLOCK_SPARSE or kernel in GROUPS:
         c["e_tc"] *= GROUPS_STEP if kernel in GROUPS else c["block_step"]
         factors.append("blocks")
     elif kernel == Kernel.SPMV:
         factors.append("spmv")
-    alone = ELEMENT_BYTES[weight] < element
-    if alone and not own:
+    if weight_only and not own:
         c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
         factors.append("quantised")
+    hopper_default = section.status == "default" and hw.architecture == "hopper"
     machine = replace(
         Machine.of(hw, dtype),
         peak_flop_per_s=peak,
         weight_bytes=weight_bytes,
-        least_rows=WGMMA_ROWS if section.status == "default" and hw.architecture == "hopper" and not alone else 1.0,
+        least_rows=WGMMA_ROWS
+        if section.status == "default" and hw.architecture == "hopper" and not weight_only
+        else 1.0,
         ragged=kernel in GROUPS,
+        serial=serial,
     )
     residual = ResidualGrid.from_arrays(section.arrays)
     if residual is not None:
@@ -173,7 +199,8 @@ def gemm_kernel(hw: HardwareProfile, dtype: str, weight_dtype: str | None, kerne
         pad_m=pad_m,
         group=GROUPS.get(kernel, 0.0),
         unfitted=tuple(factors),
-        dense=gemm_kernel(hw, dtype, None, kernel) if alone and kernel == Kernel.DENSE else None,
+        dense=gemm_kernel(hw, dtype, None, kernel) if weight_only and kernel == Kernel.DENSE else None,
+        assumed=assumed,
     )
 
 
@@ -191,6 +218,21 @@ def clocked(e_tc: float, hw: HardwareProfile) -> float:
     if hw.architecture not in CLOCKED or not rates:
         return e_tc
     return min(e_tc * math.sqrt(CLOCKED[hw.architecture] * hw.power_w / rates[0]), max(e_tc, 1.0))
+
+
+def sparse24_constants(section: Section, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells.
+
+    A constant that no fit moved is the default of the device's own architecture, which may differ from that of an
+    inherited section.
+    """
+    values, assumed = {}, []
+    for name, part in SPARSE24_PARTS.items():
+        constant, own = CONSTANTS[name], section.constants[name]
+        values[name] = constant.default(architecture) if own.status == "default" else own.value
+        if own.status == "default" and architecture not in constant.defaults:
+            assumed.append(part)
+    return values, tuple(assumed)
 
 
 def with_section(hw: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
@@ -216,7 +258,7 @@ def estimates(
                 raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
             # zeros without structure run as a dense product
             kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
-            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind)
+            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
             yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
 
     return codes.shape, parts()
@@ -253,6 +295,11 @@ def estimate(
     floor = np.maximum(compute * (1.0 / machine.headroom), a.dram_bytes * byte_us) * (1.0 + 5e-7)
     loadings, idle = _loadings(a, model, rows, n, k, step_scale, load_scale)
     loadings |= {name: np.float32(1.0) for name in kernel.unfitted}
+    if "serial" not in kernel.assumed:
+        loadings.pop("serial", None)
+    parts = [loadings[part] for part in ("compute", "memory") if part in kernel.assumed]
+    if parts:
+        loadings["sparse24 default"] = sum(parts)
     if "generic" in kernel.unfitted:  # every GPU draws much the same share of its DRAM's bandwidth
         loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
     time, bottlenecks = a.total_us * factor, _bottleneck(a, model, k)
@@ -305,6 +352,10 @@ def _loadings(
             feed = np.minimum(cube(feed) / c, 1.0)
             loadings["feed"] = compute * feed
             latency = latency * (1.0 - feed)
+        if model.machine.serial:
+            serial = a.serial3 / c
+            loadings["serial"] = compute * serial
+            latency = latency * (1.0 - serial)
         loadings["latency"] = latency
         for tile_m, tile_n in TILES:
             waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) * (1.0 / model.machine.sm_count)
@@ -327,6 +378,8 @@ def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
     if not model.machine.persistent:
         feed = model.feed_us[a.tile, 0] * a.tiles * k * (1.0 / model.step_elements)
         out[cube(feed) > 0.5 * a.compute3] = _L2
+    if model.machine.serial:
+        out[2.0 * a.serial3 > a.compute3] = _LATENCY
     out[cube(a.memory_us) > a.compute3] = _MEMORY
     out[a.total_us < 2.0 * model.t0_us] = _LAUNCH
     return out

@@ -62,6 +62,7 @@ class ReadyModel:
     feed_us: Array  # L2 feed of one step of one tile, whole device; 0 where blocks stay on their SM
     step_elements: float
     t0_us: float
+    serial_us: float  # shortest step of a block that walks the whole k; 0 where k is split
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Analytical:
 
     total_us: Array  # fixed time included, residual not
     compute3: Array  # main loop of the chosen tile, cubed; it joins the memory time by a 3-norm
+    serial3: Array | float  # its part that walks the whole k, cubed
     memory_us: Array  # operands and result through the memory system
     dram_bytes: Array  # come from or go to DRAM
     tile: NDArray[np.int8]  # chosen entry of the menu
@@ -94,7 +96,10 @@ def ready_model(machine: Machine, constants: Mapping[str, float], dtype: Any = n
         "feed_us": 1e6 * LINE_BYTES * (tile_m + tile_n) / c["b_l2"] * (menu == "stationary"),
     }
     arrays = {name: values.astype(dtype) for name, values in columns.items()}
-    return ReadyModel(machine, MappingProxyType(c), **arrays, step_elements=step, t0_us=1e6 * c["t0"])
+    serial_us = 1e6 * c["sparse_tau"] if machine.serial else 0.0
+    return ReadyModel(
+        machine, MappingProxyType(c), **arrays, step_elements=step, t0_us=1e6 * c["t0"], serial_us=serial_us
+    )
 
 
 def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, float]:
@@ -169,16 +174,19 @@ def analytical_time(
         feed = tiles * (model.feed_us * step_scale)
         whole = whole + cube(steps * feed)
         shared = shared + cube(split * chunk * feed)
-    shared[tiles > sm] = np.inf
+    shared[(tiles > sm) | machine.serial] = np.inf
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
     numbers = np.arange(len(best), dtype=np.int8)[:, None]
     tile = ((best == compute) * numbers).max(axis=0)  # of equally fast ones the last
     chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
+    serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0
+    compute = compute + serial
     memory, dram = memory_time(m, n, k, model, copies, load_scale)
     total = cube_root(cube(memory) + compute) + model.t0_us
-    return Analytical(total, compute, memory, dram, tile, np.where(unsplit <= compute, 1.0, split), tiles)
+    split = np.where(unsplit <= compute, 1.0, split)
+    return Analytical(total, compute, serial, memory, dram, tile, split, tiles)
 
 
 def _packed_time(
@@ -191,7 +199,7 @@ def _packed_time(
     memory, dram = memory_time(m, n, k, model, copies, load_scale * packing)
     compute = m * n * k * (2e6 / (model.machine.peak_flop_per_s * c["e_tc"])) * step_scale
     total, tile = memory + compute + model.t0_us, np.zeros(len(m), dtype=np.int8)
-    return Analytical(total, cube(compute), memory, dram, tile, np.ones_like(m), m * n)
+    return Analytical(total, cube(compute), 0.0, memory, dram, tile, np.ones_like(m), m * n)
 
 
 def cube(x: Array) -> Array:

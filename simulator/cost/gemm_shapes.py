@@ -41,7 +41,7 @@ _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`simulator.gemm_time`."""
+    """The options of :func:`simulator.gemm_time`, and what engines differ by."""
 
     dtype: str = "bf16"
     weight_dtype: str | None = None
@@ -50,6 +50,8 @@ class Options:
     copies: Any = None
     density: Any = 1.0
     block: Any = 0
+    # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
+    searched: bool = True
 
 
 def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:

@@ -25,7 +25,7 @@ from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.engines.generations import SINCE, Generation, GenerationsField, selected, split
-from simulator.engines.loading import FEATURES, Kernels, Loading, Width
+from simulator.engines.loading import FEATURES, LIBRARIES, Kernels, Loading, Sparse24, Width
 from simulator.engines.schedule import Schedule, StepLimit
 from simulator.errors import InputError, unknown
 from simulator.files.fields import (
@@ -40,7 +40,7 @@ from simulator.files.fields import (
     field_of,
 )
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
-from simulator.workload import DTYPES, ROLES, STACKS
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 
 SCHEMA_VERSION = 1
 FUSIONS: tuple[str, ...] = ("qkv", "gate_up")
@@ -129,7 +129,7 @@ class Engine(Displayed):
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
     composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
     weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read with 16-bit activations
-    sparse24: tuple[str, ...] = ()  # formats with 2:4 kernels
+    sparse24: Mapping[str, Sparse24] = field(default_factory=dict)  # 2:4 kernels by library
     dynamic: Mapping[str, Kernels] = field(default_factory=dict)  # dynamic pruning families with kernels
     widths: Mapping[str, Width] = field(default_factory=dict)  # by format; others: multiples of 16 bytes
     loads: Mapping[str, Loading] = field(default_factory=dict)  # by feature of a checkpoint; empty: not stated
@@ -146,6 +146,20 @@ class Engine(Displayed):
     def kernels(self) -> NDArray[np.float64]:
         """Kernels launched for one operator, by role code."""
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)
+
+    def sparse24_kernels(self, dtype: str, weight_dtype: str, architecture: str = "") -> Sparse24 | None:
+        """Return the 2:4 kernels for a format of activations and one of weights, on an architecture or ("") on any;
+        None without such kernels.
+
+        >>> load_engine("compile").sparse24_kernels("bf16", "int4") is load_engine("compile").sparse24["marlin"]
+        True
+        """
+        alone = DTYPE_BYTES[dtype_code(weight_dtype)] < DTYPE_BYTES[dtype_code(dtype)]
+        for library, kernels in self.sparse24.items():
+            runs = (weight_dtype if alone else dtype) in kernels.formats
+            if runs and alone == (library == "marlin") and (architecture in ("", *kernels.on) or not kernels.on):
+                return kernels
+        return None
 
     def limit(self, memory_bytes: float, device: str) -> StepLimit | None:
         """Return the most tokens and sequences of a step on a device; None without a limit.
@@ -228,9 +242,10 @@ def check_engine(path: str) -> list[str]:
     return _read(Path(path))[1].lines
 
 
-def sparse24_engines() -> tuple[str, ...]:
-    """Return the shipped engines that have 2:4 kernels."""
-    return tuple(name for name in list_engines() if load_engine(name).sparse24)
+def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
+    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`."""
+    weight = weight_dtype or dtype
+    return tuple(n for n in list_engines() if load_engine(n).sparse24_kernels(dtype, weight, architecture) is not None)
 
 
 _KERNELS = Engine()
@@ -362,7 +377,7 @@ def _engine_field(root: Node) -> ObjectField:
         "apart_log_sd": share,
         "composed_log_sd": share,
         "weight_only": ListField(TextField(DTYPES)),
-        "sparse24": ListField(TextField(DTYPES)),
+        "sparse24": MapField(sourced(Sparse24), known("library", LIBRARIES)),
         "dynamic": MapField(sourced(Kernels)),
         "widths": MapField(sourced(Width), known("format", DTYPES)),
         "loads": MapField(sourced(Loading), known("feature", FEATURES)),

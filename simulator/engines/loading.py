@@ -1,4 +1,5 @@
-"""Define what a stock engine loads and runs of a pruned checkpoint: :class:`Loading`, :class:`Width`, :class:`Kernels`.
+"""Define what a stock engine loads and runs of a pruned checkpoint: :class:`Loading`, :class:`Width`,
+:class:`Sparse24`, :class:`Kernels`.
 
 They are parts of the YAML file of an engine. :data:`FEATURES` names what a checkpoint can have beyond a dense model.
 """
@@ -11,6 +12,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from simulator.files.fields import ListField, NumberField, TextField
+from simulator.workload import DTYPES
 
 FEATURES: Mapping[str, str] = MappingProxyType(
     {
@@ -51,6 +53,21 @@ class Width:
     multiple: Annotated[int, NumberField(1, 65536, "128", whole=True)]
     source: str
     required: bool = False  # whether the engine refuses other widths
+    note: str = ""
+
+
+LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
+"""Libraries of 2:4 kernels; the last reads weights alone in fewer bits, the others compute in the weights' format."""
+
+
+@dataclass(frozen=True)
+class Sparse24:
+    """2:4 kernels of one library, as an engine uses it."""
+
+    formats: Annotated[tuple[str, ...], ListField(TextField(DTYPES))]  # of the weights
+    source: str
+    searched: bool = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
+    on: Annotated[tuple[str, ...], ListField(TextField())] = ()  # architectures with these kernels; none: all
     note: str = ""
 
 

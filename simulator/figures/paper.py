@@ -88,7 +88,8 @@ def _where(r: Result) -> str:
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
     """Return whether an engine has 2:4 kernels for the paper's number format; without an engine (""), always."""
-    return not engine or p.scenario.dtype in load_engine(engine).sparse24
+    dtype = p.scenario.dtype
+    return not engine or load_engine(engine).sparse24_kernels(dtype, p.scenario.weight_dtype or dtype) is not None
 
 
 def _without_sparse24(p: Paper) -> str:

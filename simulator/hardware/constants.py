@@ -49,8 +49,15 @@ _OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s w
     "35 % of the gain lost (arXiv 2606.09080, appendix C, RTX PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the "
     "time, 0.35 more for three halvings); others: least squares of the log times of both, half to twice it")
 _OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
-_SPARSE = "ratios of 2:4 to dense times quoted in PyTorch, CUTLASS, torchao and SliceGPT (arXiv 2401.15024, table 12)"
-_COMPRESSED = "uncalibrated: no 16-bit ratio at small m is published; set so that compressed weights alone gain nothing"
+_SPARSE = ("ratios of 2:4 to dense times; ampere: least squares, A100 (SliceGPT, arXiv 2401.15024, table 12; PyTorch "
+    "pull requests 90119 and 96147) and RTX 3060 (torchao issue 174); hopper: between fp8 of torchao's CUTLASS kernels "
+    "(arXiv 2503.16672) and one fp16 GEMM (PyTorch pull request 177866); blackwell: least squares, RTX 5090 from 4,096 "
+    "tokens on (ZhuYe0729/fake); others: assumed, the geometric mean of these")
+_COMPRESSED = ("blackwell: RTX 5090 to 64 tokens (ZhuYe0729/fake); others: assumed, the geometric mean share of the "
+    "saved bytes that two kernels gain at few tokens: 0.50 (RTX 5090: 0.7x to 1.1x of 1.78x) and 0.87 (fp8 on Hopper: "
+    "1.39x of 1.6x)")
+_PLAN = ("blackwell: RTX 5090 (ZhuYe0729/fake), least squares to 64 tokens, whatever n; others: assumed, the geometric "
+    "mean of that and of a dense step")
 _DELTA = "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in docs/model.md"
 _STEPS = "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2 MB of each"
 _PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
@@ -130,10 +137,14 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
     "sparse_step": _row("1", 0.1, 1.2, _SPARSE,
         "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
-        ampere=0.87, ada=0.9, hopper=0.65, blackwell=0.65, cpu=0.5, other=0.7),
-    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels", other=0.56),
+        ampere=0.9, hopper=0.65, blackwell=1.05, cpu=0.5, other=0.85),
+    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels",
+        blackwell=1.0, other=0.66),
     "sparse_time": _row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
         "further fixed time of a 2:4 kernel over a dense kernel", other=2e-6),
+    "sparse_tau": _row("s", 1e-9, 5e-6, _PLAN,
+        "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block walks the whole k",
+        blackwell=6.4e-7, other=3.6e-7),
     "quant_time": _row("s", 0.0, 1e-4, _QUANTISED,
         "further fixed time of a weight-only quantised kernel over a dense kernel", other=5e-6),
     "quant_step": _row("1", 0.05, 1.2, _QUANTISED,

@@ -161,6 +161,8 @@ def lower(
     new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
     runs = load_engine(engine)
     schedule = runs.schedule
+    weight = weight_dtype or model.weight_dtype or dtype
+    runs_sparse24 = not engine or runs.sparse24_kernels(dtype, weight) is not None
     budget = 0 if schedule is None else schedule.limits[-1].tokens
     if token_budget is not None:
         budget = _integer("token_budget", token_budget, 1, MAX_TOKENS)
@@ -186,9 +188,9 @@ def lower(
         fuse_qkv="qkv" in runs.fuse,
         fuse_gate_up="gate_up" in runs.fuse,
         quantize=runs.quantize.inputs if DTYPE_BYTES[dtype_code(dtype)] < 2.0 else (),
-        sparse24=model.sparse24 or (model.declared == "2:4" and (not engine or dtype in runs.sparse24)),
+        sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
         dtype=dtype_code(dtype),
-        weight_dtype=dtype_code(weight_dtype or model.weight_dtype or dtype),
+        weight_dtype=dtype_code(weight),
         cache_dtype=dtype_code(kv_dtype or stream_of(dtype)),
         stream_dtype=dtype_code(stream_of(dtype)),
     )

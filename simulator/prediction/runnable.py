@@ -327,7 +327,7 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
                 return f"stock {engine.name} has no kernels for {family}"
     if (w.kernel == Kernel.SPMV).any():
         return f"stock {engine.name} has no kernels that skip scattered zeros (spmv)"
-    if reason := refusal(WorkloadBatch.of([w])):
+    if reason := refusal(WorkloadBatch.of([w]), hw.architecture if hw else ""):
         return reason
     for name, width in engine.widths.items():
         rows = (w.weight_dtype == DTYPES.index(name)) & width.required

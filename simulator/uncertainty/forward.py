@@ -132,7 +132,7 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
     """
     instance("hw", hw, HardwareProfile, "load_hardware")
     engine = load_engine(workloads.rows.meta.engine)
-    if reason := refusal(workloads):
+    if reason := refusal(workloads, hw.architecture):
         raise InputError(reason)
     hw = hw.serving(engine.stacks)
     shapes, which = workloads.shapes

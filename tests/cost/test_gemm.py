@@ -117,7 +117,7 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 
 @pytest.mark.parametrize(
     ("gpu", "options", "decode", "prefill"),
-    [(gpu, {"kernel": "sparse24"}, (0.0, 1.02), (1.1, 2.0)) for gpu in GPUS]
+    [(gpu, {"kernel": "sparse24"}, (1.03, 16 / 9), (1.1, 2.0)) for gpu in GPUS]
     + [
         ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
         ("h100", {"kernel": "unstructured", "density": 0.5}, (1, 1), (1, 1)),
@@ -126,7 +126,8 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 def test_other_kernels_gain_where_their_saving_is_the_limit(
     gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
 ) -> None:
-    """2:4 at prefill and nothing in decode, narrow weights where weights are the traffic, zeros anywhere nowhere."""
+    """2:4 saves arithmetic at prefill and up to 7 of 16 bytes in decode, narrow weights where weights are the traffic,
+    zeros anywhere nowhere."""
     plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
     for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
         assert least <= gain <= most

@@ -61,6 +61,14 @@ def test_a_product_is_that_of_the_dense_weight_by_the_fastest_algorithm(library:
     assert set(library.products) == {(3, 2, 1)}  # algorithm, split of K and its mode
 
 
+def test_a_weight_of_torch_s_class_uses_its_first_algorithm(library: Library) -> None:
+    weight, x = two_of_four(torch.randn(32, 64)), torch.randn(30, 64)
+    y = linear(x, sparse_weight(weight, searched=False))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+    assert library.searched == []
+    assert library.products == [(0,)]
+
+
 def test_an_operator_is_searched_before_it_is_timed(library: Library) -> None:
     op = Operator("gemm_2to4", "fp32", m=16, n=32, k=64)
     launches = build(op, "cpu", Arena("cpu", 1e5, 1e8))

@@ -38,7 +38,7 @@ host:
 quantize: {inputs: [o, down], source: bench}
 log_sd: {value: 0.05, source: bench}
 weight_only: [int4]
-sparse24: [bf16]
+sparse24: {cusparselt: {formats: [bf16], source: bench, on: [hopper]}}
 loads:
   layer_inner: {value: true, source: bench, how: "with widths in a list", model_types: [llama], multiple: 64}
 widths:
@@ -92,7 +92,7 @@ def test_names_aliases_and_paths_find_the_same_engine() -> None:
         assert load_engine(alias).name == "compile"
     assert load_engine("TensorRT-LLM").name == "trtllm"
     assert load_engine("vllm") is load_engine("VLLM")
-    assert set(sparse24_engines()) == {name for name in list_engines() if load_engine(name).sparse24}
+    assert sparse24_engines() == ("compile", "hf", "reference", "trtllm")
     aliases = [alias.lower() for name in list_engines() for alias in (name, *load_engine(name).aliases)]
     assert len(set(aliases)) == len(aliases)
 
@@ -128,7 +128,24 @@ def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
     inner, narrow = engine.loads["layer_inner"], engine.widths["int4"]
     assert (inner.value, inner.model_types, inner.multiple) == (True, ("llama",), 64)
     assert (narrow.multiple, narrow.required, engine.dynamic["kv_cache"].how) == (128, True, "with --evict")
+    assert engine.sparse24["cusparselt"].formats == ("bf16",)
+    assert engine.sparse24["cusparselt"].searched
+    assert engine.sparse24_kernels("bf16", "bf16", "hopper") is engine.sparse24_kernels("bf16", "bf16")
+    assert engine.sparse24_kernels("bf16", "bf16", "ada") is engine.sparse24_kernels("fp8", "fp8") is None
     assert engine.path == good
+
+
+def test_2_4_kernels_by_library_format_and_architecture() -> None:
+    compiled, stock = load_engine("compile"), load_engine("vllm")
+    assert compiled.sparse24_kernels("bf16", "bf16") is compiled.sparse24["cusparselt"]
+    assert not compiled.sparse24["cusparselt"].searched
+    assert compiled.sparse24_kernels("bf16", "int4") is compiled.sparse24["marlin"]
+    assert compiled.sparse24_kernels("bf16", "int8") is None  # weights alone: not the int8 products of cuSPARSELt
+    assert compiled.sparse24_kernels("fp8", "fp8", "hopper") is compiled.sparse24["cutlass"]
+    assert compiled.sparse24_kernels("fp8", "fp8", "ada") is None
+    assert stock.sparse24 == {}
+    assert set(load_engine("vllm@0.10").sparse24) == {"cutlass", "marlin"}
+    assert sparse24_engines("fp8", "fp8", "ada") == ("reference", "trtllm")
 
 
 def test_a_changed_file_is_read_again(good: Path) -> None:
@@ -161,6 +178,8 @@ def test_a_changed_file_is_read_again(good: Path) -> None:
         ("logits: all", "logits: some", "9:9: logits", "unknown value some"),
         ("graph: [decode]", "graph: decode", "8:8: graph", "expected a list, got decode"),
         ("fuse: [qkv]", "fuse: [gate]", "7:8: fuse.0", "did you mean gate_up?"),
+        ("{cusparselt: {", "{cusparse: {", "19:12: sparse24.cusparse", "unknown library; expected one of cusparselt"),
+        ("[bf16], source", "[bf17], source", "19:35: sparse24.cusparselt.formats.0", "did you mean bf16?"),
         ("weight_only: [int4]", "weight_only: [int5]", "18:15: weight_only.0", "did you mean int"),
         ("name: mine", "name: My Engine", "2:7: name", "expected a name of lower-case letters"),
         ("name: mine", "name: mine\nname: other", "3:1: name", "is given twice, first on line 2"),

@@ -24,7 +24,7 @@ from calibration.validation.scores import by_size, coverage, part_errors, part_s
 from calibration.validation.validate import validate
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
@@ -177,7 +177,7 @@ def test_too_few_rows_are_refused_by_name() -> None:
 
 def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     section = HW.section("gemm", "bf16")
-    slow = {**section.constants, "sparse_step": replace(section.constants["sparse_step"], value=0.5)}
+    slow = {**section.constants, "sparse_step": Fitted(0.5, status="fixed")}
     planted = replace(HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
     m, n, k = (a.ravel() for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij"))
     seconds = gemm_time(m, n, k, planted, kernel="sparse24").seconds
