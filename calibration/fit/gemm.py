@@ -84,8 +84,8 @@ class GemmFit(Fit):
 
         The search begins at ``start``, which has all constants, and at :data:`STARTS` random places around it; the fit
         with the smallest residual is used. L2 is at least as fast as DRAM. A constant on its bound stays there; a
-        constant with a log standard error above 0.5 returns to its start. Without a compute-bound row, the rate of the
-        main loop, and in 16 bits its shortest step, are those of the prior. All are named in ``fixed``.
+        constant with a log standard error above 0.5 returns to its start. In formats below 16 bits without a
+        compute-bound row, the main loop's rate is that of the prior. All are named in ``fixed``.
         """
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
@@ -94,10 +94,8 @@ class GemmFit(Fit):
             few = self.take(np.sort(np.random.default_rng(self.seed).choice(len(self), ROWS, replace=False)))
         ranges = {name: CONSTANTS[name] for name in self.free or free_constants(machine)}
         unseen = {}
-        if self.prior is not None and not self.compute_bound.any():
-            # below 16 bits steps are those of other kernels in each stack
-            names = ("e_tc", "tau") if machine.element_bytes >= 2.0 else ("e_tc",)
-            unseen = dict.fromkeys(names, "no row is compute-bound: that of the prior")
+        if self.prior is not None and machine.element_bytes < 2.0 and not self.compute_bound.any():
+            unseen = {"e_tc": "no row is compute-bound: that of the prior"}
         if "b_hit" in ranges:
             ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
 

@@ -38,7 +38,7 @@ _FACTORS: dict[str, float] = {
     # of one operator's kernels; with those of the machine: launch .20, compute .06, memory .034
     "gemm launch": 0.17, "gemm compute": 0.045, "gemm memory": 0.03, "gemm l2": 0.60, "gemm latency": 0.10,
     "gemm feed": 0.09, "gemm idle 128x256": 0.10, "gemm idle 128x128": 0.10, "gemm idle 64x128": 0.10,
-    "gemm alignment": 0.25, "gemm sparse24": 0.10, "gemm sparse24 default": 0.25, "gemm serial": 0.35,
+    "gemm alignment": 0.25, "gemm sparse24": 0.10, "gemm sparse24 default": 0.28, "gemm serial": 0.35,
     "gemm blocks": 0.10, "gemm quantised": 0.25, "gemm spmv": 0.04, "gemm default": 0.12, "gemm generic": 0.30,
     "prefill launch": 0.42, "prefill compute": 0.19, "prefill memory": 0.44, "prefill latency": 0.48,
     "prefill occupancy": 0.5, "prefill sparse": 0.15, "prefill default": 0.12,

@@ -71,7 +71,7 @@ def test_a_measured_kernel_is_more_certain() -> None:
     assert measured < 0.8 * assumed
     fixed = {gpu: sparse24(1, 4096, 14336, gpu, searched=False) for gpu in ("a100", "rtx_5090")}
     widths = {gpu: np.log(t.upper / t.lower) for gpu, t in fixed.items()}
-    assert widths["rtx_5090"] < 0.7 * widths["a100"]
+    assert widths["rtx_5090"] < 0.8 * widths["a100"]
     assert {str(t.bottlenecks) for t in fixed.values()} == {"latency"}
 
 
