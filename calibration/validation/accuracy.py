@@ -217,7 +217,7 @@ def by_datasheet(name: str) -> HardwareProfile:
     """Return a GPU as if it had no tables: with the defaults of its architecture where another GPU of it was fitted,
     else with those of no architecture."""
     hw = datasheet(name)
-    kin = {c.hardware for c in CHOICES.values() if datasheet(c.hardware).architecture == hw.architecture}
+    kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
     kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
     return hw if kin - {name} else replace(hw, architecture="cdna3")
 
@@ -274,7 +274,7 @@ def _stack(table: TableChoice, source: TableChoice, seeds: Sequence[int]) -> lis
 def _unlisted(table: TableChoice, others: TableChoice | None, seeds: Sequence[int]) -> list[Row]:
     """Return the scores of a GPU by its datasheet alone, and with rows of its own or of its GEMMs."""
     device, operator, stack = table.measurement.split("/")
-    hw, gemms = by_datasheet(CHOICES[table.measurement].hardware), None if others is None else others.load()
+    hw, gemms = by_datasheet(SOURCES[table.measurement].hardware), None if others is None else others.load()
     alone, out = f"{operator} {table.dtype}, by datasheet alone", list[Row]()
     for seed in seeds:
         for r in stacks.evaluate_datasheet(hw, table.load(), gemms, seed):
