@@ -230,7 +230,7 @@ def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
 @lru_cache(maxsize=4)
 def _records(table: TableChoice) -> Records:
     """Return the rows of all formats."""
-    if table.wheel is None:
+    if table.wheel is None or table.measurement not in CHOICES:
         return load_measurements(table.measurement)
     with open_wheel(table.wheel) as archive:
         return read_choice(archive, CHOICES[table.measurement])[0]
@@ -276,7 +276,7 @@ def _unlisted(table: TableChoice, others: TableChoice | None, seeds: Sequence[in
     device, operator, stack = table.measurement.split("/")
     hw, gemms = by_datasheet(SOURCES[table.measurement].hardware), None if others is None else others.load()
     alone, out = f"{operator} {table.dtype}, by datasheet alone", list[Row]()
-    for seed in seeds:
+    for seed in seeds if table.load().groups().max() > 0 else ():  # one group cannot be split
         for r in stacks.evaluate_datasheet(hw, table.load(), gemms, seed):
             title = f"{alone}, with GEMM rows" if r["method"] == "other rows" else alone
             method = "posterior" if r["rows"] else r["method"]
