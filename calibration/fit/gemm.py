@@ -168,10 +168,9 @@ class GemmFit(Fit):
         cold = Products(self.calls.machine, m, n, k, np.full(len(m), np.inf))
         analytical = np.log(cold.seconds(values)).reshape(grid.values.shape)
         time, read = analytical + grid.values, np.isinf(self.calls.copies)
-        if read.any():
-            bytes_s = _bytes_s(self.calls)
-            best = np.max(bytes_s[read] / self.seconds[read])
-            time = np.maximum(time, np.log(_bytes_s(cold) / best).reshape(time.shape))
+        best = np.max(_weights_s(self.calls)[read] / self.seconds[read], initial=0.0)
+        if best > 0.5:  # else no row here is held by memory
+            time = np.maximum(time, np.log(_weights_s(cold) / best).reshape(time.shape))
         later = np.minimum.accumulate(time[::-1], axis=0)[::-1]
         return replace(grid, values=np.minimum(time, later + STEP) - analytical)
 
@@ -201,10 +200,9 @@ class GemmFit(Fit):
         return FittedPart(section, constants, len(self), held_out)
 
 
-def _bytes_s(c: Products) -> FloatArray:
-    """Return bytes / datasheet bandwidth of cold products, s."""
-    moved = c.n * c.k * c.machine.weight_bytes + (c.n + c.k) * c.m * c.machine.element_bytes
-    return np.asarray(moved / c.machine.bandwidth_bytes_per_s)
+def _weights_s(c: Products) -> FloatArray:
+    """Return bytes of the weights over the datasheet bandwidth, s."""
+    return np.asarray(c.n * c.k * c.machine.weight_bytes / c.machine.bandwidth_bytes_per_s)
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:

@@ -44,7 +44,7 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 left |= more
             else:
                 package, path, owner = infersim.REPOSITORY, choice.path, infersim.COPYRIGHT
-                (records, refusals), left = infersim.read_table(name, others), {}
+                records, left, refusals = infersim.read_table(name, others)
             extra = {"name": name, "package": package, "copyright": owner, "licence": LICENCE, "modified": "see NOTICE"}
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.measurements.wheel import CHOICES, Choice, datasheet
+from calibration.measurements.wheel import CHOICES, Choice, datasheet, exclude
 from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
 from calibration.records.importers import finish
 from calibration.records.readers import Draft
 from calibration.records.screening import Refusals, Screen
-from calibration.records.timing_table import Records, Source
+from calibration.records.timing_table import Flag, Records, Source
 from simulator.arrays import Array
 from simulator.files import csv
 from simulator.files.read import read_bounded
@@ -87,7 +87,7 @@ def _tables() -> dict[str, Choice]:
     out = {}
     for operator, about in _METHODS.items():
         stack, formats = _STACKS.get(operator, "sglang"), _FORMATS.get(operator, ("bf16",))
-        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, " ".join(about.files), ships=formats)
+        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, " and ".join(about.files), ships=formats)
     return out
 
 
@@ -97,8 +97,9 @@ SOURCES: Mapping[str, Choice] = {**CHOICES, **TABLES}
 """Every table that profiles are fitted on, by ``device/operator/stack``."""
 
 
-def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
-    """Return the rows of a table of :data:`TABLES`, with times in single precision, and the refused rows by reason."""
+def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
+    """Return the rows of a table of :data:`TABLES`, with times in single precision; excluded and refused rows by
+    reason."""
     operator = name.split("/")[1]
     about = _METHODS[operator]
     contents = [read_bounded(folder / file) for file in about.files]
@@ -116,10 +117,10 @@ def read_table(name: str, folder: Path) -> tuple[Records, Refusals]:
         licence="Apache-2.0",
     )
     found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"), dtype="all")
-    r = found.records
+    r, left = exclude(found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0})
     r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS, *_EXPERTS)]))
     r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()
-    return r.replace(seconds=r.seconds.astype(np.float32).astype(np.float64)), found.refusals
+    return r.replace(seconds=r.seconds.astype(np.float32).astype(np.float64)), left, found.refusals
 
 
 def _numbers(tables: Sequence[csv.CsvTable], names: Iterable[str]) -> dict[str, Array]:

@@ -26,7 +26,7 @@ def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
         f"32,4,128,bf16,bf16,{b},8192,{t}" for b, t in ((1.0, 28.1), (16.0, 100.4), (32.0, 188.0), (8.0, 130.0))
     ]
     kernels = [f"32,8,128,bf16,{kv},1,{n},{t}" for kv in ("bf16", "fp8") for n, t in ((1024, 9.9), (16384, 33.9))]
-    records, refused = read_table(
+    records, _, refused = read_table(
         "h20/attention_decode/flashinfer", decode(tmp_path, *timed_calls, *kernels, "64,2,128,,,,,")
     )
     assert dict(refused) == {
@@ -43,7 +43,7 @@ def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
 def test_products_have_scales_by_block_and_cold_weights(tmp_path: Path) -> None:
     rows = ["m,n,k,latency_us", "16,6144,2048,10.63", "64,24576,4096,50", "64,24576,4096,52"]
     (tmp_path / "gemm_fp8.csv").write_text("\n".join(rows) + "\n")
-    records, refused = read_table("h20/gemm/sglang", tmp_path)
+    records, _, refused = read_table("h20/gemm/sglang", tmp_path)
     assert (records.labels().tolist(), len(refused)) == (["fp8_block"] * 2, 0)
     assert records.seconds.tolist() == pytest.approx([10.63e-6, 51e-6])  # a repeated shape has its median
     assert records.cold.all()

@@ -44,7 +44,8 @@ def test_what_is_promised_is_there_and_small() -> None:
     sizes = {path.name: path.stat().st_size for path in FOLDER.glob("*.parquet")}
     assert set(sizes) == {file_name(name) for name in tables}
     assert sum(sizes.values()) < 3e6
-    assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [35700, 35700]
+    # rows of fp8 whose time is mostly the conversion of activations are left out
+    assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [35700, 23356]
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     assert PACKAGE in notice
     assert build.COPYRIGHT in notice

@@ -212,5 +212,6 @@ def test_experts_are_judged_on_held_out_models() -> None:
     assert 80.0 < found["ratio coverage"] < 99.5
     columns = dict(columns_of_table(rows, "experts h100_sxm, held-out models"))
     assert {"MAPE", "coverage", "ratios in"} <= columns.keys()
-    error, *_ = against_targets(rows, published=False)
+    own = [r for r in rows if r["table"] == "experts h100_sxm, held-out models"]
+    error, *_ = against_targets(own, published=False)
     assert error.met
