@@ -280,7 +280,7 @@ def estimate(
     halvings: Array | float = alignment_halvings(n, k, machine.element_bytes)
     if not np.any(halvings) or not (kernel.align_step or kernel.align_load):
         halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
-    step_scale: Array | float = 1.0 + kernel.align_step * np.sqrt(halvings)
+    step_scale: Array | float = 1.0 + kernel.align_step * halvings**0.5
     if kernel.group and "block" in given:
         features = np.where(given["block"] > 0, given["block"], np.inf)
         step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(precision)
@@ -401,7 +401,7 @@ def _details(
     padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
     blocks = tiles * split / machine.sm_count
     idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
-    slower = padded * idle * (1.0 + kernel.align_step * np.sqrt(halvings))
+    slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
     return {
         "tile_m": tile_m,
         "tile_n": tile_n,

@@ -78,7 +78,7 @@ class PanelGrid:
     most: int
     row_px: int
     left: int = 52
-    right: int = 10
+    right: int = 16
     bottom: int = 78
     across: float = 0.03
 

@@ -135,8 +135,8 @@ def serve(
     equal concurrency: depth at 25 % at 214
     equal memory: dense at 214
     equal memory: depth at 25 % at 303
-    within limits: dense at 33
-    within limits: depth at 25 % at 49
+    within limits: dense at 30
+    within limits: depth at 25 % at 44
     """
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")

@@ -28,7 +28,7 @@ def sentences(service: Service) -> list[str]:
     >>> print(lines[0][70:])
     depth at 25 % makes llama-3.1-8b 1.32x faster (1.30-1.34); stock vllm runs it.
     >>> print(lines[1][:108])
-    depth at 25 % serves 1.35x (1.29-1.42) as many tokens/s at equal memory: 1.42x as many sequences fit (303 in
+    depth at 25 % serves 1.35x (1.31-1.39) as many tokens/s at equal memory: 1.42x as many sequences fit (303 in
     """
     kinds, best = service.kinds, ranked(service)[0]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []

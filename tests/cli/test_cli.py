@@ -294,7 +294,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "989" in cli.out("hardware show h100")
     for name, stack in (("h100", "vllm +calibrated .* VLLM"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
         assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
-    assert re.search(r"gemm +int8_wo +sglang +inherited .* as h100_sxm sglang\n", cli.out("hardware show h200@trtllm"))
+    assert re.search(r"gemm +bf16 +vllm +inherited .* as h100_sxm vllm\n", cli.out("hardware show h100_pcie"))
     own = tmp_path / "own.yaml"
     assert cli.json(f"hardware new own -o {own}") == {"file": str(own)}
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")

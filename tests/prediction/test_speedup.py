@@ -148,7 +148,12 @@ def test_any_composition_is_timed_and_taken_apart_exactly(
     pruned = tried(dense, [f for f, _ in steps], [s for _, s in steps], ideal)
     if pruned is None:
         return
-    s = speedup(dense, pruned, hw)
+    try:
+        s = speedup(dense, pruned, hw)
+    except InputError as error:  # TensorRT-LLM has no 2:4 kernels with int4 weights
+        if "2:4 kernels" not in str(error):
+            raise
+        return
     check(dense, pruned, s, hw)
     found = waterfall(dense, pruned, hw)
     assert found[0].speedup == pytest.approx(1 / (1 - s.sparsity))
