@@ -375,9 +375,13 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
     assert not gemm.records.copies.any()
     attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
-    refused = {"attn_prefill_noncausal: attention without a causal mask is not modelled": 1}
-    assert (len(attention.records), dict(attention.refusals)) == (98, refused)
-    assert not attention.records.cold.any()
+    refused = {
+        "attn_prefill_noncausal: attention without a causal mask is not modelled": 1,
+        "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
+    }
+    assert (len(attention.records), dict(attention.refusals)) == (97, refused)
+    decode = attention.records.is_operator("attention_decode")
+    assert attention.records.cold.tolist() == decode.tolist()  # a running model's cache comes from memory
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
     roles = "activation embedding attention_norm final_norm rotary"
     assert {ROLES[r] for r in others.records.role} == set(roles.split())
