@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.runners import recorded
-from calibration.validation import ablations, accuracy, engines
+from calibration.validation import ablations, accuracy, accuracy_tables, engines
 from calibration.validation.acceptance import against_targets
 from calibration.validation.protocol import Row
 from calibration.validation.report import table
@@ -59,8 +59,8 @@ def accuracy_page(rows: Sequence[Row]) -> str:
         for c in against_targets(rows)
     ]
     lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], criteria), ""]
-    for title in accuracy.titles(rows):
-        names, columns = zip(*accuracy.columns_of_table(rows, title), strict=True)
+    for title in accuracy_tables.titles(rows):
+        names, columns = zip(*accuracy_tables.columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
     return head("accuracy") + "\n".join(lines).rstrip() + "\n"
 

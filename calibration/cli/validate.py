@@ -265,7 +265,8 @@ def _run_columns(results: list[RunResult]) -> list[render.Column]:
 
 def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
     from calibration.validation.acceptance import against_targets, of_targets
-    from calibration.validation.accuracy import columns_of_table, run_protocol, titles
+    from calibration.validation.accuracy import run_protocol
+    from calibration.validation.accuracy_tables import columns_of_table, titles
 
     sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
     counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
@@ -280,7 +281,7 @@ def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, 
     render.conclude(of_targets(criteria))
     for title in titles(scores):
         columns = [
-            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held-out stack"))
+            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held out"))
             for name, cells in columns_of_table(scores, title)
         ]
         render.show(render.narrowed(columns, 6), title)

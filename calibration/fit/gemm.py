@@ -23,7 +23,8 @@ from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.cost.base import Machine
-from simulator.cost.gemm import EDGE, Products
+from simulator.cost.gemm import Products
+from simulator.cost.gemm_kernel import EDGE
 from simulator.cost.gemm_model import weight_only_constants
 from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS

@@ -17,7 +17,7 @@ from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
 from calibration.records.timing_table import OPERATORS, Records
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import with_section
+from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.uncertainty.operators import gemm_time

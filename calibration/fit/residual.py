@@ -18,7 +18,7 @@ from scipy import linalg, sparse
 
 from calibration.fit.solver import HUBER
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import EDGE
+from simulator.cost.gemm_kernel import EDGE
 from simulator.cost.residual_grid import ResidualGrid
 
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))

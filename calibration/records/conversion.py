@@ -15,6 +15,7 @@ m, n, k : tokens, output features, input features of y[m, n] = x[m, k] w[k, n]
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from simulator.arrays import Array, FloatArray
 
@@ -84,10 +85,5 @@ def _keys(columns: FloatArray) -> Array:
 
 def _medians(values: FloatArray, group: Array, count: int) -> FloatArray:
     """Return the median of each group, NaN for empty ones."""
-    order = np.lexsort([values, group])
-    sizes = np.bincount(group, minlength=count)
-    ends = np.cumsum(sizes)
-    low, high = ends - sizes + (np.maximum(sizes, 1) - 1) // 2, ends - sizes + np.maximum(sizes, 1) // 2
-    ordered = values[order]
-    found = 0.5 * (ordered[np.minimum(low, len(values) - 1)] + ordered[np.minimum(high, len(values) - 1)])
-    return np.asarray(np.where(sizes > 0, found, np.nan))
+    found = ndimage.labeled_comprehension(values, group, np.arange(count), np.median, np.float64, np.nan)
+    return np.asarray(found)

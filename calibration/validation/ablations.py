@@ -13,7 +13,8 @@ import numpy as np
 
 from calibration.fit.gemm import GemmFit, free_constants, starting_constants
 from calibration.measurements.wheel import CHOICES
-from calibration.validation.accuracy import GEMMS, titles
+from calibration.validation.accuracy import GEMMS
+from calibration.validation.accuracy_tables import titles
 from calibration.validation.protocol import Measured, Row, errors
 from calibration.validation.report import table
 from simulator.arrays import FloatArray

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.validation.accuracy import GEMMS, means, titles
+from calibration.validation.accuracy import GEMMS
+from calibration.validation.accuracy_tables import means, titles
 from calibration.validation.protocol import Row
 from calibration.validation.published import Comparison, compare_dense, compare_serving, compare_speedups, median_error
 from calibration.validation.serving import held_out_models, median_of_logs

@@ -1,6 +1,6 @@
 """Read and check the shapes of GEMMs, and cut them into chunks of one kernel and one precision.
 
-Used by :mod:`simulator.cost.gemm` alone.
+Used by :mod:`simulator.cost.gemm`.
 """
 
 from __future__ import annotations

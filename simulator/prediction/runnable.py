@@ -16,7 +16,8 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.cost.base import ELEMENT_BYTES
 from simulator.cost.forward import by_formats, refusal
-from simulator.cost.gemm import aligned_elements, gemm_kernel
+from simulator.cost.gemm import aligned_elements
+from simulator.cost.gemm_kernel import gemm_kernel
 from simulator.display import Displayed
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError

@@ -71,7 +71,9 @@ def test_a_fit_of_another_kernel_is_used_where_it_is_named_or_no_kernel_is_known
     assert own.section.status == "calibrated"
     for engine in ("sglang", "vllm"):  # a stack that is selected by name stays
         assert float(attention.decode(*LONG, served(H20.on("flashinfer"), engine)).time) == float(own.time)
-        assert attention.decode(*LONG, served(H20, engine)).section.status == "default"  # type: ignore[union-attr]
+        section = attention.decode(*LONG, served(H20, engine)).section
+        assert section is not None
+        assert section.status == "default"
     for engine in ("torch", "trtllm"):
         assert float(attention.decode(*LONG, served(H20, engine)).time) == float(own.time)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simulator import gemm_time, load_hardware
-from simulator.cost.gemm import UNLIMITED, clocked
+from simulator.cost.gemm_kernel import UNLIMITED, clocked
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 

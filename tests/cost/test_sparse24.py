@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from simulator.arrays import FloatArray
-from simulator.cost.gemm import gemm_kernel, sparse24_constants
+from simulator.cost.gemm_kernel import gemm_kernel, sparse24_constants
 from simulator.cost.gemm_shapes import Options
 from simulator.hardware.constants import GEMM_CONSTANTS
 from simulator.hardware.library import load_hardware
@@ -149,7 +149,7 @@ def test_assumed_constants_cover_a_device_that_set_none(table: FloatArray, monke
     """The RTX 5090 with its rows left out: means of Ampere and Hopper, and a load that Hopper alone tells."""
     others = {"sparse_step": 0.76, "sparse_load": 0.87, "sparse_tau": GEMM_CONSTANTS["sparse_tau"].defaults["*"]}
     left_out = {name: replace(GEMM_CONSTANTS[name], defaults={"*": value}) for name, value in others.items()}
-    monkeypatch.setattr("simulator.cost.gemm.CONSTANTS", {**GEMM_CONSTANTS, **left_out})
+    monkeypatch.setattr("simulator.cost.gemm_kernel.CONSTANTS", {**GEMM_CONSTANTS, **left_out})
     gemm_kernel.cache_clear()
     try:
         _, _, inside = against(table)

@@ -13,7 +13,7 @@ from calibration.fit.gemm import GemmFit, fit_gemm, free_constants, products, st
 from calibration.fit.residual import FewRows, evaluate, gemm_blocks, solve
 from calibration.fit.solver import ConstantsFit
 from simulator.cost.base import Machine
-from simulator.cost.gemm import with_section
+from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.library import load_hardware
 from simulator.uncertainty.operators import gemm_time
 

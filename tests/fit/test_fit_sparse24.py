@@ -9,7 +9,7 @@ import pytest
 
 from calibration.fit.kernels import fit_sparse24
 from calibration.measurements import published
-from simulator.cost.gemm import with_section
+from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile
 from simulator.uncertainty.operators import gemm_time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,9 @@ def test_a_format_of_16_bits_and_weights_alone_convert_nothing() -> None:
         ("width_cross", 0.25, {"quantize": (1.0, 0.75)}),
     ],
 )
-def test_conversions_shrink_with_what_they_convert(family: str, sparsity, left) -> None:  # type: ignore[no-untyped-def]
+def test_conversions_shrink_with_what_they_convert(
+    family: str, sparsity: Any, left: dict[str, tuple[float, float]]
+) -> None:
     w = lower(MODEL, phase="decode", batch=4, seq=100, dtype="fp8", engine="sglang")
     before, after = conversions(w), conversions(prune(w, family, sparsity))
     for name in CONVERTED:
