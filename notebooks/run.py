@@ -48,6 +48,7 @@ def execute(path: Path) -> Any:
             cell.outputs, cell.execution_count = [], None
     # no word of the kernel on its ports, no time stamps
     options = {"timeout": 600, "extra_arguments": ["--log-level=ERROR"], "record_timing": False, "allow_errors": True}
+    options["coalesce_streams"] = True  # a print that reaches the kernel in two parts is still one output
     NotebookClient(notebook, **options, resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.metadata.pop("language_info", None)  # names the version of Python
     for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
