@@ -147,7 +147,7 @@ def _array(name: str, item: bytes | None) -> NDArray[Any]:
     kind, fortran, dims = (group.decode() for group in match.groups())
     if kind[1] == "O":
         raise ValueError(f"array {name} holds pickled objects, which are never read; expected numbers")
-    if not re.fullmatch(r"[<>=|][biuf][1248]", kind):
+    if not re.fullmatch(r"[<>=|](b1|[iu][1248]|f[248])", kind):  # the others, such as f1, are unknown to NumPy
         raise ValueError(f"array {name} has type {kind}, expected numbers")
     dtype = np.dtype(kind)
     shape = tuple(int(n) for n in dims.split(",") if n.strip())

@@ -23,17 +23,22 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
 
     With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at least one. With "average"
     each token decides by the weights of its experts how many it uses (``select``): ``(1-s) A`` on average, at least
-    one. With expert parallel, these are numbers over all devices. A model without routed experts does not change.
+    one. With expert parallel, these are numbers over all devices. A model, or listed layers, without routed experts are
+    rejected.
     """
     one_of("fewer", fewer, ("experts", "active", "average"))
     if flag("option merged", merged) and fewer != "experts":
         raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")
     routed = w.kind == Kind.EXPERTS
+    pruned = routed & (choice.rows > 0)
+    if not pruned.any():
+        expected, got = ("layers", "layers of ") if routed.any() else ("a model", "")
+        got += w.meta.model
+        raise InputError(f"family experts: expected {expected} with routed experts, got {got} without them")
     devices = w.meta.devices if w.meta.parallel == "expert" else 1
     own: Array = w.experts if fewer == "experts" else w.active
     least = np.ceil(w.active * devices) if fewer == "experts" else np.ones(len(w))
     before = own * devices
-    pruned = routed & (choice.rows > 0)
     exact = fewer == "average"
     left = (1.0 - choice.rows) * before if exact else whole_share(1.0 - choice.rows, before)
     kept = np.where(pruned, np.maximum(left, least), before)

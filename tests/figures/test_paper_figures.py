@@ -38,7 +38,7 @@ from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.prediction.explain import explanations
 from simulator.prediction.scenario import Scenario
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.uncertainty.operators import gemm_time
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def test_explanations_in_two_engines_stand_side_by_side(tmp_path: Path) -> None:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", general_families())
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) -> None:
     dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024, engine="")

@@ -406,6 +406,16 @@ def _npy(array: object, **options: bool) -> bytes:
     return buffer.getvalue()
 
 
+UNKNOWN_TYPES = ("<f1", "<b4", "|b8", ">f3", "<i3", "<u16", "<c8", "<M8")
+"""Types that look like those of NumPy, which lacks most of them."""
+
+
+def _typed(name: str) -> bytes:
+    """An array of one element with the name of a type in its header."""
+    header = f"{{'descr': '{name}', 'fortran_order': False, 'shape': (1,), }}".encode()
+    return b"\x93NUMPY\x01\x00v\x00" + header.ljust(117) + b"\n" + bytes(8)
+
+
 _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999999), }".ljust(117) + b"\n"
 
 
@@ -424,6 +434,7 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
         (_zip(x=_npy(np.zeros(100))[:-8]), "does not have the size"),
         (_zip(x=_npy(np.zeros(100)) + b"more"), "does not have the size"),
         (_zip(x=b"\x93NUMPY\x01\x00v\x00" + _HUGE), "does not have the size"),
+        *((_zip(x=_typed(name)), f"array gemm.bf16.x has type {name}, expected numbers") for name in UNKNOWN_TYPES),
         (_zip(x=bytes(70_000_000)), "larger than 64 MB"),
         (_zip(x=bytes(40_000_000), y=bytes(40_000_000)), "larger than 64 MB"),
     ],

@@ -17,7 +17,7 @@ from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Kind, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
@@ -114,7 +114,7 @@ def test_bad_numbers_of_tokens_are_refused(steps: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["", "reference"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", general_families())
 def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
     """Kernel by kernel: those of a pruned prefill, as often as there are prompts, and of a pruned decode."""
     batch, seq, steps = 5, 400, 9
@@ -149,7 +149,7 @@ def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine:
     assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(of_attention, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", general_families())
 def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> None:
     w = serve("opt-13b", batch=12)  # with biases
     assert prune(w, family, 0.0).replace(meta=w.meta) == w
@@ -163,7 +163,7 @@ def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> Non
         assert prune(w, family, 0.5).parameters == pytest.approx(with_what_it_adds, rel=1e-12)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", general_families())
 def test_weights_of_a_pruned_serve_are_those_of_a_pruned_decode(family: str) -> None:
     for name in ("llama-3.1-8b", "opt-13b"):
         here = prune(serve(name, batch=9), family, 0.5, ideal=True)

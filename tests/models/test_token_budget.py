@@ -14,7 +14,7 @@ import simulator
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.errors import InputError
 from simulator.models.lower import lower
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.workload import Kind, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -80,7 +80,7 @@ def test_chunks_compute_what_one_pass_computes(batch: int, seq: int, budget: int
     assert activation_bytes(ours)[0] <= activation_bytes(theirs)[0] * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", general_families())
 def test_every_family_prunes_chunks_as_it_prunes_a_prompt(family: str) -> None:
     options: dict[str, Any] = {"batch": 4, "seq": 1024, "engine": "reference"}
     alone = prune(lower(MODEL, phase="generate", new_tokens=2, **options), family, 0.5)

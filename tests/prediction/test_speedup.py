@@ -20,7 +20,7 @@ from simulator.errors import InputError
 from simulator.prediction.result import Result
 from simulator.prediction.speedup import speedup, speedups
 from simulator.prediction.waterfall import waterfall
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.workload import DTYPES, PHASES, Kernel, Kind, Workload
 
 MODELS = ("llama-3.2-1b", "pythia-6.9b", "opt-13b", "phi-3-mini-4k", "gemma-2-9b", "qwen3-8b")
@@ -114,7 +114,7 @@ def check_combinations(model: str, phase: str, ideal: bool, combinations: list[t
             assert min(s.flop_bound, s.byte_bound, s.roofline_bound) >= 1 - 1e-12, families
 
 
-PAIRS = list(itertools.product(FAMILIES, repeat=2))
+PAIRS = list(itertools.product(general_families(), repeat=2))
 
 
 @pytest.mark.parametrize("ideal", [False, True])
@@ -122,7 +122,7 @@ PAIRS = list(itertools.product(FAMILIES, repeat=2))
 @pytest.mark.parametrize("model", MODELS)
 def test_every_family_and_some_pairs(model: str, phase: str, ideal: bool) -> None:
     pairs = random.Random(f"pairs {model} {phase} {ideal}").sample(PAIRS, 12)
-    check_combinations(model, phase, ideal, [(family,) for family in FAMILIES] + pairs)
+    check_combinations(model, phase, ideal, [(family,) for family in general_families()] + pairs)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_every_pair_of_families(model: str, phase: str, ideal: bool) -> None:
 SETTING = {"model": st.sampled_from(MODELS), "phase": st.sampled_from(PHASES), "batch": st.integers(1, 80)}
 SETTING |= {"seq": st.integers(1, 700), "formats": st.integers(0, len(FORMATS) - 1)}
 SETTING |= {"engine": st.sampled_from(ENGINES)}
-STEPS = st.lists(st.tuples(st.sampled_from(list(FAMILIES)), st.floats(0.0, 0.95)), min_size=1, max_size=3)
+STEPS = st.lists(st.tuples(st.sampled_from(general_families()), st.floats(0.0, 0.95)), min_size=1, max_size=3)
 
 
 @settings(max_examples=150, deadline=None)
@@ -167,7 +167,7 @@ def test_any_composition_is_timed_and_taken_apart_exactly(
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "semi_structured"])
+@pytest.mark.parametrize("family", [f for f in general_families() if f != "semi_structured"])
 def test_a_sparser_model_is_never_slower_by_more_than_a_step(family: str, phase: str) -> None:
     rng = random.Random(f"{family} {phase}")
     for ideal in (False, True):
@@ -188,7 +188,7 @@ def test_a_sparser_model_is_never_slower_by_more_than_a_step(family: str, phase:
 @pytest.mark.parametrize("gpu", ["a100", "h100", "4090"])
 def test_pruning_nothing_changes_nothing(gpu: str, phase: str, engine: str) -> None:
     dense, hw = dense_of("llama-3.2-1b", phase, 3, 130, engine=engine), simulator.load_hardware(gpu)
-    twice = [composed(dense, pair, (0.0, 0.0)) for pair in itertools.product(FAMILIES, repeat=2)]
+    twice = [composed(dense, pair, (0.0, 0.0)) for pair in itertools.product(general_families(), repeat=2)]
     for s in speedups(dense, twice, hw):
         numbers = [s.speedup, s.lower, s.upper, s.flop_bound, s.byte_bound, s.roofline_bound]
         assert numbers == pytest.approx([1.0] * 6, rel=1e-12), s.family
@@ -257,7 +257,7 @@ def test_unstructured_zeros_have_bounds_but_no_speedup() -> None:
 
 def test_many_speedups_at_once_equal_each_alone() -> None:
     hw, dense = simulator.load_hardware("4090"), dense_of("llama-3.1-8b", "decode", 16, 777)
-    pruned = [composed(dense, [family], [0.25]) for family in FAMILIES]
+    pruned = [composed(dense, [family], [0.25]) for family in general_families()]
     for together, w in zip(speedups(dense, pruned, hw), pruned, strict=True):
         alone = speedup(dense, w, hw)
         got = [together.speedup, together.lower, together.upper, together.roofline_bound]

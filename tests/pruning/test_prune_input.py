@@ -7,7 +7,7 @@ import pytest
 from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.errors import InputError
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.workload import PHASES, Applied, Workload
 
 pytestmark = pytest.mark.quick
@@ -16,7 +16,7 @@ STATIC = ["depth", "width", "width_cross", "semi_structured", "low_rank", "unstr
 DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_cache"]
 TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]
 PER_LAYER = [
-    name for name, family in FAMILIES.items() if family.layers == "each" and name not in ("semi_structured", "token")
+    name for name in general_families() if FAMILIES[name].layers == "each" and name not in ("semi_structured", "token")
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from simulator.capacity import cache_bytes
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.workload import ROLES, Kind, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -42,7 +43,7 @@ def test_work_never_grows(name: str, engine: str) -> None:
             parallel, steps = "expert" if routed else "tensor", 9 * (phase == "serve")
             request = {"phase": phase, "batch": 3, "seq": 70, "new_tokens": steps, "engine": engine}
             w = lower(load_model(name), **request, devices=devices, parallel=parallel)
-            for family in FAMILIES:
+            for family in FAMILIES if routed else general_families():
                 if routed and family in DENSE:
                     with pytest.raises(InputError, match="routed experts, latent attention and delta nets have no"):
                         prune(w, family, 0.5)
@@ -155,5 +156,24 @@ def test_fewer_experts() -> None:
     assert less.parameters == w.parameters
     with pytest.raises(InputError, match="expected a multiple of 8 devices, got 90 experts"):
         prune(w, "experts", 0.3)
-    dense = lower(load_model("llama-2-7b"), batch=1, seq=8)
-    assert np.array_equal(prune(dense, "experts", 0.5).flops, dense.flops)
+
+
+@pytest.mark.parametrize(
+    ("model", "sparsity", "options", "message"),
+    [
+        ("llama-2-7b", 0.5, {}, "a model with routed experts, got llama-2-7b without them"),
+        ("llama-2-7b", 0.5, {"layers": [1, 2]}, "a model with routed experts, got llama-2-7b without them"),
+        ("llama-2-7b", [0.25] * 32, {}, "a model with routed experts, got llama-2-7b without them"),
+        ("llama-2-7b", 0.5, {"fewer": "active"}, "a model with routed experts, got llama-2-7b without them"),
+        ("deepseek-v3", 0.5, {"layers": [0, 2]}, "layers with routed experts, got layers of deepseek-v3 without them"),
+    ],
+)
+def test_experts_of_a_model_or_layers_without_them_are_rejected(
+    model: str, sparsity: Any, options: dict[str, Any], message: str
+) -> None:
+    dense = lower(load_model(model), batch=1, seq=8)
+    with pytest.raises(InputError) as error:
+        prune(dense, "experts", sparsity, **options)
+    assert str(error.value) == f"family experts: expected {message}"
+    zero = prune(dense, "experts", np.multiply(sparsity, 0.0).tolist(), **options)
+    assert zero.flops.sum() == pytest.approx(dense.flops.sum(), rel=1e-12)

@@ -7,7 +7,7 @@ import pytest
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 
 import simulator
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.pruning._tokens import token_points
 from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
 
@@ -21,7 +21,7 @@ def counts(w: Workload) -> tuple[float, float]:
 
 
 OPTIONS = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in general_families()),
     *(
         ("dynamic_depth", {"prune_kv": prune_kv, "kernel": kernel})
         for prune_kv in (True, False)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, projections, workload
 
 from simulator.errors import InputError
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import FAMILIES, general_families, prune
 from simulator.workload import PHASES, Kernel, Workload
 
 pytestmark = pytest.mark.quick
@@ -28,7 +28,7 @@ def decoders(draw: st.DrawFn) -> Decoder:
 def cases(draw: st.DrawFn) -> tuple[Workload, str, float]:
     batch, seq, steps = draw(st.integers(1, 40)), draw(st.integers(1, 70)), draw(st.integers(1, 4))
     w = workload(draw(decoders()), draw(st.sampled_from(PHASES)), batch, seq, steps)
-    family = draw(st.sampled_from(list(FAMILIES)))
+    family = draw(st.sampled_from(general_families()))
     return w, family, 0.5 if family == "semi_structured" else draw(st.floats(0.0, 0.99))
 
 

@@ -17,7 +17,7 @@ import simulator
 from simulator.engines.engine import list_engines
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SAME_SHAPE, compare
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import general_families, prune
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import (
@@ -124,7 +124,7 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     engine: str, phase: str, batch: int, factor: float
 ) -> None:
     dense = lowered(engine, phase, batch)
-    pruned = [prune(dense, family, 0.5) for family in FAMILIES if family != "semi_structured"]
+    pruned = [prune(dense, family, 0.5) for family in general_families() if family != "semi_structured"]
     before, none = compared(dense, *pruned)
     assert none is None
     dense_s = factor * float(before.dense_s[0])
@@ -158,7 +158,7 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     st.sampled_from(["prefill", "decode", "serve"]),
     st.integers(1, 64),
     st.integers(1, 4000),
-    st.sampled_from([f for f in FAMILIES if f != "semi_structured"]),
+    st.sampled_from([f for f in general_families() if f != "semi_structured"]),
     st.floats(0.05, 0.9),
     st.floats(0.5, 2.0),
 )
@@ -182,7 +182,9 @@ def test_without_a_host_a_measured_time_widens_by_what_it_leaves_unexplained_alo
 @pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
 def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
     dense = lowered(engine, phase, batch)
-    pruned = [prune(dense, family, s) for family in FAMILIES for s in (0.25, 0.5) if family != "semi_structured"]
+    pruned = [
+        prune(dense, family, s) for family in general_families() for s in (0.25, 0.5) if family != "semi_structured"
+    ]
     before, _ = compared(dense, *pruned)
     after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
     np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.015)
