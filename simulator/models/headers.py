@@ -7,7 +7,6 @@ length of its header (8 bytes, little-endian), followed by JSON with dtype, shap
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from simulator.errors import InputError, one_line
+from simulator.files.json import parse_json
 from simulator.files.read import read_bounded
 
 MAX_HEADER_BYTES = 8_000_000
@@ -144,7 +144,8 @@ def _content(path: Path) -> tuple[bytes, int]:
 
 
 def _tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the checked tensors of one file, whose bytes do not overlap."""
+    """Yield the checked tensors of one file. Their bytes fill the file without overlaps and gaps, as the format
+    requires."""
     content = _parsed(header, path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a safetensors file: its header is not a JSON object")
@@ -154,8 +155,13 @@ def _tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor
     for name, tensor, start, stop in sorted(entries, key=lambda entry: entry[2:]):
         if start < end:
             raise InputError(f"{path}: tensor {_short(name)}: its bytes overlap those of another tensor")
+        if start > end:
+            place = f"{path}: tensor {_short(name)}"
+            raise InputError(f"{place}: expected its bytes to start at {end:,}, after those before it, got {start:,}")
         end = stop
         yield name, tensor
+    if end < room:
+        raise InputError(f"{path}: expected tensors of all {room:,} bytes after the header, got tensors of {end:,}")
 
 
 def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, int]:
@@ -191,7 +197,9 @@ def _parsed(content: bytes, path: Path) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_MARKS:
         raise InputError(f"{path}: expected the JSON of a header or an index, got too many values")
     try:
-        return json.loads(content)
+        return parse_json(content, str(path))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({one_line(str(error), 60)})") from None
 

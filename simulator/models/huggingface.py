@@ -16,6 +16,7 @@ from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError, one_line
+from simulator.files.json import parse_json
 from simulator.files.read import read_bounded
 from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED
 from simulator.models.config import ModelConfig
@@ -112,7 +113,9 @@ def parse_config(text: str, source: str) -> Any:
     {'hidden_size': 8}
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return parse_json(text, source, _no_constant)
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         where, why = f"{source}:{error.lineno}:{error.colno}", error.msg
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,6 @@ the default metric.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line
 from simulator.files.csv import CsvTable
+from simulator.files.json import parse_json
 from simulator.files.read import read_bounded
 
 LISTED: tuple[str, ...] = ("results", "family", "sparsity")
@@ -145,7 +145,7 @@ def read_results(folder: Path, name: str) -> Results:
 
 def _content(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(read_bounded(file, MOST_RESULT_BYTES))
+        content = parse_json(read_bounded(file, MOST_RESULT_BYTES), str(file))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise InputError(f"results: {error}") from None

@@ -415,6 +415,16 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (entry(data_offsets=[0, 2**50]), None, "outside the file"),
         (entry(data_offsets=[-8, 0]), None, "outside the file"),
         (json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(), None, "overlap"),
+        (
+            json.dumps(
+                {"a": TWO | {"shape": [1], "data_offsets": [0, 2]}, "b": TWO | {"data_offsets": [4, 8]}}
+            ).encode(),
+            None,
+            "tensor 'b': expected its bytes to start at 2, after those before it, got 4",
+        ),
+        (json.dumps({"a": TWO}).encode(), None, "expected tensors of all 8 bytes after the header, got tensors of 4"),
+        (entry()[:-1] + b", " + entry()[1:], None, "model.safetensors: key 'a': expected once in an object, got twice"),
+        (entry()[:-2] + b', "dtype": "F32"}}', None, "model.safetensors: key 'dtype': expected once in an object"),
     ],
 )
 def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, length: int | None, says: str) -> None:
@@ -444,6 +454,7 @@ def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, 
         (b'{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors' is missing"),
         (b'{"weight_map": {"a": "dir.safetensors"}}', "is missing"),
         (json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(), "safetensors files, got 5,000"),
+        (b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "index.json: key 'a': expected once"),
         (b" " * 17_000_000, "is larger than 16 MB"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError
+from simulator.files.json import parse_json
 from simulator.files.read import read_bounded
 from simulator.prediction.benchmarks.genai_perf import profile_export
 from simulator.prediction.benchmarks.run import BenchRun, Fields
@@ -73,7 +74,7 @@ def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
 
 def _parsed(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text, place)
     except RecursionError:
         raise InputError(f"{place}: is not JSON (too many levels); expected a file of {TOOLS}") from None
 

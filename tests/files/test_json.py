@@ -1,0 +1,46 @@
+"""A key given twice is rejected by name in every JSON file that users give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulator.errors import InputError
+from simulator.files.json import parse_json
+from simulator.models.library import load_model
+from simulator.prediction.benchmarks.read import read_bench
+from simulator.prediction.harness import read_results
+
+pytestmark = pytest.mark.quick
+
+CONFIG = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+CONFIG |= {"num_attention_heads": 2, "vocab_size": 10}
+
+
+def twice(content: dict[str, object], key: str) -> str:
+    """The JSON of an object with one key again at its end."""
+    return f"{json.dumps(content)[:-1]}, {json.dumps(key)}: 4}}"
+
+
+def test_equal_keys_of_different_objects_are_accepted() -> None:
+    assert parse_json('{"a": {"b": 1}, "b": [{"a": 2}]}', "x") == {"a": {"b": 1}, "b": [{"a": 2}]}
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '[{"b": {"a": 1, "c": 0, "\\u0061": 2}}]'])
+def test_a_key_given_twice_is_named(text: str) -> None:
+    with pytest.raises(InputError, match=r"x\.json: key 'a': expected once in an object, got twice or more; keep one"):
+        parse_json(text, "x.json")
+
+
+def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
+    config, result = tmp_path / "config.json", tmp_path / "results_1.json"
+    config.write_text(twice(CONFIG, "hidden_size"))
+    with pytest.raises(InputError, match=r"config\.json: key 'hidden_size': expected once"):
+        load_model(config)
+    result.write_text(twice({"results": {}, "avg_latency": 1.0}, "results"))
+    with pytest.raises(InputError, match=r"results: .*results_1\.json: key 'results': expected once"):
+        read_results(tmp_path, "results_1.json")
+    with pytest.raises(InputError, match=r"results_1\.json: key 'results': expected once"):
+        read_bench(result)
