@@ -25,7 +25,16 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import MAX_TOKENS, PARALLEL, Scenario, check_fraction, once, profiles
+from simulator.prediction.scenario import (
+    MAX_TOKENS,
+    PARALLEL,
+    Scenario,
+    check_fraction,
+    engines_of,
+    models_of,
+    once,
+    profiles,
+)
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
 from simulator.workload import DTYPES, PHASES
@@ -250,7 +259,10 @@ class Grid:
                 raise InputError(f"{name}: expected at least one value")
         if not self.prunings:
             raise InputError("sparsities: expected at least one value")
-        profiles(self.hardware)  # rejects two with one name
+        # each rejects two with one name
+        profiles(self.hardware)
+        models_of(self.models)
+        engines_of(self.engines)
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.prediction.scenario import Scenario, check_fraction, once
+from simulator.prediction.scenario import Scenario, check_fraction, distinct, models_of, once
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan, read_steps
 from simulator.pruning._steps import Step, prune_steps
@@ -188,7 +188,7 @@ def prunings_of(
             raise InputError("pruned: a model sets its own pruning; give no family, method, sparsity or option with it")
         if len(models) != 1:
             raise InputError(f"pruned: expected one dense model, got {len(models)}")
-        return tuple(Pruning.of_model(models[0], load_model(source)) for source in pruned)
+        return tuple(Pruning.of_model(models[0], model) for model in models_of(pruned, "pruned"))
     if method and (family is not None or options):
         raise InputError("method: sets its own family and options; give no family or option with it")
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
@@ -212,16 +212,18 @@ def prunings_of(
 
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
-    """Return the existing pruned models that can be read, and one note for each other; the error if there is none."""
-    found, errors = [], list[InputError]()
+    """Return the existing pruned models that can be read, and one note for each other; raise the error if there is
+    none, or if two have one name."""
+    found: list[tuple[object, ModelConfig]] = []
+    errors: list[InputError] = []
     for source in pruned:
         try:
-            found.append(load_model(source))
+            found.append((source, load_model(source)))
         except InputError as error:
             errors.append(error)
     if errors and not found:
         raise errors[0]
-    return found, tuple(f"{error}: this pruned model is skipped" for error in errors)
+    return distinct(found, "pruned"), tuple(f"{error}: this pruned model is skipped" for error in errors)
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:

@@ -7,6 +7,7 @@ devices are checked here.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from simulator.arguments import LEVEL, SECONDS, OneOrMore, instance, listed, number, shown, whole
 from simulator.engines import DEFAULT_ENGINE
-from simulator.engines.engine import load_engine
+from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.link import check as check_link
@@ -183,9 +184,7 @@ def scenarios(
     template = (
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.prediction.scenario")
     )
-    models = [load_model(model) for model in listed("model", models)]
-    loaded = ((load_engine(name), name) for name in listed("engine", engine))
-    engines = tuple({(e.path, e.name): name for e, name in loaded}.values()) or (template.engine,)
+    models, engines = models_of(models), engines_of(engine) or (template.engine,)
     phases = once(one_of("phase", p, PHASES) for p in listed("phase", phase))
     batches, lengths = (
         once(whole_number(name, n) for n in listed(name, values)) for name, values in (("batch", batch), ("seq", seq))
@@ -302,6 +301,39 @@ def whole_number(name: str, value: int, largest: int = MAX_TOKENS) -> int:
     if found is None or not 1 <= found <= largest:
         raise InputError(f"{name} {shown(value)}: expected a whole number from 1 to {largest}")
     return found
+
+
+def models_of(models: OneOrMore[str | ModelConfig], kind: str = "model") -> list[ModelConfig]:
+    """Load models, each once; raise InputError for two of one name, which results cannot distinguish."""
+    return distinct(((source, load_model(source)) for source in listed(kind, models)), kind)
+
+
+def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[ModelConfig]:
+    """Return models as :func:`models_of`, from pairs of a source and its model."""
+    found: dict[str, tuple[ModelConfig, object]] = {}
+    for source, model in loaded:
+        other, first = found.setdefault(model.name, (model, source))
+        if other != model:
+            raise _ambiguous(kind, "models", first, source, model.name)
+    return [model for model, _ in found.values()]
+
+
+def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
+    """Return names or paths of engines, each engine once; raise InputError for two of one name, which results cannot
+    distinguish."""
+    found: dict[str, tuple[Engine, str]] = {}
+    for source in listed("engine", engines):
+        engine = load_engine(source)
+        other, first = found.setdefault(engine.name, (engine, source))
+        if replace(other, path=engine.path) != engine:  # one file may be given by two paths
+            raise _ambiguous("engine", "engines", first, source, engine.name)
+    return tuple(source for _, source in found.values())
+
+
+def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
+    """Return the error for two inputs of one name, with their paths."""
+    one, other = (str(x) if isinstance(x, str | os.PathLike) else "an object without a path" for x in (first, second))
+    return InputError(f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them")
 
 
 def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:

@@ -37,7 +37,7 @@ from simulator.prediction.prunings import (
     readable,
 )
 from simulator.prediction.result import Result, Results, plain
-from simulator.prediction.scenario import Scenario, batch_name, check_measured, profiles, scenarios
+from simulator.prediction.scenario import Scenario, batch_name, check_measured, models_of, profiles, scenarios
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -111,7 +111,7 @@ def table(
     """
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
-    loaded, devices = [load_model(m) for m in listed("models", models)], profiles(hardware)
+    loaded, devices = models_of(models), profiles(hardware)
     requested = scenarios(scenario, loaded, engine, phase, batch, seq)
     chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
     existing, skipped = readable(listed("pruned", pruned))
