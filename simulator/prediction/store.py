@@ -1,7 +1,8 @@
 """Store the parts of a sweep's table in a folder next to the file; join them and remove the folder at the end.
 
 A part is written whole or not at all, so a killed sweep loses only the parts in progress; a rerun computes the missing
-parts. The folder's manifest identifies the grid, and a lock excludes a second sweep.
+parts, and those without the stamp of their grid, index and number of rows (:func:`stamp`). The folder's manifest
+identifies the grid, and a lock excludes a second sweep.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, remove_left, replacing, write_whole
 
 GROUP_ROWS = 131_072  # of the finished file
-DIGEST_KEY, NOTES_KEY = b"prunesim.grid", b"prunesim.notes"
+DIGEST_KEY, NOTES_KEY, STAMP_KEY = b"prunesim.grid", b"prunesim.notes", b"prunesim.part"
+
+
+def stamp(digest: str, index: int, rows: int) -> bytes:
+    """Return what the metadata of a part hold under ``STAMP_KEY``: which part of which grid it is, and its rows.
+
+    >>> stamp("2fd4e1c6", 3, 40_000)
+    b'["2fd4e1c6", 3, 40000]'
+    """
+    return json.dumps([digest, index, rows]).encode()
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Store:
 
     @contextlib.contextmanager
     def opened(self, facts: Mapping[str, Any]) -> Iterator[set[int]]:
-        """Create or reopen the folder under a lock and return the indices of existing parts. Raises InputError if
+        """Create or reopen the folder under a lock and return the indices of its whole parts. Raises InputError if
         another sweep is writing, or the parts belong to another grid."""
         manifest, own = self.folder / "manifest.json", {"digest": self.digest, "parts": self.parts}
         self.folder.mkdir(exist_ok=True)
@@ -81,7 +91,16 @@ class Store:
                 raise
 
     def _there(self) -> set[int]:
-        return {i for i in range(self.parts) if self.part(i).is_file()}
+        return {i for i in range(self.parts) if self.part(i).is_file() and self._is_whole(i)}
+
+    def _is_whole(self, index: int) -> bool:
+        """Return whether a file is the part of this grid and index, with all rows."""
+        pyarrow, parquet = load_pyarrow()
+        try:
+            about = parquet.read_metadata(self.part(index))
+        except (OSError, ValueError, pyarrow.ArrowException):
+            return False
+        return bool((about.metadata or {}).get(STAMP_KEY) == stamp(self.digest, index, about.num_rows))
 
     def put(self, index: int, content: bytes) -> None:
         """Write a part whole."""
@@ -122,6 +141,8 @@ class Store:
             notes = json.loads((table.schema.metadata or {}).get(NOTES_KEY, b"{}"))
         except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
             raise self._damaged(index, str(error)) from None
+        if (table.schema.metadata or {}).get(STAMP_KEY) != stamp(self.digest, index, table.num_rows):
+            raise self._damaged(index, f"it is not part {index} of this grid with all rows")
         lists = list(notes.values()) if isinstance(notes, dict) else [0]
         if not all(isinstance(at, list) and all(_is_fraction(x) for x in at) for at in lists):
             raise self._damaged(index, "its notes are invalid")

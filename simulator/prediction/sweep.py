@@ -29,7 +29,7 @@ from simulator.prediction.grid import Grid, read_grid
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.prediction.result import COLUMNS, Labels, Results, plain
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.store import NOTES_KEY, Store, check_room
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, check_room, stamp
 from simulator.prediction.where import Filter, parse_filter
 from simulator.prediction.workers import compute_parts
 
@@ -104,7 +104,7 @@ def sweep(
             done = sum(sizes[i] for i in there)
             if there:
                 report(done, grid.size)
-            for index, content in compute_parts(partial(compute_part, grid, where), todo, jobs):
+            for index, content in compute_parts(partial(compute_part, grid, where, store.digest), todo, jobs):
                 store.put(index, content)
                 done += sizes[index]
                 report(done, grid.size)
@@ -130,11 +130,13 @@ def sweep_results(
     return Results.join(found, excluded_lines(excluded, NOTED))
 
 
-def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
-    """Return one piece of a sweep as a Parquet file in memory, with the same bytes in every process."""
+def compute_part(grid: Grid, where: str | None, digest: str, index: int) -> bytes:
+    """Return one piece of a sweep as a Parquet file in memory, with the same bytes in every process. ``digest`` is the
+    grid's (:func:`digest`)."""
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
-    columns = piece_results(grid, _cached_pieces(grid)[index], excluded, where).columns
+    results = piece_results(grid, _cached_pieces(grid)[index], excluded, where)
+    columns = results.columns
     types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
 
     def array(name: str, kind: type) -> Any:
@@ -145,7 +147,8 @@ def compute_part(grid: Grid, where: str | None, index: int) -> bytes:
         return pyarrow.array(column, types[kind], from_pandas=True)  # NaN becomes null
 
     schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
-    schema = schema.with_metadata({NOTES_KEY: json.dumps(excluded).encode()})
+    own = {NOTES_KEY: json.dumps(excluded).encode(), STAMP_KEY: stamp(digest, index, len(results))}
+    schema = schema.with_metadata(own)
     table = pyarrow.Table.from_arrays([array(name, kind) for name, kind in COLUMNS.items()], schema=schema)
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, compression="zstd", compression_level=1)

@@ -48,7 +48,7 @@ from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
 from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
 from simulator.prediction.result import COLUMNS
-from simulator.prediction.store import Store
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, stamp
 from simulator.prediction.sweep import pieces, sweep_results
 from simulator.prediction.where import parse_filter
 from simulator.pruning._grammar import read_steps
@@ -403,7 +403,8 @@ _MANIFEST = {"digest": "d", "parts": 2, "version": "1", "grid": {"models": ["a"]
 
 
 def _part() -> Any:
-    return good.arrow(good.PART).replace_schema_metadata({b"prunesim.notes": b'{"left out": [1, 0.5]}'})
+    table = good.arrow(good.PART)
+    return table.replace_schema_metadata({NOTES_KEY: b'{"left out": [1, 0.5]}', STAMP_KEY: stamp("d", 1, len(table))})
 
 
 @Target("part.parquet", lambda rng: mutate.parquet_bytes(_part(), rng), names_file=False)
@@ -411,7 +412,9 @@ def part(path: Path) -> None:
     store = Store(path.with_name("u.parquet"), "d", 2)
     store.folder.mkdir(exist_ok=True)
     store.target.unlink(missing_ok=True)
-    pq.write_table(_part(), store.part(0))
+    first = _part()
+    own = {STAMP_KEY: stamp("d", 0, len(first))}
+    pq.write_table(first.replace_schema_metadata({**first.schema.metadata, **own}), store.part(0))
     path.replace(store.part(1))
     rows, notes = store.assemble()
     assert all(f"{x:g}" for at in notes.values() for x in at)

@@ -30,7 +30,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.prediction.pareto import read_measured
 from simulator.prediction.quality import load_quality
-from simulator.prediction.store import NOTES_KEY, Store
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, stamp
 from simulator.prediction.where import parse_filter
 
 pytestmark = pytest.mark.quick
@@ -196,7 +196,9 @@ def test_parts_of_a_sweep_that_are_damaged(columns: dict[str, Any], notes: bytes
     store = Store(tmp_path / "s.parquet", "d", 2)
     store.folder.mkdir()
     for index, (found, said) in enumerate(((DEPTH, b"{}"), (columns, notes))):
-        write_parquet(store.part(index), list(found), list(found.values()), {NOTES_KEY: said})
+        write_parquet(
+            store.part(index), list(found), list(found.values()), {NOTES_KEY: said, STAMP_KEY: stamp("d", index, 1)}
+        )
     refused("part-000001.parquet: is damaged", store.assemble)
     assert {p.name for p in tmp_path.iterdir()} == {"s.parquet.parts"}
 

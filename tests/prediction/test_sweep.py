@@ -389,3 +389,51 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
         )
         with pytest.raises(InputError, match=re.escape(message)):
             read_grid(tmp_path / "bad.yaml")
+
+
+def stopped(folder: Path, grid: Grid) -> Path:
+    """The folder of the parts of a sweep into ``folder/t.parquet`` that was stopped after its first part."""
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, folder / "t.parquet", progress=stop)
+    return folder / "t.parquet.parts"
+
+
+PARTS = replace(ONE, engines=("reference", "hf"), phases=("prefill", "decode"))
+"""A grid of four parts."""
+
+
+@pytest.mark.parametrize("change", ["another grid", "another index", "half of its rows", "half of its bytes"])
+def test_a_part_of_another_grid_or_index_or_without_all_rows_is_computed_again(tmp_path: Path, change: str) -> None:
+    clean = sweep(PARTS, tmp_path / "clean.parquet")
+    assert clean.partitions == 4
+    (first,) = stopped(tmp_path, PARTS).glob("part-*")
+    if change == "another grid":
+        (tmp_path / "other").mkdir()
+        (other,) = stopped(tmp_path / "other", replace(PARTS, sparsities=(0.25,))).glob("part-*")
+        first.write_bytes(other.read_bytes())
+    elif change == "another index":
+        (first.parent / "part-000002.parquet").write_bytes(first.read_bytes())
+    elif change == "half of its rows":
+        whole = parquet.read_table(first)
+        parquet.write_table(whole.slice(0, len(whole) // 2), first)
+    else:
+        first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
+    done = sweep(PARTS, tmp_path / "t.parquet")
+    assert done.resumed == (change == "another index")
+    assert done.target.read_bytes() == clean.target.read_bytes()
+
+
+def test_a_part_that_changes_while_others_are_computed_is_rejected(tmp_path: Path) -> None:
+    def halve(done: int, of: int) -> None:
+        (first,) = (tmp_path / "t.parquet.parts").glob("part-000000*")
+        whole = parquet.read_table(first)
+        parquet.write_table(whole.slice(0, 1), first)
+
+    with pytest.raises(InputError, match=r"part-000000\.parquet: is damaged \(it is not part 0 of this grid with all"):
+        sweep(PARTS, tmp_path / "t.parquet", progress=halve)
+    assert not (tmp_path / "t.parquet").exists()
+    assert sweep(PARTS, tmp_path / "t.parquet").resumed == 3
