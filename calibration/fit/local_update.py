@@ -35,9 +35,10 @@ from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
 """Rows that a local update needs, rows that it should have, rows that it stores at most."""
 
-MOST_FACTOR, MOST_TOO_FAST, MOST_SDS = 2.5, 0.1, 4.0
-"""Median factor between measured and predicted times that no stack explains; share of rows faster than physics allows
-above which all are rejected; effect, in prior standard deviations, that is flagged."""
+MOST_FACTOR, MOST_ROW_FACTOR, MOST_TOO_FAST, MOST_SDS, MOST_NAMED = 2.5, 100.0, 0.1, 4.0, 3
+"""Median factor between measured and predicted times, also of a row against the others, that no stack explains; factor
+of a single row that no measurement explains; share of rows faster than physics allows above which all are rejected;
+effect or error, in standard deviations, that is flagged; most rows that notes name."""
 
 REPORTED = 0.2
 """An effect is reported if its mean or its standard deviation has changed by this share of the prior sd."""
@@ -134,6 +135,7 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     fits = [_fit(name, of_part == i, log_ratio, before, posterior) for i, name in enumerate(names)]
     fits += [_fit("all", of_part >= 0, log_ratio, before, posterior)] if len(names) > 1 else []
     changes = effects(posterior)
+    notes += _odd_rows(rows, log_ratio, posterior)
     odd = max(changes, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
     if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SDS:
         notes.append(
@@ -221,7 +223,7 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str], left_out: 
             continue
         ratio = np.log(own.seconds / found_part.time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
-        _reject_factor(f"{operator} {label}", float(np.median(ratio)), most)
+        _reject_factor(f"{operator} {label}", ratio, most, own)
         error = found_part.uncertainty
         found.append((ratio, error))
         parts.append(np.full(len(at), len(names)))
@@ -258,16 +260,35 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str], left_out: 
     )
 
 
-def _reject_factor(what: str, median: float, most: float) -> None:
-    """Reject times that no difference between stacks explains."""
+def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
+    """Return notes on the rows whose times are far from those that the other rows predict, the farthest first."""
+    rest, sd = posterior.left_out
+    rest = rest + log_ratio - np.clip(log_ratio, -MOST_LOG, MOST_LOG)  # the posterior clips them
+    far = np.flatnonzero((np.abs(rest) > math.log(MOST_FACTOR)) & (np.abs(rest) > MOST_SDS * sd))
+    far = far[np.argsort(-np.abs(rest[far]), kind="stable")]
+    advice = "the row counts less; measure it again, or remove it"
+    notes = [
+        f"{rows.place(i)}: the time is {math.exp(rest[i]):.3g} times that predicted from the other rows; {advice}"
+        for i in far[:MOST_NAMED].tolist()
+    ]
+    return notes + [f"{len(far) - MOST_NAMED} more rows have such times"] * (len(far) > MOST_NAMED)
+
+
+def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records) -> None:
+    """Reject times that no difference between stacks explains: in the median of an operator, or a single one."""
+    median, worst = float(np.median(log_ratio)), int(np.abs(log_ratio).argmax())
+    place = rows.place(worst)
     if abs(median) <= most:
+        if log_ratio[worst] > math.log(MOST_ROW_FACTOR):  # rows that are too fast are excluded
+            fact = f"the time is {math.exp(log_ratio[worst]):.3g} times the predicted one"
+            raise InputError(f"local update: {place}: {fact}; measure it again, or remove the row")
         return
     thousands = round(median / math.log(1000.0))
     unit = thousands and abs(median - thousands * math.log(1000.0)) <= math.log(MOST_FACTOR)
     hint = "check that they are from this GPU and not launched one by one; a fit without --anchor accepts any"
     if unit:
         hint = f"check the unit: they look {1000 ** abs(thousands)} times too {'large' if median > 0 else 'small'}"
-    fact = f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median"
+    fact = f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median, as in {place}"
     raise InputError(f"local update: {fact}; {hint}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +96,10 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
     cells = csv.read_csv(content, str(path))
     table = {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}
     if column_map is None and set(MEASURED) <= table.keys():
-        return read_measured(table, path, digest)
-    return read_csv(table, path, digest, column_map or {}, device)
+        draft = read_measured(table, path, digest)
+    else:
+        draft = read_csv(table, path, digest, column_map or {}, device)
+    return replace(draft, columns={**draft.columns, "line": np.array(cells.lines)})
 
 
 def finish(
@@ -108,7 +110,8 @@ def finish(
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}
     kept |= {name: kept[name].astype(np.float64).astype(np.int64) for name in (*COUNTS, "copies") if name in kept}
-    records = Records.from_columns(draft.sources, size=int(screen.kept.sum()), **kept)
+    sources = [replace(source, file=label) for source in draft.sources]
+    records = Records.from_columns(sources, size=int(screen.kept.sum()), **kept)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
         copies = rotated_copies(np.maximum(work(records)[1], 1.0), hw.l2_bytes)
         several = records.is_operator("gemm") & (records.copies > 1)

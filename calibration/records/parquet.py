@@ -38,7 +38,7 @@ def write_records(
     arrays: dict[str, Any] = {}
     for name in records.SCHEMA:
         values = getattr(records, name)
-        if name in LATER and not values.any():
+        if name == "line" or (name in LATER and not values.any()):
             continue
         if len(values) and name != "seconds" and (np.all(values == values[0]) or np.all(values != values)):
             constant[name] = None if values[0] != values[0] else values[0].item()

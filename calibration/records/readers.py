@@ -308,7 +308,7 @@ def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str
     The time is one of the columns of :data:`TIME_UNITS`, so its unit is known. Other columns are ignored and listed in
     a note.
     """
-    known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags")] + list(TIME_UNITS)
+    known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")] + list(TIME_UNITS)
     for name, theirs in column_map.items():
         if name not in known:
             raise unknown(f"{path}: column map: column", name, known)

@@ -174,7 +174,7 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     The time of a shape is the median of its rows, flagged if they differ by more than 10 %. Shapes keep the order of
     first appearance.
     """
-    timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose")
+    timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))
     _, first, counts = np.unique(group, return_index=True, return_counts=True)
     if len(first) == len(records):

@@ -53,7 +53,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
             continue
         try:
             run = str(row.get("run", header.run))
-            timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs))}
+            timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs)), "line": number + 1}
             timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
             index = len(timings)
             if "visit" in row and "key" in row:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntFlag
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class Source:
     licence: str = ""  # SPDX name of the licence of the data; empty for your own data
     date: str = ""  # ISO 8601
     run: str = ""  # name of the measuring run; equal shapes of one run are one measurement
+    file: str = field(default="", compare=False)  # path that the rows were read from, for messages; never stored
 
     @property
     def software(self) -> str:
@@ -71,12 +72,13 @@ class Source:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are not empty as a JSON-ready mapping."""
-        return {name: value for name, value in {**vars(self), "stack": dict(self.stack)}.items() if value}
+        own = {**vars(self), "stack": dict(self.stack), "file": ""}
+        return {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Source:
         """Return a source from :meth:`as_dict`; InputError for unknown names and wrong types."""
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls) if f.compare}
         if extra := sorted(set(data) - names):
             raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
         for name, value in data.items():
@@ -132,6 +134,7 @@ class Records(Table):
     flags: Array = column(np.int32, 0)  # Flag bits
     purpose: Array = column(np.int8, 0)  # index into PURPOSES
     source: Array = column(np.int32, 0)  # index into sources
+    line: Array = column(np.int32, 0)  # of the file that the row was read from, for messages; 0: unknown; never stored
     sources: tuple[Source, ...] = ()
 
     TITLE = "records "
@@ -185,6 +188,8 @@ class Records(Table):
             for source in part.sources:
                 if source not in sources:
                     sources.append(source)
+                elif source.file != sources[at := sources.index(source)].file:
+                    sources[at] = replace(source, file="")
             codes = np.array([sources.index(source) for source in part.sources], dtype=np.int32)
             recoded.append(part.replace(source=codes[part.source]))
         return super().concat(recoded, **{"sources": tuple(sources), **others})
@@ -204,6 +209,18 @@ class Records(Table):
     def timed(self) -> Array:
         """Mask of the rows with a finite, positive time."""
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
+
+    def place(self, row: int) -> str:
+        """Return ``file:line`` of a row as far as it is known, then operator, number format and dimensions.
+
+        >>> Records.from_columns([Source("A100", file="t.csv")], m=1, n=8, k=4, line=[3]).place(0)
+        't.csv:3: gemm bf16 m=1 n=8 k=4'
+        """
+        operator, line = OPERATORS[self.operator[row]], int(self.line[row])
+        file = self.sources[self.source[row]].file
+        sizes = (f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS)
+        shape = " ".join((operator, str(self.labels()[row]), *sizes))
+        return f"{file}{f':{line}' if line else ''}: {shape}" if file else shape
 
     def labels(self) -> Array:
         """Return each row's number format as profiles name it; ``int8_wo`` has int8 weights only."""
@@ -230,7 +247,7 @@ class Records(Table):
         """Return the SHA-256 of columns and sources; equal tables have equal digests."""
         sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
         for name in self.SCHEMA:
-            if name not in LATER or getattr(self, name).any():
+            if name != "line" and (name not in LATER or getattr(self, name).any()):
                 sha.update(name.encode() + np.ascontiguousarray(getattr(self, name)).tobytes())
         return sha.hexdigest()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration.cli.rows import load_rows
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.predict import HostTime, parts_of, predict
@@ -230,6 +232,48 @@ def test_what_is_odd_is_said() -> None:
     slow = planted(gemms(60))
     slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
     assert any("times the usual difference between stacks" in note for note in update_profile(HW, slow).notes)
+
+
+def csv_of(path: Path, factors: dict[int, float], rows: int = 30) -> Records:
+    """Planted GEMMs as they are read from a CSV file in which some rows take longer by a factor."""
+    r = planted(gemms(rows))
+    seconds = r.seconds * [factors.get(i, 1.0) for i in range(rows)]
+    lines = [f"{m},{n},{k},{s!r}" for m, n, k, s in zip(r.m, r.n, r.k, seconds.tolist())]
+    path.write_text("m,n,k,seconds\n\n" + "\n".join(lines) + "\n")
+    return load_rows([str(path)], HW, screened=False)[0]
+
+
+def test_a_row_that_takes_a_thousand_times_as_long_is_rejected_with_its_place(tmp_path: Path) -> None:
+    mine, others = tmp_path / "mine.csv", tmp_path / "others.csv"
+    rows = Records.concat([csv_of(others, {}), csv_of(mine, {5: 1000.0})])
+    with pytest.raises(InputError) as error:
+        update_profile(HW, rows)
+    row = f"m={rows.m[35]} n={rows.n[35]} k={rows.k[35]}"
+    assert str(error.value).startswith(f"local update: {mine}:8: gemm bf16 {row}: the time is 1")  # 1.05e+03 times
+    assert str(error.value).endswith("e+03 times the predicted one; measure it again, or remove the row")
+    one = attention(1, "decode")
+    one = one.replace(seconds=1000.0 * times(HW, one)[0], line=4, sources=(Source("x", file="a.csv"),))
+    with pytest.raises(
+        InputError, match=r"1e\+03 times .* in the median, as in a\.csv:4: attention_decode bf16 batch="
+    ):
+        update_profile(HW, Records.concat([planted(gemms(30)), one]))
+
+
+def test_rows_far_from_what_the_others_predict_are_flagged_with_their_place(tmp_path: Path) -> None:
+    def flagged(factors: dict[int, float]) -> list[str]:
+        done = update_profile(HW, csv_of(tmp_path / "t.csv", factors))
+        assert done.rows == 30
+        return [note for note in done.notes if "predicted from the other rows" in note or "such times" in note]
+
+    (note,) = flagged({5: 10.0})
+    assert note.startswith(f"{tmp_path / 't.csv'}:8: gemm bf16 m=")
+    assert note.endswith(
+        "times that predicted from the other rows; the row counts less; measure it again, or remove it"
+    )
+    assert 9.0 < float(note.split("the time is ")[1].split()[0]) < 11.5
+    assert flagged({}) == flagged({5: 1.3}) == []
+    *named, more = flagged(dict.fromkeys((3, 8, 13, 18, 23), 20.0))
+    assert [len(named), more] == [3, "2 more rows have such times"]
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:

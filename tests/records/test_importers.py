@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,24 @@ def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Pat
     assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
     note = "3 rows repeat a shape, replaced by their median; 1 shapes differ by over 10 %, flagged CONFLICT"
     assert result.notes == (note,)
+
+
+def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_not(tmp_path: Path) -> None:
+    table, run = tmp_path / "t.csv", tmp_path / "records.jsonl"
+    table.write_text("m,n,k,seconds\n\n1,64,64,1\n2,64,64,-1\n3,64,64,1\n")
+    csv = import_table(table).records
+    assert [csv.place(i) for i in range(2)] == [
+        f"{table}:{line}: gemm bf16 m={m} n=64 k=64" for line, m in ((3, 1), (5, 3))
+    ]
+    with Store(run, Header("H100", {"driver": "1"})) as store:
+        for m in (1, 2):
+            store.append({"operator": {"kind": "gemm", "m": m, "n": 8, "k": 8}, "median_s": 1.0})
+    assert import_table(run).records.place(1) == f"{run}:3: gemm bf16 m=2 n=8 k=8"
+    both = Records.concat([csv, csv.replace(sources=(replace(csv.sources[0], file="other.csv"),))])
+    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # of one of two files
+    moved = csv.replace(line=0, sources=(replace(csv.sources[0], file=""),))
+    assert moved.digest() == csv.digest()
+    assert write_records(moved) == write_records(csv)
 
 
 def test_mixed_number_formats_need_a_choice(path: Path) -> None:
