@@ -88,8 +88,10 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     are excluded and counted. Of more than 400 rows, the farthest apart in size, time and operator are kept. ``dtype``
     selects one number format, ``date`` (ISO 8601) is the date of the provenance.
 
+    Notes name rows that take 2.5 times the time predicted from the other rows, or more.
+
     InputError, one line: fewer than 3 usable rows; rows of another GPU; a tenth of them faster than physics allows; an
-    operator whose times differ by a factor of 2.5 or more in the median.
+    operator whose times differ by a factor of 2.5 or more in the median; a row that takes 100 times the predicted time.
     """
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
