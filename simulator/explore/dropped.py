@@ -23,7 +23,7 @@ from simulator.hardware.library import hardware_from_text
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import ModelConfig
-from simulator.models.headers import MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
+from simulator.models.headers import MAX_FILES, MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
@@ -31,6 +31,12 @@ PREFIX = "dropped:"
 
 MOST_TOKEN = 6000
 """Maximum length of a token, characters: browsers and proxies cut addresses above about 8000."""
+
+MOST_FILES = MAX_FILES + 2
+"""Maximum number of files of one drop: those of a checkpoint, their index and its config.json."""
+
+MOST_PROFILE = 60_000
+"""Maximum length of a dropped profile, bytes: reading this much YAML takes up to a third of a second."""
 
 _MOST_JSON = 200_000
 
@@ -84,12 +90,15 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
     Traceback (most recent call last):
     simulator.errors.InputError: model.safetensors: expected the config.json of its folder too
     """
+    if len(files) > MOST_FILES:
+        raise InputError(f"{len(files)} files: expected at most {MOST_FILES}")
     first = _file_name(files[0].name) if files else "nothing"
     if len(files) == 1 and first.lower().endswith((".yaml", ".yml")):
         return "gpu", profile_token(files[0].text, first)
-    tensors = [f for f in files if f.name.endswith(".safetensors")]
-    index = [f for f in files if f.name.endswith(_INDEX)]
-    others = [f for f in files if f not in tensors and f not in index]
+    tensors, index, others = list[Sent](), list[Sent](), list[Sent]()
+    for f in files:
+        kind = tensors if f.name.endswith(".safetensors") else index if f.name.endswith(_INDEX) else others
+        kind.append(f)
     if len(others) > 1:
         others = [f for f in others if _file_name(f.name) == "config.json"]
     if len(others) != 1:
@@ -100,10 +109,13 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
     if not tensors and not index:
         return "model", token(config.text, config.name)
     folder = PurePosixPath(config.name).parent.name or "."
+    if len(index) > 1:
+        raise InputError(f"{folder}: expected at most one *{_INDEX}, got {len(index)}")
     for f in index:
         names = indexed(f.text.encode("utf-8", "replace"), Path(_file_name(f.name)))
         check_there(Path(folder), names, [_file_name(t.name) for t in tensors])
-        tensors = [t for t in tensors if _file_name(t.name) in names]
+        there = set(names)
+        tensors = [t for t in tensors if _file_name(t.name) in there]
     headers = ((Path(_file_name(t.name)), t.text.encode("utf-8", "replace"), t.room) for t in tensors)
     return "model", token(config.text, config.name, join_headers(Path(folder), headers))
 
@@ -138,8 +150,8 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
 
 def profile_token(text: str, file: str) -> str:
     """Return the token of a hardware profile without arrays."""
-    if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
-        raise InputError(f"{file}: larger than {MAX_FILE_BYTES} bytes; expected a hardware profile")
+    if len(text.encode("utf-8", "replace")) > MOST_PROFILE:
+        raise InputError(f"{file}: larger than {MOST_PROFILE} bytes; expected a hardware profile")
     text = text.removeprefix("\ufeff")
     hardware_from_text(text, file)
     return _packed({"file": file, "profile": text}, file, "facts")
@@ -213,7 +225,7 @@ def read_profile(text: str) -> tuple[str, HardwareProfile]:
     broken = InputError(f"GPU {one_line(text, 40)!r}: not a dropped profile that can be read")
     content = _content(text, broken)
     name, profile = content.get("file"), content.get("profile")
-    if not isinstance(name, str) or not isinstance(profile, str):
+    if not isinstance(name, str) or not isinstance(profile, str) or len(profile) > MOST_PROFILE:
         raise broken
     return _file_name(name), hardware_from_text(profile, _file_name(name))
 

@@ -220,7 +220,7 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
         ("&a [*a]", "anchors (&) and aliases (*) are not allowed"),
         ((profiles_folder() / "cpu.yaml").read_text(), "expected a profile without arrays"),
         ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "expected a profile, got the sections of one stack"),
-        ("#" * 1_000_001, "p.yaml: larger than 1000000 bytes; expected a hardware profile"),
+        ("#" * 60_001, "p.yaml: larger than 60000 bytes; expected a hardware profile"),
     ],
 )
 def test_a_bad_profile_is_one_line(text: str, says: str) -> None:
@@ -296,6 +296,26 @@ def test_a_bad_checkpoint_is_one_line(change: Any, says: str, checkpoint: Path) 
         take(change(files))
     assert says in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+class Uncomparable(Sent):
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("compared with another file")
+
+    __hash__ = None
+
+
+def test_files_of_a_drop_are_not_compared_with_each_other() -> None:
+    files = [Uncomparable("m/config.json", json.dumps(TINY))]
+    files += [Uncomparable(f"m/{i}.safetensors", "{}") for i in range(3)]
+    with pytest.raises(InputError, match=r"^m: expected a whole model"):
+        take(files)
+
+
+def test_a_checkpoint_has_one_index() -> None:
+    index = Sent("m/model.safetensors.index.json", "{}")
+    with pytest.raises(InputError, match=r"^m: expected at most one \*\.safetensors\.index\.json, got 2$"):
+        take([Sent("m/config.json", json.dumps(TINY)), index, replace(index, name="m/b.safetensors.index.json")])
 
 
 @pytest.mark.parametrize(

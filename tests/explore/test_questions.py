@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 
-from simulator.explore.questions import CALLBACKS
+from simulator.explore.questions import CALLBACKS, has_few_values
 
 pytestmark = pytest.mark.quick
 
@@ -75,3 +76,35 @@ def test_other_kinds_sizes_and_files_are_refused(client: Any) -> None:
     assert post(client, b" " * 50_000_000).status_code == 413
     for path in ("nobody/x.js", "dash/../x", "plotly/package_data/none.js"):
         assert client.get(f"/_dash-component-suites/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("part", [b"[],", b'{"a":1},', b'"",', b"1,", b'"\\"",[],'])
+def test_a_request_of_many_values_is_refused_before_it_is_parsed(part: bytes, client: Any) -> None:
+    body = b"[" + part * (8_000_000 // len(part)) + b"1]"
+    tracemalloc.start()
+    try:
+        status = post(client, body).status_code
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert status == 400
+    assert peak < 5 * len(body)  # parsed, it has up to 30 times its size
+
+
+def test_values_in_another_encoding_are_counted_too(client: Any) -> None:
+    hidden = json.dumps('"') + ","  # an escaped quote, of which UTF-16 has other bytes
+    body = f"[{hidden}{'[],' * 300_000}1]".encode("utf-16-le")
+    assert not has_few_values(body)
+    assert post(client, body).status_code == 400
+
+
+def test_texts_of_files_do_not_count_as_values(client: Any) -> None:
+    header = '[{},"\\\\"' * 100_000
+    files = [{**FILE, "name": "config.json"}, {**FILE, "name": "a.safetensors", "text": header}]
+    answer = post(client, dropped(files)).get_json()["response"]["accepted"]["data"]
+    assert answer["error"].startswith("a.safetensors: is not JSON")
+
+
+def test_many_files_are_counted_before_anything_else(client: Any) -> None:
+    answer = post(client, dropped([{**FILE, "name": f"{i}.safetensors"} for i in range(5000)]))
+    assert answer.get_json()["response"]["accepted"]["data"]["error"] == "5000 files: expected at most 4098"
