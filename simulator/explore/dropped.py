@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from simulator.errors import InputError, one_line
 from simulator.hardware.library import hardware_from_text
@@ -43,6 +43,8 @@ _MOST_JSON = 200_000
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,2})(?=\.)")
 _INDEX = ".safetensors.index.json"
 
+T = TypeVar("T")
+
 Rows = Sequence[Sequence[Any]]
 """Tensors of a checkpoint in short form: name pattern, dtype, shape, and runs of the numbers in the pattern."""
 
@@ -54,6 +56,13 @@ class Sent:
     name: str  # with the name of the dropped folder, if any
     text: str
     room: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a token was refused: cached like the content of others, because a page reads each token several times."""
+
+    reason: str
 
 
 class _Noted(Mapping[str, Any]):
@@ -202,7 +211,6 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 # -- tokens to content -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=32)
 def read_token(text: str) -> tuple[str, ModelConfig]:
     """Return the file name of a token (of a checkpoint its folder's, "." if unknown) and its model; InputError for a
     token that :func:`token` did not make.
@@ -211,23 +219,42 @@ def read_token(text: str) -> tuple[str, ModelConfig]:
     Traceback (most recent call last):
     simulator.errors.InputError: model 'dropped:x': not a dropped config.json that can be read
     """
-    broken = InputError(f"model {one_line(text, 40)!r}: not a dropped config.json that can be read")
-    content = _content(text, broken)
-    try:
-        return _model(content)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise error if isinstance(error, InputError) else broken from None
+    return _accepted(_model_or_refusal(text))
+
+
+def read_profile(text: str) -> tuple[str, HardwareProfile]:
+    """Return the file name and the profile of a token."""
+    return _accepted(_profile_or_refusal(text))
+
+
+def _accepted(found: tuple[str, T] | Refusal) -> tuple[str, T]:
+    if isinstance(found, Refusal):
+        raise InputError(found.reason)
+    return found
 
 
 @lru_cache(maxsize=32)
-def read_profile(text: str) -> tuple[str, HardwareProfile]:
-    """Return the file name and the profile of a token."""
+def _model_or_refusal(text: str) -> tuple[str, ModelConfig] | Refusal:
+    broken = InputError(f"model {one_line(text, 40)!r}: not a dropped config.json that can be read")
+    try:
+        return _model(_content(text, broken))
+    except InputError as error:
+        return Refusal(str(error))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return Refusal(str(broken))
+
+
+@lru_cache(maxsize=32)
+def _profile_or_refusal(text: str) -> tuple[str, HardwareProfile] | Refusal:
     broken = InputError(f"GPU {one_line(text, 40)!r}: not a dropped profile that can be read")
-    content = _content(text, broken)
-    name, profile = content.get("file"), content.get("profile")
-    if not isinstance(name, str) or not isinstance(profile, str) or len(profile) > MOST_PROFILE:
-        raise broken
-    return _file_name(name), hardware_from_text(profile, _file_name(name))
+    try:
+        content = _content(text, broken)
+        name, profile = content.get("file"), content.get("profile")
+        if not isinstance(name, str) or not isinstance(profile, str) or len(profile) > MOST_PROFILE:
+            raise broken
+        return _file_name(name), hardware_from_text(profile, _file_name(name))
+    except InputError as error:
+        return Refusal(str(error))
 
 
 def path_of(text: str) -> str:

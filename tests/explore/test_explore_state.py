@@ -23,8 +23,8 @@ from simulator.errors import InputError
 from simulator.explore.address import KEYS, MOST_QUERY, read_query, strict_query, to_query
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
 from simulator.explore.state import ARITHMETIC, AXES, EXISTING, State
-from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config
+from simulator.hardware.library import hardware_from_text, list_hardware, load_hardware, profiles_folder
+from simulator.models.huggingface import MAX_FILE_BYTES, from_file, from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
@@ -379,6 +379,44 @@ def test_a_token_cannot_unpack_without_end() -> None:
     assert len(text) < MOST_TOKEN
     with pytest.raises(InputError, match="not a dropped config"):
         read_token(text)
+
+
+@pytest.mark.quick
+def test_a_refused_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(text: str, file: str) -> Any:
+        read.append(file)
+        return hardware_from_text(text, file)
+
+    monkeypatch.setattr("simulator.explore.dropped.hardware_from_text", counted)
+    packed = zlib.compress(json.dumps({"file": "refused.yaml", "profile": "[]"}).encode())
+    refused = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(InputError) as caught:
+            read_profile(refused)
+        reasons.add(str(caught.value))
+    assert len(reasons) == 1
+    assert "refused.yaml:1:1: file: expected a mapping" in reasons.pop()
+    assert read == ["refused.yaml"]
+
+
+@pytest.mark.quick
+def test_a_refused_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+
+    def counted(data: Any, file: Any) -> Any:
+        read.append(data)
+        return from_file(data, file)
+
+    monkeypatch.setattr("simulator.explore.dropped.from_file", counted)
+    packed = zlib.compress(json.dumps({"file": "refused.json", "config": {"model_type": "none"}}).encode())
+    refused = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"refused\.json: model_type: architecture 'none' is not supported"):
+            read_token(refused)
+    assert len(read) == 1
 
 
 @given(st.text(alphabet=f"{string.ascii_letters}{string.digits}-_=", max_size=300))
