@@ -13,16 +13,16 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import save_shards, tensors_of
 
 import simulator.models.library
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
-from simulator.explore.address import KEYS, MOST_QUERY, read_query, strict_query, to_query
+from simulator.explore.address import KEYS, MOST_QUERY, read_problems, read_query, strict_query, to_query
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
-from simulator.explore.state import ARITHMETIC, AXES, EXISTING, State
+from simulator.explore.state import ARITHMETIC, AXES, EXISTING, MOST_PASSES, State
 from simulator.hardware.library import hardware_from_text, list_hardware, load_hardware, profiles_folder
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, from_hf_config
 from simulator.models.library import list_models, load_model
@@ -76,8 +76,8 @@ states = st.builds(
 with_pin = st.builds(lambda state, pin: replace(state, pin=pin), states, st.none() | states)
 
 
-@given(with_pin)
-@settings(max_examples=100, deadline=None)
+@given(with_pin.filter(lambda state: max(one.passes for one in (state, state.pin) if one) <= MOST_PASSES))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_query_says_all_of_a_state(state: State) -> None:
     assert read_query("?" + to_query(state)) == (state, ())
     assert strict_query(to_query(state)) == state
@@ -208,6 +208,68 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
         (profile,) = state.profiles
         assert profile.name == "h100_sxm"
         assert (profile.rates, profile.bandwidth_bytes_per_s) == (shipped.rates, shipped.bandwidth_bytes_per_s)
+
+
+ALL_GPUS, ALL_FAMILIES = ",".join(list_hardware()), ",".join(FAMILIES)
+FINE = ",".join(f"{i / 100}" for i in range(25))
+LISTED = ";".join(f"width mlp=0.{i} layers=1-20" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("query", "replaced"),
+    [
+        (f"phase=generate&new=1024&gpu={ALL_GPUS}", ["new"]),
+        (f"phase=generate&new=1024&prune={quote(LISTED)}", ["new"]),
+        ("phase=generate&new=1024&model=nemotron-super-49b", ["new"]),
+        (f"gpu={ALL_GPUS}&family={ALL_FAMILIES}&sparsity={FINE}", ["sparsity"]),
+        (f"phase=generate&gpu={ALL_GPUS}&family={ALL_FAMILIES}&sparsity={FINE}", ["sparsity", "family"]),
+    ],
+)
+def test_work_that_takes_long_is_replaced(query: str, replaced: list[str]) -> None:
+    state, problems = read_problems(query)
+    assert [problem.key for problem in problems] == replaced
+    assert state.passes <= MOST_PASSES
+    first = problems[0].line
+    assert re.match(rf"{replaced[0]}: expected at most 400,000 passes to compute, got [\d,]+; select fewer GPUs", first)
+    assert "; shown with " in first
+    pinned, problems = read_problems(f"pin={quote(query)}")
+    assert pinned.pin is None
+    assert f"pin: {replaced[0]}: expected at most" in problems[0].reason
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"gpu={ALL_GPUS}",
+        f"phase=generate&gpu={ALL_GPUS}",
+        "phase=generate&new=1024",
+        f"family={ALL_FAMILIES}&sparsity={FINE}&phase=generate",
+        f"prune={quote(LISTED)}&versus=hf&gpu=h100,a100",
+    ],
+)
+def test_usual_work_is_not_replaced(query: str) -> None:
+    assert read_problems(query)[1] == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("&".join(f"k{i}=" for i in range(4000)), "address: expected at most 100 keys, got 4000"),
+        (f"prune={';'.join('xyz' for _ in range(7000))}", "prune: expected at most 8 of them, got 7000"),
+        (f"pin=prune%3D{'%3B'.join('xyz' for _ in range(3000))}", "pin: prune: expected at most 8 of them"),
+        (f"gpu={','.join(f'g{i}' for i in range(4000))}", "gpu: expected at most 100 values, got 4000"),
+    ],
+)
+def test_values_are_counted_before_they_are_read(query: str, says: str) -> None:
+    """The error of a single value would name it, with the closest names: a tenth of a millisecond each."""
+    _, problems = read_problems(query)
+    assert [problem.reason.startswith(says) for problem in problems] == [True]
+
+
+@pytest.mark.quick
+def test_repeated_values_are_read_once() -> None:
+    assert read_problems(f"gpu={'h100,' * 5000}") == (State(), [])
 
 
 @pytest.mark.parametrize(

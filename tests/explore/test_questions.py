@@ -51,6 +51,19 @@ def test_what_the_page_asks_is_answered(client: Any) -> None:
     )
 
 
+def test_a_map_that_takes_long_is_a_line(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulator.explore.app.map_chart", lambda *_: pytest.fail("was computed"))
+    selection = {"search": "?phase=generate&new=1024", "narrow": False}
+    answer = post(client, question("wanted", "map", selection)).get_json()["response"]["map"]["data"]
+    (note,) = answer["figure"]["layout"]["annotations"]
+    assert (
+        note["text"]
+        .replace("<br>", " ")
+        .startswith("map: expected at most 250,000 passes to compute, got 334,368; select fewer")
+    )
+    assert answer["asked"] == selection
+
+
 BODIES = (
     *(b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b'"\\ud800"', b"[" * 100_000, b'{"a":' * 100_000),
     *({}, {"output": "csv.data"}, question(output="none.data"), question(output=["csv.data"]), question(outputs=[])),
