@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED, TERMINATED = 130, 143
+
+_LINES = {INTERRUPTED: b"prunesim: interrupted\n", TERMINATED: b"prunesim: terminated\n"}
 
 
 def start(program: str) -> None:
@@ -26,41 +29,62 @@ def start(program: str) -> None:
         answered = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as under nohup
         if answered:
             signal.signal(signal.SIGINT, _leave)
+        signal.signal(signal.SIGTERM, _leave)
         run = importlib.import_module(program).run
         if answered:
-            signal.signal(signal.SIGINT, _interrupt)
-        signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGINT, _after_import(_interrupt))
+        signal.signal(signal.SIGTERM, _after_import(_terminate))
         status = run(sys.argv[1:])
         if answered:
             signal.signal(signal.SIGINT, _leave)
+        signal.signal(signal.SIGTERM, _leave)
     except KeyboardInterrupt:
-        _leave()
+        _leave(signal.SIGINT)
     if status == INTERRUPTED:  # after Ctrl-C, Python can end by signal instead
         atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
 
 
-def _leave(*_: object) -> NoReturn:
+def _leave(number: int, _frame: FrameType | None = None) -> NoReturn:
     """Exit immediately: an exception during imports could be lost, and there is nothing to clean up."""
-    os.write(2, b"prunesim: interrupted\n")
-    os._exit(INTERRUPTED)
+    status = 128 + number
+    os.write(2, _LINES[status])
+    os._exit(status)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; during an import, whose callbacks would swallow it, try again later."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            again = threading.Timer(0.02, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-            return
-        frame = frame.f_back
+def _interrupt(_: int) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+def _terminate(number: int) -> NoReturn:
     """Raise SystemExit, so workers end and partial files are removed; a second signal kills the process."""
     signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"prunesim: terminated\n")
+    os.write(2, _LINES[TERMINATED])
     raise SystemExit(TERMINATED)
+
+
+def _after_import(end: Callable[[int], NoReturn]) -> Callable[[int, FrameType | None], None]:
+    """Return a signal handler that calls ``end``.
+
+    Callbacks of an import would swallow its exception: during an import, the signal is sent again until the import is
+    done, for about a second.
+    """
+    tries = iter(range(50))
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _importing(frame) or next(tries, None) is None:
+            end(number)
+        again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    return handle
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

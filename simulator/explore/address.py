@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.dropped import PREFIX, read_profile, read_token
-from simulator.explore.state import ARITHMETIC, EXISTING, State, normal
+from simulator.explore.state import ARITHMETIC, EXISTING, MOST_PASSES, MOST_PRUNINGS, State, normal
 from simulator.hardware.library import load_hardware, shipped_names
 from simulator.hardware.schema import plain_name
 from simulator.models.library import list_models
@@ -27,6 +27,9 @@ from simulator.workload import DTYPES
 
 MOST_QUERY = 32_000
 """Maximum length of a query, characters."""
+
+MOST_VALUES = 100
+"""Maximum number of keys of a query, and of different values of a list."""
 
 
 # -- values of a query -------------------------------------------------------------------------------------------------
@@ -121,9 +124,11 @@ def _pinned(_: str, text: str, own: Sequence[str] = ()) -> State:
 
 def _each(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
     def read(key: str, text: str) -> tuple[Any, ...]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = once(part.strip() for part in text.split(",") if part.strip())
         if not parts:
             raise InputError(f"{key}: expected at least one")
+        if len(parts) > MOST_VALUES:
+            raise InputError(f"{key}: expected at most {MOST_VALUES} values, got {len(parts)}")
         return once(check(part) for part in parts)
 
     return read
@@ -238,6 +243,9 @@ def read_problems(
     problems: list[Problem] = []
     if len(query) > MOST_QUERY:
         return default, [Problem("", f"address: longer than {MOST_QUERY} characters", "shown with the defaults")]
+    if (count := query.count("&") + 1) > MOST_VALUES:
+        reason = f"address: expected at most {MOST_VALUES} keys, got {count}"
+        return default, [Problem("", reason, "shown with the defaults")]
     given: dict[str, list[str]] = {}
     for key, value in parse_qsl(query.removeprefix("?"), keep_blank_values=True, errors="replace"):
         given.setdefault(key, []).append(value)
@@ -266,12 +274,32 @@ def read_problems(
         except InputError as error:
             instead = "none" if isinstance(shown, State) else _text(key, shown, ", ") or "none"
             problems.append(Problem(key, one_line(str(error), 300), f"shown with {instead}"))
-    return state, problems
+    return _bounded(state, default, problems), problems
+
+
+def _bounded(state: State, default: State, problems: list[Problem]) -> State:
+    """Return a state that takes about a second: values that multiply the work are replaced until it is small enough."""
+    for key in ("new", "prune", "versus", "sparsity", "family", "gpu", "pruned", "model"):
+        if state.passes <= MOST_PASSES:
+            break
+        name, _ = KEYS[key]
+        lighter = replace(state, **{name: getattr(default, name)})
+        if lighter.passes < state.passes:
+            fewer = "select fewer GPUs, families, sparsities, prunings or new tokens"
+            reason = f"{key}: expected at most {MOST_PASSES:,} passes to compute, got {state.passes:,}; {fewer}"
+            problems.append(Problem(key, reason, f"shown with {_text(key, getattr(default, name), ', ') or 'none'}"))
+            state = lighter
+    return state
 
 
 def _valid(text: str, problems: list[Problem]) -> Iterator[str]:
     """Yield the valid texts of ``--prune``; add a problem for each of the others."""
-    for part in split(text):
+    parts = split(text)
+    if len(parts) > MOST_PRUNINGS:
+        reason = f"prune: expected at most {MOST_PRUNINGS} of them, got {len(parts)}"
+        problems.append(Problem("prune", reason, "shown with none"))
+        return
+    for part in parts:
         try:
             yield _pruning(part)
         except InputError as error:

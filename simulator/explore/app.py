@@ -18,13 +18,13 @@ from simulator.errors import InputError, needs_extra
 from simulator.explore.address import read_problems, to_query
 from simulator.explore.charts import charts
 from simulator.explore.dropped import Sent, read_profile, take
-from simulator.explore.layout import PHONE, WIDE
+from simulator.explore.layout import PHONE, WIDE, message
 from simulator.explore.map_chart import map_chart
 from simulator.explore.markup import paragraphs, table_csv, texts
 from simulator.explore.page import own_label, own_options, page_html, wide_cards
 from simulator.explore.predictions import predictions
 from simulator.explore.questions import Dropped, Selection, reject_others
-from simulator.explore.state import State
+from simulator.explore.state import MOST_MAP_PASSES, State
 
 HOST = "127.0.0.1"
 """The only address on which the server listens."""
@@ -130,7 +130,12 @@ def _answered(selection: Selection) -> dict[str, Any]:
 
 def _mapped(selection: Selection) -> dict[str, Any]:
     state, _ = _read(selection["search"])
-    return {"figure": map_chart(state, PHONE if selection["narrow"] else WIDE), "asked": selection}
+    if state.map_passes > MOST_MAP_PASSES:
+        limit = f"expected at most {MOST_MAP_PASSES:,} passes to compute, got {state.map_passes:,}"
+        figure = message(f"map: {limit}; select fewer GPUs, families or new tokens, or use prunesim report")
+    else:
+        figure = map_chart(state, PHONE if selection["narrow"] else WIDE)
+    return {"figure": figure, "asked": selection}
 
 
 def _accepted(dropped: Dropped) -> dict[str, str]:

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from simulator.errors import InputError, one_line
 from simulator.hardware.library import hardware_from_text
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import ModelConfig
-from simulator.models.headers import MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
+from simulator.models.headers import MAX_FILES, MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
@@ -32,10 +32,18 @@ PREFIX = "dropped:"
 MOST_TOKEN = 6000
 """Maximum length of a token, characters: browsers and proxies cut addresses above about 8000."""
 
+MOST_FILES = MAX_FILES + 2
+"""Maximum number of files of one drop: those of a checkpoint, their index and its config.json."""
+
+MOST_PROFILE = 60_000
+"""Maximum length of a dropped profile, bytes: reading this much YAML takes up to a third of a second."""
+
 _MOST_JSON = 200_000
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,2})(?=\.)")
 _INDEX = ".safetensors.index.json"
+
+T = TypeVar("T")
 
 Rows = Sequence[Sequence[Any]]
 """Tensors of a checkpoint in short form: name pattern, dtype, shape, and runs of the numbers in the pattern."""
@@ -48,6 +56,13 @@ class Sent:
     name: str  # with the name of the dropped folder, if any
     text: str
     room: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a token was refused: cached like the content of others, because a page reads each token several times."""
+
+    reason: str
 
 
 class _Noted(Mapping[str, Any]):
@@ -84,12 +99,15 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
     Traceback (most recent call last):
     simulator.errors.InputError: model.safetensors: expected the config.json of its folder too
     """
+    if len(files) > MOST_FILES:
+        raise InputError(f"{len(files)} files: expected at most {MOST_FILES}")
     first = _file_name(files[0].name) if files else "nothing"
     if len(files) == 1 and first.lower().endswith((".yaml", ".yml")):
         return "gpu", profile_token(files[0].text, first)
-    tensors = [f for f in files if f.name.endswith(".safetensors")]
-    index = [f for f in files if f.name.endswith(_INDEX)]
-    others = [f for f in files if f not in tensors and f not in index]
+    tensors, index, others = list[Sent](), list[Sent](), list[Sent]()
+    for f in files:
+        kind = tensors if f.name.endswith(".safetensors") else index if f.name.endswith(_INDEX) else others
+        kind.append(f)
     if len(others) > 1:
         others = [f for f in others if _file_name(f.name) == "config.json"]
     if len(others) != 1:
@@ -100,10 +118,13 @@ def take(files: Sequence[Sent]) -> tuple[str, str]:
     if not tensors and not index:
         return "model", token(config.text, config.name)
     folder = PurePosixPath(config.name).parent.name or "."
+    if len(index) > 1:
+        raise InputError(f"{folder}: expected at most one *{_INDEX}, got {len(index)}")
     for f in index:
         names = indexed(f.text.encode("utf-8", "replace"), Path(_file_name(f.name)))
         check_there(Path(folder), names, [_file_name(t.name) for t in tensors])
-        tensors = [t for t in tensors if _file_name(t.name) in names]
+        there = set(names)
+        tensors = [t for t in tensors if _file_name(t.name) in there]
     headers = ((Path(_file_name(t.name)), t.text.encode("utf-8", "replace"), t.room) for t in tensors)
     return "model", token(config.text, config.name, join_headers(Path(folder), headers))
 
@@ -138,8 +159,8 @@ def token(text: str, file: str, tensors: Mapping[str, Tensor] | None = None) -> 
 
 def profile_token(text: str, file: str) -> str:
     """Return the token of a hardware profile without arrays."""
-    if len(text.encode("utf-8", "replace")) > MAX_FILE_BYTES:
-        raise InputError(f"{file}: larger than {MAX_FILE_BYTES} bytes; expected a hardware profile")
+    if len(text.encode("utf-8", "replace")) > MOST_PROFILE:
+        raise InputError(f"{file}: larger than {MOST_PROFILE} bytes; expected a hardware profile")
     text = text.removeprefix("\ufeff")
     hardware_from_text(text, file)
     return _packed({"file": file, "profile": text}, file, "facts")
@@ -190,7 +211,6 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 # -- tokens to content -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=32)
 def read_token(text: str) -> tuple[str, ModelConfig]:
     """Return the file name of a token (of a checkpoint its folder's, "." if unknown) and its model; InputError for a
     token that :func:`token` did not make.
@@ -199,23 +219,42 @@ def read_token(text: str) -> tuple[str, ModelConfig]:
     Traceback (most recent call last):
     simulator.errors.InputError: model 'dropped:x': not a dropped config.json that can be read
     """
-    broken = InputError(f"model {one_line(text, 40)!r}: not a dropped config.json that can be read")
-    content = _content(text, broken)
-    try:
-        return _model(content)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise error if isinstance(error, InputError) else broken from None
+    return _accepted(_model_or_refusal(text))
+
+
+def read_profile(text: str) -> tuple[str, HardwareProfile]:
+    """Return the file name and the profile of a token."""
+    return _accepted(_profile_or_refusal(text))
+
+
+def _accepted(found: tuple[str, T] | Refusal) -> tuple[str, T]:
+    if isinstance(found, Refusal):
+        raise InputError(found.reason)
+    return found
 
 
 @lru_cache(maxsize=32)
-def read_profile(text: str) -> tuple[str, HardwareProfile]:
-    """Return the file name and the profile of a token."""
+def _model_or_refusal(text: str) -> tuple[str, ModelConfig] | Refusal:
+    broken = InputError(f"model {one_line(text, 40)!r}: not a dropped config.json that can be read")
+    try:
+        return _model(_content(text, broken))
+    except InputError as error:
+        return Refusal(str(error))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return Refusal(str(broken))
+
+
+@lru_cache(maxsize=32)
+def _profile_or_refusal(text: str) -> tuple[str, HardwareProfile] | Refusal:
     broken = InputError(f"GPU {one_line(text, 40)!r}: not a dropped profile that can be read")
-    content = _content(text, broken)
-    name, profile = content.get("file"), content.get("profile")
-    if not isinstance(name, str) or not isinstance(profile, str):
-        raise broken
-    return _file_name(name), hardware_from_text(profile, _file_name(name))
+    try:
+        content = _content(text, broken)
+        name, profile = content.get("file"), content.get("profile")
+        if not isinstance(name, str) or not isinstance(profile, str) or len(profile) > MOST_PROFILE:
+            raise broken
+        return _file_name(name), hardware_from_text(profile, _file_name(name))
+    except InputError as error:
+        return Refusal(str(error))
 
 
 def path_of(text: str) -> str:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.prediction.scenario import Scenario
 
-KEPT = 64
-"""Number of cached states."""
+KEPT = 8
+"""Number of cached states: those of one page and its pin, of a few tabs. A state of all GPUs has 7 MB."""
 
 
 class Candidate(NamedTuple):

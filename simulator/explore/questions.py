@@ -7,10 +7,15 @@ server, with the input of each output.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 CALLBACKS = "/_dash-update-component"
 """Path at which Dash receives requests."""
+
+MOST_VALUES = 200_000
+"""Maximum number of values in a request; one with the files of a whole checkpoint has 30,000. Parsed values need up to
+30 times the memory of their text."""
 
 
 class Selection(TypedDict):
@@ -45,9 +50,14 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
     if is_typeddict(kind):
         return isinstance(value, dict) and all(
-            name in value and fits(value[name], inner) for name, inner in get_type_hints(kind).items()
+            name in value and fits(value[name], inner) for name, inner in _fields(kind).items()
         )
     return type(value) is kind
+
+
+@lru_cache(maxsize=8)
+def _fields(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def reject_others(server: Any, questions: Mapping[str, tuple[str, Any]]) -> None:
@@ -57,7 +67,10 @@ def reject_others(server: Any, questions: Mapping[str, tuple[str, Any]]) -> None
     from flask import request
 
     def checked() -> Any:
-        return None if request.path != CALLBACKS or _is_question(_body(), questions) else ("invalid request", 400)
+        if request.path != CALLBACKS:
+            return None
+        valid = has_few_values(request.get_data()) and _is_question(_body(), questions)
+        return None if valid else ("invalid request", 400)
 
     def _body() -> Any:
         try:
@@ -67,6 +80,28 @@ def reject_others(server: Any, questions: Mapping[str, tuple[str, Any]]) -> None
 
     server.before_request(checked)
     server.register_error_handler(DependencyException, lambda _: ("not found", 404))
+
+
+def has_few_values(body: bytes) -> bool:
+    """Return whether a JSON text has at most about MOST_VALUES values, without parsing it; files in it are one string
+    each, whatever they contain.
+
+    >>> has_few_values(b'["[[[[]]]]"]'), has_few_values(b"[" * 1_000_000)
+    (True, False)
+    """
+    if b"\0" in body:  # UTF-16, in which quotes cannot be found as below
+        return False
+    if _separators(body) <= MOST_VALUES:
+        return True
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if unescaped.count(b'"') > 4 * MOST_VALUES:  # a key and a text per value
+        return False
+    return _separators(b"".join(unescaped.split(b'"')[::2])) <= MOST_VALUES
+
+
+def _separators(text: bytes) -> int:
+    """Return the number of characters that can start a value."""
+    return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def _is_question(body: Any, questions: Mapping[str, tuple[str, Any]]) -> bool:

@@ -158,4 +158,4 @@ def _address(state: State) -> str:
     query = to_query(state)
     if read_query(query) == (state, ()):
         return f"prunesim explore, address ?{query}"
-    return "none: the page accepts only shipped names; use the commands for files"
+    return "none: the page accepts only shipped names and limits its work; use the commands"

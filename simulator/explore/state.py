@@ -39,6 +39,16 @@ MOST_DEVICES = 1024
 MOST_PRUNINGS = 8
 """Maximum number of texts of ``--prune``; more curves could not be told apart."""
 
+MOST_PASSES, MOST_MAP_PASSES = 400_000, 250_000
+"""Maximum number of passes that the page computes at once, about a second, and of those of its map, about two. The
+commands and the report have no such limit."""
+
+_PREDICTION, _EXPLANATION = 40, 4_000
+"""Work on a prediction and on an explanation besides their passes, in passes."""
+
+_LISTED = 7
+"""Additional kinds of layers of a pruning that lists layers, about."""
+
 AXES: Mapping[str, tuple[int, ...]] = MappingProxyType({"batch": BATCHES, "seq": LENGTHS})
 """Axes of the second figure of speedups and their values."""
 
@@ -169,6 +179,31 @@ class State:
         return tuple((b, s) for b, s in shapes if b * s <= MAX_TOKENS or self.phase == "decode")
 
     @property
+    def passes(self) -> int:
+        """Work on the table, the curves and the explanations, in passes of one kind of layer, about.
+
+        >>> State().passes < 10_000, State(phase="generate", new_tokens=1000).passes > 50_000
+        (True, True)
+        """
+        steps = self._steps
+        family = _PREDICTION + steps
+        texts = sum(_PREDICTION + steps * (1 + _LISTED * text.count("layers=")) for text in self.texts)
+        existing = _PREDICTION + steps * _kinds(self.pruned) if self.pruned else 0
+        curves = sum(len(self.shapes(over)) for over in {self.over, "batch"})
+        table = len(self.drawn) * len(self.fractions) * family + texts + existing
+        explained = _EXPLANATION * (2 if self.versus else 1)
+        return len(self.gpus) * (table + curves * (len(self.drawn) * family + texts + existing) + explained)
+
+    @property
+    def map_passes(self) -> int:
+        """Work on the map, in passes of one kind of layer, about."""
+        return len(self.gpus) * len(self.drawn) * len(BATCHES) * len(LENGTHS) * (8 + self._steps)
+
+    @property
+    def _steps(self) -> int:
+        return _kinds(self.model) * (self.new_tokens if self.phase == "generate" else 1)
+
+    @property
     def profiles(self) -> tuple[HardwareProfile, ...]:
         """Profiles of the GPUs."""
         return tuple(read_profile(gpu)[1] if gpu.startswith(PREFIX) else load_hardware(gpu) for gpu in self.gpus)
@@ -214,3 +249,9 @@ def _read_once(text: str) -> str:
 @lru_cache(maxsize=64)
 def _loaded(model: str) -> ModelConfig:
     return read_token(model)[1] if model.startswith(PREFIX) else load_model(model)
+
+
+@lru_cache(maxsize=64)
+def _kinds(model: str) -> int:
+    """Return the number of different layers of a model."""
+    return len(set(_loaded(model).layout))

@@ -13,18 +13,18 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import save_shards, tensors_of
 
 import simulator.models.library
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
-from simulator.explore.address import KEYS, MOST_QUERY, read_query, strict_query, to_query
+from simulator.explore.address import KEYS, MOST_QUERY, read_problems, read_query, strict_query, to_query
 from simulator.explore.dropped import MOST_TOKEN, PREFIX, Sent, profile_token, read_profile, read_token, take, token
-from simulator.explore.state import ARITHMETIC, AXES, EXISTING, State
-from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config
+from simulator.explore.state import ARITHMETIC, AXES, EXISTING, MOST_PASSES, State
+from simulator.hardware.library import hardware_from_text, list_hardware, load_hardware, profiles_folder
+from simulator.models.huggingface import MAX_FILE_BYTES, from_file, from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, PHASES
@@ -76,8 +76,8 @@ states = st.builds(
 with_pin = st.builds(lambda state, pin: replace(state, pin=pin), states, st.none() | states)
 
 
-@given(with_pin)
-@settings(max_examples=100, deadline=None)
+@given(with_pin.filter(lambda state: max(one.passes for one in (state, state.pin) if one) <= MOST_PASSES))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_query_says_all_of_a_state(state: State) -> None:
     assert read_query("?" + to_query(state)) == (state, ())
     assert strict_query(to_query(state)) == state
@@ -210,6 +210,68 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
         assert (profile.rates, profile.bandwidth_bytes_per_s) == (shipped.rates, shipped.bandwidth_bytes_per_s)
 
 
+ALL_GPUS, ALL_FAMILIES = ",".join(list_hardware()), ",".join(FAMILIES)
+FINE = ",".join(f"{i / 100}" for i in range(25))
+LISTED = ";".join(f"width mlp=0.{i} layers=1-20" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("query", "replaced"),
+    [
+        (f"phase=generate&new=1024&gpu={ALL_GPUS}", ["new"]),
+        (f"phase=generate&new=1024&prune={quote(LISTED)}", ["new"]),
+        ("phase=generate&new=1024&model=nemotron-super-49b", ["new"]),
+        (f"gpu={ALL_GPUS}&family={ALL_FAMILIES}&sparsity={FINE}", ["sparsity"]),
+        (f"phase=generate&gpu={ALL_GPUS}&family={ALL_FAMILIES}&sparsity={FINE}", ["sparsity", "family"]),
+    ],
+)
+def test_work_that_takes_long_is_replaced(query: str, replaced: list[str]) -> None:
+    state, problems = read_problems(query)
+    assert [problem.key for problem in problems] == replaced
+    assert state.passes <= MOST_PASSES
+    first = problems[0].line
+    assert re.match(rf"{replaced[0]}: expected at most 400,000 passes to compute, got [\d,]+; select fewer GPUs", first)
+    assert "; shown with " in first
+    pinned, problems = read_problems(f"pin={quote(query)}")
+    assert pinned.pin is None
+    assert f"pin: {replaced[0]}: expected at most" in problems[0].reason
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"gpu={ALL_GPUS}",
+        f"phase=generate&gpu={ALL_GPUS}",
+        "phase=generate&new=1024",
+        f"family={ALL_FAMILIES}&sparsity={FINE}&phase=generate",
+        f"prune={quote(LISTED)}&versus=hf&gpu=h100,a100",
+    ],
+)
+def test_usual_work_is_not_replaced(query: str) -> None:
+    assert read_problems(query)[1] == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("&".join(f"k{i}=" for i in range(4000)), "address: expected at most 100 keys, got 4000"),
+        (f"prune={';'.join('xyz' for _ in range(7000))}", "prune: expected at most 8 of them, got 7000"),
+        (f"pin=prune%3D{'%3B'.join('xyz' for _ in range(3000))}", "pin: prune: expected at most 8 of them"),
+        (f"gpu={','.join(f'g{i}' for i in range(4000))}", "gpu: expected at most 100 values, got 4000"),
+    ],
+)
+def test_values_are_counted_before_they_are_read(query: str, says: str) -> None:
+    """The error of a single value would name it, with the closest names: a tenth of a millisecond each."""
+    _, problems = read_problems(query)
+    assert [problem.reason.startswith(says) for problem in problems] == [True]
+
+
+@pytest.mark.quick
+def test_repeated_values_are_read_once() -> None:
+    assert read_problems(f"gpu={'h100,' * 5000}") == (State(), [])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -220,7 +282,7 @@ def test_a_profile_is_the_one_that_was_given_whatever_its_name(tmp_path: Path) -
         ("&a [*a]", "anchors (&) and aliases (*) are not allowed"),
         ((profiles_folder() / "cpu.yaml").read_text(), "expected a profile without arrays"),
         ((profiles_folder() / "h100_sxm.vllm.yaml").read_text(), "expected a profile, got the sections of one stack"),
-        ("#" * 1_000_001, "p.yaml: larger than 1000000 bytes; expected a hardware profile"),
+        ("#" * 60_001, "p.yaml: larger than 60000 bytes; expected a hardware profile"),
     ],
 )
 def test_a_bad_profile_is_one_line(text: str, says: str) -> None:
@@ -298,6 +360,26 @@ def test_a_bad_checkpoint_is_one_line(change: Any, says: str, checkpoint: Path) 
     assert str(caught.value).isprintable()
 
 
+class Uncomparable(Sent):
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("compared with another file")
+
+    __hash__ = None
+
+
+def test_files_of_a_drop_are_not_compared_with_each_other() -> None:
+    files = [Uncomparable("m/config.json", json.dumps(TINY))]
+    files += [Uncomparable(f"m/{i}.safetensors", "{}") for i in range(3)]
+    with pytest.raises(InputError, match=r"^m: expected a whole model"):
+        take(files)
+
+
+def test_a_checkpoint_has_one_index() -> None:
+    index = Sent("m/model.safetensors.index.json", "{}")
+    with pytest.raises(InputError, match=r"^m: expected at most one \*\.safetensors\.index\.json, got 2$"):
+        take([Sent("m/config.json", json.dumps(TINY)), index, replace(index, name="m/b.safetensors.index.json")])
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -359,6 +441,44 @@ def test_a_token_cannot_unpack_without_end() -> None:
     assert len(text) < MOST_TOKEN
     with pytest.raises(InputError, match="not a dropped config"):
         read_token(text)
+
+
+@pytest.mark.quick
+def test_a_refused_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(text: str, file: str) -> Any:
+        read.append(file)
+        return hardware_from_text(text, file)
+
+    monkeypatch.setattr("simulator.explore.dropped.hardware_from_text", counted)
+    packed = zlib.compress(json.dumps({"file": "refused.yaml", "profile": "[]"}).encode())
+    refused = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(InputError) as caught:
+            read_profile(refused)
+        reasons.add(str(caught.value))
+    assert len(reasons) == 1
+    assert "refused.yaml:1:1: file: expected a mapping" in reasons.pop()
+    assert read == ["refused.yaml"]
+
+
+@pytest.mark.quick
+def test_a_refused_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+
+    def counted(data: Any, file: Any) -> Any:
+        read.append(data)
+        return from_file(data, file)
+
+    monkeypatch.setattr("simulator.explore.dropped.from_file", counted)
+    packed = zlib.compress(json.dumps({"file": "refused.json", "config": {"model_type": "none"}}).encode())
+    refused = PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"refused\.json: model_type: architecture 'none' is not supported"):
+            read_token(refused)
+    assert len(read) == 1
 
 
 @given(st.text(alphabet=f"{string.ascii_letters}{string.digits}-_=", max_size=300))
