@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.models.library import list_models, load_model
     from simulator.models.lower import lower
+    from simulator.plans.costs import Costs, costs
+    from simulator.plans.search import Plan, search
+    from simulator.plans.targets import Targets
     from simulator.prediction.frame import sweep
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
@@ -53,6 +56,11 @@ _HOME = {
     "memory": "capacity",
     "FAMILIES": "pruning",
     "METHODS": "pruning._methods",
+    "Costs": "plans.costs",
+    "costs": "plans.costs",
+    "Plan": "plans.search",
+    "search": "plans.search",
+    "Targets": "plans.targets",
     "predict": "prediction.table",
     "prune": "pruning",
     "Result": "prediction.result",
@@ -73,17 +81,21 @@ _HOME = {
 }
 
 __all__ = [
+    "Costs",
     "FAMILIES",
     "HardwareProfile",
     "InputError",
     "METHODS",
     "ModelConfig",
+    "Plan",
     "Result",
     "Results",
     "Scenario",
     "Step",
+    "Targets",
     "Workload",
     "__version__",
+    "costs",
     "gemm_time",
     "list_engines",
     "list_hardware",
@@ -96,6 +108,7 @@ __all__ = [
     "predict",
     "prune",
     "save_hardware",
+    "search",
     "serve",
     "speedup",
     "speedups",

@@ -166,8 +166,11 @@ def listed(name: str, values: Any) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages quote it."""
-    return one_line(repr(value), 60)
+    """Return a value as messages quote it; of lists in lists in lists, as files may have them, only the type."""
+    try:
+        return one_line(repr(value), 60)
+    except RecursionError:
+        return f"a {type(value).__name__}"
 
 
 def _wrong(name: str, right: Range, value: Any) -> InputError:

@@ -102,6 +102,20 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+def parse_parameters(text: str) -> float:
+    """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000.
+
+    >>> parse_parameters("49B"), parse_parameters("350M")
+    (49000000000.0, 350000000.0)
+    """
+    body = text.strip()
+    size = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(body[-1:].upper(), 1)
+    match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
+    if match is None:
+        raise InputError(f"expected a number of parameters such as 49B or 350M, got {_shown(text)}")
+    return float(_EXACT.multiply(Decimal(match.group()), Decimal(size)))
+
+
 def parse_ratio(text: str) -> float:
     """Convert a text such as ``1.5`` or ``1.5x`` to a number.
 
@@ -216,6 +230,15 @@ def size(value: float) -> str:
     ('80.0 GiB', '50.0 MiB', '15.0 GiB')
     """
     return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
+
+
+def parameters(value: float) -> str:
+    """Return a number of parameters as text with a decimal prefix.
+
+    >>> parameters(8030261248), parameters(84.96e6)
+    ('8.03 B', '85.0 M')
+    """
+    return _prefixed(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
 
 
 def rate(value: float, unit: str) -> str:

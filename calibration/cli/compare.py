@@ -54,12 +54,12 @@ def command(
     """Compare predicted with measured speedups.
 
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    model with random weights, dense and pruned by each family or text of --prune: our own decoder, which has the
-    families that decide during a pass, the model of the library Transformers, eagerly (hf) or under torch.compile
-    (compile), or that of vLLM. With --bench it reads result files of vllm bench instead, and --hardware names the GPU
-    that wrote them. The profile is --hardware, else RUN/profile.yaml if a calibration wrote it. Writes
-    RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a library with the name of its engine. Run
-    the command again to resume.
+    model with random weights, dense and pruned by each family or text of --prune, or with the shapes of --pruned: our
+    own decoder, which has the families that decide during a pass, the model of the library Transformers, eagerly (hf)
+    or under torch.compile (compile), or that of vLLM. Layers may differ, by a plan or by the model of --pruned. With
+    --bench it reads result files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is
+    --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
+    and comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,10 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError, needs_extra
 
 if TYPE_CHECKING:
+    from calibration.runners.per_layer import LayerScore
     from calibration.runners.quality import Score
+
+FAMILY, SPARSITY = "depth,width", "0.1,0.2"
 
 # fmt: off
 Model = Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")]
@@ -19,7 +23,16 @@ Pruned = Annotated[
     str | None,
     opt("--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed."),
 ]
-Output = Annotated[str | None, opt("-o --output", "FILE", "Quality table to write (CSV), for prunesim pareto.")]
+PerLayer = Annotated[
+    bool, opt("--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")
+]
+Choices = Annotated[
+    str | None, opt("--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.")
+]
+Output = Annotated[
+    str | None,
+    opt("-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."),
+]
 Family = Annotated[str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")]
 Text = Annotated[str | None, opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")]
@@ -32,8 +45,10 @@ def command(
     model: Model,
     pruned: Pruned = None,
     output: Output = None,
-    family: Family = "depth,width",
-    sparsity: Sparsity = "0.1,0.2",
+    family: Family = FAMILY,
+    sparsity: Sparsity = SPARSITY,
+    per_layer: PerLayer = False,
+    choices: Choices = None,
     text: Text = None,
     windows: Windows = 8,
     length: Length = 512,
@@ -41,13 +56,23 @@ def command(
 ) -> None:
     """Measure perplexity and KL divergence of a small pruned model against its dense model.
 
-    The model is pruned here, without fine-tuning, or read with --pruned. Needs torch and transformers. For accuracy on
-    tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
+    The model is pruned here, without fine-tuning, or read with --pruned. With --per-layer, one sublayer at a time is
+    replaced by each of its variants: attention with fewer KV heads (means of the heads that are joined), an MLP with
+    fewer channels (those with the largest mean output on text that is not scored), or none. Each row is written when
+    it is measured; run the command again to resume. Needs torch and transformers. For accuracy on tasks use
+    EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
     """
     from simulator.files.write import check_target, write_whole
 
     if output:
         check_target(output)
+    if per_layer:
+        if pruned or (family, sparsity) != (FAMILY, SPARSITY):
+            raise InputError("--per-layer: expected no --pruned, --family or --sparsity; --choices lists variants")
+        if not output:
+            raise InputError("--per-layer: expected --output with the file of the scores")
+    elif choices:
+        raise InputError("--choices: expected --per-layer with it")
     fractions = options.fractions("--sparsity", sparsity)
     cases = [(name, fraction) for name in options.names("--family", family) for fraction in fractions]
     if pruned and len(cases) != 1:
@@ -56,6 +81,9 @@ def command(
         from calibration.runners import quality
     except ModuleNotFoundError as error:
         raise needs_extra("this command", "calibrate", str(error.name), " transformers") from None
+    if per_layer and output:
+        _per_layer(model, choices, output, text, windows, length, render.Output(json))
+        return
 
     content, text_name = quality.read_text(text)
     tokens = quality.load_windows(model, content, windows, length)
@@ -80,3 +108,53 @@ def command(
             ("KL (nats/token)", lambda s: f"{s.kl_nats:.3g}"),
         )
         render.show(columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}")
+
+
+def _per_layer(
+    folder: str, choices: str | None, file: str, text: str | None, windows: int, length: int, output: render.Output
+) -> None:
+    """Score the variants of each layer into a file."""
+    from calibration.runners import per_layer as scores
+    from calibration.runners import quality
+    from simulator.models.library import load_model
+    from simulator.plans.library import generated_library, read_library
+
+    config, name = load_model(folder), Path(folder).resolve().name
+    library = read_library(choices, config) if choices else generated_library(config)
+    changes = scores.changes_of(library)
+    content, text_name = quality.read_text(text)
+    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other one selects channels
+    decoder = quality.decoder_of(quality.load_model(folder), name)
+    protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
+    source = f"prunesim quality --per-layer on {name} ({scores.weights_digest(decoder)})"
+    rows = scores.read_scores(file, protocol, source)
+    done = {row.key for row in rows}
+    todo = sum(key not in done for key in (scores.DENSE, *(change.key for change in changes)))
+    if done:
+        render.status(f"{file}: {len(rows)} rows exist; {todo} left")
+    with render.progress("measuring") as report:
+        found = scores.measure_layers(decoder, tokens[::2], tokens[1::2], changes, done)
+        for i, row in enumerate(found, 1):
+            rows.append(row)
+            scores.write_scores(file, rows, protocol, source)
+            report(i, todo)
+    if output.write([asdict(row) for row in rows]):
+        dense = next(row for row in rows if row.key == scores.DENSE)
+        title = f"{name}: KL divergence (nats/token) of one changed sublayer; dense perplexity {dense.perplexity:.4g}"
+        render.show(_by_layer(rows), f"{title}, {text_name}")
+
+
+def _by_layer(rows: list[LayerScore]) -> list[render.Column]:
+    """Return the table of divergences: a row per layer, a column per variant."""
+    found: dict[tuple[int, str], str] = {}
+    for row in rows:
+        if row.layer.isdigit():
+            title = f"attention\n{row.attention}" if row.mlp == "dense" else f"MLP\n{row.mlp}"
+            found[int(row.layer), title] = f"{row.kl_div:.3g}"
+    layers = sorted({layer for layer, _ in found})
+    titles = sorted(dict.fromkeys(title for _, title in found), key=lambda title: title.startswith("MLP"))
+
+    def cells(title: str) -> Callable[[int], str]:
+        return lambda layer: found.get((layer, title), "-")
+
+    return render.columns(layers, ("layer", str), *((title, cells(title)) for title in titles))

@@ -15,7 +15,7 @@ from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
 from simulator.cli.options import arg, fractions, integers, names, opt
-from simulator.errors import one_line
+from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class CaseOptions:
     family: Family = None
     sparsity: Sparsity = None
     prune: options.Prune = None
+    pruned: options.Pruned = None
     budget: Budget = "10min"
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
@@ -64,6 +65,8 @@ class CaseOptions:
         from simulator.models.library import load_model
         from simulator.prediction.scenario import Scenario
 
+        if self.pruned and self.layers is not None:
+            raise InputError("--layers: expected none with --pruned, as it compares whole models")
         config = fewer_layers(load_model(model), self.layers)
         cases, notes = settings_of(
             config,
@@ -73,6 +76,7 @@ class CaseOptions:
             families=None if self.family is None else names("--family", self.family),
             sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
             texts=self.prune or (),
+            pruned=() if self.pruned is None else names("--pruned", self.pruned),
             scenario=Scenario(dtype=self.dtype, engine=engine, new_tokens=self.new_tokens),
             kernels=kernels,
             known_phases=known_phases,

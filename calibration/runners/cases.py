@@ -3,6 +3,7 @@ the profile of the device."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,18 @@ class Case:
         _check_heads(pruned)
         return cls(pruning, tuple(steps), dense, pruned)
 
+    @classmethod
+    def of_model(cls, dense: Workload, pruning: Pruning, scenario: Scenario) -> Case:
+        """Return the case of an existing pruned model, which has the vocabulary and the head width of the dense one."""
+        ours, theirs = dense.meta.config, pruning.model
+        for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
+            if getattr(theirs, name) != getattr(ours, name):
+                expected = f"expected {getattr(ours, name)}, as the dense model has, got {getattr(theirs, name)}"
+                raise InputError(f"{pruning.title}: {name}: {expected}")
+        pruned = pruning.apply(dense, scenario)
+        _check_heads(pruned)
+        return cls(pruning, (), dense, pruned)
+
     @property
     def family(self) -> str:
         """Families of the pruning, joined by "+"."""
@@ -112,7 +125,11 @@ class Case:
 
     @property
     def prune(self) -> str:
-        """The pruning as text; of a plan its steps, because its file can change."""
+        """The pruning as text; of a plan its steps, of an existing model with a digest: their files can change."""
+        model = self.pruning.model
+        if model is not None:
+            shapes = repr((model.hidden, model.layout))
+            return f"{model.name} ({hashlib.sha256(shapes.encode()).hexdigest()[:8]})"
         return " + ".join(map(str, self.pruning.steps))
 
     @property
@@ -150,15 +167,16 @@ def settings_of(
     families: Sequence[str] | None = None,
     sparsities: Sequence[float] | None = None,
     texts: Sequence[str] = (),
+    pruned: Sequence[str | ModelConfig] = (),
     scenario: Scenario | None = None,
     kernels: Mapping[str, str] = MappingProxyType({}),
     known_phases: Sequence[str] = PHASES[:2],
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
-    The prunings are texts of ``--prune``, then families (None: all, or none next to texts) at fractions (None:
-    :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can run. InputError:
-    unknown name, value out of range, or no case.
+    The prunings are texts of ``--prune``, existing pruned models, then families (None: all, or none next to others) at
+    fractions (None: :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can
+    run. InputError: unknown name, value out of range, or no case.
 
     >>> families = ["depth", "semi_structured"]
     >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
@@ -169,7 +187,9 @@ def settings_of(
     template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
     alone = families is None
     prunings = prunings_of((), prune=texts, sparsity=sparsities if alone else None) if texts else ()
-    if not (texts and alone):
+    if pruned:
+        prunings += prunings_of((config,), pruned=pruned, sparsity=sparsities if alone else None)
+    if not (prunings and alone):
         fractions = SPARSITIES if sparsities is None else sparsities
         prunings += prunings_of((), ("all",) if alone else families, sparsity=fractions)
     passes = itertools.product(
@@ -183,10 +203,11 @@ def settings_of(
             try:
                 if lacks := pruning.lacking(config):
                     raise InputError(lacks)
-                case = Case.of(dense, pruning, kernels)
+                existing = pruning.model is not None
+                case = Case.of_model(dense, pruning, template) if existing else Case.of(dense, pruning, kernels)
                 cases.setdefault((case.prune, phase, b, s), case)
             except InputError as error:
-                notes[f"excluded: {pruning.prune} in {phase}: {error}"] = None
+                notes[f"excluded: {pruning.prune or pruning.title} in {phase}: {error}"] = None
     if not cases:
         raise InputError(next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare")
     return list(cases.values()), list(notes)

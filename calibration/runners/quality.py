@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,9 +72,14 @@ def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
     >>> score(like, like, [torch.arange(4)]).kl_nats
     0.0
     """
+    return score_logits((dense(ids), pruned(ids), ids) for ids in windows)
+
+
+def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
+    """Score the logits of two models, dense and pruned, after each token of windows; the tokens are the third."""
     losses, divergences = [], []
-    for ids in windows:
-        before, after = (F.log_softmax(logits(ids)[:-1].float(), -1) for logits in (dense, pruned))
+    for *both, ids in windows:
+        before, after = (F.log_softmax(logits[:-1].float(), -1) for logits in both)
         losses.append([float(F.nll_loss(log, ids[1:])) for log in (before, after)])
         divergences.append(float(F.kl_div(after, before, log_target=True, reduction="batchmean")))
     dense_perplexity, perplexity = torch.tensor(losses, dtype=torch.float64).mean(0).clamp(max=700.0).exp().tolist()
@@ -178,8 +183,7 @@ def decoder_of(model: Any, name: str) -> Decoder:
         decoder = from_weights(
             name,
             model.state_dict(),
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             epsilon=config.rms_norm_eps,
             rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
             frequencies=rotary.inv_freq.detach().float(),

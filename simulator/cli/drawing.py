@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.figures.panels import across, device, fronts_of, roof_of, services_of, speedups_of, steps_of
+from simulator.figures.plan import plan_figure
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.titles import device_title
@@ -13,6 +14,7 @@ from simulator.figures.waterfall import waterfall_figure
 from simulator.prediction.scenario import batch_name
 
 if TYPE_CHECKING:
+    from simulator.plans.search import Plan
     from simulator.prediction.explain import Explanation
     from simulator.prediction.gemms import GemmRecord
     from simulator.prediction.operating import Service
@@ -65,6 +67,11 @@ def _draw_panels(
     devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
     panels = [panel(e, title) for e, title in zip(found, titles)]
     save_figure(figure(panels, columns=across(devices, engines)), path)
+
+
+def draw_plan(plan: Plan, path: str) -> None:
+    """Draw the layers of a plan, and its frontier."""
+    save_figure(plan_figure(plan), path)
 
 
 def draw_gemms(rows: Sequence[GemmRecord], path: str) -> None:

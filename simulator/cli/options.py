@@ -191,7 +191,7 @@ class Run:
         scenario = Scenario(
             new_tokens=self.new_tokens,
             cached_prefix=0.0 if self.cached_prefix is None else prefix(self.cached_prefix),
-            token_budget=None if budget is None else _checked("--token-budget", budget, parse_count),
+            token_budget=None if budget is None else checked("--token-budget", budget, parse_count),
             dtype=self.dtype,
             weight_dtype=self.weight_dtype,
             kv_dtype=self.kv_dtype,
@@ -317,7 +317,7 @@ def duration(option: str, text: str) -> float:
     >>> duration("--latency", "12ms")
     0.012
     """
-    return _checked(option, text, lambda given: parse_quantity(given, "s"))
+    return checked(option, text, lambda given: parse_quantity(given, "s"))
 
 
 def integers(option: str, text: str) -> list[int]:
@@ -328,7 +328,7 @@ def integers(option: str, text: str) -> list[int]:
     """
     out: list[int] = []
     for part in names(option, text):
-        ends = [_checked(option, end, parse_count) for end in part.split(":")]
+        ends = [checked(option, end, parse_count) for end in part.split(":")]
         if len(ends) == 1:
             out += ends
             continue
@@ -355,7 +355,7 @@ def fractions(option: str, text: str) -> list[float]:
     """
     out: list[float] = []
     for part in names(option, text):
-        ends = [_checked(option, end, parse_fraction) for end in part.split(":")]
+        ends = [checked(option, end, parse_fraction) for end in part.split(":")]
         if len(ends) == 1:
             out += ends
             continue
@@ -373,7 +373,7 @@ def prefix(text: str) -> float:
     (2048.0, 0.25)
     """
     share = "%" in text or text.strip().startswith(("0.", "."))
-    return _checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
+    return checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
 
 
 def fraction(option: str, text: str) -> float:
@@ -382,10 +382,11 @@ def fraction(option: str, text: str) -> float:
     >>> fraction("--sparsity", "25%")
     0.25
     """
-    return _checked(option, text, parse_fraction)
+    return checked(option, text, parse_fraction)
 
 
-def _checked(option: str, text: str, parse: Callable[[str], T]) -> T:
+def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
+    """Return a parsed text; errors name the option."""
     try:
         return parse(text)
     except InputError as error:
@@ -398,7 +399,7 @@ def speedup_target(option: str, text: str) -> float:
     >>> speedup_target("--target", "1.5x")
     1.5
     """
-    return _checked(option, text, parse_ratio)
+    return checked(option, text, parse_ratio)
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:

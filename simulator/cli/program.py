@@ -33,6 +33,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("explain", "explain:explain"),
     ("methods", "methods:command"),
     ("advise", "advise:command"),
+    ("costs", "costs:command"),
+    ("search", "search:command"),
     ("sweep", "sweep:command"),
     ("pareto", "pareto:pareto"),
     ("explore", "explore:command"),

@@ -1,4 +1,4 @@
-"""Parse the JSON of files that users give: :func:`parse_json`."""
+"""Parse the JSON of files that users give: :func:`parse_json`; :func:`parse_bounded` also checks what it would take."""
 
 from __future__ import annotations
 
@@ -31,3 +31,55 @@ def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str],
         return found
 
     return json.loads(content, object_pairs_hook=unique, parse_constant=parse_constant)
+
+
+MOST_CONTAINERS = 300_000
+"""Largest number of objects and lists in a file: each takes about a hundred bytes, also an empty one."""
+
+
+def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
+    """Return the value in a JSON text of another program, whose size and number of objects are checked first.
+
+    NaN and infinity, which are not JSON but which Python writes, are read as floats, so that a reader can name their
+    place.
+
+    Parameters
+    ----------
+    content : bytes
+        Text in UTF-8.
+    label : str
+        Name of the file in errors.
+    most_bytes : int
+        Largest text that is read.
+
+    Returns
+    -------
+    object
+        Plain Python values.
+
+    Raises
+    ------
+    InputError
+        One line with the label: a text that is too large, is not JSON, or has an object with a key twice.
+
+    Examples
+    --------
+    >>> parse_bounded(b'{"layers": [{"kv": 8}]}', "own.json", 1000)
+    {'layers': [{'kv': 8}]}
+    """
+    if len(content) > most_bytes:
+        raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
+    if (many := content.count(b"{") + content.count(b"[")) > MOST_CONTAINERS:
+        raise InputError(f"{label}: expected at most {MOST_CONTAINERS:,} objects and lists, got {many:,}")
+    try:
+        return parse_json(content.decode("utf-8-sig"), label)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{label}: is not UTF-8 text (byte {error.start}); expected JSON") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{label}:{error.lineno}:{error.colno}: is not JSON ({error.msg})") from None
+    except RecursionError:
+        raise InputError(f"{label}: is not read: too many levels of objects and lists") from None
+    except ValueError as error:  # an integer of thousands of digits
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{label}: is not read ({one_line(str(error), 80)})") from None

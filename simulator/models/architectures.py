@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.models.block import Block, DeltaNet, Latent
+from simulator.models.block_configs import read_block
 from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
 Fields = dict[str, Any]
@@ -67,6 +68,8 @@ class Architecture:
             **self.fixed,
         }
         values |= self.more(read, values)
+        if read.data.get("block_configs") is not None and self.more is not _per_layer:
+            values |= _per_layer(read, values)
         if heads % kv_heads:
             raise read.fail("num_key_value_heads", f"expected a divisor of num_attention_heads {heads}, got {kv_heads}")
         return values
@@ -85,7 +88,7 @@ def _layers(blocks: Sequence[Block]) -> Fields:
 
 def _each(fields: Fields, layers: int) -> tuple[Block, ...]:
     """Return each layer of the fields that :func:`_layers` returns."""
-    every: tuple[Block, ...] = fields["blocks"] or (Block(*(fields[name] for name in _WIDTHS)),) * layers
+    every: tuple[Block, ...] = fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
     return every
 
 
@@ -191,25 +194,20 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
     return more
 
 
-def _puzzle(read: Reader, values: Fields) -> Fields:
-    """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear."""
-    blocks, windows, heads, layers = [], [], values["heads"], values["layers"]
-    for of in read.parts("block_configs", layers):
-        attention, mlp = of.part("attention"), of.part("ffn")
-        gone = [part.flag("no_op") for part in (attention, mlp)]
-        linear = [part.flag("replace_with_linear") and not no for part, no in zip((attention, mlp), gone)]
-        groups = inner = 0
-        if not (gone[0] or linear[0]):
-            size = attention.integer("n_heads_in_group")
-            if heads % size:
-                wrong = f"expected a divisor of num_attention_heads {heads}, got {size}"
-                raise attention.fail("n_heads_in_group", wrong)
-            groups = heads // size
-        if not (gone[1] or linear[1]):
-            inner = -int(2 * mlp.number("ffn_mult", None, high=1000) * values["hidden"] / 3) // 256 * -256
-        one = tuple(name for name, is_one in zip(("attention", "mlp"), linear) if is_one)
-        blocks.append(Block(heads if groups else 0, groups, inner, linear=one))
-        windows.append(attention.integer("window_length", 0, low=0))
+def _per_layer(read: Reader, values: Fields) -> Fields:
+    """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear.
+
+    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else.
+    """
+    layers = values["layers"]
+    if values.get("latent") or values.get("delta"):
+        raise read.fail("block_configs", "expected none: latent attention and delta nets per layer are not supported")
+    parts, olds = read.parts("block_configs", layers), _each(values, layers)
+    # the query heads of a layer without attention are those of the model
+    olds = tuple(replace(old, heads=old.heads or values["heads"]) for old in olds)
+    blocks = [read_block(of, old, values["hidden"]) for of, old in zip(parts, olds)]
+    of_window = zip(parts, values["windows"])
+    windows = [of.part("attention").integer("window_length", window, low=0) for of, window in of_window]
     return {"windows": tuple(windows)} | _layers(blocks)
 
 
@@ -292,7 +290,7 @@ _TABLE: Mapping[str, Architecture] = {
     "smollm3": Architecture(32768, {**_BIAS, **_TIED, **_MLP_BIAS}, kv_heads=4, more=_smollm3),
     "nemotron": Architecture(4096, {**_BIAS, **_UNTIED, **_MLP_BIAS}, {"gated": False, "norm": "layer"},
                              rotary=("partial_rotary_factor", 0.5)),
-    "nemotron-nas": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_puzzle),
+    "nemotron-nas": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_per_layer),
     "mixtral": Architecture(131072, _UNTIED, kv_heads=8, window=0, more=_local_experts),
     "qwen2_moe": Architecture(32768, {**_UNTIED, "qkv_bias": ("qkv_bias", True)}, {"shared_gate": True}, kv_heads=16,
                               more=_qwen_experts),

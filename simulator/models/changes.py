@@ -1,11 +1,14 @@
 """Write the shapes of a pruned model to a ``config.json``: the keys that change, and the file.
 
-Use :func:`changed_keys` for the keys, :func:`write_config` for a folder that :func:`simulator.load_model` reads.
+Use :func:`changed_keys` for the keys, :func:`config_of` for a model whose layers differ, and :func:`write_config` for a
+folder that :func:`simulator.load_model` reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +20,17 @@ from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES
+from simulator.models.block import Block
+from simulator.models.block_configs import block_configs_of, deci_config
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_config
 from simulator.models.library import FOLDER, list_models, load_model
 
 NONE: Mapping[str, Any] = MappingProxyType({})
+
+DECI = "nemotron-nas"
+DECI_SOURCES: tuple[str, ...] = ("llama", "mistral", "ministral", DECI)
+"""Architectures that compute the same as DeciLM, where their configuration states the same shapes."""
 
 
 def free_heads(model: ModelConfig) -> bool:
@@ -58,6 +67,86 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     if content and replace(from_hf_config({**content, **keys}), name=new.name) != new:
         raise InputError(f"{model.name}: its config.json cannot state {', '.join(keys)} together")
     return keys
+
+
+def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: ModelConfig) -> dict[str, Any]:
+    """Return the content of a ``config.json`` with ``block_configs``, for a model whose layers differ.
+
+    The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
+    multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in the dense model's architecture.
+    If all layers are equal and complete, the content needs no ``block_configs`` and has none.
+
+    Parameters
+    ----------
+    dense_content : mapping
+        Content of the dense model's ``config.json`` (:func:`content_of`).
+    dense : ModelConfig
+        Dense model.
+    pruned : ModelConfig
+        Model with other widths, or without sublayers, per layer.
+
+    Returns
+    -------
+    dict
+        Content that :func:`simulator.load_model` reads as the same shapes as ``pruned``.
+
+    Raises
+    ------
+    InputError
+        One line, if no content states these shapes.
+
+    Examples
+    --------
+    >>> dense = load_model("llama-3.1-8b")
+    >>> blocks = (*dense.layout[:31], replace(dense.usual, inner=7168))
+    >>> content = config_of(content_of("llama-3.1-8b"), dense, replace(dense, blocks=blocks))
+    >>> content["model_type"], content["block_configs"][31]["ffn"]["ffn_mult"]
+    ('nemotron-nas', 2.625)
+    """
+    if not dense_content:
+        raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
+    if pruned.layers != dense.layers:
+        raise InputError(f"{pruned.name}: expected {dense.layers} layers, as {dense.name}, got {pruned.layers}")
+    if len(set(pruned.layout)) == 1 and not dense.blocks:
+        with contextlib.suppress(InputError):  # if the usual keys cannot state the layer
+            equal = dense.with_usual(pruned.layout[0], ())
+            plain = {**dense_content, **changed_keys(dense, equal, dense_content)}
+            if _states(plain, pruned):
+                return {key: value for key, value in plain.items() if key != "_name_or_path"}
+    stated = dense
+    if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
+        stated = dense.each_block(lambda block: _with_heads(block, *heads))
+    configs = block_configs_of(pruned, stated)
+    content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
+    if dense.architecture in DECI_SOURCES and stated.heads == dense.heads:
+        sizes = zip(configs, pruned.windows if dense.architecture == DECI else (0,) * dense.layers)
+        deci = [deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
+        # a reader that knows no block_configs must fail instead of loading a dense model
+        widths: dict[str, Any] = {"num_key_value_heads": None, "intermediate_size": None}
+        widths |= {"max_position_embeddings": dense.max_positions}  # defaults differ
+        names = {"model_type": DECI, "architectures": ["DeciLMForCausalLM"]}
+        found = {**content, **names, **widths, "block_configs": deci}
+        if _states(found, pruned):
+            return found
+    found = {**content, **changed_keys(dense, stated, dense_content), "block_configs": configs}
+    if not _states(found, pruned):
+        raise InputError(f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its layers")
+    return found
+
+
+def _with_heads(block: Block, heads: int) -> Block:
+    """Return a layer with other query heads, and key/value heads that divide them, if it has attention."""
+    return replace(block, heads=heads, kv_heads=math.gcd(block.kv_heads, heads)) if block.heads else block
+
+
+def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
+    """Return whether content has all shapes of a model; its name and its usual layer may be others."""
+    try:
+        read = from_hf_config(content)
+    except InputError:
+        return False
+    named = replace(read.with_usual(model.usual, read.layout), name=model.name, architecture=model.architecture)
+    return named == replace(model, blocks=model.layout)
 
 
 def content_of(

@@ -26,7 +26,7 @@ from simulator.models.keys import Reader
 MAX_FILE_BYTES = 1_000_000
 """Largest configuration file that is read; usual files have a few kilobytes."""
 
-SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
+SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "block_configs")
 """Keys at the top of a file that also hold for its ``text_config``."""
 
 MAX_NAME = 80

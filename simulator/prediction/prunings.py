@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.prediction.scenario import Scenario, check_fraction, distinct, models_of, once
+from simulator.prediction.scenario import Scenario, check_fraction, distinct, once
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan, read_steps
 from simulator.pruning._steps import Step, prune_steps
@@ -188,7 +189,7 @@ def prunings_of(
             raise InputError("pruned: a model sets its own pruning; give no family, method, sparsity or option with it")
         if len(models) != 1:
             raise InputError(f"pruned: expected one dense model, got {len(models)}")
-        return tuple(Pruning.of_model(models[0], model) for model in models_of(pruned, "pruned"))
+        return tuple(Pruning.of_model(models[0], model) for model in _named([(s, load_model(s)) for s in pruned]))
     if method and (family is not None or options):
         raise InputError("method: sets its own family and options; give no family or option with it")
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
@@ -213,7 +214,11 @@ def prunings_of(
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
     """Return the existing pruned models that can be read, and one note for each other; raise the error if there is
-    none, or if two have one name."""
+    none, or if two have one name.
+
+    Checkpoints often keep the name of the model that they were pruned from: several of one name are named after their
+    folders.
+    """
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:
@@ -223,7 +228,21 @@ def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tu
             errors.append(error)
     if errors and not found:
         raise errors[0]
-    return distinct(found, "pruned"), tuple(f"{error}: this pruned model is skipped" for error in errors)
+    return _named(found), tuple(f"{error}: this pruned model is skipped" for error in errors)
+
+
+def _named(found: Sequence[tuple[object, ModelConfig]]) -> list[ModelConfig]:
+    """Return models by source, each once; different ones of one name get the names of their folders, or are an
+    error."""
+    named = []
+    for source, model in found:
+        several = any(other.name == model.name and other != model for _, other in found)
+        if several and isinstance(source, str):
+            path = Path(source)
+            folder = path.parent if path.name == "config.json" else path
+            model = replace(model, name=folder.name or model.name)
+        named.append((source, model))
+    return distinct(named, "pruned")
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from simulator.errors import InputError
-from simulator.files.json import parse_json
+from simulator.files.json import MOST_CONTAINERS, parse_bounded, parse_json
 from simulator.models.library import load_model
 from simulator.prediction.benchmarks.read import read_bench
 from simulator.prediction.harness import read_results
@@ -44,3 +45,30 @@ def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
         read_results(tmp_path, "results_1.json")
     with pytest.raises(InputError, match=r"results_1\.json: key 'results': expected once"):
         read_bench(result)
+
+
+def test_values_are_read_and_not_a_number_too() -> None:
+    assert parse_bounded(b'\xef\xbb\xbf {"a": [1, 2.5, null, "x"], "b": {}}', "own", 1000) == {
+        "a": [1, 2.5, None, "x"],
+        "b": {},
+    }
+    assert math.isnan(parse_bounded(b"NaN", "own", 10))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"own:1:1: is not JSON"),
+        (b'{"a": \n 1', r"own:2:3: is not JSON"),
+        (b"\xff\xfe", r"own: is not UTF-8 text \(byte 0\)"),
+        (b'{"a": 1, "a": 2}', r"own: key 'a': expected once in an object"),
+        (b"[" * 100_000 + b"]" * 100_000, r"own: is not read: too many levels"),
+        (b"[" + b"[]," * (MOST_CONTAINERS + 1) + b"1]", r"own: expected at most 300,000 objects and lists"),
+        (b"[" + b"9" * 5000 + b"]", r"own: is not read \(Exceeds the limit"),
+        (b"[" * 50_000_000, r"own: is larger than 20 MB; expected a smaller file"),
+    ],
+)
+def test_other_texts_are_rejected_in_one_line(content: bytes, reason: str) -> None:
+    with pytest.raises(InputError, match=f"^{reason}") as error:
+        parse_bounded(content, "own", 20_000_000)
+    assert len(str(error.value)) < 300

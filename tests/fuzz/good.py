@@ -66,6 +66,18 @@ layers:
   8: "depth"
   10: depth unit=attention + low_rank 0.3
 """
+SCORES = "layer,attention,mlp,kl_div,lm_loss\n" + "".join(
+    f"{layer},{attention},{mlp},{0.2 * i:g},{2 + 0.1 * i:g}\n"
+    for layer in ("0-7", "8-14", "15")
+    for i, (attention, mlp) in enumerate([("dense", "dense"), ("kv=4", "4096"), ("none", "2048"), ("linear", "none")])
+)
+CHOICES = """\
+attention: [dense, kv=4, none]
+mlp: [dense, 4096, linear, none]
+layers:
+  0-1,15: {mlp: [dense]}
+  3: {attention: [dense, heads=16 kv=4]}
+"""
 QUALITY = """\
 method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note
 SLEB,depth,llama-2-7b,0.1,ppl,false,7.26,9.34,,C4,a paper,unit=layer,
@@ -225,6 +237,40 @@ CONFIGS = [
     *{config["model_type"]: {**config, "_name_or_path": "org/some-model"} for config in (*_PUBLIC, _NESTED)}.values()
 ]
 """One configuration of each architecture."""
+
+_LAYERS = [
+    {"attention": {"num_key_value_heads": 4}, "ffn": {"intermediate_size": 512}},
+    {"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": True}},
+    {"attention": {"no_op": True, "num_key_value_heads": None}, "ffn": {"ffn_mult": 2.0, "moe": None}},
+    {"attention": {"replace_with_linear": True}, "ffn": {"replace_with_linear": True}},
+]
+LAYERED = {
+    **{"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 40},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "block_configs": _LAYERS},
+}
+"""A configuration whose layers differ."""
+
+_REPLACEMENTS = [
+    {"parent_layer_indices": [i], "child_block_configs": [block], "weight_paths": ["a.safetensors"]}
+    for i, block in enumerate(_LAYERS)
+]
+_METRICS = {"metrics": {"kl_div": 0.5, "token_accuracy_top_1": 0.5}, "stats": {"runtime_ms": 1.5, "memory_mib": 2.0}}
+LIBRARIES: tuple[Any, ...] = (
+    {
+        f"layer_{i}": {
+            "own": {**_METRICS, "stats": {"num_kv_heads": 2, "ffn_intermediate_size": 256, "runtime_ms": 1.0}}
+        }
+        for i in range(4)
+    },
+    _REPLACEMENTS,
+    [{"block_idx": i, "attention_config": block["attention"], "ffn_config": None} for i, block in enumerate(_LAYERS)]
+    + [{"block_idx": i, "block_config": _LAYERS[0]} for i in range(4)],
+    {
+        f"replacement_{i}": {**_METRICS, "parent_layer_indices": [i], "block_config": block}
+        for i, block in enumerate(_LAYERS)
+    },
+)
+"""Libraries of Puzzle and of Puzzletron for :data:`LAYERED` without its ``block_configs``."""
 
 GRID = """\
 models: [llama-3.2-1b, llama-3.1-8b]

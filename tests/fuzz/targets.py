@@ -42,6 +42,9 @@ from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.headers import BITS
+from simulator.plans.costs import costs
+from simulator.plans.library import read_library
+from simulator.plans.search import search
 from simulator.prediction.benchmarks.read import read_benches
 from simulator.prediction.grid import read_grid
 from simulator.prediction.measured import pass_seconds, request_of
@@ -283,6 +286,7 @@ def index(path: Path) -> None:
     finite(simulator.lower(model, phase="decode", batch=1, seq=16).flops.sum())
 
 
+@Target("layers.json", lambda rng: mutate.json_text(good.LAYERED, rng), "models show {}")
 @Target("config.json", lambda rng: mutate.json_text(dict(rng.choice(good.CONFIGS)), rng), "models show {}")
 def config(path: Path) -> None:
     model = simulator.load_model(path)
@@ -295,6 +299,20 @@ def config(path: Path) -> None:
     if model.layers <= 100:
         s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.5), hardware.load_hardware("h100_sxm"))
         finite(s.dense_s, s.pruned_s, s.lower, s.upper)
+
+
+@Target("library.json", lambda rng: mutate.json_text(rng.choice(good.LIBRARIES), rng))
+def library(path: Path) -> None:
+    dense = simulator.load_model({key: value for key, value in good.LAYERED.items() if key != "block_configs"})
+    found = read_library(path, dense)
+    assert len(found.layers) == dense.layers
+    for i, own in enumerate(found.layers):
+        assert own[0] == dense.layout[i]
+        assert all(block.kv_heads <= 4 and block.inner <= 512 for block in own)
+        assert all(len(column[i]) == len(own) for column in found.values.values())
+    for name, columns in found.values.items():
+        assert name.isprintable(), name
+        assert not any(np.isinf(column).any() for column in columns)
 
 
 _IMPORT = "import {} --dtype all -o out.parquet"
@@ -354,6 +372,34 @@ def replayed(path: Path) -> None:
 
 
 _PARETO = "pareto llama-2-7b --hardware h100 --phase decode"
+
+
+def _library(path: Path) -> None:
+    """What is read of a library can be priced and searched."""
+    model = simulator.load_model("llama-3.2-1b")
+    library = read_library(path, model)
+    assert all(own[0] == dense for own, dense in zip(library.layers, model.layout))
+    if len(library) < 200:
+        found = costs(model, "h100", library, phase="decode")
+        finite(found.columns["seconds"], found.columns["lower"], least=-1e-12)
+    if library.values and len(library) < 200:
+        plan = search(model, "h100", 1.05, library)
+        finite(plan.results[0].speedup)
+
+
+_SEARCH = "search llama-3.2-1b --hardware h100 --target 1.05 --scores {}"
+
+
+@Target("scores.csv", lambda rng: mutate.csv_text(good.SCORES, rng), _SEARCH)
+def scores(path: Path) -> None:
+    _library(path)
+
+
+@Target(
+    "choices.yaml", lambda rng: mutate.yaml_text(good.CHOICES, rng), "costs llama-3.2-1b --hardware h100 --choices {}"
+)
+def choices(path: Path) -> None:
+    _library(path)
 
 
 @Target("quality.csv", lambda rng: mutate.csv_text(good.QUALITY, rng), f"{_PARETO} --quality {{}}")

@@ -57,9 +57,6 @@ OF_ENGINES: dict[str, Callable[[list[str]], Any]] = {
 }
 OF_MODELS: dict[str, Callable[[list[str]], Any]] = {
     "table": lambda m: simulator.table(m, "h100", **ONE),
-    "pruned": lambda m: simulator.table("llama-3.2-1b", "h100", pruned=m),
-    "serve": lambda m: simulator.serve("llama-3.2-1b", "h100", pruned=m),
-    "explanations": lambda m: explanations("llama-3.2-1b", ["h100"], pruned=m),
     "sweep": lambda m: grid(m, ["hf"]),
 }
 
@@ -76,8 +73,13 @@ def test_two_engines_of_one_name_are_rejected(engines: list[str], call: str) -> 
 def test_two_models_of_one_name_are_rejected(models: list[str], call: str) -> None:
     with pytest.raises(InputError) as error:
         OF_MODELS[call](models)
-    kind = "model" if call in ("table", "sweep") else "pruned"
-    assert str(error.value) == f"{kind}: {models[0]} and {models[1]}: two models are called tiny; rename one of them"
+    assert str(error.value) == f"model: {models[0]} and {models[1]}: two models are called tiny; rename one of them"
+
+
+def test_pruned_models_of_one_name_are_named_after_their_folders(models: list[str]) -> None:
+    found = simulator.table("llama-3.2-1b", "h100", pruned=models)
+    assert [r.pruned for r in found] == ["a", "b"]
+    assert [r.pruned for r in simulator.table("llama-3.2-1b", "h100", pruned=models[:1])] == ["tiny"]
 
 
 def test_a_loaded_model_of_another_ones_name_is_rejected() -> None:

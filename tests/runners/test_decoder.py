@@ -83,6 +83,16 @@ def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -
     check(run(made)[0], reference(made, TOKENS))
 
 
+def test_layers_that_differ_equal_the_reference() -> None:
+    usual = CONFIG.usual
+    blocks = (usual, replace(usual, inner=24), replace(usual, kv_heads=1), replace(usual, heads=0, kv_heads=0))
+    made = random_decoder(replace(CONFIG, blocks=(*blocks, replace(usual, inner=0))[: CONFIG.layers]), dtype="fp32")
+    assert [layer.attention is None for layer in made.layers][3]
+    assert made.layers[2].attention is not None
+    assert made.layers[2].attention.kv_heads == 1
+    check(run(made)[0], reference(made, TOKENS))
+
+
 def test_bf16_is_near_fp32() -> None:
     exact, short = (random_decoder(CONFIG, dtype=dtype, seed=1) for dtype in ("fp32", "bf16"))
     first, second = run(exact)[0], run(short)[0].float()
@@ -98,11 +108,11 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
             weights[f"model.layers.{number}.{norm}_layernorm.weight"] = part.norm
             for role in part.roles:
                 weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(part, role).weight
-    loaded = from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
+    loaded = from_weights("tiny", weights, head_dim=CONFIG.head_dim)
     assert torch.equal(run(loaded)[0], run(dense)[0])
     del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
-        from_weights("tiny", weights, heads=CONFIG.heads, kv_heads=CONFIG.kv_heads)
+        from_weights("tiny", weights, head_dim=CONFIG.head_dim)
 
 
 def test_logits_of_a_window(dense: Decoder) -> None:
@@ -582,7 +592,7 @@ def test_bad_input_is_one_line(
         ({"logit_softcap": True}, "soft-caps"),
         ({"experts": 4, "active": 2.0, "expert_inner": 16}, "experts"),
         ({"latent": Latent(0, 16, 8, 8, 8)}, "latent"),
-        ({"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64))}, "layers differ"),
+        ({"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64, linear=("attention",)))}, "linear product"),
     ],
 )
 def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:

@@ -138,3 +138,80 @@ def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFix
     assert files == {"decoder.hf.jsonl", *(f"comparison.hf.{kind}" for kind in ("csv", "md", "png"))}
     rows = read_store(folder / "decoder.hf.jsonl").rows
     assert {row["patched"] for row in rows} == {"", "other widths of the MLP in 2 layers"}
+
+
+@pytest.fixture
+def chosen(tmp_path: Path) -> Path:
+    """Folders of a dense model, and of a model with another choice for each of its layers; a plan of other layers."""
+    dense = {**TINY, "num_hidden_layers": 4, "intermediate_size": 512}
+    attention, mlp = {"n_heads_in_group": 8}, {"ffn_mult": 4.0}
+    none = {"no_op": True}
+    configs = [(attention, mlp), (none, {"ffn_mult": 12.0}), ({"n_heads_in_group": 2}, none), (none, none)]
+    pruned = {k: v for k, v in dense.items() if k != "intermediate_size"} | {
+        "model_type": "nemotron-nas",
+        "block_configs": [{"attention": a, "ffn": m} for a, m in configs],
+    }
+    for name, content in (("dense", dense), ("chosen", pruned)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    plan = "layers:\n  0: width mlp=0.5 kv=0.5\n  1: depth unit=attention\n  2: depth unit=mlp\n  3: depth\n"
+    (tmp_path / "plan.yaml").write_text(plan)
+    return tmp_path
+
+
+@pytest.mark.parametrize("engine", ["reference", "hf"])
+def test_the_command_runs_other_choices_in_each_layer(
+    engine: str, chosen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"compare {chosen / 'dense'} --device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100".split()
+    words += ["--pruned", str(chosen / "chosen"), "--prune", str(chosen / "plan.yaml"), "--budget", "4s"]
+    words += ["--phase", "prefill", "-o", str(chosen / "run")]
+    assert run([*words, "--json"]) == 0
+    plan, model = json.loads(capsys.readouterr().out)
+    assert plan["prune"].startswith("width mlp=0.5 kv=0.5 layers=0 + depth layers=1 unit=attention")
+    assert model["prune"].startswith("chosen (")
+    assert model["family"] == "depth+width"
+    for row in (plan, model):
+        assert row["measured"] > 0
+        assert row["predicted"] > 1
+    config = chosen / "chosen" / "config.json"
+    config.write_text(config.read_text().replace("12.0", "6.0"))  # the file is another model now
+    assert run([*words, "--json"]) == 0
+    _, other = json.loads(capsys.readouterr().out)
+    assert other["prune"] != model["prune"]
+    assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
+
+
+def test_pruned_models_have_the_choices_of_their_layers(chosen: Path) -> None:
+    content = json.loads((chosen / "dense" / "config.json").read_text())
+    config = load_model(str(chosen / "dense"))
+    scenario = Scenario(engine="hf", dtype="fp32")
+    cases, _ = settings_of(config, phases=["prefill"], seq=[16], pruned=[str(chosen / "chosen")], scenario=scenario)
+    (case,) = cases
+    runner = HfRunner(_device(), config, content, "fp32", compiled=False, seed=0)
+    runner.check(case)
+    made = runner._build(case.pruned)
+    linear = [m for m in made.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = sorted((m.out_features, m.in_features) for m in linear)
+    attention = [(64, 64), (8, 64), (8, 64), (64, 64), (64, 64), (32, 64), (32, 64), (64, 64)]
+    assert shapes == sorted([*attention, *[(256, 64)] * 2, (64, 256), *[(512, 64)] * 2, (64, 512)])
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "reason"),
+    [
+        ({"vocab_size": 64}, "", "chosen: vocab: expected 128, as the dense model has, got 64"),
+        ({}, "--layers 2", "--layers: expected none with --pruned"),
+        ({}, "--sparsity 0.5", "pruned: a model sets its own pruning"),
+    ],
+)
+def test_pruned_models_that_cannot_be_compared(
+    change: dict[str, int], more: str, reason: str, chosen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = chosen / "chosen" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    words = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
+    assert run([*words.split(), *more.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert not (chosen / "run").exists()

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
 import decoder_reference  # noqa: E402
+from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
@@ -73,8 +74,8 @@ def test_a_layer_that_does_nothing_scores_as_dense(decoder: Decoder) -> None:
 
 @pytest.mark.quick
 def test_pass_equals_transformers_own_code() -> None:
-    transformers = pytest.importorskip("transformers", reason="the comparison needs transformers")
-    model = _random_llama(transformers)
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    model = random_llama()
     ours = decoder_of(model, "tiny")
     ids = torch.arange(64) % CONFIG.vocab
     torch.testing.assert_close(window_logits(ours, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3)
@@ -86,18 +87,6 @@ def test_pass_equals_transformers_own_code() -> None:
             layer.input_layernorm.variance_epsilon = 100.0
     with pytest.raises(InputError, match="expected a plain Llama-style decoder: its own code gives a loss of"):
         decoder_of(model, "tiny")
-
-
-def _random_llama(transformers: Any) -> Any:
-    sizes = {"vocab_size": CONFIG.vocab, "hidden_size": CONFIG.hidden, "intermediate_size": CONFIG.inner}
-    heads = {"num_attention_heads": CONFIG.heads, "num_key_value_heads": CONFIG.kv_heads, "attention_bias": True}
-    config = transformers.LlamaConfig(**sizes, **heads, num_hidden_layers=3, max_position_embeddings=256)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2)
-    return model
 
 
 def _tokenizer(text: str, **_: object) -> SimpleNamespace:
@@ -214,18 +203,14 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 
 def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tiny random model and its tokenizer, written and read by transformers: pruned here and as a checkpoint."""
-    transformers = pytest.importorskip("transformers", reason="reading a model needs transformers")
-    tokenizers = pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
-    words = {f"w{i}": i for i in range(CONFIG.vocab)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    dense, model = tmp_path / "dense", _random_llama(transformers)
-    model.save_pretrained(dense)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(dense)
+    pytest.importorskip("transformers", reason="reading a model needs transformers")
+    pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
+    dense = tmp_path / "dense"
+    model = write_checkpoint(dense)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     model.save_pretrained(tmp_path / "pruned")
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % CONFIG.vocab}" for i in range(400)))
+    (tmp_path / "text.txt").write_text(TEXT)
     size = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--length", "100", "--json"]
     assert run(["quality", str(dense), *size, "--family", "width", "--sparsity", "0.2"]) == 0
     assert run(["quality", str(dense), *size, "--pruned", str(tmp_path / "pruned"), "--family", "depth",

@@ -165,19 +165,20 @@ def check_model(config: ModelConfig) -> None:
     """Raise InputError, with every reason, for a model that this decoder cannot run."""
     whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
     reasons = {
-        "it has routed experts": config.experts > 0,
+        "it has routed experts": any(block.experts for block in config.layout),
         "its attention is latent": config.latent is not None,
-        "its layers differ": len(set(config.layout)) > 1,
+        "a linear product replaces a sublayer": any(block.linear for block in config.layout),
+        "it has gated delta nets": any(block.delta for block in config.layout),
         "its MLP is not gated": not config.gated,
         f"its norms are {config.norm!r}, not RMS norms": config.norm != "rms",
-        "it has no rotary positions over whole heads": not whole_heads,
+        "it has no rotary positions over whole heads": not (whole_heads and all(b.rotary for b in config.layout)),
         "attention and MLP run in parallel": config.parallel_residual,
         "it has norms after its sublayers": config.post_norms,
         "it soft-caps its logits": config.logit_softcap or config.attention_softcap,
         "some layers attend to a window": any(config.windows),
         "its attention has a gate": config.output_gate,
         "its queries and keys have norms without weights": config.qk_norm == "unit",
-        "its projections are factors": any(block.ranks or block.shortcuts for block in config.layout),
+        "its projections are factors": any(block.ranks or block.shortcuts or block.out for block in config.layout),
         "its output projections have biases": config.o_bias or config.mlp_bias,
     }
     if found := [reason for reason, true in reasons.items() if true]:
@@ -189,7 +190,8 @@ def random_decoder(
 ) -> Decoder:
     """Return a decoder with the shape of a model and random weights that keep activations near one.
 
-    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. InputError: not a Llama-style model.
+    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. Layers may differ in their widths, or
+    lack a sublayer. InputError: not a Llama-style model.
     """
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -203,16 +205,18 @@ def random_decoder(
     def near(value: float, size: int) -> Tensor:
         return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
-    h, q, kv, inner = config.hidden, config.q_width, config.kv_width, config.inner
+    h, d = config.hidden, config.head_dim
     qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
-    attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
-    mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
     weights: dict[str, Tensor] = {}
-    for at in (f"model.layers.{i}" for i in range(config.layers if layers is None else layers)):
+    for number, block in enumerate(config.layout[:layers]):
         # the order of these lines determines the random weights
-        weights |= {f"{at}.{name}.weight": near(1.0, config.head_dim) for name in qk_norms}
+        at, q, kv, inner = f"model.layers.{number}", block.heads * d, block.kv_heads * d, block.inner
+        weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
+        attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)} if q else {}
+        mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)} if inner else {}
         for norm, part, shapes in (("input", "self_attn", attention), ("post_attention", "mlp", mlp)):
-            weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
+            if shapes:
+                weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
             for role, shape in shapes.items():
                 weights[f"{at}.{part}.{role}_proj.weight"] = weight(*shape)
                 if config.qkv_bias and role in ("q", "k", "v"):
@@ -221,21 +225,21 @@ def random_decoder(
     if not config.tied:
         weights["lm_head.weight"] = weight(config.vocab, h)
     weights["model.norm.weight"] = near(1.0, h)
-    return from_weights(config.name, weights, heads=config.heads, kv_heads=config.kv_heads, dtype=dtype, device=device)
+    return from_weights(config.name, weights, head_dim=d, dtype=dtype, device=device)
 
 
 def from_weights(
     name: str,
     weights: Mapping[str, Tensor],
     *,
-    heads: int,
-    kv_heads: int,
+    head_dim: int,
     dtype: str = "fp32",
     device: str = "cpu",
     **constants: Any,
 ) -> Decoder:
     """Return a decoder with the weights of a Hugging Face checkpoint (``model.layers.0.self_attn.q_proj.weight``, ...).
 
+    Their shapes determine the heads and widths of each layer. A sublayer without a norm is removed.
     ``constants`` are fields of :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
     """
 
@@ -254,14 +258,19 @@ def from_weights(
     embedding, made = get("model.embed_tokens.weight"), []
     numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
-        attention = {"norm": get(f"{at}.input_layernorm.weight"), **projections(f"{at}.self_attn", Attention.roles)}
-        if f"{at}.self_attn.q_norm.weight" in weights:
-            attention |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
-        mlp = {"norm": get(f"{at}.post_attention_layernorm.weight"), **projections(f"{at}.mlp", Mlp.roles)}
-        made.append(Layer(Attention(heads=heads, kv_heads=kv_heads, **attention), Mlp(**mlp)))
+        attention, mlp = None, None
+        if f"{at}.input_layernorm.weight" in weights:
+            own = {"norm": get(f"{at}.input_layernorm.weight"), **projections(f"{at}.self_attn", Attention.roles)}
+            if f"{at}.self_attn.q_norm.weight" in weights:
+                own |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
+            heads, kv_heads = (len(own[role].weight) // head_dim for role in "qk")
+            attention = Attention(heads=heads, kv_heads=kv_heads, **own)
+        if f"{at}.post_attention_layernorm.weight" in weights:
+            norm = get(f"{at}.post_attention_layernorm.weight")
+            mlp = Mlp(norm=norm, **projections(f"{at}.mlp", Mlp.roles))
+        made.append(Layer(attention, mlp))
     head, final_norm = maybe("lm_head.weight"), get("model.norm.weight")
     head = embedding if head is None else head
-    head_dim = len(made[0].attention.q.weight) // heads if made and made[0].attention else 0
     return Decoder(
         name=name,
         dtype=dtype,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from calibration.devices import skipping
 from calibration.devices.attention import decode_attention, prefill_attention
 from calibration.devices.operators import gated, rms_norm, rotary, rotary_tables
-from calibration.runners.decoder.model import Attention, Decoder, Mlp, Tensor
+from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, Tensor
 
 
 @dataclass
@@ -137,39 +137,53 @@ def prefill(
     """Return logits (batch, vocab) after prompts (batch, seq), and the state, with ``room`` positions in its caches."""
     with torch.no_grad():
         state = State(decoder, tokens.shape[1], room, trace)
-        return _logits(decoder, _through(state, tokens)[:, -1]), state
+        return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
     """Add one token (batch, 1) of each sequence to the state's caches; return the logits (batch, vocab) after it."""
     with torch.no_grad():
         state.decoding = True
-        return _logits(decoder, _through(state, token)[:, -1])
+        return logits_after(decoder, _through(state, token)[:, -1])
 
 
 def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
     """Logits (n, vocab) after every token of a window (n,)."""
     with torch.no_grad():
-        return _logits(decoder, _through(State(decoder, len(ids)), ids[None])[0])
+        return logits_after(decoder, _through(State(decoder, len(ids)), ids[None])[0])
 
 
-def _through(s: State, tokens: Tensor) -> Tensor:
-    """Return the residual stream after all layers."""
-    decoder, rule = s.decoder, s.decoder.rule or DENSE
+def embedded(s: State, tokens: Tensor) -> Tensor:
+    """Return the residual stream before the first layer, and set the rotary tables of the tokens."""
+    decoder = s.decoder
     x = F.embedding(tokens, decoder.embedding)
     positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
     tables = rotary_tables(positions, decoder.head_dim, x.dtype, decoder.frequencies)
     s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
-    for number, layer in enumerate(decoder.layers):
-        s.layer = number
-        x = rule.enter(s, x)
-        if layer.attention is not None:
-            x = rule.attention(s, layer.attention, x)
-        if layer.mlp is not None:
-            x = rule.mlp(s, layer.mlp, x)
-    s.position += tokens.shape[1]
     return x
 
 
-def _logits(decoder: Decoder, last: Tensor) -> Tensor:
+def through_layer(s: State, number: int, layer: Layer, x: Tensor) -> Tensor:
+    """Return the residual stream after a layer, the decoder's or another in its place."""
+    rule = s.decoder.rule or DENSE
+    s.layer = number
+    x = rule.enter(s, x)
+    if layer.attention is not None:
+        x = rule.attention(s, layer.attention, x)
+    if layer.mlp is not None:
+        x = rule.mlp(s, layer.mlp, x)
+    return x
+
+
+def logits_after(decoder: Decoder, last: Tensor) -> Tensor:
+    """Return the logits of tokens from the residual stream after all layers."""
     return F.linear(rms_norm(last, decoder.final_norm, decoder.epsilon), decoder.head)
+
+
+def _through(s: State, tokens: Tensor) -> Tensor:
+    """Return the residual stream after all layers."""
+    x = embedded(s, tokens)
+    for number, layer in enumerate(s.decoder.layers):
+        x = through_layer(s, number, layer, x)
+    s.position += tokens.shape[1]
+    return x

@@ -22,7 +22,6 @@ from calibration.runners.pairs import PairRunner, PairTimes, alternate, looped
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.prediction.scenario import one_of
-from simulator.pruning._steps import Step
 from simulator.workload import PHASES, ROLES, Kind, Workload
 
 RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
@@ -120,23 +119,30 @@ class Executor(PairRunner):
     def __init__(self, device: Device, config: ModelConfig, dtype: str, seed: int) -> None:
         super().__init__(device)
         check_model(config)
-        self.kept: dict[tuple[Step, ...], Decoder] = {}  # the last pruned decoder
+        self.kept: dict[str, Decoder] = {}  # the last pruned decoder
         self.config, self.dtype, self.seed = config, dtype, seed
 
     def check(self, case: Case) -> None:
-        """Raise InputError if no decoder runs the steps of a case."""
+        """Raise InputError if no decoder runs the steps, or the existing model, of a case."""
+        if case.pruning.model is not None:
+            check_model(case.pruning.model)
         check_steps(case.steps)
 
     def prepare(self, case: Case) -> None:
         """Make the dense decoder."""
-        self.dense = random_decoder(self.config, dtype=self.dtype, device=self.device.name, seed=self.seed)
+        self.dense = self._random(self.config)
+
+    def _random(self, config: ModelConfig) -> Decoder:
+        return random_decoder(config, dtype=self.dtype, device=self.device.name, seed=self.seed)
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
         """Time a case; see :class:`PairRunner`."""
-        if case.steps not in self.kept:
+        if case.prune not in self.kept:
             self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
-            self.kept[case.steps] = prune_by_steps(self.dense, case.steps)
-        pruned = self.kept[case.steps]
+            model = case.pruning.model
+            made = prune_by_steps(self.dense, case.steps) if model is None else self._random(model)
+            self.kept[case.prune] = made
+        pruned = self.kept[case.prune]
         check_shapes(pruned, case.pruned)
         limit_s = self.limit_s(end)
 

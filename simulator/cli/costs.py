@@ -1,0 +1,172 @@
+"""``prunesim costs``: price every variant of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from simulator.cli import options, render
+from simulator.cli.options import opt
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.plans.costs import Costs
+
+RUN = options.Run(phase="generate")
+
+MOST_ROWS = 24
+"""Rows of the table without --verbose."""
+
+Choices = Annotated[
+    str | None,
+    opt("--choices", "FILE", "Variants: CSV, YAML, or a library of Puzzle or ModelOpt. Default: the usual ones."),
+]
+Output = Annotated[
+    str | None,
+    opt("-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json."),
+]
+
+
+@options.expanded()
+def command(
+    model: options.Model,
+    hardware: options.Hardware,
+    choices: Choices = None,
+    output: Output = None,
+    run: options.Run = RUN,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Price every variant of every layer, for a search of which layer gets what.
+
+    A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
+    or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with
+    host time that is not hidden, and with its interval. Layers with equal shapes cost the same and share a row. -o
+    writes a row per layer. As subblock_stats.json it has the prefill and decode times that ModelOpt's Puzzletron needs
+    for its latency targets.
+    """
+    if output is not None:
+        _checked(output)
+    from simulator.plans.costs import costs
+
+    requested = run.requests()
+    with render.progress("pricing") as report:
+        found = costs(
+            model,
+            options.names("--hardware", hardware),
+            choices,
+            engine=requested.engine,
+            phase=requested.phase,
+            batch=requested.batch,
+            seq=requested.seq,
+            scenario=requested.scenario,
+            progress=report,
+        )
+    lines = []
+    if output is not None:
+        _write(found, output)
+        lines.append(f"written: {output}: {len(found)} costs")
+    if not render.Output(json).write(found.rows):
+        return
+    groups = _together(found)
+    render.conclude(_conclusion(found))
+    rows = groups if verbose else groups[:MOST_ROWS]
+    several = len(found.settings) > 1
+    place = [
+        ("<hardware", lambda row: row["hardware"]),
+        ("<engine", lambda row: row["engine"]),
+        ("<request", lambda row: f"{row['phase']} {row['batch']} x {row['seq']}"),
+    ]
+    columns = render.columns(
+        rows,
+        *(place if several else ()),
+        ("<layers", lambda row: row["layers"]),
+        ("<part", lambda row: row["sublayer"]),
+        ("<variant", lambda row: row["variant"]),
+        ("time of a layer", lambda row: render.seconds_between(row["seconds"], row["lower"], row["upper"], short=True)),
+        ("of dense", lambda row: render.percent(row["share"])),
+        ("parameters", lambda row: f"{row['parameters']:,.0f}"),
+        ("cache", lambda row: render.size(row["cache_bytes"])),
+    )
+    hidden = f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
+    title = f"{found.model.name}{'' if several else f' on {found.settings[0]}'}: costs with {found.level:.0%} intervals"
+    render.show(render.narrowed(columns, 5 + 3 * several), title + hidden)
+    render.notes((*requested.notes, *lines), verbose)
+
+
+def _checked(output: str) -> None:
+    """Reject a target of an unknown format or in a missing folder before any work."""
+    from simulator.files.write import check_target
+
+    if Path(output).suffix not in (".csv", ".json", ".parquet"):
+        raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
+    check_target(output)
+
+
+def _write(found: Costs, output: str) -> None:
+    from simulator.files.write import write_whole
+
+    kind = Path(output).suffix
+    if kind == ".parquet":
+        import io
+
+        from simulator.files.parquet import load_pyarrow
+
+        pa, pq = load_pyarrow()
+        content = io.BytesIO()
+        pq.write_table(pa.table({name: column.tolist() for name, column in found.columns.items()}), content)
+        write_whole(output, content.getvalue())
+    elif kind == ".json":
+        import json
+
+        from simulator.plans.subblock_stats import stats_of
+
+        write_whole(output, (json.dumps(stats_of(found), indent=1, allow_nan=False) + "\n").encode())
+    else:
+        from simulator.files.csv import csv_text
+
+        write_whole(output, csv_text(found.rows).encode())
+
+
+def _together(found: Costs) -> list[dict[str, Any]]:
+    """Return the costs with equal layers in one row, and each as a share of its dense sublayer."""
+    from simulator.models.difference import runs
+
+    places = ("hardware", "engine", "phase", "batch", "seq")
+    layers: dict[tuple[object, ...], list[int]] = {}
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    dense: dict[tuple[object, ...], float] = {}
+    for row in found.rows:
+        place = tuple(row[name] for name in (*places, "layer", "sublayer"))
+        if row["variant"] == "dense":
+            dense[place] = row["seconds"]
+        values = tuple(value for name, value in row.items() if name != "layer")
+        layers.setdefault(values, []).append(row["layer"])
+        rows.setdefault(values, row)
+    out = []
+    for key, row in rows.items():
+        if row["variant"] == "none":  # costs nothing
+            continue
+        whole = dense.get(tuple(row[name] for name in (*places, "layer", "sublayer")), 0.0)
+        share = row["seconds"] / whole if whole else 0.0
+        out.append(row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-", "share": share})
+    return out
+
+
+def _conclusion(found: Costs) -> str:
+    """Return which sublayer of the first layer takes how much of a pass in the first setting."""
+    first = [row for row in found.rows if _place(row) == _place(found.rows[0])]
+    whole = sum(row["seconds"] for row in first if row["variant"] == "dense")
+    parts: Mapping[str, float] = {
+        name: sum(row["seconds"] for row in first if row["variant"] == "dense" and row["sublayer"] == name)
+        for name in ("attention", "mlp", "outside")
+    }
+    shares = {name: seconds / whole for name, seconds in parts.items()}
+    text = f"attention takes {render.percent(shares['attention'])}, MLPs {render.percent(shares['mlp'])}"
+    rest = f"what is outside the layers {render.percent(shares['outside'])}"
+    return f"{found.model.name} takes {render.seconds(whole)} on {found.settings[0]}: {text} and {rest}."
+
+
+def _place(row: Mapping[str, Any]) -> Sequence[object]:
+    return [row[name] for name in ("hardware", "engine", "phase", "batch", "seq")]

@@ -1,0 +1,241 @@
+"""``prunesim search``: choose a variant of each layer under targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from simulator.cli import options, render
+from simulator.cli.options import opt
+from simulator.units import parameters, parse_parameters, parse_quantity
+
+if TYPE_CHECKING:
+    from simulator.plans.compared import Alternative, Point
+    from simulator.plans.search import Plan
+
+RUN = options.Run(phase="decode")
+
+MOST_POINTS = 8
+"""Plans of the frontier in the table without --verbose."""
+
+# fmt: off
+Scores = Annotated[
+    str | None,
+    opt("--scores", "FILE", "Scores per layer and variant: CSV, a library of Puzzle, or a folder of Puzzletron's "
+        "validations. Default: whole layers, with published losses of depth pruning."),
+]
+Metric = Annotated[str, opt("--metric", "NAME", "Column of the scores. Default: the first that is not a time.")]
+Maximise = Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")]
+Target = Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")]
+Latency = Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")]
+Tokens = Annotated[float | None, opt("--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")]
+Ttft = Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")]
+Tpot = Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")]
+Memory = Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")]
+Params = Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")]
+Confidence = Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")]
+Uniform = Annotated[bool, opt("--uniform", None, "One shape for all remaining layers, which stock engines load.")]
+Groups = Annotated[
+    str | None, opt("--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")
+]
+Write = Annotated[
+    str | None,
+    opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, config.json, and ModelOpt's solutions.json."),
+]
+# fmt: on
+
+
+@options.expanded()
+def command(
+    model: options.Model,
+    hardware: options.Hardware,
+    scores: Scores = None,
+    metric: Metric = "",
+    maximise: Maximise = False,
+    target: Target = None,
+    latency: Latency = None,
+    tokens_per_s: Tokens = None,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    memory: Memory = None,
+    params: Params = None,
+    confidence: Confidence = 0.5,
+    uniform: Uniform = False,
+    groups: Groups = None,
+    write: Write = None,
+    run: options.Run = RUN,
+    known: options.Known = options.KNOWN,
+    json: options.Json = False,
+    figure: options.Figure = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Choose a variant of each layer so that targets are met and quality is lost least.
+
+    Scores of single replacements are added over the layers; the chosen model is predicted whole, and the costs are
+    corrected until the model itself meets the targets (with --confidence, the end of its interval). Targets hold on
+    every device, engine and request, several at once. Begins with the plan's speed, score and parameters, then the
+    layers, what the same budget in parameters or FLOPs would have chosen, and the frontier of score against time.
+    """
+    output = render.Output(json, None, [figure])
+    from simulator.plans.search import search
+    from simulator.plans.targets import Targets
+
+    requested = run.requests(known, model=model)
+    targets = Targets(
+        speedup=None if target is None else options.speedup_target("--target", target),
+        latency_s=None if latency is None else options.duration("--latency", latency),
+        tokens_per_s=tokens_per_s,
+        ttft_s=None if ttft is None else options.duration("--ttft", ttft),
+        tpot_s=None if tpot is None else options.duration("--tpot", tpot),
+        memory_bytes=None if memory is None else options.checked("--memory", memory, lambda t: parse_quantity(t, "B")),
+        parameters=None if params is None else options.checked("--params", params, parse_parameters),
+        confidence=confidence,
+    )
+    with render.progress("searching") as report:
+        plan = search(
+            model,
+            options.names("--hardware", hardware),
+            targets,
+            scores,
+            metric=metric,
+            maximise=maximise,
+            engine=requested.engine,
+            phase=requested.phase,
+            batch=requested.batch,
+            seq=requested.seq,
+            scenario=requested.scenario,
+            uniform=uniform,
+            groups=groups,
+            progress=report,
+        )
+    lines = list(requested.notes)
+    if write:
+        from simulator.plans.plan import write_plan
+
+        lines += write_plan(plan, model, write)
+    if figure:
+        from simulator.cli.drawing import draw_plan
+
+        draw_plan(plan, figure)
+    if not output.write([plan.to_dict()]):
+        return
+    from simulator.prediction.caveats import uncalibrated
+
+    render.conclude(*_conclusion(plan))
+    _layers(plan, verbose)
+    if len(plan.targets) > 1 or verbose:
+        print()
+        _targets(plan)
+    print()
+    _others(plan)
+    print()
+    _frontier(plan, verbose)
+    render.notes((*lines, *plan.notes, *uncalibrated(plan.results)), verbose)
+
+
+def _conclusion(plan: Plan) -> list[str]:
+    """Return the conclusion: the plan, then what a plan by parameters loses."""
+    first, dense = plan.results[0], plan.results[0].model
+    kept = plan.pruned.parameters / max(1, plan.dense_parameters)
+    changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
+    speed = (
+        f"{render.ratio(first.speedup)}x ({render.ratio(first.lower)}-{render.ratio(first.upper)}) faster than {dense}"
+    )
+    text = f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request}, {plan.metric} "
+    text += f"{plan.score:.4g}, {render.percent(kept)} of the parameters."
+    by = {(a.chosen_by, a.budget): a.point for a in plan.alternatives}
+    lost = []
+    if (same := by.get(("parameters", "same"))) and same.speedup < 0.995 * first.speedup:
+        lost.append(f"the best plan with as many parameters reaches {render.ratio(same.speedup)}x")
+    if (until := by.get(("parameters", "targets"))) and until.score > 1.005 * plan.score > 0.0:
+        worse = render.percent(until.score / plan.score - 1.0)
+        lost.append(f"a choice by parameters that meets the targets scores {worse} worse")
+    second = "; ".join(lost) or "a choice by parameters gives the same" if until else ""
+    return [text, f"{second[:1].upper()}{second[1:]}." if second else ""]
+
+
+def _layers(plan: Plan, verbose: bool) -> None:
+    """Print the plan, equal neighbouring layers in one row."""
+    from itertools import groupby
+
+    from simulator.models.difference import runs
+
+    rows = []
+    for (attention, mlp), some in groupby(plan.layers, key=lambda row: (row.attention, row.mlp)):
+        own = list(some)
+        rows.append((runs(row.layer for row in own), attention, mlp, sum(row.score for row in own)))
+    columns = render.columns(
+        rows,
+        ("<layers", lambda row: row[0]),
+        ("<attention", lambda row: row[1]),
+        ("<MLP", lambda row: row[2]),
+        (plan.metric, lambda row: f"{row[3]:.4g}"),
+    )
+    off = "" if plan.steps == 0 else f"; added costs were off by {render.percent(abs(plan.sum_error))}"
+    proof = (
+        "no plan has a lower score by added costs"
+        if plan.gap == 0.0
+        else f"within {render.percent(plan.gap)} of the best"
+    )
+    render.show(columns, f"plan: {proof}{off}")
+
+
+def _targets(plan: Plan) -> None:
+    from simulator.plans.targets import NAMES, target_text
+    from simulator.prediction.conclusions import probability_text
+
+    render.show(
+        render.columns(
+            plan.targets,
+            ("<hardware", lambda t: t.hardware),
+            ("<engine", lambda t: t.engine),
+            ("<request", lambda t: f"{t.phase} {t.batch} x {t.seq}"),
+            ("<target", lambda t: NAMES[t.target]),
+            ("wanted", lambda t: target_text(t.target, t.wanted)),
+            ("reached", lambda t: target_text(t.target, t.reached)),
+            ("probability", lambda t: probability_text(t.probability)),
+        ),
+        "targets",
+    )
+
+
+def _others(plan: Plan) -> None:
+    """Print the plan next to those of other rules."""
+    chosen = next(point for point in plan.frontier if point.chosen)
+    rows: list[tuple[str, Point, bool]] = [("time, this search", chosen, True)]
+    rows += [(_rule(a), a.point, a.meets) for a in plan.alternatives]
+    render.show(
+        render.columns(
+            rows,
+            ("<chosen by", lambda row: row[0]),
+            ("speedup", lambda row: render.interval(row[1])),
+            (plan.metric, lambda row: f"{row[1].score:.4g}"),
+            ("parameters", lambda row: parameters(row[1].parameters)),
+            ("<targets", lambda row: "met" if row[2] else "missed"),
+        ),
+        "what other rules choose, predicted in the first setting",
+    )
+
+
+def _rule(found: Alternative) -> str:
+    return f"{found.chosen_by}, {'as many' if found.budget == 'same' else 'until the targets are met'}"
+
+
+def _frontier(plan: Plan, verbose: bool) -> None:
+    """Print the frontier, thinned without --verbose."""
+    points = list(plan.frontier)
+    if len(points) > MOST_POINTS and not verbose:
+        step = (len(points) - 1) / (MOST_POINTS - 1)
+        keep = {round(i * step) for i in range(MOST_POINTS)} | {i for i, p in enumerate(points) if p.chosen}
+        points = [points[i] for i in sorted(keep)]
+    hidden = len(plan.frontier) - len(points)
+    render.show(
+        render.columns(
+            points,
+            (plan.metric, lambda p: f"{p.score:.4g}"),
+            ("speedup", render.interval),
+            ("time", lambda p: render.seconds(p.pruned_s)),
+            ("parameters", lambda p: parameters(p.parameters)),
+            ("<", lambda p: "chosen" if p.chosen else ""),
+        ),
+        f"frontier of score against time{f'; {hidden} more rows with --verbose' if hidden else ''}",
+    )

@@ -1,0 +1,1 @@
+"""Choose a variant for each layer: costs of variants, and a search under targets."""

@@ -1,0 +1,241 @@
+"""Costs of the variants of a library, with intervals: :func:`costs`.
+
+The cost of a variant of a sublayer is the difference of two passes of the model: with the variant, and without the
+sublayer. It has kernels, gaps, and host time that is not hidden. The costs of the dense layers and of the part outside
+the layers add up to the dense pass; those of other plans to first order (:mod:`simulator.plans.solve` corrects them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simulator.arguments import OneOrMore
+from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.capacity import cache_bytes, weights_bytes
+from simulator.display import Displayed, table_html
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.block import Block
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
+from simulator.plans.library import Library, generated_library, read_library
+from simulator.plans.prices import Probes, Setting, planned
+from simulator.plans.variants import SUBLAYERS, part_of, text_of
+from simulator.prediction.scenario import Scenario, profiles, scenarios
+from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.intervals import intervals
+from simulator.workload import Part, Workload
+from simulator.workload_batch import WorkloadBatch
+
+COLUMNS: tuple[str, ...] = (
+    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),
+    *("seconds", "lower", "upper", "prefill_s", "decode_s", "parameters", "weights_bytes", "cache_bytes"),
+)
+"""Columns of costs. ``layer`` is -1 for what is outside the layers."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Costs(Displayed):
+    """Costs of variants, one row per setting, layer, sublayer and variant; the last row of a setting is outside layers.
+
+    Parameters
+    ----------
+    columns : mapping of str to array
+        Columns by name (:data:`COLUMNS`): times in s, of a pass (of a request in serve), memory in bytes on the fullest
+        device.
+    settings : tuple of Setting
+        Devices and requests, in the order of the rows.
+    blocks : tuple of Block
+        The layer with only the variant, by row; the usual layer for rows outside the layers.
+    model : ModelConfig
+        The dense model.
+    level : float
+        Level of the intervals.
+
+    Examples
+    --------
+    >>> found = costs("llama-3.1-8b", "h100", phase="decode")
+    >>> len(found.settings), found.rows[0]["sublayer"], found.rows[-1]["layer"]
+    (1, 'attention', -1)
+    """
+
+    columns: Mapping[str, Array]
+    settings: tuple[Setting, ...]
+    blocks: tuple[Block, ...] = field(repr=False)
+    model: ModelConfig = field(repr=False)
+    level: float = 0.9
+
+    def __len__(self) -> int:
+        return len(self.columns["layer"])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows as dictionaries."""
+        lists = [self.columns[name].tolist() for name in COLUMNS]
+        return [dict(zip(COLUMNS, row)) for row in zip(*lists)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``costs`` as dictionaries, the model and the level of the intervals."""
+        return {"model": self.model.name, "level": self.level, "costs": self.rows}
+
+    def _title(self) -> str:
+        return f"{len(self):,} costs of {self.model.name} in {len(self.settings)} settings"
+
+    def _columns(self) -> Mapping[str, Any]:
+        return self.columns
+
+    def _html(self) -> str:
+        return table_html(self.columns)
+
+
+def costs(
+    model: str | ModelConfig,
+    hardware: OneOrMore[str | HardwareProfile],
+    choices: str | Path | Library | None = None,
+    *,
+    engine: OneOrMore[str] = (),
+    phase: OneOrMore[str] = "generate",
+    batch: OneOrMore[int] = 1,
+    seq: OneOrMore[int] = 2048,
+    scenario: Scenario | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Costs:
+    """Return the cost of every variant of every layer, in every setting.
+
+    Parameters
+    ----------
+    model : str or ModelConfig
+        The dense model.
+    hardware : one or more
+        Devices, as in :func:`simulator.table`.
+    choices : str, Path or Library, optional
+        Variants (:func:`simulator.plans.library.read_library`). Default: the usual ones
+        (:func:`simulator.plans.library.generated_library`).
+    engine, phase, batch, seq : one or more
+        As in :func:`simulator.table`. The phase ``generate`` gives the time of prompt and new tokens apart.
+    scenario : Scenario, optional
+        Common inputs: number formats, devices, new tokens, level of the intervals.
+    progress : callable
+        Called with settings done and their number.
+
+    Returns
+    -------
+    Costs
+        One row per setting, layer, sublayer and variant.
+
+    Raises
+    ------
+    InputError
+        For variants that do not fit the model, or that the devices cannot share.
+
+    Examples
+    --------
+    >>> found = costs("llama-3.1-8b", "h100", phase="decode", batch=8)
+    >>> sorted(set(found.columns["variant"][found.columns["sublayer"] == "attention"].tolist()))
+    ['dense', 'kv=1', 'kv=2', 'kv=4', 'none']
+    >>> dense = found.columns["variant"] == "dense"
+    >>> bool(found.columns["seconds"][dense].sum() > 0.0)
+    True
+    """
+    dense, devices = load_model(model), profiles(hardware)
+    requested = scenarios(scenario, [dense], engine, phase, batch, seq)
+    settings = tuple(Setting(one.on(hw), hw) for one in requested for hw in devices)
+    if choices is None:
+        library = generated_library(dense, settings[0].devices)
+    else:
+        library = choices if isinstance(choices, Library) else read_library(choices, dense)
+    probes, parts = Probes.of(library, dense.layout), list[dict[str, Array]]()
+    keys = [
+        (layer, name, part)
+        for layer, own in enumerate(library.layers)
+        for name in SUBLAYERS
+        for part in dict.fromkeys(part_of(name, block) for block in own)
+    ]
+    for done, at in enumerate(settings, start=1):
+        parts.append(_costs(at, probes, keys))
+        progress(done, len(settings))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+    blocks = tuple([*(part for _, _, part in keys), dense.usual] * len(settings))
+    return Costs(columns, settings, blocks, dense, settings[0].scenario.level)
+
+
+def _costs(at: Setting, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
+    """Return the columns of one setting."""
+    model, layout = probes.library.model, probes.library.model.layout
+    batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
+    p = forward_passes(batch, at.hw, at.scenario.level)
+    values = {
+        "seconds": p.total_s,
+        "prefill_s": p.phase_s[:, 0],
+        "decode_s": p.phase_s[:, 1],
+        "parameters": np.array([float(one.parameters) for one in probes.models]),
+        "weights_bytes": weights_bytes(batch),
+        "cache_bytes": cache_bytes(batch),
+    }
+    places = [(probes.classes[layer], name, part) for layer, name, part in keys]
+    kinds = list(dict.fromkeys(places))
+    there, gone = np.array([probes.at[kind] for kind in kinds], dtype=np.intp).T
+    found = {name: column[there] - column[gone] for name, column in values.items()}
+    found["lower"], found["upper"] = _intervals(p, at, model, kinds, there, gone)
+    number = {kind: i for i, kind in enumerate(kinds)}
+    of_row = np.array([number[place] for place in places], dtype=np.intp)
+    dense = np.array([part == part_of(name, layout[layer]) for layer, name, part in keys])
+    columns: dict[str, Array] = {}
+    for name, column in values.items():
+        each = found[name][of_row]
+        columns[name] = np.append(each, column[0] - each[dense].sum())
+    share = columns["seconds"][-1] / p.total_s[0]
+    for name, end in zip(("lower", "upper"), intervals(p, at.scenario.level)):
+        columns[name] = np.append(found[name][of_row], end[0] * share)
+    texts = [text_of(name, part, part_of(name, layout[layer])) for layer, name, part in keys]
+    columns["layer"] = np.array([*(layer for layer, _, _ in keys), -1])
+    columns["sublayer"] = np.array([*(name for _, name, _ in keys), "outside"], dtype=object)
+    columns["variant"] = np.array([*texts, "dense"], dtype=object)
+    for name in ("hardware", "engine", "phase"):
+        columns[name] = np.array([getattr(at, name)] * (len(keys) + 1), dtype=object)
+    columns["batch"], columns["seq"] = (np.full(len(keys) + 1, value) for value in (at.batch, at.seq))
+    return columns
+
+
+def _intervals(
+    p: PredictedPass,
+    at: Setting,
+    model: ModelConfig,
+    kinds: Sequence[tuple[int, str, Block]],
+    there: IndexArray,
+    gone: IndexArray,
+) -> tuple[FloatArray, FloatArray]:
+    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant.
+
+    Errors of the device are those of the sublayer's own operators, as the others cancel in the difference. The host
+    differs at the ends of its speeds. Both are combined as a root of sum of squares.
+    """
+    level, half = at.scenario.level, np.zeros(len(kinds))
+    own = [_operators(at, model, *kind) for kind in kinds]
+    if some := [i for i, w in enumerate(own) if len(w)]:
+        alone = forward_passes(WorkloadBatch.of([own[i] for i in some]), at.hw, level).uncertainty
+        half[some] = alone.half(alone.variance() + p.engine.log_sd.value**2 + p.engine.apart_log_sd.value**2, level)
+    far = COVERAGE_FACTOR * level_scale(level)
+    total, share = p.at(*p.host.speeds([0.0, -far, far, 0.0, 0.0], [0.0, 0.0, 0.0, -far, far]))
+    difference = total[:, there] - total[:, gone]
+    device = np.clip(total[0, there] * share[0, there] - total[0, gone] * share[0, gone], 0.0, difference[0])
+    ends = []
+    for side in (-1.0, 1.0):
+        change = np.maximum(side * (difference - difference[0]), 0.0)
+        host = change[1:3].max(axis=0) ** 2 + change[3:].max(axis=0) ** 2
+        ends.append(difference[0] + side * np.sqrt((device * np.expm1(side * half)) ** 2 + host))
+    return np.maximum(ends[0], 0.0), ends[1]
+
+
+def _operators(at: Setting, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
+    """Return the operators of one sublayer of one layer."""
+    scenario = at.scenario
+    if scenario.parallel == "pipeline":  # a stage computes a layer as one device does
+        scenario = replace(scenario, devices=1, link=None)
+    w = Setting(scenario, at.hw).lower(planned(model, [part], [model.windows[layer]]))
+    return w.take((w.layer >= 0) & (w.part == Part[sublayer.upper()]))

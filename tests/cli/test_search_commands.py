@@ -1,0 +1,157 @@
+"""``prunesim costs`` and ``prunesim search`` as they are typed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+import simulator
+from simulator.models.library import load_model
+
+MODEL = "llama-3.2-1b"
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """Three variants of each layer, of which deep ones cost least quality."""
+    lines = ["layer,attention,mlp,kl_div"]
+    for layer in range(16):
+        lines += [f"{layer},dense,4096,{0.1 + 0.01 * (16 - layer)}", f"{layer},none,dense,{0.5 + 0.02 * (16 - layer)}"]
+    file = tmp_path / "scores.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_begin_with_the_parts_of_a_pass(cli: Any) -> None:
+    out = cli.out(f"costs {MODEL} --hardware h100 --batch 8")
+    assert "attention takes" in out.splitlines()[0]
+    assert "0-15" in out  # equal layers share a row
+    rows = cli.json(f"costs {MODEL} --hardware h100 --batch 8")
+    assert sum(row["seconds"] for row in rows if row["variant"] == "dense") > 0
+    assert {row["layer"] for row in rows} == {-1, *range(16)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_costs_are_written_whole(cli: Any, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"costs.{kind}"
+    rows = cli.json(f"costs {MODEL} --hardware h100,a100 --phase decode -o {file}")
+    if kind == "csv":
+        with open(file, newline="") as opened:
+            written = list(csv.DictReader(opened))
+    else:
+        written = pyarrow.parquet.read_table(file).to_pylist()
+    assert len(written) == len(rows)
+    assert float(written[7]["seconds"]) == rows[7]["seconds"]
+
+
+def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "subblock_stats.json"
+    cli.out(f"costs {MODEL} --hardware h100 --batch 8 --seq 512 --new-tokens 64 -o {file}")
+    (found,) = json.loads(file.read_text())
+    assert (found["args"]["batch_size"], found["args"]["prefill_seq_len"]) == (8, 512)
+    for row in found["subblocks"]:
+        assert row["runtime_ms"] == pytest.approx(row["prefill_runtime_ms"] + row["decode_runtime_ms"])
+    layers = {row["parent_layer_index"] for row in found["subblocks"]}
+    assert layers == set(range(16))
+    dense = sum(
+        row["runtime_ms"]
+        for row in found["subblocks"]
+        if row["subblock_config"].get("intermediate_size") == 8192
+        or row["subblock_config"].get("num_key_value_heads") == 8
+    )
+    whole = simulator.workload_time(
+        simulator.lower(MODEL, phase="generate", batch=8, seq=512, new_tokens=64), "h100"
+    ).total_s
+    assert dense + found["non_block"]["runtime_ms"] == pytest.approx(1e3 * whole)
+    assert (
+        found["non_block"]["num_params"]
+        + sum(
+            row["num_params"]
+            for row in found["subblocks"]
+            if row["subblock_config"].get("intermediate_size") == 8192
+            or row["subblock_config"].get("num_key_value_heads") == 8
+        )
+        == load_model(MODEL).parameters
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"costs {MODEL} --hardware h100 -o out.txt", "ends in .csv, .json or .parquet"),
+        (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
+        (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
+        (f"search {MODEL} --hardware h100", "at least one of"),
+        (f"search {MODEL} --hardware h100 --memory 40 --target 1.2", "--memory '40'"),
+        (f"search {MODEL} --hardware h100 --params many --target 1.2", "--params 'many'"),
+        (f"search {MODEL} --hardware h100 --target 1.2", "no published loss of depth pruning"),
+    ],
+)
+def test_bad_input_is_one_line(cli: Any, line: str, message: str) -> None:
+    assert message in cli.refused(line)
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_begins_with_its_plan(cli: Any, scores: Path) -> None:
+    out = cli.out(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8")
+    first = out.splitlines()[0]
+    assert first.startswith("The plan changes ")
+    assert "faster than llama-3.2-1b on h100_sxm" in first
+    for title in ("plan: no plan has a lower score", "what other rules choose", "frontier of score against time"):
+        assert title in out
+    (plan,) = cli.json(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8")
+    assert len(plan["layers"]) == 16
+    assert plan["results"][0]["speedup"] >= 1.3
+    assert plan["targets"][0]["probability"] >= 0.5
+
+
+def test_a_written_plan_is_a_pruning_with_the_same_speedup(cli: Any, scores: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    (plan,) = cli.json(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --write {folder}")
+    asked = "--hardware h100 --phase decode --batch 8"
+    (pruned,) = cli.json(f"speedup {MODEL} {asked} --prune {folder / 'plan.yaml'}")
+    assert pruned["speedup"] == pytest.approx(plan["results"][0]["speedup"], rel=1e-6)
+    (stored,) = cli.json(f"speedup {MODEL} {asked} --pruned {folder / 'config.json'}")
+    assert stored["pruned_s"] == pytest.approx(plan["results"][0]["pruned_s"], rel=1e-9)
+    (solution,) = json.loads((folder / "solutions.json").read_text())
+    assert len(solution["chosen_block_configs"]) == 16
+    assert solution["total_value"] == {"metrics.kl_div": pytest.approx(plan["score"])}
+
+
+def test_unreachable_targets_name_the_nearest(cli: Any, scores: Path) -> None:
+    line = cli.refused(f"search {MODEL} --hardware h100 --scores {scores} --target 9 --batch 8")
+    assert "the nearest reaches speedup" in line
+
+
+def test_settings_and_targets_are_listed(cli: Any, scores: Path) -> None:
+    targets = "--target 1.1 --memory 60GiB --params 1.2B --confidence 0.8"
+    out = cli.out(f"search {MODEL} --hardware h100,a100 --scores {scores} {targets} --batch 8")
+    assert out.count("1.10x") == 2
+    assert "1.20 B" in out
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("3,dense,4096,0.1", "layer 3 has attention dense, mlp 4096 twice"),
+        ("3,dense,512,nan", "expected a finite number, got nan"),
+        ("16,dense,512,1", "expected numbers from 0 to 15"),
+        ("3,kv=3,dense,1", "divides the 32 query heads"),
+        ("3,dense,512", "expected 4 cells"),
+    ],
+)
+def test_bad_scores_are_one_line(cli: Any, scores: Path, row: str, message: str) -> None:
+    scores.write_text(scores.read_text() + row + "\n")
+    found = cli.refused(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3")
+    assert message in found
+    assert "scores.csv:34" in found
