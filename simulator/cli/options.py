@@ -265,7 +265,8 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        types, parameters = get_type_hints(command, include_extras=True), []
+        # not get_type_hints: in Python 3.10 it hides the Annotated of parameters that default to None
+        types, parameters = inspect.get_annotations(command, eval_str=True), []
         groups: dict[str, tuple[Any, list[str]]] = {}
         for p in inspect.signature(command).parameters.values():
             parts = [(p.name, p.default, types[p.name])]

@@ -52,7 +52,7 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
         raise InputError(f"--where: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", SyntaxWarning)  # such as "1and": rejected
+            warnings.simplefilter("error")  # such as "1and", deprecated in Python 3.10: rejected
             parsed = ast.parse(text.strip(), mode="eval")
         kind, value = _Reader(text, columns).read(parsed.body)
     except InputError:
