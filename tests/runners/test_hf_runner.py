@@ -20,6 +20,7 @@ from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.hf_runner import HfRunner  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
+from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
 
@@ -35,21 +36,23 @@ TINY = {
     "tie_word_embeddings": True,
 }
 CONFIG = load_model(TINY)
+COMPILED = {**TINY, "num_hidden_layers": 2}
+"""A compiler takes seconds for each layer."""
 
 
-def _cases(engine: str, **settings: Any) -> list[Case]:
+def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
     runs = comparing.ENGINES[engine]
     scenario = Scenario(engine=runs.lowered, dtype="fp32", new_tokens=4)
     usual = {"seq": [16], "sparsities": [0.5], "families": ["depth"], "known_phases": runs.phases}
-    return settings_of(CONFIG, **{**usual, "scenario": scenario, **settings})[0]
+    return settings_of(config, **{**usual, "scenario": scenario, **settings})[0]
 
 
 def _device() -> ReplayDevice:
     return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}))
 
 
-def _runner(compiled: bool = False) -> HfRunner:
-    return HfRunner(_device(), CONFIG, TINY, "fp32", compiled=compiled, seed=0)
+def _runner(content: dict[str, Any] = TINY, compiled: bool = False) -> HfRunner:
+    return HfRunner(_device(), load_model(content), content, "fp32", compiled=compiled, seed=0)
 
 
 @pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
@@ -92,8 +95,8 @@ def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was()
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside torch's own compiler
 @pytest.mark.parametrize("phase", comparing.ENGINES["compile"].phases)
 def test_compiled_phases_are_timed_in_turns(phase: str) -> None:
-    (case,) = _cases("compile", phases=[phase], families=["width"])
-    runner = _runner(compiled=True)
+    (case,) = _cases("compile", load_model(COMPILED), phases=[phase], families=["width"])
+    runner = _runner(COMPILED, compiled=True)
     runner.prepare(case)
     record = runner.record(case, 3.0)
     assert record["status"] == "ok", record["reason"]
