@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,22 @@ def wheel_tables() -> Path:
             "the aiconfigurator-core tables are not at hand; set PRUNESIM_AICONFIGURATOR to its systems/data folder"
         )
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def three_folds() -> Iterator[None]:
+    """Fits of GEMMs to few rows predict held-out rows in three folds, each with constants of its own, instead of ten:
+    where a test is about what comes before a fit and after it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.fit.gemm.FEW_FOLDS", 3)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have no figures, which take half the time of a calibration: where a test is about something else."""
+    monkeypatch.setattr("calibration.validation.report.ENOUGH_TO_DRAW", float("inf"))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

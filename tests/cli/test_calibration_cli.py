@@ -39,6 +39,9 @@ def device(description: Description = H100, launch_s: float = 3e-6, **options: A
     return ReplayDevice(timings, noise=0.004, description=description, setup_s=0.02, **options)
 
 
+pytestmark = pytest.mark.usefixtures("three_folds")
+
+
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -267,6 +270,7 @@ def test_folders_of_other_devices_are_refused(planted: list[Any], cli: Any) -> N
     assert Path("run/records.jsonl").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
@@ -290,6 +294,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
     assert {"qkv", "gate_up"} < asked[1]  # of a serving engine
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")

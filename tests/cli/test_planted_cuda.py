@@ -36,7 +36,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import gemm_time
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "planted_cuda.txt"
 MODEL = "llama-3.1-8b --device cuda --layers 2 --seq 256 --sparsity 0.5"
@@ -109,7 +109,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
+def ended(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> Callable[[str], Ended]:
     """Return what a case ended with; each case runs once."""
     found: dict[str, Ended] = {}
 

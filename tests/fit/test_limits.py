@@ -104,6 +104,7 @@ PLANTED = Description("replay", "planted device", {"replay": "1"}, 8e9, 5e7)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("three_folds", "undrawn")
 @pytest.mark.parametrize("description", [CPU, PLANTED], ids=["cpu", "planted"])
 @pytest.mark.parametrize(("seed", "most", "noise"), [(0, 1.0, 0.5), (1, 10.0, 0.1), (2, 100.0, 0.3), (3, 100.0, 1.0)])
 def test_a_calibration_of_any_times_is_written_and_loads(
@@ -146,7 +147,7 @@ def test_a_calibration_beside_two_busy_processes_ends_in_a_verdict_and_its_profi
         other.start()
     folder = tmp_path / "run"
     try:
-        status = run(["calibrate", "cpu", "-o", str(folder), "--dtype", "fp32", "--budget", "20s"])
+        status = run(["calibrate", "cpu", "-o", str(folder), "--dtype", "fp32", "--budget", "10s"])
     finally:
         stop.set()
         for other in others:

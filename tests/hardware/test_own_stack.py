@@ -37,7 +37,7 @@ def rows(*sources: Source, gemms: bool = True) -> Records:
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
+def calibrated(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> HardwareProfile:
     """The profile that a calibration writes, read again."""
     base = replace(load_hardware("h100"), sections=MappingProxyType({}), stacks=MappingProxyType({}), stack="")
     path = tmp_path_factory.mktemp("own") / "profile.yaml"
