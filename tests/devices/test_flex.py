@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import torch.nn.attention.flex_attention as torch_flex  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
-from torch._dynamo.testing import CompileCounter  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, flex  # noqa: E402
 from calibration.devices.attention import block_layout, decode_attention, layout_mask  # noqa: E402
@@ -99,9 +98,17 @@ def test_masks_are_made_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
         k.sum().item()
 
 
-def test_torch_goes_on_unfused_when_it_has_compiled_too_often(recompiling: Any) -> None:
+@pytest.fixture
+def counter() -> Any:
+    """A backend that counts what is compiled; its import takes seconds."""
+    from torch._dynamo.testing import CompileCounter
+
+    return CompileCounter()
+
+
+def test_torch_goes_on_unfused_when_it_has_compiled_too_often(recompiling: Any, counter: Any) -> None:
     """What a function compiled once a shape came to: the eight first fused, the others not, and only a warning."""
-    counter, recompiling.recompile_limit = CompileCounter(), 8
+    recompiling.recompile_limit = 8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch_flex._WARNINGS_SHOWN.discard("flex_attention_performance")
@@ -114,8 +121,9 @@ def test_torch_goes_on_unfused_when_it_has_compiled_too_often(recompiling: Any) 
     assert any("unfused" in str(warning.message) for warning in caught)
 
 
-def test_one_compiled_function_serves_all_shapes(recompiling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = CompileCounter()
+def test_one_compiled_function_serves_all_shapes(
+    recompiling: Any, counter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fused = flex.compiled(True, counter)
     monkeypatch.setattr(torch_flex, "flex_attention", fused)
     for block in (16, 64):
@@ -124,8 +132,10 @@ def test_one_compiled_function_serves_all_shapes(recompiling: Any, monkeypatch: 
     assert counter.frame_count <= 4  # by block; twelve lengths each
 
 
-def test_a_limit_that_is_met_all_the_same_raises(recompiling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = flex.compiled(False, CompileCounter())
+def test_a_limit_that_is_met_all_the_same_raises(
+    recompiling: Any, counter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = flex.compiled(False, counter)
     assert recompiling.recompile_limit >= 64
     recompiling.recompile_limit = 2
     monkeypatch.setattr(torch_flex, "flex_attention", fused)

@@ -82,15 +82,18 @@ class Guard:
         self.readable = (self.folder, *allowed, "/dev/null", "/proc", "/sys", "/usr/share/zoneinfo")
         self.found: list[str] = []
         self._old: Any = None
+        self._bytecode = sys.dont_write_bytecode
 
     def __enter__(self) -> Guard:
         self._old = {number: signal.signal(number, _hang) for number in (signal.SIGALRM, signal.SIGPROF)}
+        sys.dont_write_bytecode = True  # a module that is imported late writes nothing either
         _install()
         _LISTENING.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _LISTENING.remove(self)
+        sys.dont_write_bytecode = self._bytecode
         for number, handler in self._old.items():
             signal.signal(number, handler)
         if kind is None:

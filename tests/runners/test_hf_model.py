@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", reason="transformers is not installed; it comes with the extra transformers")
+if find_spec("transformers") is None:  # not imported, which takes time
+    pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.hf_model import build, check, layout_of  # noqa: E402

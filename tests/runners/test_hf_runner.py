@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", reason="transformers is not installed; it comes with the extra transformers")
+if find_spec("transformers") is None:  # not imported, which takes time
+    pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
