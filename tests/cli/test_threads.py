@@ -48,7 +48,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
 MODEL = "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 64 --family depth --sparsity 0.5"
 
 
-@pytest.mark.quick
+@pytest.mark.usefixtures("three_folds", "undrawn")
 def test_commands_that_measure_open_the_device_with_the_threads_given(opened: list[Any], cli: Any) -> None:
     lines = {
         "measure cpu -o a --dtype fp32 --budget 5s": 0,
