@@ -118,11 +118,9 @@ def _write(found: Costs, output: str) -> None:
         pq.write_table(pa.table({name: column.tolist() for name, column in found.columns.items()}), content)
         write_whole(output, content.getvalue())
     elif kind == ".json":
-        import json
+        from simulator.plans.subblock_stats import stats_text
 
-        from simulator.plans.subblock_stats import stats_of
-
-        write_whole(output, (json.dumps(stats_of(found), indent=1, allow_nan=False) + "\n").encode())
+        write_whole(output, stats_text(found).encode())
     else:
         from simulator.files.csv import csv_text
 

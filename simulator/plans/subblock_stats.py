@@ -7,6 +7,7 @@ need no measurement.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -153,6 +154,11 @@ def stats_of(found: Costs) -> list[dict[str, Any]]:
         ]
         priced.append(Priced(request_of(at), outside.price, tuple(sublayers)))
     return subblock_stats(model, priced)
+
+
+def stats_text(found: Costs) -> str:
+    """Return the text of ``subblock_stats.json``."""
+    return json.dumps(stats_of(found), indent=1, allow_nan=False) + "\n"
 
 
 def _price(model: ModelConfig, row: Mapping[str, Any], block: Block) -> Price:
