@@ -189,15 +189,16 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
     while True:
         path.parent.mkdir(exist_ok=True)
         try:
-            file = open(path, "a", encoding="utf-8")
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # a sweep that ended removed the folder
             continue
-        with file:
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{target}: another sweep is writing it") from None
-            if not os.fstat(file.fileno()).st_nlink:  # or its lock, which excludes nobody then
-                continue
-            yield
-            return
+            if os.fstat(handle).st_nlink:  # 0: that sweep removed the lock, which excludes nobody then
+                yield
+                return
+        finally:
+            os.close(handle)

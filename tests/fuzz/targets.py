@@ -202,7 +202,7 @@ def _make_link(rng: random.Random) -> bytes:
 
 _LINK_EDITS: dict[Edit, int] = {
     **PART_EDITS,
-    lambda part, rng, parts: [rng.choice(("1", "3", "4", "5", "6", "7", "8", "16", "32", "x", "-host", "PCIe", " "))]: 6,
+    lambda part, rng, parts: [rng.choice(("1", "3", "4", "6", "7", "8", "16", "32", "x", "-host", "PCIe", " "))]: 6,
     lambda part, rng, parts: [rng.choice(TEXTS)]: 2,
 }
 

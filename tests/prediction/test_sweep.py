@@ -161,8 +161,8 @@ def test_a_lock_that_its_owner_removed_excludes_nobody(tmp_path: Path, monkeypat
 def test_a_file_that_another_sweep_wrote_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     sweep(SMALL, out)
-    for digest, says in (("other", "exists and is the table of another sweep"), (None, "has just written it")):
-        store = Store(out, digest or parquet.read_schema(out).metadata[DIGEST_KEY].decode(), 1)
+    for other, says in (("other", "exists and is the table of another sweep"), (None, "has just written it")):
+        store = Store(out, other or parquet.read_schema(out).metadata[DIGEST_KEY].decode(), 1)
         with pytest.raises(InputError, match=says), store.opened({}):
             pass
         assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
