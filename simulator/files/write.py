@@ -17,9 +17,13 @@ _SUFFIX = ".tmp"
 def check_target(path: str | Path) -> Path:
     """Return a path that a file can probably be written to; raise InputError for a folder or a missing folder."""
     target = Path(path)
-    if target.is_dir():
+    try:
+        is_folder, in_folder = target.is_dir(), target.parent.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{target}: cannot be written ({error.strerror}); expected the name of a file") from None
+    if is_folder:
         raise InputError(f"{target}: is a folder; expected the name of a file")
-    if not target.parent.is_dir():
+    if not in_folder:
         raise InputError(f"{target}: folder {target.parent} does not exist")
     return target
 

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from simulator.arguments import shown
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
@@ -67,12 +69,15 @@ class Library:
         Columns by name: one array per layer, with one value per variant. NaN: unknown.
     notes : tuple of str
         What was assumed when the library was read.
+    source : str
+        Its file, in messages; "": made by a program.
     """
 
     model: ModelConfig
     layers: tuple[tuple[Block, ...], ...]
     values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     def __len__(self) -> int:
         return sum(map(len, self.layers))
@@ -114,9 +119,9 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
         twice, a value that is not a number, unknown keys, or a file that is too large.
     """
     path = Path(source).expanduser()
-    if (shipped := EXAMPLES / f"{source}.csv").is_file() and not path.exists():
+    if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
-    if path.is_dir():
+    if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
         from simulator.plans.puzzletron import read_folder
 
         return library_of(read_folder(path, model), model, str(path))
@@ -189,7 +194,7 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
             for some, own in zip(found, layers)
         )
     notes = (f"{label}: the dense variant has no row; its score is taken as 0",) if added and names else ()
-    return Library(model, tuple(layers), values, notes)
+    return Library(model, tuple(layers), values, notes, label)
 
 
 def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
@@ -200,7 +205,7 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
             raise InputError(f"{table.label}:1: columns {name} and {alias} state the same; keep one")
     if not header & {*SUBLAYERS, *_ALIASES}:
         raise InputError(f"{table.label}:1: expected a column attention or mlp with the variants")
-    numbers = [name for name in table.header if name not in _NAMES]
+    numbers = [name for name in table.header if name and name not in _NAMES]  # pandas writes row numbers without a name
     for place, cells in table.records():
         try:
             values = {name: _number(name, cells[name]) for name in numbers if cells[name]}
@@ -275,6 +280,8 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
     layers = root.entries.get("layers")
     taken: set[int] = set()
     if layers is not None:
+        if layers[1].kind != "mapping":
+            problems.add(layers[1], "layers", f"expected lists of variants by layers such as 0-1, got {layers[1]}")
         for text, (key, value) in layers[1].entries.items():
             try:
                 some = [i for part in text.split(",") for i in _layers(part.strip(), model.layers)]
@@ -289,7 +296,11 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
     if len(problems):
         first, *more = problems.lines
         raise InputError(first + (f" (and {len(more)} more)" if more else ""))
-    return Library(model, tuple(_product(model, dense, given) for dense, given in zip(model.layout, own)))
+    layout = tuple(_product(model, dense, given) for dense, given in zip(model.layout, own))
+    for i, variants in enumerate(layout):
+        if len(variants) > MOST_VARIANTS:
+            raise InputError(f"{label}: layer {i}: expected at most {MOST_VARIANTS} variants, got {len(variants)}")
+    return Library(model, layout, source=label)
 
 
 def _lists(node: Node, model: ModelConfig, layer: int, problems: Problems, where: str) -> dict[str, tuple[Block, ...]]:
@@ -326,14 +337,20 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
     """
     if text is None:
         return tuple((i,) for i in range(layers))
-    if isinstance(text, int) or text.strip().isdigit():
-        size = int(text)
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        raise InputError(f"groups: expected a number of layers, or ranges such as 0-3,4-7, got {shown(text)}")
+    words = str(text).strip()
+    if isinstance(text, int) or (words.isascii() and words.isdigit()):
+        size = int(words) if len(words) < 10 else 0  # Python refuses to read numbers of thousands of digits
         if not 1 <= size <= layers:
-            raise InputError(f"groups: expected 1 to {layers} layers in a group, got {text}")
+            raise InputError(f"groups: expected 1 to {layers} layers in a group, got {one_line(words, 40)}")
         return tuple(tuple(range(i, min(i + size, layers))) for i in range(0, layers, size))
     found: dict[int, tuple[int, ...]] = {}
-    for part in text.split(","):
-        group = tuple(_layers(part.strip(), layers))
+    for part in words.split(","):
+        try:
+            group = tuple(_layers(part.strip(), layers))
+        except InputError as error:
+            raise InputError(f"groups: {error}") from None
         for i in group:
             if found.setdefault(i, group) is not group:
                 raise InputError(f"groups: layer {i} is in two groups; expected one")
@@ -368,14 +385,13 @@ def combined(library: Library) -> Library:
 
 def check_values(library: Library, name: str) -> tuple[FloatArray, ...]:
     """Return a column of a library; InputError if it is missing or unknown for a variant."""
+    where = f"{library.source}: " if library.source else ""
     if name not in library.values:
-        raise (
-            unknown("score", name, library.values)
-            if library.values
-            else InputError("scores: the library has no scores; expected a column of numbers such as kl_div")
-        )
+        if library.values:
+            raise InputError(f"{where}{unknown('score', name, library.values)}")
+        raise InputError(f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div")
     for layer, column in enumerate(library.values[name]):
         if (wrong := np.flatnonzero(~np.isfinite(column))).size:
             attention, mlp = library.texts(layer)[int(wrong[0])]
-            raise InputError(f"{name}: layer {layer} has no value for attention {attention}, mlp {mlp}")
+            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}")
     return library.values[name]

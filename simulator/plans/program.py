@@ -31,6 +31,9 @@ MOST_NODES = 5000
 FEW = 64
 """Number of variants beyond the best of each group that are tried first."""
 
+LARGE = 1e3
+"""Ratio of a score to that of a whole choice beyond which the program is solved again without such variants."""
+
 _TIGHT = 1e-9
 """Largest relative excess of a limit."""
 
@@ -67,6 +70,22 @@ class Program:
         every = self._undominated()
         scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
         cost, bound = self.cost / scale[:, None], limit / scale
+        while True:
+            found = self._solved(every, cost, bound, gap)
+            rise = self._rises(every)
+            most = float(rise[np.isin(every, found.choice)].sum())  # of any variant in a better choice
+            if found.excess or rise.max(initial=0.0) <= LARGE * most:
+                return found
+            every = every[rise <= most]  # far larger ones hide the differences between the others from HiGHS
+
+    def _rises(self, some: IndexArray) -> FloatArray:
+        """Return by how much the scores of some variants exceed the least one of their group."""
+        least = np.full(len(self.first()), np.inf)
+        np.minimum.at(least, self.group[some], self.score[some])
+        return np.asarray(self.score[some] - least[self.group[some]])
+
+    def _solved(self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float) -> Solution:
+        """Return the solution with some variants, whose costs and limits are in units of the limits."""
         found = self._relaxed(every, cost, bound)
         if found is None:
             return self._least_excess(every, cost, bound)
@@ -105,7 +124,8 @@ class Program:
             at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
             begin.append(at)
             while len(less := own[cost[own] < cost[at]]):
-                slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
+                with np.errstate(over="ignore"):  # huge scores: last
+                    slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
                 first = np.lexsort((cost[less], slope))[0]
                 at = int(less[first])
                 steps.append((float(slope[first]), g, at))
@@ -137,8 +157,10 @@ class Program:
         prices; None if no mixture keeps the limits."""
         from scipy.optimize import linprog
 
+        rise = self._rises(some)
+        unit = max(float(rise.max(initial=0.0)), 1e-300)  # HiGHS takes costs above 1e20 as infinite
         found = linprog(
-            self.score[some],
+            rise / unit,
             A_ub=cost[:, some],
             b_ub=bound,
             A_eq=self._one_each(some),
@@ -148,7 +170,7 @@ class Program:
         )
         if found.x is None:
             return None
-        prices = np.maximum(-found.ineqlin.marginals, 0.0)
+        prices = np.maximum(-found.ineqlin.marginals, 0.0) * unit
         whole = self.score[some] + prices @ cost[:, some]
         best = np.full(len(self.first()), np.inf)
         np.minimum.at(best, self.group[some], whole)
@@ -160,14 +182,15 @@ class Program:
         """Return the best choice of some variants, if any keeps the limits, and whether it is proved up to the gap."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        scale = max(float(np.abs(self.score[some]).max(initial=0.0)), 1e-300)
+        rise = self._rises(some)
+        unit = max(float(rise.max(initial=0.0)), 1e-300)
         inner = bound
         for _ in range(3):
             limits = [LinearConstraint(self._one_each(some), 1.0, 1.0)]
             limits += [LinearConstraint(cost[:, some], -np.inf, inner)] if len(cost) else []
             with _quiet():
                 found = milp(
-                    self.score[some] / scale,
+                    rise / unit,
                     constraints=limits,
                     integrality=np.ones(len(some)),
                     bounds=Bounds(0.0, 1.0),

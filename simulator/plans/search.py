@@ -15,7 +15,7 @@ import numpy as np
 
 from simulator.arguments import OneOrMore, flag, instance
 from simulator.arrays import FloatArray
-from simulator.display import Displayed, table_html
+from simulator.display import Displayed, few, table_html
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -294,6 +294,9 @@ def _is_time(name: str) -> bool:
 def _scores(library: Library, metric: str, maximise: bool) -> tuple[str, tuple[FloatArray, ...]]:
     """Return the name of the scores and their values, of which lower ones are better."""
     known = [name for name in library.values if not _is_time(name)]
+    if library.values and not metric and not known:
+        where = library.source or "scores"
+        raise InputError(f"{where}: expected a column of scores, got only times: {few(library.values)}")
     name = metric or (known[0] if known else "")
     column = check_values(library, name)
     return name, tuple(-own for own in column) if maximise else column

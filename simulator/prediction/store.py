@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,8 +72,11 @@ class Store:
         """Create or reopen the folder under a lock and return the indices of its whole parts. Raises InputError if
         another sweep is writing, or the parts belong to another grid."""
         manifest, own = self.folder / "manifest.json", {"digest": self.digest, "parts": self.parts}
-        self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / "lock", self.target):
+            if self.target.exists():  # was missing when this sweep began
+                self.clear()
+                self.finished()
+                raise InputError(f"{self.target}: another sweep has just written it; run the same command again")
             if manifest.exists():
                 try:
                     found = json.loads(manifest.read_text(encoding="utf-8"))
@@ -175,15 +179,26 @@ def check_room(target: Path, needed_bytes: float) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, target: Path) -> Iterator[None]:
-    """Hold an exclusive lock, which is released however the process ends."""
+    """Hold an exclusive lock in a folder, which is created; it is released however the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no lock: two sweeps into one file are not detected
+        path.parent.mkdir(exist_ok=True)
         yield
         return
-    with open(path, "a", encoding="utf-8") as file:
+    while True:
+        path.parent.mkdir(exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{target}: another sweep is writing it") from None
-        yield
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # a sweep that ended removed the folder
+            continue
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{target}: another sweep is writing it") from None
+            if os.fstat(handle).st_nlink:  # 0: that sweep removed the lock, which excludes nobody then
+                yield
+                return
+        finally:
+            os.close(handle)

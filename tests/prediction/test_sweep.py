@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from simulator.hardware.save import save_hardware
 from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Result, plain
+from simulator.prediction.store import DIGEST_KEY, Store
 from simulator.prediction.sweep import digest, pieces, sweep, sweep_results
 from simulator.prediction.where import parse_filter
 from simulator.prediction.workers import windowed
@@ -135,6 +138,34 @@ def test_two_sweeps_into_one_file_are_told_apart(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="another sweep is writing it"):
         sweep(SMALL, tmp_path / "t.parquet", progress=second)
+
+
+def test_a_lock_that_its_owner_removed_excludes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that waits while another one ends: the lock it opened is gone, so it takes a new one."""
+    fcntl = pytest.importorskip("fcntl")
+    lock, left = fcntl.flock, [1]
+
+    def ending(file: Any, how: int) -> None:
+        lock(file, how)
+        if left.pop() if left else 0:  # the other sweep removes its folder
+            shutil.rmtree(tmp_path / "t.parquet.parts")
+
+    store = Store(tmp_path / "t.parquet", "d", 1)
+    monkeypatch.setattr(fcntl, "flock", ending)
+    with store.opened({}):
+        assert (store.folder / "lock").exists()
+        with pytest.raises(InputError, match="another sweep is writing it"), store.opened({}):
+            pass
+
+
+def test_a_file_that_another_sweep_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    sweep(SMALL, out)
+    for other, says in (("other", "exists and is the table of another sweep"), (None, "has just written it")):
+        store = Store(out, other or parquet.read_schema(out).metadata[DIGEST_KEY].decode(), 1)
+        with pytest.raises(InputError, match=says), store.opened({}):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
 KILLED = """
