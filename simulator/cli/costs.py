@@ -154,7 +154,8 @@ def _together(found: Costs) -> list[dict[str, Any]]:
 
 def _conclusion(found: Costs) -> str:
     """Return which sublayer of the first layer takes how much of a pass in the first setting."""
-    first = [row for row in found.rows if _place(row) == _place(found.rows[0])]
+    rows = found.rows  # made at each access
+    first = [row for row in rows if _place(row) == _place(rows[0])]
     whole = sum(row["seconds"] for row in first if row["variant"] == "dense")
     parts: Mapping[str, float] = {
         name: sum(row["seconds"] for row in first if row["variant"] == "dense" and row["sublayer"] == name)

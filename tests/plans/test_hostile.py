@@ -11,6 +11,7 @@ from test_program import brute_force
 from simulator.cli import run
 from simulator.errors import InputError
 from simulator.models.library import load_model
+from simulator.plans.costs import Costs
 from simulator.plans.library import groups_of, read_library
 from simulator.plans.program import Program
 from simulator.plans.search import search
@@ -107,3 +108,19 @@ def test_scores_of_any_size_choose_the_same_layers(tmp_path: Path) -> None:
         plans.append([row.mlp for row in search(MODEL, "h100", 1.2, path).layers])
     assert plans[0] == plans[1] == plans[2]
     assert "dense" in plans[0]
+
+
+def test_rows_of_costs_are_made_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not once per row: costs in 32 settings took minutes to print."""
+    made, rows = [], Costs.rows.fget
+    monkeypatch.setattr(Costs, "rows", property(lambda self: made.append(1) or rows(self)))
+    assert run(["costs", "llama-3.2-1b", "--hardware", "h100"]) == 0
+    assert "attention takes" in capsys.readouterr().out
+    assert len(made) < 10
+
+
+def test_an_output_with_a_name_that_is_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["costs", "llama-3.2-1b", "--hardware", "h100", "-o", f"{'x' * 300}.csv"]) == 2
+    assert "cannot be written" in capsys.readouterr().err

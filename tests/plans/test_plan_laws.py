@@ -31,8 +31,12 @@ FEW, MANY = 8, 200
 LAYERS = 4
 """Layers that a shipped model keeps: more of them repeat the same arithmetic."""
 
-STEP = 0.05
-"""Share by which a narrower variant may cost more: another kernel, or tiles that fill the device less well."""
+STEPS = {"attention": 0.5, "mlp": 0.05}
+"""Share by which a narrower variant may cost more: another kernel (grouped queries in Transformers, which copies
+keys and values: 35 %), or tiles that fill the device less well."""
+
+EXPERTS_STEP = 0.25
+"""The same for fewer routed experts: few tokens use as many of them, in other kernels (SGLang on an H100: 9 %)."""
 
 MODELS = (
     *("llama-3.2-1b", "llama-3.1-8b", "llama-2-7b", "smollm2-135m", "qwen2.5-7b", "gemma-2-9b", "gemma-3-12b"),
@@ -133,11 +137,12 @@ def test_dense_costs_add_up_and_narrower_variants_cost_no_more(count: int) -> No
         assert (c["lower"] <= c["seconds"] + 1e-15).all()
         assert (c["seconds"] <= c["upper"] + 1e-15).all()
         for layer in range(case.model.layers):
-            for sublayer in ("attention", "mlp"):
+            for sublayer, usual in STEPS.items():
                 own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))  # from wide to narrow
+                step = EXPERTS_STEP if sublayer == "mlp" and case.model.layout[layer].experts else usual
                 took = c["seconds"][own]
                 most = np.minimum.accumulate(took)[:-1]
-                assert (took[1:] <= most * (1.0 + STEP) + 2e-6).all(), (case, layer, c["variant"][own], took)
+                assert (took[1:] <= most * (1.0 + step) + 2e-6).all(), (case, layer, c["variant"][own], took)
 
     checked(law, count)
 
