@@ -135,29 +135,6 @@ def test_kills_of_a_search_and_of_costs(line: str, files: tuple[str, ...], tmp_p
     print(f"{line.split()[0]}: {many} killed, no file in part, no temporary file at the end")
 
 
-def test_kills_of_scores_per_layer(tmp_path: Path) -> None:
-    """Rows that were measured are kept and not doubled."""
-    checkpoint = pytest.importorskip("tiny_checkpoint")
-    checkpoint.write_checkpoint(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(checkpoint.TEXT)
-    line = "quality model --per-layer --text text.txt --windows 2 --length 64 -o {}"
-    took_s = finished(tmp_path, line.format("clean.csv"))
-    clean = (tmp_path / "clean.csv").read_text()
-    own, rng, many = tmp_path / "own.csv", random.Random(5), 0
-    while many < KILLS:
-        own.unlink(missing_ok=True)
-        for _ in range(min(IN_A_ROW, KILLS)):
-            before = own.read_text() if own.exists() else ""
-            many += killed(tmp_path, line.format("own.csv"), rng.uniform(0.5 * took_s, took_s))
-            assert not own.exists() or set(before.splitlines()) <= set(own.read_text().splitlines()) <= set(
-                clean.splitlines()
-            )
-        finished(tmp_path, line.format("own.csv"))
-        assert own.read_text() == clean
-        assert not temporary(tmp_path)
-    print(f"quality --per-layer: {many} killed, no row lost or doubled")
-
-
 def still_there(folder: Path, before: bytes) -> bytes:
     """The whole lines of the records, which begin with those that were there before."""
     path = folder / "records.jsonl"
