@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ Write = Annotated[
     str | None,
     opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, config.json, and ModelOpt's solutions.json."),
 ]
+Html = Annotated[str | None, opt("--html", "FILE", "Also write the plan as one HTML page: its figure and tables.")]
 # fmt: on
 
 
@@ -66,6 +68,7 @@ def command(
     known: options.Known = options.KNOWN,
     json: options.Json = False,
     figure: options.Figure = None,
+    html: Html = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Choose a variant of each layer so that targets are met and quality is lost least.
@@ -76,6 +79,12 @@ def command(
     layers, what the same budget in parameters or FLOPs would have chosen, and the frontier of score against time.
     """
     output = render.Output(json, None, [figure])
+    if html is not None:
+        from simulator.files.write import check_target
+
+        if not html.lower().endswith((".html", ".htm")):
+            raise InputError(f"--html {html}: expected a name that ends in .html")
+        check_target(html)
     from simulator.plans.search import search
     from simulator.plans.targets import Targets
 
@@ -116,6 +125,10 @@ def command(
         from simulator.cli.drawing import draw_plan
 
         draw_plan(plan, figure)
+    if html:
+        from simulator.explore.plan_report import write_plan_report
+
+        write_plan_report(plan, html)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.caveats import uncalibrated

@@ -155,3 +155,18 @@ def test_bad_scores_are_one_line(cli: Any, scores: Path, row: str, message: str)
     found = cli.refused(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3")
     assert message in found
     assert "scores.csv:34" in found
+
+
+def test_a_plan_is_a_page_that_loads_nothing(cli: Any, scores: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.html"
+    line = f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --html {file}"
+    (plan,) = cli.json(line)
+    page = file.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "src=" not in page
+    assert page.count("<svg") == 1
+    for title in ("Targets", "What other rules choose", "Frontier of score against time", "Layers"):
+        assert f"<h2>{title}" in page
+    assert f"{plan['score']:.4g}" in page
+    assert page.count("<tr><td>") >= len(plan["layers"]) + len(plan["frontier"])
+    assert "ends in .html" in cli.refused(line.replace(".html", ".pdf"))
