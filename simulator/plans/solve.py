@@ -192,7 +192,7 @@ class Solver:
         nearest, gap, margin, seen = base, COARSE, np.ones(len(self.limits)), set[tuple[int, ...]]()
         for self.steps in range(1, MOST_STEPS + 1):
             costs = self.costs(base.choice)
-            choice, excess, self.gap = self.choose(costs.cost, margin * self.most / costs.factor - costs.offset, gap)
+            choice, excess, left = self.choose(costs.cost, margin * self.most / costs.factor - costs.offset, gap)
             found = self.predict(choice)
             if self.steps == 1:
                 added = costs.cost[:, choice].sum(axis=1) + costs.offset
@@ -200,7 +200,7 @@ class Solver:
             if self._excess(found) < self._excess(nearest):
                 nearest = found
             if found.meets and (best is None or found.score <= best.score):
-                best = found
+                best, self.gap = found, left
             again = tuple(choice.tolist()) in seen or tuple(choice.tolist()) == tuple(base.choice.tolist())
             if (again or found.meets) and gap > 0.0:
                 gap = 0.0
