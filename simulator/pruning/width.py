@@ -16,7 +16,7 @@ from simulator.pruning._edits import aligned, moved, resized, whole_share, with_
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import covering, parameters_removed, readers, writers
 from simulator.pruning.width_cross import width_cross
-from simulator.workload import Kind, Workload
+from simulator.workload import DTYPE_BYTES, Kind, Workload
 
 HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
 """Projections whose outputs belong to query heads, or to the heads of a gated delta net."""
@@ -81,8 +81,31 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
         np.where(readers(w, "o"), w.k * some_heads // heads, w.k),
         heads=np.where(attention, some_heads, w.heads),
         kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), some_groups, w.kv_heads),
-        **moved(w, share),
+        **_copied(w, moved(w, share), (heads, groups), (some_heads, some_groups)),
     )
+
+
+def _copied(
+    w: Workload, bytes_: dict[str, Array], before: tuple[Array, Array], after: tuple[Array, Array]
+) -> dict[str, Array]:
+    """Return bytes in which a copied cache is repeated as often as query heads now share a KV head.
+
+    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`.
+    """
+    rows = np.flatnonzero(w.is_role("cache_write") & (w.kv_len > 0))
+    if not len(rows):
+        return bytes_
+    was, now = (
+        np.where(heads[rows] > groups[rows], heads[rows] // np.maximum(groups[rows], 1), 0)
+        for heads, groups in (before, after)
+    )
+    each = np.maximum(w.m[rows] * w.n[rows] * DTYPE_BYTES[w.dtype[rows]], 1.0)
+    # of all positions: read to copy them, and read again to repeat them
+    positions = (w.read_bytes[rows] / each - 1.0) / (1 + was + (was > 0))
+    read, write = bytes_["read_bytes"].copy(), bytes_["write_bytes"].copy()
+    read[rows] *= (1.0 + positions * (1 + now + (now > 0))) / (1.0 + positions * (1 + was + (was > 0)))
+    write[rows] *= (1 + now) / (1 + was)
+    return {"read_bytes": read, "write_bytes": write}
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 
 import simulator
+from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
 from simulator.pruning._tokens import token_points
 from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
@@ -403,3 +407,18 @@ def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> N
     assert 0.45 < kept < 0.56
     paged = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
     assert copied(paged) == 0.0
+
+
+@pytest.mark.parametrize("phase", ["decode", "generate"])
+@pytest.mark.parametrize(
+    ("text", "heads", "kv_heads"),
+    [("width kv=0.5", 32, 4), ("width heads=0.5", 16, 8), ("width kv=0.75 heads=0.25", 24, 2), ("width 0", 32, 8)],
+)
+def test_a_copied_cache_is_repeated_for_each_query_head(text: str, phase: str, heads: int, kv_heads: int) -> None:
+    """Transformers repeat keys and values for every query head: fewer KV heads are repeated more often."""
+    model = load_model("llama-3.1-8b")
+    request = {"phase": phase, "batch": 2, "seq": 1000, "new_tokens": 7 if phase == "generate" else 0, "engine": "hf"}
+    pruned = prune(lower(model, **request), text)
+    stored = lower(replace(model, heads=heads, kv_heads=kv_heads), **request)
+    for name in ("read_bytes", "write_bytes", "bytes", "flops"):
+        assert getattr(pruned, name).sum() == pytest.approx(getattr(stored, name).sum(), rel=1e-12)

@@ -190,8 +190,8 @@ def random_decoder(
 ) -> Decoder:
     """Return a decoder with the shape of a model and random weights that keep activations near one.
 
-    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer than the model has. Layers may differ in their widths, or
-    lack a sublayer. InputError: not a Llama-style model.
+    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer or more than the model has. Layers may differ in their
+    widths, or lack a sublayer. InputError: not a Llama-style model.
     """
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -208,7 +208,8 @@ def random_decoder(
     h, d = config.hidden, config.head_dim
     qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
     weights: dict[str, Tensor] = {}
-    for number, block in enumerate(config.layout[:layers]):
+    for number in range(config.layers if layers is None else layers):
+        block = config.layout[number % config.layers]
         # the order of these lines determines the random weights
         at, q, kv, inner = f"model.layers.{number}", block.heads * d, block.kv_heads * d, block.inner
         weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
