@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
@@ -85,6 +86,8 @@ def command(
         if not html.lower().endswith((".html", ".htm")):
             raise InputError(f"--html {html}: expected a name that ends in .html")
         check_target(html)
+    if write is not None and Path(write).expanduser().is_file():
+        raise InputError(f"--write {write}: is a file; expected a folder")
     from simulator.plans.search import search
     from simulator.plans.targets import Targets
 

@@ -98,11 +98,11 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
     dense, lines, written = plan.dense, list[str](), list[str]()
     try:
-        text = plan_text(dense, plan.pruned)
-        write_whole(target / PLAN, text.encode())
+        write_whole(target / PLAN, plan_text(dense, plan.pruned).encode())
         check_plan(str(target / PLAN), dense, plan.pruned)
         written.append(PLAN)
     except InputError as error:
+        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
         lines.append(f"{PLAN} is not written: {error}")
     try:
         write_config(target, config_of(content_of(source, dense), dense, plan.pruned))

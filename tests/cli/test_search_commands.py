@@ -170,3 +170,15 @@ def test_a_plan_is_a_page_that_loads_nothing(cli: Any, scores: Path, tmp_path: P
     assert f"{plan['score']:.4g}" in page
     assert page.count("<tr><td>") >= len(plan["layers"]) + len(plan["frontier"])
     assert "ends in .html" in cli.refused(line.replace(".html", ".pdf"))
+
+
+def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) -> None:
+    file, folder = tmp_path / "linear.csv", tmp_path / "plan"
+    file.write_text("layer,mlp,kl_div\nall,dense,0\nall,linear,0.1\n")
+    folder.mkdir()
+    (folder / "plan.yaml").write_text("prune: depth 0.5\n")  # of another search
+    _, err = cli(f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {folder}")
+    assert "plan.yaml is not written: plan: --prune has no linear sublayers" in err
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "solutions.json"]
+    line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {file}"
+    assert "is a file; expected a folder" in cli.refused(line)
