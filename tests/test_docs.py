@@ -298,8 +298,8 @@ def test_the_index_names_every_page() -> None:
 @pytest.mark.quick
 def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     page = pages.commands_page()
-    made_by = "python -m calibration.cli.pages commands -o docs/commands.md"
-    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == page, made_by
+    made_by = "python -m calibration.cli.pages commands -o docs/generated/commands.md"
+    assert (ROOT / "docs" / "generated" / "commands.md").read_text(encoding="utf-8") == page, made_by
     for path, command in pages.commands():
         section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]
         options = [name for p in command.params if p.name != "help" for name in p.opts if name.startswith("--")]
@@ -309,9 +309,9 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
 
 @pytest.mark.quick
 def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
-    text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "validation").glob("*.md")}
+    text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "generated" / "validation").glob("*.md")}
     for name in {recipe.hardware for recipe in RECIPES.values() if recipe.tables}:
         assert any(t.startswith(f"# Accuracy of {name}\n") for t in text.values()), name
-    index = text[ROOT / "docs" / "validation" / "README.md"]
+    index = text[ROOT / "docs" / "generated" / "validation" / "README.md"]
     for command in re.findall(r"`prunesim validate (.+?)`", index):
         assert (ROOT / command.split("--markdown ")[1]).is_file(), command

@@ -44,7 +44,7 @@ PAGES = {
     *("granted", "wall", "walls", "implied", "house", "room", "rooms", "misfit", "misfits", "stiffness", "borrows"),
     *("dearer", "lattice", "lattices"),
 }
-"""Words of pages, ``docs/commands.md`` with every help text among them."""
+"""Words of pages, ``docs/generated/commands.md`` with every help text among them."""
 
 TEXTS = {
     *("doubt", "doubts", "unsure", "settle", "settled", "odds", "contest", "contests", "rival", "rivals", "believed"),

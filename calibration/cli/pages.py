@@ -28,7 +28,7 @@ from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import Fitted, Section
 from simulator.uncertainty.factors import ERROR_FACTORS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
 
 def _report(text: str) -> None:
@@ -44,7 +44,7 @@ def filled(page: str, tables: Sequence[str]) -> str:
     """Return a page with its tables replaced by new tables, in order."""
     prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
-        raise InputError(f"docs/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
+        raise InputError(f"docs/generated/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
     return prose[0] + "".join(f"{new}\n{text}" for new, text in zip(tables, prose[1:], strict=True))
 
 
@@ -53,7 +53,7 @@ def _read(page: str) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """Return ``docs/accuracy.md`` from protocol rows: targets and measured accuracy, then every table."""
+    """Return ``docs/generated/accuracy.md`` from protocol rows: targets and measured accuracy, then every table."""
     criteria = [
         [c.criterion, c.target, c.measured if c.met is not False else f"**{c.measured}**"]
         for c in against_targets(rows)
@@ -66,7 +66,7 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def constants_page() -> str:
-    """Return ``docs/constants.md``: the error factors, then by device and operator the shipped constants of every stack
+    """Return ``docs/generated/constants.md``: the error factors, then by device and operator the shipped constants of every stack
     and number format."""
     rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
     lines = ["## The error model", "", table(["error factor", "prior standard deviation of the log"], rows), ""]
@@ -149,7 +149,7 @@ def _parameter(p: Any) -> list[str]:
 
 
 def commands_page() -> str:
-    """Return ``docs/commands.md``: an index, and each command with its arguments and options."""
+    """Return ``docs/generated/commands.md``: an index, and each command with its arguments and options."""
     index, lines = [], []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "engines": lambda: filled("engines", engines.tables()),
         "constants": constants_page,
         "commands": commands_page,
-        "transformers": lambda: filled("cpu/transformers", recorded.tables()),
+        "transformers": lambda: filled("transformers", recorded.tables()),
     }
     try:
         check_target(given.output)

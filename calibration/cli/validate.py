@@ -222,7 +222,7 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
             render.show(columns, KINDS[kind])
             print()
         print("split: fit, engine parameters were fitted on this source; judge, on other sources")
-        print("rows whose pruned model needed custom modelling code are only in docs/engines.md")
+        print("rows whose pruned model needed custom modelling code are only in docs/generated/engines.md")
     if figure:
         from simulator.figures.save import save_figure
 

@@ -1,4 +1,4 @@
-"""Recorded runs of Transformers compared with predictions: the tables of ``docs/cpu/transformers.md``.
+"""Recorded runs of Transformers compared with predictions: the tables of ``docs/generated/transformers.md``.
 
 A folder has one file of records per run of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, raw samples and
 versions included) and the profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``).
@@ -27,7 +27,7 @@ from simulator.prediction.speedup import speedup
 from simulator.units import percent, ratio
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cpu" / "transformers"
-"""The runs of docs/cpu/transformers.md."""
+"""The runs of docs/generated/transformers.md."""
 
 
 @dataclass(frozen=True)

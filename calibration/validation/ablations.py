@@ -1,4 +1,4 @@
-"""Effect of each mechanism of the analytical GEMM model: fits without one mechanism, and ``docs/ablations.md``.
+"""Effect of each mechanism of the analytical GEMM model: fits without one mechanism, and ``docs/generated/ablations.md``.
 
 Every variant is fitted on the training rows of the protocol's splits, without residual, and evaluated on the held-out
 (n, k) pairs. A mechanism is removed by holding its constant at the value at which it takes no time.
@@ -113,7 +113,7 @@ def run_all(report: Callable[[str], None]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Return the tables of ``docs/ablations.md``, one per GPU, from rows of :func:`run`."""
+    """Return the tables of ``docs/generated/ablations.md``, one per GPU, from rows of :func:`run`."""
     rows = sorted(rows, key=lambda r: int(r["seed"]))
     return [_table([r for r in rows if r["table"] == name]) for name in titles(rows)]
 

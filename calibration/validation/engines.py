@@ -1,6 +1,6 @@
 """Evaluate engines end to end: published times, speedups and serving runs of whole models, by engine and GPU.
 
-Use :func:`end_to_end` for every comparison and :func:`summaries` for one line per group; ``docs/engines.md`` has the
+Use :func:`end_to_end` for every comparison and :func:`summaries` for one line per group; ``docs/generated/engines.md`` has the
 :func:`tables`. Rows of split "fit" are from sources on which engine parameters were fitted
 (:mod:`calibration.validation.serving`; by hand where rows are few), rows of split "judge" from other sources. Serving
 runs are evaluated with their model held out of the fit.
@@ -120,7 +120,7 @@ def of_end_to_end(comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
 
 
 def tables() -> list[str]:
-    """Return the tables of ``docs/engines.md`` in their order."""
+    """Return the tables of ``docs/generated/engines.md`` in their order."""
     all_rows, sparse, narrow = end_to_end(), compare_gemms("2:4"), compare_gemms("narrower")
     evaluated = {kind: [c for c in rows if c.split == "judge"] for kind, rows in all_rows.items()}
     common = {kind: [c for c in rows if not c.own_code] for kind, rows in all_rows.items()}
