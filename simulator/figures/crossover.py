@@ -34,8 +34,6 @@ def crossover_figure(
     speedup: ArrayLike,
     certain: ArrayLike,
     fits: ArrayLike,
-    *,
-    width_in: float = PAGE_IN,
 ) -> Figure:
     """Draw the winners.
 
@@ -55,9 +53,9 @@ def crossover_figure(
     with paper_style():
         shown = data["fits"].astype(bool)
         handles = _handles(in_order(data["winner"][shown]), not data["certain"][shown].all(), not shown.all())
-        lines = layout.legend_lines(handles, width_in)
+        lines = layout.legend_lines(handles, PAGE_IN)
         around_in = 0.66 + 0.14 * lines
-        figure, panels = layout.panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in, width_in)
+        figure, panels = layout.panel_grid(data["row"], data["column"], _CELL_IN * len(lengths), around_in)
         for (r, c), ax in panels.items():
             chosen = (data["row"] == r) & (data["column"] == c)
             _panel(ax, {name: values[chosen] for name, values in data.items()}, batches, lengths)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.figures.layout import cells, columns_of, laid_out, name_panels, panel_grid
-from simulator.figures.style import BLUE, GREY, PAGE_IN, VERMILLION, label, paper_style
+from simulator.figures.style import BLUE, GREY, VERMILLION, label, paper_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +25,7 @@ _LINE_IN = 0.155
 
 
 def efficiency_figure(
-    row: Sequence[str],
-    column: Sequence[str],
-    family: Sequence[str],
-    batch: ArrayLike,
-    efficiency: ArrayLike,
-    *,
-    width_in: float = PAGE_IN,
+    row: Sequence[str], column: Sequence[str], family: Sequence[str], batch: ArrayLike, efficiency: ArrayLike
 ) -> Figure:
     """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase.
 
@@ -47,7 +41,7 @@ def efficiency_figure(
     data = columns_of("points of the figure", texts, {"batch": batch, "efficiency": efficiency})
     families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
-        figure, panels = panel_grid(data["row"], data["column"], _LINE_IN * len(families), 0.9, width_in)
+        figure, panels = panel_grid(data["row"], data["column"], _LINE_IN * len(families), 0.9)
         for (r, c), ax in panels.items():
             table = np.full((len(families), len(batches)), np.nan)
             for point in np.flatnonzero((data["row"] == r) & (data["column"] == c)):

@@ -131,16 +131,11 @@ def panel_grid(
 
 
 def panel_list(
-    count: int,
-    panel_in: float,
-    around_in: float,
-    columns: int | None = None,
-    width_in: float | None = None,
-    **axes: Any,
+    count: int, panel_in: float, around_in: float, columns: int | None = None, **axes: Any
 ) -> tuple[Figure, list[Axes], int]:
     """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
     columns = columns or in_a_row(count)
-    width_in = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    width_in = COLUMN_IN if columns == 1 else PAGE_IN
     figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, axes)
     for unused in grid.flat[count:]:
         unused.remove()

@@ -52,7 +52,6 @@ def pareto_figure(
     axis: str,
     protocol: str = "",
     interval: str = "90 % interval",
-    width_in: float = PAGE_IN,
 ) -> Figure:
     """Draw speedup against quality loss with its frontier.
 
@@ -74,9 +73,9 @@ def pareto_figure(
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
         handles = _handles(only, interval)
-        lines = layout.legend_lines(handles, width_in)
+        lines = layout.legend_lines(handles, PAGE_IN)
         figure, panels = layout.panel_grid(
-            data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, width_in, sharex=True, sharey=True
+            data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, sharex=True, sharey=True
         )
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
         pad = (high / low) ** 0.05
@@ -87,7 +86,7 @@ def pareto_figure(
         layout.name_panels(panels, {r: r for r in data["row"]})
         bends = 100 * float(data["loss"].max()) > 100 * LINEAR_UP_TO
         scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-        title = f"quality loss (%): {axis}{scale}\n{textwrap.fill(protocol, int(width_in / 0.058))}".rstrip()
+        title = f"quality loss (%): {axis}{scale}\n{textwrap.fill(protocol, int(PAGE_IN / 0.058))}".rstrip()
         layout.legend_below(figure, handles, lines, title)
         # names of points depend on the final layout
         layout.laid_out(figure, "speedup (log scale)")

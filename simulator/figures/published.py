@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, laid_out, legend_below, panel_list
 from simulator.figures.style import BLACK, INK, PALE_INK, label, paper_style, style_of
 
@@ -29,10 +28,10 @@ class Beside:
     upper: ArrayLike
 
 
-def published_figure(panels: Sequence[Beside], *, observed: str = "published", width_in: float | None = None) -> Figure:
+def published_figure(panels: Sequence[Beside], *, observed: str = "published") -> Figure:
     """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
 
-    NaN leaves a row empty. InputError if there are no panels, or values differ in number.
+    NaN leaves a row empty.
 
     >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
@@ -40,21 +39,18 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published", w
     """
     from matplotlib.lines import Line2D
 
-    if not panels:
-        raise InputError("published against predicted: expected one panel or more")
     with paper_style():
         columns, names = in_a_row(len(panels)), panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
-        figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns, width_in)
+        figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns)
         handles = [
             Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
             Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),
         ]
         for i, (ax, p) in enumerate(zip(axes, panels)):
-            values = [np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)]
-            if not len(p.family) or any(v.shape != (len(p.family),) for v in values):
-                raise InputError(f"published against predicted, {p.title}: expected as many values as families")
-            published, predicted, lower, upper = values
+            published, predicted, lower, upper = (
+                np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)
+            )
             rows = np.arange(len(p.family))[::-1]
             ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
             for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):

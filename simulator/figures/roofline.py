@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
-from simulator.errors import InputError
 from simulator.figures.labels import write_labels
 from simulator.figures.layout import in_a_row, laid_out, legend_below, legend_lines, log_axis, panel_list, wrapped
 from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
@@ -46,13 +45,9 @@ class Roof:
     headroom: float = 1.0  # highest clock over the datasheet's: largest rate over the peak
 
     def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-        """Return intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned; InputError if lengths
-        differ."""
+        """Return intensity (FLOP/byte), achieved FLOP/s, and whether a point is pruned."""
         x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
-        pruned = np.asarray(self.pruned, dtype=bool)
-        if not len(x) or len({len(x), len(y), len(pruned), len(self.names)}) > 1:
-            raise InputError(f"roofline of {self.title}: expected columns of one length from 1 up")
-        return x, y, pruned
+        return x, y, np.asarray(self.pruned, dtype=bool)
 
     def ranges(self, above: float) -> tuple[float, float, float, float]:
         """Return ranges of intensity (FLOP/byte) and rate (TFLOP/s) that hold all points, and the ridge of the roof
@@ -74,30 +69,25 @@ class Roof:
         return at, np.minimum(peak, at * bandwidth)
 
 
-def roofline_figure(
-    roofs: Sequence[Roof], *, columns: int | None = None, width_in: float | None = None, names: str = ""
-) -> Figure:
+def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
     """Draw devices side by side on common axes: circles for the dense model, squares for the pruned model, names next
     to the points; ``names`` is the legend's title.
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
-    else a page. Names for which there is no room are omitted. InputError if there is nothing to draw or the columns of
-    a panel differ in length.
+    else a page. Names for which there is no room are omitted.
 
     >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
     >>> roofline_figure([one]).axes[0].get_xlabel()
     'arithmetic intensity (FLOP/byte)'
     """
-    if not roofs:
-        raise InputError("roofline: expected one device or more")
     columns = columns or in_a_row(len(roofs))
-    width = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
+    width = COLUMN_IN if columns == 1 else PAGE_IN
     with paper_style():
         handles = _handles(roofs)
         lines = legend_lines(handles, width)
         titles = [wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
         title_in = 0.13 * max(title.count("\n") + 1 for title in titles)
-        figure, axes, _ = panel_list(len(roofs), 1.9 + title_in, 0.3 + 0.14 * lines, columns, width)
+        figure, axes, _ = panel_list(len(roofs), 1.9 + title_in, 0.3 + 0.14 * lines, columns)
         limits = common_ranges(roofs, 2.0)
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
             _draw(ax, roof, limits)

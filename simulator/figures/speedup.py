@@ -71,7 +71,6 @@ def speedup_figure(
     *,
     axis: str = "sparsity",
     looks: Mapping[str, Style] | None = None,
-    width_in: float | None = None,
     interval: str = "90 % interval",
     x_label: str = "",
     note: str = "",
@@ -103,11 +102,11 @@ def speedup_figure(
     dots = len(names) > MOST_CURVES and line >= max(LEAST_LINE_IN, LEAST_DOT_IN * len(devices))
     with paper_style():
         if dots or len(pairs) == len(names):
-            width = width_in or (COLUMN_IN if len(settings) == 1 else PAGE_IN)
+            width = COLUMN_IN if len(settings) == 1 else PAGE_IN
             line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
             texts = [_line(pairs, i, axis) for i in range(len(pairs))]
             return _dots(data, list(upper_bounds), pairs, texts, devices, settings, line, width, interval, note)
-        width = width_in or (COLUMN_IN if len(settings) * len(devices) == 1 else PAGE_IN)
+        width = COLUMN_IN if len(settings) * len(devices) == 1 else PAGE_IN
         x_label = f"{x_label or AXES[axis]}{note and f'; {note}'}"
         return _curves(data, list(upper_bounds), styles, axis, width, interval, x_label)
 
@@ -186,9 +185,7 @@ def _dots(
     titles = [layout.wrapped(s, room) for s in settings]
     above = 0.13 * max(t.count("\n") + 1 for t in titles)
     height = max(len(pairs) * line, 0.3) + 0.2 + above
-    figure, panels, _ = layout.panel_list(
-        len(settings), height, 0.42 + 0.14 * lines, across, width, sharex=True, sharey=True
-    )
+    figure, panels, _ = layout.panel_list(len(settings), height, 0.42 + 0.14 * lines, across, sharex=True, sharey=True)
     low, high = _range(data, ["speedup", "lower", "upper", *bounds])
     slot = 0.8 / len(devices)
     size = float(np.clip(72 * line * slot * 0.75, 2.2, 3.4))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from simulator.errors import InputError
 from simulator.figures.layout import laid_out, legend_below, legend_lines, name_panels, panel_grid
 from simulator.figures.style import BLUE, COLUMN_IN, PAGE_IN, PALE_INK, VERMILLION, paper_style
 
@@ -37,11 +36,8 @@ class Stairs:
     note: str = ""  # fixed sizes, written into the panel
 
 
-def staircase_figure(
-    panels: Sequence[Stairs], *, width_in: float | None = None, interval: str = "90 % interval"
-) -> Figure:
+def staircase_figure(panels: Sequence[Stairs], *, interval: str = "90 % interval") -> Figure:
     """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur.
-    InputError if there is nothing to draw or the arrays of a panel differ in length.
 
     >>> one = Stairs("tile", "h100", "m", "time (µs)", [1, 2], [1.0, 2.0], [0.9, 1.9], [1.1, 2.1], [0.8, 1.0])
     >>> staircase_figure([one]).axes[0].get_ylabel()
@@ -50,14 +46,8 @@ def staircase_figure(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if not panels:
-        raise InputError("staircases: expected one panel or more")
-    for p in panels:
-        sizes = {np.size(v) for v in (p.x, p.predicted, p.lower, p.upper, p.ideal)}
-        if len(sizes) > 1 or np.size(p.measured) != np.size(p.measured_x):
-            raise InputError(f"staircase of {p.column}, {p.row}: expected columns of one length")
     rows, columns = [p.row for p in panels], [p.column for p in panels]
-    width = width_in or (COLUMN_IN if len(set(columns)) == 1 else PAGE_IN)
+    width = COLUMN_IN if len(set(columns)) == 1 else PAGE_IN
     with paper_style():
         handles: list[Any] = [
             Line2D([], [], color=BLUE, linewidth=1.0, label="predicted"),

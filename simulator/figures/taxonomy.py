@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, label, paper_style, style_of
 
 if TYPE_CHECKING:
@@ -28,19 +27,13 @@ _ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
 
 
 def taxonomy_figure(
-    family: Sequence[str],
-    axis: Sequence[str],
-    operators: Sequence[str],
-    kept: ArrayLike,
-    adds: Sequence[str],
-    *,
-    width_in: float = PAGE_IN,
+    family: Sequence[str], axis: Sequence[str], operators: Sequence[str], kept: ArrayLike, adds: Sequence[str]
 ) -> Figure:
     """Draw the shares of M, N and K that families keep.
 
     One entry per row: names of families, the axis that they change ("static M"), and the operators that they add;
     ``operators`` name the columns. ``kept`` (families, operators, 3) is the kept share of the logical M, N and K, NaN
-    for an operator that the model lacks. InputError if the shapes do not match.
+    for an operator that the model lacks.
 
     >>> figure = taxonomy_figure(["depth"], ["static M"], ["q", "o"], [[[0.75, 1, 1], [0.75, 1, 1]]], [""])
     >>> sorted({t.get_text() for t in figure.axes[0].texts} & {"M", "N", "K", "75"})
@@ -49,21 +42,18 @@ def taxonomy_figure(
     from matplotlib.figure import Figure
 
     values = np.asarray(kept, dtype=float)
-    if not family or values.shape != (len(family), len(operators), 3) or not len(family) == len(axis) == len(adds):
-        shares = f"{len(family)} families, {len(operators)} operators, M, N, K"
-        raise InputError(f"taxonomy: expected a kept share for each of {shares}")
     left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
     with paper_style():
         height = top + bottom + _ROW_IN * len(family)
-        figure = Figure(figsize=(width_in, height))
+        figure = Figure(figsize=(PAGE_IN, height))
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.set(xlim=(0, width_in), ylim=(height, 0))
+        ax.set(xlim=(0, PAGE_IN), ylim=(height, 0))
         ax.axis("off")
-        cell = (width_in - left - right) / len(operators)
+        cell = (PAGE_IN - left - right) / len(operators)
         for j, name in enumerate(operators):
             ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
-        ax.text(width_in - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
-        ax.hlines(top - 0.04, 0.05, width_in - 0.05, color=INK, linewidth=0.6)
+        ax.text(PAGE_IN - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
+        ax.hlines(top - 0.04, 0.05, PAGE_IN - 0.05, color=INK, linewidth=0.6)
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
             if i % 2 == 0:
@@ -73,7 +63,7 @@ def taxonomy_figure(
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
             ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
             extra: dict[str, Any] = {"fontsize": 6, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
-            ax.text(width_in - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
+            ax.text(PAGE_IN - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure

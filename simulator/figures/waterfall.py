@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError
 from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, wrapped
 from simulator.figures.style import BLUE, COLUMN_IN, GREEN, INK, PAGE_IN, VERMILLION, paper_style
 
@@ -71,21 +70,18 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
     return [fold(p) for p in panels]
 
 
-def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, width_in: float | None = None) -> Figure:
+def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
     """Draw waterfalls side by side, steps of a row on common lines; each row is :func:`folded`.
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
-    else a page. InputError if there are no panels or their names of steps differ.
+    else a page. All panels have the same steps.
 
     >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
     >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
     ['nominal', 'parts not pruned', 'alignment', 'predicted']
     """
-    if not panels or any(list(p.names) != list(panels[0].names) for p in panels):
-        raise InputError("waterfalls: expected one panel or more, all with the same steps")
     columns = columns or in_a_row(len(panels))
-    width_in = width_in or (COLUMN_IN if columns == 1 else PAGE_IN)
-    room_in = (width_in - 1.3) / columns  # next to the names of the steps
+    room_in = ((COLUMN_IN if columns == 1 else PAGE_IN) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
     rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
     panels = [p for row in rows for p in row]
@@ -93,7 +89,7 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None, wid
         titles = max(p.title.count("\n") + 1 for p in panels)
         lines = [len(row[0].names) + 2 for row in rows]
         panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + 0.13 * titles
-        figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, width_in, height_ratios=lines)
+        figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, height_ratios=lines)
         low, high = common_range(panels, 0.34)
         for i, (ax, panel) in enumerate(zip(axes, panels)):
             _draw(ax, panel, low, high)

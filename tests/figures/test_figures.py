@@ -312,13 +312,6 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
             lambda: speedup_figure(["a"], ["b"], ["depth"], [0.1, 0.2], [1.0], [1.0], [1.0]),
             "expected columns of one length",
         ),
-        (lambda: waterfall_figure([]), "expected one panel or more"),
-        (
-            lambda: waterfall_figure([Steps("a", ["x"], [1.0], 1, 1, 1), Steps("b", ["y"], [1.0], 1, 1, 1)]),
-            "the same steps",
-        ),
-        (lambda: roofline_figure([]), "expected one device or more"),
-        (lambda: roofline_figure([Roof("a", 1.0, 1.0, ["q"], [1.0, 2.0], [1.0], [False])]), "columns of one length"),
     ],
 )
 def test_bad_input_is_one_line(call: Any, says: str) -> None:
