@@ -169,8 +169,8 @@ TITLES = {"_gathered": "gather_gemm", "_columns": "grouped_columns", "_features"
 HEADER = """# Compiled kernels
 
 Each Triton kernel of the measuring side, compiled for six GPUs by Triton {triton} and the ptxas in its wheel, without a
-GPU. No kernel has been timed here. Made by `python tests/compiled_kernels.py -o docs/generated/kernels.md`; the tests of
-`tests/devices/test_compiled_kernels.py` assert the limits.
+GPU. No kernel has been timed here. Made by `python tests/compiled_kernels.py -o docs/generated/kernels.md`; the tests
+of `tests/devices/test_compiled_kernels.py` assert the limits.
 
 {missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/tile_shapes.py`), in bf16, fp16,
 fp32 and tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of

@@ -66,8 +66,8 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def constants_page() -> str:
-    """Return ``docs/generated/constants.md``: the error factors, then by device and operator the shipped constants of every stack
-    and number format."""
+    """Return ``docs/generated/constants.md``: the error factors, then by device and operator the shipped constants of
+    every stack and number format."""
     rows = [[name, f"{sd:g}"] for name, sd in ERROR_FACTORS.items()]
     lines = ["## The error model", "", table(["error factor", "prior standard deviation of the log"], rows), ""]
     for name in list_hardware():

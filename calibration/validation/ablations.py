@@ -1,4 +1,4 @@
-"""Effect of each mechanism of the analytical GEMM model: fits without one mechanism, and ``docs/generated/ablations.md``.
+"""Effect of each mechanism of the GEMM model: fits without one mechanism, for ``docs/generated/ablations.md``.
 
 Every variant is fitted on the training rows of the protocol's splits, without residual, and evaluated on the held-out
 (n, k) pairs. A mechanism is removed by holding its constant at the value at which it takes no time.

@@ -1,8 +1,8 @@
 """The accuracy protocol over all shipped tables: fits, baselines, held-out stacks, attention, experts, elementwise.
 
 Use :func:`run_protocol`; ``prunesim validate --protocol`` prints its rows, :mod:`calibration.validation.acceptance`
-compares them with the targets, and :mod:`calibration.cli.pages` makes ``docs/generated/accuracy.md`` of them. This module lists
-what is evaluated; :mod:`calibration.validation.protocol` splits and scores one table,
+compares them with the targets, and :mod:`calibration.cli.pages` makes ``docs/generated/accuracy.md`` of them.
+This module lists what is evaluated; :mod:`calibration.validation.protocol` splits and scores one table,
 :mod:`calibration.validation.stacks` a held-out stack. Scores are in percent.
 """
 

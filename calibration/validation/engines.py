@@ -1,9 +1,9 @@
 """Evaluate engines end to end: published times, speedups and serving runs of whole models, by engine and GPU.
 
-Use :func:`end_to_end` for every comparison and :func:`summaries` for one line per group; ``docs/generated/engines.md`` has the
-:func:`tables`. Rows of split "fit" are from sources on which engine parameters were fitted
-(:mod:`calibration.validation.serving`; by hand where rows are few), rows of split "judge" from other sources. Serving
-runs are evaluated with their model held out of the fit.
+Use :func:`end_to_end` for every comparison and :func:`summaries` for one line per group;
+``docs/generated/engines.md`` has the :func:`tables`. Rows of split "fit" are from sources on which engine parameters
+were fitted (:mod:`calibration.validation.serving`; by hand where rows are few), rows of split "judge" from other
+sources. Serving runs are evaluated with their model held out of the fit.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from simulator.arrays import FloatArray
+from simulator.errors import InputError
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, log_ticks, panel_list
 from simulator.figures.style import BLUE, PALE_INK, VERMILLION, paper_style
 
@@ -27,12 +28,13 @@ RATIO = 1.6
 
 @dataclass(frozen=True)
 class Cloud:
-    """Measured and predicted times of one device, s."""
+    """Measured and predicted times of one device or engine, s."""
 
     title: str
     measured_s: ArrayLike
     predicted_s: ArrayLike
     held_out: bool = False  # the fit did not use these measurements
+    what: str = "GEMMs"  # kind of times
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,21 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
 
 
 def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
-    """Draw predicted against measured times.
+    """Draw predicted against measured times; InputError if there are none, they differ in number, or one is not above
+    zero.
 
     >>> figure = scatter_figure([Cloud("h100", [1e-6, 1e-5, 1e-4], [1.1e-6, 1e-5, 0.9e-4])])
     >>> len(figure.axes), figure.axes[1].get_xlabel()
     (2, 'measured time')
     """
+    if not clouds:
+        raise InputError("predicted against measured: expected one device or more")
+    for c in clouds:
+        times = [np.asarray(v, dtype=float) for v in (c.measured_s, c.predicted_s)]
+        good = all(np.all((t > 0) & np.isfinite(t)) for t in times)
+        if not times[0].size or times[0].shape != times[1].shape or times[0].ndim != 1 or not good:
+            expected = "expected equally many finite times above zero, at least one of each"
+            raise InputError(f"predicted against measured, {c.title}: {expected}")
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
@@ -106,7 +117,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     second.set_yticks([0.7, 0.9, 1.1, 1.4], ["0.7", "0.9", "1.1", "1.4"])
     second.minorticks_off()
     a = agreement(cloud.measured_s, cloud.predicted_s)
-    lines = [f"{a.count:,} GEMMs{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
+    lines = [f"{a.count:,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
     lines += [f"median {100 * a.median:.1f} %", f"95th percentile {100 * a.p95:.0f} %"]
     where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)

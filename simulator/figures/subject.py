@@ -56,6 +56,7 @@ def paper(
     *,
     scenario: Scenario | None = None,
     seq: int = 2048,
+    measured: Mapping[str, MeasuredGemms] | None = None,
 ) -> Paper:
     """Return a paper about a model on some devices, with names resolved.
 
@@ -64,4 +65,4 @@ def paper(
     """
     devices = tuple(profiles(hardware))
     config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, devices, scenario or Scenario(), seq)
+    return Paper(config, devices, scenario or Scenario(), seq, measured or {})

@@ -26,7 +26,8 @@ def test_a_page_is_filled_with_its_tables_and_keeps_its_prose(page: str) -> None
     own = ["\n".join(lines[i - 1 : lines.index("", i) if "" in lines[i:] else None]) for i in first]
     assert pages.filled(page, own) == text
     assert "other" in pages.filled(page, [*own[:-1], "| other |"]).splitlines()[-1]
-    with pytest.raises(InputError, match=rf"docs/generated/{page}.md: expected {len(own) - 1} tables to fill, got {len(own)}"):
+    expected = rf"docs/generated/{page}.md: expected {len(own) - 1} tables to fill, got {len(own)}"
+    with pytest.raises(InputError, match=expected):
         pages.filled(page, own[1:])
 
 
