@@ -44,12 +44,13 @@ def command(
     figure: options.Figure = None,
     json: options.Json = False,
 ) -> None:
-    """Predict the taxonomy paper's table next to its published values, and the same on other GPUs and engines.
+    """Predict the table of the taxonomy paper.
 
-    Begins with how many published values lie in their interval. Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024
-    tokens (arXiv 2606.09080, Table 2, as quoted in a public reading note). Then its equivalences, Figure 2, what
-    lies outside GEMMs, and the authors' kernel charts. With --claims: (a) in memory-bound inference static depth is
-    the strongest baseline; (b) along the prefill frontier come static depth, dynamic depth, static width.
+    Published values stand next to it, and the same on other GPUs and engines. Begins with how many published values lie
+    in their interval. Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted
+    in a public reading note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
+    With --claims: (a) in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier
+    come static depth, dynamic depth, static width.
     """
     from calibration.validation import paper
 

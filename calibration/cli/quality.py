@@ -54,13 +54,13 @@ def command(
     length: Length = 512,
     json: options.Json = False,
 ) -> None:
-    """Measure perplexity and KL divergence of a small pruned model against its dense model.
+    """Measure the quality of a small pruned model.
 
-    The model is pruned here, without fine-tuning, or read with --pruned. With --per-layer, one sublayer at a time is
-    replaced by each of its variants: attention with fewer KV heads (means of the heads that are joined), an MLP with
-    fewer channels (those with the largest mean output on text that is not scored), or none. Each row is written when
-    it is measured; run the command again to resume. Needs torch and transformers. For accuracy on tasks use
-    EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
+    Quality is perplexity, and KL divergence to the dense model. The model is pruned here, without fine-tuning, or read
+    with --pruned. With --per-layer, one sublayer at a time is replaced by each of its variants: attention with fewer KV
+    heads (means of the heads that are joined), an MLP with fewer channels (those with the largest mean output on text
+    that is not scored), or none. Each row is written when it is measured; run the command again to resume. Needs torch
+    and transformers. For accuracy on tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
     """
     from simulator.files.write import check_target, write_whole
 

@@ -38,7 +38,7 @@ def command(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Price every variant of every layer, for a search of which layer gets what.
+    """Price every variant of every layer, for a search.
 
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
     or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with

@@ -18,9 +18,10 @@ LEAST = 24
 def command(
     name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None, as_json: options.Json = False
 ) -> None:
-    """List published pruning methods, each with its family, removed work and paper.
+    """List published pruning methods.
 
-    Use their names with --method of speedup and explain, and as methods: in the grid of a sweep.
+    Each has its family, removed work and paper. Use their names with --method of speedup and explain, and as methods:
+    in the grid of a sweep.
     """
     from simulator.pruning._methods import METHODS, load_method
 

@@ -41,12 +41,12 @@ def pareto(
     figure: options.Figure = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show which pruned models no other model beats in both speed and quality.
+    """Show the frontier of speed and quality.
 
-    Begins with the models on each frontier and the best trade, the most speedup per loss, or with the fastest model
-    within --max-loss. Quality is measured, on one metric under one protocol: by papers (the shipped tables, the
-    default), in your table, or by lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is
-    predicted, unless --measured has a value.
+    No other model beats those on the frontier in both. Begins with them and the best trade, the most speedup per loss,
+    or with the fastest model within --max-loss. Quality is measured, on one metric under one protocol: by papers (the
+    shipped tables, the default), in your table, or by lm-evaluation-harness (a CSV with the columns results, family,
+    sparsity). Speed is predicted, unless --measured has a value.
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model

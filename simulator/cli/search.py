@@ -72,12 +72,13 @@ def command(
     html: Html = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Choose a variant of each layer so that targets are met and quality is lost least.
+    """Choose a variant of each layer that meets targets.
 
-    Scores of single replacements are added over the layers; the chosen model is predicted whole, and the costs are
-    corrected until the model itself meets the targets (with --confidence, the end of its interval). Targets hold on
-    every device, engine and request, several at once. Begins with the plan's speed, score and parameters, then the
-    layers, what the same budget in parameters or FLOPs would have chosen, and the frontier of score against time.
+    The plan loses the least quality that meets them. Scores of single replacements are added over the layers; the
+    chosen model is predicted whole, and the costs are corrected until the model itself meets the targets (with
+    --confidence, the end of its interval). Targets hold on every device, engine and request, several at once. Begins
+    with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
+    chosen, and the frontier of score against time.
     """
     output = render.Output(json, None, [figure])
     if html is not None:

@@ -69,13 +69,14 @@ def command(
     figure: Figure = None,
     verbose: Verbose = False,
 ) -> None:
-    """Compare dense and pruned models in a server: more sequences fit, and limits hold at a higher load.
+    """Compare dense and pruned models in a server.
 
-    Begins with the answers for the pruning that serves most. The table has the dense and each pruned model with equally
-    many requests in flight, each with as many as its weights and caches leave memory for (at most the engine's limit),
-    and with --ttft or --tpot each with as many as keep these limits. A request takes the steady state of continuous
-    batching. With --price it shows the cost of a million tokens: of output that pays for all, and of prompt and output
-    alike (--verbose: of prompt and of new tokens, by their share of the device time).
+    A pruned model leaves memory for more sequences, and keeps limits of latency at a higher load. Begins with the
+    answers for the pruning that serves most. The table has the dense and each pruned model with equally many requests
+    in flight, each with as many as its weights and caches leave memory for (at most the engine's limit), and with
+    --ttft or --tpot each with as many as keep these limits. A request takes the steady state of continuous batching.
+    With --price it shows the cost of a million tokens: of output that pays for all, and of prompt and output alike
+    (--verbose: of prompt and of new tokens, by their share of the device time).
     """
     output = render.Output(json, csv, [figure])
     from simulator.prediction.service import serve
