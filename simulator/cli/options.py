@@ -57,9 +57,17 @@ def completing(where: str) -> Callable[[str], list[str]] | None:
 
 
 def opt(flags: str, metavar: str | None, text: str) -> Any:
-    """Declare an option; ``flags`` are its names, separated by blanks."""
+    """Declare an option; ``flags`` are its names, separated by blanks. An empty value is an error."""
     names = completing(NAMES.get(flags, ""))
-    return typer.Option(*flags.split(), metavar=metavar, help=text, autocompletion=names)
+    return typer.Option(*flags.split(), metavar=metavar, help=text, autocompletion=names, callback=_not_empty)
+
+
+def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """Reject an empty text on the command line, which a shell makes of a variable that is not set."""
+    given = context.get_parameter_source(option.name or "")
+    if given is not None and given.name == "COMMANDLINE" and "" in (value if isinstance(value, list) else [value]):
+        raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty text")
+    return value
 
 
 def arg(metavar: str, text: str, like: str = "") -> Any:

@@ -91,6 +91,21 @@ def test_what_is_no_file_to_read_is_refused(reader: str, kind: str, cli: Any) ->
     assert {p.name for p in Path().iterdir()} <= {"given.csv", "figures"}
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "metavar"),
+    [
+        ("speedup llama-2-7b --hardware h100 --family depth --phase decode", "--csv", "FILE"),
+        ("speedup llama-2-7b --hardware h100", "--prune", "TEXT"),
+        ("search llama-2-7b --hardware h100 --target 1.2", "--scores", "FILE"),
+        ("validate h100", "--markdown", "FILE"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_no_value(command: str, option: str, metavar: str, cli: Any) -> None:
+    _, err = cli(f"{command} {option}=", 2)
+    assert err == f"prunesim: {option}: expected {metavar}, got an empty text\n"
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_names_that_no_terminal_should_see(reader: str, cli: Any) -> None:
     Path("a\n\x1b[31mgiven.csv").write_bytes(b"\0")
