@@ -6,14 +6,14 @@ fields apply to all rows. Columns of names are stored as codes, indices into ``C
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from simulator.arguments import plain
+from simulator.arguments import MOST, plain
 from simulator.arrays import Array
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
@@ -90,9 +90,12 @@ class Table(Displayed):
         )
 
     @classmethod
-    def _of(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Return a table of all field values without checks, for columns derived from checked columns."""
-        for name in cls.SCHEMA:
+    def _of(cls: type[T], values: Mapping[str, Any], new: Iterable[str] | None = None) -> T:
+        """Return a table of all field values without checks, for columns derived from checked columns.
+
+        ``new`` names the columns that are not those of another table, by default all.
+        """
+        for name in cls.SCHEMA if new is None else new:
             values[name].setflags(write=False)
         out = object.__new__(cls)
         out.__dict__.update(values)
@@ -154,6 +157,22 @@ class Table(Displayed):
         return cls.from_columns(*others, size=len(rows), **columns)
 
     @classmethod
+    def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
+        """Return a table of ``rows`` as :meth:`from_rows`, of numbers from 0 up and names that this package computed.
+
+        They are in range unless they are too large to be exact; only then are they checked, which takes longer.
+        """
+        columns: dict[str, list[Any]] = {}
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                if name not in columns:
+                    columns[name] = [cls.SCHEMA[name][1]] * len(rows)
+                columns[name][i] = _code(name, value, cls.CODES) if isinstance(value, str) else value
+        if any(max(values) > MOST for values in columns.values()):
+            return cls.from_rows(rows, *others)
+        return cls.filled(*others, size=len(rows), **columns)
+
+    @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
         """Return the rows of the tables ``parts`` in order; fields of all rows are ``others``, else the first's."""
         tables = [vars(part) for part in parts]
@@ -167,8 +186,8 @@ class Table(Displayed):
 
     def replace(self: T, **changes: Any) -> T:
         """Return a copy with ``changes``: of columns (scalars broadcast) or of fields of all rows."""
-        shape = (len(self),)
-        for name in changes.keys() & self.SCHEMA.keys():
+        shape, new = (len(self),), changes.keys() & self.SCHEMA.keys()
+        for name in new:
             given = changes[name]
             if not isinstance(given, np.ndarray):  # from a user; arrays are computed from columns
                 given = self.coerced(name, given)
@@ -179,7 +198,7 @@ class Table(Displayed):
             changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
         if extra := changes.keys() - vars(self).keys():
             raise InputError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
-        return self._of({**vars(self), **changes})
+        return self._of({**vars(self), **changes}, new)
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
@@ -191,6 +210,7 @@ def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Ar
 def _code(name: str, value: str, codes: Mapping[str, tuple[str, ...]]) -> int:
     if name not in codes:
         raise InputError(f"column {name}: expected a number, got {value!r}")
-    if value not in codes[name]:
-        raise unknown(name, value, codes[name])
-    return codes[name].index(value)
+    try:
+        return codes[name].index(value)
+    except ValueError:
+        raise unknown(name, value, codes[name]) from None

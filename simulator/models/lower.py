@@ -263,7 +263,7 @@ def _lower(r: Request) -> Workload:
         engine=r.engine,
         config=r.model,
     )
-    w = Workload.from_rows([row for one in passes for row in one.rows()], meta)
+    w = Workload.computed([row for one in passes for row in one.rows()], meta)
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
         return w
