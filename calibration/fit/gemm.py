@@ -43,6 +43,8 @@ FEW_FOLDS = 10
 """Folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits."""
 REFIT_ROWS = 200
 """Rows up to which the constants are fitted again for each fold: on more they hardly change."""
+TOGETHER_ROWS = REFIT_ROWS
+"""Rows up to which several sets of constants are evaluated at once: more leave the processor's caches."""
 FIT_ROWS, PRIOR_ROWS = 20, 10
 STEP = 0.1
 """Log time by which more tokens may be faster where a residual comes from another table."""
@@ -80,6 +82,10 @@ class GemmFit(Fit):
         moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
         return np.asarray(2.0 * c.m * c.n * c.k / machine.peak_flop_per_s > moved / machine.bandwidth_bytes_per_s)
 
+    def log_residuals(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
+        """Return the log residuals for each of several sets of constants, (sets, rows)."""
+        return np.asarray(np.log(self.calls.seconds_of(many)) - np.log(self.seconds))
+
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return the constants ``free``.
 
@@ -116,6 +122,7 @@ class GemmFit(Fit):
                 prior=prior,
                 center=start,
                 data_only=True,
+                together=few.log_residuals if len(few) <= TOGETHER_ROWS else None,
                 x_scale=0.1,
                 max_nfev=80,
             )

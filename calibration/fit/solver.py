@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from simulator.hardware.profile import Fitted, Section
 LogResidual = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""
 
+LogResiduals = Callable[[Sequence[Mapping[str, float]]], FloatArray]
+"""The same from several sets of constants at once, (sets, rows)."""
+
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
 """Covariance of the logs of the free constants at a minimum, and the residual sd that it assumes."""
 
@@ -27,6 +31,8 @@ HUBER = 0.05
 """Log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %."""
 ON_BOUND = 1e-2
 """Log distance to an end of its range below which a constant is on its bound."""
+ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)
+"""Step of derivatives over the logarithm of a constant, or over 1 if that is larger."""
 ABSENT = "no rows of its class"
 
 
@@ -119,14 +125,16 @@ def minimise(
     center: Mapping[str, float] | None = None,
     data_only: bool = False,
     step: float | None = None,
+    together: LogResiduals | None = None,
     **search: Any,
 ) -> Minimum:
     """Search over the constants ``names`` with the soft-L1 loss; the other constants keep the values of ``start``.
 
     ``ranges`` has ``low`` and ``high`` of each constant. ``prior`` is the log standard deviation of a prior around
     ``center`` (the start by default), one residual per constant; with ``data_only`` the soft-L1 loss applies to the
-    data only. ``step`` is the step of derivatives, in logs, for residuals in single precision. ``search`` has further
-    options of :func:`scipy.optimize.least_squares`.
+    data only. ``step`` is the step of derivatives, in logs, for residuals in single precision. ``together`` returns the
+    residuals of several sets of constants, where that is faster than one by one. ``search`` has further options of
+    :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
     low = np.log([ranges[n].low or 1e-9 for n in names])
@@ -134,12 +142,27 @@ def minimise(
     middle = np.log([max((center or start)[n], 1e-12) for n in names])
     first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
 
-    def rows(x: FloatArray) -> FloatArray:
-        out = log_residual({**start, **dict(zip(names, np.exp(x).tolist(), strict=True))})
+    def constants(x: FloatArray) -> dict[str, float]:
+        return {**start, **dict(zip(names, np.exp(x).tolist(), strict=True))}
+
+    def with_prior(x: FloatArray, out: FloatArray) -> FloatArray:
         if data_only:
             out = soft_l1(out)
-        return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)])
+        return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)], axis=-1)
 
+    def rows(x: FloatArray) -> FloatArray:
+        return with_prior(x, log_residual(constants(x)))
+
+    def forward(at_once: LogResiduals, x: FloatArray) -> FloatArray:
+        """The derivatives that least_squares computes by default."""
+        steps = ROOT_EPSILON * np.where(x >= 0, 1.0, -1.0) * np.maximum(1.0, np.abs(x))
+        steps = np.where((x + steps < low) | (x + steps > high), -steps, steps)
+        places = x + np.concatenate([np.zeros((1, len(x))), np.diag(steps)])
+        here, *moved = with_prior(places, at_once([constants(place) for place in places]))
+        return np.asarray(((np.array(moved) - here) / ((x + steps) - x)[:, None]).T)
+
+    if together is not None:
+        search["jac"] = partial(forward, together)
     if step is not None:
         ways = step * np.eye(len(names))
         search["jac"] = lambda x: np.stack([(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1)

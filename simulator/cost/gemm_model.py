@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -61,8 +61,17 @@ class ReadyModel:
     epilogue_us: Array
     feed_us: Array  # L2 feed of one step of one tile, whole device; 0 where blocks stay on their SM
     step_elements: float
-    t0_us: float
+    t0_us: Factor
     serial_us: float  # shortest step of a block that walks the whole k; 0 where k is split
+
+    def for_each(self, count: int) -> ReadyModel:
+        """Return the model of ``count`` shapes with the first values of its constants, then the second, and so on."""
+
+        def wide(value: Any) -> Any:
+            return np.repeat(value, count, axis=-1) if isinstance(value, np.ndarray) and value.shape[-1] > 1 else value
+
+        own = {name: wide(value) for name, value in vars(self).items()}
+        return replace(self, **own | {"constants": {name: wide(value) for name, value in self.constants.items()}})
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,14 @@ class Analytical:
     tiles: Array  # output tiles of the launch, split parts not counted
 
 
-def ready_model(machine: Machine, constants: Mapping[str, float], dtype: Any = np.float64) -> ReadyModel:
-    """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``."""
-    c = {name: float(value) for name, value in constants.items()}
+def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64) -> ReadyModel:
+    """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``.
+
+    A constant may be an array: :meth:`ReadyModel.for_each` then times shapes with each of its values.
+    """
+    c: dict[str, Any] = {
+        name: value if isinstance(value, np.ndarray) else float(value) for name, value in constants.items()
+    }
     menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
     tiles = [tile if tile[0] >= machine.least_rows else tile[::-1] for tile in MENUS[menu]]
     tile_m, tile_n = np.array(tiles, dtype=np.float64).T[:, :, None]
