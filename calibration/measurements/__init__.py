@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,13 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
 
 def _index() -> dict[str, dict[str, Any]]:
     """Return the provenance of every table."""
-    index: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / INDEX).read_text(encoding="utf-8"))["tables"]
+    return _parsed((FOLDER / INDEX).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=2)
+def _parsed(text: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of an index; parsing takes as long as reading several of them."""
+    index: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["tables"]
     return index
 
 
