@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Helpers of tests are imported by the tests that need them (some need torch), not collected for doctests."""
     return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, each worker has a stretch of the tests, and one that has finished takes half of another's rest: what
+    the tests of a module share is made once, as it would not be if they were dealt out one by one.
+    """
+    if config.getvalue("dist") != "load":  # asked for by --dist
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

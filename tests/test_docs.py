@@ -3,6 +3,8 @@ current, links whole."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ import pytest
 
 from calibration.build_profiles import RECIPES
 from calibration.cli import pages
+from simulator.cli import run
 from simulator.engines.engine import Engine
 from simulator.hardware.constants import CLASSES, CONSTANTS
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
@@ -67,12 +70,25 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(arguments: list[str], folder: Path) -> str:
     """Standard output of this interpreter, run in a folder with the packages of the tree it belongs to."""
     home = folder if (folder / "simulator").is_dir() else ROOT
-    environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg"}
     command = [sys.executable, "-W", "error", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     said = f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert done.returncode == 0, said
     return done.stdout
+
+
+def prunesim(words: list[str], folder: Path) -> str:
+    """Standard output of the program, run in this process in a folder of no packages: it need not be imported again."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run(words)
+    finally:
+        os.chdir(before)
+    assert status == 0, f"{' '.join(words)[:300]}: status {status}\n{out.getvalue()[-2000:]}{err.getvalue()[-2000:]}"
+    return out.getvalue()
 
 
 def commands_of(shell: str) -> Iterator[list[str]]:
@@ -93,7 +109,13 @@ def commands_of(shell: str) -> Iterator[list[str]]:
 
 
 def run_shell(shell: str, folder: Path) -> str:
-    return "".join(python(words, folder) for words in commands_of(shell))
+    out = []
+    for words in commands_of(shell):
+        if words[:2] == ["-m", "simulator.cli"] and not (folder / "simulator").is_dir():
+            out.append(prunesim(words[2:], folder))
+        else:
+            out.append(python(words, folder))
+    return "".join(out)
 
 
 PRINTED: dict[tuple[Path, str], str] = {}

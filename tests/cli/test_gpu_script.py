@@ -229,7 +229,7 @@ def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     model, out = tmp_path / "config.json", tmp_path / "run"
     model.write_text(TINY)
     settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64", "ENGINES": "reference"}
-    budget = os.environ.get("PRUNESIM_SCRIPT_S", "100")
+    budget = os.environ.get("PRUNESIM_SCRIPT_S", "60")
     done = run(tmp_path, "-m simulator.cli", **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"

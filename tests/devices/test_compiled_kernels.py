@@ -65,7 +65,7 @@ def test_a_sample_compiles_for_six_gpus(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_a_larger_sample_compiles_for_six_gpus(cache: Path) -> None:
-    _check(_sample(30, 0), cache)
+    _check(_sample(15, 0), cache)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
 @pytest.mark.slow
 def test_intervals_of_planted_constants_cover() -> None:
     hits = []
-    for seed in range(150):
+    for seed in range(80):
         fit = constants(planted(200, seed), free=tuple(PLANTED))
         hits += [abs(np.log(fit.values[x] / TRUTH[x])) < 1.96 * e / fit.values[x] for x, e in fit.std_errors.items()]
     assert 0.92 <= np.mean(hits) <= 0.98

@@ -153,7 +153,7 @@ def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_pat
     path, acknowledged, rng = tmp_path / "records.jsonl", set[str](), random.Random(7)
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1])))}
-    for last in [False] * 15 + [True]:
+    for last in [False] * 8 + [True]:
         command = [sys.executable, "-c", VICTIM, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as victim:
             assert victim.stdout is not None
