@@ -156,9 +156,9 @@ class Operator:
     @property
     def key(self) -> str:
         """Text that identifies the operator; equal operators have equal keys."""
-        shape = {f.name: getattr(self, f.name) for f in fields(self)[2:-1] if getattr(self, f.name) != f.default}
-        temperature = "cold" if self.cold else "hot"
-        return " ".join([self.kind, self.dtype, temperature, *(f"{name}={value}" for name, value in shape.items())])
+        held, temperature = vars(self), "cold" if self.cold else "hot"
+        shape = [f"{name}={held[name]}" for name, default in _SHAPE if held[name] != default]
+        return " ".join([self.kind, self.dtype, temperature, *shape])
 
     @property
     def launches(self) -> int:
@@ -241,6 +241,10 @@ class Operator:
         if extra := sorted(set(record) - known):
             raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
         return cls(**record)
+
+
+_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])
+"""Fields of an operator that its key has where they differ from their default; a plan makes a hundred thousand keys."""
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,9 @@ class _Budget:
 
     def fits(self, op: Operator) -> bool:
         """Whether the device can run an operator that is new, not too large and not too slow."""
-        small = op.footprint_bytes <= self.rates.memory_bytes
-        quick = self.rates.launch_s(op) <= self.protocol.time_limit_s / 12.0
-        return op.key not in self.taken and quick and small and not self.refuses(op)
+        if self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0 or op.footprint_bytes > self.rates.memory_bytes:
+            return False
+        return op.key not in self.taken and not self.refuses(op)
 
     def cost_s(self, op: Operator) -> float:
         """Estimate the time of an operator with its part of the drift checks, s."""

@@ -170,10 +170,12 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
 
 def held_out_models() -> list[HeldOut]:
     """Return the errors of every group, predicted with parameters fitted to the runs of other models."""
-    out = []
+    out, hosts = [], dict[tuple[str, str], HostParameters]()
     for (engine, _, model, hardware, dtype), group in groups().items():
-        others = [g for key, g in fitted().items() if key[0] == engine and key[2] != model]
-        p = fit_hosts(engine, others)
+        if (engine, model) not in hosts:
+            others = [g for key, g in fitted().items() if key[0] == engine and key[2] != model]
+            hosts[engine, model] = fit_hosts(engine, others)
+        p = hosts[engine, model]
         tpot = np.log(group.tpot(p.each_pass_s, p.each_sequence_s, p.prefill_wait) / group.tpot_s)
         request = np.log(group.request(p.each_pass_s, p.each_sequence_s) / group.request_s)
         out.append(HeldOut(engine, model, hardware, dtype, group, tpot, request))
