@@ -22,6 +22,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """A record of a run is safe from a loss of power when ``fsync`` returns: no test can tell, and thousands wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the measured tables that may not be committed (``PRUNESIM_SHARED_DATA``, or ``../shared/data``)."""

@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -115,8 +116,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> Callab
 
     def ended(name: str) -> Ended:
         if name not in found:
-            case, folder, statuses = CASES[name], tmp_path_factory.mktemp("planted") / "run", []
-            for number, command in enumerate(case.commands):
+            case, folder, statuses = CASES[name], tmp_path_factory.mktemp("planted") / "run", list[int]()
+            if case.commands[:-1] == CALIBRATE and case.troubles == NO_TROUBLES:  # as the case of the GPU itself
+                statuses += ended(case.gpu).statuses
+                shutil.copytree(ended(case.gpu).folder, folder)
+            for number, command in list(enumerate(case.commands))[len(statuses) :]:
                 troubles = case.later if number and case.later is not None else case.troubles
                 out, notes = io.StringIO(), io.StringIO()
                 words = [str(folder) if word == "RUN" else word for word in shlex.split(command)]

@@ -27,9 +27,8 @@ PLACE = re.compile(r".*?:\d+:\d+: ")
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in the folder of the test; nothing waits for the disk."""
+    """Commands run in the folder of the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def attack(target: Target, folder: Path, seed: int, count: int) -> int:

@@ -171,7 +171,7 @@ def test_written_configurations_are_predicted_as_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["advise", "llama-3.1-8b", "--hardware", "h100,a100", "--engine", "vllm,hf", "--target", "1.5"]
+    words = ["advise", "llama-3.2-1b", "--hardware", "h100,a100", "--engine", "vllm,hf", "--target", "1.5"]
     words += ["--phase", "decode", "--batch", "8", "--family", "depth,width,width_cross"]
     assert run([*words, "--json", "--write", "out"]) == 0
     records = json.loads(capsys.readouterr().out)
@@ -179,7 +179,7 @@ def test_written_configurations_are_predicted_as_they_say(
     found = [r for r in records if "configuration" in r]
     assert len(families) == 4 * 3
     assert records == families + found
-    dense = load_model("llama-3.1-8b")
+    dense = load_model("llama-3.2-1b")
     for r in found:
         new = load_model(Path("out") / r["configuration"])
         request = {"phase": r["phase"], "batch": r["batch"], "seq": r["seq"], "engine": r["engine"]}
@@ -195,7 +195,7 @@ def test_written_configurations_are_predicted_as_they_say(
     assert "written: out/{depth,depth+width,all}/config.json" in told.err
     assert "on all 4 devices, engines and requests" in told.out
     Path("out/depth/config.json").write_text("{}")
-    assert run([*words, "--write", "out"]) == 2
+    assert run([*words[:-1], "depth", "--write", "out"]) == 2
     assert "out/depth/config.json: exists with different content" in capsys.readouterr().err
     assert Path("out/depth/config.json").read_text() == "{}"
 
