@@ -44,17 +44,22 @@ def run(folder: Path, prunesim: str, **variables: str) -> Done:
 ALL = "torch", "transformers", "vllm"
 
 
+def python(folder: Path, packages: Sequence[str] = ALL) -> str:
+    """A Python with these packages installed, which is quick to say versions."""
+    file, missing = folder / "python.sh", " ".join(name for name in ALL if name not in packages)
+    cases = f'case $1 in -m) echo versions ;; -c) echo {missing} ;; *) exec {sys.executable} "$@" ;; esac'
+    file.write_text(f"#!/bin/bash\n{cases}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
 def pretend(
     folder: Path, body: str = "", packages: Sequence[str] = ALL, **variables: str
 ) -> tuple[Done, list[list[str]]]:
     """Run a program that only writes down what it was asked, and fails as told, with these packages installed."""
-    file, log, python = folder / "pretend.py", folder / "asked.jsonl", folder / "python.sh"
+    file, log = folder / "pretend.py", folder / "asked.jsonl"
     file.write_text(f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n")
-    missing = " ".join(name for name in ALL if name not in packages)
-    cases = f'case $1 in -m) echo versions ;; -c) echo {missing} ;; *) exec {sys.executable} "$@" ;; esac'
-    python.write_text(f"#!/bin/bash\n{cases}\n")
-    python.chmod(0o755)
-    done = run(folder, str(file), **{"PYTHON": str(python), **variables})
+    done = run(folder, str(file), **{"PYTHON": python(folder, packages), **variables})
     asked = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return done, [words for words in asked if words != ["--version"]]
 
@@ -213,7 +218,8 @@ def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
 def test_the_script_runs_end_to_end_in_simulated_time(tmp_path: Path) -> None:
     model, out = tmp_path / "config.json", tmp_path / "run"
     model.write_text(TINY)
-    done = run(tmp_path, "-m simulator.cli", DEVICE="replay:planted", MODEL=str(model), SEQ="64", BUDGET="60")
+    settings = {"DEVICE": "replay:planted", "MODEL": str(model), "SEQ": "64", "BUDGET": "60"}
+    done = run(tmp_path, "-m simulator.cli", **settings, PYTHON=python(tmp_path))
     assert done.returncode == 0, f"{done.stdout}\n{(out / 'log.txt').read_text()[-3000:]}"
     assert done.stdout.count("skipped, because a replayed device cannot run a model") == 4
     bounds = list(csv.DictReader((out / "bf16" / "upper_bound.csv").read_text().splitlines()))

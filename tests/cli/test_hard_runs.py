@@ -71,7 +71,8 @@ def test_a_full_disk_leaves_what_was_there(what: str, place: Path, prunesim: Any
         target.write_bytes(b"old")
     before = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
     small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    status, _, lines = prunesim(WRITERS[what], preexec_fn=small)
+    unwritten = {"PYTHONDONTWRITEBYTECODE": "1"}  # a compiled module would be cut off, and stay for other tests
+    status, _, lines = prunesim(WRITERS[what], preexec_fn=small, environment=unwritten)
     assert (status, len(lines)) == (1, 1), lines
     assert "File too large" in lines[0]
     assert "out/" in lines[0]
