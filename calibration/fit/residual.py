@@ -127,6 +127,30 @@ class Block:
         scale = 1.0 / np.sqrt(total)
         return out * scale, scale
 
+    @cached_property
+    def order(self) -> NDArray[np.intp]:
+        """Nodes in an order in which neighbours are near each other: the longest coordinate changes last."""
+        shape = self.grid.values.shape
+        axes = np.argsort([-size for size in shape], kind="stable")
+        return np.asarray(np.arange(self.grid.values.size).reshape(shape).transpose(axes).reshape(-1))
+
+    def factor(self, normal: sparse.csr_matrix) -> FloatArray:
+        """Return the Cholesky factor of normal equations, as bands: a node meets only nodes up to two steps away."""
+        place = np.argsort(self.order)
+        found = normal.tocoo()
+        row, column = place[found.row], place[found.col]
+        below = row >= column
+        row, column = row[below], column[below]
+        bands = np.zeros((int((row - column).max()) + 1, normal.shape[0]))
+        bands[row - column, column] = found.data[below]
+        return np.asarray(linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False))
+
+    def solved(self, factor: FloatArray, target: FloatArray) -> FloatArray:
+        """Return the node values that solve factored normal equations."""
+        values = np.empty(len(target))
+        values[self.order] = linalg.cho_solve_banded((factor, True), target[self.order], check_finite=False)
+        return values
+
     def nodes(self, coefficients: FloatArray) -> FloatArray:
         """Return node values from coefficients of the eigenvectors."""
         grid = coefficients.reshape(self.grid.values.shape)
@@ -172,10 +196,9 @@ def solve(
             factors = []
         for i, b in enumerate(parts):
             if len(factors) <= i:
-                normal = (b.matrix.T @ sparse.diags(weights) @ b.matrix + b.penalty).toarray()
-                factors.append(linalg.cho_factor(normal, overwrite_a=True, check_finite=False))
+                factors.append(b.factor(b.matrix.T @ sparse.diags(weights) @ b.matrix + b.penalty))
             rest += b.matrix @ values[i]
-            values[i] = linalg.cho_solve(factors[i], b.matrix.T @ (weights * rest), check_finite=False)
+            values[i] = b.solved(factors[i], b.matrix.T @ (weights * rest))
             rest -= b.matrix @ values[i]
     return values
 
