@@ -161,6 +161,7 @@ class Table(Displayed):
         """Return a table of ``rows`` as :meth:`from_rows`, of numbers from 0 up and names that this package computed.
 
         They are in range unless they are too large to be exact; only then are they checked, which takes longer.
+        ``others`` are fields of all rows.
         """
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):

@@ -77,14 +77,14 @@ with_pin = st.builds(lambda state, pin: replace(state, pin=pin), states, st.none
 
 
 @given(with_pin.filter(lambda state: max(one.passes for one in (state, state.pin) if one) <= MOST_PASSES))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_query_says_all_of_a_state(state: State) -> None:
     assert read_query("?" + to_query(state)) == (state, ())
     assert strict_query(to_query(state)) == state
 
 
 @given(st.text(max_size=200), st.sampled_from(list(KEYS)), st.text())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_query_and_any_value_give_a_state(text: str, key: str, value: str) -> None:
     state, problems = read_query(text)
     assert isinstance(state, State)

@@ -52,13 +52,13 @@ def test_what_the_page_asks_is_answered(client: Any) -> None:
 
 
 def test_answers_do_not_fill_the_memory(client: Any) -> None:
-    """After 120 answers as many objects are alive as after 30: a server may run for days."""
+    """After 60 answers as many objects are alive as after 15: a server may run for days."""
     alive: list[int] = []
-    for batch in range(1, 41):
+    for batch in range(1, 21):
         selection = {"search": f"?batch={batch}&gpu=h100,a100&phase=decode", "narrow": False}
         for source, target in (("asked", "answered"), ("wanted", "map"), ("csv-asked", "csv")):
             assert post(client, question(source, target, selection)).status_code == 200
-        if batch in (10, 40):
+        if batch in (5, 20):
             gc.collect()
             alive.append(len(gc.get_objects()))
     assert alive[1] < 1.05 * alive[0]

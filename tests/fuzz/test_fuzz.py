@@ -1,7 +1,7 @@
 """Inputs by the thousand, each near a good one: refused in one printable line or used without harm.
 
 Never a traceback, a hang, or a touch of anything outside the folder they lie in. The inner loop tries 100 inputs a
-format, ``-m slow`` 300 others, or as many as ``PRUNESIM_FUZZ`` says. An input is named by its file, seed and number:
+format, ``-m slow`` 150 others, or as many as ``PRUNESIM_FUZZ`` says. An input is named by its file, seed and number:
 ``make(random.Random("config.json 1 57"))`` makes it again.
 """
 
@@ -20,7 +20,7 @@ from targets import TARGETS, Target, command_line
 
 from simulator.cli import run
 
-MANY = int(os.environ.get("PRUNESIM_FUZZ", "300"))
+MANY = int(os.environ.get("PRUNESIM_FUZZ", "150"))
 BY_THE_THOUSAND = pytest.param(1, MANY, marks=pytest.mark.slow, id="by_the_thousand")
 PLACE = re.compile(r".*?:\d+:\d+: ")
 
