@@ -14,6 +14,7 @@ from pathlib import Path
 from simulator._version import __version__
 from simulator.display import items_html, table_html
 from simulator.figures.plan import plan_figure
+from simulator.figures.style import paper_style
 from simulator.files.write import write_whole
 from simulator.plans.compared import Point
 from simulator.plans.search import Plan
@@ -124,7 +125,8 @@ def _svg(plan: Plan) -> str:
     import matplotlib.pyplot
 
     figure, out = plan_figure(plan), io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    with paper_style():  # the same bytes for the same plan
+        figure.savefig(out, format="svg", metadata={"Date": None})
     matplotlib.pyplot.close(figure)
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -20,7 +20,7 @@ from simulator.models.difference import runs
 from simulator.models.lower import lower
 from simulator.plans.subblock_stats import solutions_of
 from simulator.plans.variants import has
-from simulator.pruning._grammar import read_steps
+from simulator.pruning._grammar import plan_steps
 from simulator.pruning._steps import prune_steps
 
 if TYPE_CHECKING:
@@ -98,12 +98,14 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
     dense, lines, written = plan.dense, list[str](), list[str]()
     try:
-        write_whole(target / PLAN, plan_text(dense, plan.pruned).encode())
-        check_plan(str(target / PLAN), dense, plan.pruned)
-        written.append(PLAN)
+        text = plan_text(dense, plan.pruned)
+        check_plan(text, dense, plan.pruned)
     except InputError as error:
         (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
         lines.append(f"{PLAN} is not written: {error}")
+    else:
+        write_whole(target / PLAN, text.encode())
+        written.append(PLAN)
     try:
         write_config(target, config_of(content_of(source, dense), dense, plan.pruned))
         written.append("config.json")
@@ -114,9 +116,9 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     return [f"written: {folder}/{{{','.join([*written, SOLUTIONS])}}}", *lines]
 
 
-def check_plan(path: str, dense: ModelConfig, pruned: ModelConfig) -> None:
-    """Raise InputError if a written plan does not give the parameters and FLOPs of the plan."""
-    own = prune_steps(lower(dense, phase="decode"), read_steps(path))
+def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
+    """Raise InputError if the text of a plan does not give the parameters and FLOPs of the plan."""
+    own = prune_steps(lower(dense, phase="decode"), plan_steps(text))
     other = lower(pruned, phase="decode")
     pairs = [(w.parameters, float(w.flops.sum())) for w in (own, other)]
     if abs(pairs[0][0] - pairs[1][0]) > 0.5 or abs(pairs[0][1] / pairs[1][1] - 1.0) > 1e-9:

@@ -23,7 +23,7 @@ from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.models.lower import lower
+from simulator.models.lower import cached_tokens, lower
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import (
     MAX_TOKENS,
@@ -334,11 +334,19 @@ def read_grid(path: str | Path) -> Grid:
         axes = known.read(root, "", problems)
         if not len(problems):
             grid = Grid(**{"sparsities": (), **axes})
-            batch, seq = max(grid.batches), max(grid.seqs)
-            if batch * seq <= MAX_TOKENS or set(grid.phases) == {"decode"}:
+            if set(grid.phases) == {"decode"}:
                 return grid
-            reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-            problems.add(root.entries["seqs"][1], "seqs", reason)
+            batch, seq = max(grid.batches), max(grid.seqs)
+            if batch * seq > MAX_TOKENS:
+                reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+                problems.add(root.entries["seqs"][1], "seqs", reason)
+            try:
+                cached_tokens(grid.cached_prefix, min(grid.seqs))
+            except InputError as error:
+                key = "cached_prefix"
+                problems.add(root.entries[key][1], key, str(error).removeprefix(f"{key}: "))
+            if not len(problems):
+                return grid
     # an unknown key is reported before the missing key that it may stand for
     first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
     raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))

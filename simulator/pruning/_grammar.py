@@ -211,8 +211,21 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
 
 def _plan(path: Path) -> tuple[Step, ...]:
     """Read a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
-    problems, steps = Problems(str(path)), tuple[Step, ...]()
-    text = read_text(path, problems)
+    problems = Problems(str(path))
+    return _steps_of(read_text(path, problems), problems)
+
+
+def plan_steps(text: str) -> tuple[Step, ...]:
+    """Return the steps of the content of a plan.
+
+    >>> [str(step) for step in plan_steps("layers: {3: depth}")]
+    ['depth layers=3']
+    """
+    return _steps_of(text, Problems("plan"))
+
+
+def _steps_of(text: str | None, problems: Problems) -> tuple[Step, ...]:
+    steps = tuple[Step, ...]()
     root = None if text is None else parse_yaml(text, problems)
     keys = ("prune", "layers")
     if root is None or root.kind != "mapping":

@@ -162,6 +162,8 @@ def test_a_plan_is_a_page_that_loads_nothing(cli: Any, scores: Path, tmp_path: P
     line = f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --html {file}"
     (plan,) = cli.json(line)
     page = file.read_text(encoding="utf-8")
+    cli.json(line)
+    assert file.read_text(encoding="utf-8") == page
     assert "<script" not in page
     assert "src=" not in page
     assert page.count("<svg") == 1
@@ -182,3 +184,17 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "solutions.json"]
     line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {file}"
     assert "is a file; expected a folder" in cli.refused(line)
+
+
+def test_a_plan_is_checked_before_it_is_a_file(
+    cli: Any, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that is killed while it checks leaves no plan of other shapes."""
+    folder = tmp_path / "plan"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulator.plans.plan.check_plan", killed)
+    assert cli.run(f"search {MODEL} --hardware h100 --scores {scores} --target 1.2 --write {folder}".split()) == 130
+    assert list(folder.iterdir()) == []

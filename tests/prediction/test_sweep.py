@@ -308,6 +308,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("ideal", "yes", r"ideal: expected true or false"),
         ("engines", "[vlm]", r":9:11: engines\.0: .*did you mean vllm"),
         ("seqs", "[2000000000]", r"seqs: batch 8 x seq 2000000000: expected at most"),
+        ("cached_prefix", "100000", r":13:16: cached_prefix: expected whole tokens below the \d+ of the prompt"),
     ],
 )
 def test_bad_grids_are_refused_with_their_place(tmp_path: Path, name: str, value: str, message: str) -> None:
