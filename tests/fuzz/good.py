@@ -272,6 +272,24 @@ LIBRARIES: tuple[Any, ...] = (
 )
 """Libraries of Puzzle and of Puzzletron for :data:`LAYERED` without its ``block_configs``."""
 
+_AVERAGES = {"kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]}, "token_accuracy_top_1": {"avg": 0.5}, "args": {"a": 1}}
+VALIDATIONS: tuple[Any, ...] = tuple(
+    {"puzzle_solution": solution, **_AVERAGES}
+    for i, replacement in enumerate(_REPLACEMENTS)
+    for solution in (
+        {"single_sequence_replacement": replacement},
+        {"single_block_replacement": {"block_idx": i, "block_config": _LAYERS[i]}},
+    )
+)
+_OTHER = {"attention": {"num_key_value_heads": 2}, "ffn": {"intermediate_size": 128}}
+_OTHERS = [{"single_block_replacement": {"block_idx": i, "block_config": _OTHER}} for i in range(4)]
+TEACHER = {"kl_div": {"avg": 0.0}, "token_accuracy_top_1": {"avg": 0.75}, "args": {"a": 1}}
+FOLDER: dict[str, Any] = {
+    "teacher.json": TEACHER,
+    **{f"solution_{i + 1}.json": {"puzzle_solution": other, **_AVERAGES} for i, other in enumerate(_OTHERS)},
+}
+"""Puzzletron's validations of single replacements in that model; files that may lie next to one, and its teacher's."""
+
 GRID = """\
 models: [llama-3.2-1b, llama-3.1-8b]
 hardware: [h100_sxm, a100]
@@ -293,6 +311,23 @@ new_tokens: 16
 ideal: false
 level: 0.9
 """
+
+TEXTS_GRID = """\
+models: llama-3.2-1b
+hardware: [l40s, a6000]
+prune: ["width mlp=0.3 attention=0.25 + depth 0.25", depth 0.5, kv_cache budget=128]
+methods: [slicegpt, shortgpt]
+sparsities: [0.25]
+phases: [serve, prefill]
+batches: {from: 1, to: 4, times: 2}
+seqs: 256
+devices: [1, 2]
+link: pcie4x8-host
+cached_prefix: 64
+token_budget: 2048
+new_tokens: 8
+"""
+GRIDS = (GRID, TEXTS_GRID)
 
 ENGINE = (ROOT / "simulator/engines/hf.yaml").read_text()
 

@@ -31,6 +31,7 @@ from calibration.records.importers import import_table
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from calibration.records.stored_timings import content_records, untimed
+from calibration.validation.runs import Conditions, evaluate
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.address import read_query, strict_query, to_query
@@ -41,9 +42,10 @@ from simulator.explore.questions import CALLBACKS
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
+from simulator.models.config import ModelConfig
 from simulator.models.headers import BITS
 from simulator.plans.costs import costs
-from simulator.plans.library import read_library
+from simulator.plans.library import Library, read_library
 from simulator.plans.search import search
 from simulator.prediction.benchmarks.read import read_benches
 from simulator.prediction.grid import read_grid
@@ -63,8 +65,8 @@ Make = Callable[[random.Random], bytes]
 class Target:
     """One format, made of the function that uses a file of it.
 
-    ``make`` gives the bytes of one; ``commands`` read it too, {} standing for its path; a refusal carries line and
-    column (``positions``) and the name of the file (``names_file``).
+    ``make`` gives the bytes of one; ``commands`` read it too, {} standing for its path and {text} for what is in it; a
+    refusal carries line and column (``positions``) and the name of the file (``names_file``).
     """
 
     def __init__(self, file: str, make: Make, *commands: str, positions: bool = False, names_file: bool = True) -> None:
@@ -172,7 +174,11 @@ def stack_arrays(path: Path) -> None:
     stack(path)
 
 
-@Target("grid.yaml", lambda rng: mutate.yaml_text(good.GRID, rng), "sweep {} --max 0 -o out.parquet", positions=True)
+def _make_grid(rng: random.Random) -> bytes:
+    return mutate.yaml_text(rng.choice(good.GRIDS), rng)
+
+
+@Target("grid.yaml", _make_grid, "sweep {} --max 0 -o out.parquet", positions=True)
 def grid(path: Path) -> None:
     found = read_grid(path)
     assert json.dumps(found.facts(), default=str)
@@ -183,7 +189,7 @@ def grid(path: Path) -> None:
         assert next(pieces(found), None) is not None
 
 
-_PRUNED = "speedup llama-3.2-1b --hardware h100 --prune "
+_PRUNED = "speedup llama-3.2-1b --hardware h100 --json --prune "
 
 
 @Target("plan.yaml", lambda rng: mutate.yaml_text(good.PLAN, rng), _PRUNED + "{}")
@@ -207,7 +213,10 @@ _LINK_EDITS: dict[Edit, int] = {
 }
 
 
-@Target("link.txt", _make_link, names_file=False)
+_LINKED = "speedup llama-3.2-1b --hardware l40s --family depth --sparsity 0.5 --devices 2 --json --link "
+
+
+@Target("link.txt", _make_link, _LINKED + "{text}", names_file=False)
 def link(path: Path) -> None:
     """A connection that exists for a device prices a pass of two of them."""
     text, device = path.read_bytes().decode("utf-8", "replace"), ("l40s", "a6000", "h100")[path.stat().st_size % 3]
@@ -236,7 +245,7 @@ def _make_prune(rng: random.Random) -> bytes:
     return seldom(text.encode("utf-8", "surrogatepass"), rng)
 
 
-@Target("prune.txt", _make_prune, names_file=False)
+@Target("prune.txt", _make_prune, _PRUNED + "{text}", names_file=False)
 def prune_text(path: Path) -> None:
     _pruned(read_steps(path.read_bytes().decode("utf-8", "replace")))
 
@@ -327,18 +336,33 @@ def config(path: Path) -> None:
         finite(s.dense_s, s.pruned_s, s.lower, s.upper)
 
 
+_SMALL = simulator.load_model({key: value for key, value in good.LAYERED.items() if key != "block_configs"})
+
+
 @Target("library.json", lambda rng: mutate.json_text(rng.choice(good.LIBRARIES), rng))
 def library(path: Path) -> None:
-    dense = simulator.load_model({key: value for key, value in good.LAYERED.items() if key != "block_configs"})
-    found = read_library(path, dense)
-    assert len(found.layers) == dense.layers
+    found = _library(path, _SMALL)
+    assert len(found.layers) == _SMALL.layers
     for i, own in enumerate(found.layers):
-        assert own[0] == dense.layout[i]
+        assert own[0] == _SMALL.layout[i]
         assert all(block.kv_heads <= 4 and block.inner <= 512 for block in own)
         assert all(len(column[i]) == len(own) for column in found.values.values())
     for name, columns in found.values.items():
         assert name.isprintable(), name
         assert not any(np.isinf(column).any() for column in columns)
+
+
+@Target("solution_0.json", lambda rng: mutate.json_text(rng.choice(good.VALIDATIONS), rng), names_file=False)
+@Target("teacher.json", lambda rng: mutate.json_text(good.TEACHER, rng), names_file=False)
+def validation(path: Path) -> None:
+    """One of the files of a folder."""
+    for name, content in good.FOLDER.items():
+        if not (file := path.with_name(name)).exists():
+            file.write_text(json.dumps(content))
+    if path.stat().st_size % 8:
+        read_library(path.parent, _SMALL)
+    else:
+        _library(path.parent, _SMALL)
 
 
 _IMPORT = "import {} --dtype all -o out.parquet"
@@ -400,9 +424,8 @@ def replayed(path: Path) -> None:
 _PARETO = "pareto llama-2-7b --hardware h100 --phase decode"
 
 
-def _library(path: Path) -> None:
+def _library(path: Path, model: ModelConfig) -> Library:
     """What is read of a library can be priced and searched."""
-    model = simulator.load_model("llama-3.2-1b")
     library = read_library(path, model)
     assert all(own[0] == dense for own, dense in zip(library.layers, model.layout))
     if len(library) < 200:
@@ -416,21 +439,23 @@ def _library(path: Path) -> None:
                 raise
         else:
             finite(plan.results[0].speedup)
+    return library
 
 
+_LARGE = simulator.load_model("llama-3.2-1b")
 _SEARCH = "search llama-3.2-1b --hardware h100 --target 1.05 --scores {}"
 
 
 @Target("scores.csv", lambda rng: mutate.csv_text(good.SCORES, rng), _SEARCH)
 def scores(path: Path) -> None:
-    _library(path)
+    _library(path, _LARGE)
 
 
 @Target(
     "choices.yaml", lambda rng: mutate.yaml_text(good.CHOICES, rng), "costs llama-3.2-1b --hardware h100 --choices {}"
 )
 def choices(path: Path) -> None:
-    _library(path)
+    _library(path, _LARGE)
 
 
 @Target("quality.csv", lambda rng: mutate.csv_text(good.QUALITY, rng), f"{_PARETO} --quality {{}}")
@@ -459,11 +484,23 @@ def harness(path: Path) -> None:
 
 
 def _make_bench(rng: random.Random) -> bytes:
-    return seldom(json.dumps(mutate.json_tree(rng.choice(good.BENCHES), rng, 2)).encode(), rng, 0.1)
+    """One result, seldom two, a line each."""
+    lines = [json.dumps(mutate.json_tree(rng.choice(good.BENCHES), rng, 2)) for _ in range(rng.choice((1, 1, 1, 2)))]
+    return seldom("\n".join(lines).encode(), rng, 0.1)
 
 
-@Target("bench.json", _make_bench)
+_SHAPE = "--batch 8 --seq 1024 --new-tokens 128 --json"
+_DENSE = f"speedup llama-3.1-8b --hardware h100 --family depth --sparsity 0.25 --phase generate {_SHAPE}"
+_RUNS = f"validate --end-to-end --runs . --hardware h100 --model llama-3.1-8b --engine vllm {_SHAPE}"
+_GIVEN = Conditions(model="llama-3.1-8b", hardware="h100", engine="vllm", batch=8, seq=1024, new_tokens=128)
+
+
+@Target("bench.json", _make_bench, _DENSE + " --dense-from {}", _RUNS)
 def bench(path: Path) -> None:
+    for result in evaluate(path.parent, _GIVEN):  # which skips what it cannot read
+        check_line(result.reason or "none")
+        finite(*([result.compared.measured, result.compared.predicted] if result.compared else []))
+        assert np.isfinite(result.compared.error if result.compared else 0.0)
     for run in read_benches(path):
         phase, batch, seq, steps = request_of(run, batch=None if run.concurrency else 8, seq=1024, output=129)
         finite(pass_seconds(run, phase, batch, seq, steps))

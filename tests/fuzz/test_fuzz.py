@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import re
@@ -72,7 +73,13 @@ def check_command(words: list[str]) -> int:
     if status == 2 and words[:2] != ["hardware", "check"]:  # that one lists every fault on standard output
         assert len(said) == 1, (words, said)
         check_line(said[0])
+    if status == 0 and "--json" in words:
+        json.loads(out.getvalue(), parse_constant=_no_number)
     return status
+
+
+def _no_number(name: str) -> float:
+    raise AssertionError(f"{name} in JSON")
 
 
 @pytest.mark.parametrize(("seed", "count"), [(2, 12), pytest.param(3, MANY // 10, marks=pytest.mark.slow)])
@@ -82,8 +89,9 @@ def test_commands_on_inputs_near_good_ones(target: Target, seed: int, count: int
     with Guard(tmp_path):
         for number in range(count):
             path.write_bytes(target.make(random.Random(f"{target.file} {seed} {number}")))
+            words = {"{}": str(path), "{text}": path.read_bytes().decode("utf-8", "surrogateescape")}
             for command in target.commands:
-                check_command([str(path) if word == "{}" else word for word in command.split()])
+                check_command([words.get(word, word) for word in command.split()])
     assert {p.name for p in tmp_path.iterdir()} <= {target.file, "out.parquet", "out.jsonl"}
 
 
