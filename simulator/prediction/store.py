@@ -19,6 +19,7 @@ from typing import Any
 from simulator.errors import InputError, one_line
 from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, remove_left, replacing, write_whole
+from simulator.units import format_quantity
 
 GROUP_ROWS = 131_072  # of the finished file
 DIGEST_KEY, NOTES_KEY, STAMP_KEY = b"prunesim.grid", b"prunesim.notes", b"prunesim.part"
@@ -173,8 +174,9 @@ def check_room(target: Path, needed_bytes: float) -> None:
     """Raise InputError if the disk has too little free space for a table."""
     free = shutil.disk_usage(target.parent).free
     if needed_bytes > free:
-        sizes = f"needs about {needed_bytes / 1e9:.3g} GB while it is written, {free / 1e9:.3g} GB available"
-        raise InputError(f"{target}: {sizes}; take a smaller grid")
+        needed, left = (format_quantity(float(some), "B", 3) for some in (needed_bytes, free))
+        sizes = f"expected {needed} of free disk while it is written, got {left}"
+        raise InputError(f"{target}: {sizes}; free more or take a smaller grid")
 
 
 @contextlib.contextmanager
