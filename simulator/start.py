@@ -19,6 +19,7 @@ _LINES = {INTERRUPTED: b"prunesim: interrupted\n", TERMINATED: b"prunesim: termi
 
 def start(program: str) -> None:
     """Import a module with a function ``run``, run the command line, and exit with the returned status."""
+    atexit.register(_ignore_signals)  # the first one that is registered runs last
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the stream was closed at the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the program
@@ -44,6 +45,12 @@ def start(program: str) -> None:
         atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
+
+
+def _ignore_signals() -> None:
+    """Let a program that is done end with its status: Python restores the default actions before it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(number: int, _frame: FrameType | None = None) -> NoReturn:

@@ -106,3 +106,24 @@ def test_terminated_in_a_command_without_workers(python: Any) -> None:
     code = "import os, signal, simulator.cli.program as p; from simulator.start import start\n"
     code += "p.run = lambda words: os.kill(os.getpid(), signal.SIGTERM)\nstart('simulator.cli.program')"
     assert python(["-c", code]) == (143, b"", ["prunesim: terminated"])
+
+
+AT_EXIT = """
+import os
+import simulator.cli.program as program
+from simulator.start import start
+
+class Late:
+    def __del__(self, kill=os.kill, own=os.getpid()):
+        kill(own, {number})
+
+late = Late()
+program.run = lambda words: 0
+start('simulator.cli.program')
+"""
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_after_the_work_changes_nothing(number: signal.Signals, python: Any) -> None:
+    """Python restores the default actions while it ends, for a tenth of a second with large modules."""
+    assert python(["-c", AT_EXIT.format(number=int(number))]) == (0, b"", [])
