@@ -205,8 +205,8 @@ def read_store(path: str | Path) -> Content:
 class Store:
     """The only writer of a file of records. Opening an existing file resumes its run under its header.
 
-    InputError: another process writes to the file, it is not a store, it holds records of another device, software or
-    number format than the header, or it cannot be written.
+    InputError: another process writes to the file, it is not a store, or it holds records of another device, software
+    or number format than the header. OSError: it cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -244,8 +244,8 @@ class Store:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
 
-        InputError: the record has another number format, the disk is full or the file cannot be written; earlier
-        records stay valid, and the store can be used again. ValueError: the record is not JSON.
+        InputError: the record has another number format. OSError: the disk is full or the file cannot be written;
+        earlier records stay valid, and the store can be used again. ValueError: the record is not JSON.
         """
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
@@ -279,7 +279,7 @@ class Store:
             with suppress(OSError):  # if this fails too, readers drop the incomplete line
                 os.ftruncate(self._fd, self._end)
                 _sync(self._fd)
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}; earlier records are safe") from error
+            raise self._unwritten(error, "; earlier records are safe") from error
         self._end += len(line)
 
     def _mend(self, size: int) -> None:
@@ -291,7 +291,10 @@ class Store:
                 self._end += _write(self._fd, b"\n", self._end)
             _sync(self._fd)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError, more: str = "") -> OSError:
+        return OSError(error.errno, f"cannot be written: {error.strerror}{more}", str(self.path))
 
 
 def open_locked(path: Path) -> int:

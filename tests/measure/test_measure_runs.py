@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -111,10 +112,10 @@ def test_outside_the_main_thread_no_handler_is_touched() -> None:
 
 def test_a_store_that_cannot_write_ends_the_run_and_the_error_says_so() -> None:
     def full() -> None:
-        raise InputError("records.jsonl: cannot be written: No space left on device")
+        raise OSError(errno.ENOSPC, "cannot be written: No space left on device", "records.jsonl")
 
     kept = Keeping(6, full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         run(plan_of(), ReplayDevice(), kept, protocol=PROTOCOL)
     assert len(kept) == 6
 
