@@ -38,6 +38,7 @@ def compute_parts(compute: Callable[[int], bytes], todo: list[int], jobs: int = 
             except BaseException:
                 for worker in set(active_children()) - others:
                     worker.terminate()
+                _close_results(pool)
                 pool.shutdown(cancel_futures=True)
                 raise
 
@@ -55,6 +56,14 @@ def windowed(submit: Callable[[int], Future[bytes]], todo: Iterable[int], many: 
             return
         for future in wait(under_way, return_when=FIRST_COMPLETED).done:
             yield under_way.pop(future), future.result()
+
+
+def _close_results(pool: ProcessPoolExecutor) -> None:
+    """Close this process's end of the pipe of results: of one that a worker wrote in part when it ended, the pool would
+    wait for the rest as long as another process can write it. The pool has no public way."""
+    results = getattr(pool, "_result_queue", None)
+    if results is not None:
+        results._writer.close()
 
 
 @contextlib.contextmanager

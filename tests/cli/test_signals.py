@@ -108,6 +108,30 @@ def test_terminated_in_a_command_without_workers(python: Any) -> None:
     assert python(["-c", code]) == (143, b"", ["prunesim: terminated"])
 
 
+HALF_WRITTEN = """
+from simulator.prediction.workers import compute_parts
+
+def large(index):
+    return bytes(50_000_000)
+
+if __name__ == "__main__":
+    parts = compute_parts(large, list(range(12)), 3)
+    next(parts)  # now a worker writes the next one
+    try:
+        parts.throw(KeyboardInterrupt)
+    except KeyboardInterrupt:
+        print("ended")
+"""
+
+
+def test_a_worker_that_ends_while_it_sends_a_part_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(HALF_WRITTEN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "run.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "ended\n"
+
+
 AT_EXIT = """
 import os
 import simulator.cli.program as program
