@@ -89,31 +89,36 @@ def _removed(now: int, was: int) -> str:
 def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     """Write a plan to a folder, which is created; return a line per file, or why one is missing.
 
-    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the plan.
+    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if
+    the folder has the ``config.json`` of another plan; nothing is written then.
     """
     target = Path(folder).expanduser()
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
-    dense, lines, written = plan.dense, list[str](), list[str]()
+    dense, lines = plan.dense, list[str]()
+    content, text = None, None
+    try:
+        content = config_of(content_of(source, dense), dense, plan.pruned)
+    except InputError as error:
+        lines.append(f"config.json is not written: {error}")
     try:
         text = plan_text(dense, plan.pruned)
         check_plan(text, dense, plan.pruned)
     except InputError as error:
-        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
+        text = None
         lines.append(f"{PLAN} is not written: {error}")
-    else:
+    if content is not None:
+        write_config(target, content)  # first: it never replaces that of another plan
+    if text is not None:
         write_whole(target / PLAN, text.encode())
-        written.append(PLAN)
-    try:
-        write_config(target, config_of(content_of(source, dense), dense, plan.pruned))
-        written.append("config.json")
-    except InputError as error:
-        lines.append(f"config.json is not written: {error}")
-    content = json.dumps(solutions_of(plan), indent=1, allow_nan=False) + "\n"
-    write_whole(target / SOLUTIONS, content.encode())
-    return [f"written: {folder}/{{{','.join([*written, SOLUTIONS])}}}", *lines]
+    else:
+        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
+    solutions = json.dumps(solutions_of(plan), indent=1, allow_nan=False) + "\n"
+    write_whole(target / SOLUTIONS, solutions.encode())
+    written = [*([PLAN] if text else []), *(["config.json"] if content else []), SOLUTIONS]
+    return [f"written: {folder}/{{{','.join(written)}}}", *lines]
 
 
 def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:

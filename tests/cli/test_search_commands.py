@@ -186,6 +186,15 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
     assert "is a file; expected a folder" in cli.refused(line)
 
 
+def test_the_files_of_a_folder_are_of_one_plan(cli: Any, scores: Path, tmp_path: Path) -> None:
+    line = f"search {MODEL} --hardware h100 --scores {scores} --batch 8 --write {tmp_path / 'plan'} --target"
+    cli(f"{line} 1.2")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()}
+    assert "exists with different content; choose another folder" in cli.refused(f"{line} 1.4")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()} == before
+    cli(f"{line} 1.2")
+
+
 def test_a_plan_is_checked_before_it_is_a_file(
     cli: Any, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
