@@ -8,7 +8,7 @@ fractional.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.arrays import Array
 from simulator.columns import Table, column
-from simulator.counts import attention_pairs as attention_pairs
-from simulator.counts import delta_bytes, delta_state_bytes
-from simulator.counts import spmv_bytes as spmv_bytes
+from simulator.counts import attention_pairs, delta_bytes, delta_state_bytes, spmv_bytes
 from simulator.display import table_html
 from simulator.errors import InputError
+from simulator.request import NO_REQUEST, Meta
 from simulator.routing import experts_touched
 from simulator.units import percent, size
 
@@ -140,37 +139,6 @@ def dtype_code(name: str) -> int:
     return _DTYPE_CODE[name]
 
 
-@dataclass(frozen=True)
-class Applied:
-    """One pruning step of a workload."""
-
-    family: str
-    sparsity: float  # requested: a scalar, or the mean over projections or layers
-    realised: float  # after rounding
-
-
-@dataclass(frozen=True)
-class Meta:
-    """Request that a workload was lowered from, and its pruning steps."""
-
-    model: str = ""
-    phase: str = "prefill"  # one of PHASES
-    batch: int = 1  # sequences; in serve, requests in flight
-    seq: int = 1  # prompt tokens per sequence; in decode, cached positions
-    new_tokens: int = 0  # new tokens per request of generate or serve
-    cached: int = 0  # prompt tokens per sequence in the prefix cache
-    budget: int = 0  # tokens of prompts in one step; 0: unlimited
-    dtype: str = "bf16"
-    layers: int = 0  # decoder layers of the dense model
-    hidden: int = 0
-    devices: int = 1
-    parallel: str = "none"  # none, tensor or pipeline
-    link: str = ""  # connection of the devices; "": the usual one of the hardware
-    engine: str = ""  # name or path; "": bare kernels
-    applied: tuple[Applied, ...] = ()
-    config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model
-
-
 _ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"kind": Kind, "part": Part, "phase": Phase, "kernel": Kernel})
 _RANGES = {"layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole=True), "density": SHARE}
 
@@ -271,7 +239,7 @@ class Workload(Table):
     write_bytes: Array = column(np.float64, 0.0)
     params: Array = column(np.float64, 0.0)
     overhead: Array = column(np.bool_, False)
-    meta: Meta = Meta()
+    meta: Meta = NO_REQUEST
 
     CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.workload import DTYPES, ROLES, Kernel, Kind, Meta, Workload, attention_pairs, dtype_code, role_code
+from simulator.counts import attention_pairs
+from simulator.request import Meta
+from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code, role_code
 
 pytestmark = pytest.mark.quick
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from calibration.records.timing_table import Flag, Records
 from simulator.arrays import Array
+from simulator.counts import attention_pairs
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, attention_pairs
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict

@@ -23,7 +23,7 @@ import numpy as np
 
 from simulator.arrays import FloatArray
 from simulator.cost.base import Machine, Sizes, from_l2
-from simulator.workload import attention_pairs
+from simulator.counts import attention_pairs
 
 TILE = 64.0
 """Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128 of either."""

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, plain, text, together
 from simulator.arrays import Array
 from simulator.cost.base import ELEMENT_BYTES
+from simulator.counts import spmv_bytes
 from simulator.errors import unknown
-from simulator.workload import Kernel, spmv_bytes
+from simulator.workload import Kernel
 
 _DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
 

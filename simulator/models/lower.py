@@ -47,8 +47,9 @@ from simulator.models.config import ModelConfig
 from simulator.models.forward import PassRows, Request
 from simulator.models.library import load_model
 from simulator.models.parallel import shard
+from simulator.request import Meta
 from simulator.routing import EXPERT_SKEW
-from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Meta, Phase, Workload, dtype_code
+from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Phase, Workload, dtype_code
 
 MAX_TOKENS = 2**40
 """Largest batch x seq; larger counts would not be exact in float64."""

@@ -20,7 +20,8 @@ from simulator.prediction.scenario import Scenario, check_fraction, distinct, on
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan, read_steps
 from simulator.pruning._steps import Step, prune_steps
-from simulator.workload import Applied, Workload
+from simulator.request import Applied
+from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig

@@ -22,7 +22,8 @@ from simulator.errors import InputError, unknown
 from simulator.pruning._edits import merge_runs
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
 from simulator.pruning._rows import covering, layer_count, projections, weights
-from simulator.workload import ROLES, Applied, Part, Workload
+from simulator.request import Applied
+from simulator.workload import ROLES, Part, Workload
 
 __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 

@@ -13,11 +13,11 @@ from operator_times import decode_time, prefill_time
 
 from simulator.cost.attention_model import Geometry, causal_blocks, prefill_work
 from simulator.cost.residual_grid import ResidualGrid
+from simulator.counts import attention_pairs
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, Section
-from simulator.workload import attention_pairs
 
 pytestmark = pytest.mark.quick
 

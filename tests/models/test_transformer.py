@@ -23,8 +23,9 @@ from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 from simulator.prediction.speedup import speedup
 from simulator.pruning import prune
+from simulator.request import Meta
 from simulator.uncertainty.intervals import workload_time
-from simulator.workload import DTYPES, PHASES, ROLES, Kind, Meta, Part, Phase, Workload
+from simulator.workload import DTYPES, PHASES, ROLES, Kind, Part, Phase, Workload
 
 lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
 FUSED = {"engine": "vllm"}

@@ -8,7 +8,8 @@ from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, general_families, prune
-from simulator.workload import PHASES, Applied, Workload
+from simulator.request import Applied
+from simulator.workload import PHASES, Workload
 
 pytestmark = pytest.mark.quick
 

@@ -18,6 +18,7 @@ from simulator.engines.engine import list_engines
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SAME_SHAPE, compare
 from simulator.pruning import general_families, prune
+from simulator.request import Meta
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import (
@@ -28,7 +29,7 @@ from simulator.uncertainty.intervals import (
     intervals,
     workload_time,
 )
-from simulator.workload import Kind, Meta, Part, Phase, Workload
+from simulator.workload import Kind, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
 H100 = simulator.load_hardware("h100")
