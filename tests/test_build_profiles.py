@@ -17,7 +17,7 @@ from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import datasheet
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.hardware.profile import Provenance, Section
+from simulator.hardware.sections import Provenance, Section
 from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"

@@ -25,7 +25,7 @@ from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
-from simulator.hardware.profile import Fitted, Section
+from simulator.hardware.sections import Fitted, Section
 from simulator.uncertainty.factors import ERROR_FACTORS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"

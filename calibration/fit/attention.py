@@ -27,7 +27,7 @@ from simulator.cost.attention_model import Geometry, decode_core, decode_work, p
 from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import CONSTANTS, Constant
-from simulator.hardware.profile import Provenance, Section
+from simulator.hardware.sections import Provenance, Section
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 from simulator.workload import DTYPE_BYTES, DTYPES
 

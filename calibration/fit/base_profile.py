@@ -19,8 +19,9 @@ from calibration.records.screening import work
 from calibration.records.timing_table import Records
 from simulator.errors import InputError
 from simulator.files.fields import QuantityField
+from simulator.hardware.formats import Rate
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile, Rate
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import QUANTITIES, RATE
 from simulator.workload import DTYPES
 

@@ -28,7 +28,8 @@ from simulator.cost.gemm_kernel import EDGE
 from simulator.cost.gemm_model import weight_only_constants
 from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
-from simulator.hardware.profile import HardwareProfile, Provenance, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Provenance, Section
 
 ROWS = 6000
 """Rows that the constants are fitted on; more do not change them."""

@@ -19,7 +19,8 @@ from calibration.records.timing_table import OPERATORS, Records
 from simulator.arrays import FloatArray
 from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Fitted, Section
 from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5

@@ -28,7 +28,8 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import OTHER_STACK, HardwareProfile, LocalUpdate
+from simulator.hardware.profile import OTHER_STACK, HardwareProfile
+from simulator.hardware.sections import LocalUpdate
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 

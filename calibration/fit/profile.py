@@ -35,7 +35,8 @@ from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import labels
-from simulator.hardware.profile import Fitted, HardwareProfile, Provenance, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Fitted, Provenance, Section
 from simulator.workload import DTYPES, ROLES, role_code
 
 Mask = NDArray[np.bool_]

@@ -21,7 +21,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
 from simulator.cost.base import Calls
 from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.profile import Provenance, Section
+from simulator.hardware.sections import Provenance, Section
 from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
 
 FOLDS = 5

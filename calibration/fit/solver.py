@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from simulator.arrays import FloatArray
-from simulator.hardware.profile import Fitted, Section
+from simulator.hardware.sections import Fitted, Section
 
 LogResidual = Callable[[Mapping[str, float]], FloatArray]
 """Log of predicted over measured time of each row, from all constants by name."""

@@ -32,7 +32,8 @@ from calibration.validation.protocol import Measured, Row, row
 from simulator.cost.base import Machine
 from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError, unknown
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 from simulator.prediction.workers import compute_parts
 from simulator.workload import STACKS
 

@@ -33,7 +33,8 @@ from simulator.cost.experts import Layers
 from simulator.cost.gemm import Products
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.formats import formats_of
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.operators import OperatorTimes, operator_time
 from simulator.uncertainty.posterior import posterior_of

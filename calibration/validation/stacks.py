@@ -17,7 +17,8 @@ from calibration.fit.local_update import update_profile
 from calibration.validation.protocol import Measured, Row, coverage, errors, ratio_coverage, row, speedups
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 
 SIZES = (20, 100, 400)
 MOST_ROWS, MOST_PAIRS = 3000, 4000

@@ -52,7 +52,7 @@ def show(
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.link import choices
-    from simulator.hardware.profile import unfitted
+    from simulator.hardware.sections import unfitted
 
     hw = load_hardware(name)
     if json:

@@ -34,7 +34,8 @@ from simulator.cost.base import Calls, Estimate, Machine, element_bytes, largest
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError
 from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
-from simulator.hardware.profile import OTHER_STACK, HardwareProfile, Section, unfitted
+from simulator.hardware.profile import OTHER_STACK, HardwareProfile
+from simulator.hardware.sections import Section, unfitted
 from simulator.workload import Kind
 
 _PART = Range(1e-9, 1.0, "numbers above 0, up to 1")

@@ -45,7 +45,8 @@ from simulator.hardware.formats import formats_of
 from simulator.workload import DTYPE_BYTES, DTYPES
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile, Section
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.hardware.sections import Section
 
 BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
 """What can take most of an operator's time; arrays hold the index."""

@@ -31,7 +31,8 @@ from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS
 from simulator.hardware.link import Link
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 from simulator.workload import Kind
 
 COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")

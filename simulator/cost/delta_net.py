@@ -28,7 +28,8 @@ from simulator.arrays import FloatArray
 from simulator.cost.base import Calls, Estimate, Machine, element_bytes, largest_part
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import DELTA_NET_CONSTANTS
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 from simulator.workload import Kind
 
 CHUNK = 64.0

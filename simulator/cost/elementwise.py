@@ -26,7 +26,8 @@ from simulator.cost.base import Calls, Estimate, bottleneck
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import unknown
 from simulator.hardware.constants import CLASSES, ELEMENTWISE_CONSTANTS
-from simulator.hardware.profile import HardwareProfile, Section
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section
 from simulator.workload import DTYPES, ROLES, Kind
 
 _ROLES = {

@@ -30,7 +30,8 @@ from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import unknown
 from simulator.hardware.constants import EXPERTS_CONSTANTS
 from simulator.hardware.formats import label_of
-from simulator.hardware.profile import HardwareProfile, Section, unfitted
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section, unfitted
 from simulator.routing import experts_chance
 from simulator.workload import Kind
 

@@ -20,7 +20,8 @@ from simulator.cost.residual_grid import ResidualGrid, RowResidual
 from simulator.errors import InputError
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.formats import LABELS, label_of
-from simulator.hardware.profile import HardwareProfile, Section, unfitted
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Section, unfitted
 from simulator.workload import Kernel
 
 CLOCKED: Mapping[str, float] = MappingProxyType(

@@ -1,8 +1,9 @@
-"""Number formats of a profile's sections: of activations, and of kernels whose weights have another format."""
+"""Number formats of a profile's sections: of activations, and of kernels whose weights have another format; rates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -11,6 +12,15 @@ LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Number format of a section that is not an arithmetic format -> the arithmetic that it needs.
 
 These are 8- and 4-bit weights with 16-bit activations, and fp8 with a scale per block of weights."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Arithmetic rate of one number format."""
+
+    flop_per_s: float  # dense, from the datasheet, at boost clock
+    accumulate: str  # number format of the sums
+    sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:

@@ -13,8 +13,10 @@ from types import MappingProxyType
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.profile import HardwareProfile, inheriting, preferring
+from simulator.hardware.formats import labels
+from simulator.hardware.profile import HardwareProfile, preferring
 from simulator.hardware.schema import plain_name, profile_from_text, stack_from_text
+from simulator.hardware.sections import ANY_DTYPE, inherited
 from simulator.workload import STACKS
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
@@ -140,6 +142,22 @@ def files_of(profile: HardwareProfile) -> list[Path]:
     own = [profile.path] if profile.path else []
     paths = [*own, *(_related(path, profile.stacks_of) for path in own if profile.stacks_of)]
     return [file for path in paths for file in sorted(path.parent.glob(f"{path.stem}.*"))]
+
+
+def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
+    """Return a profile that inherits the sections it lacks from the stacks of a related GPU.
+
+    Only number formats that the device has are inherited, and collectives only over a link of the same kind.
+    """
+    same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
+    linked = len(same) == 2 and same[0] == same[1]
+    known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
+    stacks = {name: dict(own) for name, own in profile.stacks.items()}
+    for name, sections in related.stacks.items():
+        keys = [key for key in sections if (key[0] if key[0] in ANY_DTYPE else key[1]) in known]
+        found = {key: inherited(sections[key], f"{related.name} {name}") for key in keys}
+        stacks[name] = {**found, **stacks.get(name, {})}
+    return preferring(profile, stacks)
 
 
 _inheriting = lru_cache(maxsize=64)(inheriting)

@@ -18,42 +18,20 @@ from simulator.arguments import COUNT, Range, number
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
 from simulator.hardware.constants import DECODE_KERNELS
-from simulator.hardware.formats import labels
+from simulator.hardware.formats import Rate
 from simulator.hardware.link import Link, named
 from simulator.hardware.sections import (
     ANY_DTYPE,
-    Fitted,
     LocalUpdate,
-    Provenance,
     Section,
     Sections,
     default_section,
     inherited,
     section_row,
-    unfitted,
     unfitted_section,
 )
 from simulator.units import rate, size
 from simulator.workload import STACKS
-
-__all__ = [
-    "ANY_DTYPE",
-    "ARCHITECTURES",
-    "ENGINE_STACK",
-    "OTHER_STACK",
-    "SAME_STACK",
-    "Fitted",
-    "HardwareProfile",
-    "Link",
-    "LocalUpdate",
-    "Provenance",
-    "Rate",
-    "Section",
-    "Sections",
-    "inheriting",
-    "preferring",
-    "unfitted",
-]
 
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
 
@@ -62,15 +40,6 @@ OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
 stacks and labs), on the stack that the engine runs, in another version, and on the user's own stack."""
 
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Arithmetic rate of one number format."""
-
-    flop_per_s: float  # dense, from the datasheet, at boost clock
-    accumulate: str  # number format of the sums
-    sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
 
 
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
@@ -392,22 +361,6 @@ def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first:
         origin = f"{profile.name} {name or 'own calibration'}"
         sections |= {key: inherited(section, origin) for key, section in stacks[name].items() if key not in sections}
     return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=stack)
-
-
-def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile that inherits the sections it lacks from the stacks of a related GPU.
-
-    Only number formats that the device has are inherited, and collectives only over a link of the same kind.
-    """
-    same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
-    linked = len(same) == 2 and same[0] == same[1]
-    known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
-    stacks = {name: dict(own) for name, own in profile.stacks.items()}
-    for name, sections in related.stacks.items():
-        keys = [key for key in sections if (key[0] if key[0] in ANY_DTYPE else key[1]) in known]
-        found = {key: inherited(sections[key], f"{related.name} {name}") for key in keys}
-        stacks[name] = {**found, **stacks.get(name, {})}
-    return preferring(profile, stacks)
 
 
 @lru_cache(maxsize=64)

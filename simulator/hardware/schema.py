@@ -31,8 +31,9 @@ from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.formats import Rate
 from simulator.hardware.link import CONNECTIONS, Link
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, Rate
+from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
     ANY_DTYPE,

@@ -15,7 +15,7 @@ from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.link import choices
-from simulator.hardware.profile import unfitted
+from simulator.hardware.sections import unfitted
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import PARTS, SMALL_SHARE, compare
 from simulator.uncertainty.forward import operator_times

@@ -17,7 +17,7 @@ from simulator.counts import attention_pairs
 from simulator.errors import InputError
 from simulator.hardware.constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, Section
+from simulator.hardware.sections import Fitted, Section
 
 pytestmark = pytest.mark.quick
 

@@ -20,8 +20,8 @@ from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
 from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
 from simulator.hardware.constants import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
+from simulator.hardware.sections import Provenance
 from simulator.uncertainty.operators import gemm_steps, gemm_time
 
 pytestmark = pytest.mark.quick

@@ -11,7 +11,8 @@ from calibration.fit.kernels import fit_sparse24
 from calibration.measurements import published
 from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 
 ROWS = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] == "H100-class"]

@@ -22,7 +22,8 @@ from calibration.validation.report import markdown
 from calibration.validation.validate import validate
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm@sglang")

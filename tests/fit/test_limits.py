@@ -25,8 +25,9 @@ from calibration.runners.runs import fit_run, measure_into
 from simulator.cli import run
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import ANY_DTYPE, Fitted, HardwareProfile, Provenance, Section
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.hardware.sections import ANY_DTYPE, Fitted, Provenance, Section
 
 ODD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e40)
 ORIGIN = Provenance("x", "x", "x", "x", "x", "x", 30)

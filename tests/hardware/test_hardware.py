@@ -31,20 +31,10 @@ from simulator.hardware.library import (
     reference,
     shipped_names,
 )
-from simulator.hardware.profile import (
-    ARCHITECTURES,
-    ENGINE_STACK,
-    OTHER_STACK,
-    SAME_STACK,
-    STACKS,
-    Fitted,
-    HardwareProfile,
-    LocalUpdate,
-    Provenance,
-    Section,
-)
+from simulator.hardware.profile import ARCHITECTURES, ENGINE_STACK, OTHER_STACK, SAME_STACK, STACKS, HardwareProfile
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
+from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
 from simulator.hardware.template import new_hardware
 from simulator.units import EXAMPLES
 

@@ -24,8 +24,9 @@ from calibration.validation.scores import by_size, coverage, part_errors, part_s
 from calibration.validation.validate import validate
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import Fitted, HardwareProfile
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES
 
