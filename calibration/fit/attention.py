@@ -26,7 +26,8 @@ from simulator.cost.attention import Attention
 from simulator.cost.attention_model import Geometry, decode_core, decode_work, prefill_work
 from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import CONSTANTS, Constant
+from simulator.hardware.constant import Constant
+from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.sections import Provenance, Section
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 from simulator.workload import DTYPE_BYTES, DTYPES

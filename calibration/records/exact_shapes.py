@@ -15,7 +15,7 @@ import numpy as np
 
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import Array
-from simulator.hardware.constants import EXACT_NAMES as NAMES
+from simulator.hardware.arrays import EXACT_NAMES as NAMES
 from simulator.hardware.profile import HardwareProfile
 from simulator.workload import DTYPES
 

@@ -33,7 +33,8 @@ from simulator.cost.attention_model import (
 from simulator.cost.base import Calls, Estimate, Machine, element_bytes, largest_part
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.errors import InputError
-from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
+from simulator.hardware.attention_constants import DECODE_KERNELS
+from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import OTHER_STACK, HardwareProfile
 from simulator.hardware.sections import Section, unfitted
 from simulator.workload import Kind

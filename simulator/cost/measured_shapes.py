@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray
 from simulator.cost.base import Measured
-from simulator.hardware.arrays import check_exact
-from simulator.hardware.constants import EXACT_BITS, EXACT_NAMES
+from simulator.hardware.arrays import EXACT_BITS, EXACT_NAMES, check_exact
 
 
 @dataclass(frozen=True)

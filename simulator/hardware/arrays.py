@@ -24,10 +24,16 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from simulator.hardware.constants import CLASSES, EXACT_BITS, EXACT_NAMES
+from simulator.hardware.constants import CLASSES
 from simulator.workload import Kind
 
 Arrays = Mapping[str, NDArray[Any]]
+
+EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
+"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
+
+EXACT_BITS: tuple[int, ...] = (22, 21, 21)
+"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
 
 MAX_BYTES = 64_000_000
 """Largest file, and largest sum of arrays, that is read."""

@@ -1,46 +1,27 @@
 """Define the constants of every cost model: unit, range, meaning, default by architecture, and its source.
 
-Use :data:`CONSTANTS` by operator of a profile. Next to them are the vocabularies of a profile's arrays:
-:data:`CLASSES` and :data:`EXACT_NAMES`.
+Use :data:`CONSTANTS` by operator of a profile. :mod:`simulator.hardware.constant` defines one constant,
+:mod:`simulator.hardware.attention_constants` those of attention. Next to them are the classes of elementwise
+operators, :data:`CLASSES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-
-@dataclass(frozen=True)
-class Constant:
-    """One constant of a cost model; fits and profiles have values from ``low`` to ``high``."""
-
-    unit: str  # SI, "1" for a ratio
-    low: float
-    high: float
-    meaning: str
-    defaults: Mapping[str, float]  # by architecture; "*": all others
-    source: str
-
-    def default(self, architecture: str) -> float:
-        return self.defaults.get(architecture, self.defaults["*"])
-
-
-def _row(unit: str, low: float, high: float, source: str, meaning: str, *, other: float, **defaults: float) -> Constant:
-    return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
-
-
-def _joined(unit: str, low: float, high: float, source: str, meaning: str, **defaults: float) -> Constant:
-    """Return a constant with defaults by kind of link, where that of PCIe holds for each of its kinds."""
-    kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
-    return _row(unit, low, high, source, meaning, **{**kinds, **defaults})
-
+from simulator.hardware.attention_constants import (
+    DECODE_CONSTANTS,
+    MLA_DECODE_CONSTANTS,
+    MLA_PREFILL_CONSTANTS,
+    PREFILL_CONSTANTS,
+)
+from simulator.hardware.constant import AIC, Constant, joined, row
 
 # fmt: off
 # sources of defaults
-_AIC = "aiconfigurator-core 0.12.0"
-_TABLES = f"fit to the bf16 GEMM tables of {_AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
-_NARROW = (f"fp8 and bf16 sections fitted to {_AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and SGLang): "
+_TABLES = f"fit to the bf16 GEMM tables of {AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
+_NARROW = (f"fp8 and bf16 sections fitted to {AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and SGLang): "
     "geometric mean of ten ratios")
 _GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
     "alignment; size assumed")
@@ -63,25 +44,13 @@ _STEPS = "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequen
 _PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
     "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
 _ASSUMED = "uncalibrated: assumed"
-_QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those rows of {_AIC}, a100_sxm trtllm, with "
+_QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those rows of {AIC}, a100_sxm trtllm, with "
     "the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no bias); of the 9.5 us they start "
     "later, 4.7 are TensorRT's layer profiler, which its int8 kernels show too")
-_CONTEXT = (f"fits on the context tables of {_AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
-    "head_dim 128")
-_RIDGE = ("; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet rate leave "
-    "2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal errors on H100 and H200, and "
-    "7 % on the H20 (InferSim), whose SMs compute a quarter of the H100's products")
-_GENERATION = (f"fits on the generation tables of {_AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
-    "bf16)")
-_TILES = ("0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare other values "
-    "where the products of 16 rows take a quarter of the time of reading or more (H20)")
-_MMA = f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {_AIC} (A100, L40S, RTX PRO 6000)"
-_MLA = (f"fits on the MLA tables of {_AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200, decode on Hopper "
-    "SGLang's; bf16)")
 _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
     "uncalibrated on this device")
 _RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
-_SCALED = (f"fits on the quantisation tables of {_AIC}, scale_matrix of vLLM (static_scaled_fp8_quant) and "
+_SCALED = (f"fits on the quantisation tables of {AIC}, scale_matrix of vLLM (static_scaled_fp8_quant) and "
     "TensorRT-LLM (L40S, H100, H200, RTX PRO 6000, B200); geometric mean over stacks, median error 4 to 15 %")
 _GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
     "sets it")
@@ -89,13 +58,13 @@ _EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which
     "Transformers at batch 1 among the rows fitted on")
 _LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
     "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
-_NCCL = (f"NCCL and engine all-reduce tables of {_AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
+_NCCL = (f"NCCL and engine all-reduce tables of {AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
     "rtx_pro_6000_server; 2, 4 and 8 devices)")
 
 _HOST_MEMORY = ("NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on two Xeon "
     "8480+: 35 GB/s with 4 devices, 28 GB/s with 8)")
 _PEERS = ("vLLM's all-reduce needs peer access, vllm/distributed/device_communicators/custom_all_reduce.py")
-_MOE = (f"joint fit to the MoE tables of {_AIC} (all formats, tensor parallel alone) and to grouped products of an H20 "
+_MOE = (f"joint fit to the MoE tables of {AIC} (all formats, tensor parallel alone) and to grouped products of an H20 "
     "(alibaba/InferSim@f2293da), by architecture around a fit to all GPUs")
 _MOE_E_TC = f"{_MOE}; the H20, whose SMs are the H100's at a quarter of the tensor rate, separates it from b_sm"
 _H20 = "grouped products of an H20, alone (alibaba/InferSim@f2293da, DeepGEMM, kernel times)"
@@ -103,251 +72,137 @@ _H20 = "grouped products of an H20, alone (alibaba/InferSim@f2293da, DeepGEMM, k
 # unit, range, source, meaning, default by architecture
 
 GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0": _row("s", 1e-7, 5e-5, _TABLES,
+    "t0": row("s", 1e-7, 5e-5, _TABLES,
         "fixed time of a kernel in a CUDA graph",
         ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
-    "e_tc": _row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate that the main loop achieves",
+    "e_tc": row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate that the main loop achieves",
         ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.97, blackwell_sm100=0.7, cpu=0.8, other=0.8),
-    "tau": _row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
+    "tau": row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
         ampere=3.0e-7, ada=2.23e-7, hopper=8.6e-8, blackwell=2.0e-7, cpu=1e-8, other=2e-7),
-    "b_e": _row("B/s", 1e8, 1e13, _TABLES, "rate at which one SM stores its finished tile",
+    "b_e": row("B/s", 1e8, 1e13, _TABLES, "rate at which one SM stores its finished tile",
         ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
-    "b_l2": _row("B/s", 1e10, 1e15, _TABLES, "rate at which L2 feeds operands to all SMs",
+    "b_l2": row("B/s", 1e10, 1e15, _TABLES, "rate at which L2 feeds operands to all SMs",
         ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
-    "e_d": _row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth that DRAM achieves",
+    "e_d": row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth that DRAM achieves",
         ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
-    "b_hit": _row("B/s", 1e10, 1e15, _TABLES, "rate of operands in L2",
+    "b_hit": row("B/s", 1e10, 1e15, _TABLES, "rate of operands in L2",
         ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
-    "c_l2": _row("1", 0.05, 1.0, _TABLES, "footprint, as a share of L2, of which half stays in L2",
+    "c_l2": row("1", 0.05, 1.0, _TABLES, "footprint, as a share of L2, of which half stays in L2",
         ampere=0.8, ada=1.0, hopper=0.75, blackwell=0.8, cpu=0.8, other=0.8),
-    "l2_power": _row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
-    "t_s": _row("s", 0.0, 1e-4, _TABLES, "fixed time of summing the parts of a split-K",
+    "l2_power": row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
+    "t_s": row("s", 0.0, 1e-4, _TABLES, "fixed time of summing the parts of a split-K",
         ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
-    "b_s": _row("B/s", 1e9, 1e15, _TABLES, "rate at which these parts are written and read",
+    "b_s": row("B/s", 1e9, 1e15, _TABLES, "rate at which these parts are written and read",
         ampere=2.0e12, ada=2.0e12, hopper=3.0e12, blackwell=2.0e12, cpu=1e11, other=2e12),
-    "narrow_step": _row("1", 0.05, 1.3, _NARROW,
+    "narrow_step": row("1", 0.05, 1.3, _NARROW,
         "e_tc of formats below 16 bits without their own fit over that of 16 bits", cpu=0.6, other=0.93),
-    "align_step": _row("1", 0.0, 3.0, _OFF_16,
+    "align_step": row("1", 0.0, 3.0, _OFF_16,
         "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and sqrt(3) times that at a "
         "quarter and an eighth",
         ampere=0.85, blackwell=0.20, cpu=0.02, other=0.38),
-    "align_step_8bit": _row("1", 0.0, 30.0, _OFF_16_NARROW,
+    "align_step_8bit": row("1", 0.0, 30.0, _OFF_16_NARROW,
         "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
-    "align_load": _row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
+    "align_load": row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
         ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
-    "sparse_step": _row("1", 0.1, 1.2, _SPARSE,
+    "sparse_step": row("1", 0.1, 1.2, _SPARSE,
         "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
         ampere=0.9, hopper=0.65, blackwell=1.05, cpu=0.5, other=0.85),
-    "sparse_load": _row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels",
+    "sparse_load": row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels",
         blackwell=1.0, other=0.66),
-    "sparse_time": _row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
+    "sparse_time": row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
         "further fixed time of a 2:4 kernel over a dense kernel", other=2e-6),
-    "sparse_tau": _row("s", 1e-9, 5e-6, _PLAN,
+    "sparse_tau": row("s", 1e-9, 5e-6, _PLAN,
         "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block walks the whole k",
         blackwell=6.4e-7, other=3.6e-7),
-    "quant_time": _row("s", 0.0, 1e-4, _QUANTISED,
+    "quant_time": row("s", 0.0, 1e-4, _QUANTISED,
         "further fixed time of a weight-only quantised kernel over a dense kernel", other=5e-6),
-    "quant_step": _row("1", 0.05, 1.2, _QUANTISED,
+    "quant_step": row("1", 0.05, 1.2, _QUANTISED,
         "e_tc of weight-only quantised kernels over that of dense kernels", other=0.73),
-    "block_step": _row("1", 0.1, 1.2, _ASSUMED,
+    "block_step": row("1", 0.1, 1.2, _ASSUMED,
         "e_tc of kernels that skip blocks of rows over that of dense kernels", other=0.85),
-    "pack": _row("1", 0.01, 10.0, _PACKING,
+    "pack": row("1", 0.01, 10.0, _PACKING,
         "time to rearrange the weights before a GEMM on a CPU, over the time to read them", other=0.85),
-    "pack_m": _row("1", 1.0, 64.0, _PACKING, "rows from which a GEMM on a CPU rearranges its weights", other=4.0),
-})
-
-PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and of further launches of its library",
-        ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
-    "e_tc": _row("1", 0.1, 1.1, _CONTEXT + _RIDGE, "share of the datasheet tensor rate that the two products achieve",
-        ampere=0.505, ada=0.426, hopper=1.0, other=0.5),
-    "exp_per_s": _row("1/s", 1e9, 1e13, _CONTEXT + _RIDGE, "exponentials/s of an SM, in addition to its products",
-        ampere=3.7e10, ada=3.7e10, hopper=2.3e10, other=3.7e10),
-    "tile_s": _row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
-    "sequence_s": _row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
-    "kappa": _row("1", 0.05, 6.0, _CONTEXT, "time of the longest tile alone, in units of its share of a full SM",
-        ampere=1.56, ada=1.18, hopper=0.88, other=1.2),
-    "e_io": _row("1", 0.05, 1.0, _CONTEXT,
-        "share of the datasheet bandwidth at which queries, keys, values and outputs move",
-        ampere=0.305, ada=0.38, hopper=0.48, other=0.35),
-    "l2_gain": _row("1", 1.0, 10.0, _CONTEXT, "rate of these operands from L2 over the rate from DRAM",
-        ampere=1.09, ada=3.35, hopper=1.98, other=1.3),
-    "l2_share": _row("1", 0.1, 4.0, _CONTEXT, "bytes over L2 size at which half are in L2",
-        ampere=0.64, ada=1.07, hopper=0.53, other=0.7),
-    "packs": _row("1", 0.0, 1.0, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
-        "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
-        hopper=1.0, other=0.0),
-    "pads": _row("1", 0.0, 1.0, "tiles of tensor cores are padded, loops of a CPU are not",
-        "1: a tile of few queries takes the time of a full tile; 0: the time of its queries", cpu=0.0, other=1.0),
-    "sparse_block": _row("1", 0.0, 256.0,
-        "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
-        "edge of skipped blocks at which the remaining blocks cost twice their dense share", other=16.0),
-})
-
-DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and of further launches of its library",
-        ampere=1.05e-5, ada=4.1e-6, hopper=6.65e-6, other=8e-6),
-    "unit_s": _row("s", 1e-9, 2e-5, _GENERATION, "start and end of a work unit on an SM",
-        ampere=1.5e-6, ada=6.5e-7, hopper=2.3e-6, other=2e-6),
-    "wide_s": _row("s", 1e-10, 2e-5, _GENERATION,
-        "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
-        ampere=4e-7, hopper=1.7e-6, other=5e-7),
-    "sequence_s": _row("s", 1e-11, 1e-6, _GENERATION, "scheduling one sequence of the batch",
-        ampere=1.2e-8, ada=2.6e-9, hopper=1.1e-8, other=5e-9),
-    "unit_bytes_per_s": _row("B/s", 1e9, 1e12, _GENERATION, "rate at which one work unit reads its cache",
-        ampere=1.4e10, ada=4e10, hopper=7.2e10, other=4e10),
-    "e_d": _row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth that a long cache achieves",
-        ampere=0.95, ada=0.83, hopper=0.93, other=0.85),
-    "split_s": _row("s", 1e-9, 2e-5, _GENERATION, "a second kernel that merges the parts of split caches",
-        ampere=1e-8, ada=2.2e-6, hopper=1.65e-6, other=1.5e-6),
-    "merge_s": _row("s", 1e-9, 2e-5, _GENERATION, "further time of that kernel for 16 times the splits",
-        ampere=4.6e-6, ada=1.1e-6, hopper=1.9e-6, other=2e-6),
-    "l2_gain": _row("1", 1.0, 10.0, _GENERATION, "rate of a cache in L2 over the rate from DRAM",
-        ampere=1.0, ada=7.0, hopper=3.0, other=2.0),
-    "l2_share": _row("1", 0.1, 4.0, _GENERATION,
-        "cache bytes over L2 size at which half are in L2", ada=1.01, other=0.71),
-    "rows": _row("1", 1.0, 128.0, "96 and 128 rows start no second unit in the A100 and H100 tables",
-        "largest number of query rows of one KV head per unit", other=128.0),
-    "units_per_sm": _row("1", 0.25, 8.0, _GENERATION, "units per SM for which the splits are chosen",
-        ada=2.0, other=1.0),
-    "split_keys": _row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys per split, at least", other=128.0),
-    "regroup": _row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
-        "further time of a cache whose KV heads serve several query heads, as a CPU packs it", cpu=1.0, other=0.0),
-    "e_tc": _row("1", 0.05, 1.1, _MMA, "share of the datasheet rate that the products of padded rows achieve",
-        other=0.5),
-    "tile_rows": _row("1", 0.0, 128.0, _TILES,
-        "rows that the query heads of a KV head are padded to a multiple of; 0: reading the cache hides all products",
-        other=0.0),
-})
-
-DECODE_KERNELS: Mapping[tuple[str, str], Mapping[str, float]] = MappingProxyType({
-    ("hopper", ""): {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
-    ("hopper", "sglang"): {"tile_rows": 128.0, "e_tc": 0.85},
-    ("hopper", "vllm"): {"tile_rows": 64.0, "e_tc": 0.54},
-})
-"""Constants of decode kernels that differ from the defaults, by architecture and the stack that an engine runs ("": no
-engine); they apply where that kernel was not fitted.
-
-"": FlashInfer, which computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ)
-and has two units per SM, as in its fit on the L40S. SGLang's default is FlashAttention-3: tiles of 128 rows
-(hopper/tile_size.h) at the rate of its prompts, 0.75 (H100) to 0.95 (H20) of the datasheet's. vLLM's fork of it has 64
-rows (use_one_mma_wg) at 0.63 of that rate: the ratio of both for fp8 caches in the tables of H100 and H200, which SMs
-bound and not memory. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to 0.45 of
-FlashInfer's rate."""
-
-
-
-_LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
-
-
-def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
-    """Return constants of attention, some with other defaults for latent attention."""
-    own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
-    return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
-
-
-_PROMPT = _latent(PREFILL_CONSTANTS,
-    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
-    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
-    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6), sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
-    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8), l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5))
-_DECODE = _latent(DECODE_CONSTANTS,
-    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6), unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
-    wide_s=(1e-10,) * 6, sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
-    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10), e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
-    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6), merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
-    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8), rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
-    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6), tile_rows=(1.0,) * 6)
-MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_PROMPT, "e_tc": replace(_PROMPT["e_tc"], high=2.2),
-})
-MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
-    "e_tc": _row("1", 0.05, 2.2, _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
-        "tables of H100 and H200 do not determine it",
-        "share of the datasheet rate of the activations' format that the two products achieve; above 1 if they run in "
-        "the format of a narrower cache, or if the time of work units includes them",
-        ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
+    "pack_m": row("1", 1.0, 64.0, _PACKING, "rows from which a GEMM on a CPU rearranges its weights", other=4.0),
 })
 
 RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "graph_gap_s": _row("s", 0.0, 2e-5, _GRAPH,
+    "graph_gap_s": row("s", 0.0, 2e-5, _GRAPH,
         "idle time between two kernels of a CUDA graph that the times of kernels exclude", other=0.0),
-    "host_op_s": _row("s", 1e-7, 1e-3, _EAGER,
+    "host_op_s": row("s", 1e-7, 1e-3, _EAGER,
         "host time to launch one kernel in an eager framework (interpreter, dispatcher, driver)",
         other=16.5e-6, cpu=5e-6),
-    "sustained": _row("1", 1.0, 2.0, _LOADED,
+    "sustained": row("1", 1.0, 2.0, _LOADED,
         "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks drop under load",
         other=1.0, ampere=1.12),
 })
 
 COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _joined("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
+    "t0_s": joined("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
         pcie=4.0e-6, nvlink3=8.6e-6, nvlink4=4.5e-6, nvlink5=7.4e-6, other=5.5e-6),
-    "hop_s": _joined("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
+    "hop_s": joined("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
         pcie=1.4e-6, other=9e-7),
-    "e_link": _joined("1", 0.01, 1.0, f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
+    "e_link": joined("1", 0.01, 1.0, f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
         "share of the link's bandwidth in one direction of a large payload",
         pcie=0.57, pcie3=0.65, pcie4=0.65, pcie_host=0.5, nvlink3=0.75, nvlink4=0.78, nvlink5=0.74, other=0.77),
-    "sharing": _joined("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
+    "sharing": joined("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
         "power of 2 / devices by which bandwidth drops, as devices share it", pcie=0.5, other=0.0),
-    "pipe_s": _joined("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
+    "pipe_s": joined("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
         pcie=5.5e-6, nvlink3=3.2e-5, nvlink4=1.27e-5, nvlink5=2.1e-5, other=1.5e-5),
-    "own_devices": _joined("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
+    "own_devices": joined("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
         "devices up to which the engine has its own all-reduce; 0: it has none", pcie=2.0, pcie_host=0.0, other=8.0),
-    "own_bytes": _joined("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce",
+    "own_bytes": joined("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce",
         pcie=6.7e7, nvlink3=8.39e6, other=1.68e7),
-    "own_t0_s": _joined("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce",
+    "own_t0_s": joined("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce",
         pcie=5.5e-6, nvlink3=4.6e-6, nvlink4=3e-6, nvlink5=5.1e-6, other=3.5e-6),
-    "own_hop_s": _joined("s", 0.0, 1e-5, _NCCL, "further start time per device",
+    "own_hop_s": joined("s", 0.0, 1e-5, _NCCL, "further start time per device",
         pcie=0.0, nvlink3=1.25e-7, nvlink4=9.2e-8, nvlink5=1.06e-7, other=1.2e-7),
-    "own_e": _joined("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve",
+    "own_e": joined("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve",
         pcie=0.59, nvlink3=0.56, nvlink4=0.65, nvlink5=0.5, other=0.65),
-    "own_step_s": _joined("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two",
+    "own_step_s": joined("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two",
         pcie=6e-6, nvlink3=9e-6, nvlink4=5.8e-6, nvlink5=9.1e-6, other=6e-6),
 })
 """Constants with defaults by kind of link (:attr:`simulator.hardware.link.Link.defaults`), instead of the
 architecture."""
 
 EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels except the products: sorting of tokens, activation, "
+    "t0_s": row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels except the products: sorting of tokens, activation, "
         "sum", ampere=2.1e-5, ada=7.6e-6, hopper=1.9e-5, blackwell=3.2e-5, blackwell_sm100=1.5e-5, other=2e-5),
-    "product_s": _row("s", 1e-7, 1e-4, _H20, "fixed time of one grouped product", other=5.2e-6),
-    "expert_s": _row("s", 1e-11, 1e-6, _MOE, "further fixed time per expert of the device",
+    "product_s": row("s", 1e-7, 1e-4, _H20, "fixed time of one grouped product", other=5.2e-6),
+    "expert_s": row("s", 1e-11, 1e-6, _MOE, "further fixed time per expert of the device",
         ampere=5.4e-8, ada=1.6e-8, hopper=2.3e-8, blackwell=3.4e-8, blackwell_sm100=1.4e-9, other=2.6e-8),
-    "e_tc": _row("1", 0.05, 1.0, _MOE_E_TC, "share of the datasheet rate in the arithmetic of a tile", other=0.85),
-    "b_sm": _row("B/s", 1e10, 1e13, _MOE, "rate at which an SM loads the weights of a tile",
+    "e_tc": row("1", 0.05, 1.0, _MOE_E_TC, "share of the datasheet rate in the arithmetic of a tile", other=0.85),
+    "b_sm": row("B/s", 1e10, 1e13, _MOE, "rate at which an SM loads the weights of a tile",
         ampere=3.2e10, ada=3.3e10, hopper=1.5e11, blackwell=7.8e10, blackwell_sm100=2.3e11, other=4.4e10),
-    "least_rows": _row("1", 8.0, 64.0, _MOE, "rows of the smallest tile in arithmetic: fewer take as long",
+    "least_rows": row("1", 8.0, 64.0, _MOE, "rows of the smallest tile in arithmetic: fewer take as long",
         ada=36, hopper=44, blackwell=16, ampere=16, blackwell_sm100=16, other=29),
-    "tail": _row("1", 0.01, 4.0, _MOE, "tiles that an SM computes alone at the end of a product", other=0.04),
-    "e_d": _row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth that weights from DRAM achieve",
+    "tail": row("1", 0.01, 4.0, _MOE, "tiles that an SM computes alone at the end of a product", other=0.04),
+    "e_d": row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth that weights from DRAM achieve",
         ampere=0.99, ada=0.81, hopper=0.96, blackwell=0.83, blackwell_sm100=0.95, other=0.88),
-    "e_io": _row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, activating and summing activations",
+    "e_io": row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, activating and summing activations",
         ampere=0.42, ada=0.64, hopper=0.33, blackwell=0.6, blackwell_sm100=0.37, other=0.45),
-    "l2_gain": _row("1", 1.0, 10.0, _MOE, "rate of weights in L2 over the rate from DRAM",
+    "l2_gain": row("1", 1.0, 10.0, _MOE, "rate of weights in L2 over the rate from DRAM",
         ampere=8.1, ada=10, hopper=9, blackwell=4.7, blackwell_sm100=7.2, other=8.7),
-    "l2_share": _row("1", 0.1, 4.0, _MOE, "bytes of weights in use over L2 size at which half are in L2",
+    "l2_share": row("1", 0.1, 4.0, _MOE, "bytes of weights in use over L2 size at which half are in L2",
         ampere=0.36, ada=1, hopper=0.49, blackwell=0.96, blackwell_sm100=0.27, other=0.93),
-    "narrow": _row("1", 0.1, 256.0, _MOE, "columns added to the width of every expert",
+    "narrow": row("1", 0.1, 256.0, _MOE, "columns added to the width of every expert",
         ampere=1.8, ada=1.4, hopper=22, blackwell=0.25, blackwell_sm100=64, other=12),
-    "align": _row("1", 0.01, 10.0, f"{_MOE}; geometric mean over stacks",
+    "align": row("1", 0.01, 10.0, f"{_MOE}; geometric mean over stacks",
         "further time of an expert whose width is not a multiple of 16",
         ada=1.1, hopper=0.82, blackwell=0.04, blackwell_sm100=0.4, other=0.47),
 })
 
 DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": _row("s", 1e-6, 1e-4, _DELTA, "fixed time of convolution and recurrence of a decode step: two kernels in a "
+    "t0_s": row("s", 1e-6, 1e-4, _DELTA, "fixed time of convolution and recurrence of a decode step: two kernels in a "
         "CUDA graph", other=8e-6),
-    "prompt_s": _row("s", 1e-6, 2e-4, _DELTA, "fixed time of convolution and the five kernels of a prompt",
+    "prompt_s": row("s", 1e-6, 2e-4, _DELTA, "fixed time of convolution and the five kernels of a prompt",
         other=2.4e-5),
-    "chunk_s": _row("s", 1e-8, 1e-4, _DELTA, "time of one step of the chain of chunks: a load from DRAM, and two "
+    "chunk_s": row("s", 1e-8, 1e-4, _DELTA, "time of one step of the chain of chunks: a load from DRAM, and two "
         "products that depend on each other", other=1.5e-6),
-    "e_tc": _row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
+    "e_tc": row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
         "attention, whose tiles are larger", other=0.4),
-    "e_d": _row("1", 0.05, 1.0, _STEPS, "share of the datasheet bandwidth at which states and intermediate results "
+    "e_d": row("1", 0.05, 1.0, _STEPS, "share of the datasheet bandwidth at which states and intermediate results "
         "move", other=0.57),
-    "e_conv": _row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
+    "e_conv": row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
         "three positions, 6 bytes of a sector of 32", other=0.3),
 })
 # fmt: on
@@ -371,12 +226,12 @@ def _elementwise() -> dict[str, Constant]:
     shares = (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75)
     rates = {}
     for name, floor_s, share in zip(CLASSES, floors_s, shares):
-        rates[f"t0_{name}_s"] = _row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
+        rates[f"t0_{name}_s"] = row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
         meaning = f"share of the DRAM bandwidth that a large {name} operator achieves"
-        rates[f"e_{name}"] = _row("1", 0.001, 1.0, _STUDY, meaning, other=share)
+        rates[f"e_{name}"] = row("1", 0.001, 1.0, _STUDY, meaning, other=share)
         meaning = f"rate of a {name} operator with data in L2 over its DRAM rate"
-        rates[f"l2_{name}"] = _row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
-    rates["t0_quantize_s"] = _row(
+        rates[f"l2_{name}"] = row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
+    rates["t0_quantize_s"] = row(
         "s",
         5e-7,
         5e-5,
@@ -388,7 +243,7 @@ def _elementwise() -> dict[str, Constant]:
         blackwell_sm100=2.3e-6,
         other=2e-6,
     )
-    rates["e_quantize"] = _row(
+    rates["e_quantize"] = row(
         "1",
         0.001,
         1.0,
@@ -400,7 +255,7 @@ def _elementwise() -> dict[str, Constant]:
         blackwell_sm100=0.72,
         other=0.83,
     )
-    rates["l2_quantize"] = _row(
+    rates["l2_quantize"] = row(
         "1",
         1.0,
         10.0,
@@ -418,7 +273,7 @@ def _elementwise() -> dict[str, Constant]:
 # fmt: off
 ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     **_elementwise(),
-    "l2_share": _row("1", 0.05, 4.0, _RTX,
+    "l2_share": row("1", 0.05, 4.0, _RTX,
         "bytes of an operator over L2 size at which half are in L2", other=0.8),
 })
 
@@ -447,10 +302,3 @@ def add_constants(operator: str, constants: Mapping[str, Constant]) -> None:
     if operator in CONSTANTS:
         raise ValueError(f"the constants of {operator!r} are known already")
     _CONSTANTS[operator] = constants
-
-
-EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
-"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
-
-EXACT_BITS: tuple[int, ...] = (22, 21, 21)
-"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""

@@ -17,7 +17,7 @@ from typing import Any
 from simulator.arguments import COUNT, Range, number
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
-from simulator.hardware.constants import DECODE_KERNELS
+from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.formats import Rate
 from simulator.hardware.link import Link, named
 from simulator.hardware.sections import (
@@ -324,7 +324,8 @@ class HardwareProfile(Displayed):
         Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
         has every constant of the operator; a constant that was not fitted has its default and the status "default".
         Where the tiles of a decode kernel show in the times of a fit (``tile_rows``), an engine with another, known
-        kernel has that kernel's constants (:data:`simulator.hardware.constants.DECODE_KERNELS`) and the defaults.
+        kernel has that kernel's constants (:data:`~simulator.hardware.attention_constants.DECODE_KERNELS`) and the
+        defaults.
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
 from simulator.files.fields import NumberField
-from simulator.hardware.constants import CONSTANTS, DECODE_KERNELS
+from simulator.hardware.attention_constants import DECODE_KERNELS
+from simulator.hardware.constants import CONSTANTS
 
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""

@@ -15,7 +15,7 @@ from simulator.cost.attention_model import Geometry, causal_blocks, prefill_work
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.counts import attention_pairs
 from simulator.errors import InputError
-from simulator.hardware.constants import DECODE_CONSTANTS
+from simulator.hardware.attention_constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.sections import Fitted, Section
 

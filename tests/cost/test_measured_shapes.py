@@ -18,7 +18,7 @@ from calibration.records.timing_table import Flag, Records, Source
 from calibration.runners.cases import settings_of
 from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
 from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
-from simulator.hardware.constants import EXACT_NAMES as NAMES
+from simulator.hardware.arrays import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.hardware.sections import Provenance

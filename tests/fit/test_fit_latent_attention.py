@@ -12,7 +12,7 @@ from calibration.validation.protocol import evaluate_table
 from simulator.cost.attention import Attention
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
-from simulator.hardware.constants import MLA_DECODE_CONSTANTS as CONSTANTS
+from simulator.hardware.attention_constants import MLA_DECODE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
 
 HW = load_hardware("a100_sxm_80gb")
