@@ -22,7 +22,7 @@ from calibration.cli.measure import (
     outcome_row,
 )
 from calibration.cli.rows import seconds
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
@@ -82,12 +82,12 @@ def command(
     if model:
         targets = target_workloads(
             model,
-            phases=options.names("--phase", phase),
-            batch=options.integers("--batch", batch),
-            seq=options.integers("--seq", seq),
+            phases=parsing.names("--phase", phase),
+            batch=parsing.integers("--batch", batch),
+            seq=parsing.integers("--seq", seq),
             dtype=dtype,
-            families=options.names("--family", family),
-            sparsities=options.fractions("--sparsity", sparsity),
+            families=parsing.names("--family", family),
+            sparsities=parsing.fractions("--sparsity", sparsity),
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
 

@@ -15,7 +15,7 @@ from calibration.cli.measure import Folder, Seed
 from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
@@ -61,7 +61,8 @@ def command(
     --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
     and comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
-    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
+    from calibration.runners.agreement import conclusions
+    from calibration.runners.compare import ENGINES, compare, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -134,7 +135,7 @@ def _of_files(
             raise InputError(f"{run.source}: engine: expected vllm, got {run.engine}")
     given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
     if runs[0].kind == "batch":
-        batch, seq = options.integers("--batch", selection.batch), options.integers("--seq", selection.seq)
+        batch, seq = parsing.integers("--batch", selection.batch), parsing.integers("--seq", selection.seq)
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
@@ -170,7 +171,7 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
     """Return the agreement of predictions and measurements, one line per phase."""
-    from calibration.runners.compare import by_phase, repeatability
+    from calibration.runners.agreement import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
@@ -61,11 +61,11 @@ def command(
     known_formats = [suffix[1:] for suffix in SUFFIXES]
     chosen = list(FIGURES)
     if only:
-        chosen = [one_of("figure", name, tuple(FIGURES)) for name in options.names("--only", only)]
-    suffixes = [f".{one_of('format', name, known_formats)}" for name in options.names("--format", formats)]
+        chosen = [one_of("figure", name, tuple(FIGURES)) for name in parsing.names("--only", only)]
+    suffixes = [f".{one_of('format', name, known_formats)}" for name in parsing.names("--format", formats)]
     about = paper(
         model,
-        options.names("--hardware", hardware),
+        parsing.names("--hardware", hardware),
         scenario=Scenario(engine=engine, dtype=dtype),
         seq=whole_number("seq", seq),
     )
@@ -119,7 +119,7 @@ def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str
         missing.append(str(error))
     given: set[str] = set()
     for text in files:
-        name, path = options.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
+        name, path = parsing.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
         device = load_hardware(name).label
         if device not in [hw.label for hw in about.devices]:
             raise InputError(f"--measured {text!r}: {device} is not among --hardware")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
@@ -48,7 +48,7 @@ def command(
 
     check_target(output)
     hw = load_hardware(hardware) if hardware else None
-    mapping = {str(name): str(value) for name, value in options.settings("--map", column_map).items()} or None
+    mapping = {str(name): str(value) for name, value in parsing.settings("--map", column_map).items()} or None
     found: list[ImportResult] = []
     with render.progress("importing") as report:
         for done, file in enumerate(files):

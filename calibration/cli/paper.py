@@ -11,7 +11,7 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.display import with_and
 from simulator.errors import InputError
@@ -54,7 +54,7 @@ def command(
     """
     from calibration.validation import paper
 
-    devices, engines = options.names("--hardware", hardware), options.names("--engine", engine)
+    devices, engines = parsing.names("--hardware", hardware), parsing.names("--engine", engine)
     if claims:
         if figure:
             raise InputError("--figure: draws the paper's table; expected without --claims")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError, needs_extra
 
@@ -73,8 +73,8 @@ def command(
             raise InputError("--per-layer: expected --output with the file of the scores")
     elif choices:
         raise InputError("--choices: expected --per-layer with it")
-    fractions = options.fractions("--sparsity", sparsity)
-    cases = [(name, fraction) for name in options.names("--family", family) for fraction in fractions]
+    fractions = parsing.fractions("--sparsity", sparsity)
+    cases = [(name, fraction) for name in parsing.names("--family", family) for fraction in fractions]
     if pruned and len(cases) != 1:
         raise InputError("--pruned: expected one --family and one --sparsity, those of the checkpoint")
     try:

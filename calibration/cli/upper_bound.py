@@ -14,7 +14,8 @@ from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threa
 from calibration.cli.restart import restart_if_needed
 from calibration.cli.rows import seconds
 from simulator.cli import options, render
-from simulator.cli.options import arg, fractions, integers, names, opt
+from simulator.cli.options import arg, opt
+from simulator.cli.parsing import fractions, integers, names
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibration.cli.rows import load_rows
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
@@ -268,12 +268,12 @@ def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, 
     from calibration.validation.accuracy import run_protocol
     from calibration.validation.accuracy_tables import columns_of_table, titles
 
-    sizes = [None if text == "all" else text for text in options.names("--rows", rows)]
-    counts = [None if size is None else options.integers("--rows", size)[0] for size in sizes]
+    sizes = [None if text == "all" else text for text in parsing.names("--rows", rows)]
+    counts = [None if size is None else parsing.integers("--rows", size)[0] for size in sizes]
     if jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {jobs}")
     with render.progress("fitting and evaluating") as report:
-        tables, splits = options.names("--table", table), options.integers("--seeds", seeds)
+        tables, splits = parsing.names("--table", table), parsing.integers("--seeds", seeds)
         scores = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
     criteria = against_targets(scores, published=table == "all")
     if not render.Output(json).write([*scores, *({"table": "targets", **vars(c)} for c in criteria)]):

@@ -1,9 +1,9 @@
 """Run a model, dense and pruned by every family, and compare its times with predictions.
 
 :func:`compare` times each pruned model in alternation with the dense model, so that a slower machine slows both, and
-keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records. :func:`summary` and
-:func:`by_phase` report the agreement, :func:`repeatability` the scatter of repeated measurements. :data:`ENGINES` names
-what runs a model: our own decoder, or a library. torch and the libraries are imported only to run a model.
+keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records;
+:mod:`calibration.runners.agreement` reports the agreement. :data:`ENGINES` names what runs a model: our own decoder, or
+a library. torch and the libraries are imported only to run a model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
 from calibration.runners.vllm_bench import bench_record
-from calibration.validation.scores import errors, spearman
-from calibration.validation.verdict import verdict_of
 from simulator.display import few
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers
@@ -39,7 +37,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks.run import BenchRun
-from simulator.units import ratio
 from simulator.workload import PHASES
 
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
@@ -356,63 +353,3 @@ def _as_of(case: Case, record: Mapping[str, Any]) -> Case:
 def _of_our_decoder(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
     host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
     return case.run_in("hf" if host_bound else EXECUTED)
-
-
-def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
-    """Return the agreement of predicted and measured speedups; InputError if there is no row.
-
-    Keys: "count", "spearman", those of :func:`~calibration.validation.scores.errors` ("median", "p95"), "bias" (median
-    of predicted / measured - 1), "inside" (coverage of the predicted intervals) and "dense_time" (median error of the
-    dense times).
-    """
-    if not rows:
-        raise InputError("comparison: expected at least one measured case, got none")
-    names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
-    predicted, measured, low, high, dense, dense_s = (np.array([getattr(r, name) for r in rows]) for name in names)
-    found = {"count": len(rows), "spearman": spearman(predicted, measured), **errors(predicted, measured)}
-    found |= {"bias": float(np.median(predicted / measured)) - 1.0, "dense_time": errors(dense, dense_s)["median"]}
-    return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
-
-
-def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
-    """Return the :func:`summary` of each phase, and of ``"all"`` phases if there are several."""
-    phases = list(dict.fromkeys(r.phase for r in rows))
-    out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
-    return {**out, "all": summary(rows)} if len(phases) > 1 else out
-
-
-def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
-    every = verdict_of(
-        "speedups",
-        measured=[r.measured for r in rows],
-        predicted=[r.predicted for r in rows],
-        lower=[r.predicted_lower for r in rows],
-        upper=[r.predicted_upper for r in rows],
-        roofline=[r.roofline_bound for r in rows],
-    )
-    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
-    holds = "hold" if every.holds else "do not hold"
-    one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
-    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
-    case = f"{worst.pruning} in {worst.phase}"
-    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
-    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
-    return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]
-
-
-def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """Return the scatter of a repeated speedup: median |ratio of the medians of two halves of its passes - 1|.
-
-    NaN if no case has six passes.
-
-    >>> repeatability([{"status": "ok", "dense_s": [2, 2, 2, 2.2, 2.2, 2.2], "pruned_s": [1] * 6}])
-    0.1
-    """
-    off: list[float] = []
-    for r in records:
-        if r.get("status") == OK and len(r["dense_s"]) >= 6:
-            ratio = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(r["pruned_s"], dtype=np.float64)
-            half = len(ratio) // 2
-            off.append(abs(float(np.median(ratio[-half:]) / np.median(ratio[:half])) - 1.0))
-    return round(float(np.median(off)), 12) if off else math.nan

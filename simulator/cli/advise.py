@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 
@@ -67,17 +67,17 @@ def command(
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
     if write and prune:
         raise InputError("--write: expected no --prune, as it writes the configurations of a search")
-    speedup = None if target is None else options.speedup_target("--target", target)
-    aim = Target(speedup, None if latency is None else options.duration("--latency", latency), tokens_per_s)
+    speedup = None if target is None else parsing.speedup_target("--target", target)
+    aim = Target(speedup, None if latency is None else parsing.duration("--latency", latency), tokens_per_s)
     with render.progress("searching") as report:
         found = advise(
             model,
-            options.names("--hardware", hardware),
+            parsing.names("--hardware", hardware),
             aim,
             requested.phase,
             requested.batch,
             requested.seq,
-            None if family is None else options.names("--family", family),
+            None if family is None else parsing.names("--family", family),
             prune=prune or (),
             engine=requested.engine,
             scenario=requested.scenario,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -54,7 +54,7 @@ def command(
     with render.progress("pricing") as report:
         found = costs(
             model,
-            options.names("--hardware", hardware),
+            parsing.names("--hardware", hardware),
             choices,
             engine=requested.engine,
             phase=requested.phase,

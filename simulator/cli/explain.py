@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -54,13 +54,13 @@ def explain(
     from simulator.prediction.prunings import readable
 
     requested = run.requests(known, model=model, ideal=ideal)
-    existing, skipped = readable([] if pruned is None else options.names("--pruned", pruned))
+    existing, skipped = readable([] if pruned is None else parsing.names("--pruned", pruned))
     with render.progress("explaining") as report:
         found = explanations(
             model,
-            options.devices(hardware, same_stack),
+            parsing.devices(hardware, same_stack),
             family,
-            None if sparsity is None else options.fraction("--sparsity", sparsity),
+            None if sparsity is None else parsing.fraction("--sparsity", sparsity),
             requested.phase,
             requested.batch,
             requested.seq,
@@ -69,7 +69,7 @@ def explain(
             prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,
-            options=options.settings("--option", option),
+            options=parsing.settings("--option", option),
             progress=report,
         )
     rows = [

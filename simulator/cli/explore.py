@@ -7,7 +7,7 @@ import sys
 from typing import Annotated
 from urllib.parse import quote
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 
 Hardware = Annotated[str | None, opt("--hardware", "LIST", "Initial devices: names, aliases or YAML files.")]
@@ -30,7 +30,7 @@ def command(
     from simulator.explore.state import State
     from simulator.hardware.library import reference, shipped_names
 
-    gpus = [] if hardware is None else [reference(name) for name in options.names("--hardware", hardware)]
+    gpus = [] if hardware is None else [reference(name) for name in parsing.names("--hardware", hardware)]
     if gpus:
         State(gpus=tuple(gpus))  # rejects two with one name
     texts = f"prune={quote(';'.join(prune))}" if prune else ""

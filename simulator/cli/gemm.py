@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def gemm(
     The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written. "kernels" names the
     software stack whose kernels were fitted: vllm's, or the next that was; --hardware GPU@STACK selects another.
     """
-    sizes = options.integers("M", m), options.integers("N", n), options.integers("K", k)
+    sizes = parsing.integers("M", m), parsing.integers("N", n), parsing.integers("K", k)
     output = render.Output(json, figures=[figure])
     from simulator.prediction.gemms import gemm_table
 
-    devices = options.devices(hardware, same_stack)
+    devices = parsing.devices(hardware, same_stack)
     rows = gemm_table(
         *sizes, devices, dtype=dtype, weight_dtype=weight_dtype, semi_structured=semi_structured, cold=not warm
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def pareto(
     config = load_model(model)
     table = load_quality(quality).of_model(quality_model or config.name)
     axis = choose_axis(table, metric, protocol, strict=quality is not None)
-    devices, requested = options.names("--hardware", hardware), run.requests()
+    devices, requested = parsing.names("--hardware", hardware), run.requests()
     known = read_measured(measured) if measured else ()
-    most = None if max_loss is None else options.fraction("--max-loss", max_loss)
+    most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
     with render.progress("predicting") as report:
         found, notes = fronts(
             config,

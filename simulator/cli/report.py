@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 from simulator.units import parse_quantity
@@ -101,13 +101,13 @@ def command(
         if time is not None:
             given[name] = float(Decimal(repr(parse_quantity(time, "s"))).scaleb(3))  # 18.6 stays 18.6
     if hardware is not None:
-        given["gpus"] = once(reference(name) for name in options.names("--hardware", hardware))
+        given["gpus"] = once(reference(name) for name in parsing.names("--hardware", hardware))
     if family is not None:
         from simulator.prediction.prunings import families
 
-        given["families"] = families(options.names("--family", family))
+        given["families"] = families(parsing.names("--family", family))
     if sparsity is not None:
-        given["sparsities"] = once(options.fractions("--sparsity", sparsity))
+        given["sparsities"] = once(parsing.fractions("--sparsity", sparsity))
     state = replace(_start(model), **{name: value for name, value in given.items() if value is not None})
     notes: tuple[str, ...] = ()
     if dense_from is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity
@@ -94,19 +94,19 @@ def command(
 
     requested = run.requests(known, model=model)
     targets = Targets(
-        speedup=None if target is None else options.speedup_target("--target", target),
-        latency_s=None if latency is None else options.duration("--latency", latency),
+        speedup=None if target is None else parsing.speedup_target("--target", target),
+        latency_s=None if latency is None else parsing.duration("--latency", latency),
         tokens_per_s=tokens_per_s,
-        ttft_s=None if ttft is None else options.duration("--ttft", ttft),
-        tpot_s=None if tpot is None else options.duration("--tpot", tpot),
-        memory_bytes=None if memory is None else options.checked("--memory", memory, lambda t: parse_quantity(t, "B")),
-        parameters=None if params is None else options.checked("--params", params, parse_parameters),
+        ttft_s=None if ttft is None else parsing.duration("--ttft", ttft),
+        tpot_s=None if tpot is None else parsing.duration("--tpot", tpot),
+        memory_bytes=None if memory is None else parsing.checked("--memory", memory, lambda t: parse_quantity(t, "B")),
+        parameters=None if params is None else parsing.checked("--params", params, parse_parameters),
         confidence=confidence,
     )
     with render.progress("searching") as report:
         plan = search(
             model,
-            options.names("--hardware", hardware),
+            parsing.names("--hardware", hardware),
             targets,
             scores,
             metric=metric,

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -82,27 +82,27 @@ def command(
     from simulator.prediction.service import serve
 
     requested = run.requests(ideal=ideal)
-    lengths = options.integers("--seq", seq)
+    lengths = parsing.integers("--seq", seq)
     if len(lengths) != 1:
         raise InputError(f"--seq {seq!r}: expected one length")
     with render.progress("predicting") as report:
         found = serve(
             model,
-            options.devices(hardware, same_stack),
-            None if family is None else options.names("--family", family),
-            None if sparsity is None else options.fractions("--sparsity", sparsity),
+            parsing.devices(hardware, same_stack),
+            None if family is None else parsing.names("--family", family),
+            None if sparsity is None else parsing.fractions("--sparsity", sparsity),
             lengths[0],
-            method=[] if method is None else options.names("--method", method),
-            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            method=[] if method is None else parsing.names("--method", method),
+            pruned=[] if pruned is None else parsing.names("--pruned", pruned),
             prune=prune or [],
             engine=requested.engine,
             concurrency=concurrency,
-            ttft_s=None if ttft is None else options.duration("--ttft", ttft),
-            tpot_s=None if tpot is None else options.duration("--tpot", tpot),
+            ttft_s=None if ttft is None else parsing.duration("--ttft", ttft),
+            tpot_s=None if tpot is None else parsing.duration("--tpot", tpot),
             probability=confidence,
             price=price,
             scenario=requested.scenario,
-            options=options.settings("--option", option),
+            options=parsing.settings("--option", option),
             progress=report,
         )
     curves = [point for service in found.services for point in service.curve] if verbose else []

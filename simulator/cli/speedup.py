@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -60,9 +60,9 @@ def speedup(
     one.
     """
     output = render.Output(json, csv, [figure])
-    chosen = None if family is None else options.names("--family", family)
-    methods = [] if method is None else options.names("--method", method)
-    extra = options.settings("--option", option)
+    chosen = None if family is None else parsing.names("--family", family)
+    methods = [] if method is None else parsing.names("--method", method)
+    extra = parsing.settings("--option", option)
     if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
     from simulator.hardware.library import load_hardware
@@ -71,18 +71,18 @@ def speedup(
     from simulator.prediction.table import table
 
     requested = run.requests(known, model=model, ideal=ideal)
-    devices = [load_hardware(name) for name in options.devices(hardware, same_stack)]
+    devices = [load_hardware(name) for name in parsing.devices(hardware, same_stack)]
     with render.progress("predicting") as report:
         found = table(
             model,
             devices,
             chosen,
-            None if sparsity is None else options.fractions("--sparsity", sparsity),
+            None if sparsity is None else parsing.fractions("--sparsity", sparsity),
             requested.phase,
             requested.batch,
             requested.seq,
             method=methods,
-            pruned=[] if pruned is None else options.names("--pruned", pruned),
+            pruned=[] if pruned is None else parsing.names("--pruned", pruned),
             prune=prune or [],
             engine=requested.engine,
             scenario=requested.scenario,

@@ -31,9 +31,10 @@ from simulator.prediction.configurations import (
     probability_of,
 )
 from simulator.prediction.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
+from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.reach import Reach, reach
-from simulator.prediction.result import HasResult, Result, Results, plain
+from simulator.prediction.result import HasResult, Result, Results
 from simulator.prediction.scenario import Scenario, batch_name, by_budget, check_measured, profiles, scenarios
 from simulator.prediction.speedup import speedups
 from simulator.pruning import prune

@@ -25,9 +25,10 @@ from simulator.errors import InputError
 from simulator.hardware.formats import label_of
 from simulator.models.lower import cached_tokens
 from simulator.prediction.batch import Reject, batch_of, rejecting
+from simulator.prediction.labels import Labels
 from simulator.prediction.parts import removed_parts, sizes
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import COLUMNS, Labels, Results
+from simulator.prediction.result import COLUMNS, Results
 from simulator.prediction.scenario import Scenario, by_budget
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals

@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, bars_html, facts_html, few, items_html, table_html
+from simulator.prediction.labels import Columns, Labels, joined, plain
 from simulator.units import percent, ratio, seconds, seconds_between
 
 if TYPE_CHECKING:
@@ -261,38 +261,6 @@ COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Resul
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
 
 
-@dataclass(frozen=True)
-class Labels:
-    """A column of texts: codes, which are indices into the texts."""
-
-    codes: NDArray[np.int32]
-    texts: tuple[str, ...]
-
-    def __getitem__(self, index: Any) -> Labels:
-        return Labels(self.codes[index], self.texts)
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def tolist(self) -> list[str]:
-        """Return the texts, one per row, as a list."""
-        return [self.texts[code] for code in self.codes.tolist()]
-
-    @property
-    def values(self) -> NDArray[np.object_]:
-        """Texts, one per row."""
-        return np.array(self.texts, dtype=object)[self.codes]
-
-
-Columns = Mapping[str, Any]
-"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN for None."""
-
-
-def plain(column: Array | Labels) -> Array:
-    """Return a column as an array; texts as objects."""
-    return column.values if isinstance(column, Labels) else column
-
-
 _IDENTITY = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
 _PREDICTED = (
     *("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper"),
@@ -357,7 +325,7 @@ class Results(Displayed):
         columns: dict[str, Array | Labels] = {}
         for name, kind in COLUMNS.items():
             held = [part.columns[name] for part in parts]
-            columns[name] = _joined(held) if kind is str else np.concatenate([plain(column) for column in held])
+            columns[name] = joined(held) if kind is str else np.concatenate([plain(column) for column in held])
         return cls(columns, notes, np.concatenate([part.pruning for part in parts]))
 
     @classmethod
@@ -384,14 +352,6 @@ class Results(Displayed):
         columns = self._columns()
         differ = [name for name in _IDENTITY if len(set(columns[name])) > 1]
         return table_html({name: columns[name] for name in (*differ, *_PREDICTED)}) + items_html(self.notes)
-
-
-def _joined(held: Sequence[Array | Labels]) -> Labels:
-    """Concatenate text columns."""
-    labels = [column for column in held if isinstance(column, Labels)]
-    first = np.cumsum([0, *(len(column.texts) for column in labels)])
-    codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
-    return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
 
 
 def known(column: Array) -> list[Any]:

@@ -26,8 +26,9 @@ from simulator.models.library import load_model
 from simulator.models.lower import DECODE_LENGTHS
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.grid import Grid, read_grid
+from simulator.prediction.labels import Labels, plain
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
-from simulator.prediction.result import COLUMNS, Labels, Results, plain
+from simulator.prediction.result import COLUMNS, Results
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, check_room, stamp
 from simulator.prediction.where import Filter, parse_filter

@@ -27,6 +27,7 @@ from simulator.prediction.caveats import (
     inferred_line,
 )
 from simulator.prediction.compare import scenario_results
+from simulator.prediction.labels import plain
 from simulator.prediction.prunings import (
     Excluded,
     Pruning,
@@ -36,7 +37,7 @@ from simulator.prediction.prunings import (
     prunings_of,
     readable,
 )
-from simulator.prediction.result import Result, Results, plain
+from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, batch_name, check_measured, models_of, profiles, scenarios
 
 if TYPE_CHECKING:

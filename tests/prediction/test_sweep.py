@@ -23,8 +23,9 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.prediction.grid import Formats, Grid, read_grid
+from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import COLUMNS, Result, plain
+from simulator.prediction.result import COLUMNS, Result
 from simulator.prediction.store import DIGEST_KEY, Store
 from simulator.prediction.sweep import digest, pieces, sweep, sweep_results
 from simulator.prediction.where import parse_filter

@@ -23,8 +23,9 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
+from calibration.runners.agreement import by_phase, repeatability, summary  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of, summary  # noqa: E402
+from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import prune_by_steps, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
@@ -144,7 +145,7 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     assert math.isnan(rows["width", 0.5, "decode"].measured_bound)
     prefill = by_name["depth", 0.5, "prefill"]
     assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW).speedup
-    assert comparing.repeatability(found.records) == pytest.approx(0.0, abs=0.03)
+    assert repeatability(found.records) == pytest.approx(0.0, abs=0.03)
 
 
 def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
@@ -330,7 +331,7 @@ def test_agreement_by_hand() -> None:
     # of four, 4 lies above 1.1 x 3
     wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
     assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
-    assert {name: b["count"] for name, b in comparing.by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
+    assert {name: b["count"] for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
 def test_the_figure_has_a_panel_per_phase_and_sparsity() -> None:

@@ -1,0 +1,150 @@
+"""Parse texts of options: comma lists, ranges, numbers with units, NAME=VALUE pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from simulator.errors import InputError
+from simulator.units import parse_count, parse_fraction, parse_quantity, parse_ratio, parse_value
+
+T = TypeVar("T")
+
+MOST = 10_000
+"""Most values of a range."""
+
+
+def names(option: str, text: str) -> list[str]:
+    """Parse a comma list of names.
+
+    >>> names("--hardware", "a100, h100")
+    ['a100', 'h100']
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"{option} {text!r}: expected names separated by single commas")
+    return parts
+
+
+def devices(text: str, same_stack: bool = False) -> list[Any]:
+    """Parse ``--hardware`` into names, or with ``--same-stack`` into profiles."""
+    if not same_stack:
+        return names("--hardware", text)
+    from simulator.hardware.library import load_hardware
+
+    return [load_hardware(name, same_stack=True) for name in names("--hardware", text)]
+
+
+def duration(option: str, text: str) -> float:
+    """Parse a time with its unit, s.
+
+    >>> duration("--latency", "12ms")
+    0.012
+    """
+    return checked(option, text, lambda given: parse_quantity(given, "s"))
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``, ``1:64:8``.
+
+    >>> integers("--batch", "1,64"), integers("--seq", "512:4k"), integers("--batch", "8:24:8")
+    ([1, 64], [512, 1024, 2048, 4096], [8, 16, 24])
+    """
+    out: list[int] = []
+    for part in names(option, text):
+        ends = [checked(option, end, parse_count) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0)[:3]
+        if (
+            len(ends) > 3
+            or not 1 <= first <= last
+            or step < (len(ends) == 3)
+            or (step and (last - first) // step > MOST)
+        ):
+            raise InputError(f"{option} {part!r}: expected FIRST:LAST, which doubles, or FIRST:LAST:STEP")
+        while first < last:
+            out.append(first)
+            first = first + step if step else 2 * first
+        out.append(last)
+    return list(dict.fromkeys(out))
+
+
+def fractions(option: str, text: str) -> list[float]:
+    """Parse a comma list of fractions and ranges with a step.
+
+    >>> fractions("--sparsity", "0.1,25%"), fractions("--sparsity", "0.1:0.5:0.2")
+    ([0.1, 0.25], [0.1, 0.3, 0.5])
+    """
+    out: list[float] = []
+    for part in names(option, text):
+        ends = [checked(option, end, parse_fraction) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0.0, 0.0)[:3]
+        if len(ends) != 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
+            raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
+        out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
+    return list(dict.fromkeys(out))
+
+
+def prefix(text: str) -> float:
+    """Parse tokens, or a share of a prompt below 1.
+
+    >>> prefix("2k"), prefix("25%")
+    (2048.0, 0.25)
+    """
+    share = "%" in text or text.strip().startswith(("0.", "."))
+    return checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
+
+
+def fraction(option: str, text: str) -> float:
+    """Parse one fraction.
+
+    >>> fraction("--sparsity", "25%")
+    0.25
+    """
+    return checked(option, text, parse_fraction)
+
+
+def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
+    """Return a parsed text; errors name the option."""
+    try:
+        return parse(text)
+    except InputError as error:
+        raise InputError(f"{option} {text!r}: {error}") from None
+
+
+def speedup_target(option: str, text: str) -> float:
+    """Parse a speedup such as ``1.5`` or ``1.5x``.
+
+    >>> speedup_target("--target", "1.5x")
+    1.5
+    """
+    return checked(option, text, parse_ratio)
+
+
+def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of these, or a word.
+
+    >>> settings("--option", ["inner=8810", "kv_dense=false", "rank=16,32"])
+    {'inner': 8810, 'kv_dense': False, 'rank': [16, 32]}
+    """
+    out: dict[str, Any] = {}
+    for text in texts or ():
+        name, value = pair(option, text)
+        name = name.replace("-", "_")
+        if name in out:
+            raise InputError(f"{option} {text!r}: {name} is given twice")
+        out[name] = [parse_value(part) for part in names(option, value)] if "," in value else parse_value(value)
+    return out
+
+
+def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
+    """Parse a name and a value."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not (name and equals and value):
+        raise InputError(f"{option} {text!r}: expected {expected}")
+    return name, value
