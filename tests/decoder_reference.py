@@ -102,3 +102,9 @@ def check(logits: Any, expected: Any, prompt: int = PROMPT, tolerance: float = 2
     torch.testing.assert_close(logits.double(), expected[:, prompt - 1 :], rtol=tolerance, atol=tolerance)
     # a check that cannot fail is none: other positions must differ
     assert not torch.allclose(logits.double()[:, 0], expected[:, prompt - 3], rtol=tolerance, atol=tolerance)
+
+
+def layout_mask(table: Any, q_len: int, kv_len: int, block: int) -> Any:
+    """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same result."""
+    mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
+    return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(kv_len - q_len)

@@ -111,12 +111,6 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
     return table
 
 
-def layout_mask(table: Tensor, q_len: int, kv_len: int, block: int) -> Tensor:
-    """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same result."""
-    mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
-    return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(kv_len - q_len)
-
-
 def block_sparse_attention(
     table: Tensor, q_len: int, kv_len: int, block: int
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -50,18 +50,18 @@ def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
     return float(np.sqrt(np.clip(np.quantile(needed, LEVEL), 0.2**2, 5.0**2)))
 
 
-def neighbours(sizes: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
+def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
     """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
 
     >>> neighbours([np.array([1.0, 2.0, 8.0]), np.array([4.0, 4.0, 4.0])]).tolist()
     [[0, 1], [1, 2]]
     """
-    return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]], nested) for i, s in enumerate(sizes)])
+    return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]]) for i, s in enumerate(sizes)])
 
 
-def pairs_along(size: FloatArray, others: Sequence[FloatArray], nested: bool = False) -> NDArray[np.intp]:
+def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
     """Return pairs (smaller, larger) of rows that are equal in all ``others`` and differ in ``size`` by a ratio in
-    [0.25, 1), ordered by the number of sizes between them, or (``nested``) by the smaller row.
+    [0.25, 1), ordered by the number of sizes between them.
 
     >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
     [[0, 2], [2, 1]]
@@ -77,5 +77,4 @@ def pairs_along(size: FloatArray, others: Sequence[FloatArray], nested: bool = F
         ratio = size[:-gap] / np.where(size[gap:] > 0, size[gap:], 1.0)
         at = np.flatnonzero(same & (ratio >= 0.25) & (ratio < 1.0))
         found.append(np.stack([at, at + gap], axis=1))
-    pairs = np.concatenate(found)
-    return order[pairs[np.lexsort(pairs.T[::-1])] if nested else pairs]
+    return order[np.concatenate(found)]

@@ -111,9 +111,7 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
     return errors
 
 
-def fit_section(
-    fit: Fit, *, start: Mapping[str, float] | None = None, seed: int = 0, provenance: Provenance | None = None
-) -> FittedPart:
+def fit_section(fit: Fit, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
     """Fit the section of one operator; folds, by ``seed``, hold out groups of rows.
 
     ValueError with fewer usable rows than the operator needs.
@@ -122,7 +120,7 @@ def fit_section(
     if len(rows) < fit.FEWEST:
         few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"
         raise ValueError(f"{fit.calls.operator}: {few}")
-    constants = rows.constants(start)
+    constants = rows.constants()
     errors = held_out(rows, constants.values, seed)
     section = Section(
         constants.fitted(),

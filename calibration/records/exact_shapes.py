@@ -74,7 +74,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
     return dict(zip(NAMES, (*np.array(shapes, dtype=np.int64).T, np.array(seconds), np.array(halves)), strict=True))
 
 
-def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[str] = ("exact",)) -> HardwareProfile:
+def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
     """Return a profile with the measured exact shapes of the records; the same profile if there are none.
 
     Only calibrated GEMM sections take shapes, each of its number format, because the provenance must name their stack.
@@ -82,7 +82,7 @@ def with_exact(profile: HardwareProfile, records: Records, purposes: Sequence[st
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
         fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
-        if fitted and (arrays := _allowed(exact_arrays(records, dtype, purposes), profile, dtype)):
+        if fitted and (arrays := _allowed(exact_arrays(records, dtype), profile, dtype)):
             sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**_others(section.arrays), **arrays}))
     return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
 

@@ -57,10 +57,10 @@ class RecordedRow:
         return float(np.sqrt(self.compared.predicted_upper / self.compared.predicted_lower) - 1.0)
 
 
-def recorded_rows(folder: Path = FOLDER) -> list[RecordedRow]:
+def recorded_rows() -> list[RecordedRow]:
     """Return every recorded speedup with its prediction."""
     out = []
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in sorted(FOLDER.glob("*.jsonl")):
         dtype, threads, *_, engine = file.name.removesuffix(".jsonl").split(".")
         out += _rows_of_run(file, dtype, threads, engine)
     return out

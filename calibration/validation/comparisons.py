@@ -32,10 +32,6 @@ LEAST_GAIN = 0.05
 TOLERANCE = 0.005
 """Speedups and shares that differ by less count as equal: papers print two digits."""
 
-MEASURES: tuple[str, ...] = ("speedup", "share")
-"""Rows of :class:`Comparisons`: log ratio of speedups; difference of the shares (speedup - 1) / (roofline bound - 1),
-which count up to 1."""
-
 
 @dataclass(frozen=True)
 class PrunedModel:
@@ -53,7 +49,11 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """One family against pruned models (n,) of one device and request; arrays (2, n) have a row per measure."""
+    """One family against pruned models (n,) of one device and request; arrays (2, n) have a row per measure.
+
+    Measures are the log ratio of speedups, and the difference of the shares (speedup - 1) / (roofline bound - 1), which
+    count up to 1.
+    """
 
     models: tuple[PrunedModel, ...]
     own: NDArray[np.intp]  # (n,) the family's model at the same sparsity

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from calibration.fit.attention import SHAPE, AttentionFit, fit_attention
 from calibration.fit.elementwise import ElementwiseFit
-from calibration.fit.errors import neighbours, pairs_along
+from calibration.fit.errors import LEVEL, neighbours, pairs_along
 from calibration.fit.experts import PART_ROLES
 from calibration.fit.gemm import GemmFit, fit_gemm
 from calibration.fit.predict import Predicted, joined, predict
@@ -201,13 +201,13 @@ def coverage(time: OperatorTimes, data: Fit) -> dict[str, float]:
 
 
 def ratio_coverage(
-    predicted: Predicted, hw: HardwareProfile, seconds: FloatArray, pairs: IndexArray, level: float = 0.9
+    predicted: Predicted, hw: HardwareProfile, seconds: FloatArray, pairs: IndexArray
 ) -> dict[str, float]:
     """Return the coverage of measured ratios of pairs and the median half-width of their intervals, in percent."""
     if not len(pairs) or predicted.uncertainty is None:
         return {}
     smaller, larger = (predicted.uncertainty.take(side) for side in pairs.T)
-    half = ratio_half(smaller, larger, level, posterior_of(hw))
+    half = ratio_half(smaller, larger, LEVEL, posterior_of(hw))
     error = np.log(seconds / predicted.time.seconds)
     inside = np.abs(error[pairs[:, 0]] - error[pairs[:, 1]]) <= half
     width = 100.0 * np.expm1(np.median(half))

@@ -57,14 +57,12 @@ def evaluate_held_out(section: Section, table: Measured, seed: int, sizes: Seque
     return out
 
 
-def evaluate_datasheet(
-    hw: HardwareProfile, table: Measured, others: Measured | None, seed: int, sizes: Sequence[int] = (20, 100)
-) -> list[Row]:
+def evaluate_datasheet(hw: HardwareProfile, table: Measured, others: Measured | None, seed: int) -> list[Row]:
     """Evaluate a profile without fits on a table of its device: as it is, updated with some of the table's rows, and
     updated with as many rows of another operator (``others``), whose method is "other rows"."""
     test = _Test.of(table, seed)
     out = [row("as shipped", seed, 0, test.scores(hw))]
-    for size in sizes:
+    for size in (20, 100):
         for method, source in (("posterior", table), ("other rows", others)):
             if source is not None:
                 records = source.train_test(size, seed)[0].records()

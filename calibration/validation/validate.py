@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit.errors import LEVEL
 from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
@@ -71,7 +72,7 @@ class Report:
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None, level: float = 0.9) -> Report:
+def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
     """Predict every record of one number format (as :meth:`Records.labels` names it) or of all, and compare.
 
     Rows without a valid time, or of an operator that the cost models or the device do not support, are counted in
@@ -81,19 +82,19 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None,
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
     split = parts_of(records, hw, skipped)
-    parts = [_part(operator, label, records.select(rows), hw, level) for operator, label, rows in split]
+    parts = [_part(operator, label, records.select(rows), hw) for operator, label, rows in split]
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise InputError(f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}")
     device = ", ".join(dict.fromkeys(s.device for s in records.sources if s.device)) or "unknown"
     software = ", ".join(dict.fromkeys(s.software for s in records.sources if s.software)) or "unknown"
     held_out = {f"{o} {d}": dict(s.accuracy) for (o, d), s in hw.sections.items() if s.accuracy}
-    return Report(hw.name, device, software, level, tuple(parts), MappingProxyType(skipped), MappingProxyType(held_out))
+    return Report(hw.name, device, software, LEVEL, tuple(parts), MappingProxyType(skipped), MappingProxyType(held_out))
 
 
-def _part(operator: str, label: str, r: Records, hw: HardwareProfile, level: float) -> Part:
+def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> Part:
     """Return rows of one operator and format with their prediction and two rooflines."""
-    dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw, level)
+    dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw, LEVEL)
     time = predicted.time
     flops, weights, others = work(r)
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s

@@ -167,9 +167,6 @@ class DecodeWork:
         return self.cache_bytes + self.io_bytes
 
 
-Work = PrefillWork | DecodeWork
-
-
 def decode_work(a: Geometry) -> DecodeWork:
     """Keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 Blocks = Sequence[Block]
 """A block per layer: a plan."""
 
-Prices = Mapping[str, tuple[FloatArray, ...]]
-"""Quantity -> price of each variant of each layer."""
-
 
 @dataclass(frozen=True)
 class Setting:

@@ -253,20 +253,20 @@ def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     return out.reshape(-1)
 
 
-def level_scale(level: float, known: float = 0.9) -> float:
-    """Return the half-width of an interval at a level over that at a known level, as of a normal distribution;
+def level_scale(level: float) -> float:
+    """Return the half-width of an interval at a level over that of a 90 % interval, as of a normal distribution;
     InputError for a level outside (0, 1).
 
     >>> level_scale(0.9), round(level_scale(0.99), 3)
     (1.0, 1.566)
     """
-    return _level_scale(number("level", level, LEVEL), known)
+    return _level_scale(number("level", level, LEVEL))
 
 
 @lru_cache(maxsize=64)
-def _level_scale(level: float, known: float) -> float:
+def _level_scale(level: float) -> float:
     normal = NormalDist()
-    return normal.inv_cdf(0.5 + 0.5 * level) / normal.inv_cdf(0.5 + 0.5 * known)
+    return normal.inv_cdf(0.5 + 0.5 * level) / normal.inv_cdf(0.95)
 
 
 def correlation(a: Array, b: Array) -> Array:

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
+from decoder_reference import layout_mask  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
@@ -136,7 +137,7 @@ def test_decode_attention() -> None:
 def test_block_sparse_attention(q_len: int, kv_len: int, block: int, density: float) -> None:
     q, k, v = _attention_inputs(q_len, kv_len)
     layout = att.block_layout(q_len, kv_len, block, density)
-    reference = _reference(q, k, v, att.layout_mask(layout, q_len, kv_len, block))
+    reference = _reference(q, k, v, layout_mask(layout, q_len, kv_len, block))
     _close(att.block_sparse_attention(layout, q_len, kv_len, block)(q, k, v), reference)
 
 

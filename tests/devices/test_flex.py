@@ -12,10 +12,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import torch.nn.attention.flex_attention as torch_flex  # noqa: E402
+from decoder_reference import layout_mask  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, flex  # noqa: E402
-from calibration.devices.attention import block_layout, decode_attention, layout_mask  # noqa: E402
+from calibration.devices.attention import block_layout, decode_attention  # noqa: E402
 from calibration.devices.operators import Arena, build  # noqa: E402
 from calibration.devices.torch_device import TorchDevice  # noqa: E402
 

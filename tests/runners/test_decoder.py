@@ -13,13 +13,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, reference, run  # noqa: E402
+from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, layout_mask, reference, run  # noqa: E402
 from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import simulator  # noqa: E402
-from calibration.devices.attention import layout_mask  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.cases import settings_of  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
