@@ -28,8 +28,6 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.cli.measure import Progress
-    from calibration.devices import Device
     from calibration.runners.runs import Calibrated, Measured
 
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
@@ -91,21 +89,8 @@ def command(
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
 
-    def run(opened: Device, progress: Progress) -> Measured:
-        return measure_into(
-            output,
-            opened,
-            budget_s=budget_s,
-            dtype=dtype,
-            hardware=hardware,
-            targets=targets,
-            quick=quick,
-            seed=seed,
-            progress=progress,
-            note=render.status,
-        )
-
-    found = measured(device, output, run, threads)
+    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
+    found = measured(device, output, measure_into, threads, **how, targets=targets, quick=quick)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     try:
@@ -145,19 +130,8 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     from calibration.validation.verdict import USE, Judgement, with_disturbed
     from simulator.hardware.library import load_hardware
 
-    def run(opened: Device, progress: Progress) -> Measured:
-        return measure_host(
-            output,
-            opened,
-            budget_s=budget_s,
-            dtype=dtype,
-            hardware=hardware,
-            seed=seed,
-            progress=progress,
-            note=render.status,
-        )
-
-    found = measured("host", output, run)
+    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
+    found = measured("host", output, measure_host, **how)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     done = fit_run(output, anchor=True)

@@ -15,11 +15,8 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
-    from calibration.devices import Device
     from calibration.measure.run import Outcome
     from calibration.runners.runs import Measured
-
-    Progress = Callable[[int, int], None]
 
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
@@ -55,28 +52,18 @@ def command(
 
     budget_s = seconds("--budget", budget)
 
-    def run(opened: Device, progress: Progress) -> Measured:
-        return measure_into(
-            output,
-            opened,
-            budget_s=budget_s,
-            dtype=dtype,
-            hardware=hardware,
-            seed=seed,
-            progress=progress,
-            note=render.status,
-        )
-
-    found = measured(device, output, run, threads)
+    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
+    found = measured(device, output, measure_into, threads, **how)
     if render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     finish(found.outcome, verbose=verbose)
 
 
 def measured(
-    device: str, output: str, run: Callable[[Device, Progress], Measured], threads: int | None = None
+    device: str, output: str, measure: Callable[..., Measured], threads: int | None = None, **how: Any
 ) -> Measured:
-    """Open a device (a CPU with ``threads``), run a measurement into a folder, show its progress, close the device."""
+    """Open a device (a CPU with ``threads``), measure it into a folder (``how``: options of ``measure``), show the
+    progress, close the device."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
@@ -84,7 +71,7 @@ def measured(
     opened = open_device(device, threads=threads)
     try:
         with render.progress("measuring") as report:
-            found = run(opened, report)
+            found = measure(output, opened, progress=report, note=render.status, **how)
     finally:
         opened.close()
     restart_if_needed(found.outcome, render.status)

@@ -11,7 +11,7 @@ from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity
 
 if TYPE_CHECKING:
-    from simulator.plans.compared import Alternative, Point
+    from simulator.plans.compared import Point
     from simulator.plans.search import Plan
 
 RUN = options.Run(phase="decode")
@@ -151,12 +151,12 @@ def command(
 
 def _conclusion(plan: Plan) -> list[str]:
     """Return the conclusion: the plan, then what a plan by parameters loses."""
+    from simulator.prediction.conclusions import speedup_text
+
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
     changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
-    speed = (
-        f"{render.ratio(first.speedup)}x ({render.ratio(first.lower)}-{render.ratio(first.upper)}) faster than {dense}"
-    )
+    speed = f"{speedup_text(first)} faster than {dense}"
     text = f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request}, {plan.metric} "
     text += f"{plan.score:.4g}, {render.percent(kept)} of the parameters."
     by = {(a.chosen_by, a.budget): a.point for a in plan.alternatives}
@@ -219,7 +219,7 @@ def _others(plan: Plan) -> None:
     """Print the plan next to those of other rules."""
     chosen = next(point for point in plan.frontier if point.chosen)
     rows: list[tuple[str, Point, bool]] = [("time, this search", chosen, True)]
-    rows += [(_rule(a), a.point, a.meets) for a in plan.alternatives]
+    rows += [(a.rule, a.point, a.meets) for a in plan.alternatives]
     render.show(
         render.columns(
             rows,
@@ -231,10 +231,6 @@ def _others(plan: Plan) -> None:
         ),
         "what other rules choose, predicted in the first setting",
     )
-
-
-def _rule(found: Alternative) -> str:
-    return f"{found.chosen_by}, {'as many' if found.budget == 'same' else 'until the targets are met'}"
 
 
 def _frontier(plan: Plan, verbose: bool) -> None:

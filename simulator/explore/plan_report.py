@@ -19,6 +19,7 @@ from simulator.files.write import write_whole
 from simulator.plans.compared import Point
 from simulator.plans.search import Plan
 from simulator.plans.targets import NAMES, target_text
+from simulator.prediction.conclusions import speedup_text
 from simulator.units import parameters, percent, ratio, seconds
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -45,9 +46,8 @@ def plan_html(plan: Plan) -> str:
     (True, 5, False)
     """
     first = plan.results[0]
-    speed = f"{ratio(first.speedup)}x ({ratio(first.lower)}-{ratio(first.upper)})"
     kept = percent(plan.pruned.parameters / plan.dense_parameters)
-    lead = f"{speed} on {first.request}; {plan.metric} {plan.score:.4g}; {kept} of the parameters."
+    lead = f"{speedup_text(first)} on {first.request}; {plan.metric} {plan.score:.4g}; {kept} of the parameters."
     targets = [
         {
             "device": f"{t.hardware}, {t.engine}",
@@ -62,11 +62,7 @@ def plan_html(plan: Plan) -> str:
     chosen = next(point for point in plan.frontier if point.chosen)
     rules = [{"chosen by": "time, this search", **_row(plan, chosen), "targets": "met"}]
     rules += [
-        {
-            "chosen by": f"{a.chosen_by}, {'as many' if a.budget == 'same' else 'until the targets are met'}",
-            **_row(plan, a.point),
-            "targets": "met" if a.meets else "missed",
-        }
+        {"chosen by": a.rule, **_row(plan, a.point), "targets": "met" if a.meets else "missed"}
         for a in plan.alternatives
     ]
     frontier = [{**_row(plan, point), "": "chosen" if point.chosen else ""} for point in plan.frontier]

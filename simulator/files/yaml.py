@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,8 +63,17 @@ class Problems:
 
     def error(self, command: str = "hardware") -> InputError:
         """Return the first problem, with the number of further ones, which ``prunesim COMMAND check`` lists."""
-        first, *rest = self.lines
-        return InputError(first + (f" (and {len(rest)} more: prunesim {command} check {self.file})" if rest else ""))
+        return first_of(self.lines, f": prunesim {command} check {self.file}")
+
+
+def first_of(lines: Sequence[str], way: str = "") -> InputError:
+    """Return the first problem, with the number of further ones; ``way`` states how to list them.
+
+    >>> str(first_of(["a.yaml:1:1: x: is missing", "a.yaml:1:1: y: is missing"]))
+    'a.yaml:1:1: x: is missing (and 1 more)'
+    """
+    first, *rest = lines
+    return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
 
 def join(path: str, key: str) -> str:

@@ -55,6 +55,11 @@ class Alternative:
     meets: bool  # all targets
     point: Point
 
+    @property
+    def rule(self) -> str:
+        """What it was chosen by, and up to which budget."""
+        return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
+
 
 def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | None) -> tuple[Alternative, ...]:
     """Return the plans of least score by other measures of cost: at the same cost as the found plan, and at the largest

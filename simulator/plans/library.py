@@ -35,7 +35,7 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
-from simulator.files.yaml import Node, Problems, parse_yaml
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.models.difference import runs
@@ -294,8 +294,7 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
             for i in some:
                 own[i] |= _lists(value, model, i, problems, f"layers.{text}.")
     if len(problems):
-        first, *more = problems.lines
-        raise InputError(first + (f" (and {len(more)} more)" if more else ""))
+        raise first_of(problems.lines)
     layout = tuple(_product(model, dense, given) for dense, given in zip(model.layout, own))
     for i, variants in enumerate(layout):
         if len(variants) > MOST_VARIANTS:

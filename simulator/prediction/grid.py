@@ -17,7 +17,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
-from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
+from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
 from simulator.hardware.library import reference
 from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
@@ -348,5 +348,4 @@ def read_grid(path: str | Path) -> Grid:
             if not len(problems):
                 return grid
     # an unknown key is reported before the missing key that it may stand for
-    first, *rest = sorted(problems.lines, key=lambda line: line.endswith(": is missing"))
-    raise InputError(first + (f" (and {len(rest)} more)" if rest else ""))
+    raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, one_line, unknown
-from simulator.files.yaml import Node, Problems, join, parse_yaml, read_text
+from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
 from simulator.pruning import FAMILIES
 from simulator.pruning._family import check_fraction
 from simulator.pruning._methods import METHODS
@@ -244,8 +244,7 @@ def _steps_of(text: str | None, problems: Problems) -> tuple[Step, ...]:
     if not steps and not len(problems):
         problems.add(root, "file", "expected at least one pruning in layers or prune")
     if len(problems):
-        first, *more = problems.lines
-        raise InputError(first + (f" (and {len(more)} more)" if more else ""))
+        raise first_of(problems.lines)
     return tuple(steps)
 
 
