@@ -11,7 +11,7 @@ from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity
 
 if TYPE_CHECKING:
-    from simulator.plans.compared import Point
+    from simulator.plans.compared import PlanPoint
     from simulator.plans.search import Plan
 
 RUN = options.Run(phase="decode")
@@ -218,7 +218,7 @@ def _targets(plan: Plan) -> None:
 def _others(plan: Plan) -> None:
     """Print the plan next to those of other rules."""
     chosen = next(point for point in plan.frontier if point.chosen)
-    rows: list[tuple[str, Point, bool]] = [("time, this search", chosen, True)]
+    rows: list[tuple[str, PlanPoint, bool]] = [("time, this search", chosen, True)]
     rows += [(a.rule, a.point, a.meets) for a in plan.alternatives]
     render.show(
         render.columns(

@@ -16,7 +16,7 @@ from simulator.display import items_html, table_html
 from simulator.figures.plan import plan_figure
 from simulator.figures.style import paper_style
 from simulator.files.write import write_whole
-from simulator.plans.compared import Point
+from simulator.plans.compared import PlanPoint
 from simulator.plans.search import Plan
 from simulator.plans.targets import NAMES, target_text
 from simulator.prediction.conclusions import speedup_text
@@ -100,7 +100,7 @@ def write_plan_report(plan: Plan, path: str | Path) -> None:
     write_whole(path, plan_html(plan).encode("utf-8"))
 
 
-def _row(plan: Plan, point: Point) -> dict[str, str]:
+def _row(plan: Plan, point: PlanPoint) -> dict[str, str]:
     """Return the cells of a plan in a table."""
     return {
         plan.metric: f"{point.score:.4g}",

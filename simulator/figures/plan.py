@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from simulator.plans.compared import Alternative, Point
+    from simulator.plans.compared import AlternativePlan, PlanPoint
     from simulator.plans.search import Plan
     from simulator.prediction.result import Result
 
@@ -236,11 +236,11 @@ def _scale(bend: float | None) -> str:
 # -- the frontier ------------------------------------------------------------------------------------------------------
 
 
-def _chosen(plan: Plan) -> Point:
+def _chosen(plan: Plan) -> PlanPoint:
     return next(point for point in plan.frontier if point.chosen)
 
 
-def _near(plan: Plan) -> list[Point]:
+def _near(plan: Plan) -> list[PlanPoint]:
     """Return the plans of the frontier near the chosen plan and those of other rules."""
     chosen = _chosen(plan)
     most = max([NEARBY * abs(chosen.score), *(1.25 * a.point.score for a in plan.alternatives)])
@@ -250,7 +250,7 @@ def _near(plan: Plan) -> list[Point]:
     return by_loss[: max(len(near), few)] if most > 0.0 else by_loss
 
 
-def _others(plan: Plan) -> list[Alternative]:
+def _others(plan: Plan) -> list[AlternativePlan]:
     """Return the plans of other rules that are not the chosen one."""
     chosen = _chosen(plan)
     return [a for a in plan.alternatives if (a.point.score, a.point.speedup) != (chosen.score, chosen.speedup)]
@@ -343,13 +343,13 @@ _FRONTIER: dict[str, Any] = {"color": INK, "linewidth": 0.8, "marker": "o", "mar
 _CHOSEN: dict[str, Any] = {"color": BLACK, "linestyle": "none", "marker": "*", "markersize": 8, "markeredgewidth": 0}
 
 
-def _look(a: Alternative) -> dict[str, Any]:
+def _look(a: AlternativePlan) -> dict[str, Any]:
     style = RULES[a.chosen_by]
     face = "white" if a.budget == "same" else style.color
     return style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)
 
 
-def _name(a: Alternative) -> str:
+def _name(a: AlternativePlan) -> str:
     return f"by {a.chosen_by}, {BUDGETS[a.budget]}"
 
 

@@ -21,7 +21,7 @@ MOST_POINTS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class PlanPoint:
     """A plan and what is predicted of it in the first setting."""
 
     score: float
@@ -33,7 +33,7 @@ class Point:
     chosen: bool = False  # whether it is the plan of the search
 
     @classmethod
-    def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> Point:
+    def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> PlanPoint:
         """Return model ``i`` of some quantities."""
         return cls(
             score=score,
@@ -47,13 +47,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Alternative:
+class AlternativePlan:
     """A plan that another rule chooses."""
 
     chosen_by: str  # parameters, FLOPs or library times
     budget: str  # "same": as much as the plan of the search; "targets": as much as meets the targets
     meets: bool  # all targets
-    point: Point
+    point: PlanPoint
 
     @property
     def rule(self) -> str:
@@ -61,7 +61,7 @@ class Alternative:
         return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
 
 
-def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | None) -> tuple[Alternative, ...]:
+def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | None) -> tuple[AlternativePlan, ...]:
     """Return the plans of least score by other measures of cost: at the same cost as the found plan, and at the largest
     cost that meets the targets."""
     variants, model = solver.variants, solver.model
@@ -81,8 +81,8 @@ def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | Non
     return tuple(out)
 
 
-def _alternative(name: str, budget: str, found: Found) -> Alternative:
-    return Alternative(name, budget, found.meets, Point.of(found.score, found.predicted[0], 1, False))
+def _alternative(name: str, budget: str, found: Found) -> AlternativePlan:
+    return AlternativePlan(name, budget, found.meets, PlanPoint.of(found.score, found.predicted[0], 1, False))
 
 
 def _until(solver: Solver, cost: FloatArray) -> Found | None:
@@ -113,7 +113,7 @@ def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
     return out
 
 
-def frontier(solver: Solver, found: Found) -> tuple[Point, ...]:
+def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
     """Return plans of rising score and speed that no other plan of the series beats, the found plan among them."""
     cost = solver.costs(found.choice).cost[:1]
     series = _hulls(solver, cost)
@@ -125,11 +125,11 @@ def frontier(solver: Solver, found: Found) -> tuple[Point, ...]:
     models = [planned(solver.model, solver.variants.blocks(choice)) for choice in plans.values()]
     own = quantities([solver.model, *models], solver.settings[0])
     points = [
-        Point.of(float(solver.score[choice].sum()), own, i, i == 1)  # the found plan is the first
+        PlanPoint.of(float(solver.score[choice].sum()), own, i, i == 1)  # the found plan is the first
         for i, choice in enumerate(plans.values(), start=1)
     ]
     points.sort(key=lambda point: (point.score, point.pruned_s))
-    kept: list[Point] = []
+    kept: list[PlanPoint] = []
     for point in points:
         if point.chosen or not kept or point.pruned_s < min(other.pruned_s for other in kept):
             kept.append(point)

@@ -23,7 +23,7 @@ from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.plans.library import Library, generated_library, read_library
-from simulator.plans.prices import Probes, Setting, planned
+from simulator.plans.prices import PricedRequest, Probes, planned
 from simulator.plans.variants import SUBLAYERS, part_of, text_of
 from simulator.prediction.scenario import Scenario, profiles, scenarios
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
@@ -48,7 +48,7 @@ class Costs(Displayed):
     columns : mapping of str to array
         Columns by name (:data:`COLUMNS`): times in s, of a pass (of a request in serve), memory in bytes on the fullest
         device.
-    settings : tuple of Setting
+    settings : tuple of PricedRequest
         Devices and requests, in the order of the rows.
     blocks : tuple of Block
         The layer with only the variant, by row; the usual layer for rows outside the layers.
@@ -65,7 +65,7 @@ class Costs(Displayed):
     """
 
     columns: Mapping[str, Array]
-    settings: tuple[Setting, ...]
+    settings: tuple[PricedRequest, ...]
     blocks: tuple[Block, ...] = field(repr=False)
     model: ModelConfig = field(repr=False)
     level: float = 0.9
@@ -144,7 +144,7 @@ def costs(
     """
     dense, devices = load_model(model), profiles(hardware)
     requested = scenarios(scenario, [dense], engine, phase, batch, seq)
-    settings = tuple(Setting(one.on(hw), hw) for one in requested for hw in devices)
+    settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
     if choices is None:
         library = generated_library(dense, settings[0].devices)
     else:
@@ -164,7 +164,7 @@ def costs(
     return Costs(columns, settings, blocks, dense, settings[0].scenario.level)
 
 
-def _costs(at: Setting, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
+def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
     """Return the columns of one setting."""
     model, layout = probes.library.model, probes.library.model.layout
     batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
@@ -204,7 +204,7 @@ def _costs(at: Setting, probes: Probes, keys: list[tuple[int, str, Block]]) -> d
 
 def _intervals(
     p: PredictedPass,
-    at: Setting,
+    at: PricedRequest,
     model: ModelConfig,
     kinds: Sequence[tuple[int, str, Block]],
     there: IndexArray,
@@ -232,10 +232,10 @@ def _intervals(
     return np.maximum(ends[0], 0.0), ends[1]
 
 
-def _operators(at: Setting, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
+def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
     """Return the operators of one sublayer of one layer."""
     scenario = at.scenario
     if scenario.parallel == "pipeline":  # a stage computes a layer as one device does
         scenario = replace(scenario, devices=1, link=None)
-    w = Setting(scenario, at.hw).lower(planned(model, [part], [model.windows[layer]]))
+    w = PricedRequest(scenario, at.hw).lower(planned(model, [part], [model.windows[layer]]))
     return w.take((w.layer >= 0) & (w.part == Part[sublayer.upper()]))

@@ -31,7 +31,7 @@ Blocks = Sequence[Block]
 
 
 @dataclass(frozen=True)
-class Setting:
+class PricedRequest:
     """A device with a scenario of one request."""
 
     scenario: Scenario
@@ -92,7 +92,7 @@ def planned(model: ModelConfig, blocks: Blocks, windows: Sequence[int] | None = 
     return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
 
 
-def quantities(models: Sequence[ModelConfig], at: Setting) -> dict[str, FloatArray]:
+def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, FloatArray]:
     """Return what is predicted of models (W,) in a setting, by name; the first is the dense model.
 
     The names are those of :class:`simulator.Result`, of the pruned model, and ``parameters`` and ``flops``.

@@ -20,10 +20,10 @@ from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.parallel import indivisible
-from simulator.plans.compared import Alternative, Point, alternatives, frontier
+from simulator.plans.compared import AlternativePlan, PlanPoint, alternatives, frontier
 from simulator.plans.importance import importance
 from simulator.plans.library import Library, check_values, combined, groups_of, read_library
-from simulator.plans.prices import Setting, planned
+from simulator.plans.prices import PricedRequest, planned
 from simulator.plans.solve import Found, Solver, Variants
 from simulator.plans.targets import Limit, Targets
 from simulator.plans.variants import text_of
@@ -92,15 +92,15 @@ class Plan(Displayed):
         Predicted time of the first plan over its added costs, less 1.
     steps : int
         Plans that were predicted whole.
-    alternatives : tuple of Alternative
+    alternatives : tuple of AlternativePlan
         Plans by parameters, FLOPs and the library's own times.
-    frontier : tuple of Point
+    frontier : tuple of PlanPoint
         Score against time in the first setting.
     notes : tuple of str
         Exclusions and assumptions.
     dense_parameters : int
         Parameters of the dense model.
-    settings : tuple of Setting
+    settings : tuple of PricedRequest
         Devices and requests, in the order of the results.
     dense : ModelConfig
         The dense model.
@@ -126,11 +126,11 @@ class Plan(Displayed):
     results: tuple[Result, ...]
     sum_error: float
     steps: int
-    alternatives: tuple[Alternative, ...]
-    frontier: tuple[Point, ...]
+    alternatives: tuple[AlternativePlan, ...]
+    frontier: tuple[PlanPoint, ...]
     notes: tuple[str, ...]
     dense_parameters: int
-    settings: tuple[Setting, ...] = field(repr=False)
+    settings: tuple[PricedRequest, ...] = field(repr=False)
     dense: ModelConfig = field(repr=False)
     pruned: ModelConfig = field(repr=False)
 
@@ -217,7 +217,7 @@ def search(
     flag("uniform", uniform)
     requested = scenarios(scenario, [dense], engine, phase, batch, seq)
     check_measured(requested, devices)
-    settings = tuple(Setting(one.on(hw), hw) for one in requested for hw in devices)
+    settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
     library, notes = _library(scores, dense, settings[0])
     name, column = _scores(library, metric, maximise)
     variants = Variants.of(library, groups_of(groups, dense.layers))
@@ -266,7 +266,9 @@ def search(
     )
 
 
-def _library(scores: str | Path | Library | None, model: ModelConfig, at: Setting) -> tuple[Library, tuple[str, ...]]:
+def _library(
+    scores: str | Path | Library | None, model: ModelConfig, at: PricedRequest
+) -> tuple[Library, tuple[str, ...]]:
     """Return the library with the variants that the devices can share, and notes."""
     if scores is None:
         library = importance(model)
@@ -310,7 +312,7 @@ def _times(library: Library) -> tuple[FloatArray, ...] | None:
     return tuple(np.sum(own, axis=0) for own in zip(*columns))
 
 
-def _result(dense: ModelConfig, found: Found, at: Setting) -> Result:
+def _result(dense: ModelConfig, found: Found, at: PricedRequest) -> Result:
     """Return the prediction of a plan in a setting."""
     pruning = Pruning.of_model(dense, planned(dense, found.blocks))
     return scenario_results(replace(at.scenario, model=dense), [pruning], [at.hw])[0]

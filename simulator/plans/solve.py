@@ -19,7 +19,7 @@ from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.plans.library import Library
-from simulator.plans.prices import Probes, Setting, planned, quantities
+from simulator.plans.prices import PricedRequest, Probes, planned, quantities
 from simulator.plans.program import Program
 from simulator.plans.targets import NAMES, Limit, Targets
 
@@ -87,7 +87,7 @@ class Variants:
 
 
 @dataclass(frozen=True)
-class Costs:
+class LimitCosts:
     """Costs of the variants next to a plan: one row per limit, and how the limits follow."""
 
     cost: FloatArray  # (R, V)
@@ -114,7 +114,7 @@ class Solver:
 
     variants: Variants
     score: FloatArray  # (V,)
-    settings: tuple[Setting, ...]
+    settings: tuple[PricedRequest, ...]
     targets: Targets
     families: list[IndexArray] = field(default_factory=list)  # sets of variants that a plan is chosen from; none: all
     steps: int = 0
@@ -133,7 +133,7 @@ class Solver:
         dense = [quantities([self.model], at) for at in self.settings]
         return [limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)]
 
-    def costs(self, choice: IndexArray) -> Costs:
+    def costs(self, choice: IndexArray) -> LimitCosts:
         """Return the costs next to a plan."""
         base = self.variants.blocks(choice)
         probes = Probes.of(self.variants.library, base)
@@ -147,7 +147,9 @@ class Solver:
             value = float(values[limit.quantity][1])
             offset.append(value - sum(float(own[i]) for own, i in zip(prices, place)))
             factor.append(float(limit.reached(values, self.targets.confidence)[1]) / value)
-        return Costs(np.array(rows), np.array(offset), np.array(factor), tuple(found[id(at)] for at in self.settings))
+        return LimitCosts(
+            np.array(rows), np.array(offset), np.array(factor), tuple(found[id(at)] for at in self.settings)
+        )
 
     def predict(self, choice: IndexArray) -> Found:
         """Return a plan, predicted whole."""

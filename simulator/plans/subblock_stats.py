@@ -50,7 +50,7 @@ _CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNCo
 
 
 @dataclass(frozen=True)
-class Setting:
+class SubblockRequest:
     """What prices are for: a batch of requests with ``seq`` tokens of prompt and ``new_tokens`` tokens of answer."""
 
     hardware: str
@@ -77,7 +77,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class PricedSublayer:
     """A priced sublayer ("attention" or "mlp") of a variant of a layer."""
 
     layer: int
@@ -90,9 +90,9 @@ class Sublayer:
 class Priced:
     """Prices of one setting."""
 
-    setting: Setting
+    setting: SubblockRequest
     outside: Price
-    sublayers: tuple[Sublayer, ...]
+    sublayers: tuple[PricedSublayer, ...]
 
 
 def subblock_stats(model: ModelConfig, priced: Iterable[Priced]) -> list[dict[str, Any]]:
@@ -121,8 +121,8 @@ def subblock_stats(model: ModelConfig, priced: Iterable[Priced]) -> list[dict[st
     >>> from simulator.models.library import load_model
     >>> model = load_model("llama-3.1-8b")
     >>> price = Price(0.002, 0.0005, 0.0015, 176160768, 176160768, 352321536.0)
-    >>> setting = Setting("h100_sxm", batch=1, seq=2048, new_tokens=128)
-    >>> (found,) = subblock_stats(model, [Priced(setting, price, (Sublayer(0, "mlp", model.usual, price),))])
+    >>> setting = SubblockRequest("h100_sxm", batch=1, seq=2048, new_tokens=128)
+    >>> (found,) = subblock_stats(model, [Priced(setting, price, (PricedSublayer(0, "mlp", model.usual, price),))])
     >>> found["subblocks"][0]["subblock_config"]["intermediate_size"], found["subblocks"][0]["runtime_ms"]
     (14336, 2.0)
     """
@@ -149,7 +149,7 @@ def stats_of(found: Costs) -> list[dict[str, Any]]:
     for i, at in enumerate(found.settings):
         own = slice(i * each, (i + 1) * each)
         *sublayers, outside = [
-            Sublayer(row["layer"], row["sublayer"], block, _price(model, row, block))
+            PricedSublayer(row["layer"], row["sublayer"], block, _price(model, row, block))
             for row, block in zip(rows[own], found.blocks[own])
         ]
         priced.append(Priced(request_of(at), outside.price, tuple(sublayers)))
@@ -175,10 +175,10 @@ def _price(model: ModelConfig, row: Mapping[str, Any], block: Block) -> Price:
     )
 
 
-def request_of(at: prices.Setting) -> Setting:
+def request_of(at: prices.PricedRequest) -> SubblockRequest:
     """Return the setting of a search in the terms of ModelOpt; a decode step has one new token."""
     scenario, engine = at.scenario, load_engine(at.engine)
-    return Setting(
+    return SubblockRequest(
         hardware=at.device,
         batch=at.batch,
         seq=at.seq,
@@ -202,11 +202,11 @@ def solutions_of(plan: Plan) -> list[dict[str, Any]]:
     return solutions(plan.dense, plan.pruned.layout, objective, plan.score, totals, request_of(plan.settings[0]))
 
 
-def stats_args(model: ModelConfig, setting: Setting) -> dict[str, Any]:
+def stats_args(model: ModelConfig, setting: SubblockRequest) -> dict[str, Any]:
     """Return the setting in ModelOpt's keys; Puzzletron selects prices by them (``subblock_stats_args``).
 
     >>> from simulator.models.library import load_model
-    >>> stats_args(load_model("llama-3.1-8b"), Setting("h100_sxm", 1, 2048, 128))["weights_dtype"]
+    >>> stats_args(load_model("llama-3.1-8b"), SubblockRequest("h100_sxm", 1, 2048, 128))["weights_dtype"]
     'torch.bfloat16'
     """
     formats = {"weights": setting.weights, "activations": setting.activations, "kv_cache": setting.cache}
@@ -238,7 +238,7 @@ def _costs(price: Price) -> dict[str, Any]:
     }
 
 
-def _subblocks(model: ModelConfig, sublayers: Iterable[Sublayer]) -> Iterable[dict[str, Any]]:
+def _subblocks(model: ModelConfig, sublayers: Iterable[PricedSublayer]) -> Iterable[dict[str, Any]]:
     seen = set()
     for one in sublayers:
         if one.sublayer not in SUBLAYERS:
@@ -271,7 +271,7 @@ def solutions(
     objective: str,
     value: float,
     costs: Mapping[str, float],
-    setting: Setting | None = None,
+    setting: SubblockRequest | None = None,
     weight_paths: Mapping[tuple[int, Block], Sequence[str]] = NONE,
 ) -> list[dict[str, Any]]:
     """Return the content of the ``solutions.json`` that Puzzletron's solver writes, for one chosen plan.
@@ -288,7 +288,7 @@ def solutions(
         Sum of the scores.
     costs : mapping
         Total costs by name, such as ``stats.runtime_ms``, with all that is outside the layers.
-    setting : Setting, optional
+    setting : SubblockRequest, optional
         What the costs are for.
     weight_paths : mapping, optional
         Files with the weights of variants, by layer and shapes

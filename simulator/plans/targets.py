@@ -14,7 +14,7 @@ import numpy as np
 
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
-from simulator.plans.prices import Setting
+from simulator.plans.prices import PricedRequest
 from simulator.prediction.scenario import dense_seconds
 from simulator.units import parameters, ratio, seconds, size
 
@@ -76,7 +76,7 @@ class Targets:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "confidence"}
         return {name: value for name, value in found.items() if value is not None}
 
-    def limits(self, at: Setting, dense: Mapping[str, FloatArray]) -> list[Limit]:
+    def limits(self, at: PricedRequest, dense: Mapping[str, FloatArray]) -> list[Limit]:
         """Return the limits of a setting ``at``; ``dense`` are quantities whose first model is the dense one."""
         found = []
         for name, value in self.given.items():
@@ -126,7 +126,7 @@ class Limit:
 
     target: str
     value: float  # of the target
-    at: Setting
+    at: PricedRequest
     quantity: str
     most: float  # of the quantity
 
@@ -156,7 +156,7 @@ class Limit:
 
         >>> from simulator.hardware.library import load_hardware
         >>> from simulator.prediction.scenario import Scenario
-        >>> limit = Limit("latency_s", 0.012, Setting(Scenario(), load_hardware("h100")), "pruned_s", 0.012)
+        >>> limit = Limit("latency_s", 0.012, PricedRequest(Scenario(), load_hardware("h100")), "pruned_s", 0.012)
         >>> limit.text(0.012)
         '12.0 ms'
         """

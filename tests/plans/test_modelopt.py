@@ -17,7 +17,15 @@ from simulator.models.block_configs import block_config, block_configs_of
 from simulator.models.changes import config_of
 from simulator.models.huggingface import from_hf_config
 from simulator.plans.library import read_library
-from simulator.plans.subblock_stats import Price, Priced, Setting, Sublayer, solutions, stats_args, subblock_stats
+from simulator.plans.subblock_stats import (
+    Price,
+    Priced,
+    PricedSublayer,
+    SubblockRequest,
+    solutions,
+    stats_args,
+    subblock_stats,
+)
 
 puzzle = pytest.importorskip(
     "modelopt.torch.puzzletron.mip.run_puzzle",
@@ -35,7 +43,7 @@ MODEL = from_hf_config(CONTENT)
 DENSE = MODEL.usual
 ATTENTIONS = (DENSE, replace(DENSE, kv_heads=2), Block(0, 0, 300))
 MLPS = (DENSE, replace(DENSE, inner=150), replace(DENSE, inner=0))
-SETTING = Setting("h100_sxm", batch=4, seq=512, new_tokens=64)
+SETTING = SubblockRequest("h100_sxm", batch=4, seq=512, new_tokens=64)
 
 
 def variants() -> list[Block]:
@@ -54,7 +62,7 @@ def prices(rng: np.random.Generator) -> Priced:
         return Price(prefill + decode, prefill, decode, own, own, 1e9 * memory, 1e8 * cache)
 
     sublayers = [
-        Sublayer(layer, name, block, price(block is own[-1]))
+        PricedSublayer(layer, name, block, price(block is own[-1]))
         for layer in range(MODEL.layers)
         for name, own in (("attention", ATTENTIONS), ("mlp", MLPS))
         for block in own

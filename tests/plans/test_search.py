@@ -16,7 +16,7 @@ from simulator.models.library import load_model
 from simulator.plans.costs import costs
 from simulator.plans.library import generated_library, read_library
 from simulator.plans.plan import check_plan, plan_text
-from simulator.plans.prices import Probes, Setting, planned, quantities
+from simulator.plans.prices import PricedRequest, Probes, planned, quantities
 from simulator.plans.search import search
 from simulator.plans.targets import Targets
 from simulator.prediction.scenario import Scenario
@@ -85,7 +85,7 @@ def test_intervals_of_a_host_bound_engine_are_wider() -> None:
 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_prices_add_up_to_a_plan_to_first_order(engine: str) -> None:
-    at = Setting(Scenario(phase="decode", shapes=((64, 1024),), engine=engine), load_hardware("a100"))
+    at = PricedRequest(Scenario(phase="decode", shapes=((64, 1024),), engine=engine), load_hardware("a100"))
     library = generated_library(MODEL)
     probes = Probes.of(library, MODEL.layout)
     values = quantities(probes.models, at)["pruned_s"]
@@ -108,7 +108,7 @@ def test_the_plan_meets_the_target_and_no_single_change_is_better(tmp_path: Path
     assert plan.score == pytest.approx(sum(row.score for row in plan.layers))
     library, at = (
         read_library(file, MODEL),
-        Setting(Scenario(phase="decode", shapes=((8, 2048),)), load_hardware("h100")),
+        PricedRequest(Scenario(phase="decode", shapes=((8, 2048),)), load_hardware("h100")),
     )
     blocks = list(plan.pruned.layout)
     for layer, own in enumerate(library.layers):
@@ -131,7 +131,7 @@ def test_the_plan_equals_brute_force_over_predicted_models(tmp_path: Path) -> No
     choices.write_text("\n".join(rows) + "\n")
     library = read_library(choices, MODEL)
     settings = [
-        Setting(Scenario(phase="decode", shapes=((8, 2048),), engine=e), load_hardware(h))
+        PricedRequest(Scenario(phase="decode", shapes=((8, 2048),), engine=e), load_hardware(h))
         for e, h in (("vllm", "h100"), ("trtllm", "a100"))
     ]
     free = [i for i, own in enumerate(library.layers) if len(own) > 1]

@@ -12,7 +12,15 @@ from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.plans.puzzletron import read_json
-from simulator.plans.subblock_stats import Price, Priced, Setting, Sublayer, solutions, stats_args, subblock_stats
+from simulator.plans.subblock_stats import (
+    Price,
+    Priced,
+    PricedSublayer,
+    SubblockRequest,
+    solutions,
+    stats_args,
+    subblock_stats,
+)
 from simulator.workload import DTYPES
 
 pytestmark = pytest.mark.quick
@@ -24,7 +32,7 @@ MODEL = from_hf_config(
     }
 )
 DENSE = MODEL.usual
-SETTING = Setting("h100_sxm", batch=8, seq=1024, new_tokens=128, weights="fp8", activations="fp8", cache="bf16")
+SETTING = SubblockRequest("h100_sxm", batch=8, seq=1024, new_tokens=128, weights="fp8", activations="fp8", cache="bf16")
 ATTENTION = Price(0.25, 0.0625, 0.1875, 1000, 1000, 3 * 2.0**20, 2.0**20)
 MLP = Price(0.5, 0.125, 0.375, 4000, 2000, 8 * 2.0**20)
 OUTSIDE = Price(0.125, 0.0625, 0.0625, 153600, 76800, 0.5 * 2.0**20)
@@ -34,11 +42,13 @@ NOTHING = Price(0.0, 0.0, 0.0, 0, 0, 0.0)
 def test_prices_are_in_milliseconds_and_mebibytes() -> None:
     none, linear = replace(DENSE, inner=0), Block(0, 0, 2048, linear=("attention",))
     sublayers = (
-        Sublayer(0, "attention", DENSE, ATTENTION),
-        Sublayer(0, "mlp", DENSE, MLP),
-        Sublayer(0, "attention", replace(DENSE, inner=512), NOTHING),  # the same attention again: the first counts
-        Sublayer(1, "mlp", none, NOTHING),
-        Sublayer(1, "attention", linear, ATTENTION),
+        PricedSublayer(0, "attention", DENSE, ATTENTION),
+        PricedSublayer(0, "mlp", DENSE, MLP),
+        PricedSublayer(
+            0, "attention", replace(DENSE, inner=512), NOTHING
+        ),  # the same attention again: the first counts
+        PricedSublayer(1, "mlp", none, NOTHING),
+        PricedSublayer(1, "attention", linear, ATTENTION),
     )
     (found,) = subblock_stats(MODEL, [Priced(SETTING, OUTSIDE, sublayers)])
     assert found["args"] == {
@@ -103,9 +113,9 @@ def test_experts_and_linear_sublayers_have_words() -> None:
 
 def test_other_prices_and_plans_are_rejected() -> None:
     for sublayer, reason in (
-        (Sublayer(2, "mlp", DENSE, MLP), "layer: expected numbers from 0 to 1, got 2"),
-        (Sublayer(0, "norm", DENSE, MLP), "sublayer 'norm' is unknown"),
-        (Sublayer(0, "attention", replace(DENSE, heads=4), MLP), "expected 8 query heads in each layer, got 4"),
+        (PricedSublayer(2, "mlp", DENSE, MLP), "layer: expected numbers from 0 to 1, got 2"),
+        (PricedSublayer(0, "norm", DENSE, MLP), "sublayer 'norm' is unknown"),
+        (PricedSublayer(0, "attention", replace(DENSE, heads=4), MLP), "expected 8 query heads in each layer, got 4"),
     ):
         with pytest.raises(InputError, match=reason):
             subblock_stats(MODEL, [Priced(SETTING, OUTSIDE, (sublayer,))])
