@@ -22,7 +22,7 @@ from calibration.fit.section import FOLDS, Fit
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.attention import Attention
+from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry, decode_core, decode_work, prefill_work
 from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
@@ -80,7 +80,7 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 class AttentionFit(Fit):
     """Measured attention calls of one phase on one device."""
 
-    calls: Attention
+    calls: AttentionCalls
     faster: float = 1.0  # highest arithmetic rate over the device's: a narrow cache may be computed in its format
 
     # along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases, 400 and all
@@ -220,7 +220,7 @@ def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
         value_dim=records.n.astype(np.float64) if latent else None,
         latent=operator == "mla_decode",  # the one phase whose queries absorbed the weights
     )
-    calls = Attention(operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s)
+    calls = AttentionCalls(operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s)
     return AttentionFit(calls, np.asarray(records.seconds, dtype=np.float64), 2.0 if latent else 1.0)
 
 

@@ -28,7 +28,7 @@ from simulator.prediction.prunings import Pruning, prunings_of
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, once, one_of, whole_number
 from simulator.prediction.speedup import speedup
-from simulator.pruning._steps import Step, in_order
+from simulator.pruning._steps import PruningStep, in_order
 from simulator.units import percent
 from simulator.workload import PHASES, Workload
 
@@ -68,14 +68,14 @@ class Case:
     """A dense and a pruned workload of a model in one setting."""
 
     pruning: Pruning
-    steps: tuple[Step, ...]  # the pruning as steps of families, in their order, with the kernels of the device
+    steps: tuple[PruningStep, ...]  # the pruning as steps of families, in their order, with the kernels of the device
     dense: Workload
     pruned: Workload
 
     @classmethod
     def of(cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})) -> Case:
         """Return the case of a dense workload and a pruning; ``kernels`` are those of the device by family."""
-        steps, pruned = list[Step](), dense
+        steps, pruned = list[PruningStep](), dense
         for step in in_order(pruning.steps, dense):
             try:
                 for one in step.by_family(pruned):
@@ -213,7 +213,7 @@ def settings_of(
     return list(cases.values()), list(notes)
 
 
-def _with_kernel(step: Step, kernel: str) -> Step:
+def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
     """Return a step with the kernel that the device runs, which the step may state."""
     stated = dict(step.options).get("kernel", kernel)
     if not kernel:

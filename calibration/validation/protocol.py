@@ -26,7 +26,7 @@ from calibration.records.timing_table import Records, Source
 from calibration.validation import scores
 from calibration.validation.baselines import BASELINES
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.attention import Attention
+from simulator.cost.attention import AttentionCalls
 from simulator.cost.base import Machine
 from simulator.cost.elementwise import elementwise
 from simulator.cost.experts import Layers
@@ -83,7 +83,7 @@ class Measured:
         if isinstance(c, Layers):
             same = [c.m, c.k, c.active, c.skew, c.part]
             return np.concatenate([pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])])
-        assert isinstance(c, Attention)
+        assert isinstance(c, AttentionCalls)
         g = c.geometry
         if by == "lengths":
             length = g.kv_len if c.phase == "decode" else g.q_len
@@ -112,7 +112,7 @@ class Measured:
         elif isinstance(c, Layers):
             columns = {name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")}
             columns |= {"weight_dtype": weight, "cold": ~c.warm, "copies": c.warm, "role": PART_ROLES[c.part]}
-        elif isinstance(c, Attention):
+        elif isinstance(c, AttentionCalls):
             g = c.geometry
             columns = {name: getattr(g, name) for name in SHAPE}
             columns |= {"cold": np.broadcast_to(g.warm, len(self.data)) == 0.0}

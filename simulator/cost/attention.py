@@ -94,7 +94,7 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Attention(Calls):
+class AttentionCalls(Calls):
     """Attention calls of one phase on one device."""
 
     phase: str  # "prefill" or "decode"
@@ -237,7 +237,7 @@ def _estimate(
         latent=latent if mla else False,
     )
     which, distance = r.kernels.which(geometry, r.narrow)
-    calls = Attention(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
+    calls = AttentionCalls(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
     e = calls.estimate(r.kernels.constants(r.common, which))
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 

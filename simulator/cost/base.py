@@ -127,7 +127,7 @@ def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredOperators:
     """Operators whose very shape was measured: their time replaces the prediction."""
 
     rows: BoolArray  # (n,) which of them
@@ -153,7 +153,7 @@ class Estimate:
     outside: Any = None  # octaves outside the sizes that the fit saw
     unlike: Any = None  # share of the time in a kernel that may differ entirely from the fitted one
     active: Any = None  # 0 where nothing runs, so that nothing is uncertain
-    measured: Measured | None = None
+    measured: MeasuredOperators | None = None
     unit_s: float = 1.0
     details: Mapping[str, Array] = field(default_factory=dict)  # what the model chose, seconds and counts
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray
-from simulator.cost.base import Measured
+from simulator.cost.base import MeasuredOperators
 from simulator.hardware.arrays import EXACT_BITS, EXACT_NAMES, check_exact
 
 
@@ -25,7 +25,7 @@ class MeasuredShapes:
     seconds: FloatArray
     log_half: FloatArray  # log half-width of the 90 % interval
 
-    def at(self, m: Any, n: Any, k: Any) -> Measured:
+    def at(self, m: Any, n: Any, k: Any) -> MeasuredOperators:
         """Return which shapes were measured, their times and half-widths."""
         sizes = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
         key = pack(*sizes)
@@ -33,7 +33,7 @@ class MeasuredShapes:
         hit = np.asarray(self.key[row] == key, dtype=np.bool_)
         for value, bits in zip(sizes, EXACT_BITS, strict=True):  # whole numbers that a key can hold
             hit &= (value >= 1.0) & (value < 2.0**bits) & (value == np.floor(value))
-        return Measured(hit, self.seconds[row[hit]], self.log_half[row[hit]])
+        return MeasuredOperators(hit, self.seconds[row[hit]], self.log_half[row[hit]])
 
 
 def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:

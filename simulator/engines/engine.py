@@ -25,7 +25,7 @@ from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.engines.generations import SINCE, Generation, GenerationsField, selected, split
-from simulator.engines.loading import FEATURES, LIBRARIES, Kernels, Loading, Sparse24, Width
+from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Loading, Sparse24, Width
 from simulator.engines.schedule import Schedule, StepLimit
 from simulator.errors import InputError, unknown
 from simulator.files.fields import (
@@ -130,7 +130,7 @@ class Engine(Displayed):
     composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
     weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read with 16-bit activations
     sparse24: Mapping[str, Sparse24] = field(default_factory=dict)  # 2:4 kernels by library
-    dynamic: Mapping[str, Kernels] = field(default_factory=dict)  # dynamic pruning families with kernels
+    dynamic: Mapping[str, DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
     widths: Mapping[str, Width] = field(default_factory=dict)  # by format; others: multiples of 16 bytes
     loads: Mapping[str, Loading] = field(default_factory=dict)  # by feature of a checkpoint; empty: not stated
     notes: tuple[str, ...] = ()
@@ -378,7 +378,7 @@ def _engine_field(root: Node) -> ObjectField:
         "composed_log_sd": share,
         "weight_only": ListField(TextField(DTYPES)),
         "sparse24": MapField(sourced(Sparse24), known("library", LIBRARIES)),
-        "dynamic": MapField(sourced(Kernels)),
+        "dynamic": MapField(sourced(DynamicKernels)),
         "widths": MapField(sourced(Width), known("format", DTYPES)),
         "loads": MapField(sourced(Loading), known("feature", FEATURES)),
         "notes": ListField(TextField()),

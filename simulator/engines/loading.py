@@ -1,5 +1,5 @@
 """Define what a stock engine loads and runs of a pruned checkpoint: :class:`Loading`, :class:`Width`,
-:class:`Sparse24`, :class:`Kernels`.
+:class:`Sparse24`, :class:`DynamicKernels`.
 
 They are parts of the YAML file of an engine. :data:`FEATURES` names what a checkpoint can have beyond a dense model.
 """
@@ -72,7 +72,7 @@ class Sparse24:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class DynamicKernels:
     """How an engine runs a dynamic pruning family."""
 
     how: str

@@ -1,6 +1,6 @@
 """Draw curves with their intervals, one panel per GPU: speedups over an axis, and throughput over latency.
 
-Use :func:`speedup_chart` with an :class:`Axis` (:func:`sparsities`, :func:`sizes`), and :func:`latency_chart` with
+Use :func:`speedup_chart` with a :class:`CurveAxis` (:func:`sparsities`, :func:`sizes`), and :func:`latency_chart` with
 the models of :func:`over_batches` or, of a serve, :func:`over_concurrency`.
 """
 
@@ -82,7 +82,7 @@ def name_of(c: Candidate) -> str:
 
 
 @dataclass(frozen=True)
-class Axis:
+class CurveAxis:
     """An axis of speedups: its title, the value of a result, Plotly's axis, the state's value, and the bounds that are
     drawn of the candidate in detail."""
 
@@ -93,25 +93,25 @@ class Axis:
     bounds: tuple[tuple[str, str, str], ...] = ()
 
 
-def sparsities(candidates: Sequence[Candidate], at: float) -> Axis:
+def sparsities(candidates: Sequence[Candidate], at: float) -> CurveAxis:
     """Return the axis of requested sparsities of candidates, with bounds."""
     fractions = sorted({c.result.sparsity for c in candidates})
     margin = max(0.04 * (fractions[-1] - fractions[0]), 0.02)
     layout = {"range": [100 * (fractions[0] - margin), 100 * (fractions[-1] + margin)], "nticks": 9}
-    return Axis(X_TITLE, lambda r: 100 * r.sparsity, layout, 100 * at, BOUNDS)
+    return CurveAxis(X_TITLE, lambda r: 100 * r.sparsity, layout, 100 * at, BOUNDS)
 
 
-def sizes(state: State) -> Axis:
+def sizes(state: State) -> CurveAxis:
     """Return the axis of batches or sequences of a state."""
     values = AXES[state.over]
     layout = {"type": "log", "range": [math.log10(values[0] / 1.25), math.log10(values[-1] * 1.25)]}
     layout |= listed(values, list(map(short if state.over == "seq" else str, values)))
     if state.over == "seq":
-        return Axis("sequence", lambda r: r.seq, layout, state.seq)
-    return Axis(batch_name(state.phase), lambda r: r.batch, layout, state.batch)
+        return CurveAxis("sequence", lambda r: r.seq, layout, state.seq)
+    return CurveAxis(batch_name(state.phase), lambda r: r.batch, layout, state.batch)
 
 
-def speedup_chart(candidates: Sequence[Candidate], state: State, axis: Axis, most: int) -> Chart:
+def speedup_chart(candidates: Sequence[Candidate], state: State, axis: CurveAxis, most: int) -> Chart:
     """Draw a curve with its interval per candidate over an axis; a candidate with one value is a point. The bounds of
     the candidate in detail are lines, and so is the state's value."""
     gpus, keys = once(c.result.hardware for c in candidates), in_order(c.key for c in candidates)
@@ -160,7 +160,7 @@ def _area(x: Iterable[float], y: Iterable[float], panel: int, look: Style, opaci
 
 
 def _bounds(
-    own: Sequence[Result], name: str, panel: int, axis: Axis, bounds: Sequence[tuple[str, str, str]]
+    own: Sequence[Result], name: str, panel: int, axis: CurveAxis, bounds: Sequence[tuple[str, str, str]]
 ) -> list[Dict]:
     mode = "lines" if len(own) > 1 else "markers"
     out = []
@@ -174,7 +174,7 @@ def _bounds(
 
 
 def _curve(
-    own: Sequence[Result], name: str, panel: int, axis: Axis, look: Style, group: str, detail: bool, rank: int
+    own: Sequence[Result], name: str, panel: int, axis: CurveAxis, look: Style, group: str, detail: bool, rank: int
 ) -> Dict:
     """Return the points of one candidate on one GPU, joined; a single point has its interval, and a point is pale if
     the dense model exceeds the memory."""

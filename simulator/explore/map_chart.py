@@ -21,7 +21,7 @@ from simulator.explore.layout import (
     on_axes,
     scatter,
 )
-from simulator.explore.predictions import Cell, predictions, winners
+from simulator.explore.predictions import MapCell, predictions, winners
 from simulator.explore.state import State
 from simulator.figures.crossover import NO_GAIN, TOO_LARGE, UNCERTAIN, opacity
 from simulator.figures.layout import short
@@ -39,7 +39,7 @@ def map_chart(state: State, most: int) -> Chart:
     return crossover_chart(cells, state, most) if cells else message(predictions(state).problem or problem)
 
 
-def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
+def crossover_chart(cells: Sequence[MapCell], state: State, most: int) -> Chart:
     """Draw the fastest family of each batch and sequence, with its speedup; a frame marks the cell of the state's batch
     and sequence if the map has it."""
     gpus, names = once(c.best.hardware for c in cells), in_order(c.winner for c in cells)
@@ -70,7 +70,7 @@ def crossover_chart(cells: Sequence[Cell], state: State, most: int) -> Chart:
 
 
 def _cells(
-    own: Sequence[tuple[int, int, Cell]], size: tuple[int, int], names: list[str], panel: int, font: int
+    own: Sequence[tuple[int, int, MapCell]], size: tuple[int, int], names: list[str], panel: int, font: int
 ) -> list[Dict]:
     """Return cells coloured by winner (pale if uncertain), with its marker and speedup; a cell is blank if the dense
     model exceeds the memory."""
@@ -99,7 +99,7 @@ def _shade(name: str, certain: bool) -> str:
     return faded(style_of(name).color, opacity(name, certain)) if name else "rgba(231,234,238,1)"
 
 
-def _hover(c: Cell) -> str:
+def _hover(c: MapCell) -> str:
     r, overlap = c.best, "" if c.certain else "<br>winner uncertain: the interval of its ratio to the next includes 1"
     memory = "" if r.dense_fits else "<br>the dense model exceeds the memory"
     return (
@@ -108,7 +108,7 @@ def _hover(c: Cell) -> str:
     )
 
 
-def _keys(cells: Sequence[Cell], names: list[str]) -> list[tuple[str, Dict]]:
+def _keys(cells: Sequence[MapCell], names: list[str]) -> list[tuple[str, Dict]]:
     """Return names and markers of the legend."""
     entries = [(label(name), marker_of(style_of(name))) for name in names if name]
     if "" in names:

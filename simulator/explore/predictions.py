@@ -74,7 +74,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MapCell:
     """The fastest family of one cell of the map; ``winner`` is empty if it is not faster than the dense model."""
 
     best: Result
@@ -266,7 +266,7 @@ def _in_detail(state: State) -> dict[str, Any]:
     return {"family": state.explained, "sparsity": state.at}
 
 
-def winners(state: State) -> tuple[tuple[Cell, ...], str]:
+def winners(state: State) -> tuple[tuple[MapCell, ...], str]:
     """Return the map of a state, or why there is none: the fastest family at its sparsity over
     :data:`simulator.figures.paper.BATCHES` and ``LENGTHS``.
 
@@ -278,7 +278,7 @@ def winners(state: State) -> tuple[tuple[Cell, ...], str]:
 
 
 @lru_cache(maxsize=KEPT)
-def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[Cell, ...], str]:
+def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple[MapCell, ...], str]:
     shapes = tuple(itertools.product(BATCHES, LENGTHS))
     try:
         scenario = replace(state.scenario, model=state.load(), phase=state.phase, shapes=shapes, dense_s=None)
@@ -286,6 +286,6 @@ def _winners(state: State, profiles: tuple[HardwareProfile, ...]) -> tuple[tuple
     except InputError as error:
         return (), str(error)
     return tuple(
-        Cell(r, r.family if gains else "", certain)
+        MapCell(r, r.family if gains else "", certain)
         for r, gains, certain in zip(won.best, won.gains.tolist(), won.certain.tolist())
     ), ""

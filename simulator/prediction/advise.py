@@ -25,8 +25,8 @@ from simulator.prediction.compare import results_of
 from simulator.prediction.configurations import (
     FAMILIES,
     Configuration,
+    RequiredSpeedups,
     Target,
-    Targets,
     configurations_of,
     probability_of,
 )
@@ -206,7 +206,7 @@ def advise(
         raise InputError("family: expected at least one")
     requested = scenarios(scenario, [config], engine, phase, batch, seq)
     check_measured(requested, devices)
-    targets = [Targets.of(some, same, target) for one in requested for some, same in by_budget(one, devices)]
+    targets = [RequiredSpeedups.of(some, same, target) for one in requested for some, same in by_budget(one, devices)]
     kinds, rest = 0, len(requested) * len(devices)
 
     def of_kinds(done: int, total: int) -> None:

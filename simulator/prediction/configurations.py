@@ -161,7 +161,7 @@ def _quantile(probability: float) -> float:
 
 
 @dataclass(frozen=True)
-class Targets:
+class RequiredSpeedups:
     """A scenario with one request on some devices, and the speedup required on each."""
 
     scenario: Scenario
@@ -169,7 +169,7 @@ class Targets:
     speedups: Sequence[float]
 
     @classmethod
-    def of(cls, scenario: Scenario, hardware: Sequence[HardwareProfile], target: Target) -> Targets:
+    def of(cls, scenario: Scenario, hardware: Sequence[HardwareProfile], target: Target) -> RequiredSpeedups:
         """Return the required speedups; for a target time or throughput they differ by device."""
         alone = WorkloadBatch.of(scenario.workloads)
         times = [compare(alone, hw, scenario.level, scenario.dense_s)[0]["dense_s"][0].item() for hw in hardware]
@@ -229,7 +229,7 @@ class Targets:
 
 def configurations_of(
     model: ModelConfig,
-    places: Sequence[Targets],
+    places: Sequence[RequiredSpeedups],
     families: Sequence[str],
     probability: float = 0.5,
     content: Mapping[str, Any] = NONE,
@@ -245,7 +245,7 @@ def configurations_of(
     >>> from simulator.hardware.library import load_hardware
     >>> from simulator.models.library import load_model
     >>> model, hw = load_model("llama-3.1-8b"), load_hardware("h100")
-    >>> place = Targets.of(Scenario(model=model, phase="decode", shapes=((8, 2048),)), [hw], Target(1.5))
+    >>> place = RequiredSpeedups.of(Scenario(model=model, phase="decode", shapes=((8, 2048),)), [hw], Target(1.5))
     >>> [c.layers for c in configurations_of(model, [place], ["depth"])[0]]
     [19]
     """

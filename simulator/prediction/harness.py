@@ -75,7 +75,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Results:
+class ModelValues:
     """Values of one model."""
 
     model: str
@@ -114,7 +114,7 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
     return CsvTable(listed.label, COLUMNS, rows, lines)
 
 
-def read_results(folder: Path, name: str) -> Results:
+def read_results(folder: Path, name: str) -> ModelValues:
     """Return the values in a results file, or the newest of each task in a folder with results files of one model."""
     path = folder / name
     if not name:
@@ -140,7 +140,7 @@ def read_results(folder: Path, name: str) -> Results:
         raise InputError(f"results: {path}: has results of several models: {', '.join(models)}; name a folder of one")
     if not values:
         raise InputError(f"results: {path}: no metric of lm-evaluation-harness found under 'results'")
-    return Results(next(iter(models)), values, tuple(task for task in tasks if task not in parts))
+    return ModelValues(next(iter(models)), values, tuple(task for task in tasks if task not in parts))
 
 
 def _content(file: Path) -> Mapping[str, Any]:
@@ -180,7 +180,7 @@ def _values(content: Mapping[str, Any]) -> Iterator[tuple[Metric, Value]]:
             yield Metric(task, name, chosen), Value(float(value), higher is True, protocol)
 
 
-def _rows(cells: Mapping[str, str], dense: Results, pruned: Results) -> Iterator[list[str]]:
+def _rows(cells: Mapping[str, str], dense: ModelValues, pruned: ModelValues) -> Iterator[list[str]]:
     """Yield the cells for each metric that both models have, then for the mean accuracy."""
     shared = [key for key in dense.values if key in pruned.values]
     if not shared:

@@ -44,7 +44,7 @@ _QUANTISED = re.compile(r"fp8|int8|int4|nvfp4|mxfp4|awq|gptq|w\d+a\d+", re.IGNOR
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredDense:
     """Measured time of the dense model, s, the result it is from, and what could not be checked."""
 
     seconds: float
@@ -86,7 +86,7 @@ def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
     return measured(path, scenario).seconds
 
 
-def measured(path: str | os.PathLike[str], scenario: Scenario) -> Measured:
+def measured(path: str | os.PathLike[str], scenario: Scenario) -> MeasuredDense:
     """Return the time as :func:`dense_from`, with its result and with notes."""
     instance("scenario", scenario, Scenario, "simulator.prediction.scenario")
     one_of("phase", scenario.phase, PHASES)
@@ -103,7 +103,7 @@ def measured(path: str | os.PathLike[str], scenario: Scenario) -> Measured:
     raise InputError(f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}")
 
 
-def measured_of(run: BenchRun, scenario: Scenario) -> Measured:
+def measured_of(run: BenchRun, scenario: Scenario) -> MeasuredDense:
     """Return the time of a pass that one result measured, after comparing its conditions with those of a scenario."""
     model, ((batch, seq),) = load_model(scenario.model), scenario.shapes
     notes = [*_model_notes(run, model, scenario), *([run.note] if run.note else [])]
@@ -117,7 +117,7 @@ def measured_of(run: BenchRun, scenario: Scenario) -> Measured:
     if run.kind == "batch" and not run.concurrency:
         check = f"--batch-size {batch} --input-len {seq} --output-len {_output(scenario.phase, scenario.new_tokens)}"
         notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
-    return Measured(seconds, run, tuple(notes))
+    return MeasuredDense(seconds, run, tuple(notes))
 
 
 def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: int) -> float:

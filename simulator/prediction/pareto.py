@@ -184,7 +184,7 @@ def fronts(
     *,
     engine: Sequence[str] = (),
     scenario: Scenario | None = None,
-    measured: Sequence[Measured] = (),
+    measured: Sequence[MeasuredSpeedup] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
@@ -278,7 +278,7 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
     return tuple(out)
 
 
-def _point(row: QualityRow, record: Result, measured: Sequence[Measured]) -> Point:
+def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
     """Return the point of a row, not yet marked."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
     shared["method"] = row.method  # the source's name; the prediction is of a family
@@ -302,7 +302,7 @@ SAME_SPARSITY = 5e-4
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSpeedup:
     """One measured speedup with the conditions that its row states."""
 
     conditions: Mapping[str, str]
@@ -317,7 +317,7 @@ class Measured:
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
-def read_measured(path: str | Path) -> tuple[Measured, ...]:
+def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
     """Read measured speedups from a CSV file, to replace predictions.
 
     Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
@@ -326,7 +326,7 @@ def read_measured(path: str | Path) -> tuple[Measured, ...]:
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
-def _measured(cells: Mapping[str, str]) -> Measured:
+def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     if cells["family"] not in FAMILIES:
         raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
     sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
@@ -336,7 +336,7 @@ def _measured(cells: Mapping[str, str]) -> Measured:
     if not 0.0 < lower <= speedup <= upper:
         got = f"{lower:g}, {speedup:g}, {upper:g}"
         raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
-    return Measured({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
+    return MeasuredSpeedup({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
 
 
 def _number(cells: Mapping[str, str], column: str) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from simulator.arrays import Array, BoolArray
 from simulator.pruning._rows import readers, writers
-from simulator.pruning._steps import Step
+from simulator.pruning._steps import PruningStep
 from simulator.units import percent
 from simulator.workload import Kind, Workload
 
@@ -61,7 +61,7 @@ def sizes(w: Workload) -> dict[str, float]:
     }
 
 
-def removed_parts(steps: Sequence[Step], dense: Mapping[str, float], pruned: Workload) -> str:
+def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Workload) -> str:
     """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
     ``dense`` has the sizes of the dense workload.
 
@@ -98,13 +98,13 @@ def removed_parts(steps: Sequence[Step], dense: Mapping[str, float], pruned: Wor
     return "; ".join(out)
 
 
-def _alone(steps: Sequence[Step], wanted: float) -> str:
+def _alone(steps: Sequence[PruningStep], wanted: float) -> str:
     """Return how to prune query heads alone, if the request names groups of heads."""
     named = any(part in ("", "attention") for step in steps for part in _fractions(step))
     return f", as a KV head goes with its query heads: heads={wanted:g} removes query heads alone" if named else ""
 
 
-def _requested(steps: Sequence[Step]) -> dict[str, float]:
+def _requested(steps: Sequence[PruningStep]) -> dict[str, float]:
     """Return the requested share of each size that one step of all layers changes."""
     out: dict[str, float] = {}
     twice: set[str] = set()
@@ -117,7 +117,7 @@ def _requested(steps: Sequence[Step]) -> dict[str, float]:
     return {name: fraction for name, fraction in out.items() if name not in twice}
 
 
-def _fractions(step: Step) -> dict[str, float]:
+def _fractions(step: PruningStep) -> dict[str, float]:
     if step.layers is not None or (step.options and dict(step.options).get("unit")):
         return {}
     if isinstance(step.sparsity, tuple):

@@ -19,7 +19,7 @@ from simulator.models.lower import lower
 from simulator.prediction.scenario import Scenario, check_fraction, distinct, once
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan, read_steps
-from simulator.pruning._steps import Step, prune_steps
+from simulator.pruning._steps import PruningStep, prune_steps
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -44,7 +44,7 @@ class Pruning:
     ('width', 'width+depth')
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PruningStep, ...]
     model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
     text: str = ""  # of --prune, or the path of a plan; "": a family or method at a sparsity
 
@@ -55,7 +55,7 @@ class Pruning:
         """Return the pruning of a family or a published method."""
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         hashable = {n: tuple(v) if isinstance(v, list) else v for n, v in (options or {}).items()}
-        return cls((Step(name, parts, options=tuple(sorted(hashable.items()))),))
+        return cls((PruningStep(name, parts, options=tuple(sorted(hashable.items()))),))
 
     @classmethod
     def read(cls, text: str) -> Pruning:
@@ -67,7 +67,7 @@ class Pruning:
     def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
         """Return the pruning that leads to an existing pruned model."""
         families, share = difference_of(dense, pruned)
-        return cls((Step("+".join(families) or "none", share),), model=pruned)
+        return cls((PruningStep("+".join(families) or "none", share),), model=pruned)
 
     def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
         """Return the same pruning of one step at another sparsity."""

@@ -17,7 +17,7 @@ from simulator.prediction.compare import results_of
 from simulator.prediction.prunings import Pruning, applied
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario
-from simulator.pruning._steps import Step
+from simulator.pruning._steps import PruningStep
 from simulator.workload import Workload
 
 
@@ -66,7 +66,7 @@ def speedups(
     """
     hw = load_hardware(hw)
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
-    prunings = [Pruning((Step(family, requested),)) for family, requested, _ in steps]
+    prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
     scenario = Scenario(shapes=((dense.meta.batch, dense.meta.seq),), level=level, dense_s=dense_s)

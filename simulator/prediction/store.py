@@ -35,7 +35,7 @@ def stamp(digest: str, index: int, rows: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Store:
+class TableStore:
     """Parts of one table, which becomes a Parquet file."""
 
     target: Path

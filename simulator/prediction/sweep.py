@@ -30,7 +30,7 @@ from simulator.prediction.labels import Labels, plain
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.prediction.result import COLUMNS, Results
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, check_room, stamp
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, check_room, stamp
 from simulator.prediction.where import Filter, parse_filter
 from simulator.prediction.workers import compute_parts
 
@@ -93,7 +93,7 @@ def sweep(
         raise InputError(f"the grid has {grid.size:,} configurations, more than {most:,} (--max); take a smaller grid")
     _, parquet = load_pyarrow()
     sizes = [len(one.shapes) * len(prunings) * len(grid.hardware) for one, prunings in pieces(grid)]
-    store = Store(Path(out), digest(grid, where), len(sizes))
+    store = TableStore(Path(out), digest(grid, where), len(sizes))
     excluded = Excluded()
     if store.finished():
         store.clear()

@@ -24,7 +24,7 @@ from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, rea
 from simulator.pruning import FAMILIES
 from simulator.pruning._family import check_fraction
 from simulator.pruning._methods import METHODS
-from simulator.pruning._steps import Step
+from simulator.pruning._steps import PruningStep
 from simulator.units import parse_fraction, parse_value
 
 MOST_CHARACTERS = 2000
@@ -39,7 +39,7 @@ _TOKEN = re.compile(
 )
 
 
-def read_steps(text: str) -> tuple[Step, ...]:
+def read_steps(text: str) -> tuple[PruningStep, ...]:
     """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
 
     Parameters
@@ -49,7 +49,7 @@ def read_steps(text: str) -> tuple[Step, ...]:
 
     Returns
     -------
-    tuple of Step
+    tuple of PruningStep
         At least one step.
 
     Raises
@@ -93,7 +93,7 @@ def _shortened(text: str) -> str:
     return one_line(text, 120)
 
 
-def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
     """Return the steps of a text; ``layers`` are those of an entry of a plan."""
     if len(text) > MOST_CHARACTERS:
         raise _MisplacedError(MOST_CHARACTERS, f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
@@ -112,7 +112,7 @@ def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[Step, ...]
     return tuple(_step(tokens, layers) for tokens in steps)
 
 
-def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Step:
+def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> PruningStep:
     first, at = tokens[0], tokens[0].start() + 1
     name = first["word"] or first["name"]
     if name not in FAMILIES and name not in METHODS:
@@ -157,7 +157,7 @@ def _checked(
     parts: dict[str, float],
     layers: tuple[int, ...] | None,
     options: dict[str, Any],
-) -> Step:
+) -> PruningStep:
     """Return a step, whose fraction can follow from the family or the method."""
     name, at, end = tokens[0]["word"], tokens[0].start() + 1, tokens[-1].end() + 1
     if parts and sparsity is not None:
@@ -169,11 +169,11 @@ def _checked(
                 raise _MisplacedError(
                     at, f"{name} keeps a number of tokens, from which its fraction follows; expected none"
                 )
-            return Step(name)
+            return PruningStep(name)
         if sparsity is None and len(usual) > 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
             raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
-        return Step(name, usual[0] if sparsity is None else sparsity)
+        return PruningStep(name, usual[0] if sparsity is None else sparsity)
     family = FAMILIES[name]
     if layers is not None and family.layers == "all":
         raise _MisplacedError(at, f"family {name}: expected no layers, as it prunes all layers equally")
@@ -184,7 +184,7 @@ def _checked(
         raise _MisplacedError(end, f"expected a fraction, such as {name} 0.25{some}")
     if sparsity is None and not parts and not whole:
         sparsity = family.default
-    return Step(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
+    return PruningStep(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
 
 
 def _fraction(text: str, column: int) -> float:
@@ -209,13 +209,13 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def _plan(path: Path) -> tuple[Step, ...]:
+def _plan(path: Path) -> tuple[PruningStep, ...]:
     """Read a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
     problems = Problems(str(path))
     return _steps_of(read_text(path, problems), problems)
 
 
-def plan_steps(text: str) -> tuple[Step, ...]:
+def plan_steps(text: str) -> tuple[PruningStep, ...]:
     """Return the steps of the content of a plan.
 
     >>> [str(step) for step in plan_steps("layers: {3: depth}")]
@@ -224,8 +224,8 @@ def plan_steps(text: str) -> tuple[Step, ...]:
     return _steps_of(text, Problems("plan"))
 
 
-def _steps_of(text: str | None, problems: Problems) -> tuple[Step, ...]:
-    steps = tuple[Step, ...]()
+def _steps_of(text: str | None, problems: Problems) -> tuple[PruningStep, ...]:
+    steps = tuple[PruningStep, ...]()
     root = None if text is None else parse_yaml(text, problems)
     keys = ("prune", "layers")
     if root is None or root.kind != "mapping":
@@ -248,8 +248,8 @@ def _steps_of(text: str | None, problems: Problems) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _of_layers(node: Node, problems: Problems) -> tuple[Step, ...]:
-    steps: tuple[Step, ...] = ()
+def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
+    steps: tuple[PruningStep, ...] = ()
     taken: set[int] = set()
     for text, (key_node, value) in node.entries.items():
         key = join("layers", text)
@@ -265,7 +265,9 @@ def _of_layers(node: Node, problems: Problems) -> tuple[Step, ...]:
     return steps
 
 
-def _of_node(node: Node, key: str, problems: Problems, layers: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+def _of_node(
+    node: Node, key: str, problems: Problems, layers: tuple[int, ...] | None = None
+) -> tuple[PruningStep, ...]:
     """Return the steps of a text in a plan, at some layers."""
     if node.kind != "scalar":
         problems.add(node, key, f"expected a text such as width mlp=0.3, got {node}")

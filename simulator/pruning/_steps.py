@@ -25,10 +25,10 @@ Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...
 
 
 @dataclass(frozen=True)
-class Step:
+class PruningStep:
     """One step of a pruning: a family or a published method, how much it removes, and where.
 
-    >>> str(Step("width", (("mlp", 0.3), ("heads", 0.2)), (4, 5, 6)))
+    >>> str(PruningStep("width", (("mlp", 0.3), ("heads", 0.2)), (4, 5, 6)))
     'width mlp=0.3 heads=0.2 layers=4-6'
     """
 
@@ -81,14 +81,16 @@ class Step:
                 raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
         return sparsity
 
-    def by_family(self, workload: Workload) -> tuple[Step, ...]:
+    def by_family(self, workload: Workload) -> tuple[PruningStep, ...]:
         """Return the step as steps of families: those of a method, as it prunes a workload, else the step itself."""
         from simulator.pruning._methods import METHODS
 
         if self.name not in METHODS:
             return (self,)
         found = METHODS[self.name].families_of(workload, _argument(self.sparsity))
-        return tuple(Step(name, _hashable(part), options=tuple(sorted(own.items()))) for name, part, own in found)
+        return tuple(
+            PruningStep(name, _hashable(part), options=tuple(sorted(own.items()))) for name, part, own in found
+        )
 
     def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
         """Return the pruned workload."""
@@ -111,7 +113,7 @@ def _argument(sparsity: Sparsity) -> Any:
     return dict(found) if isinstance(found, tuple) and isinstance(found[0], tuple) else found
 
 
-def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = False, plan: str = "") -> Workload:
+def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = "") -> Workload:
     """Return the workload pruned by steps, of which those that remove layers are applied last.
 
     Errors name the step, and the plan if the steps are of one.
@@ -123,7 +125,7 @@ def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = Fals
     >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
     [('width', 0.101), ('depth', 0.083)]
     """
-    step: Step | None = None
+    step: PruningStep | None = None
     try:
         for step in in_order(steps, workload):
             workload = step.apply(workload, ideal=ideal)
@@ -132,7 +134,7 @@ def prune_steps(workload: Workload, steps: Sequence[Step], *, ideal: bool = Fals
     return workload
 
 
-def in_order(steps: Sequence[Step], workload: Workload) -> Iterator[Step]:
+def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[PruningStep]:
     """Yield the steps that prune a workload, in their order.
 
     Those of one family at different layers are one step. Those that remove layers are last, with the numbers that
@@ -144,9 +146,9 @@ def in_order(steps: Sequence[Step], workload: Workload) -> Iterator[Step]:
     yield from (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest)
 
 
-def _joined(steps: Sequence[Step], layers: int) -> Iterator[Step]:
+def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
     """Yield steps; those of one family at different layers become one step with a sparsity per layer."""
-    groups: list[list[Step]] = []
+    groups: list[list[PruningStep]] = []
     for step in steps:
         for group in groups:
             first, taken = group[0], {layer for s in group for layer in s.layers or ()}
@@ -160,7 +162,7 @@ def _joined(steps: Sequence[Step], layers: int) -> Iterator[Step]:
         yield group[0] if len(group) == 1 else _by_layer(group, layers)
 
 
-def _by_layer(steps: Sequence[Step], layers: int) -> Step:
+def _by_layer(steps: Sequence[PruningStep], layers: int) -> PruningStep:
     first = steps[0]
     targets = first.families[0].targets
     tables: dict[str, FloatArray] = {}
@@ -173,10 +175,10 @@ def _by_layer(steps: Sequence[Step], layers: int) -> Step:
             table = tables.setdefault(part, np.zeros(layers))
             table[listed_layers(step.layers, layers)] = fraction
     each = tuple((part, tuple(table.tolist())) for part, table in tables.items())
-    return Step(first.name, each if targets else each[0][1], options=first.options)
+    return PruningStep(first.name, each if targets else each[0][1], options=first.options)
 
 
-def _renumbered(steps: Sequence[Step]) -> Iterator[Step]:
+def _renumbered(steps: Sequence[PruningStep]) -> Iterator[PruningStep]:
     """Yield steps that remove listed layers; of several, numbers of layers after the first are new ones."""
     if len(steps) < 2:
         yield from steps
@@ -191,8 +193,8 @@ def _renumbered(steps: Sequence[Step]) -> Iterator[Step]:
             gone[part] |= set(step.layers or ())
     whole = sorted(set.intersection(*gone.values()))
     if whole:
-        yield Step("depth", layers=tuple(whole))
+        yield PruningStep("depth", layers=tuple(whole))
     for part, layers in gone.items():
         if left := sorted(layers.difference(whole)):
             now = tuple(layer - int(np.searchsorted(whole, layer)) for layer in left)
-            yield Step("depth", layers=now, options=(("unit", part),))
+            yield PruningStep("depth", layers=now, options=(("unit", part),))

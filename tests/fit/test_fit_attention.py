@@ -18,7 +18,7 @@ from calibration.fit.solver import FittedPart
 from calibration.measurements.wheel import datasheet
 from calibration.validation.accuracy import TableChoice
 from calibration.validation.protocol import evaluate_table
-from simulator.cost.attention import Attention
+from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
 from simulator.cost.residual_grid import ResidualGrid
@@ -48,7 +48,7 @@ def shapes(phase: str, rows: int, seed: int) -> AttentionFit:
     query = length if phase == "prefill" else np.ones(rows)
     size = np.full(rows, 128.0)
     geometry = Geometry(batch, query, length, heads, heads / group, size, warm=np.ones(rows))
-    return AttentionFit(Attention(phase, False, geometry, DEVICE, DEVICE.peak_flop_per_s), np.ones(rows))
+    return AttentionFit(AttentionCalls(phase, False, geometry, DEVICE, DEVICE.peak_flop_per_s), np.ones(rows))
 
 
 def changed(c: AttentionFit, machine: Machine = DEVICE, **columns: np.ndarray) -> AttentionFit:
@@ -153,7 +153,7 @@ def test_a_cpu_takes_longer_over_a_cache_that_several_heads_share() -> None:
 def test_rows_that_beat_dram_are_kept_only_while_l2_could_hold_them() -> None:
     columns = [1, 64], [1, 1], [8192, 8192], [32, 32], [8, 8], [128, 128]
     geometry = Geometry(*(np.array(x, dtype=float) for x in columns), warm=True)
-    calls = Attention("decode", False, geometry, DEVICE, DEVICE.peak_flop_per_s)
+    calls = AttentionCalls("decode", False, geometry, DEVICE, DEVICE.peak_flop_per_s)
     good, counts = AttentionFit(calls, np.array([1.2e-5, 2e-4])).screened()
     assert good.calls.geometry.batch.tolist() == [1]
     assert list(counts) == ["faster than bytes / bandwidth with more bytes than the L2 holds"]

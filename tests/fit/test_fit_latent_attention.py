@@ -9,7 +9,7 @@ from operator_times import decode_time
 from calibration.fit.attention import AttentionFit, fit_attention
 from calibration.validation.accuracy import TableChoice
 from calibration.validation.protocol import evaluate_table
-from simulator.cost.attention import Attention
+from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
 from simulator.hardware.attention_constants import MLA_DECODE_CONSTANTS as CONSTANTS
@@ -25,7 +25,7 @@ def planted(rows: int, form: dict[str, float]) -> AttentionFit:
     length, one = np.round(2.0 ** rng.uniform(4, 15, rows)), np.ones(rows)
     shape = batch, one, length, heads, one, 576.0 * one
     geometry = Geometry(*shape, value_dim=512.0 * one, latent=True, warm=one)
-    calls = Attention("decode", True, geometry, Machine.of(HW), Machine.of(HW).peak_flop_per_s)
+    calls = AttentionCalls("decode", True, geometry, Machine.of(HW), Machine.of(HW).peak_flop_per_s)
     truth = {name: constant.default("ampere") for name, constant in CONSTANTS.items()} | form
     return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)), 2.0)
 

@@ -53,11 +53,11 @@ from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
 from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
 from simulator.prediction.result import COLUMNS
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, stamp
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
 from simulator.prediction.sweep import pieces, sweep_results
 from simulator.prediction.where import parse_filter
 from simulator.pruning._grammar import read_steps
-from simulator.pruning._steps import Step, prune_steps
+from simulator.pruning._steps import PruningStep, prune_steps
 
 Make = Callable[[random.Random], bytes]
 
@@ -250,7 +250,7 @@ def prune_text(path: Path) -> None:
     _pruned(read_steps(path.read_bytes().decode("utf-8", "replace")))
 
 
-def _pruned(steps: tuple[Step, ...], plan: str = "") -> None:
+def _pruned(steps: tuple[PruningStep, ...], plan: str = "") -> None:
     """What reads prunes a model, or is refused for it; its own text reads back."""
     assert read_steps(" + ".join(map(str, steps))) == steps or any(step.options for step in steps)
     dense = simulator.lower(simulator.load_model("llama-3.2-1b"), phase="decode", batch=2, seq=100)
@@ -523,7 +523,7 @@ def _part() -> Any:
 
 @Target("part.parquet", lambda rng: mutate.parquet_bytes(_part(), rng), names_file=False)
 def part(path: Path) -> None:
-    store = Store(path.with_name("u.parquet"), "d", 2)
+    store = TableStore(path.with_name("u.parquet"), "d", 2)
     store.folder.mkdir(exist_ok=True)
     store.target.unlink(missing_ok=True)
     first = _part()
@@ -541,7 +541,7 @@ def manifest(path: Path) -> None:
     folder = path.parent / "t.parquet.parts"
     folder.mkdir(exist_ok=True)
     path.replace(folder / "manifest.json")
-    with Store(path.parent / "t.parquet", "d", 2).opened({}) as there:
+    with TableStore(path.parent / "t.parquet", "d", 2).opened({}) as there:
         assert there == set()
 
 

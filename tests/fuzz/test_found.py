@@ -30,7 +30,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.prediction.pareto import read_measured
 from simulator.prediction.quality import load_quality
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, Store, stamp
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
 from simulator.prediction.where import parse_filter
 
 pytestmark = pytest.mark.quick
@@ -193,7 +193,7 @@ ODD_NOTES = (b"[]", b'{"a": 1}', b'{"a": ["x"]}', b'{"a": [1%s]}' % (b"0" * 400)
 
 @pytest.mark.parametrize(("columns", "notes"), ODD_PARTS + [(DEPTH, notes) for notes in ODD_NOTES], ids=range(8))
 def test_parts_of_a_sweep_that_are_damaged(columns: dict[str, Any], notes: bytes, tmp_path: Path) -> None:
-    store = Store(tmp_path / "s.parquet", "d", 2)
+    store = TableStore(tmp_path / "s.parquet", "d", 2)
     store.folder.mkdir()
     for index, (found, said) in enumerate(((DEPTH, b"{}"), (columns, notes))):
         write_parquet(

@@ -24,8 +24,8 @@ from simulator.prediction.configurations import (
     ALIKE,
     KINDS,
     Configuration,
+    RequiredSpeedups,
     Target,
-    Targets,
     configurations_of,
     probability_of,
 )
@@ -56,7 +56,7 @@ def everywhere() -> Advised:
 )
 def test_of_all_aligned_shapes_that_reach_it_keeps_most(kind: str, hardware: str, phase: str, seq: int) -> None:
     model, hw = load_model("llama-3.2-1b"), load_hardware(hardware)
-    place = Targets.of(Scenario(model=model, phase=phase, shapes=((1, seq),)), [hw], Target(1.4))
+    place = RequiredSpeedups.of(Scenario(model=model, phase=phase, shapes=((1, seq),)), [hw], Target(1.4))
     (found,) = [c for c in configurations_of(model, [place], FAMILIES)[0] if c.configuration == kind]
     values = {
         **{"layers": range(2, 16), "hidden": range(256, 2048, 128)},

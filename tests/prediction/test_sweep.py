@@ -26,7 +26,7 @@ from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Result
-from simulator.prediction.store import DIGEST_KEY, Store
+from simulator.prediction.store import DIGEST_KEY, TableStore
 from simulator.prediction.sweep import digest, pieces, sweep, sweep_results
 from simulator.prediction.where import parse_filter
 from simulator.prediction.workers import windowed
@@ -151,7 +151,7 @@ def test_a_lock_that_its_owner_removed_excludes_nobody(tmp_path: Path, monkeypat
         if left.pop() if left else 0:  # the other sweep removes its folder
             shutil.rmtree(tmp_path / "t.parquet.parts")
 
-    store = Store(tmp_path / "t.parquet", "d", 1)
+    store = TableStore(tmp_path / "t.parquet", "d", 1)
     monkeypatch.setattr(fcntl, "flock", ending)
     with store.opened({}):
         assert (store.folder / "lock").exists()
@@ -163,7 +163,7 @@ def test_a_file_that_another_sweep_wrote_meanwhile_stays(tmp_path: Path) -> None
     out = tmp_path / "t.parquet"
     sweep(SMALL, out)
     for other, says in (("other", "exists and is the table of another sweep"), (None, "has just written it")):
-        store = Store(out, other or parquet.read_schema(out).metadata[DIGEST_KEY].decode(), 1)
+        store = TableStore(out, other or parquet.read_schema(out).metadata[DIGEST_KEY].decode(), 1)
         with pytest.raises(InputError, match=says), store.opened({}):
             pass
         assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]

@@ -14,7 +14,7 @@ from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
 from simulator.errors import InputError
 from simulator.pruning import prune
 from simulator.pruning._grammar import read_steps
-from simulator.pruning._steps import Step, prune_steps
+from simulator.pruning._steps import PruningStep, prune_steps
 from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
@@ -28,18 +28,18 @@ def size(w: Workload, role: str, column: str) -> float:
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("depth 0.25", [Step("depth", 0.25)]),
-        ("depth 25%", [Step("depth", 0.25)]),
-        ("  width  mlp = 30 %  heads=.2 ", [Step("width", (("mlp", 0.3), ("heads", 0.2)))]),
-        ("width 0.2 align=64", [Step("width", 0.2, options=(("align", 64),))]),
-        ("low_rank 0.4 layers=1-2,4", [Step("low_rank", 0.4, (1, 2, 4))]),
-        ("depth layers=3", [Step("depth", None, (3,))]),
-        ("semi_structured", [Step("semi_structured", 0.5)]),
-        ("wanda-2:4 + width mlp=0.1", [Step("wanda-2:4", 0.5), Step("width", (("mlp", 0.1),))]),
-        ("shortgpt 0.25+width 0.2", [Step("shortgpt", 0.25), Step("width", 0.2)]),
+        ("depth 0.25", [PruningStep("depth", 0.25)]),
+        ("depth 25%", [PruningStep("depth", 0.25)]),
+        ("  width  mlp = 30 %  heads=.2 ", [PruningStep("width", (("mlp", 0.3), ("heads", 0.2)))]),
+        ("width 0.2 align=64", [PruningStep("width", 0.2, options=(("align", 64),))]),
+        ("low_rank 0.4 layers=1-2,4", [PruningStep("low_rank", 0.4, (1, 2, 4))]),
+        ("depth layers=3", [PruningStep("depth", None, (3,))]),
+        ("semi_structured", [PruningStep("semi_structured", 0.5)]),
+        ("wanda-2:4 + width mlp=0.1", [PruningStep("wanda-2:4", 0.5), PruningStep("width", (("mlp", 0.1),))]),
+        ("shortgpt 0.25+width 0.2", [PruningStep("shortgpt", 0.25), PruningStep("width", 0.2)]),
     ],
 )
-def test_texts(text: str, steps: list[Step]) -> None:
+def test_texts(text: str, steps: list[PruningStep]) -> None:
     found = read_steps(text)
     assert list(found) == steps
     assert read_steps(" + ".join(map(str, found))) == found  # its own text reads back
@@ -207,7 +207,7 @@ def test_a_sparsity_per_layer_of_a_part() -> None:
         prune(w, "width", {"mlp": [0.5]})
     with pytest.raises(InputError, match="sparsity of hidden: expected one fraction, got a sparsity by layer"):
         prune(w, "width", {"hidden": [0.5] * 6})
-    equal = prune_steps(w, [Step("width", (("mlp", (0.5,) * 6),))])
+    equal = prune_steps(w, [PruningStep("width", (("mlp", (0.5,) * 6),))])
     assert equal.replace(meta=w.meta) == prune(w, "width mlp=0.5").replace(meta=w.meta)
     assert np.isclose(equal.meta.applied[0].realised, prune(w, "width mlp=0.5").meta.applied[0].realised)
 

@@ -20,7 +20,7 @@ from calibration.validation.accuracy import GEMMS, TableChoice, run_protocol, st
 from calibration.validation.accuracy_tables import columns_of_table, means
 from calibration.validation.baselines import BASELINES, roofline_rbf, three_constants
 from calibration.validation.protocol import Measured
-from simulator.cost.attention import Attention
+from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
 from simulator.uncertainty.operators import gemm_time
@@ -78,7 +78,7 @@ def test_attention_pairs_differ_in_one_thing_only() -> None:
     ones = np.ones(4)
     heads, groups = np.array([32.0, 16.0, 8.0, 4.0]), np.array([8.0, 4.0, 2.0, 1.0])
     geometry = Geometry(ones, 128 * ones, 128 * ones, heads, groups, 128 * ones)
-    c = AttentionFit(Attention("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones)
+    c = AttentionFit(AttentionCalls("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones)
     # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies below a quarter
     calls = Measured(c, HW)
     assert sorted(map(tuple, calls.pairs("heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]

@@ -27,7 +27,7 @@ from simulator.errors import InputError, unknown
 from simulator.prediction.scenario import one_of
 from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
-from simulator.pruning._steps import Step
+from simulator.pruning._steps import PruningStep
 
 ALIGN = 16
 """Widths and ranks are rounded up to a multiple of this by default, as in the simulator's families."""
@@ -84,14 +84,14 @@ def prune_decoder(
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
-def prune_by_steps(decoder: Decoder, steps: Sequence[Step]) -> Decoder:
+def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
     """Prune a decoder by steps of families, in their order (:attr:`calibration.runners.cases.Case.steps`)."""
     for step in steps:
         decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
     return decoder
 
 
-def check_steps(steps: Sequence[Step]) -> None:
+def check_steps(steps: Sequence[PruningStep]) -> None:
     """Raise InputError, with its step, if a decoder cannot run some steps of families."""
     dynamic = ""
     for step in steps:
