@@ -28,7 +28,7 @@ from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.runners.runs import Calibrated, Measured
+    from calibration.runners.runs import Calibrated, MeasuredRun
 
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
@@ -109,7 +109,7 @@ def command(
         raise typer.Exit(judged.status)
 
 
-def _nothing_fitted(output: str, found: Measured, error: InputError, json: bool, verbose: bool) -> NoReturn:
+def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
     """Print the judgement on a run without a profile, and exit with its status."""
     from calibration.validation.verdict import DO_NOT_USE, Judgement
 
@@ -125,7 +125,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
-    from calibration.fit.predict import HostTime
+    from calibration.fit.predict import LaunchTime
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from calibration.validation.verdict import USE, Judgement, with_disturbed
     from simulator.hardware.library import load_hardware
@@ -135,7 +135,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     done = fit_run(output, anchor=True)
-    before, now = HostTime.of(load_hardware(Path(output) / DATASHEET)), HostTime.of(done.fit.profile)
+    before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
     layer_s = float(np.median(timed.seconds[timed.is_operator("layer_eager")]))
     bare_launch_s = float(np.median(timed.seconds[timed.is_operator("launch_eager")]))

@@ -16,7 +16,7 @@ from simulator.cli.options import arg, opt
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
-    from calibration.runners.runs import Measured
+    from calibration.runners.runs import MeasuredRun
 
 DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
@@ -60,8 +60,8 @@ def command(
 
 
 def measured(
-    device: str, output: str, measure: Callable[..., Measured], threads: int | None = None, **how: Any
-) -> Measured:
+    device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
+) -> MeasuredRun:
     """Open a device (a CPU with ``threads``), measure it into a folder (``how``: options of ``measure``), show the
     progress, close the device."""
     from calibration.devices import open_device
@@ -88,7 +88,7 @@ def describe(outcome: Outcome) -> str:
     return f"{', '.join(filter(None, parts))} in {render.seconds(outcome.elapsed_s)}"
 
 
-def outcome_row(found: Measured) -> dict[str, Any]:
+def outcome_row(found: MeasuredRun) -> dict[str, Any]:
     """Return the outcome of a run as plain data."""
     outcome = found.outcome
     return {

@@ -2,7 +2,7 @@
 
 :func:`find` returns an installed library. A decode reads a paged cache whose pages are in random order, as after some
 time of serving. Queries have the shape (batch, positions, heads, head_dim); keys and values are cut from one tensor of
-:meth:`Library.cache_shape`. Signatures: docs.flashinfer.ai (``BatchDecodeWithPagedKVCacheWrapper``,
+:meth:`AttentionLibrary.cache_shape`. Signatures: docs.flashinfer.ai (``BatchDecodeWithPagedKVCacheWrapper``,
 ``BatchPrefillWithRaggedKVCacheWrapper``) and ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2.
 """
 
@@ -29,7 +29,7 @@ _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 
 @dataclass(frozen=True)
-class Library:
+class AttentionLibrary:
     """An installed attention library; ``version`` is its name and version."""
 
     name: str
@@ -57,7 +57,7 @@ class Library:
         return make(self, op, dtype, device)
 
 
-def find(name: str) -> Library | None:
+def find(name: str) -> AttentionLibrary | None:
     """Return a library by name, None for "torch"; InputError if it is unknown or not installed."""
     if name == "torch":
         return None
@@ -68,17 +68,17 @@ def find(name: str) -> Library | None:
     except ImportError as error:
         package = name.replace("flash_attn", "flash-attn").replace("flashinfer", "flashinfer-python")
         raise InputError(f"attention {name!r}: cannot be imported ({error}); try: pip install {package}") from None
-    return Library(name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}")
+    return AttentionLibrary(name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}")
 
 
-def _page_table(library: Library, op: Operator, device: str) -> Tensor:
+def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
     """Return the pages of each sequence (batch, pages), in random order."""
     pages = op.batch * math.ceil(op.kv_len / library.page)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(op.kv_len))
     return order.to(torch.int32).view(op.batch, -1).to(device)
 
 
-def _flash_attn(library: Library, op: Operator, dtype: Any, device: str) -> Attend:
+def _flash_attn(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
     if op.kind == "attention_prefill":
         prefill = library.module.flash_attn_func
         return lambda q, k, v: prefill(q, k, v, causal=True)
@@ -87,7 +87,7 @@ def _flash_attn(library: Library, op: Operator, dtype: Any, device: str) -> Atte
     return lambda q, k, v: decode(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
 
 
-def _flashinfer(library: Library, op: Operator, dtype: Any, device: str) -> Attend:
+def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
     def ends(length: int) -> Tensor:
         """Return where each sequence begins, and where the last one ends."""
         return torch.arange(op.batch + 1, dtype=torch.int32, device=device) * length

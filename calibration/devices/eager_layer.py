@@ -37,7 +37,7 @@ class Norm(nn.Module):  # type: ignore[misc]
         return self.weight * hidden.to(given)
 
 
-class Cache:
+class EagerCache:
     """Keys and values of earlier positions; an update returns them with the new ones, without storing the new ones."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
@@ -66,7 +66,7 @@ def repeated(x: Tensor, times: int) -> Tensor:
     return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, heads * times, positions, width)
 
 
-class Attention(nn.Module):  # type: ignore[misc]
+class EagerAttention(nn.Module):  # type: ignore[misc]
     """Separate projections, rotation, cache, repeated KV heads, scaled dot product."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
@@ -75,7 +75,7 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.k_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
         self.v_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
         self.o_proj = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False, **options)
-        self.cache = Cache(kv_len, **options)
+        self.cache = EagerCache(kv_len, **options)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Map (1, tokens, hidden) to the same shape."""
@@ -92,7 +92,7 @@ class Attention(nn.Module):  # type: ignore[misc]
         return self.o_proj(out.transpose(1, 2).contiguous().reshape(*before, -1).contiguous())
 
 
-class Mlp(nn.Module):  # type: ignore[misc]
+class EagerMlp(nn.Module):  # type: ignore[misc]
     """Gate, up, silu, product, down."""
 
     def __init__(self, **options: Any) -> None:
@@ -112,7 +112,7 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(kv_len, **options), Mlp(**options)
+        self.self_attn, self.mlp = EagerAttention(kv_len, **options), EagerMlp(**options)
         self.input_layernorm, self.post_attention_layernorm = Norm(HIDDEN, **options), Norm(HIDDEN, **options)
         self.requires_grad_(False)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices import attention, flex
-from calibration.devices.attention_libraries import Library
+from calibration.devices.attention_libraries import AttentionLibrary
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
 from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
 from calibration.devices.skipping import fused_elementwise, grouped_by_loops, in_triton, kernel_count, kernels
@@ -157,7 +157,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def build(op: Operator, device: str, arena: Arena, library: Library | None = None) -> Launches:
+def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
     """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit.
 
     ``library`` computes prefill and decode attention, by default torch.
@@ -288,7 +288,7 @@ def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "
     return Launches(launch, copies, f", SDPA backend {name}{how}")
 
 
-def _library_attention(op: Operator, device: str, arena: Arena, library: Library) -> Launches:
+def _library_attention(op: Operator, device: str, arena: Arena, library: AttentionLibrary) -> Launches:
     q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
     both, copies = _rotated(arena, op, *library.cache_shape(op))
     attend = library.bind(op, TORCH_DTYPE[op.dtype], device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
 from calibration.fit.errors import accuracy_of, few_groups
-from calibration.fit.residual import Block
+from calibration.fit.residual import ResidualBlock
 from calibration.fit.section import FOLDS, Fit
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
 from calibration.records.screening import rotated_copies
@@ -138,7 +138,7 @@ class GemmFit(Fit):
         others = [{n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)]
         return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[ResidualBlock]:
         """Return the blank residual: a correction if there is a prior."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
@@ -149,7 +149,7 @@ class GemmFit(Fit):
         before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
-    def held_out(self, blocks: list[Block], target: FloatArray) -> FloatArray:
+    def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
         """Return log predicted over measured of each row, from a fit to the other folds, which on few rows fits the
         constants again."""
         out = np.full(len(self), np.nan)

@@ -57,7 +57,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Fit:
+class UpdateErrors:
     """Errors of the rows of one operator: before the update, and after it, each row predicted from the others."""
 
     name: str
@@ -78,7 +78,7 @@ class Updated:
     profile: HardwareProfile
     rows: int
     effects: tuple[Effect, ...]
-    fits: tuple[Fit, ...]  # by operator and number format, then all
+    fits: tuple[UpdateErrors, ...]  # by operator and number format, then all
     notes: tuple[str, ...]
 
 
@@ -295,14 +295,16 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
     raise InputError(f"local update: {fact}; {hint}")
 
 
-def _fit(name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior) -> Fit:
+def _fit(
+    name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior
+) -> UpdateErrors:
     """Return the errors of the rows ``at`` before and after the update."""
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
     half_after = after * posterior.coverage_factors[posterior.kind[at]]
     half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(half_after))
     inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= half_after
-    return Fit(
+    return UpdateErrors(
         name=name,
         rows=int(at.sum()),
         error_before=float(np.abs(np.expm1(-y)).mean()),

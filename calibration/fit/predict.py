@@ -42,7 +42,7 @@ take as long as the framework. The last two are assumed."""
 
 
 @dataclass(frozen=True)
-class Formats:
+class RowFormats:
     """Number formats of rows, and the level of their intervals."""
 
     dtype: str
@@ -89,7 +89,7 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
     """Return the times of the rows of one part under the conditions of their measurement: warm or cold, with the same
     rotation of weights."""
     operator = OPERATORS[int(r.operator[0])]
-    formats = Formats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
+    formats = RowFormats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
     return _PREDICT[SECTIONS[operator]](r, hw, formats)
 
 
@@ -122,7 +122,7 @@ def _scaled(time: OperatorTimes, factor: Any) -> OperatorTimes:
     return _each(lambda name: time.bottleneck if name == "bottleneck" else factor * getattr(time, name))
 
 
-def _gemm(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _gemm(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     if r.is_operator("low_rank")[0]:
         return _pair(r, hw, formats)
     if r.is_operator("gather_gemm")[0]:
@@ -135,7 +135,7 @@ def _gemm(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k}, in_order(errors, len(r)))
 
 
-def _pair(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _pair(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     """Predict the two products of a low-rank pair, k -> rank -> n."""
     options = Options(formats.dtype, formats.weight, copies=weight_copies(r))
     shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
@@ -143,7 +143,7 @@ def _pair(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rank": r.rank})
 
 
-def _gathered(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _gathered(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     """Predict a product of some tokens: one kernel that skips the other tokens, or a dense one between a gather and a
     scatter."""
     kernel = np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE)
@@ -153,7 +153,7 @@ def _gathered(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rows": r.rows})
 
 
-def _grouped(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _grouped(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     """Predict a product of each token with some groups of features: one kernel that skips the other groups, or, per
     group, a dense product of its tokens between a gather and a scatter."""
     outer = r.role == ROLES.index("up")
@@ -168,7 +168,7 @@ def _grouped(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 
 
 def _copied(
-    product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, formats: Formats
+    product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, formats: RowFormats
 ) -> OperatorTimes:
     """Return a product of some tokens; where the rows are not a single kernel, with the gather before and the scatter
     after it."""
@@ -184,7 +184,7 @@ def _heads(r: Records) -> dict[str, Any]:
     return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
 
 
-def _prefill(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _prefill(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     e = attention.prefill(
         r.batch,
         r.q_len,
@@ -204,7 +204,7 @@ def _prefill(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
 
 
-def _decode(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _decode(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     latent = bool(r.is_operator(*LATENT)[0])
 
     def call(rows: Records) -> Estimate:
@@ -240,7 +240,7 @@ def _by(
     return _each(lambda name: getattr(whole, name)[order]), Uncertainty.joined([error for _, error in found], order)
 
 
-def _collective(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _collective(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     def call(rows: Records) -> Estimate:
         return collective(rows.n, rows.batch, hw, kind=ROLES[int(rows.role[0])])
 
@@ -248,7 +248,7 @@ def _collective(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
     return Predicted(time, {"bytes": r.n, "devices": r.batch, "role": r.role}, uncertainty)
 
 
-def _elementwise(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _elementwise(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     # copies have the class of cache writes
     role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
     e = elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=formats.dtype)
@@ -256,7 +256,7 @@ def _elementwise(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted
     return Predicted(time, {"bytes": r.read_bytes + r.write_bytes, "role": role}, uncertainty)
 
 
-def _experts(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _experts(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     def call(rows: Records) -> Estimate:
         return experts(
             rows.m,
@@ -279,14 +279,14 @@ def _experts(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
 
 
 @dataclass(frozen=True)
-class HostTime:
+class LaunchTime:
     """Host time of an eager launch in a pass."""
 
     launch_s: float
     half: float  # half-width of its 90 % interval, log
 
     @classmethod
-    def of(cls, hw: HardwareProfile) -> HostTime:
+    def of(cls, hw: HardwareProfile) -> LaunchTime:
         """Return the launch time by a profile and its local update."""
         launch_s, log_sd = host_launch(hw)
         posterior = posterior_of(hw)
@@ -304,9 +304,9 @@ def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
     return np.asarray(on_cpu[r.source] & (hw.architecture != "cpu"))
 
 
-def _layer(r: Records, hw: HardwareProfile, formats: Formats) -> Predicted:
+def _layer(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     """Predict eager layers: the host's launches, independent of the length of the cache."""
-    rows, host = len(r), HostTime.of(hw)
+    rows, host = len(r), LaunchTime.of(hw)
     nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
     uncertainty = Uncertainty(
         factors=("host",),

@@ -60,7 +60,7 @@ def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, Float
 
 
 @dataclass(frozen=True)
-class Block:
+class ResidualBlock:
     """A grid to fit: the positions of rows in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
 
     grid: ResidualGrid
@@ -69,9 +69,9 @@ class Block:
     inside: NDArray[np.floating[Any]]
 
     @staticmethod
-    def of(grid: ResidualGrid, coordinates: Any, regularisation: Regularisation) -> Block:
+    def of(grid: ResidualGrid, coordinates: Any, regularisation: Regularisation) -> ResidualBlock:
         """Return the block of rows at coordinates."""
-        return Block(grid, regularisation, *grid.cells(coordinates))
+        return ResidualBlock(grid, regularisation, *grid.cells(coordinates))
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
@@ -82,7 +82,7 @@ class Block:
         )
         return list(zip(shape, *weights, strict=True))
 
-    def take(self, rows: Any) -> Block:
+    def take(self, rows: Any) -> ResidualBlock:
         """Return the block of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
 
@@ -159,21 +159,21 @@ class Block:
         return grid.reshape(-1)
 
 
-def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[Block]:
+def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
     """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per
     measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
-    out = [Block.of(grid, position, regularisation)]
+    out = [ResidualBlock.of(grid, position, regularisation)]
     if by_rows:
         known = np.unique(position[0])
         line = ResidualGrid((0.0,), (1.0,), np.zeros(max(len(known), 2)))
-        out.append(Block.of(line, [np.searchsorted(known, position[0]).astype(np.float64)], BY_ROWS))
+        out.append(ResidualBlock.of(line, [np.searchsorted(known, position[0]).astype(np.float64)], BY_ROWS))
     return out
 
 
 def solve(
-    parts: Sequence[Block], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
+    parts: Sequence[ResidualBlock], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
     """Return node values of every grid, fitted to a log target of ``rows`` or all.
 
@@ -208,12 +208,12 @@ class FewRows:
     """The ridge problem with one unknown per row instead of one per node: exact, and faster with fewer rows than
     nodes."""
 
-    parts: tuple[Block, ...]
+    parts: tuple[ResidualBlock, ...]
     common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties
     whitened: tuple[tuple[FloatArray, FloatArray], ...]
 
     @staticmethod
-    def of(parts: Sequence[Block]) -> FewRows:
+    def of(parts: Sequence[ResidualBlock]) -> FewRows:
         """Return the problem of some grids."""
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
@@ -238,7 +238,9 @@ class FewRows:
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
-def evaluate(parts: Sequence[Block], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None) -> FloatArray:
+def evaluate(
+    parts: Sequence[ResidualBlock], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None
+) -> FloatArray:
     """Return the log factors of rows."""
     taken = parts if rows is None else [b.take(rows) for b in parts]
     return np.asarray(sum(b.matrix @ v for b, v in zip(taken, values, strict=True)))
@@ -248,5 +250,5 @@ def fit_grid(
     blank: ResidualGrid, position: Any, target: FloatArray, regularisation: Regularisation, rounds: int
 ) -> ResidualGrid:
     """Return a grid fitted to log residuals at positions, on the nodes of ``blank``; ``rounds`` as in :func:`solve`."""
-    values = solve([Block.of(blank, position, regularisation)], target, rounds=rounds)[0]
+    values = solve([ResidualBlock.of(blank, position, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

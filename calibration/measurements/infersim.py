@@ -2,7 +2,7 @@
 
 :func:`read_table` reads one CSV file of the folder in which the repository's ``bench_data/*/h20`` were joined; times
 are in microseconds. Its benchmark scripts (``kernel_benchmark``) show how each was measured, and so which rows are the
-time of a kernel (:class:`Method`). SGLang runs these kernels (stack ``sglang``), except in decode attention: the
+time of a kernel (:class:`TimingMethod`). SGLang runs these kernels (stack ``sglang``), except in decode attention: the
 table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
 FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.measurements.wheel import CHOICES, Choice, datasheet, exclude
+from calibration.measurements.wheel import CHOICES, SelectedTable, datasheet, exclude
 from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
 from calibration.records.importers import finish
 from calibration.records.readers import Draft
@@ -43,7 +43,7 @@ STALL = 1.15
 
 
 @dataclass(frozen=True)
-class Method:
+class TimingMethod:
     """How the rows of a file were measured."""
 
     files: tuple[str, ...]
@@ -56,24 +56,24 @@ class Method:
 
 # fmt: off
 _HEADS = {"heads": "heads", "kv_heads": "kv_heads", "head_dim": "head_dim"}
-_METHODS: Mapping[str, Method] = {
-    "gemm": Method(
+_METHODS: Mapping[str, TimingMethod] = {
+    "gemm": TimingMethod(
         ("gemm_fp8.csv",), "deep_gemm fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
         "kernel time of a profiler, L2 overwritten before each; activations quantised before", "excluded",
         {"m": "m", "n": "n", "k": "k"}),
-    "attention_prefill": Method(
+    "attention_prefill": TimingMethod(
         ("attention_prefill.csv",), "sgl_kernel flash_attn_varlen_func", "FlashAttention-3",
         "mean of 10 calls in a row after 10 others, operands as far in L2 as they fit", "eager",
         {**_HEADS, "batch": 1.0, "q_len": "seq_len", "kv_len": "seq_len"}),
-    "attention_decode": Method(
+    "attention_decode": TimingMethod(
         ("attention_decode.csv",), "BatchDecodeWithPagedKVCacheWrapper, tensor cores", "FlashInfer",
         "mean of 10 calls in a row after 10 others, cache as far in L2 as it fits", "eager",
         {**_HEADS, "batch": "batch_size", "q_len": 1.0, "kv_len": "kv_len"}),
-    "mla_decode": Method(
+    "mla_decode": TimingMethod(
         ("mla_decode.csv",), "FlashMLA", "FlashMLA", "calls in a row; the script is not in the repository", "unknown",
         {"heads": "heads", "kv_heads": 1.0, "head_dim": 576.0, "n": 512.0, "batch": "batch_size", "q_len": 1.0,
          "kv_len": "kv_len"}),
-    "experts": Method(
+    "experts": TimingMethod(
         ("experts_decode.csv", "experts_prefill.csv"),
         "deep_gemm grouped fp8_gemm, scales of 128 x 128 weights", "DeepGEMM",
         "kernel time of a profiler, L2 overwritten before each; one product of all experts", "excluded", {}),
@@ -83,17 +83,17 @@ _FORMATS = {"gemm": ("fp8_block",), "experts": ("fp8_block",), "attention_decode
 _STACKS = {"attention_decode": "flashinfer"}
 
 
-def _tables() -> dict[str, Choice]:
+def _tables() -> dict[str, SelectedTable]:
     out = {}
     for operator, about in _METHODS.items():
         stack, formats = _STACKS.get(operator, "sglang"), _FORMATS.get(operator, ("bf16",))
-        out[f"h20/{operator}/{stack}"] = Choice("h20", stack, " and ".join(about.files), ships=formats)
+        out[f"h20/{operator}/{stack}"] = SelectedTable("h20", stack, " and ".join(about.files), ships=formats)
     return out
 
 
-TABLES: Mapping[str, Choice] = _tables()
+TABLES: Mapping[str, SelectedTable] = _tables()
 # fmt: on
-SOURCES: Mapping[str, Choice] = {**CHOICES, **TABLES}
+SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
 """Every table that profiles are fitted on, by ``device/operator/stack``."""
 
 

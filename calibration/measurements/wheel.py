@@ -36,7 +36,7 @@ STALL = 5.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedTable:
     """A table and its selected rows."""
 
     hardware: str  # profile with the datasheet that limits its times
@@ -146,7 +146,7 @@ _EXPERTS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 # fmt: on
 
 
-def _choices() -> dict[str, Choice]:
+def _choices() -> dict[str, SelectedTable]:
     """Return all tables, by ``device/operator/stack``."""
     out = {}
     for system, stack, version, prefill, decode, comm, kernel in _STACKS:
@@ -155,33 +155,37 @@ def _choices() -> dict[str, Choice]:
         name = f"{device}/gemm/{stack}"
         formats = _GEMM_FORMATS.get(name, _VLLM_GEMMS if stack == "vllm" else _GEMMS)
         shipped = _SHIPPED_GEMMS.get(name, ships)
-        out[name] = Choice(hardware, stack, f"{system}/gemm/{stack}/{version}/gemm", formats, ships=shipped)
+        out[name] = SelectedTable(hardware, stack, f"{system}/gemm/{stack}/{version}/gemm", formats, ships=shipped)
         for operator, file, path in (("prefill", "context", prefill), ("decode", "generation", decode)):
             inside = f"{system}/attention/{stack}/{version}/{file}_attention"
             if path:
-                out[f"{device}/attention_{operator}/{stack}"] = Choice(hardware, stack, inside, (), path, ships)
+                out[f"{device}/attention_{operator}/{stack}"] = SelectedTable(hardware, stack, inside, (), path, ships)
         inside = f"{system}/comm/{stack}/{comm}/custom_allreduce"
-        out[f"{device}/collective/{stack}"] = Choice(hardware, stack, inside, ("bf16",), kernel, ships)
+        out[f"{device}/collective/{stack}"] = SelectedTable(hardware, stack, inside, ("bf16",), kernel, ships)
         inside = f"{system}/comm/nccl/{_NCCL.get(system, '2.29.2')}/nccl"
-        out[f"{device}/collective/nccl"] = Choice(hardware, "nccl", inside, ("fp16", "int8"), "", ("fp16", "int8"))
+        out[f"{device}/collective/nccl"] = SelectedTable(
+            hardware, "nccl", inside, ("fp16", "int8"), "", ("fp16", "int8")
+        )
     for system, stack, version, taken, kernels in _EXPERTS:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
         name = f"{device}/experts/{stack}"
         name = f"{name}-{version}" if name in out else name
         inside = f"{system}/moe/{stack}/{version}/moe"
         ships = ("bf16",) if name == "h100_sxm/experts/trtllm" else ()
-        out[name] = Choice(hardware, stack, inside, taken, " ".join(kernels), ships)
+        out[name] = SelectedTable(hardware, stack, inside, taken, " ".join(kernels), ships)
     for system, stack, version in _LATENT:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
         for operator, file in zip(LATENT, ("context", "generation"), strict=True):
             inside = f"{system}/mla/{stack}/{version}/{file}_mla"
             both, own = stack == "trtllm" or device == "b200_sxm", ("bf16", "fp8_wo")
-            choice = Choice(hardware, stack, inside, own if both else own[:1], ships=own if device[0] == "a" else ())
+            choice = SelectedTable(
+                hardware, stack, inside, own if both else own[:1], ships=own if device[0] == "a" else ()
+            )
             out |= {f"{device}/{operator}/{stack}": choice} if both or operator == "mla_decode" else {}
     return out
 
 
-CHOICES: Mapping[str, Choice] = _choices()
+CHOICES: Mapping[str, SelectedTable] = _choices()
 
 
 def datasheet(name: str) -> HardwareProfile:
@@ -205,7 +209,7 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict[str, int], Refusals]:
+def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Records, dict[str, int], Refusals]:
     """Return a table's rows, sorted for compression, with times in single precision; excluded and refused rows by
     reason."""
     hw = datasheet(choice.hardware)
@@ -219,7 +223,7 @@ def read_choice(archive: zipfile.ZipFile, choice: Choice) -> tuple[Records, dict
     return records.replace(seconds=records.seconds.astype(np.float32).astype(np.float64)), left, result.refusals
 
 
-def choose(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
+def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     """Return the rows of a choice, and the number of excluded rows by reason."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
     labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
@@ -253,7 +257,7 @@ def stalled(records: Records) -> Array:
     return out
 
 
-def shipped_part(records: Records, choice: Choice) -> tuple[Records, dict[str, int]]:
+def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     """Return the shipped rows of a table, and the number of rows that stay in the wheel, by reason."""
     labels = records.labels().astype(str)
     return exclude(

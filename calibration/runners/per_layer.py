@@ -23,7 +23,7 @@ import torch
 from calibration.devices.operators import gated
 from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, Projection, Tensor
 from calibration.runners.decoder.routed import best
-from calibration.runners.decoder.run import State, embedded, logits_after, through_layer
+from calibration.runners.decoder.run import PassState, embedded, logits_after, through_layer
 from calibration.runners.quality import Score, score_logits
 from simulator.errors import InputError
 from simulator.files.csv import csv_text, read_csv
@@ -129,7 +129,7 @@ def measure_layers(
     if not todo and DENSE in done:
         return
     with torch.no_grad():
-        state = State(decoder, len(windows[0]))
+        state = PassState(decoder, len(windows[0]))
         scored = embedded(state, torch.stack(list(windows)))
         dense = _Dense(decoder, windows, _rest(state, 0, scored))
         if DENSE not in done:
@@ -153,7 +153,7 @@ def measure_layers(
             both = through_layer(state, number, replace(layer, attention=None), both)
 
 
-def _rest(state: State, first: int, x: Tensor) -> Tensor:
+def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
     """Return the residual stream after all layers from the one before the layer ``first``."""
     for number, layer in enumerate(state.decoder.layers[first:], first):
         x = through_layer(state, number, layer, x)
@@ -224,7 +224,7 @@ def _mlp(m: Mlp | None, block: Block, importance: Tensor) -> Mlp | None:
     return replace(m, gate=m.gate.rows(index), up=m.up.rows(index), down=m.down.columns(index))
 
 
-def _importance(state: State, m: Mlp | None, x: Tensor) -> Tensor:
+def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
     """Return the mean output of each channel of an MLP: its mean activation times the norm of its output weights."""
     if m is None:
         return None

@@ -57,7 +57,7 @@ REPORTS = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """Result of a measuring run: its plan, its outcome and the records in its folder."""
 
     plan: MeasurementPlan
@@ -117,7 +117,7 @@ def measure_plan(
     budget_s: float,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Measured:
+) -> MeasuredRun:
     """Run a plan and write its records to a file.
 
     ``planned`` makes the plan from the device's rates (probed for a new file), the protocol and the seed of the run.
@@ -132,7 +132,7 @@ def measure_plan(
         rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, header.dtype, protocol)
         plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", seed)))
         outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
-    return Measured(plan, outcome, content_records(read_store(file)))
+    return MeasuredRun(plan, outcome, content_records(read_store(file)))
 
 
 def measure_into(
@@ -147,7 +147,7 @@ def measure_into(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> Measured:
+) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
     Parameters
@@ -217,7 +217,7 @@ def measure_host(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> Measured:
+) -> MeasuredRun:
     """Measure the host time of this machine in a few seconds; see :func:`measure_into` for the parameters.
 
     ``hardware`` is the profile to update: of this device or, on a machine without a GPU, of any device.

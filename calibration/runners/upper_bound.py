@@ -25,7 +25,7 @@ from calibration.records.store import read_store
 from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.runs import Measured, begin, measure_plan
+from calibration.runners.runs import MeasuredRun, begin, measure_plan
 from calibration.validation.scores import errors
 from simulator.arrays import FloatArray
 from simulator.cost import attention
@@ -145,7 +145,7 @@ def measure_bounds(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> Measured:
+) -> MeasuredRun:
     """Time the plain kernels of some cases into a new run folder or the folder of an earlier run of the same device.
 
     The shapes share the budget; the next run measures the shapes that remain. See

@@ -15,7 +15,7 @@ from calibration.fit.gemm import GemmFit, free_constants, starting_constants
 from calibration.measurements.wheel import CHOICES
 from calibration.validation.accuracy import GEMMS
 from calibration.validation.accuracy_tables import titles
-from calibration.validation.protocol import Measured, Row, errors
+from calibration.validation.protocol import MeasuredRows, Row, errors
 from calibration.validation.report import table
 from simulator.arrays import FloatArray
 from simulator.hardware.library import load_hardware
@@ -65,7 +65,7 @@ def profile_of(variant: Variant, hw: HardwareProfile) -> HardwareProfile:
     return replace(hw, architecture="ampere" if hw.architecture == "hopper" else "hopper") if variant.swapped else hw
 
 
-def fit_variant(variant: Variant, measured: Measured, seed: int = 0) -> dict[str, float]:
+def fit_variant(variant: Variant, measured: MeasuredRows, seed: int = 0) -> dict[str, float]:
     """Return the constants fitted as in :func:`calibration.fit.gemm.fit_gemm`, without the mechanism that the variant
     removes."""
     data = measured.data
@@ -87,7 +87,7 @@ def units(tables: Sequence[str] = TABLES, seeds: Sequence[int] = SEEDS) -> Itera
                 yield from ((name, variant, seed) for seed in seeds)
 
 
-def run(unit: Unit, measured: Measured | None = None, size: int | None = None) -> Row:
+def run(unit: Unit, measured: MeasuredRows | None = None, size: int | None = None) -> Row:
     """Return the error of one fit to ``size`` training rows (None: all) of the shipped table, or of ``measured``."""
     name, variant, seed = unit
     measured = measured or GEMMS[name].load()
@@ -97,7 +97,7 @@ def run(unit: Unit, measured: Measured | None = None, size: int | None = None) -
     copies = np.full(len(data), np.inf) if variant.cold else data.calls.copies
     machine = replace(data.calls.machine, persistent=hw.architecture in ("hopper", "blackwell_sm100"))
     calls = replace(data.calls, copies=copies, machine=machine)
-    train, test = Measured(replace(data, calls=calls), hw, measured.dtype).train_test(size, seed)
+    train, test = MeasuredRows(replace(data, calls=calls), hw, measured.dtype).train_test(size, seed)
     predicted = test.data.calls.seconds(fit_variant(variant, train, seed))
     mape = errors(predicted, test.data)["mape"]
     return {"table": name, "variant": variant.name, "seed": seed, "rows": len(train.data), "mape": mape}

@@ -28,7 +28,7 @@ from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records
 from calibration.validation import protocol, stacks
-from calibration.validation.protocol import Measured, Row, row
+from calibration.validation.protocol import MeasuredRows, Row, row
 from simulator.cost.base import Machine
 from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError, unknown
@@ -52,7 +52,7 @@ class TableChoice:
         """Operator of the table."""
         return self.measurement.split("/")[1]
 
-    def load(self) -> Measured:
+    def load(self) -> MeasuredRows:
         """Return the usable rows, with the datasheet of their device."""
         return _loaded(self)
 
@@ -222,9 +222,9 @@ def by_datasheet(name: str) -> HardwareProfile:
     return hw if kin - {name} else replace(hw, architecture="cdna3")
 
 
-def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> Measured:
+def gemm_rows(records: Records, hw: HardwareProfile, dtype: str) -> MeasuredRows:
     """Return the GEMM rows of records."""
-    return Measured(products_of(records, Machine.of(hw, dtype)), hw, dtype)
+    return MeasuredRows(products_of(records, Machine.of(hw, dtype)), hw, dtype)
 
 
 @lru_cache(maxsize=4)
@@ -237,15 +237,15 @@ def _records(table: TableChoice) -> Records:
 
 
 @lru_cache(maxsize=8)
-def _loaded(table: TableChoice) -> Measured:
+def _loaded(table: TableChoice) -> MeasuredRows:
     records = _records(replace(table, dtype="")).of_dtype(table.dtype)
     hw = datasheet(SOURCES[table.measurement].hardware)
     machine = Machine.of(hw, table.dtype)
     if table.operator == "experts":
-        return Measured(layers_of(records, machine, hw.architecture), hw, table.dtype)
+        return MeasuredRows(layers_of(records, machine, hw.architecture), hw, table.dtype)
     if table.operator == "gemm":
         return gemm_rows(records, hw, table.dtype)
-    return Measured(calls_of(records, table.operator, machine).screened()[0], hw, table.dtype)
+    return MeasuredRows(calls_of(records, table.operator, machine).screened()[0], hw, table.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -57,7 +57,7 @@ NOT_USED: Mapping[str, int] = {
 
 
 @dataclass(frozen=True)
-class Summary:
+class GroupSummary:
     """Agreement of a group of comparisons: shares and relative errors."""
 
     kind: str
@@ -77,7 +77,7 @@ def end_to_end() -> dict[str, list[Comparison]]:
     return {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
 
 
-def summaries(comparisons: Mapping[str, Sequence[Comparison]], by_gpu: bool = True) -> list[Summary]:
+def summaries(comparisons: Mapping[str, Sequence[Comparison]], by_gpu: bool = True) -> list[GroupSummary]:
     """Return one line per kind, engine, split and GPU (or for all GPUs), without rows in custom modelling code."""
     groups: dict[tuple[str, str, str, str], list[Comparison]] = {}
     for kind, rows in comparisons.items():
@@ -87,9 +87,11 @@ def summaries(comparisons: Mapping[str, Sequence[Comparison]], by_gpu: bool = Tr
     return [summary(rows, kind, engine, gpu, split) for (kind, engine, split, gpu), rows in groups.items()]
 
 
-def summary(rows: Sequence[Comparison], kind: str = "", engine: str = "", gpu: str = "", split: str = "") -> Summary:
+def summary(
+    rows: Sequence[Comparison], kind: str = "", engine: str = "", gpu: str = "", split: str = ""
+) -> GroupSummary:
     """Return the line of some comparisons."""
-    return Summary(
+    return GroupSummary(
         kind=kind,
         engine=engine,
         gpu=gpu,
@@ -153,7 +155,7 @@ def tables() -> list[str]:
     ]
 
 
-def _summary_table(lines: Iterable[Summary], names: Sequence[str]) -> str:
+def _summary_table(lines: Iterable[GroupSummary], names: Sequence[str]) -> str:
     order = list(KINDS)
     lines = sorted(lines, key=lambda x: [order.index(x.kind), *(getattr(x, name) for name in names)])
     header = [*names, "rows", "median error", "bias", "coverage", "half-width"]

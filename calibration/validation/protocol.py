@@ -1,7 +1,7 @@
 """How one table is evaluated: splits by groups of shapes, errors on held-out rows, speedups of neighbouring shapes,
 coverage of intervals, baselines.
 
-Use :func:`evaluate_table` for one :class:`Measured` table, seed and size of training set; :func:`leave_one_out` for
+Use :func:`evaluate_table` for one :class:`MeasuredRows` table, seed and size of training set; :func:`leave_one_out` for
 tables of a few projections; :mod:`calibration.validation.stacks` for a held-out software stack. Scores are mappings, in
 percent except Spearman and counts.
 """
@@ -57,7 +57,7 @@ LLM_WIDTHS: tuple[tuple[int, int], ...] = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRows:
     """Rows of one operator in one table, their number format, and the profile with the datasheet of their device."""
 
     data: Fit
@@ -92,11 +92,11 @@ class Measured:
             return pairs_along(g.heads, [g.batch, g.q_len, g.kv_len])
         return pairs_along(g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim])
 
-    def take(self, rows: NDArray[Any]) -> Measured:
+    def take(self, rows: NDArray[Any]) -> MeasuredRows:
         """Return rows by mask or index."""
         return replace(self, data=self.data.take(rows))
 
-    def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[Measured, Measured]:
+    def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[MeasuredRows, MeasuredRows]:
         """Return ``size`` rows of the training groups (None: all), and every row of the test groups."""
         train, test = split(self.groups(by), seed)
         return self.take(draw(train, size, seed)), self.take(test)
@@ -229,7 +229,7 @@ def llm_pairs(data: Products, octaves: float = 0.26) -> IndexArray:
     return np.asarray(pairs[(distance <= octaves)[large] & pruned])
 
 
-def evaluate(section: Section, table: Measured, by: str = "") -> dict[str, float]:
+def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
     """Return all scores of a section on held-out shapes of its stack."""
     hw, data, pairs = table.profile(section), table.data, table.pairs(by)
     predicted = table.predicted(hw)
@@ -249,7 +249,7 @@ def evaluate(section: Section, table: Measured, by: str = "") -> dict[str, float
     return out | cold_scores(section, table)
 
 
-def cold_scores(section: Section, table: Measured) -> dict[str, float]:
+def cold_scores(section: Section, table: MeasuredRows) -> dict[str, float]:
     """Return bias and coverage of the cold prediction, as in a decoder, for rows with few tokens whose rotated weights
     take at least :data:`COLD_L2` times the L2."""
     calls, machine = table.data.calls, Machine.of(table.hw, table.dtype)
@@ -267,7 +267,7 @@ def cold_scores(section: Section, table: Measured) -> dict[str, float]:
 
 
 def evaluate_table(
-    table: Measured,
+    table: MeasuredRows,
     size: int | None,
     seed: int,
     by: str = "",
@@ -276,14 +276,14 @@ def evaluate_table(
     fold_by: Sequence[str] = GROUPINGS,
 ) -> Row:
     """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups; ``prior``
-    and ``fold_by`` as in :meth:`Measured.fit`."""
+    and ``fold_by`` as in :meth:`MeasuredRows.fit`."""
     train, test = table.train_test(size, seed, by)
     method = "prunesim" if prior is None else "prunesim + prior"
     section = train.fit(seed=seed, prior=prior, fold_by=fold_by)
     return row(method, seed, len(train.data), evaluate(section, test, by))
 
 
-def evaluate_baselines(table: Measured, size: int | None, seed: int) -> list[Row]:
+def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
     """Return the scores of the baselines on the same rows."""
     train, test = (part.data for part in table.train_test(size, seed))
     assert isinstance(train, GemmFit)
@@ -307,7 +307,7 @@ def score_elementwise(moves: ElementwiseFit, hw: HardwareProfile, rows: int, see
     return {**scored, "mape over 10us": scores.errors(time.seconds[long], unseen.seconds[long], 100.0)["mape"]}
 
 
-def leave_one_out(table: Measured, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
+def leave_one_out(table: MeasuredRows, labels: NDArray[Any], prior: Section | None = None) -> list[Row]:
     """Fit to all projections of a table except one and evaluate on it, for each projection in turn.
 
     ``method`` is the label of the held-out projection; the last result, "all", pools the rows of all.

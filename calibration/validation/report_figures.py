@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.validation.scores import by_size, coverage
-from calibration.validation.validate import Part
+from calibration.validation.validate import ReportPart
 from simulator.arrays import FloatArray
 from simulator.figures.layout import log_axis
 from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
@@ -41,7 +41,7 @@ def _figure(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-def predicted_measured(part: Part) -> Figure:
+def predicted_measured(part: ReportPart) -> Figure:
     """Draw predicted against measured time on logarithmic axes, with the datasheet roofline; at most
     :data:`MOST_POINTS` rows."""
     rows = np.arange(len(part))
@@ -62,7 +62,7 @@ def predicted_measured(part: Part) -> Figure:
     return figure
 
 
-def error_by_size(part: Part) -> Figure:
+def error_by_size(part: ReportPart) -> Figure:
     """Draw median and 95th percentile of the absolute error, and the bias, over each size."""
     several = [name for name in part.sizes if name != "role" and len(np.unique(part.sizes[name])) > 2]
     names = several[:4] or [next(iter(part.sizes))]
@@ -81,7 +81,7 @@ def error_by_size(part: Part) -> Figure:
     return figure
 
 
-def residual_map(part: Part) -> Figure:
+def residual_map(part: ReportPart) -> Figure:
     """Draw the mean signed error over two sizes in octaves: positive where the prediction is too slow."""
     s = part.sizes
     if "m" in s:
@@ -118,7 +118,7 @@ def _map(ax: Axes, x: FloatArray, y: FloatArray, error: FloatArray) -> Any:
     return image
 
 
-def coverage_figure(part: Part, level: float) -> Figure:
+def coverage_figure(part: ReportPart, level: float) -> Figure:
     """Draw the coverage by bottleneck and the level, with the half-width of the intervals as text."""
     rows = coverage(part)
     names, values = [r["bottleneck"] for r in rows], [100.0 * r["coverage"] for r in rows]
@@ -137,7 +137,7 @@ def coverage_figure(part: Part, level: float) -> Figure:
     return figure
 
 
-def part_figures(part: Part, level: float) -> Mapping[str, Figure]:
+def part_figures(part: ReportPart, level: float) -> Mapping[str, Figure]:
     """Return all figures of a part by name: "predicted", "sizes", "residuals", "coverage"."""
     with paper_style():
         return {

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit.errors import accuracy_of, neighbours
-from calibration.validation.validate import Part, Report
+from calibration.validation.validate import Report, ReportPart
 from simulator.arrays import FloatArray
 
 M_RANGES: tuple[tuple[str, str, float, float], ...] = (
@@ -67,12 +67,12 @@ def speedups(
     }
 
 
-def part_errors(part: Part, rows: Any = slice(None)) -> dict[str, float]:
+def part_errors(part: ReportPart, rows: Any = slice(None)) -> dict[str, float]:
     """Return the errors of some rows of a part."""
     return accuracy_of(part.error[rows])
 
 
-def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
+def by_size(part: ReportPart, name: str, bins: int = 12) -> list[dict[str, float]]:
     """Return errors over one size, in at most ``bins`` ranges ("low" to "high") of equal numbers of distinct sizes."""
     size = part.sizes[name]
     out: list[dict[str, float]] = []
@@ -83,7 +83,7 @@ def by_size(part: Part, name: str, bins: int = 12) -> list[dict[str, float]]:
     return out
 
 
-def part_speedups(part: Part) -> dict[str, float]:
+def part_speedups(part: ReportPart) -> dict[str, float]:
     """Return :func:`speedups` of the rows of a part that differ in one size."""
     at = neighbours([size for name, size in part.sizes.items() if name != "role"])
     if len(at) > PAIRS:
@@ -91,7 +91,7 @@ def part_speedups(part: Part) -> dict[str, float]:
     return speedups(part.predicted_s, part.measured_s, at)
 
 
-def coverage(part: Part) -> list[dict[str, Any]]:
+def coverage(part: ReportPart) -> list[dict[str, Any]]:
     """Return the coverage of measured times and the geometric half-width of their intervals (a factor less 1): "all",
     then by bottleneck."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
@@ -104,7 +104,7 @@ def coverage(part: Part) -> list[dict[str, Any]]:
     return out
 
 
-def part_summary(part: Part) -> dict[str, Any]:
+def part_summary(part: ReportPart) -> dict[str, Any]:
     """Return all scores of one part as plain data."""
     out: dict[str, Any] = {
         "operator": part.operator,

@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.fit.gemm import GemmFit
 from calibration.fit.local_update import update_profile
-from calibration.validation.protocol import Measured, Row, coverage, errors, ratio_coverage, row, speedups
+from calibration.validation.protocol import MeasuredRows, Row, coverage, errors, ratio_coverage, row, speedups
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -27,13 +27,13 @@ ALTERNATIVES: tuple[str, ...] = ("factor", "three")
 """Simpler alternatives to the local update, for GEMMs: one factor, three constants."""
 
 
-def one_factor(hw: HardwareProfile, rows: Measured, test: Measured) -> FloatArray:
+def one_factor(hw: HardwareProfile, rows: MeasuredRows, test: MeasuredRows) -> FloatArray:
     """Return all times multiplied by the median ratio of the local ones."""
     ratio = np.median(rows.data.seconds / rows.times(hw).seconds)
     return np.asarray(ratio * test.times(hw).seconds)
 
 
-def three_constants(section: Section, rows: Measured, test: Measured) -> FloatArray:
+def three_constants(section: Section, rows: MeasuredRows, test: MeasuredRows) -> FloatArray:
     """Return times with three constants of a GEMM section fitted to local rows, near their previous values."""
     assert isinstance(rows.data, GemmFit)
     values = {name: constant.value for name, constant in section.constants.items()}
@@ -42,7 +42,7 @@ def three_constants(section: Section, rows: Measured, test: Measured) -> FloatAr
     return test.times(test.profile(replace(section, constants=constants))).seconds
 
 
-def evaluate_held_out(section: Section, table: Measured, seed: int, sizes: Sequence[int] = SIZES) -> list[Row]:
+def evaluate_held_out(section: Section, table: MeasuredRows, seed: int, sizes: Sequence[int] = SIZES) -> list[Row]:
     """Evaluate a section of one stack on another stack's table: as shipped, and after an update with some of the
     table's rows, by each method; all on the same rows of the test groups."""
     test = _Test.of(table, seed)
@@ -57,7 +57,7 @@ def evaluate_held_out(section: Section, table: Measured, seed: int, sizes: Seque
     return out
 
 
-def evaluate_datasheet(hw: HardwareProfile, table: Measured, others: Measured | None, seed: int) -> list[Row]:
+def evaluate_datasheet(hw: HardwareProfile, table: MeasuredRows, others: MeasuredRows | None, seed: int) -> list[Row]:
     """Evaluate a profile without fits on a table of its device: as it is, updated with some of the table's rows, and
     updated with as many rows of another operator (``others``), whose method is "other rows"."""
     test = _Test.of(table, seed)
@@ -78,11 +78,11 @@ def evaluate_datasheet(hw: HardwareProfile, table: Measured, others: Measured | 
 class _Test:
     """Held-out rows of a table, and pairs of them whose ratio is evaluated."""
 
-    rows: Measured
+    rows: MeasuredRows
     pairs: IndexArray
 
     @classmethod
-    def of(cls, table: Measured, seed: int) -> _Test:
+    def of(cls, table: MeasuredRows, seed: int) -> _Test:
         """Return a sample of the rows of the test groups."""
         rng = np.random.default_rng(seed + 50)
         unseen = table.train_test(None, seed)[1]

@@ -29,7 +29,7 @@ us."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ReportPart:
     """One operator in one number format ("int8_wo": int8 weights, 16-bit activations); one row per measurement."""
 
     operator: str
@@ -67,7 +67,7 @@ class Report:
     device: str
     software: str
     level: float
-    parts: tuple[Part, ...]
+    parts: tuple[ReportPart, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     return Report(hw.name, device, software, LEVEL, tuple(parts), MappingProxyType(skipped), MappingProxyType(held_out))
 
 
-def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> Part:
+def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportPart:
     """Return rows of one operator and format with their prediction and two rooflines."""
     dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw, LEVEL)
     time = predicted.time
@@ -103,7 +103,7 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> Part:
     of_format = (SECTIONS[operator], label) in hw.sections  # of weights narrower than the arithmetic, or with scales
     section = hw.section(SECTIONS[operator], label if of_format else dtype)
     origin = section.provenance
-    return Part(
+    return ReportPart(
         operator=operator,
         dtype=label,
         sizes=MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in predicted.sizes.items()}),

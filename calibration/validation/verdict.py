@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.records.timing_table import PURPOSES, Flag, Records
-from calibration.validation.validate import Part, Report
+from calibration.validation.validate import Report, ReportPart
 from simulator.arrays import FloatArray
 from simulator.display import few
 from simulator.units import percent
@@ -120,7 +120,7 @@ def verdict_of(
     return Verdict(name, len(true), middle[0], mean[0], middle[1], mean[1], float(inside.mean()), level)
 
 
-def _of_parts(name: str, parts: Sequence[Part], level: float) -> Verdict:
+def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
     def of_all(column: str) -> FloatArray:
         return np.concatenate([getattr(part, column) for part in parts])
 

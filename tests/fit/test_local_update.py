@@ -14,7 +14,7 @@ import pytest
 from calibration.cli.rows import load_rows
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
 from calibration.fit.local_update import Updated, update_profile
-from calibration.fit.predict import HostTime, parts_of, predict
+from calibration.fit.predict import LaunchTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.timing_table import Records, Source
 from calibration.runners.targets import operator_of, target_operators, target_workloads
@@ -149,8 +149,8 @@ def host_rows(launch_s: float, rows: int = 6, source: Source = SOURCE) -> Record
 
 
 def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
-    done, before = update_profile(HW, host_rows(22e-6)), HostTime.of(HW)
-    now = HostTime.of(done.profile)
+    done, before = update_profile(HW, host_rows(22e-6)), LaunchTime.of(HW)
+    now = LaunchTime.of(done.profile)
     assert now.launch_s == pytest.approx(22e-6, rel=0.08)
     assert now.half < 0.4 * before.half
     assert math.log(22e-6 / now.launch_s) < now.half
@@ -177,9 +177,9 @@ def test_beside_kernels_the_hosts_scatter_is_not_theirs() -> None:
 def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not() -> None:
     cpu = Source("Some CPU (4 threads)", {"torch": "2.9", "threads": "4"})
     here, there = (update_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
-    close, far = HostTime.of(here.profile), HostTime.of(there.profile)
+    close, far = LaunchTime.of(here.profile), LaunchTime.of(there.profile)
     assert 4e-6 < close.launch_s < far.launch_s < 10e-6
-    assert close.half < far.half < HostTime.of(HW).half
+    assert close.half < far.half < LaunchTime.of(HW).half
     assert any("timed without a GPU" in note for note in there.notes)
     assert not any("without a GPU" in note for note in here.notes)
     mixed = Records.concat([host_rows(4e-6, source=cpu), gemms(3).replace(sources=(cpu,))])

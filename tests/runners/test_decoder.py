@@ -32,7 +32,7 @@ from calibration.runners.decoder.families import (  # noqa: E402
 )
 from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
 from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
-from calibration.runners.decoder.run import Cache, Rule, State, decode, prefill, window_logits  # noqa: E402
+from calibration.runners.decoder.run import LayerCache, PassState, Rule, decode, prefill, window_logits  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.block import Block, Latent  # noqa: E402
@@ -372,7 +372,7 @@ def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> No
 
 def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most(dense: Decoder) -> None:
     torch.manual_seed(0)
-    rule, state = TokenRouting(0.7), State(dense, 4)
+    rule, state = TokenRouting(0.7), PassState(dense, 4)
     router, x = torch.randn(2, CONFIG.hidden), torch.randn(8, 1, CONFIG.hidden)
     wanted = (x[:, 0] @ (router[1] - router[0])).argsort(descending=True).tolist()
     counts = []
@@ -523,7 +523,10 @@ def test_positions_attended_to_are_the_ones_kept() -> None:
     wanted = torch.tensor([[3, 11, 25], [0, 17, 37]])
     for head in range(2):
         k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
-    cache, state = Cache(torch.zeros_like(k), torch.zeros_like(v), 40), State(random_decoder(CONFIG), 40, trace={})
+    cache, state = (
+        LayerCache(torch.zeros_like(k), torch.zeros_like(v), 40),
+        PassState(random_decoder(CONFIG), 40, trace={}),
+    )
     CacheCut(3 / 40, observed=2).cut(state, cache, q, k, v)
     assert torch.equal(state.trace[0, "cache"], wanted[None])
     assert cache.length == 3

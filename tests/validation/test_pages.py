@@ -11,7 +11,7 @@ import pytest
 from calibration.cli import pages
 from calibration.fit.gemm import products
 from calibration.validation import ablations, acceptance
-from calibration.validation.protocol import Measured, errors
+from calibration.validation.protocol import MeasuredRows, errors
 from simulator.cost.base import Machine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -46,7 +46,7 @@ def test_the_accuracy_page_marks_a_missed_target(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def planted() -> Measured:
+def planted() -> MeasuredRows:
     """2,016 shapes of 42 (n, k) pairs, timed by the shipped H100 model with 2 % noise."""
     hw, rng = load_hardware("h100"), np.random.default_rng(5)
     pairs = np.round(2 ** rng.uniform(7, 14, (42, 2)) / 16) * 16
@@ -55,11 +55,11 @@ def planted() -> Measured:
     data = products(m, n, k, np.ones(m.size), Machine.of(hw, "bf16"))
     noise = np.exp(0.02 * rng.standard_normal(m.size))
     seconds = gemm_time(m, n, k, hw, copies=data.calls.copies).seconds
-    return Measured(replace(data, seconds=seconds * noise), hw)
+    return MeasuredRows(replace(data, seconds=seconds * noise), hw)
 
 
 @pytest.mark.slow
-def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: Measured) -> None:
+def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: MeasuredRows) -> None:
     shipped = planted.fit(seed=3)
     own = ablations.fit_variant(ablations.FULL, planted, 3)
     assert own == {name: constant.value for name, constant in shipped.constants.items()}
@@ -67,7 +67,7 @@ def test_an_ablation_of_nothing_is_the_fit_that_ships(planted: Measured) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["no launch time", "no split-K", "no L2 residency"])
-def test_an_ablation_leaves_out_what_it_says(name: str, planted: Measured) -> None:
+def test_an_ablation_leaves_out_what_it_says(name: str, planted: MeasuredRows) -> None:
     variant = next(v for v in ablations.VARIANTS if v.name == name)
     found = ablations.fit_variant(variant, planted)
     assert {constant: found[constant] for constant in variant.fixed} == variant.fixed
@@ -76,7 +76,7 @@ def test_an_ablation_leaves_out_what_it_says(name: str, planted: Measured) -> No
     assert without > complete
 
 
-def test_the_tables_of_ablations_are_made_of_their_rows(planted: Measured) -> None:
+def test_the_tables_of_ablations_are_made_of_their_rows(planted: MeasuredRows) -> None:
     units = [u for u in ablations.units(("h100",), (0, 1)) if u[1].name in ("nothing", "no launch time")]
     assert len(units) == 4
     rows = [

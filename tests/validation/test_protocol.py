@@ -19,7 +19,7 @@ from calibration.validation.acceptance import against_targets
 from calibration.validation.accuracy import GEMMS, TableChoice, run_protocol, stack_pairs
 from calibration.validation.accuracy_tables import columns_of_table, means
 from calibration.validation.baselines import BASELINES, roofline_rbf, three_constants
-from calibration.validation.protocol import Measured
+from calibration.validation.protocol import MeasuredRows
 from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
@@ -61,7 +61,7 @@ def test_scores_by_hand() -> None:
     scores = protocol.errors(said, two)
     assert scores["mape"] == pytest.approx(10.0)
     assert scores["bias"] == pytest.approx(0.0)
-    found = protocol.speedups(said, two, Measured(two, HW).pairs())
+    found = protocol.speedups(said, two, MeasuredRows(two, HW).pairs())
     assert found["speedup median"] == pytest.approx(100 * abs(1.8 / 1.1 / 2 - 1))
     assert found["speedup pairs"] == 1
 
@@ -80,7 +80,7 @@ def test_attention_pairs_differ_in_one_thing_only() -> None:
     geometry = Geometry(ones, 128 * ones, 128 * ones, heads, groups, 128 * ones)
     c = AttentionFit(AttentionCalls("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones)
     # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies below a quarter
-    calls = Measured(c, HW)
+    calls = MeasuredRows(c, HW)
     assert sorted(map(tuple, calls.pairs("heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]
     assert not len(calls.pairs("lengths"))
     assert calls.records().kv_heads.tolist() == [8, 4, 2, 1]
@@ -91,42 +91,42 @@ def test_baselines_fit_what_they_describe(data: GemmFit) -> None:
     assert protocol.errors(three_constants(train, MACHINE, test), test)["mape"] < 1.2
     assert protocol.errors(roofline_rbf(train.take(np.arange(0, len(train), 3)), MACHINE, test), test)["mape"] < 2.0
     assert protocol.errors(BASELINES["datasheet roofline"](train, MACHINE, test), test)["mape"] > 20
-    results = protocol.evaluate_baselines(protocol.Measured(data, HW), 100, 0)
+    results = protocol.evaluate_baselines(protocol.MeasuredRows(data, HW), 100, 0)
     assert [r["method"] for r in results] == list(BASELINES)
 
 
 def test_a_fit_is_scored_on_held_out_rows_and_projections(data: GemmFit) -> None:
-    found = protocol.evaluate_table(Measured(data, HW), 200, 1)
+    found = protocol.evaluate_table(MeasuredRows(data, HW), 200, 1)
     assert (found["method"], found["trained_on"]) == ("prunesim", 200)
     assert found["mape"] < 4.0
     assert found["speedup spearman"] > 0.9
     assert found["coverage"] >= 80
-    section = Measured(data, HW).fit()
+    section = MeasuredRows(data, HW).fit()
     three = data.take(np.isin(data.calls.n, [512, 2048, 4096]) & (data.calls.k == 2048))
-    results = protocol.leave_one_out(Measured(three, HW), three.calls.n, section)
+    results = protocol.leave_one_out(MeasuredRows(three, HW), three.calls.n, section)
     assert [r["method"] for r in results] == ["512.0", "2048.0", "4096.0", "all"]
     assert results[-1]["mape"] < 5
 
 
 def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
     c = data.calls
-    table = Measured(replace(data, calls=replace(c, copies=np.where(c.n * c.k > 2**23, 64.0, 1.0))), HW)
+    table = MeasuredRows(replace(data, calls=replace(c, copies=np.where(c.n * c.k > 2**23, 64.0, 1.0))), HW)
     hw = table.profile(table.fit())
     cold = gemm_time(c.m, c.n, c.k, hw).seconds
-    slower = Measured(replace(table.data, seconds=1.1 * cold), HW)
+    slower = MeasuredRows(replace(table.data, seconds=1.1 * cold), HW)
     found = protocol.cold_scores(hw.section("gemm", "bf16"), slower)
     assert found["cold bias"] == pytest.approx(100 * (1 / 1.1 - 1), abs=1e-3)
     warm = replace(data, calls=replace(c, copies=np.ones(len(data))))
-    assert not protocol.cold_scores(hw.section("gemm", "bf16"), Measured(warm, HW))
+    assert not protocol.cold_scores(hw.section("gemm", "bf16"), MeasuredRows(warm, HW))
 
 
 @pytest.fixture(scope="module")
 def moved(data: GemmFit) -> list[dict[str, Any]]:
     """A stack whose launches take a microsecond more and whose kernels a tenth, predicted from one without."""
-    other = Measured(replace(data, seconds=1.1 * data.seconds + 1e-6), HW)
+    other = MeasuredRows(replace(data, seconds=1.1 * data.seconds + 1e-6), HW)
     return [
         {**r, "held_out": "h100 b"}
-        for r in stacks.evaluate_held_out(Measured(data, HW).fit(), other, 0, sizes=(20, 100))
+        for r in stacks.evaluate_held_out(MeasuredRows(data, HW).fit(), other, 0, sizes=(20, 100))
     ]
 
 

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from calibration.fit.local_update import Fit, Updated
+from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.records.timing_table import PURPOSES, Flag, Records, Source
 from calibration.runners.agreement import conclusions
-from calibration.validation.validate import Part, Report
+from calibration.validation.validate import Report, ReportPart
 from calibration.validation.verdict import (
     DO_NOT_USE,
     PARTLY,
@@ -28,20 +28,20 @@ from calibration.validation.verdict import (
 pytestmark = pytest.mark.quick
 
 
-def part(operator: str, error: float, roofline: float, half: float = 0.2, rows: int = 40) -> Part:
+def part(operator: str, error: float, roofline: float, half: float = 0.2, rows: int = 40) -> ReportPart:
     """Measurements of 1 s, predicted too long by an error, next to a roofline that is too short by another."""
     one = np.ones(rows)
     times = {"measured_s": one, "predicted_s": one * (1.0 + error), "roofline_s": one * (1.0 - roofline)}
     ends = {"lower_s": times["predicted_s"] * (1.0 - half), "upper_s": times["predicted_s"] * (1.0 + half)}
-    return Part(operator, "bf16", {}, **times, **ends, simple_s=one, bottleneck=np.full(rows, "memory"))
+    return ReportPart(operator, "bf16", {}, **times, **ends, simple_s=one, bottleneck=np.full(rows, "memory"))
 
 
-def report(*parts: Part) -> Report:
+def report(*parts: ReportPart) -> Report:
     return Report("planted", "planted GPU", "planted 1", 0.9, parts)
 
 
 def update(before: float, after: float) -> Any:
-    fit = Fit("gemm bf16", 30, before, after, 0.4, 0.1, 0.9, 0.9, 1.0)
+    fit = UpdateErrors("gemm bf16", 30, before, after, 0.4, 0.1, 0.9, 0.9, 1.0)
     return Mock(spec=Updated, fits=(fit,), rows=30)
 
 
@@ -88,7 +88,7 @@ def update(before: float, after: float) -> Any:
     ],
 )
 def test_a_calibration_is_for_use_only_if_it_beats_a_datasheet_roofline(
-    parts: list[Part], verdict: str, begins: str, has: str
+    parts: list[ReportPart], verdict: str, begins: str, has: str
 ) -> None:
     judged = of_calibration(report(*parts), None, "run", "planted")
     text = " ".join(judged.sentences)

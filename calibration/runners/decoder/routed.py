@@ -23,7 +23,7 @@ from calibration.devices import flex, skipping
 from calibration.devices.attention import block_sparse_attention, decode_attention, masked_attention
 from calibration.devices.operators import gated
 from calibration.runners.decoder.model import Attention, Mlp, Tensor
-from calibration.runners.decoder.run import Cache, Rule, State, joined, split_heads
+from calibration.runners.decoder.run import LayerCache, PassState, Rule, joined, split_heads
 from simulator.errors import InputError
 
 _ROWS = 128  # queries per block; keys after the last query of a block are not computed
@@ -74,7 +74,7 @@ class TokenRouting(Rule):
     keep: float
     seed: int = 0
 
-    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+    def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
         h = s.norm(x, a.norm)
         k, v = s.keys_values(a, h)
         if self._in_place(s):
@@ -97,7 +97,7 @@ class TokenRouting(Rule):
             out = torch.cat(one)
         return _scattered(x, rows, a.o(joined(out)).flatten(0, 1))
 
-    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+    def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         if self._in_place(s):
             index, count, _ = self._drawn(s, "mlp", m.router, x)
             h = s.norm(x[:, 0], m.norm)
@@ -110,11 +110,11 @@ class TokenRouting(Rule):
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))))
 
-    def _in_place(self, s: State) -> bool:
+    def _in_place(self, s: PassState) -> bool:
         """Whether kernels skip rows in place, so their number is not a shape."""
         return s.decoding and skipping.in_triton(s.decoder.device)
 
-    def _drawn(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sequences of a decode step, active ones first; the number of active ones, drawn; their mask."""
         index = _votes(x[:, 0], router).argsort(descending=True)
         count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
@@ -123,7 +123,7 @@ class TokenRouting(Rule):
         s.note(what, runs)
         return index, count, runs
 
-    def _chosen(self, s: State, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return active rows of the flattened batch (prompt: a fixed share) and their positions (batch, chosen)."""
         scores = _votes(x, router)
         if s.decoding:
@@ -158,7 +158,7 @@ class BlockAttention(Rule):
     keep: float
     block: int = 64
 
-    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if s.decoding:
             return decode_attention(q, *self._chosen(s, q, k, v))
         table, q_len = self._table(q, k), q.shape[2]
@@ -183,7 +183,7 @@ class BlockAttention(Rule):
         rank = scores.masked_fill(~earlier, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
         return (earlier & (rank < many[:, None])) | (number == number[:, None])
 
-    def _chosen(self, s: State, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, s: PassState, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of a share of the prompt's blocks, per KV head, and of all newer positions."""
         means = s.kept["means", s.layer]
         batch, kv_heads, blocks, head_dim = means.shape
@@ -218,13 +218,13 @@ class TokenDropping(Rule):
     keep: float
     start: int = 2
 
-    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = super().attend(s, q, k, v)
         if not s.decoding and s.layer == self.start - 1:
             s.kept["scores"] = shared_scores(q[:, :, -1:], k).softmax(-1).sum((1, 2, 3))
         return out
 
-    def enter(self, s: State, x: Tensor) -> Tensor:
+    def enter(self, s: PassState, x: Tensor) -> Tensor:
         if not 0 <= self.start < len(s.decoder.layers):
             raise InputError(f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got {self.start}")
         if s.decoding or s.layer != self.start:
@@ -250,13 +250,13 @@ class CacheCut(Rule):
     keep: float
     observed: int = 32
 
-    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = super().attend(s, q, k, v)
         if not s.decoding:
             self.cut(s, s.caches[s.layer], q, k, v)
         return out
 
-    def cut(self, s: State, cache: Cache, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def cut(self, s: PassState, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> None:
         seq = k.shape[2]
         some, many = min(self.observed, seq), at_least_one(self.keep, seq)
         seen = torch.ones(some, seq, dtype=torch.bool, device=q.device).tril(seq - some)

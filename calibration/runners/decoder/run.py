@@ -18,7 +18,7 @@ from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, Te
 
 
 @dataclass
-class Cache:
+class LayerCache:
     """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, with ``length`` filled positions."""
 
     k: Tensor
@@ -27,7 +27,7 @@ class Cache:
 
 
 @dataclass
-class State:
+class PassState:
     """State of a pass, kept for the next pass."""
 
     decoder: Decoder
@@ -39,7 +39,7 @@ class State:
     layer: int = 0  # current layer
     cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
     sin: Tensor = None
-    caches: dict[int, Cache] = field(default_factory=dict)  # by layer; layers without attention have none
+    caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer; layers without attention have none
     kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
 
     def note(self, what: str, value: Any) -> None:
@@ -76,7 +76,7 @@ class State:
         if not self.decoding:
             batch, heads, length, head_dim = k.shape
             size = (batch, heads, length + self.room, head_dim)
-            self.caches[self.layer] = Cache(k.new_empty(size), v.new_empty(size), 0)
+            self.caches[self.layer] = LayerCache(k.new_empty(size), v.new_empty(size), 0)
         cache = self.caches[self.layer]
         begin, cache.length = cache.length, cache.length + k.shape[2]
         cache.k[:, :, begin : cache.length] = k
@@ -87,7 +87,7 @@ class State:
 
 
 class Rule:
-    """Decisions of a pass; this base class skips nothing. ``State.kept`` is the memory of a rule."""
+    """Decisions of a pass; this base class skips nothing. ``PassState.kept`` is the memory of a rule."""
 
     family: ClassVar[str] = ""
     skips: ClassVar[bool] = False
@@ -97,22 +97,22 @@ class Rule:
         """Whether the host selects the kernels from data, which a CUDA graph cannot hold."""
         return self.skips and not skipping.in_triton(device)
 
-    def enter(self, s: State, x: Tensor) -> Tensor:
+    def enter(self, s: PassState, x: Tensor) -> Tensor:
         """Return the residual stream before a layer."""
         return x
 
-    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+    def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
         """Return the residual stream after an attention sublayer."""
         h = s.norm(x, a.norm)
         k, v = s.keys_values(a, h)
         out = joined(self.attend(s, s.queries(a, h), k, v))
         return x + a.o(out)
 
-    def attend(self, s: State, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the outputs of the heads, in the shape of ``q`` (batch, heads, tokens, d)."""
         return decode_attention(q, k, v) if s.decoding else prefill_attention(q, k, v)
 
-    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+    def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         """Return the residual stream after an MLP."""
         h = s.norm(x, m.norm)
         return x + m.down(gated(m.gate(h), m.up(h)))
@@ -133,14 +133,14 @@ def joined(x: Tensor) -> Tensor:
 
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, PassState]:
     """Return logits (batch, vocab) after prompts (batch, seq), and the state, with ``room`` positions in its caches."""
     with torch.no_grad():
-        state = State(decoder, tokens.shape[1], room, trace)
+        state = PassState(decoder, tokens.shape[1], room, trace)
         return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 
-def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
+def decode(decoder: Decoder, token: Tensor, state: PassState) -> Tensor:
     """Add one token (batch, 1) of each sequence to the state's caches; return the logits (batch, vocab) after it."""
     with torch.no_grad():
         state.decoding = True
@@ -150,10 +150,10 @@ def decode(decoder: Decoder, token: Tensor, state: State) -> Tensor:
 def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
     """Logits (n, vocab) after every token of a window (n,)."""
     with torch.no_grad():
-        return logits_after(decoder, _through(State(decoder, len(ids)), ids[None])[0])
+        return logits_after(decoder, _through(PassState(decoder, len(ids)), ids[None])[0])
 
 
-def embedded(s: State, tokens: Tensor) -> Tensor:
+def embedded(s: PassState, tokens: Tensor) -> Tensor:
     """Return the residual stream before the first layer, and set the rotary tables of the tokens."""
     decoder = s.decoder
     x = F.embedding(tokens, decoder.embedding)
@@ -163,7 +163,7 @@ def embedded(s: State, tokens: Tensor) -> Tensor:
     return x
 
 
-def through_layer(s: State, number: int, layer: Layer, x: Tensor) -> Tensor:
+def through_layer(s: PassState, number: int, layer: Layer, x: Tensor) -> Tensor:
     """Return the residual stream after a layer, the decoder's or another in its place."""
     rule = s.decoder.rule or DENSE
     s.layer = number
@@ -180,7 +180,7 @@ def logits_after(decoder: Decoder, last: Tensor) -> Tensor:
     return F.linear(rms_norm(last, decoder.final_norm, decoder.epsilon), decoder.head)
 
 
-def _through(s: State, tokens: Tensor) -> Tensor:
+def _through(s: PassState, tokens: Tensor) -> Tensor:
     """Return the residual stream after all layers."""
     x = embedded(s, tokens)
     for number, layer in enumerate(s.decoder.layers):

@@ -22,7 +22,7 @@ from calibration.devices.attention import decode_attention
 from calibration.devices.operators import gated
 from calibration.runners.decoder.model import Attention, Blocks, Mlp, Sublayer, Tensor
 from calibration.runners.decoder.routed import routed_attention
-from calibration.runners.decoder.run import Rule, State, joined, split_heads
+from calibration.runners.decoder.run import PassState, Rule, joined, split_heads
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
@@ -71,7 +71,7 @@ class GroupRouting(Rule):
     channel_groups: int = 32
     seed: int = 0
 
-    def attention(self, s: State, a: Attention, x: Tensor) -> Tensor:
+    def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
         h = s.norm(x, a.norm)
         keys, values = s.keys_values(a, h)
         index, counts = self._choice(s, "attention", a, x)
@@ -85,7 +85,7 @@ class GroupRouting(Rule):
             y = _heads(s, a, h, keys, values, self._mask(s, index, counts, a.kv_heads))
         return x + y.view_as(x)
 
-    def mlp(self, s: State, m: Mlp, x: Tensor) -> Tensor:
+    def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         h, blocks = s.norm(x, m.norm), m.blocks
         assert blocks is not None
         index, counts = self._choice(s, "mlp", m, x)
@@ -105,7 +105,7 @@ class GroupRouting(Rule):
             y = _channels(h.flatten(0, 1), blocks, self._mask(s, index, counts, blocks.groups))
         return x + y.view_as(x)
 
-    def _choice(self, s: State, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+    def _choice(self, s: PassState, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the groups of each token, best first, as many as any token uses, and the number that each uses."""
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
         counts = group_counts(self.keep, groups, self._turn(s), batch * tokens)
@@ -114,11 +114,11 @@ class GroupRouting(Rule):
             s.note(what, self._mask(s, index, counts, groups).view(batch, tokens, groups))
         return index, counts
 
-    def _turn(self, s: State) -> int:
+    def _turn(self, s: PassState) -> int:
         """Return the start of a pass's tokens in the cycle of :func:`group_counts`."""
         return s.layer + max(s.position, s.prompt)
 
-    def _mask(self, s: State, index: Tensor, counts: NDArray[np.int64], groups: int) -> Tensor:
+    def _mask(self, s: PassState, index: Tensor, counts: NDArray[np.int64], groups: int) -> Tensor:
         """Return the groups that each token uses, booleans (tokens, groups)."""
         first, (tokens, most), device = self._turn(s), index.shape, index.device
         mask = torch.zeros(tokens, groups, dtype=torch.bool, device=device)
@@ -130,7 +130,7 @@ class GroupRouting(Rule):
         return mask.scatter_(1, index, used)
 
 
-def _heads_in_tiles(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Compute query, attention and output of the KV groups in a mask (tokens, groups)."""
     kernels, blocks, (batch, tokens) = skipping.kernels(), a.blocks, h.shape[:2]
     assert blocks is not None
@@ -156,7 +156,7 @@ def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     return torch.zeros_like(grouped).scatter_(2, wide, out.masked_fill(~there[:, None, :, None], 0.0)).view_as(q)
 
 
-def _heads_of_one(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+def _heads_of_one(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     """Compute query, attention and output of the chosen KV groups, for one token."""
     blocks, spans, share = a.blocks, _spans(chosen.tolist()), a.heads // a.kv_heads
     assert blocks is not None
@@ -169,7 +169,7 @@ def _heads_of_one(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tenso
     return _returned(torch.cat(outs, 1).view(len(chosen), -1), chosen, blocks)
 
 
-def _heads(s: State, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Compute query, attention and output of each KV group for the tokens of a mask (batch * tokens, kv_heads)."""
     blocks, (batch, tokens) = a.blocks, h.shape[:2]
     assert blocks is not None

@@ -61,18 +61,18 @@ _SHARE = 0.92  # of the memory, as vLLM's default
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LargestRequest:
     """Largest request that engines must accept."""
 
     sequences: int = 1
     tokens: int = 0  # of one sequence, new ones included
     batched: int = _BATCHED  # tokens of one pass
 
-    def with_case(self, case: Case) -> Sizes:
+    def with_case(self, case: Case) -> LargestRequest:
         """Return the sizes that also hold a case: a prefill is one pass, as predicted, up to a limit."""
         prompt = case.batch * case.seq if case.phase in ("prefill", "generate") else 0
         least = _BATCHED_SERVING if case.phase == "serve" else case.batch
-        return Sizes(
+        return LargestRequest(
             max(self.sequences, case.batch),
             max(self.tokens, sum(lengths(case))),
             max(self.batched, least, min(prompt, _MOST_BATCHED)),
@@ -95,7 +95,7 @@ class Samples:
         )
 
 
-Started = tuple[ModelConfig, Sizes]
+Started = tuple[ModelConfig, LargestRequest]
 
 
 def lengths(case: Case) -> tuple[int, int]:
@@ -152,7 +152,7 @@ class VllmRunner(Runner):
         check_installed(python)
         super().__init__(device)
         self.dtype, self.seed, self.python, self.patience_s = dtype, seed, python, patience_s
-        self.sizes = Sizes()
+        self.sizes = LargestRequest()
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Started, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the models, made with the first
