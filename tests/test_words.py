@@ -1,4 +1,5 @@
-"""No retired word comes back: ``docs/glossary.md`` has its table of retired words, and below are those that are gone.
+"""No retired word comes back, and no name has two meanings: ``docs/glossary.md`` has the table of retired words, and
+below are those that are gone.
 
 To retire a word, add it to the lists of the places it has left. A name is searched by its parts, so ``settled`` also
 finds ``is_settled`` and ``SettledPass``; a page and a text by whole words.
@@ -116,6 +117,18 @@ def test_no_name_and_no_text_in_the_code_has_a_retired_word() -> None:
 def test_no_page_has_a_retired_word() -> None:
     found = {str(path.relative_to(ROOT)): PAGES & words(path.read_text(encoding="utf-8")) for path in pages()}
     assert {page: retired for page, retired in found.items() if retired} == {}
+
+
+CLASS = re.compile(r"^class ([A-Z]\w*)", re.MULTILINE)
+"""A public class of a module, not of another class."""
+
+
+def test_no_two_modules_have_a_class_of_the_same_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in modules():
+        for name in CLASS.findall(path.read_text(encoding="utf-8")):
+            homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
 def test_a_retired_word_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

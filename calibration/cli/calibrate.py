@@ -65,7 +65,7 @@ def command(
     """
     from calibration.fit.local_update import Updated
     from calibration.runners.runs import fit_run, measure_into
-    from calibration.runners.targets import Targets, target_workloads
+    from calibration.runners.targets import TargetModels, target_workloads
     from calibration.validation.verdict import of_calibration
 
     budget_s = seconds("--budget", budget)
@@ -76,7 +76,7 @@ def command(
             raise InputError("--threads: DEVICE host is measured with one thread; use another device")
         _host(output, budget_s, dtype, hardware, seed, json, verbose)
         return
-    targets: Targets = ()
+    targets: TargetModels = ()
     if model:
         targets = target_workloads(
             model,

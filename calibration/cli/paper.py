@@ -27,9 +27,9 @@ MARGIN = (
     "margin of the comparison that decides it: from +1 up it holds, from -1 down it does not."
 )
 
-Row = tuple[str, float]
+TableRow = tuple[str, float]
 Cells = Mapping[tuple[str, float, str], "Cell"]
-_LABELS: tuple[tuple[str, Callable[[Row], object]], ...] = (
+_LABELS: tuple[tuple[str, Callable[[TableRow], object]], ...] = (
     ("<family", lambda r: r[0]),
     ("removed", lambda r: f"{100 * r[1]:.0f} %"),
 )
@@ -145,7 +145,7 @@ def _print_table(cells: Sequence[Cell]) -> None:
     """Print published and predicted speedups, one row per family and sparsity."""
     at = {(c.family, c.sparsity, c.phase): c for c in cells}
     rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
-    columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
+    columns: list[tuple[str, Callable[[TableRow], object]]] = [*_LABELS]
     for phase in ("prefill", "decode"):
         columns += [
             (f"{phase}:\npaper", partial(_published, at, phase)),
@@ -156,21 +156,21 @@ def _print_table(cells: Sequence[Cell]) -> None:
     print("*: outside its 90 % interval")
 
 
-def _at(at: Cells, row: Row, phase: str) -> Cell:
+def _at(at: Cells, row: TableRow, phase: str) -> Cell:
     family, s = row
     return at[family, s, phase]
 
 
-def _published(at: Cells, phase: str, row: Row) -> str:
+def _published(at: Cells, phase: str, row: TableRow) -> str:
     return f"{_at(at, row, phase).published:.2f}"
 
 
-def _predicted(at: Cells, phase: str, row: Row) -> str:
+def _predicted(at: Cells, phase: str, row: TableRow) -> str:
     c = _at(at, row, phase)
     return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
 
 
-def _error(at: Cells, phase: str, row: Row) -> str:
+def _error(at: Cells, phase: str, row: TableRow) -> str:
     return f"{100 * _at(at, row, phase).error:+.1f} %"
 
 
@@ -179,7 +179,7 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
     for engine in dict.fromkeys(c.engine for c in cells):
         of_engine = [c for c in cells if c.engine == engine]
         rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
-        columns: list[tuple[str, Callable[[Row], object]]] = [*_LABELS]
+        columns: list[tuple[str, Callable[[TableRow], object]]] = [*_LABELS]
         for hw in dict.fromkeys(c.hardware for c in of_engine):
             at = {(c.family, c.sparsity, c.phase): c for c in of_engine if c.hardware == hw}
             columns.append((hw, partial(_both, at)))
@@ -187,7 +187,7 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
         render.show(render.columns(rows, *columns), f"Predicted speedups in {engine}, prefill / decode")
 
 
-def _both(at: Cells, row: Row) -> str:
+def _both(at: Cells, row: TableRow) -> str:
     return f"{_at(at, row, 'prefill').predicted:.2f} / {_at(at, row, 'decode').predicted:.2f}"
 
 

@@ -29,7 +29,7 @@ from calibration.records.methods import one_method
 from calibration.records.store import Header, Store, read_store
 from calibration.records.stored_timings import content_records
 from calibration.records.timing_table import PURPOSES, Records
-from calibration.runners.targets import Targets, target_operators
+from calibration.runners.targets import TargetModels, target_operators
 from calibration.validation.validate import Report, validate
 from calibration.validation.verdict import disturbed_share
 from simulator.errors import InputError
@@ -142,7 +142,7 @@ def measure_into(
     budget_s: float,
     dtype: str = "bf16",
     hardware: str = "",
-    targets: Targets = (),
+    targets: TargetModels = (),
     quick: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,

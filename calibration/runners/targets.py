@@ -26,7 +26,7 @@ from simulator.workload_batch import WorkloadBatch
 MOST_ROWS = 400
 """Number of ordered operators; more would hardly narrow the posterior."""
 
-Targets = Sequence[Sequence[Workload]]
+TargetModels = Sequence[Sequence[Workload]]
 """Dense workloads, each followed by its pruned workloads."""
 
 
@@ -40,7 +40,7 @@ def target_workloads(
     families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
     sparsities: Sequence[float] = (0.25, 0.5),
     engine: str = DEFAULT_ENGINE,
-) -> Targets:
+) -> TargetModels:
     """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
     template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
     out = []
@@ -50,7 +50,7 @@ def target_workloads(
     return out
 
 
-def target_operators(targets: Targets, hw: HardwareProfile, every: bool = True) -> list[Operator]:
+def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = True) -> list[Operator]:
     """Return the measurable operators of workloads, each once, best first (``next_rows``).
 
     They are dense GEMMs; with ``every`` also attention and elementwise operators.

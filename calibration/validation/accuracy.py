@@ -90,7 +90,7 @@ of "mla" are in the wheel."""
 FEWEST = 40
 """Rows of an attention table from which three tenths of its heads or lengths are held out."""
 
-Step = Callable[[], list[Row]]
+ProtocolStep = Callable[[], list[Row]]
 
 
 def run_protocol(
@@ -125,13 +125,13 @@ def run_protocol(
     return [r for index in sorted(done) for r in done[index]]
 
 
-def _run(steps: Sequence[Step], index: int) -> bytes:
+def _run(steps: Sequence[ProtocolStep], index: int) -> bytes:
     return json.dumps(steps[index]()).encode()
 
 
 def _steps(
     name: str, seeds: Sequence[int], sizes: Sequence[int | None], wheel: Path | None, required: bool
-) -> Iterator[Step]:
+) -> Iterator[ProtocolStep]:
     """Yield the steps of one table, as progress counts them."""
     if name in GEMMS:
         yield from (partial(_gemm, name, size, seed) for seed in seeds for size in sizes)
@@ -158,7 +158,7 @@ def _steps(
         raise InputError(f"table {name}: its rows do not ship; set PRUNESIM_SHARED_DATA to their folder")
 
 
-def _attention_steps(operators: Sequence[str], wheel: Path | None, seeds: Sequence[int]) -> Iterator[Step]:
+def _attention_steps(operators: Sequence[str], wheel: Path | None, seeds: Sequence[int]) -> Iterator[ProtocolStep]:
     tables = [table for operator in operators for table in _tables(operator, wheel)]
     yield from (partial(_attention, table, by, seeds) for table in tables for by in protocol.GROUPINGS)
 

@@ -229,7 +229,7 @@ def outside_gemms() -> list[Growth]:
 
 
 @dataclass(frozen=True)
-class Chart:
+class KernelChart:
     """A speedup in the authors' kernel charts: one operator at 50 % against the dense one, published and predicted."""
 
     family: str
@@ -245,7 +245,7 @@ class Chart:
         return self.predicted / self.published - 1.0
 
 
-def kernel_charts() -> list[Chart]:
+def kernel_charts() -> list[KernelChart]:
     """Return the charts of the authors' kernels (RTX 5090).
 
     The device has no kernel table, so published dense times are used where they exist.
@@ -264,7 +264,7 @@ def kernel_charts() -> list[Chart]:
             side = 4096 if "n and k of 4096" in r["note"] else tokens
             pruned_s = _product(r["family"], r["part"], tokens, side, hw)
             dense_s = cubes[tokens] if side == tokens else _between(cubes, 2.0 * tokens * side**2)
-        out.append(Chart(r["family"], r["part"], tokens, value, dense_s / pruned_s, r["note"]))
+        out.append(KernelChart(r["family"], r["part"], tokens, value, dense_s / pruned_s, r["note"]))
     return out
 
 

@@ -134,11 +134,11 @@ def _each(check: Callable[[str], Any]) -> Callable[[str, str], Any]:
     return read
 
 
-Reader = tuple[str, Callable[[str, str], Any]]
+FieldReader = tuple[str, Callable[[str, str], Any]]
 """Field of the state, and the reader of its value from key and text."""
 
 # fmt: off
-KEYS: Mapping[str, Reader] = MappingProxyType({
+KEYS: Mapping[str, FieldReader] = MappingProxyType({
     "model": ("model", _model),
     "gpu": ("gpus", _each(_gpu)),
     "family": ("families", _each(lambda name: one_of("family", name, tuple(FAMILIES)))),
@@ -236,7 +236,7 @@ class Problem:
 
 
 def read_problems(
-    query: str, own: Sequence[str] = (), keys: Mapping[str, Reader] = KEYS
+    query: str, own: Sequence[str] = (), keys: Mapping[str, FieldReader] = KEYS
 ) -> tuple[State, list[Problem]]:
     """Return the state of a query, and its problems by key; of the texts of ``--prune`` the valid ones are kept."""
     default, state = State(), State()

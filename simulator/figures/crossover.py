@@ -65,7 +65,7 @@ def crossover_figure(
         return layout.laid_out(figure, "sequence (tokens)")
 
 
-def _panel(ax: Axes, data: layout.Columns, batches: list[int], lengths: list[int]) -> None:
+def _panel(ax: Axes, data: layout.FigurePoints, batches: list[int], lengths: list[int]) -> None:
     """Draw cells and markers as few collections: a map has hundreds of each."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgba

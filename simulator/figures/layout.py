@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Columns = Mapping[str, NDArray[Any]]
+FigurePoints = Mapping[str, NDArray[Any]]
 """Points of a figure: arrays of one length by name."""
 
 Panels = Mapping[tuple[str, str], "Axes"]
@@ -40,7 +40,7 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 # fmt: on
 
 
-def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> Columns:
+def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> FigurePoints:
     """Return points of a figure as arrays; InputError if columns are empty or differ in length.
 
     >>> columns_of("points of the figure", {"x": ["a"]}, {"y": [1, 2]})

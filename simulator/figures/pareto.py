@@ -113,7 +113,7 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     ax.spines["bottom"].set_visible(False)
 
 
-def _panel(ax: Axes, data: layout.Columns) -> None:
+def _panel(ax: Axes, data: layout.FigurePoints) -> None:
     x, y = 100 * data["loss"].astype(float), data["speedup"].astype(float)
     optimal = frontier([0.0, *x], [1.0, *y])[1:] if len(x) else np.zeros(0, dtype=bool)
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)

@@ -138,7 +138,9 @@ def value_text(axis: str, value: float) -> str:
     }[axis]
 
 
-def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: float) -> tuple[Figure, layout.Panels]:
+def _panels(
+    data: layout.FigurePoints, panel_in: float, around_in: float, width_in: float
+) -> tuple[Figure, layout.Panels]:
     """Return panels with ticks on the outer ones; names of rows are wrapped to the height of a panel."""
     figure, panels = layout.panel_grid(
         data["row"], data["column"], panel_in, around_in, width_in, sharex=True, sharey=True
@@ -147,14 +149,14 @@ def _panels(data: layout.Columns, panel_in: float, around_in: float, width_in: f
     return figure, panels
 
 
-def _own(data: layout.Columns, r: str, c: str, name: str) -> NDArray[np.intp]:
+def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.intp]:
     """Return the points of one candidate in a panel by rising value."""
     rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["candidate"] == name))
     ordered: NDArray[np.intp] = rows[np.argsort(data["at"][rows], kind="stable")]
     return ordered
 
 
-def _range(data: layout.Columns, names: Sequence[str]) -> tuple[float, float]:
+def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
     """Return the range of some columns, widened a little; it always holds 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
@@ -164,7 +166,7 @@ def _range(data: layout.Columns, names: Sequence[str]) -> tuple[float, float]:
 
 
 def _dots(
-    data: layout.Columns,
+    data: layout.FigurePoints,
     bounds: list[str],
     pairs: Sequence[tuple[str, float]],
     names: Sequence[str],
@@ -232,7 +234,7 @@ def _dot_handles(devices: Sequence[str], looks: Sequence[Style], bounds: list[st
 
 
 def _curves(
-    data: layout.Columns,
+    data: layout.FigurePoints,
     bounds: list[str],
     styles: Mapping[str, Style],
     axis: str,

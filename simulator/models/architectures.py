@@ -16,7 +16,7 @@ from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.block_configs import read_block
 from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
-Fields = dict[str, Any]
+ConfigFields = dict[str, Any]
 """Fields of :class:`simulator.ModelConfig`."""
 
 
@@ -35,9 +35,9 @@ class Architecture:
     windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
     rotary: tuple[str, float] | None = None  # key and default of the rotated share of a head; None: all of it
     absent: Mapping[str, int] = field(default_factory=dict)  # defaults of shape keys that published files omit
-    more: Callable[[Reader, Fields], Fields] = lambda read, values: {}  # further rules
+    more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
 
-    def values(self, read: Reader) -> Fields:
+    def values(self, read: Reader) -> ConfigFields:
         """Return the fields in a configuration."""
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
         kv_heads, head_dim = heads, self.head_dim
@@ -78,21 +78,23 @@ class Architecture:
 _WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
 
 
-def _layers(blocks: Sequence[Block]) -> Fields:
+def _layers(blocks: Sequence[Block]) -> ConfigFields:
     """Return the fields of layers: of the usual layer, and of each layer if they differ."""
     whole = [block for block in blocks if block.sublayers == 2 and not (block.linear or block.delta)] or blocks
     usual = Counter(whole).most_common(1)[0][0]
-    fields: Fields = {name: getattr(usual, name) for name in _WIDTHS}
+    fields: ConfigFields = {name: getattr(usual, name) for name in _WIDTHS}
     return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
 
 
-def _each(fields: Fields, layers: int) -> tuple[Block, ...]:
+def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
     """Return each layer of the fields that :func:`_layers` returns."""
     every: tuple[Block, ...] = fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
     return every
 
 
-def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, dense: Callable[[int], bool]) -> Fields:
+def _routed(
+    read: Reader, values: ConfigFields, count: str, width: int, shared: int, dense: Callable[[int], bool]
+) -> ConfigFields:
     """Return fields of layers with experts (their number is the key ``count``), or with an MLP if ``dense``."""
     experts = read.integer(count)
     active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
@@ -100,17 +102,17 @@ def _routed(read: Reader, values: Fields, count: str, width: int, shared: int, d
     return _layers([plain if dense(layer) else block for layer in range(values["layers"])])
 
 
-def _local_experts(read: Reader, values: Fields) -> Fields:
+def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
     return _routed(read, values, "num_local_experts", values["inner"], 0, lambda layer: False)
 
 
-def _gpt_oss(read: Reader, values: Fields) -> Fields:
+def _gpt_oss(read: Reader, values: ConfigFields) -> ConfigFields:
     stored = read.data.get("quantization_config")
     mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
     return _local_experts(read, values) | {"weight_dtype": "mxfp4" if mxfp4 else ""}
 
 
-def _qwen_layers(read: Reader, values: Fields) -> Fields:
+def _qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
     step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
 
     def right(value: Any) -> bool:
@@ -122,21 +124,21 @@ def _qwen_layers(read: Reader, values: Fields) -> Fields:
     return _routed(read, values, "num_experts", width, shared, dense)
 
 
-def _qwen_experts(read: Reader, values: Fields) -> Fields:
+def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
     every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
     windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
     return {"windows": windows} | _qwen_layers(read, values)
 
 
-def _glm4_moe(read: Reader, values: Fields) -> Fields:
+def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     width, start = read.integer("moe_intermediate_size"), read.integer("first_k_dense_replace", 1, low=0)
     wide = read.or_none("n_shared_experts", 1) * width
     layers = _routed(read, values, "n_routed_experts", width, wide, lambda i: i < start)
     return {"qk_norm": "head" if read.flag("use_qk_norm") else ""} | layers
 
 
-def _qwen3_next(read: Reader, values: Fields) -> Fields:
+def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which most have a gated delta net; the query projection of the others makes a gate too."""
     names, default = {"key": "linear_key_head_dim", "value": "linear_value_head_dim"}, 128
     sizes = {field: read.integer(key, default) for field, key in names.items()}
@@ -153,7 +155,7 @@ def _qwen3_next(read: Reader, values: Fields) -> Fields:
     return _layers(blocks) | {"delta": own if any(linear) else None}
 
 
-def _llama4(read: Reader, values: Fields) -> Fields:
+def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with experts or an MLP, in chunks of positions or over all of them without rotary positions.
 
     A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond.
@@ -177,10 +179,10 @@ def _llama4(read: Reader, values: Fields) -> Fields:
     return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | _layers(blocks)
 
 
-def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
+def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
     """Return the rule for latent attention and experts, with defaults of shared experts and first dense layers."""
 
-    def more(read: Reader, values: Fields) -> Fields:
+    def more(read: Reader, values: ConfigFields) -> ConfigFields:
         if read.flag("attention_bias"):
             raise read.fail("attention_bias", "expected false (biases of latent attention are not supported), got True")
         rank, width = read.or_none("q_lora_rank", 1536), read.integer("moe_intermediate_size")
@@ -194,7 +196,7 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, Fields], Fields]:
     return more
 
 
-def _per_layer(read: Reader, values: Fields) -> Fields:
+def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear.
 
     Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else.
@@ -223,30 +225,30 @@ def _rotary_layers(read: Reader, layers: int) -> list[bool]:
     return [bool(flag) for flag in (given or usual)[:layers]]
 
 
-def _smollm3(read: Reader, values: Fields) -> Fields:
+def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
     layers, rotary = values["layers"], _rotary_layers(read, values["layers"])
     windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
     widths = (values["heads"], values["kv_heads"], values["inner"])
     return {"windows": windows} | _layers([Block(*widths, rotary=turns) for turns in rotary])
 
 
-def _qwen(read: Reader, values: Fields) -> Fields:
+def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
     return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
 
 
-def _gemma(read: Reader, values: Fields, absent: bool = True) -> Fields:
+def _gemma(read: Reader, values: ConfigFields, absent: bool = True) -> ConfigFields:
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     return {name: read.capped(key, absent) for name, key in caps.items()}
 
 
-def _gemma3(read: Reader, values: Fields) -> Fields:
+def _gemma3(read: Reader, values: ConfigFields) -> ConfigFields:
     step = read.integer("sliding_window_pattern", read.integer("_sliding_window_pattern", 6))
     windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
     return {"windows": windows} | _gemma(read, values, absent=False)
 
 
-def _opt(read: Reader, values: Fields) -> Fields:
+def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
     hidden = values["hidden"]
     if read.integer("word_embed_proj_dim", hidden) != hidden:
         projected = "projected embeddings, as in OPT-350M, are not supported"

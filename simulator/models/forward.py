@@ -24,7 +24,7 @@ _MXFP4 = dtype_code("mxfp4")
 _STATE = dtype_code("fp32")
 """Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
-Row = dict[str, Any]
+OperatorRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class PassRows:
         return self.request.seq + (self.steps + 1) / 2
 
     @property
-    def wide(self) -> Row:
+    def wide(self) -> OperatorRow:
         """Formats of a product of the residual stream."""
         return {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
 
@@ -98,7 +98,7 @@ class PassRows:
         """Share of the parameters that each execution of the rows counts."""
         return self.first * (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[OperatorRow]:
         model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden
         tables = 2 if model.learned_positions else 1
         rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
@@ -119,7 +119,7 @@ class PassRows:
         rows += self.sends()
         return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
 
-    def attention(self, block: Block) -> Iterator[Row]:
+    def attention(self, block: Block) -> Iterator[OperatorRow]:
         r, model, part, h, d = self.request, self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
         if "attention" not in block.linear and not block.heads:
             return
@@ -151,7 +151,7 @@ class PassRows:
         yield from self.shortcut(block, part, h)
         yield from self.norm_after(part)
 
-    def delta_net(self, block: Block) -> Iterator[Row]:
+    def delta_net(self, block: Block) -> Iterator[OperatorRow]:
         """Yield the rows of a gated delta net: two projections, the convolution with the recurrence, norm and gate."""
         own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
         assert own is not None
@@ -178,7 +178,7 @@ class PassRows:
         yield from self.quantized("o", part, values)
         yield self.gemm("o", part, h, values, False)
 
-    def latent_attention(self, block: Block) -> Iterator[Row]:
+    def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
         """Yield the rows of latent attention.
 
         A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
@@ -221,11 +221,11 @@ class PassRows:
     def decodes(self) -> bool:
         return self.phase == Phase.DECODE
 
-    def rotary(self, block: Block, heads: int, features: int) -> Iterator[Row]:
+    def rotary(self, block: Block, heads: int, features: int) -> Iterator[OperatorRow]:
         if turned := heads * features * block.rotary:
             yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
 
-    def cache_write(self, block: Block, elements: int) -> Row:
+    def cache_write(self, block: Block, elements: int) -> OperatorRow:
         """Return the row that writes keys and values to the cache.
 
         A copied cache is first concatenated with the new position, then repeated for every query head.
@@ -241,14 +241,14 @@ class PassRows:
             kept = {"kv_len": int(self.mean_length)}
         return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
 
-    def attend(self, block: Block, sizes: Row) -> Row:
+    def attend(self, block: Block, sizes: OperatorRow) -> OperatorRow:
         r = self.request
         kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
         formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
         calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
         return {"kind": kind, "role": "attention", "part": Part.ATTENTION, **formats, **calls, **sizes}
 
-    def mlp(self, block: Block) -> Iterator[Row]:
+    def mlp(self, block: Block) -> Iterator[OperatorRow]:
         model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
         bias, out = model.mlp_bias, block.out or h
         if not (inner or block.experts or "mlp" in block.linear):
@@ -273,7 +273,7 @@ class PassRows:
         if model.parallel_residual:
             yield self.move("residual", part, h, 2 * h, h)
 
-    def routed(self, block: Block) -> Iterator[Row]:
+    def routed(self, block: Block) -> Iterator[OperatorRow]:
         """Yield the gate of the shared experts, the router over all experts, and the routed experts of the device."""
         model, part, h = self.part, Part.MLP, self.part.hidden
         if model.shared_gate and block.inner:
@@ -285,7 +285,7 @@ class PassRows:
         row |= {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
         yield row | ({"batch": devices} if devices > 1 else {})
 
-    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[Row]:
+    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[OperatorRow]:
         """Yield the product of a projection, or the two products of its factors."""
         rank = block.rank(role)
         if not rank:
@@ -294,38 +294,38 @@ class PassRows:
             yield self.gemm(role, part, rank, k, False) | {"stage": 1}
             yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
 
-    def quantized(self, product: str, part: Part, k: int) -> Iterator[Row]:
+    def quantized(self, product: str, part: Part, k: int) -> Iterator[OperatorRow]:
         """Yield the conversion of a product's activations, if a kernel of its own does it."""
         r = self.request
         if product in r.quantize:
             written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
-    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[Row]:
+    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[OperatorRow]:
         """Yield the product that rotates the residual of a sublayer; pruning added it."""
         if part.name.lower() in block.shortcuts:
             row = self.gemm("residual_projection", part, n, self.part.hidden, False)
             yield row | self.wide | {"overhead": True}
 
-    def linear(self, part: Part) -> Row:
+    def linear(self, part: Part) -> OperatorRow:
         """Return the product that replaces a sublayer; devices that share layers split its inputs."""
         h, devices = self.part.hidden, self.request.devices if self.request.split else 1
         return self.gemm("linear", part, h, -(-h // devices), False)
 
-    def norm_before(self, role: str, part: Part) -> Iterator[Row]:
+    def norm_before(self, role: str, part: Part) -> Iterator[OperatorRow]:
         """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the same input."""
         model, h = self.part, self.part.hidden
         moved = h if model.parallel_residual and part == Part.MLP else 2 * h
         if model.pre_norms:
             yield self.move(role, part, h, moved, moved, model.norm_parameters)
 
-    def norm_after(self, part: Part) -> Iterator[Row]:
+    def norm_after(self, part: Part) -> Iterator[OperatorRow]:
         """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next sublayer."""
         model, h = self.part, self.part.hidden
         if model.post_norms:
             yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
 
-    def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> Row:
+    def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> OperatorRow:
         weights = self.request.weight_dtype
         if weights == _MXFP4 and role != "experts":  # a format of routed experts only
             weights = self.request.stream_dtype
@@ -336,14 +336,16 @@ class PassRows:
             row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
         return row
 
-    def move(self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0) -> Row:
+    def move(
+        self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0
+    ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
         stream, tokens = self.request.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
         return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
 
-    def collective(self, role: str, part: Part, tokens: int, width: int) -> list[Row]:
+    def collective(self, role: str, part: Part, tokens: int, width: int) -> list[OperatorRow]:
         """Return the collective whose payload is (tokens, width); no row on one device."""
         if not self.request.split:
             return []
@@ -351,7 +353,7 @@ class PassRows:
         row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
         return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
 
-    def sends(self) -> list[Row]:
+    def sends(self) -> list[OperatorRow]:
         """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
         r = self.request
         if r.devices == 1 or r.split:

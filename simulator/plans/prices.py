@@ -26,7 +26,7 @@ from simulator.workload import Workload
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-Blocks = Sequence[Block]
+PlanBlocks = Sequence[Block]
 """A block per layer: a plan."""
 
 
@@ -80,7 +80,7 @@ class PricedRequest:
         return replace(self.scenario, model=model).workloads[0]
 
 
-def planned(model: ModelConfig, blocks: Blocks, windows: Sequence[int] | None = None) -> ModelConfig:
+def planned(model: ModelConfig, blocks: PlanBlocks, windows: Sequence[int] | None = None) -> ModelConfig:
     """Return the model with other layers.
 
     >>> from simulator.models.library import load_model
@@ -108,7 +108,7 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
     return own
 
 
-def grouped(model: ModelConfig, blocks: Blocks) -> ModelConfig:
+def grouped(model: ModelConfig, blocks: PlanBlocks) -> ModelConfig:
     """Return a model with the same layers, equal ones next to each other: the same cost, from fewer rows."""
     order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
     return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
@@ -128,7 +128,7 @@ class Probes:
     classes: tuple[int, ...]  # of each layer
 
     @classmethod
-    def of(cls, library: Library, base: Blocks) -> Probes:
+    def of(cls, library: Library, base: PlanBlocks) -> Probes:
         """Return the probes of all variants."""
         model = library.model
         models, at = [model, grouped(model, base)], dict[tuple[int, str, Block], tuple[int, int]]()

@@ -25,10 +25,10 @@ from simulator.workload_batch import WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
 
-Group = tuple[int, ...]
+RequestGroup = tuple[int, ...]
 """Indices of some requests of a scenario."""
 
-Together = Mapping[str, Sequence[tuple[Group, Workload]]]
+Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
 """``Family.together`` -> the requests of each call, and their rows as one workload."""
 
 Reject = Callable[[int | None, str, str], None]
@@ -80,7 +80,7 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 
 
 def _pruned(
-    scenario: Scenario, group: Group, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
+    scenario: Scenario, group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
 ) -> WorkloadBatch:
     """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
@@ -98,7 +98,7 @@ def _pruned(
 def _together(scenario: Scenario, names: Collection[str]) -> Together:
     shapes, workloads = scenario.shapes, scenario.workloads
 
-    def joined(group: Group) -> Workload:
+    def joined(group: RequestGroup) -> Workload:
         if len(group) == 1:
             return workloads[group[0]]
         meta = replace(workloads[group[0]].meta, batch=max(shapes[i][0] for i in group))
@@ -108,18 +108,18 @@ def _together(scenario: Scenario, names: Collection[str]) -> Together:
     return {name: [(group, joined(group)) for group in groups[name]] for name in names}
 
 
-def _by_length(shapes: Sequence[tuple[int, int]]) -> list[Group]:
+def _by_length(shapes: Sequence[tuple[int, int]]) -> list[RequestGroup]:
     return [
         tuple(i for i, (_, seq) in enumerate(shapes) if seq == length)
         for length in dict.fromkeys(seq for _, seq in shapes)
     ]
 
 
-Part = tuple[Group, Workload, IndexArray]
+GroupRows = tuple[RequestGroup, Workload, IndexArray]
 """Requests, their pruned rows, and rows of each."""
 
 
-def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[Part]:
+def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
     if pruning.model is not None:
         pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
@@ -133,8 +133,12 @@ def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: di
 
 
 def _prune(
-    scenario: Scenario, group: Group, rows: Workload, call: Callable[[Workload], Workload], reasons: dict[str, None]
-) -> list[Part]:
+    scenario: Scenario,
+    group: RequestGroup,
+    rows: Workload,
+    call: Callable[[Workload], Workload],
+    reasons: dict[str, None],
+) -> list[GroupRows]:
     """Prune a group in one call if possible, else in one call per request."""
     try:
         pruned = call(rows)

@@ -292,7 +292,7 @@ def configurations_of(
 Space = Mapping[str, NDArray[np.int64]]
 """Dimension -> its values below the dense value, falling."""
 
-Reached = Callable[[Sequence["ModelConfig"]], NDArray[np.bool_]]
+ReachTest = Callable[[Sequence["ModelConfig"]], NDArray[np.bool_]]
 
 
 AGAIN = 300
@@ -328,7 +328,7 @@ def _pruned(model: ModelConfig, values: Mapping[str, int]) -> ModelConfig:
     return replace(model, windows=model.windows[:layers], **new)  # type: ignore[arg-type]
 
 
-def _best(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
+def _best(model: ModelConfig, space: Space, reached: ReachTest) -> ModelConfig | None:
     """Return the model of a space that reaches the target and keeps most parameters."""
     *others, last = space
     looked = dict(space)
@@ -348,7 +348,7 @@ def _best(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | N
     return _best(model, near, reached) if fewer else found
 
 
-def _widest(model: ModelConfig, space: Space, reached: Reached) -> ModelConfig | None:
+def _widest(model: ModelConfig, space: Space, reached: ReachTest) -> ModelConfig | None:
     """Return the same as :func:`_best`, from all combinations of the dimensions except the last."""
     *others, last = space
     values, dense = space[last], [getattr(model, name) for name in others]

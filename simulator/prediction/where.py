@@ -21,9 +21,9 @@ from simulator.errors import InputError, unknown
 
 MOST_CHARACTERS = 2000
 
-Column = Callable[[str], NDArray[Any]]
-Value = Callable[[Column], Any]
-Filter = Callable[[Column, int], NDArray[np.bool_]]
+ColumnByName = Callable[[str], NDArray[Any]]
+Expression = Callable[[ColumnByName], Any]
+Filter = Callable[[ColumnByName, int], NDArray[np.bool_]]
 """Function from columns by name and the number of rows to the rows for which a condition holds."""
 
 # fmt: off
@@ -64,7 +64,7 @@ def parse_filter(text: str, columns: Mapping[str, type]) -> Filter:
     if kind is not bool:
         raise InputError(f"--where {text!r}: expected a condition such as speedup > 1.3, got a {_SHOWN[kind]}")
 
-    def mask(column: Column, size: int) -> NDArray[np.bool_]:
+    def mask(column: ColumnByName, size: int) -> NDArray[np.bool_]:
         with np.errstate(all="ignore"):
             return np.array(np.broadcast_to(np.asarray(value(column)), (size,)), dtype=bool)
 
@@ -78,7 +78,7 @@ class _Reader:
     text: str
     columns: Mapping[str, type]
 
-    def read(self, node: ast.expr) -> tuple[type, Value]:
+    def read(self, node: ast.expr) -> tuple[type, Expression]:
         if isinstance(node, ast.Name):
             return self.name(node.id)
         if isinstance(node, ast.Constant) and type(node.value) in (str, int, float, bool):
@@ -100,7 +100,7 @@ class _Reader:
         allowed = "columns, values, comparisons, and, or, not, in, + - * /"
         raise self.refusal(f"{ast.unparse(node)[:60]} is not allowed; expected {allowed}")
 
-    def name(self, name: str) -> tuple[type, Value]:
+    def name(self, name: str) -> tuple[type, Expression]:
         if name in _CONSTANTS:
             return bool, lambda _: _CONSTANTS[name]
         if name not in self.columns:
@@ -108,7 +108,7 @@ class _Reader:
         kind = self.columns[name]
         return (float if kind is int else kind), lambda column: column(name)
 
-    def all(self, nodes: Sequence[ast.expr], wanted: type) -> list[Value]:
+    def all(self, nodes: Sequence[ast.expr], wanted: type) -> list[Expression]:
         """Return values of one type."""
         found = []
         for node in nodes:
@@ -118,10 +118,10 @@ class _Reader:
             found.append(value)
         return found
 
-    def comparison(self, node: ast.Compare) -> Value:
+    def comparison(self, node: ast.Compare) -> Expression:
         """Return one comparison or a chain, each with the previous value."""
         kind, left = self.read(node.left)
-        steps: list[Value] = []
+        steps: list[Expression] = []
         for op, right in zip(node.ops, node.comparators):
             if isinstance(op, (ast.In, ast.NotIn)) and isinstance(right, (ast.List, ast.Tuple, ast.Set)) and right.elts:
                 steps.append(partial(_member, left, self.all(right.elts, kind), isinstance(op, ast.NotIn)))
@@ -137,10 +137,10 @@ class _Reader:
         return InputError(f"--where {self.text!r}: {why}")
 
 
-def _pair(compare: Callable[[Any, Any], Any], left: Value, right: Value, column: Column) -> Any:
+def _pair(compare: Callable[[Any, Any], Any], left: Expression, right: Expression, column: ColumnByName) -> Any:
     return compare(left(column), right(column))
 
 
-def _member(left: Value, members: Sequence[Value], negated: bool, column: Column) -> Any:
+def _member(left: Expression, members: Sequence[Expression], negated: bool, column: ColumnByName) -> Any:
     found = reduce(np.logical_or, [left(column) == member(column) for member in members])
     return np.logical_not(found) if negated else found

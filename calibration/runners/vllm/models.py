@@ -54,7 +54,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
 """Keys of code, of stored formats and of parts that are not timed."""
 
-Shape = tuple[str, str, int, int, int, int, int, int]
+ModelShape = tuple[str, str, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ def _largest(values: Any, default: int) -> int:
     return int(np.max(values, initial=0)) or default
 
 
-def shapes(w: Workload) -> Counter[Shape]:
+def shapes(w: Workload) -> Counter[ModelShape]:
     """Return how often each operator shape of projections, experts and attention occurs in a workload."""
     timed = w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
-    out = Counter[Shape]()
+    out = Counter[ModelShape]()
     for kind, role, n, k, heads, kv_heads, experts, window, count in zip(
         timed.kind.tolist(),
         timed.role.tolist(),
