@@ -47,7 +47,6 @@ def test_two_files_give_a_measured_speedup_next_to_the_prediction(
         (["--prune", "depth 0.25", "--prune", "width 0.25"], "--bench: expected 3 files, of the dense model"),
         (["--prune", "depth 0.25", "--batch", "1,8"], "--bench: expected one --batch and one --seq"),
         (["--prune", "depth 0.25", "--engine", "hf"], "--bench: expected --engine vllm"),
-        (["--prune", "depth 0.25", "--hardware", ""], "--bench: expected --hardware with the GPU"),
         (["--prune", "semi_structured 0.25"], "expected 0.5"),
     ],
 )
@@ -57,6 +56,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
     assert not (tmp_path / "r").exists()
+
+
+def test_files_need_the_gpu_that_wrote_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [_latency(tmp_path, name, 1.0) for name in ("dense.json", "pruned.json")]
+    command = _command(tmp_path, files, "--prune", "depth 0.25")
+    at = command.index("--hardware")
+    assert run(command[:at] + command[at + 2 :]) == 2
+    assert "--bench: expected --hardware with the GPU" in capsys.readouterr().err
 
 
 def test_without_files_a_device_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
