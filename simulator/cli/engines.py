@@ -139,7 +139,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     if not e.sparse24:
         yield "2:4 formats", "none", "", ""
     for family, kernels in e.dynamic.items():
-        yield f"kernels, {family}", "yes", "", f"{kernels.source}: {kernels.how}"
+        where = f"on {', '.join(kernels.on)}" if kernels.on else ""
+        yield f"kernels, {family}", "yes", where, f"{kernels.source}: {kernels.how}"
     for dtype, width in e.widths.items():
         yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
     for feature, loading in e.loads.items():

@@ -59,10 +59,10 @@ def opt(flags: str, metavar: str | None, text: str) -> Any:
 
 
 def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Reject an empty text on the command line, which a shell makes of a variable that is not set."""
+    """Reject an empty value on the command line, which a shell makes of a variable that is not set."""
     given = context.get_parameter_source(option.name or "")
     if given is not None and given.name == "COMMANDLINE" and "" in (value if isinstance(value, list) else [value]):
-        raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty text")
+        raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty value")
     return value
 
 
@@ -87,7 +87,7 @@ Seq = Annotated[
 Concurrency = Annotated[
     int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
 ]
-NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens that generate and serve decode after the prompt.")]
+NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens decoded after the prompt, in generate and serve.")]
 CachedPrefix = Annotated[
     str | None,
     opt("--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%)."),
@@ -155,7 +155,13 @@ Pruned = Annotated[
 ]
 Prune = Annotated[
     list[str] | None,
-    opt("--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated."),
+    opt(
+        "--prune",
+        "TEXT",
+        "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. Parts of width: "
+        "attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, semi_structured, "
+        "unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.",
+    ),
 ]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
 Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]

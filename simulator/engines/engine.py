@@ -8,6 +8,7 @@ the fitted sections of these stacks (``HardwareProfile.serving``). Releases that
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -243,9 +244,14 @@ def check_engine(path: str) -> list[str]:
 
 
 def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
-    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`."""
-    weight = weight_dtype or dtype
-    return tuple(n for n in list_engines() if load_engine(n).sparse24_kernels(dtype, weight, architecture) is not None)
+    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`; of an engine whose newest
+    releases have none, the last generation that has."""
+    weight, found = weight_dtype or dtype, list[str]()
+    for name in list_engines():
+        older = (f"{name}@{generation.name}" for generation in reversed(load_engine(name).generations))
+        one = (n for n in (name, *older) if load_engine(n).sparse24_kernels(dtype, weight, architecture) is not None)
+        found.extend(itertools.islice(one, 1))
+    return tuple(found)
 
 
 _KERNELS = Engine()

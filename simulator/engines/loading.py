@@ -77,3 +77,4 @@ class DynamicKernels:
 
     how: str
     source: str
+    on: Annotated[tuple[str, ...], ListField(TextField())] = ()  # architectures with these kernels; none: all

@@ -83,9 +83,14 @@ def speedups_of(results: Sequence[Result]) -> Figure:
     from simulator.figures.speedup import speedup_figure
 
     axis = varying(results)
-    results, note = _of_few_settings(results, axis)
-    found = columns(results, at=axis, **SPEEDUP) | placed(results, [_setting(r, results, axis) for r in results])
-    found["candidate"] = names = [_candidate(r, results, axis) for r in results]
+    panels = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
+    results, omitted = _of_few_settings(results, [field for field in panels if field != axis])
+    models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
+    note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
+    found = columns(results, at=axis, **SPEEDUP) | placed(
+        results, [_setting(r, results, axis, panels) for r in results]
+    )
+    found["candidate"] = names = _candidates(results, axis, panels)
     bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
     serves = axis == "batch" and all(r.phase == "serve" for r in results)
     return speedup_figure(
@@ -126,13 +131,28 @@ def _name(r: Result) -> str:
     return r.pruned or r.method or f"{label(r.family)}{r.options and f' ({r.options})'}"
 
 
-def _candidate(r: Result, results: Sequence[Result], axis: str) -> str:
-    """Return the title of a curve, with its sparsity unless that is the axis or names the panel."""
-    fixed = axis != "sparsity" and len(_values(results, "sparsity")) == 1
-    return f"{_name(r)}, {100 * r.sparsity:.3g} %" if fixed else _name(r)
+def _several_sparsities(results: Sequence[Result]) -> bool:
+    """Return whether a pruning has several sparsities in one scenario, each of which is another candidate: that of a
+    budget follows from the length, and prunings as texts have one each."""
+    found: dict[tuple[object, ...], set[float]] = {}
+    for r in results:
+        place = (r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
+        found.setdefault((_name(r), *place), set()).add(r.sparsity)
+    return any(len(sparsities) > 1 for sparsities in found.values())
 
 
-def _setting(r: Result, results: Sequence[Result], axis: str) -> str:
+def _candidates(results: Sequence[Result], axis: str, panels: Sequence[str]) -> list[str]:
+    """Return the titles of curves, with the sparsity unless that is the axis, names the panel, or varies."""
+    names = [_name(r) for r in results]
+    if axis == "sparsity" or ("sparsity" in panels and len(_values(results, "sparsity")) > 1):
+        return names
+    found: dict[str, set[float]] = {}
+    for name, r in zip(names, results):
+        found.setdefault(name, set()).add(r.sparsity)
+    return [f"{n}, {100 * r.sparsity:.3g} %" if len(found[n]) == 1 else n for n, r in zip(names, results)]
+
+
+def _setting(r: Result, results: Sequence[Result], axis: str, panels: Sequence[str]) -> str:
     """Return the label of a row of panels: the phase, and fields other than the axis that vary."""
     parts = [model_title(r.model)] if len({one.model for one in results}) > 1 else []
     parts.append(f"{r.phase} {r.new_tokens}" if r.new_tokens else r.phase)
@@ -140,18 +160,18 @@ def _setting(r: Result, results: Sequence[Result], axis: str) -> str:
         parts.append(f"{batch_name(r.phase)} {r.batch}")
     if axis != "seq" and len({one.seq for one in results}) > 1:
         parts.append(f"seq {r.seq}")
-    if axis != "sparsity" and len(_values(results, "sparsity")) > 1:
+    if axis != "sparsity" and "sparsity" in panels and len(_values(results, "sparsity")) > 1:
         parts.append(f"{100 * r.sparsity:.3g} % removed")
     return ", ".join(parts)
 
 
-def _of_few_settings(results: Sequence[Result], axis: str) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values of each field other than the axis, the first, the last
-    and some between, and a note on omitted values."""
+def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[Sequence[Result], str]:
+    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, the first, the last and some
+    between, and a note on omitted values."""
     notes = []
-    for other in ("batch", "seq", "sparsity"):
+    for other in others:
         values = _values(results, other)
-        if other == axis or len(values) <= MOST_VALUES:
+        if len(values) <= MOST_VALUES:
             continue
         few = {values[round(i * (len(values) - 1) / (MOST_VALUES - 1))] for i in range(MOST_VALUES)}
         results = [r for r in results if getattr(r, other) in few]

@@ -118,6 +118,11 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     solutions = json.dumps(solutions_of(plan), indent=1, allow_nan=False) + "\n"
     write_whole(target / SOLUTIONS, solutions.encode())
     written = [*([PLAN] if text else []), *(["config.json"] if content else []), SOLUTIONS]
+    if text is not None:
+        r = plan.results[0]  # other commands have other defaults
+        lines.append(
+            f"with --prune {folder}/{PLAN} use the same request: --phase {r.phase} --batch {r.batch} --seq {r.seq}"
+        )
     return [f"written: {folder}/{{{','.join(written)}}}", *lines]
 
 

@@ -35,11 +35,14 @@ class BreakEven:
     axis : str
         "batch" or "seq".
     results : tuple of Result
-        One per value of the axis, ascending.
+        One per value of the axis at which the pruned model fits into the memory, ascending; all if it never fits.
+    too_large : tuple of int
+        Values at which it does not fit.
     """
 
     axis: str
     results: tuple[Result, ...]
+    too_large: tuple[int, ...] = ()
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -94,7 +97,17 @@ class BreakEven:
         >>> break_even(list(found))[0].sentence[:75]
         'depth at 25 % on h100_sxm in vllm (decode, seq 2048) pays at every batch fr'
         """
-        return f"{self.results[0].pruning} on {self.where} {self.verdict}."
+        return f"{self.results[0].pruning} on {self.where} {self.verdict}{self._beyond}."
+
+    @property
+    def _beyond(self) -> str:
+        """The values that do not fit, as the end of a sentence."""
+        if not self.too_large:
+            return ""
+        name = batch_name(self.results[0].phase) if self.axis == "batch" else "seq"
+        many = len(self.too_large) > 1
+        values = f"{self.too_large[0]:,} and more" if many else f"{self.too_large[0]:,}"
+        return f"; {name} {values} {'do' if many else 'does'} not fit into the memory"
 
 
 def axis_of(results: Sequence[Result]) -> str:
@@ -111,7 +124,12 @@ def break_even(results: Sequence[Result]) -> list[BreakEven]:
     for r in results:
         other = r.seq if axis == "batch" else r.batch
         groups.setdefault((r.model, r.pruning, r.engine, r.phase, r.hardware, other), []).append(r)
-    return [BreakEven(axis, tuple(sorted(some, key=lambda r: getattr(r, axis)))) for some in groups.values()]
+    out = []
+    for some in groups.values():
+        ascending = sorted(some, key=lambda r: getattr(r, axis))
+        fit = [r for r in ascending if r.pruned_fits is not False] or ascending
+        out.append(BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit)))
+    return out
 
 
 def _speedup(r: Result) -> str:

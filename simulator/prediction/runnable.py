@@ -18,7 +18,7 @@ from simulator.cost.base import ELEMENT_BYTES
 from simulator.cost.forward import by_formats, refusal
 from simulator.cost.gemm import aligned_elements
 from simulator.cost.gemm_kernel import gemm_kernel
-from simulator.display import Displayed
+from simulator.display import Displayed, with_and
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -209,15 +209,17 @@ def runnables(
     aligned width is predicted for each result.
     """
     paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
-    known: dict[tuple[str, int, int], Runnable] = {}
+    known: dict[tuple[str, int, int, str], Runnable] = {}
     out = []
     for r, index in zip(found, found.pruning.tolist()):
         pruning = found.prunings[index]
         one = replace(scenario, engine=paths[r.engine], phase=r.phase, shapes=((r.batch, r.seq),))
-        key = (r.engine, index, r.seq if pruning.budgeted else 0)  # within its budget a pruning removes nothing
+        hw = profiles.get(r.hardware)
+        # within its budget a pruning removes nothing
+        key = (r.engine, index, r.seq if pruning.budgeted else 0, hw.architecture if hw else "")
         if key not in known:
-            known[key] = runnable(one, pruning)
-        answer, hw = known[key], profiles.get(r.hardware)
+            known[key] = runnable(one, pruning, hw)
+        answer = known[key]
         out.append(answer if answer.aligned or hw is None else runnable(one, pruning, hw))
     return out
 
@@ -261,6 +263,10 @@ def will_run(
     engine = load_engine(own.meta.engine)
     loadable, load_reason = loading(pruned, engine, config or pruned.meta.config)
     missing = _kernels(own, engine, hw)
+    if loadable and not layer_count(pruned):
+        loadable, load_reason = False, "a decoder without layers"
+    elif loadable and (how := [engine.dynamic[family].how for family in _dynamic(own) if family in engine.dynamic]):
+        load_reason = f"with {'; '.join(how)}"
     zeros = ZEROS if (own.kernel == Kernel.UNSTRUCTURED).any() else ""
     sixteen, unit = _units(own, engine)
     odd = {name: width for name, width in widths(own).items() if (width % unit > 0).any()}
@@ -319,13 +325,20 @@ def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, i
     return best
 
 
+def _dynamic(w: Workload) -> list[str]:
+    """Return the dynamic families of a pruned workload that remove work."""
+    found = [family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")]
+    return [family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic]
+
+
 def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
     """Return which kernels an engine or a device lacks for a workload, or ""."""
-    for step in w.meta.applied:
-        for family in step.family.split("+"):
-            dynamic = step.realised > 0 and family in FAMILIES and FAMILIES[family].dynamic
-            if dynamic and w.meta.engine and family not in engine.dynamic:
-                return f"stock {engine.name} has no kernels for {family}"
+    for family in _dynamic(w) if w.meta.engine else ():
+        if family not in engine.dynamic:
+            return f"stock {engine.name} has no kernels for {family}"
+        own = engine.dynamic[family]
+        if hw is not None and own.on and hw.architecture not in own.on:
+            return f"stock {engine.name} has kernels for {family} only on {with_and(own.on)} ({own.how})"
     if (w.kernel == Kernel.SPMV).any():
         return f"stock {engine.name} has no kernels that skip scattered zeros (spmv)"
     if reason := refusal(WorkloadBatch.of([w]), hw.architecture if hw else ""):

@@ -103,7 +103,7 @@ def test_what_is_no_file_to_read_is_refused(reader: str, kind: str, cli: Any) ->
 )
 def test_a_variable_that_is_not_set_is_no_value(command: str, option: str, metavar: str, cli: Any) -> None:
     _, err = cli(f"{command} {option}=", 2)
-    assert err == f"prunesim: {option}: expected {metavar}, got an empty text\n"
+    assert err == f"prunesim: {option}: expected {metavar}, got an empty value\n"
     assert list(Path().iterdir()) == []
 
 

@@ -92,7 +92,7 @@ def test_names_aliases_and_paths_find_the_same_engine() -> None:
         assert load_engine(alias).name == "compile"
     assert load_engine("TensorRT-LLM").name == "trtllm"
     assert load_engine("vllm") is load_engine("VLLM")
-    assert sparse24_engines() == ("compile", "hf", "reference", "trtllm")
+    assert sparse24_engines() == ("compile", "hf", "reference", "trtllm", "vllm@v1")
     aliases = [alias.lower() for name in list_engines() for alias in (name, *load_engine(name).aliases)]
     assert len(set(aliases)) == len(aliases)
 

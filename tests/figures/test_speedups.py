@@ -47,7 +47,7 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
     assert named == ["decode, vLLM", "decode, Transformers (eager)"]
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
     assert legend(figure)[0] == "Width, 25 %"
-    assert figure.legends[0].get_title().get_text() == "batch"
+    assert figure.legends[0].get_title().get_text() == "batch; Llama-3.1-8B"
     panels = [(gpu, engine) for engine in engines for gpu in ("h100_sxm", "a100_sxm_80gb")]
     for ax, (gpu, engine) in zip(figure.axes, panels, strict=True):
         own = [r for r in rows if (r.hardware, r.engine) == (gpu, engine)]
@@ -77,7 +77,7 @@ def test_four_families_at_three_sparsities_are_curves_with_bands() -> None:
     assert legend(figure) == ["Depth", "Width", "Low rank", "Dynamic depth", "90 % interval", PAYS]
     assert [len(ax.collections) for ax in figure.axes] == [4, 4]
     assert ticks(figure.axes[0]) == ["10", "25", "50"]
-    assert figure.legends[0].get_title().get_text() == "removed (%)"
+    assert figure.legends[0].get_title().get_text() == "removed (%); Llama-3.1-8B"
 
 
 def test_one_value_alone_is_a_dot() -> None:
@@ -91,7 +91,7 @@ def test_one_value_alone_is_a_dot() -> None:
 def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
     lengths = speedups_of(table("depth", hardware=["h100"], batch=[1, 8], seq=[512, 2048, 8192]))
     assert [ax.texts[0].get_text() for ax in lengths.axes] == ["decode, batch 1", "decode, batch 8"]
-    assert lengths.legends[0].get_title().get_text() == "sequence (tokens)"
+    assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
     assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
     removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
     assert [ax.texts[0].get_text() for ax in removed.axes] == ["decode, 25 % removed", "decode, 50 % removed"]
@@ -138,3 +138,17 @@ def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[f
     assert pays_from([1, 2, 4], lower) == first
     turned = pays_from([4, 2, 1], lower[::-1])
     assert turned == (None if first is None else 2 - first), "whatever the order of the values"
+
+
+def test_a_budget_is_one_curve_over_the_length_and_prunings_share_a_panel() -> None:
+    lengths = [2**i * 1024 for i in range(6)]
+    methods = simulator.table(
+        MODEL, "h100", method=["snapkv-1024", "snapkv-4096"], phase="decode", batch=8, seq=lengths, engine="trtllm"
+    )
+    (ax,) = speedups_of(methods.rows).axes
+    drawn = [line for line in ax.lines if line.get_marker() not in ("", "None") and line.get_markersize() < 6]
+    assert [list(line.get_xdata()) for line in drawn] == [lengths, lengths]
+    texts = simulator.table(MODEL, "h100", prune=["width mlp=0.3", "depth 0.25"], phase="decode", batch=[1, 8, 64])
+    figure = speedups_of(texts.rows)
+    assert len(figure.axes) == 1
+    assert legend(figure)[1] == "Depth, 25 %"

@@ -93,3 +93,12 @@ def test_a_break_even_is_of_one_axis() -> None:
     assert isinstance(found, BreakEven)
     assert found.values == (1, 2)
     assert found.pays == (True, True)
+
+
+def test_batches_that_do_not_fit_are_named_and_do_not_count() -> None:
+    found = results(GAIN, GAIN, LOSS, LOSS)
+    (one,) = break_even([replace(r, pruned_fits=r.batch < 4) for r in found])
+    assert one.values == (1, 2)
+    assert one.sentence.endswith("1.10-1.30, at 2); batch 4 and more do not fit into the memory.")
+    (nowhere,) = break_even([replace(r, pruned_fits=False) for r in found])
+    assert (nowhere.values, nowhere.too_large) == ((1, 2, 4, 8), ())

@@ -20,7 +20,7 @@ from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.prediction.loading import features
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.runnable import Runnable, runnable, will_run
+from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
 from simulator.prediction.scenario import Scenario
 from simulator.pruning import FAMILIES
 from simulator.pruning._aligned import aligned_up
@@ -366,3 +366,20 @@ def test_every_shipped_engine_states_all_features_with_a_source(name: str) -> No
     for one in engine.loads.values():
         assert {*one.model_types} <= {*ARCHITECTURES, *NESTED}
         assert one.source in engine.sources
+
+
+def test_kernels_of_a_dynamic_family_may_need_an_architecture() -> None:
+    pruning, scenario = Pruning.read("kv_cache 0.5"), Scenario(model=LLAMA, phase="decode", engine="trtllm")
+    hopper, blackwell = (runnable(scenario, pruning, simulator.load_hardware(name)) for name in ("h100", "b200"))
+    assert (hopper.works, blackwell.works) == (False, True)
+    assert "has kernels for kv_cache only on blackwell and blackwell_sm100 (sparse_attention_config" in hopper.sentence
+    assert "with sparse_attention_config with algorithm rocket" in blackwell.sentence
+    found = simulator.table(LLAMA, ["b200", "h100"], prune="kv_cache 0.5", phase="decode", engine="trtllm")
+    hardware = [simulator.load_hardware(name) for name in ("b200", "h100")]
+    assert [r.works for r in runnables(found, scenario, ["trtllm"], hardware)] == [True, False]
+
+
+def test_a_decoder_without_layers_is_not_loaded() -> None:
+    answer = asked("vllm", Pruning.read("depth 0.99"))
+    assert answer.works is False
+    assert answer.sentence == "No: stock vllm does not load a decoder without layers."
