@@ -104,7 +104,7 @@ def check_fraction(value: Any, where: str = "sparsity") -> float:
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
     number = math.inf if abs(value) >= 1e300 else float(value)
     if not (math.isfinite(number) and 0.0 <= number < 1.0):
-        hint = f"; for {number:g} % write {number / 100:g}" if 1.0 < number < 100.0 else ""
+        hint = f"; for {number:g} % write {number / 100:g}" if 2.0 <= number < 100.0 else ""
         raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{hint}")
     return number
 
