@@ -8,7 +8,6 @@ the fitted sections of these stacks (``HardwareProfile.serving``). Releases that
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -246,12 +245,14 @@ def check_engine(path: str) -> list[str]:
 def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
     """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`; of an engine whose newest
     releases have none, the last generation that has."""
-    weight, found = weight_dtype or dtype, list[str]()
-    for name in list_engines():
-        older = (f"{name}@{generation.name}" for generation in reversed(load_engine(name).generations))
-        one = (n for n in (name, *older) if load_engine(n).sparse24_kernels(dtype, weight, architecture) is not None)
-        found.extend(itertools.islice(one, 1))
-    return tuple(found)
+
+    def has(name: str) -> bool:
+        return load_engine(name).sparse24_kernels(dtype, weight_dtype or dtype, architecture) is not None
+
+    releases = (
+        (name, *(f"{name}@{g.name}" for g in reversed(load_engine(name).generations))) for name in list_engines()
+    )
+    return tuple(found for names in releases if (found := next(filter(has, names), "")))
 
 
 _KERNELS = Engine()
@@ -374,14 +375,8 @@ def _engine_field(root: Node) -> ObjectField:
         "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time, "correlation": sourced(Correlation)}),
         "schedule": sourced(Schedule),
         "quantize": sourced(Quantisation),
-        "one_token": share,
-        "memory": share,
-        "prefill_wait": share,
-        "first_wait_sd": share,
-        "own_code": share,
-        "log_sd": share,
-        "apart_log_sd": share,
-        "composed_log_sd": share,
+        **dict.fromkeys(("one_token", "memory", "prefill_wait", "first_wait_sd", "own_code"), share),
+        **dict.fromkeys(("log_sd", "apart_log_sd", "composed_log_sd"), share),
         "weight_only": ListField(TextField(DTYPES)),
         "sparse24": MapField(sourced(Sparse24), known("library", LIBRARIES)),
         "dynamic": MapField(sourced(DynamicKernels)),
