@@ -458,6 +458,11 @@ def test_no_command_imports_what_it_does_not_need(line: str, heavy: set[str], py
     assert (status, lines, out.decode().splitlines()[-1]) == (0, [], "[]")
 
 
+def test_help_names_every_family(cli: Any) -> None:
+    shown = re.findall(r"[a-z_]+", cli("speedup --help")[0].partition("Families:")[2].partition("--sparsity")[0])
+    assert sorted(shown) == sorted(simulator.FAMILIES)
+
+
 def test_help_lists_the_commands_of_other_packages(cli: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", cli.out("--help"), re.MULTILINE)
     assert {"import", "measure", "fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
