@@ -592,20 +592,6 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
         load_hardware(path)
 
 
-def test_what_is_no_profile_and_no_stack_says_so(tmp_path: Path) -> None:
-    path = stacked(tmp_path)
-    with pytest.raises(InputError, match="expected a profile, got the sections of one stack; load my_gpu@STACK"):
-        load_hardware(tmp_path / "my_gpu.trtllm.yaml")
-    hw = load_hardware(path)
-    for stack, name, says in (
-        ("vllm", "my_gpu.trtllm.yaml", "ends in .vllm.yaml"),
-        ("tensorrt", "my_gpu.tensorrt.yaml", "stack 'tensorrt' is unknown"),
-        ("vllm", "my_gpu.vllm.yaml", "my_gpu has no section that was fitted for vllm"),
-    ):
-        with pytest.raises(InputError, match=says):
-            save_stack(replace(hw, sections={}), stack, tmp_path / name)
-
-
 def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
     path = stacked(tmp_path)
     (held,) = tmp_path.glob("my_gpu.trtllm.*.npz")

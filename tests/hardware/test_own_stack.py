@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -89,9 +88,3 @@ def test_one_note_states_the_kernels_that_are_used(calibrated: HardwareProfile, 
         notes = [text for text in capsys.readouterr().err.splitlines() if "torch kernels" in text]
         assert len(notes) == count, notes
         assert all("vllm kernels are not calibrated; torch kernels are used instead" in text for text in notes)
-
-
-def test_a_copy_of_a_shipped_profile_is_no_calibration(tmp_path: Path) -> None:
-    save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
-    copy = load_hardware(tmp_path / "copy.yaml")
-    assert (copy.own_stack, copy.same_stack) == ("", False)

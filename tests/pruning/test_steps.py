@@ -7,14 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
 
 from simulator.errors import InputError
 from simulator.pruning import prune
 from simulator.pruning._grammar import read_steps
-from simulator.pruning._steps import PruningStep, prune_steps
+from simulator.pruning._steps import PruningStep
 from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
@@ -77,17 +76,6 @@ def test_mistakes_have_their_place(text: str, message: str) -> None:
     assert message in str(found.value)
 
 
-def test_errors_of_a_model_name_the_step() -> None:
-    for text, message in {
-        "width 0.2 align=x": "width 0.2 align=x: option align: expected a whole number from 1 up, got 'x'",
-        "depth 0.1 + width mlp=0.2 layers=9": "width mlp=0.2 layers=9: layers: expected numbers from 0 to 5, got 9",
-        "depth 0.5 layers=1-4 + depth layers=5": "depth 0.5 layers=1-4: expected no fraction, as several steps remove",
-    }.items():
-        with pytest.raises(InputError) as found:
-            prune(workload(GQA), text)
-        assert message in str(found.value)
-
-
 @pytest.mark.parametrize("decoder", [GQA, FUSED, MHA])
 def test_parts_of_width(decoder: Decoder) -> None:
     w, d = workload(decoder, "decode"), decoder
@@ -141,14 +129,6 @@ def test_listed_layers() -> None:
     assert prune(w, "depth layers=0,5").meta.applied[0].sparsity == pytest.approx(2 / 6)
 
 
-def test_layer_numbers_are_those_of_the_dense_model() -> None:
-    w = workload(GQA)
-    pruned = prune(w, "depth layers=1-2 + width mlp=0.5 layers=3").expand()
-    down = pruned.is_role("down")
-    assert pruned.k[down].tolist() == [176, 96, 176, 176]
-    assert pruned.layer[down].tolist() == [0, 1, 2, 3]
-
-
 PLAN = """\
 prune: kv_cache 0.25
 layers:
@@ -199,21 +179,3 @@ def test_mistakes_in_a_plan_have_their_place(tmp_path: Path, text: str, message:
     with pytest.raises(InputError) as found:
         read_steps(str(path))
     assert str(found.value).startswith(f"{path}:{message}")
-
-
-def test_a_sparsity_per_layer_of_a_part() -> None:
-    w = workload(GQA)
-    with pytest.raises(InputError, match="sparsity of mlp by layer: expected 6 fractions, one per layer"):
-        prune(w, "width", {"mlp": [0.5]})
-    with pytest.raises(InputError, match="sparsity of hidden: expected one fraction, got a sparsity by layer"):
-        prune(w, "width", {"hidden": [0.5] * 6})
-    equal = prune_steps(w, [PruningStep("width", (("mlp", (0.5,) * 6),))])
-    assert equal.replace(meta=w.meta) == prune(w, "width mlp=0.5").replace(meta=w.meta)
-    assert np.isclose(equal.meta.applied[0].realised, prune(w, "width mlp=0.5").meta.applied[0].realised)
-
-
-def test_listed_layers_that_are_removed_are_requested_as_they_are() -> None:
-    narrowed_first = prune_steps(workload(GQA), read_steps("width mlp=0.5 layers=0-1 + depth layers=2"))
-    width, depth = narrowed_first.meta.applied
-    assert depth.sparsity == depth.realised > 1 / GQA.layers  # the whole layer weighs more than the narrowed ones
-    assert width.sparsity == pytest.approx(width.realised, abs=0.05)
