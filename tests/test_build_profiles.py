@@ -11,13 +11,11 @@ from operator_times import prefill_time
 from calibration.build_profiles import RECIPES, available, build, main, tables_of
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
-from calibration.measurements.wheel import datasheet
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"
-B200 = datasheet("b200_sxm")
 
 
 def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with_each_stack() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from operator_times import errors_of, experts_time
 
-from calibration.fit.experts import ExpertsFit, layers_of
+from calibration.fit.experts import ExpertsFit
 from calibration.fit.section import fit_section
-from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
 from simulator.cost import experts as experts_model
 from simulator.cost.base import Machine
@@ -171,21 +168,3 @@ def test_planted_constants_are_recovered() -> None:
     assert part.section.accuracy["mape"] < 0.03
     with pytest.raises(ValueError, match="experts: expected at least 300 usable rows, got 10"):
         fit_section(planted().take(np.arange(10)))
-
-
-def test_the_shipped_section_is_what_its_table_gives_and_holds_models_left_out() -> None:
-    hw, records = load_hardware("h100@trtllm"), load_measurements("h100_sxm/experts/trtllm")
-    measured = layers_of(records, Machine.of(hw), "hopper")
-    layers, part, ships = measured.calls, fit_section(measured), hw.section("experts", "bf16")
-    for name, constant in ships.constants.items():
-        assert part.section[name] == pytest.approx(constant.value, rel=1e-3), name
-    assert part.section.accuracy["mape"] < 0.065
-    bare = replace(part.section, arrays={})
-    error = [
-        np.abs(
-            np.log(experts_time(*sizes, hw_, skew=layers.skew, dealt=True, warm=True).seconds / measured.seconds)
-        ).mean()
-        for sizes in [(layers.m, layers.n, layers.k, layers.experts, layers.active)]
-        for hw_ in (hw, hw.calibrated({("experts", "bf16"): bare}))
-    ]
-    assert error[0] < 0.85 * error[1]  # the residual takes up part of what the analytical time leaves

@@ -265,17 +265,6 @@ def test_a_host_launches_from_one_thread_and_a_layer_takes_it_longer_than_a_laun
     assert torch.get_num_threads() == threads
 
 
-def test_threads_are_set_and_given_back() -> None:
-    threads = torch.get_num_threads()
-    affinity = getattr(os, "sched_getaffinity", lambda process: None)
-    before = affinity(0)
-    with CpuDevice(threads=1, cache_bytes=1e6) as one:
-        assert torch.get_num_threads() == len(one.cpus) == 1
-        assert affinity(0) in (None, set(one.cpus))
-    assert torch.get_num_threads() == threads
-    assert affinity(0) == before
-
-
 def test_threads_are_those_of_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"1": 1, " 3 ": 3, "2,4": 2, "64": 8, "0": 8, "": 8, "many": 8, "-1": 8}
     for text, expected in values.items():

@@ -191,7 +191,7 @@ def trees(draw: Any, root: Any) -> Any:
         elif edit == "nest":
             owner[key] = json.loads("[" * 200 + "]" * 200)
         else:
-            owner[key] = draw(st.sampled_from(VALUES))
+            owner[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
     return tree
 
 

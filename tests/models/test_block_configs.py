@@ -71,13 +71,10 @@ def test_keys_of_modelopt_change_experts() -> None:
     [
         ({"attention": {"num_key_value_heads": 3}}, r"attention.num_key_value_heads: expected a divisor of 8 query"),
         ({"attention": {"num_key_value_heads": 2, "n_heads_in_group": 2}}, r"attention.n_heads_in_group: expected 4"),
-        ({"attention": {"num_key_value_heads": 2.5}}, r"attention.num_key_value_heads: expected an integer"),
         ({"attention": {}}, r"attention.n_heads_in_group: missing; expected an integer, here or in num_key_value"),
-        ({"attention": None}, r"attention: missing; expected an object"),
         ({"attention": {"mamba": {"state_dim": 4}}}, r"attention.mamba: expected null: state-space layers"),
         ({"ffn": {}}, r"ffn.ffn_mult: missing; expected a number, here or in intermediate_size"),
         ({"ffn": {"intermediate_size": 0}}, r"ffn.intermediate_size: expected an integer from 1"),
-        ({"ffn": {"intermediate_size": "7"}}, r"ffn.intermediate_size: expected an integer from 1 .*, got '7'"),
         ({"ffn": {"moe": {"num_local_experts": 4}}}, r"ffn.moe: expected null, as the dense layer has no routed"),
         ({"ffn": {"intermediate_size": 4, "sparsify": ["2:4"]}}, r"ffn.sparsify: expected null: sparsity per layer"),
         ({"parallel_blocks": [{}]}, r"parallel_blocks: expected null: parallel blocks are not supported"),

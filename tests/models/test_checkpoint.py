@@ -177,27 +177,17 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
         ({AT + "self_attn.q_proj.weight": F16(4000, 4096)}, r"3\.self_attn\.q_proj: expected a multiple of head_dim"),
         ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968, .* got 4,096"),
         ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810"),
-        ({AT + "mlp.up_proj.weight": F16(11008, 3072)}, "expected a width of 4,096, as"),
-        ({AT + "mlp.up_proj.weight": F16(11008)}, "expected 2 dimensions, got 1"),
         ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
         ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
         ({AT + "mlp.up_proj.bias": F16(11008)}, "layers 0-31: expected 202,409,472 parameters, got"),
         ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: belongs to no known layer"),
         ({AT + "attn_shortcut_Q": F16(4096, 3072)}, "attn_shortcut_Q: expected a width of 4,096, as"),
-        ({AT + "mlp_shortcut_Q": F16(4096, 3072)}, "mlp_shortcut_Q: expected a width of 4,096, as in .*down_proj, got"),
         ({AT + "mlp.down_proj.weight": F16(3072, 11008)}, "down_proj: expected a width of 4,096, as in the embedding"),
-        ({"lm_head.weight": F16(32000, 3072)}, "lm_head: expected a width of 4,096, as in norm, got 3,072"),
-        ({AT + "self_attn.q_u_proj.weight": F16(4096, 64)}, "layers 3: expected 186,130,432 parameters, got"),
         ({"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)}, "norm: expected a head of 4,096 inputs"),
-        ({AT + "mlp.up_proj.ALinear.weight": F16(11008, 64)}, "layers 3: expected .* parameters, got"),
-        ({AT + "mlp.up.ALinear.weight": F16(11008, 64)}, "mlp.up.ALinear: belongs to no known layer"),
-        ({AT + "mlp.x_u_proj.weight": F16(11008, 64)}, "mlp.x_u_proj: belongs to no known layer"),
         ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
         ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
         ({AT + "input_layernorm.weight": None}, "layers 3: .* it lacks input_layernorm"),
-        ({AT + "self_attn.v_proj.weight": None}, "layers 3: .* it lacks self_attn.v_proj"),
         ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
-        ({"model.norm.weight": None}, "expected 6,738,415,616 parameters for its shapes"),
         ({"lm_head.weight": None}, "expected lm_head.weight, or"),
         ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),
         ({"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))}, "lm_head: expected a head of 16 bits"),
@@ -219,7 +209,6 @@ def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
         out |= {f"{at}self_attn.{name}_proj.weight": F16(4096, hidden) for name in "qkv"}
         out |= {f"{at}mlp.{name}_proj.weight": F16(11008, hidden) for name in ("gate", "up")}
         out |= {at + "self_attn.o_proj.weight": F16(hidden, 4096), at + "mlp.down_proj.weight": F16(after, 11008)}
-        out |= {at + "attn_shortcut_Q": F16(hidden, hidden), at + "mlp_shortcut_Q": F16(hidden, after)}
     return out
 
 
@@ -324,23 +313,15 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (b"", 2**60, "its header would not fit"),
         (b"version https://git-lfs.github.com/spec/v1", 0x206E6F6973726576, "Git LFS pointer"),
         (b" " * (MAX_HEADER_BYTES + 1), None, "expected a header of at most 8,000,000 bytes, got 8,000,001"),
-        (b"{" * 100_000, None, "not JSON"),
         (b"[" * 1_000_000, None, "got too many values"),
         (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "got too many values"),
         (b"[]", None, "not a JSON object"),
-        (b'{"a": 1}', None, "expected dtype, shape and data_offsets"),
         (b'{"a": {"dtype": "F16", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', None, "not JSON"),
         (entry(dtype="F17"), None, "dtype 'F17' is unknown"),
-        (entry(dtype=["F16"]), None, "is unknown"),
         (entry(shape=[-2, -2]), None, "expected a shape"),
-        (entry(shape=[2.0, 2]), None, "expected a shape"),
-        (entry(shape=[True, 4]), None, "expected a shape"),
         (entry(shape=[2**40, 2**40]), None, "expected a shape"),
-        (entry(shape=[1] * 9), None, "expected a shape"),
         (entry(shape=[3, 2]), None, "its number of bytes does not match its shape"),
         (entry(data_offsets=[8, 0]), None, "outside the file"),
-        (entry(data_offsets=[0, 2**50]), None, "outside the file"),
-        (entry(data_offsets=[-8, 0]), None, "outside the file"),
         (json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(), None, "overlap"),
         (
             json.dumps(

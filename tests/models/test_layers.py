@@ -233,22 +233,14 @@ def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any
     [
         (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one per layer"),
         (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one per layer, got"),
-        (PUZZLE | {"block_configs": [*BLOCKS[:3], 7]}, "block_configs: expected a list of 4 objects"),
         (search({}), r"block_configs\[3\].attention.n_heads_in_group: missing; expected an integer"),
         (search({"n_heads_in_group": 3}), r"\[3\].attention.n_heads_in_group: expected a divisor of .* 8, got 3"),
-        (search({"no_op": "no"}), r"block_configs\[3\].attention.no_op: expected true or false, got 'no'"),
         (search({"ffn_mult": -1}, "ffn"), r"block_configs\[3\].ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
-        ({"model_type": "gemma3"}, "text_config: missing; expected an object"),
         ({"model_type": "gemma3", "text_config": {}}, "text_config.hidden_size: missing"),
-        ({"model_type": "smollm3", "no_rope_layers": [1, 0], **LLAMA}, "no_rope_layers: expected a list of 4 of 0"),
-        (without(QWEN3, "num_experts"), "num_experts: missing"),
         (QWEN3 | {"num_experts_per_tok": 17}, "num_experts_per_tok: expected an integer from 1 to 16, got 17"),
         (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
-        (without(DEEPSEEK, "kv_lora_rank"), "kv_lora_rank: missing"),
         (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
-        (LLAMA4 | {"moe_layers": [4]}, "moe_layers: expected a list of layers from 0 to 3"),
         (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
-        (LLAMA4 | {"no_rope_layers": [1]}, "no_rope_layers: expected a list of 4 of 0"),
         (
             LLAMA4 | {"layer_types": ["linear_attention"] * 4},
             "layer_types: expected a list of 4 of full_attention or ch",
@@ -258,7 +250,6 @@ def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any
             "layer_types: expected a list of 4 of full_attention or li",
         ),
         (NEXT | {"linear_num_key_heads": 5}, "linear_num_key_heads: expected a divisor of linear_num_value_heads 32"),
-        (without(GLM, "n_routed_experts"), "n_routed_experts: missing"),
     ],
 )
 def test_what_is_wrong_is_named(data: dict[str, Any], reason: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,6 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
     [
         ("", "run.json:1:1: is not JSON (Expecting value)"),
         (json.dumps(LATENCY) + "\n" + json.dumps(LATENCY), "run.json:2:1: is not JSON (several results"),
-        ("[" * 100_000, "is not JSON (too many levels)"),
         ([1], "expected a JSON object of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench"),
         (
             {"elapsed_time": 1.0},
@@ -103,19 +101,11 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
         ),
         ({**LATENCY, "latencies": []}, "latencies: expected a list of times, got []"),
         ({**LATENCY, "latencies": [0.5, -1.0]}, "latencies: expected positive times in seconds, at most 1e9, got"),
-        ({**LATENCY, "latencies": ["fast"]}, "latencies: expected"),
-        ({**LATENCY, "latencies": [math.nan]}, "latencies: expected positive times"),
         ({"avg_latency": 0.5}, "latencies: expected a value, got no such key"),
-        ({**LATENCY, "percentiles": [1]}, "percentiles: expected an object, got [1]"),
-        ({**LATENCY, "model_id": 5}, "model_id: expected text, got 5"),
         (_serve(max_concurrency=None), "max_concurrency: expected a value, got null"),
-        (_serve(max_concurrency=2.5), "max_concurrency: expected a whole number from 1 up, got 2.5"),
         (_serve(request_rate=4.0), "request_rate: expected inf, requests that start when others finish, got 4.0"),
-        (_serve(completed=20), "failed: expected 0 requests, got 4"),
         (_serve(failed=3), "failed: expected 0 requests, got 3"),
-        (_serve(duration=0.0), "duration: expected a positive time in seconds"),
         (_serve(itls=[[0.1]]), "itls: expected 24 lists, as ttfts, got"),
-        (_serve(total_output_tokens="absent"), "total_output_tokens: expected a value, got no such key"),
     ],
 )
 def test_wrong_files_are_refused_by_file_and_key(tmp_path: Path, content: Any, reason: str) -> None:
