@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from tiny_decoder import GQA, workload
 
-import simulator
 from simulator.errors import InputError
 from simulator.prediction.explain import explanations
 from simulator.prediction.grid import Grid
@@ -38,28 +37,6 @@ def test_a_query_sees_at_most_the_budget() -> None:
     rows = pruned.is_role("select") & (pruned.phase == 0)
     assert pruned.write_bytes[rows] == pytest.approx(pruned.read_bytes[rows] * 21 / 36)
     assert density(prune(w, "sparse_attention", budget=8), Kind.PREFILL_ATTENTION) == [1]
-
-
-def test_a_sliding_window_within_the_budget_does_not_change() -> None:
-    w = simulator.lower(simulator.load_model("gemma-2-9b"), phase="prefill", batch=1, seq=16384, engine="")
-    pruned = prune(w, "sparse_attention", budget=4096, ideal=True)
-    windowed = w.window[w.is_attention] == 4096
-    assert windowed.any()
-    assert (pruned.density[w.is_attention][windowed] == 1).all()
-    pairs = 4096 * 4097 / 2 + (16384 - 4096) * 4096
-    assert pruned.density[w.is_attention][~windowed] == pytest.approx(pairs / (16384 * 16385 / 2))
-
-
-def test_a_budget_of_positions_leaves_those_of_new_tokens() -> None:
-    w = workload(GQA, "generate", 2, 48, 3)
-    pruned = prune(w, "kv_cache", budget=5)
-    assert lengths(pruned) == [6, 7, 8]
-    assert pruned.meta.applied[0].sparsity == pruned.meta.applied[0].realised == pytest.approx(43 / 48)
-    assert (pruned == prune(w, "kv_cache", 0.9).replace(meta=pruned.meta)) is True  # 4.8 rounds to 5 of 48
-    for enough in (48, 49, 10**6):
-        same = prune(w, "kv_cache", budget=enough)
-        assert same.meta.applied[0].realised == 0
-        assert same.replace(meta=w.meta) == w
 
 
 def test_a_rolling_cache_stops_growing() -> None:

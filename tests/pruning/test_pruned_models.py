@@ -76,13 +76,6 @@ def test_whole_layers_vanish(name: str, phase: str) -> None:
     assert some.parameters == pytest.approx(left, rel=1e-12)
 
 
-def test_sublayers_of_either_kind_where_some_layers_lack_one() -> None:
-    w = lower(load_model("nemotron-super-49b"), batch=2, seq=50)
-    both, layers = (prune(w, "depth", 0.5, unit=unit) for unit in ("both", "layer"))
-    assert [x.count[x.is_role("o")].sum() for x in (w, both, layers)] == [49, 24, 36 + 1]
-    assert [x.count[x.is_role("down")].sum() for x in (w, both, layers)] == [80, 40, 40]
-
-
 def test_narrower_experts_and_heads() -> None:
     pruned = prune(lower(load_model("mixtral-8x7b"), batch=1, seq=64), "width", 0.5)
     h, attention = 4096, 4096 * (2048 + 2 * 512) + 2048 * 4096
@@ -117,17 +110,6 @@ def test_delta_nets_lose_key_heads_with_their_value_heads(phase: str) -> None:
     experts = 512 * 3 * h * 512 + 512 * h + 3 * h * 512 + h
     assert pruned.parameters == pytest.approx(12 * attends + 36 * net + 48 * experts + 2 * 151936 * h + h, rel=1e-12)
     assert cache_bytes(WorkloadBatch.of([pruned]))[0] < 0.51 * cache_bytes(WorkloadBatch.of([w]))[0]
-
-
-def test_depth_removes_delta_nets_and_a_shorter_cache_keeps_their_state() -> None:
-    w = lower(load_model("qwen3-next-80b-a3b"), phase="decode", batch=4, seq=4096)
-    for unit in ("layer", "attention"):
-        left = prune(w, "depth", 0.5, unit=unit)
-        assert left.count[left.is_role("delta_net", "attention")].sum() == 24
-    held = [cache_bytes(WorkloadBatch.of([x]))[0] for x in (w, prune(w, "kv_cache", 0.5), prune(w, "token", 0.5))]
-    state = 36 * 4 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    position = 4 * 2 * 2 * 256 * 2  # bytes of keys and values of a layer
-    assert held == [state + position * n for n in (12 * 4097, 12 * 2049, 12 * 2049)]
 
 
 def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
