@@ -24,13 +24,14 @@ from calibration.devices.replay import ReplayDevice
 from calibration.runners.cases import Case
 from calibration.runners.compare import name_of, rows_of
 from calibration.runners.vllm import runner as running
-from calibration.runners.vllm.models import CLASSES, Models, shapes_of
+from calibration.runners.vllm.models import CLASSES, Models
 from calibration.runners.vllm.process import RELEASES, cause, environment
 from calibration.runners.vllm.runner import STEPS, VllmRunner, lengths, release_note
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.prediction.loading import shapes_of
 from simulator.prediction.prunings import prunings_of
 from simulator.prediction.scenario import Scenario
 
