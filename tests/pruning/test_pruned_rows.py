@@ -102,7 +102,7 @@ def test_devices_prune_their_own_share() -> None:
 
 @pytest.mark.quick
 def test_overheads_of_an_8_bit_model_move_its_16_bit_stream() -> None:
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), seq=1024, dtype="fp8")
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", seq=1024, dtype="fp8")
     pruned = prune(dense, "dynamic_depth", 0.5, kernel="gathered")
     gather = pruned.is_role("gather")
     assert pruned.write_bytes[gather].tolist() == [512 * 4096 * 2] * 2
