@@ -43,17 +43,17 @@ BEGINS = {
         r"probability < 1 %\."
     ),
     "advise llama-3.1-8b --hardware h100 --latency 1s --family depth": (
-        r"The dense model reaches 1.00 s on h100_sxm in vllm \(prefill, batch 1, seq 2048\)\."
+        r"The dense model reaches 1.00 s on h100_sxm in vllm \(decode, batch 1, seq 2048\)\."
     ),
-    "pareto llama-2-7b --hardware h100": (
+    "pareto llama-2-7b --hardware h100 --phase prefill": (
         r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), \d of \d+ pruned llama-2-7b are on the frontier: .*; "
         r"best trade: .* \d+ %, \d\.\d\dx \(.*-.*\) at .* % loss of .*\."
     ),
-    "pareto llama-3.1-8b --hardware h100 --max-loss 5%": (
+    "pareto llama-3.1-8b --hardware h100 --max-loss 5% --phase prefill": (
         r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), the fastest llama-3.1-8b with at most 5 % loss of .* is "
         r"Shortened-taylor 12.5 %: \d\.\d\dx \(.*-.*\) at 2.8 % loss\."
     ),
-    "pareto llama-3.1-8b --hardware h100 --max-loss 1%": (
+    "pareto llama-3.1-8b --hardware h100 --max-loss 1% --phase prefill": (
         r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), no pruned llama-3.1-8b with at most 1 % loss of .* is "
         r"faster than the dense model\."
     ),
