@@ -117,7 +117,6 @@ def held() -> dict[str, Any]:
         "method": simulator.METHODS["flap"],
         "advise": advised,
         "advice": advised.advice[0],
-        "configuration": advised.configurations[0],
     }
 
 
@@ -127,7 +126,7 @@ ROWS = {"waterfall": 12, "table": 4, "gemm_time": 6, "section": 24, "lower": 16,
 @pytest.mark.quick
 def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held: dict[str, Any]) -> None:
     pytest.importorskip("pandas")
-    rows = {**ROWS, "advise": len(held["advise"].advice) + len(held["advise"].configurations)}
+    rows = {**ROWS, "advise": len(held["advise"].advice)}
     for name, one in held.items():
         assert isinstance(one, Displayed), name
         assert json.loads(json.dumps(one.to_dict(), allow_nan=False)), name

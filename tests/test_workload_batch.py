@@ -22,7 +22,7 @@ from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
-lower = partial(lowering.lower, engine="")
+lower = partial(lowering.lower, phase="prefill", engine="")
 GPU = replace(load_hardware("h100"), memory_bytes=80e9)
 
 

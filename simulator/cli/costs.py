@@ -13,8 +13,6 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
 
-RUN = options.Run(phase="generate")
-
 MOST_ROWS = 24
 """Rows of the table without --verbose."""
 
@@ -34,7 +32,7 @@ def command(
     hardware: options.Hardware,
     choices: Choices = None,
     output: Output = None,
-    run: options.Run = RUN,
+    run: options.Run = options.RUN,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -43,14 +41,14 @@ def command(
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
     or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with
     host time that is not hidden, and with its interval. Layers with equal shapes cost the same and share a row. -o
-    writes a row per layer. As subblock_stats.json it has the prefill and decode times that ModelOpt's Puzzletron needs
-    for its latency targets.
+    writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
+    ModelOpt's Puzzletron needs for its latency targets.
     """
+    requested = run.requests()
     if output is not None:
-        _checked(output)
+        _checked(output, requested.phase)
     from simulator.plans.costs import costs
 
-    requested = run.requests()
     with render.progress("pricing") as report:
         found = costs(
             model,
@@ -95,12 +93,14 @@ def command(
     render.notes((*requested.notes, *lines), verbose)
 
 
-def _checked(output: str) -> None:
-    """Reject a target of an unknown format or in a missing folder before any work."""
+def _checked(output: str, phases: Sequence[str]) -> None:
+    """Reject a target of an unknown format or in a missing folder, and phases that it cannot state, before any work."""
     from simulator.files.write import check_target
 
     if Path(output).suffix not in (".csv", ".json", ".parquet"):
         raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
+    if Path(output).suffix == ".json" and set(phases) != {"generate"}:
+        raise InputError(f"--output {output}: has prefill and decode times; expected --phase generate")
     check_target(output)
 
 

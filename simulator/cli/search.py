@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from simulator.plans.compared import PlanPoint
     from simulator.plans.search import Plan
 
-RUN = options.Run(phase="decode")
 
 MOST_POINTS = 8
 """Plans of the frontier in the table without --verbose."""
@@ -65,7 +64,7 @@ def command(
     uniform: Uniform = False,
     groups: Groups = None,
     write: Write = None,
-    run: options.Run = RUN,
+    run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     json: options.Json = False,
     figure: options.Figure = None,

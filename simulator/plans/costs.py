@@ -99,7 +99,7 @@ def costs(
     choices: str | Path | Library | None = None,
     *,
     engine: OneOrMore[str] = (),
-    phase: OneOrMore[str] = "generate",
+    phase: OneOrMore[str] = "decode",
     batch: OneOrMore[int] = 1,
     seq: OneOrMore[int] = 2048,
     scenario: Scenario | None = None,

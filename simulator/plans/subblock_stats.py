@@ -140,7 +140,7 @@ def stats_of(found: Costs) -> list[dict[str, Any]]:
     """Return the content of ``subblock_stats.json`` for the costs of :func:`simulator.costs`.
 
     >>> from simulator.plans.costs import costs
-    >>> (one,) = stats_of(costs("llama-3.1-8b", "h100", batch=8))
+    >>> (one,) = stats_of(costs("llama-3.1-8b", "h100", phase="generate", batch=8))
     >>> sorted({row["subblock_config_class"] for row in one["subblocks"]}), one["args"]["generation_seq_len"]
     (['AttentionConfig', 'FFNConfig'], 128)
     """

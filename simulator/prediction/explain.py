@@ -75,7 +75,7 @@ def explanations(
     hardware: Sequence[str | HardwareProfile],
     family: str | None = None,
     sparsity: float | None = None,
-    phase: Sequence[str] = ("prefill",),
+    phase: Sequence[str] = ("decode",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,

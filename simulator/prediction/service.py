@@ -1,7 +1,7 @@
 """Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at what cost.
 
 Use :func:`serve`. A pruned model is faster with equally many requests in flight; it also leaves memory for more of
-them, and keeps limits of latency at a higher load. :mod:`simulator.prediction.concurrency` finds the operating points,
+them, and keeps limits of latency at a higher load. :mod:`simulator.prediction.operating` finds the operating points,
 :mod:`simulator.prediction.service_text` states them in sentences.
 """
 
@@ -18,8 +18,7 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.compare import scenario_results
-from simulator.prediction.concurrency import operating_points
-from simulator.prediction.operating import CURVE, EQUAL, PRICE, Limits, OperatingPoint, Service
+from simulator.prediction.operating import CURVE, EQUAL, PRICE, Limits, OperatingPoint, Service, operating_points
 from simulator.prediction.prunings import Excluded, difference_lines, exclude, excluded_lines, prunings_of, readable
 from simulator.prediction.runnable import runnable
 from simulator.prediction.scenario import Scenario, profiles, scenarios, whole_number

@@ -54,7 +54,7 @@ def test_costs_are_written_whole(cli: Any, tmp_path: Path, kind: str) -> None:
 
 def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) -> None:
     file = tmp_path / "subblock_stats.json"
-    cli.out(f"costs {MODEL} --hardware h100 --batch 8 --seq 512 --new-tokens 64 -o {file}")
+    cli.out(f"costs {MODEL} --hardware h100 --phase generate --batch 8 --seq 512 --new-tokens 64 -o {file}")
     (found,) = json.loads(file.read_text())
     assert (found["args"]["batch_size"], found["args"]["prefill_seq_len"]) == (8, 512)
     for row in found["subblocks"]:
@@ -86,6 +86,7 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (f"costs {MODEL} --hardware h100 -o out.json", "expected --phase generate"),
         (f"costs {MODEL} --hardware h100 -o out.txt", "ends in .csv, .json or .parquet"),
         (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
         (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),

@@ -50,7 +50,7 @@ def one(w: Workload, role: str) -> dict[str, Any]:
 
 def test_experts_of_mixtral() -> None:
     model, tokens = load_model("mixtral-8x7b"), 512
-    w = lower(model, batch=1, seq=tokens, skew=0)
+    w = lower(model, phase="prefill", batch=1, seq=tokens, skew=0)
     row = w.take(w.kind == Kind.EXPERTS)
     weights = 3 * 4096 * 14336  # of one expert: gate, up and down
     assert row.flops.tolist() == [32 * 2 * (2 * tokens) * weights]  # a token uses two
@@ -68,7 +68,7 @@ def test_experts_of_mixtral() -> None:
 def test_mixtral_on_eight(parallel: str) -> None:
     """A device has an eighth of every expert, or one of them whole; the router and the norms are on each."""
     model = load_model("mixtral-8x7b")
-    one, part = (lower(model, batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
+    one, part = (lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
     for kind in (Kind.EXPERTS, Kind.PREFILL_ATTENTION):
         assert part.flops[part.kind == kind].sum() * 8 == one.flops[one.kind == kind].sum()
     held = part.take(part.kind == Kind.EXPERTS)
@@ -93,7 +93,7 @@ def test_latent_attention_of_deepseek() -> None:
     latent = {"qkv_a": (1536 + 576, 7168), "q_b": (128 * 192, 1536), "absorb_k": (128 * 512, 128)}
     rest = {"absorb_v": (128 * 128, 512), "o": (7168, 128 * 128), "gate_up": (2 * 18432, 7168), "down": (7168, 18432)}
     assert shapes == latent | rest
-    prompt = lower(model, batch=batch, seq=seq)
+    prompt = lower(model, phase="prefill", batch=batch, seq=seq)
     attention = prompt.take(prompt.is_attention)
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (192 + 128) * seq * (seq + 1) / 2
     # Transformers caches the keys and values of every head
@@ -122,7 +122,7 @@ def test_layers_of_a_search() -> None:
             assert w.parameters == model.parameters == sum(attention) + sum(mlp) + 2 * 100 * h + h
     assert sorted(w.layer[w.is_role("attention")].tolist()) == [0, 3]
     assert w.window[w.is_role("attention")].tolist() == [0, 64]
-    part = lower(model, devices=2)
+    part = lower(model, phase="prefill", devices=2)
     assert part.k[part.is_role("linear")].tolist() == [h // 2] * 2  # inputs shared out
     assert part.kv_heads[part.is_role("attention")].tolist() == [1, 1]
 
@@ -217,7 +217,7 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
 def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
     model = from_hf_config(data)
     assert {name: getattr(model, name) for name in fields} == fields
-    assert lower(model, batch=1, seq=8).parameters == model.parameters
+    assert lower(model, phase="prefill", batch=1, seq=8).parameters == model.parameters
 
 
 def without(data: dict[str, Any], key: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
-lower = partial(lowering.lower, engine="")
+lower = partial(lowering.lower, phase="prefill", engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
 
 

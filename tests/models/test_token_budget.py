@@ -49,17 +49,19 @@ def test_prompts_that_arrive_with_a_step_share_a_pass() -> None:
 
 
 def test_a_longer_prompt_runs_in_chunks_that_attend_to_the_earlier_ones() -> None:
-    w = lower(MODEL, batch=2, seq=20_000)
+    w = lower(MODEL, phase="prefill", batch=2, seq=20_000)
     assert passes(w) == [(8192, 4.0), (20_000 - 2 * 8192, 2.0)]
     assert attention(w) == [(1, 8192, 8192, 2.0), (1, 8192, 16384, 2.0), (1, 3616, 20_000, 2.0)]
-    assert passes(lower(MODEL, seq=20_000, engine="trtllm")) == [(20_000, 1.0)]  # it has no chunks by default
+    assert passes(lower(MODEL, phase="prefill", seq=20_000, engine="trtllm")) == [
+        (20_000, 1.0)
+    ]  # it has no chunks by default
 
 
 @settings(max_examples=60, deadline=None)
 @given(batch=st.integers(1, 40), seq=st.integers(1, 9000), budget=st.integers(64, 9000), cached=st.floats(0.0, 0.99))
 def test_chunks_compute_what_one_pass_computes(batch: int, seq: int, budget: int, cached: float) -> None:
-    whole = lower(MODEL, batch=batch, seq=seq, cached_prefix=cached, token_budget=2**40)
-    parts = lower(MODEL, batch=batch, seq=seq, cached_prefix=cached, token_budget=budget)
+    whole = lower(MODEL, phase="prefill", batch=batch, seq=seq, cached_prefix=cached, token_budget=2**40)
+    parts = lower(MODEL, phase="prefill", batch=batch, seq=seq, cached_prefix=cached, token_budget=budget)
     layers = whole.layer >= 0, parts.layer >= 0
     assert whole.flops[layers[0]].sum() == pytest.approx(parts.flops[layers[1]].sum(), rel=1e-12)
     assert whole.parameters == pytest.approx(parts.parameters, rel=1e-12)
@@ -88,10 +90,10 @@ def test_every_family_prunes_chunks_as_it_prunes_a_prompt(family: str) -> None:
 
 
 def test_a_cached_prefix_is_read_but_not_computed() -> None:
-    w = lower(MODEL, seq=2048, cached_prefix=512)
+    w = lower(MODEL, phase="prefill", seq=2048, cached_prefix=512)
     assert attention(w) == [(1, 1536, 2048, 1.0)]
     assert passes(w) == [(1536, 1.0)]
-    assert lower(MODEL, seq=2048, cached_prefix=0.25) is w
+    assert lower(MODEL, phase="prefill", seq=2048, cached_prefix=0.25) is w
     decode = lower(MODEL, phase="decode", seq=2048, cached_prefix=512)
     assert decode is lower(MODEL, phase="decode", seq=2048)
     (r,) = simulator.table(MODEL, "h100", "depth", 0.25, "serve", 16, 4096, scenario=scenario(cached_prefix=0.75))
@@ -111,7 +113,7 @@ def scenario(**options: Any) -> Any:
 @pytest.mark.parametrize("prefix", [-1, 2048, 1.5, 5000, float("nan")])
 def test_a_prefix_that_leaves_nothing_to_compute_is_refused(prefix: Any) -> None:
     with pytest.raises(InputError, match=r"cached_prefix: expected"):
-        lower(MODEL, seq=2048, cached_prefix=prefix)
+        lower(MODEL, phase="prefill", seq=2048, cached_prefix=prefix)
 
 
 def test_the_budget_follows_the_gpu() -> None:
@@ -120,7 +122,7 @@ def test_the_budget_follows_the_gpu() -> None:
     assert [limit.tokens for limit in own if limit] == [2048, 8192]
     for r, hw, limit in zip(found, hardware("a100", "h100"), own):
         assert limit is not None
-        dense = lower("llama-3.1-8b", batch=4, seq=2048, engine="vllm", token_budget=limit.tokens)
+        dense = lower("llama-3.1-8b", phase="prefill", batch=4, seq=2048, engine="vllm", token_budget=limit.tokens)
         assert r.dense_s == pytest.approx(simulator.workload_time(dense, hw).total_s)
     assert [r.hardware for r in found] == [hw.label for hw in hardware("a100", "h100")]
 

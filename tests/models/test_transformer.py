@@ -24,7 +24,9 @@ from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import DTYPES, PHASES, ROLES, Kind, Part, Phase, Workload
 
-lower = partial(lowering.lower, engine="")  # bare kernels: a GEMM a projection, logits of the last position
+lower = partial(
+    lowering.lower, phase="prefill", engine=""
+)  # bare kernels: a GEMM a projection, logits of the last position
 FUSED = {"engine": "vllm"}
 ALL_LOGITS = {"engine": "reference"}
 

@@ -14,8 +14,7 @@ import simulator
 from simulator import Scenario, serve
 from simulator.capacity import memory
 from simulator.errors import InputError
-from simulator.prediction.concurrency import steps
-from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service
+from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service, steps
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.service_text import equal_memory, failing_text, ranked, sentences
 from simulator.prediction.table import table

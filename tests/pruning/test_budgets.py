@@ -60,7 +60,9 @@ def test_each_length_has_its_own_sparsity() -> None:
     alone = table(["llama-2-7b"], ["h100"], ["kv_cache"], phase=["decode"], seq=[8192], options={"budget": 1024})
     (same,) = (r for r in found if (r.seq, r.batch) == (8192, 1))
     assert (alone[0].sparsity, alone[0].speedup) == (0.875, same.speedup)
-    several = table(["llama-2-7b"], ["h100"], ["sparse_attention"], seq=[1024, 4096], options={"budget": 2048})
+    several = table(
+        ["llama-2-7b"], ["h100"], ["sparse_attention"], None, "prefill", 1, [1024, 4096], options={"budget": 2048}
+    )
     assert [r.sparsity for r in several] == [0, pytest.approx(0.25, abs=1e-3)]
     (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], seq=[8192], method="snapkv-1024")
     assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.result.speedup)
@@ -74,4 +76,4 @@ def test_a_sparsity_beside_a_budget_is_rejected() -> None:
     grid = Grid(("llama-2-7b",), ("h100",), (0.25, 0.5), ("decode",), (1,), (128,), methods=("snapkv-1024", "h2o"))
     assert [p.prune for p in grid.prunings] == ["snapkv-1024", "h2o 0.25", "h2o 0.5"]  # once, without a sparsity
     found = table(["llama-2-7b"], ["h100"], method=["minference-7096", "snapkv-1024"], phase=["decode"])
-    assert found.notes[0] == "minference-7096: expected phase prefill, got decode: excluded"
+    assert found.notes[0] == "minference-7096: expected --phase prefill, got decode: excluded"

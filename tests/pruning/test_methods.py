@@ -143,7 +143,7 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             r"llm-pruner at sparsity 0.82: expected less than 0.812, as it prunes 26 of 32 layers",
         ),
         ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as its first stage is dense"),
-        ("minference", 0.9, "decode", "minference: expected phase prefill, got decode"),
+        ("minference", 0.9, "decode", "minference: expected --phase prefill, got decode"),
         ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
         ("flap", None, "decode", "expected a fraction"),

@@ -77,7 +77,7 @@ def test_whole_layers_vanish(name: str, phase: str) -> None:
 
 
 def test_narrower_experts_and_heads() -> None:
-    pruned = prune(lower(load_model("mixtral-8x7b"), batch=1, seq=64), "width", 0.5)
+    pruned = prune(lower(load_model("mixtral-8x7b"), phase="prefill", batch=1, seq=64), "width", 0.5)
     h, attention = 4096, 4096 * (2048 + 2 * 512) + 2048 * 4096
     layer = attention + 8 * 3 * h * 7168 + 8 * h + 2 * h
     assert pruned.parameters == 32 * layer + 2 * 32000 * h + h
@@ -113,9 +113,9 @@ def test_delta_nets_lose_key_heads_with_their_value_heads(phase: str) -> None:
 
 
 def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
-    mixtral = lower(load_model("mixtral-8x7b"), batch=1, seq=64)
+    mixtral = lower(load_model("mixtral-8x7b"), phase="prefill", batch=1, seq=64)
     assert prune(mixtral, "width_cross", 0.5).parameters == pytest.approx(mixtral.parameters / 2, rel=1e-3)
-    w = prune(lower(load_model("deepseek-v3"), batch=1, seq=64), "width_cross", 0.5)
+    w = prune(lower(load_model("deepseek-v3"), phase="prefill", batch=1, seq=64), "width_cross", 0.5)
     inputs = {("qkv_a", 2112, 3584), ("gate_up", 36864, 3584), ("gate_up", 4096, 3584), ("router", 256, 3584)}
     outputs = {("o", 3584, 16384), ("down", 3584, 18432), ("down", 3584, 2048), ("experts", 2048, 3584)}
     ranks = {("q_b", 24576, 1536), ("kv_b", 32768, 512)}
@@ -124,7 +124,7 @@ def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
 
 
 def test_fewer_experts() -> None:
-    w = lower(load_model("qwen3-30b-a3b"), batch=1, seq=4096, devices=8, parallel="expert")
+    w = lower(load_model("qwen3-30b-a3b"), phase="prefill", batch=1, seq=4096, devices=8, parallel="expert")
     pruned = prune(w, "experts", 0.25)
     rows = pruned.take(pruned.kind == Kind.EXPERTS)
     assert (rows.experts.tolist(), rows.active.tolist()) == ([12], [1.0])  # 96 of 128, eight of them active, on eight
@@ -153,7 +153,7 @@ def test_fewer_experts() -> None:
 def test_experts_of_a_model_or_layers_without_them_are_rejected(
     model: str, sparsity: Any, options: dict[str, Any], message: str
 ) -> None:
-    dense = lower(load_model(model), batch=1, seq=8)
+    dense = lower(load_model(model), phase="prefill", batch=1, seq=8)
     with pytest.raises(InputError) as error:
         prune(dense, "experts", sparsity, **options)
     assert str(error.value) == f"family experts: expected {message}"
