@@ -1,24 +1,21 @@
-"""``prunesim measure``: time operators on a device into a run folder."""
+"""Measure a device into a run folder: the options and steps that several commands share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from calibration.cli.restart import restart_if_needed
-from calibration.cli.rows import seconds
-from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli import render
+from simulator.cli.options import opt
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
     from calibration.runners.runs import MeasuredRun
 
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
 Budget = Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of the run.")]
@@ -31,39 +28,10 @@ Threads = Annotated[
 Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
 
 
-def command(
-    device: DeviceName,
-    output: Folder,
-    budget: Budget = "10min",
-    dtype: Dtype = "bf16",
-    hardware: Hardware = "",
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Measure a device.
-
-    Every record is on the disk before the next measurement, so a killed run loses nothing; run the command again to
-    resume. A folder of another device, driver, number format or number of threads is an error. prunesim fit reads the
-    records of one or several runs.
-    """
-    from calibration.runners.runs import measure_into
-
-    budget_s = seconds("--budget", budget)
-
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
-    found = measured(device, output, measure_into, threads, **how)
-    if render.Output(json).write([outcome_row(found)]):
-        print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
-    finish(found.outcome, verbose=verbose)
-
-
 def measured(
     device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
 ) -> MeasuredRun:
-    """Open a device (a CPU with ``threads``), measure it into a folder (``how``: options of ``measure``), show the
-    progress, close the device."""
+    """Open a device, measure it into a folder with progress, and close it; ``how`` are options of ``measure``."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 

@@ -153,6 +153,7 @@ REMEDIES: Mapping[Flag, str] = MappingProxyType(
         Flag.NOISY: "measure longer, on an idle machine",
         Flag.DRIFT: "measure on an idle machine with steady clocks",
         Flag.CONFLICT: "measure these shapes again",
+        Flag.WAITED: "measure on an idle machine",
         Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
     }
 )

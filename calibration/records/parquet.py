@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.timing_table import LATER, Records, Source
+from calibration.records.timing_table import LATER, Flag, Records, Source
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
@@ -74,9 +74,13 @@ def read_records(path: str | Path | bytes, label: str = "table") -> Records:
     try:
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
-        return Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
+        found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
+    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
+    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
+    old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
+    return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
 
 
 def is_records(content: bytes) -> bool:
@@ -100,7 +104,7 @@ def _narrow(values: Array) -> type:
 def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
     """Return the checked metadata of a file."""
     if not metadata or _KEY not in metadata:
-        raise InputError(f"{label}: not a table of records by prunesim; use `prunesim import` for other tables")
+        raise InputError(f"{label}: not a table of records by prunesim")
     damaged = f"{label}: damaged table of records: its metadata"
     try:
         head: Any = json.loads(metadata[_KEY])

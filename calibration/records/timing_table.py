@@ -45,9 +45,9 @@ class Flag(IntFlag):
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
-    WAITED = 16  # the process waited for a CPU, which other processes used
     CONFLICT = 8  # several timings of this shape differ; the row holds their median
-    POWER_CAPPED = 16  # timed at the power limit, at a clock below the highest of the run
+    POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
+    WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
 
 
 @dataclass(frozen=True)

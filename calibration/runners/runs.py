@@ -1,6 +1,6 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
-``prunesim measure`` and ``calibrate`` use it. The folder holds ``datasheet.yaml`` (the base profile),
+``prunesim calibrate`` uses it. The folder holds ``datasheet.yaml`` (the base profile),
 ``records.jsonl``, ``profile.yaml`` with its arrays, and ``report.md`` with figures. :func:`measure_into` writes the
 first two and resumes an earlier call; :func:`fit_run` writes the others.
 """

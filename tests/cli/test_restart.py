@@ -14,7 +14,7 @@ from calibration.measure.run import Counts, Outcome
 pytestmark = pytest.mark.quick
 
 SPOILED = Outcome(Counts(), 1.0, "capture failed: gemm: not capturable", ())
-ARGUMENTS = ["measure", "cuda", "-o", "RUN"]
+ARGUMENTS = ["calibrate", "cuda", "-o", "RUN"]
 
 
 @pytest.fixture
