@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.display import Displayed, by_column, few, items_html, table_html
+from simulator.display import Displayed, by_column, few
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.library import load_model
@@ -107,18 +107,6 @@ class Alternative(HasResult):
     reached: bool
 
 
-# fmt: off
-_COLUMNS: Mapping[str, str] = {
-    "configurations": "hardware engine configuration layers hidden kv_heads inner kept pruned_s speedup probability "
-                      "bottleneck",
-    "advice": "hardware engine family reached sparsity sure_sparsity pruned_s speedup speedup_lower speedup_upper",
-    "alternatives": "hardware engine what reached speedup speedup_lower speedup_upper",
-    "given": "hardware engine prune reached probability margin pruned_s speedup speedup_lower speedup_upper",
-}
-# fmt: on
-"""Table of :class:`Advised` -> columns to display in a notebook."""
-
-
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
     """Advice by family, best first for each device and request; alternatives; notes; configurations, by falling number
@@ -145,14 +133,6 @@ class Advised(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         """Return the columns of :meth:`rows`."""
         return by_column(self.rows())
-
-    def _html(self) -> str:
-        parts = []
-        tables: dict[str, Sequence[HasResult]] = {name: getattr(self, name) for name in _COLUMNS}
-        for name, held in tables.items():
-            if rows := [one.to_dict() for one in held]:
-                parts += [f"<p>{name}", table_html({c: [row[c] for row in rows] for c in _COLUMNS[name].split()})]
-        return "".join((*parts, items_html(self.notes)))
 
 
 def advise(
