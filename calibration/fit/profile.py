@@ -27,7 +27,7 @@ from calibration.fit.limits import within_ranges
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact_shapes import with_exact
-from calibration.records.methods import one_method
+from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.cost.base import Machine
 from simulator.cost.collective import COLLECTIVES, Messages

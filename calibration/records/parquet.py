@@ -1,8 +1,5 @@
-"""Tables of records as Parquet files.
-
-:func:`write_records` stores all of a :class:`~calibration.records.timing_table.Records`; :func:`read_records` restores
-it. Constant columns become metadata, and integers take the smallest type that holds them: 36,000 GEMMs take 150 kB.
-"""
+"""Tables of records as Parquet files. Constant columns become metadata, and integers take the smallest type that holds
+them: 36,000 GEMMs take 150 kB."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ _KEY = b"prunesim.records"
 def write_records(
     records: Records, path: str | Path | None = None, *, extra: Mapping[str, Any] | None = None, single: bool = False
 ) -> bytes:
-    """Return a table as the bytes of a Parquet file (zstd); write them to ``path`` if given.
+    """Return a table as the bytes of a Parquet file, and write them to ``path`` if given.
 
-    ``extra`` is JSON-ready metadata of the file. ``single`` stores times as float32, for shipped tables: the relative
-    rounding of 6e-8 is far below the noise of any clock.
+    ``extra`` is JSON-ready metadata. ``single`` stores times as float32, for shipped tables: its rounding of 6e-8 is
+    far below the noise of any clock.
     """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
@@ -93,7 +90,6 @@ def is_records(content: bytes) -> bool:
 
 
 def _narrow(values: Array) -> type:
-    """Return the smallest type that holds a column exactly."""
     if values.dtype.kind not in "iu":
         return values.dtype.type
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
@@ -102,7 +98,6 @@ def _narrow(values: Array) -> type:
 
 
 def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
-    """Return the checked metadata of a file."""
     if not metadata or _KEY not in metadata:
         raise InputError(f"{label}: not a table of records by prunesim")
     damaged = f"{label}: damaged table of records: its metadata"

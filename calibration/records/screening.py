@@ -1,8 +1,4 @@
-"""Check imported rows: count refused rows by reason, check physical limits, join repeated shapes.
-
-A :class:`Screen` keeps the reason for each refused row of a file; :class:`Refusals` reports them.
-:func:`least_seconds` is the physical limit of a time, caches included.
-"""
+"""Check rows: refuse them by reason, check physical limits, join repeated shapes, keep one measuring method."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration.records.timing_table import Flag, Records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source
 from simulator.arrays import Array
 from simulator.counts import attention_pairs
 from simulator.hardware.profile import HardwareProfile
@@ -41,7 +37,6 @@ class Refusals(Mapping[str, int]):
 
     @property
     def total(self) -> int:
-        """Number of refused rows."""
         return sum(self.values())
 
     def lines(self) -> list[str]:
@@ -75,7 +70,6 @@ class Screen:
         self.refuse(full, reason)
 
     def refusals(self) -> Refusals:
-        """Return the refused rows."""
         return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
@@ -89,10 +83,9 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
 
-    Causal attention counts the pairs within its mask and window. 2:4 counts the computed half. A grouped product counts
-    the groups of one token.
+    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
     """
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
@@ -146,9 +139,8 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
     """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
 
-    At most the size of L2 of the touched bytes can be in it before; ``c`` rotated weights share it, ``L2/c`` each. The
-    other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the
-    bandwidth of the link. The first limit is zero if the device lists no rate for the number format.
+    L2 holds at most its size of the touched bytes; ``c`` rotated weights share it, ``L2/c`` each. The other bytes come
+    at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the link's bandwidth.
     """
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
@@ -170,11 +162,7 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """Join the rows of each shape and source; return the table, the number of joined rows and of conflicting shapes.
-
-    The time of a shape is the median of its rows, flagged if they differ by more than 10 %. Shapes keep the order of
-    first appearance.
-    """
+    """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))
     _, first, counts = np.unique(group, return_index=True, return_counts=True)
@@ -189,3 +177,57 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     appearance = np.argsort(first)
     kept = records.select(first[appearance]).replace(seconds=median[appearance], flags=flags[appearance])
     return kept, len(records) - len(kept), int(conflict.sum())
+
+
+_WORDS = {"graph": "graph replays", "eager": "single launches"}
+OLDEST = "1"
+"""Version of the protocol of runs that record none."""
+
+
+def protocol_of(source: Source) -> str:
+    """Return the version of the CUDA protocol that a run of this program followed; "" for other sources."""
+    return source.stack.get("protocol", OLDEST) if source.run and "cuda" in source.stack else ""
+
+
+def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
+    """Return the rows without those whose method differs from most rows of their operator and format, with notes.
+
+    >>> sources = [Source("GPU", {"cuda": "13.0", "protocol": "2"}, run="r")]
+    >>> rows = Records.from_columns(sources, m=[1, 2, 3], n=8, k=8, launch=["graph", "graph", "eager"], seconds=1e-6)
+    >>> kept, notes = one_method(rows)
+    >>> len(kept), notes[0]
+    (2, '1 gemm bf16 rows excluded: timed by single launches, the other 2 by graph replays; measure them again')
+    """
+    r, notes = records, []
+    protocols = [protocol_of(source) for source in r.sources]
+    own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source]
+    versions = sorted(set(protocols))
+    method = np.stack([r.launch, np.array([versions.index(p) for p in protocols], dtype=np.int64)[r.source]], axis=1)
+    kept = np.ones(len(r), dtype=bool)
+    for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
+        rows = own & (r.operator == operator) & (r.dtype == dtype) & r.timed
+        found, index, counts = np.unique(method[rows], axis=0, return_inverse=True, return_counts=True)
+        if len(found) < 2:
+            continue
+        # of equally many, those of the newest protocol
+        best = max(range(len(found)), key=lambda i: (counts[i], found[i, 1]))
+        kept[np.flatnonzero(rows)[index.reshape(-1) != best]] = False
+        name = f"{OPERATORS[operator]} {DTYPES[dtype]}"
+        words = [_method(launch, version, versions) for launch, version in found.tolist()]
+        notes += [
+            f"{counts[i]} {name} rows excluded: timed by {words[i]}, the other {counts[best]} by {words[best]}; "
+            "measure them again"
+            for i in range(len(found))
+            if i != best
+        ]
+    old = np.array([protocol == OLDEST for protocol in protocols], dtype=bool)[r.source] & kept
+    if old.any():
+        what = "weights may be in L2, and clocks not steady"
+        notes.append(f"{int(old.sum())} rows follow protocol {OLDEST} of an older version: {what}; measure again")
+    return r.select(kept), tuple(notes)
+
+
+def _method(launch: int, version: int, versions: list[str]) -> str:
+    name = LAUNCHES[launch]
+    known = f" (protocol {versions[version]})" if len([v for v in versions if v]) > 1 and versions[version] else ""
+    return _WORDS.get(name, f"a method of launches {name!r}") + known

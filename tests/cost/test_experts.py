@@ -14,10 +14,8 @@ from calibration.fit.section import fit_section
 from calibration.fit.solver import ABSENT
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
-from calibration.records.aiconfigurator_experts import too_slow
-from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
 from calibration.records.importers import finish
-from calibration.records.readers import Draft
+from calibration.records.readers import GROUPED_SHAPE, Draft, read_grouped, too_slow
 from calibration.records.timing_table import Source
 from simulator.cost import experts as experts_model
 from simulator.cost.base import Machine

@@ -29,8 +29,7 @@ import simulator
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
 from calibration.records.parquet import read_records, write_records
-from calibration.records.store import read_store
-from calibration.records.stored_timings import content_records, untimed
+from calibration.records.store import content_records, read_store, untimed
 from calibration.validation.runs import Conditions, evaluate
 from simulator.engines import engine as engines
 from simulator.errors import InputError

@@ -19,8 +19,7 @@ from targets import times
 import simulator
 from calibration.devices.replay import open_named
 from calibration.records.importers import import_table
-from calibration.records.store import Header, read_store
-from calibration.records.stored_timings import content_records
+from calibration.records.store import Header, content_records, read_store
 from calibration.records.timing_table import Records, Source
 from simulator.cli import run
 from simulator.errors import InputError

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from calibration.devices.protocol import Operator
-from calibration.records.methods import one_method
-from calibration.records.store import Header, Store, read_store
-from calibration.records.stored_timings import content_records, records_of
+from calibration.records.screening import one_method
+from calibration.records.store import Header, Store, content_records, read_store, records_of
 from calibration.records.timing_table import LAUNCHES, Records, Source
 from simulator.errors import InputError
 
