@@ -20,8 +20,8 @@ from calibration.cli.measure import (
     finish,
     measured,
     outcome_row,
+    seconds,
 )
-from calibration.cli.rows import seconds
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE

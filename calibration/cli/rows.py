@@ -1,8 +1,7 @@
-"""Read records and times from a command line: files, run folders, shipped measurements; "2min" to seconds."""
+"""Read the records that a command line names: files, run folders and shipped measurements."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
-
-_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 def load_rows(
@@ -57,18 +54,3 @@ def load_rows(
             notes.append(f"{path}: {counts}: {'; '.join(found.refusals.lines())}")
         notes += [f"{path}: {line}" for line in found.notes]
     return Records.concat(parts), tuple(notes)
-
-
-def seconds(option: str, text: str) -> float:
-    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds.
-
-    >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
-    (120.0, 90.0, 5400.0)
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or (match[2] or "s") not in _SECONDS:
-        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
-    value = float(match[1]) * _SECONDS[match[2] or "s"]
-    if value <= 0.0:
-        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
-    return value

@@ -1,7 +1,4 @@
-"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks.
-
-Each reader knows one format: the meaning and units of its columns, how times were measured, and unreliable collections.
-"""
+"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks."""
 
 from __future__ import annotations
 
@@ -23,8 +20,6 @@ from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 RawColumns = Mapping[str, Array]
 
 TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
-"""Names of a column of times, with the unit in seconds."""
-
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
@@ -84,14 +79,12 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts.
+    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
 
-    Its times are milliseconds. A context row has ``isl`` new positions over ``step`` cached positions; a generation row
-    has one new position over ``step``. MLA's tables give only the heads: in a context row a key has 192 features and a
-    value 128; a generation row reads the latent cache. (SGLang's collector passes keys of one head to its kernels; on
-    other devices than the B200 it times the path of a decode, which prompts do not take.) A collective's
-    ``message_size`` counts elements per device: before an all-reduce, reduce-scatter or all-to-all; after an
-    all-gather.
+    A context row has ``isl`` new positions over ``step`` cached ones, a generation row one over ``step``. MLA's tables
+    give only the heads. SGLang's collector passes keys of one head to its MLA kernels; except on the B200 it times the
+    path of a decode, which prompts do not take. A collective's ``message_size`` counts elements per device: before an
+    all-reduce, reduce-scatter or all-to-all; after an all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
@@ -99,10 +92,7 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
     kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
-    gemm = kind == "gemm"
-    collective = kind == "collective"
-    experts = kind == "experts"
-    mla = kind in _AIC_LATENT
+    gemm, collective, experts, mla = kind == "gemm", kind == "collective", kind == "experts", kind in _AIC_LATENT
     shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": _AIC_EXPERTS}
     _need(table, shapes.get(kind, _AIC_MLA if mla else _AIC_ATTENTION), path)
     size = len(table["latency"])
@@ -164,18 +154,8 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
         screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
     origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
-    sources = tuple(
-        Source(
-            device=device,
-            stack={name: version},
-            kernel=implementation,
-            method=AICONFIGURATOR_METHOD,
-            origin=origin,
-            digest=digest,
-            licence="Apache-2.0",
-        )
-        for device, name, version, implementation in kinds
-    )
+    same = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
+    sources = tuple(Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds)
     still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
     return Draft(columns, sources, screen, rotated=gemm, still=still)
 
@@ -327,7 +307,7 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
-    """Return each text's name in this program, or ``bf16``."""
+    """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
     values, inverse = np.unique(text, return_inverse=True)
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
 
@@ -361,10 +341,9 @@ _KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
 
 
 def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
-    """Read a table of measured GEMMs (dense and 2:4), attention and element-wise operators, each row with a source.
+    """Read a table of measured GEMMs, attention and element-wise operators, each row with a source.
 
-    Rows of operators that are not one kernel of this program (two chained GEMMs, attention without a mask) are refused
-    by name. The column ``group`` (rows of one experiment) becomes the source's ``run``.
+    Rows of operators that are not one kernel here are refused by name. ``group`` (of one experiment) becomes the run.
     """
     _need(table, MEASURED, path)
     op = table["op"]
@@ -428,11 +407,7 @@ _SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp3
 
 
 def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
-    """Read a CSV with a header, whose columns are named as in ``Records`` or by the map.
-
-    The time is one of the columns of :data:`TIME_UNITS`, so its unit is known. Other columns are ignored and listed in
-    a note.
-    """
+    """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time contains its unit."""
     known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")] + list(TIME_UNITS)
     for name, theirs in column_map.items():
         if name not in known:
