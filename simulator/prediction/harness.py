@@ -93,8 +93,8 @@ def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned:
     about |= {name: cells.get(name, "") for name in ("family", "sparsity", "options")}
     about["method"] = cells.get("method") or cells["family"]
     for key, (a, b) in both.items():
-        if a.protocol != b.protocol:
+        if a.protocol != b.protocol and not key.startswith(MEAN):
             raise InputError(f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}")
-        if a.value > 0.0 and b.value >= 0.0:
+        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # a mean of other tasks is no row
             values = {"metric": key, "higher_is_better": str(a.higher_is_better), "protocol": a.protocol}
             yield about | values | {"dense": repr(a.value), "pruned": repr(b.value)}

@@ -117,6 +117,8 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
     rows = by_metric(tmp_path / "q.csv")
     losses = {metric: round(row.relative_loss, 9) for (_, metric), row in rows.items()}
     assert losses == {"piqa acc": 0.25, "boolq acc": 0.25, "wikitext perplexity": 0.2, "mean acc of 2 tasks": 0.25}
+    write(tmp_path, "b.json", {"results": {"piqa": {"acc": 0.6}, "copa": {"acc": 0.5}}})  # no mean of the same tasks
+    assert {metric for _, metric in by_metric(tmp_path / "q.csv")} == {"piqa acc"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def test_the_method_of_most_rows_of_an_operator_is_kept_and_the_others_are_count
     assert len(kept) == 8  # decode attention has one method, though another one than the GEMMs
     assert {LAUNCHES[code] for code in kept.select(kept.is_operator("gemm")).launch} == {"graph"}
     assert notes == (
-        "2 gemm bf16 rows excluded: timed by single launches, the other 5 by graph replays; measure them again",
+        "2 gemm bf16 rows excluded: timed by single launches (protocol 2), the other 5 by graph replays (protocol 2); "
+        "measure them again",
     )
 
 
