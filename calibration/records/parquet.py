@@ -16,16 +16,13 @@ from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded
-from simulator.files.write import write_whole
 
 SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
 
 
-def write_records(
-    records: Records, path: str | Path | None = None, *, extra: Mapping[str, Any] | None = None, single: bool = False
-) -> bytes:
-    """Return a table as the bytes of a Parquet file, and write them to ``path`` if given.
+def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
+    """Return a table as the bytes of a Parquet file.
 
     ``extra`` is JSON-ready metadata. ``single`` stores times as float32, for shipped tables: its rounding of 6e-8 is
     far below the noise of any clock.
@@ -57,10 +54,7 @@ def write_records(
         compression="zstd",
         compression_level=19,
     )
-    content = buffer.getvalue()
-    if path is not None:
-        write_whole(path, content)
-    return content
+    return buffer.getvalue()
 
 
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:

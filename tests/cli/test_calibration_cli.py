@@ -68,7 +68,7 @@ def table(file: str, rows: int = 200, factor: float = 1.1, hw: Any = None) -> No
     n, k = rng.choice([1024, 2048, 4096, 8192], (2, rows))
     time_s = gemm_time(m, n, k, hw or bare()).seconds * factor * np.exp(0.01 * rng.standard_normal(rows))
     source = Source("planted H100", {"planted": "1"}, method="planted")
-    write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s), Path(file))
+    Path(file).write_bytes(write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s)))
 
 
 def files() -> set[str]:

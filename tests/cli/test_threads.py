@@ -81,7 +81,7 @@ def of_two_threads(file: str) -> None:
     rows = Records.from_columns(
         [Source(text.device, dict(text.stack))], dtype="fp32", m=m, n=n, k=k, seconds=3e-6 + 2.0 * m * n * k / 1e11
     )
-    write_records(rows, Path("rows.parquet"))
+    Path("rows.parquet").write_bytes(write_records(rows))
     bare = replace(load_hardware("cpu"), sections=MappingProxyType({}), title="Some CPU")
     save_hardware(fit_profile(bare, rows).profile, file)
 
