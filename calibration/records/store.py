@@ -330,7 +330,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     """
     rows = list(rows)
     drifted = _drifted(rows)
-    capped = _capped(rows)
+    capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
     runs: dict[str, int] = {}
     timings: list[dict[str, Any]] = []
     visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
