@@ -302,7 +302,12 @@ def open_locked(path: Path) -> int:
     return fd
 
 
-_write, _sync = os.pwrite, os.fsync  # names here, so that a test can fill the disk
+def _write(fd: int, data: bytes, offset: int) -> int:
+    return os.pwrite(fd, data, offset)  # a function here, so that a test can fill the disk
+
+
+def _sync(fd: int) -> None:
+    os.fsync(fd)
 
 
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
