@@ -125,10 +125,8 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
     ("rows", "expected"),
     [
         ("out,width,0.3,,\n", "expected one row of family dense, got 0"),
-        ("dense.json,dense,,,\ndepth.json,dense,,,\n", "expected one row of family dense, got 2"),
         ("dense.json,dense,,,\n", "expected a row for a pruned model"),
         ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "none.json: cannot be read"),
-        ("dense.json,dense,,,\n,width,0.3,,\n", "evals.csv:3: results '': expected metrics"),
         ("dense.json,dense,,,\nempty,width,0.3,,\n", "'empty': expected metrics of one model, got 0 of []"),
         ("dense.json,dense,,,\nmixed,width,0.3,,\n", "of one model, got 7 of ['x', 'y']"),
         ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
@@ -136,9 +134,7 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
         ("dense.json,dense,,,\nlimited.json,width,0.3,,\n", "limited to 10.0 samples"),
         ("dense.json,dense,,,\nlist.json,width,0.3,,\n", "metrics of one model, got 0"),
         ("dense.json,dense,,,\nbroken.json,width,0.3,,\n", "broken.json:1:2: is not JSON"),
-        ("dense.json,dense,,,\nout,widht,0.3,,\n", "evals.csv:3: family: family 'widht' is unknown"),
         ("dense.json,dense,,,\nout,width,30,,\n", "evals.csv:3: sparsity: expected a fraction in [0, 1), got 30"),
-        ("dense.json,dense,,,\nout,width,0.3,,speed=2\n", "evals.csv:3: options"),
     ],
 )
 def test_bad_lists(rows: str, expected: str, listed: Path) -> None:
