@@ -17,7 +17,7 @@ import numpy as np
 from simulator.arguments import OneOrMore
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.capacity import cache_bytes, weights_bytes
-from simulator.display import Displayed, table_html
+from simulator.display import Displayed
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
@@ -88,9 +88,6 @@ class Costs(Displayed):
 
     def _columns(self) -> Mapping[str, Any]:
         return self.columns
-
-    def _html(self) -> str:
-        return table_html(self.columns)
 
 
 def costs(

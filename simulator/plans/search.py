@@ -15,7 +15,7 @@ import numpy as np
 
 from simulator.arguments import OneOrMore, flag, instance
 from simulator.arrays import FloatArray
-from simulator.display import Displayed, few, table_html
+from simulator.display import Displayed, few
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
@@ -143,9 +143,6 @@ class Plan(Displayed):
     def _columns(self) -> Mapping[str, list[object]]:
         """Return one row per layer."""
         return {name: [getattr(row, name) for row in self.layers] for name in ("layer", "attention", "mlp", "score")}
-
-    def _html(self) -> str:
-        return table_html(self._columns(), most=len(self.layers))
 
 
 def search(

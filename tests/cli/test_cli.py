@@ -465,7 +465,7 @@ def test_help_names_every_family(cli: Any) -> None:
 
 def test_help_lists_the_commands_of_other_packages(cli: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", cli.out("--help"), re.MULTILINE)
-    assert {"import", "measure", "fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
+    assert {"fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
     assert len(listed) == len(set(listed))
     assert cli.out("--help speedup") == cli.out("--help")
 

@@ -15,8 +15,7 @@ from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
-from calibration.records.store import Header
-from calibration.records.stored_timings import records_of, shape_of
+from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
 from calibration.validation.report import markdown
 from calibration.validation.validate import validate

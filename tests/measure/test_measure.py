@@ -12,8 +12,7 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import Faults, ReplayDevice
 from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.measure.plan import DRIFT_CHECK
-from calibration.records.store import Header
-from calibration.records.stored_timings import records_of
+from calibration.records.store import Header, records_of
 from calibration.records.timing_table import PURPOSES, Flag
 
 pytestmark = pytest.mark.quick

@@ -29,7 +29,6 @@ from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.prediction.loading import shapes_of
 from simulator.prediction.prunings import prunings_of
 from simulator.prediction.scenario import Scenario
 
