@@ -120,4 +120,5 @@ def _written(folder: str, model: str, found: Advised) -> list[str]:
             continue
         write_config(Path(folder) / r.family, content)
         written.append(r.family)
-    return [*([f"written: {folder}/{{{','.join(written)}}}/config.json"] if written else []), *notes]
+    first = f"written: {folder}/{{{','.join(written)}}}/config.json" if written else f"{folder}: nothing is written"
+    return [first, *notes]
