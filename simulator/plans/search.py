@@ -28,7 +28,7 @@ from simulator.plans.solve import Found, Solver, Variants
 from simulator.plans.targets import Limit, Targets
 from simulator.plans.variants import text_of
 from simulator.prediction.compare import scenario_results
-from simulator.prediction.configurations import probability_of
+from simulator.prediction.operating import probability_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios

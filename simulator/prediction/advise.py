@@ -22,16 +22,10 @@ from simulator.models.changes import content_of
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import results_of
-from simulator.prediction.configurations import (
-    FAMILIES,
-    Configuration,
-    RequiredSpeedups,
-    Target,
-    configurations_of,
-    probability_of,
-)
+from simulator.prediction.configurations import FAMILIES, Configuration, RequiredSpeedups, Target, configurations_of
 from simulator.prediction.configurations import LARGEST_SPARSITY as LARGEST_SPARSITY
 from simulator.prediction.labels import plain
+from simulator.prediction.operating import probability_of
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.reach import Reach, reach
 from simulator.prediction.result import HasResult, Result, Results

@@ -35,8 +35,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, memory_columns, serving
-from simulator.prediction.configurations import probability_of
-from simulator.prediction.operating import CURVE, EQUAL, LIMITS, MEMORY, Limits, OperatingPoint
+from simulator.prediction.operating import CURVE, EQUAL, LIMITS, MEMORY, Limits, OperatingPoint, probability_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import MAX_TOKENS, Scenario
 from simulator.uncertainty.forward import PredictedPass, forward_passes

@@ -25,6 +25,7 @@ from simulator.errors import InputError
 from simulator.models.changes import NONE, changed_keys, free_heads
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
+from simulator.prediction.operating import check_probability, probability_of
 from simulator.prediction.result import HasResult, Result
 from simulator.prediction.scenario import Scenario, dense_seconds
 from simulator.prediction.speedup import speedups
@@ -136,24 +137,6 @@ class Configuration(HasResult):
         shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
         reached = f"{self.configuration}, {shapes}: {ratio(r.speedup)}x, {percent(self.kept)} kept"
         return f"{r.model} on {r.request}: {reached}"
-
-
-def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
-    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
-    with the standard deviation that follows from that end of the interval.
-
-    >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
-    [0.95, 0.5, 0.05, 0.0]
-    """
-    left = math.log(speedup / target)
-    deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / _quantile(0.5 + 0.5 * level)
-    return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
-
-
-def check_probability(probability: float) -> None:
-    """Raise InputError for a required probability outside (0, 1)."""
-    if not 0.0 < probability < 1.0:
-        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
 
 
 def _quantile(probability: float) -> float:

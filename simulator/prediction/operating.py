@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from simulator.arguments import SECONDS, Range, number
 from simulator.display import Displayed
-from simulator.prediction.configurations import check_probability
+from simulator.errors import InputError
 from simulator.prediction.runnable import Runnable
 from simulator.prediction.scenario import device_text
 from simulator.units import ratio, seconds
@@ -17,6 +18,24 @@ EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limi
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
 PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
+
+
+def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
+    with the standard deviation that follows from that end of the interval.
+
+    >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
+    [0.95, 0.5, 0.05, 0.0]
+    """
+    left = math.log(speedup / target)
+    deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / NormalDist().inv_cdf(0.5 + 0.5 * level)
+    return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
+
+
+def check_probability(probability: float) -> None:
+    """Raise InputError for a required probability outside (0, 1)."""
+    if not 0.0 < probability < 1.0:
+        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from simulator.prediction.configurations import Target, check_probability, probability_of
+from simulator.prediction.configurations import Target
+from simulator.prediction.operating import check_probability, probability_of
 from simulator.prediction.result import HasResult, Result
 from simulator.prediction.scenario import Scenario, setting
 from simulator.prediction.table import table

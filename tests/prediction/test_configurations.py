@@ -20,15 +20,8 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.advise import Advised, advise
 from simulator.prediction.conclusions import of_advice
-from simulator.prediction.configurations import (
-    ALIKE,
-    KINDS,
-    Configuration,
-    RequiredSpeedups,
-    Target,
-    configurations_of,
-    probability_of,
-)
+from simulator.prediction.configurations import ALIKE, KINDS, Configuration, RequiredSpeedups, Target, configurations_of
+from simulator.prediction.operating import probability_of
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.speedup import speedup
 

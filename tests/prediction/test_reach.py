@@ -10,7 +10,8 @@ import pytest
 from simulator.errors import InputError
 from simulator.prediction.advise import advise
 from simulator.prediction.conclusions import of_advice
-from simulator.prediction.configurations import Target, probability_of
+from simulator.prediction.configurations import Target
+from simulator.prediction.operating import probability_of
 from simulator.prediction.reach import Reach
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.table import table
