@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
@@ -11,8 +13,7 @@ from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity
 
 if TYPE_CHECKING:
-    from simulator.plans.compared import PlanPoint
-    from simulator.plans.search import Plan
+    from simulator.plans.search import Plan, PlanPoint
 
 RUN = options.Run(phase="decode")
 
@@ -20,12 +21,10 @@ MOST_POINTS = 8
 """Plans of the frontier in the table without --verbose."""
 
 # fmt: off
-Scores = Annotated[
-    str | None,
-    opt("--scores", "FILE", "Scores per layer and variant: CSV, a library of Puzzle, a folder of Puzzletron's "
-        "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model."),
-]
-Metric = Annotated[str, opt("--metric", "NAME", "Column of the scores. Default: the first that is not a time.")]
+Scores = Annotated[str | None, opt(
+    "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
+    "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")]
+Metric = Annotated[str, opt("--metric", "NAME", "Column of the scores. Default: the only one that can be a score.")]
 Maximise = Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")]
 Target = Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")]
 Latency = Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")]
@@ -36,14 +35,9 @@ Memory = Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fulle
 Params = Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")]
 Confidence = Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")]
 Uniform = Annotated[bool, opt("--uniform", None, "One shape for all remaining layers, which stock engines load.")]
-Groups = Annotated[
-    str | None, opt("--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")
-]
-Write = Annotated[
-    str | None,
-    opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, config.json, and ModelOpt's solutions.json."),
-]
-Html = Annotated[str | None, opt("--html", "FILE", "Also write the plan as one HTML page: its figure and tables.")]
+Groups = Annotated[str | None, opt(
+    "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")]
+Write = Annotated[str | None, opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json.")]
 # fmt: on
 
 
@@ -69,7 +63,7 @@ def command(
     known: options.Known = options.KNOWN,
     json: options.Json = False,
     figure: options.Figure = None,
-    html: Html = None,
+    html: Annotated[str | None, typer.Option("--html", hidden=True)] = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Choose a variant of each layer that meets targets.
@@ -80,17 +74,13 @@ def command(
     with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
     chosen, and the frontier of score against time.
     """
-    output = render.Output(json, None, [figure])
     if html is not None:
-        from simulator.files.write import check_target
-
-        if not html.lower().endswith((".html", ".htm")):
-            raise InputError(f"--html {html}: expected a name that ends in .html")
-        check_target(html)
+        raise InputError("--html was removed; use --figure FILE (.svg, .pdf or .png) and --json")
+    output = render.Output(json, None, [figure])
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
     from simulator.plans.search import search
-    from simulator.plans.targets import Targets
+    from simulator.plans.solve import Targets
 
     requested = run.requests(known, model=model)
     targets = Targets(
@@ -103,42 +93,25 @@ def command(
         parameters=None if params is None else parsing.checked("--params", params, parse_parameters),
         confidence=confidence,
     )
+    axes = {name: getattr(requested, name) for name in ("engine", "phase", "batch", "seq", "scenario")}
+    how: dict[str, Any] = {"metric": metric, "maximise": maximise, "uniform": uniform, "groups": groups}
     with render.progress("searching") as report:
-        plan = search(
-            model,
-            parsing.names("--hardware", hardware),
-            targets,
-            scores,
-            metric=metric,
-            maximise=maximise,
-            engine=requested.engine,
-            phase=requested.phase,
-            batch=requested.batch,
-            seq=requested.seq,
-            scenario=requested.scenario,
-            uniform=uniform,
-            groups=groups,
-            progress=report,
-        )
+        plan = search(model, parsing.names("--hardware", hardware), targets, scores, **axes, **how, progress=report)
     lines = list(requested.notes)
     if write:
-        from simulator.plans.plan import write_plan
+        from simulator.plans.write import write_plan
 
         lines += write_plan(plan, model, write)
     if figure:
         from simulator.cli.drawing import draw_plan
 
         draw_plan(plan, figure)
-    if html:
-        from simulator.explore.plan_report import write_plan_report
-
-        write_plan_report(plan, html)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.caveats import uncalibrated
 
     render.conclude(*_conclusion(plan))
-    _layers(plan, verbose)
+    _layers(plan)
     if len(plan.targets) > 1 or verbose:
         print()
         _targets(plan)
@@ -170,7 +143,7 @@ def _conclusion(plan: Plan) -> list[str]:
     return [text, f"{second[:1].upper()}{second[1:]}." if second else ""]
 
 
-def _layers(plan: Plan, verbose: bool) -> None:
+def _layers(plan: Plan) -> None:
     """Print the plan, equal neighbouring layers in one row."""
     from itertools import groupby
 
@@ -193,7 +166,7 @@ def _layers(plan: Plan, verbose: bool) -> None:
 
 
 def _targets(plan: Plan) -> None:
-    from simulator.plans.targets import NAMES, target_text
+    from simulator.plans.solve import NAMES, target_text
     from simulator.prediction.conclusions import probability_text
 
     render.show(

@@ -18,7 +18,7 @@ from simulator.figures.style import paper_style
 from simulator.files.write import write_whole
 from simulator.plans.compared import PlanPoint
 from simulator.plans.search import Plan
-from simulator.plans.targets import NAMES, target_text
+from simulator.plans.solve import NAMES, target_text
 from simulator.prediction.conclusions import speedup_text
 from simulator.units import parameters, percent, ratio, seconds
 

@@ -19,7 +19,7 @@ from simulator.figures.panels import device, interval
 from simulator.figures.style import BLACK, BLUE, GREEN, GREY, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
 from simulator.figures.titles import model_title
 from simulator.models.block import Block
-from simulator.plans.targets import NAMES, target_text
+from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
 from simulator.prediction.scenario import batch_name
 from simulator.units import percent, ratio
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from simulator.plans.compared import AlternativePlan, PlanPoint
-    from simulator.plans.search import Plan
+    from simulator.plans.search import AlternativePlan, Plan, PlanPoint
     from simulator.prediction.result import Result
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"

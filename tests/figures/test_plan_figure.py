@@ -15,7 +15,7 @@ from simulator.cli import run
 from simulator.figures.plan import kept, plan_figure
 from simulator.models.block import Block
 from simulator.plans.search import Plan, search
-from simulator.plans.targets import Targets
+from simulator.plans.solve import Targets
 from simulator.plans.variants import joined, variant
 
 if TYPE_CHECKING:

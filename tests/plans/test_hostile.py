@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulator.plans.program import Program
 from test_program import brute_force
 
 from simulator.cli import run
@@ -13,7 +14,6 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.plans.costs import Costs
 from simulator.plans.library import groups_of, read_library
-from simulator.plans.program import Program
 from simulator.plans.search import search
 
 pytestmark = pytest.mark.quick

@@ -11,12 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from simulator.models.block import Block
-from simulator.models.block_configs import block_config, block_configs_of
-from simulator.models.changes import config_of
-from simulator.models.huggingface import from_hf_config
-from simulator.plans.library import read_library
 from simulator.plans.subblock_stats import (
     Price,
     Priced,
@@ -26,6 +20,12 @@ from simulator.plans.subblock_stats import (
     stats_args,
     subblock_stats,
 )
+
+from simulator.models.block import Block
+from simulator.models.block_configs import block_config, block_configs_of
+from simulator.models.changes import config_of
+from simulator.models.huggingface import from_hf_config
+from simulator.plans.library import read_library
 
 puzzle = pytest.importorskip(
     "modelopt.torch.puzzletron.mip.run_puzzle",

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from simulator.plans.plan import check_plan, plan_text
+from simulator.plans.prices import quantities
 
 import simulator
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library, generated_library
-from simulator.plans.plan import check_plan, plan_text
-from simulator.plans.prices import quantities
 from simulator.plans.search import Plan, search
-from simulator.plans.targets import Targets
+from simulator.plans.solve import Targets
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.prunings import Pruning
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulator.plans.entries import Entry
+from simulator.plans.puzzletron import read_folder, read_json, read_weight_paths
 
 from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.plans import puzzletron
-from simulator.plans.entries import Entry
 from simulator.plans.library import read_library
-from simulator.plans.puzzletron import read_folder, read_json, read_weight_paths
 
 MODEL = from_hf_config(
     {

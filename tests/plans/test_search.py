@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulator.plans.plan import check_plan, plan_text
+from simulator.plans.prices import PricedRequest, Probes, planned, quantities
 
 import simulator
 from simulator.errors import InputError
@@ -15,10 +17,8 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.plans.costs import costs
 from simulator.plans.library import generated_library, read_library
-from simulator.plans.plan import check_plan, plan_text
-from simulator.plans.prices import PricedRequest, Probes, planned, quantities
 from simulator.plans.search import search
-from simulator.plans.targets import Targets
+from simulator.plans.solve import Targets
 from simulator.prediction.scenario import Scenario
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers

@@ -7,10 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.huggingface import from_hf_config
 from simulator.plans.puzzletron import read_json
 from simulator.plans.subblock_stats import (
     Price,
@@ -21,6 +17,10 @@ from simulator.plans.subblock_stats import (
     stats_args,
     subblock_stats,
 )
+
+from simulator.errors import InputError
+from simulator.models.block import Block
+from simulator.models.huggingface import from_hf_config
 from simulator.workload import DTYPES
 
 pytestmark = pytest.mark.quick
