@@ -16,27 +16,24 @@ if TYPE_CHECKING:
 
 RUN = options.Run(phase="decode")
 
-MOST_ROWS = 24
-"""Rows of the table without --verbose."""
+MOST_ROWS = 24  # of the table without --verbose
+
 
 # fmt: off
-Choices = Annotated[str | None, opt("--choices", "FILE", "Variants: CSV, YAML, or as --scores of search. Default: the "
-                                    "usual ones.")]
-Output = Annotated[str | None, opt("-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's "
-                                   "subblock_stats.json (with --phase generate).")]
-# fmt: on
-
-
 @options.expanded()
 def command(
     model: options.Model,
     hardware: options.Hardware,
-    choices: Choices = None,
-    output: Output = None,
+    choices: Annotated[str | None, opt(
+        "--choices", "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones.")] = None,
+    output: Annotated[str | None, opt(
+        "-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
+        "(with --phase generate).")] = None,
     run: options.Run = RUN,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Price every variant of every layer, for a search.
 
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
@@ -94,7 +91,7 @@ def _checked(output: str, phases: Sequence[str]) -> None:
         raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
     if kind == ".json" and (alone := {"prefill", "decode"} & set(phases)):
         wanted = "expected --phase generate, because ModelOpt needs prefill and decode times"
-        raise InputError(f"--output {output}: {wanted}, got {alone.pop()}")
+        raise InputError(f"--output {output}: {wanted}, got {min(alone)}")
     check_target(output)
 
 
@@ -121,28 +118,17 @@ def _write(found: Costs, output: str) -> None:
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:
-    """Return the costs with equal layers in one row, and each as a share of its dense sublayer."""
+    """Return the costs with equal layers in one row, and each as a share of its dense sublayer, which comes first."""
     from simulator.models.difference import runs
 
-    places = ("hardware", "engine", "phase", "batch", "seq")
-    layers: dict[tuple[object, ...], list[int]] = {}
-    rows: dict[tuple[object, ...], dict[str, Any]] = {}
-    dense: dict[tuple[object, ...], float] = {}
+    layers, rows, dense = dict[tuple[object, ...], list[int]](), dict[tuple[object, ...], dict[str, Any]](), 0.0
     for row in found.rows:
-        place = tuple(row[name] for name in (*places, "layer", "sublayer"))
-        if row["variant"] == "dense":
-            dense[place] = row["seconds"]
+        dense = row["seconds"] if row["variant"] == "dense" else dense
         values = tuple(value for name, value in row.items() if name != "layer")
         layers.setdefault(values, []).append(row["layer"])
-        rows.setdefault(values, row)
-    out = []
-    for key, row in rows.items():
-        if row["variant"] == "none":  # costs nothing
-            continue
-        whole = dense.get(tuple(row[name] for name in (*places, "layer", "sublayer")), 0.0)
-        share = row["seconds"] / whole if whole else 0.0
-        out.append(row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-", "share": share})
-    return out
+        rows.setdefault(values, row | {"share": row["seconds"] / dense if dense else 0.0})
+    together = [row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"} for key, row in rows.items()]
+    return [row for row in together if row["variant"] != "none"]  # which costs nothing
 
 
 def _conclusion(found: Costs) -> str:
