@@ -225,7 +225,7 @@ def search(
 
     Examples
     --------
-    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", phase="prefill", batch=8, seq=1024)
+    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", metric="kl_div", phase="prefill", batch=8)
     >>> plan.results[0].speedup >= 1.3, len(plan.layers)
     (True, 30)
     """

@@ -262,15 +262,8 @@ LIBRARIES: tuple[Any, ...] = (
         }
         for i in range(4)
     },
-    _REPLACEMENTS,
-    [{"block_idx": i, "attention_config": block["attention"], "ffn_config": None} for i, block in enumerate(_LAYERS)]
-    + [{"block_idx": i, "block_config": _LAYERS[0]} for i in range(4)],
-    {
-        f"replacement_{i}": {**_METRICS, "parent_layer_indices": [i], "block_config": block}
-        for i, block in enumerate(_LAYERS)
-    },
 )
-"""Libraries of Puzzle and of Puzzletron for :data:`LAYERED` without its ``block_configs``."""
+"""Libraries of Puzzle for :data:`LAYERED` without its ``block_configs``."""
 
 _AVERAGES = {"kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]}, "token_accuracy_top_1": {"avg": 0.5}, "args": {"a": 1}}
 VALIDATIONS: tuple[Any, ...] = tuple(
