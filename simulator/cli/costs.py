@@ -14,8 +14,6 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
 
-RUN = options.Run(phase="decode")
-
 MOST_ROWS = 24  # of the table without --verbose
 
 
@@ -29,7 +27,7 @@ def command(
     output: Annotated[str | None, opt(
         "-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
         "(with --phase generate).")] = None,
-    run: options.Run = RUN,
+    run: options.Run = options.RUN,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -39,8 +37,8 @@ def command(
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
     or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with
     host time that is not hidden, and with its interval. Layers with equal shapes cost the same and share a row. -o
-    writes a row per layer. As subblock_stats.json it has the prefill and decode times that ModelOpt's Puzzletron needs
-    for its latency targets.
+    writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
+    ModelOpt's Puzzletron needs for its latency targets.
     """
     requested = run.requests()
     if output is not None:

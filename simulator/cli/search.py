@@ -15,7 +15,6 @@ from simulator.units import parameters, parse_parameters, parse_quantity
 if TYPE_CHECKING:
     from simulator.plans.search import Plan, PlanPoint
 
-RUN = options.Run(phase="decode")
 
 MOST_POINTS = 8  # plans of the frontier in the table without --verbose
 
@@ -45,7 +44,7 @@ def command(
         "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")] = None,
     write: Annotated[str | None, opt(
         "--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json.")] = None,
-    run: options.Run = RUN,
+    run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     json: options.Json = False,
     figure: options.Figure = None,

@@ -272,15 +272,11 @@ def _layers(text: str, many: int) -> range:
 
 
 def _harness(folder: Path, name: str) -> dict[str, float]:
-    """Return the metrics in a results file of lm-evaluation-harness, and the mean accuracy; a loss is a rise."""
-    from simulator.prediction.harness import MEAN, read_results
+    """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
+    from simulator.prediction.harness import read_results
 
-    found = read_results(folder, name)
-    values = {str(key): v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.values.items()}
-    accuracies = [v.value for v in found.accuracies().values()]
-    if accuracies:
-        values[f"{MEAN}{len(accuracies)} tasks"] = -sum(accuracies) / len(accuracies)
-    return values
+    _, found = read_results(folder, name)
+    return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
 
 
 def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
