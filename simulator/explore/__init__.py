@@ -4,5 +4,4 @@
 calls the simulator. :mod:`~simulator.explore.charts` makes Plotly figures of predictions,
 :mod:`~simulator.explore.markup` HTML. :mod:`~simulator.explore.app` serves them with Dash,
 :mod:`~simulator.explore.report` writes them to one file; both need the optional extra ``explore``.
-:mod:`~simulator.explore.plan_report` writes a plan of a search as one file; it needs no extra.
 """
