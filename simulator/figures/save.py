@@ -44,6 +44,15 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     write_whole(target, _of_few_colors(out.getvalue()) if suffix == ".png" else out.getvalue())
 
 
+def svg_text(figure: Figure) -> str:
+    """Return a figure as an SVG element for a page."""
+    out = io.StringIO()
+    with paper_style():
+        figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
 def _of_few_colors(png: bytes) -> bytes:
     """Return the same picture with a palette: a third of the bytes."""
     from PIL import Image
