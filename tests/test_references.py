@@ -24,7 +24,7 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (simulator, calibration)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = {"torch", "triton", "pynvml", "dash", "plotly", "werkzeug", "flask", "pandas", "pyarrow"}
+OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
 """Packages without which some modules cannot be imported; references in and to those are then not checked."""
 
 ROLE = re.compile(r":(?:func|class|mod|data|meth|attr|exc|obj):`~?([\w.]+)`")

@@ -60,7 +60,13 @@ def command(
         "options": parsing.settings("--option", option),
     }
     found = content(asked)
-    given = {"hardware": hardware, "family": family, "method": method, "sparsity": sparsity, "pruned": pruned}
+    given: dict[str, Any] = {
+        "hardware": hardware,
+        "family": family,
+        "method": method,
+        "sparsity": sparsity,
+        "pruned": pruned,
+    }
     given |= {"prune": prune, "option": option, "ideal": ideal, "same_stack": same_stack}
     defaults = asdict(options.RUN) | {"phase": None, "batch": None, "seq": None}
     given |= {name: value for name, value in asdict(run).items() if value != defaults[name]} | asdict(known)

@@ -94,7 +94,7 @@ FIELDS: dict[str, Field] = {
     "seq": Field("Sequence", "2048", (), counts, "Prompt tokens, or cached positions in decode; one or several."),
     "new_tokens": Field("New tokens", "128", (), lambda text: counts(text)[0]),
     "dtype": Field("Arithmetic", "bf16", DTYPES),
-    "weight_dtype": Field("Weights", "", ("", *DTYPES), help="Empty: the checkpoint's format, else that of arithmetic."),
+    "weight_dtype": Field("Weights", "", ("", *DTYPES), help="Empty: the checkpoint's, else the format of arithmetic."),
     "kv_dtype": Field("K/V cache", "", ("", *DTYPES), help="Empty: the format of arithmetic, or bf16 below 16 bits."),
     "devices": Field("Devices", "1", (), lambda text: counts(text)[0]),
     "parallel": Field("Parallel", "tensor", PARALLEL),
@@ -154,7 +154,7 @@ def start() -> list[str]:
 def accepted(field: Field, given: Sequence[str]) -> Any:
     """Return a setting of the address as its widget holds it; InputError for one that it cannot hold."""
     several = isinstance(field.default, tuple)
-    if len(given) != 1 and not several or any(len(text) > MOST_LETTERS or "\0" in text for text in given):
+    if (len(given) != 1 and not several) or any(len(text) > MOST_LETTERS or "\0" in text for text in given):
         raise InputError("expected one short text")
     for text in given:
         if field.choices and text not in field.choices:
@@ -211,6 +211,8 @@ def form() -> None:
         for name in OPENED:
             draw(name)
         st.button("Open", on_click=open_files, help="Reads the files of these paths on this machine.")
+        if any(state[name].strip() and opened(name) is None for name in OPENED):
+            st.caption("A file is read after a click on Open.")
         if state.problem:
             st.error(markdown_text(state.problem))
     with st.expander("Formats and devices"):
@@ -272,29 +274,34 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     texts["dense_time"] = state.dense_time.strip()
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:
-        raise InputError(f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; use prunesim sweep")
+        raise InputError(
+            f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; see prunesim sweep"
+        )
     return asked, texts
 
 
 def show(found: Content, texts: dict[str, Any]) -> None:
     """Show the content of a request."""
-    for sentence in found.answer:
-        st.html(f'<p style="font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere">{escape(sentence)}</p>')
+    write(found.answer, "font-size: 1.15rem; font-weight: 600")
     st.session_state.explained = found.detail.pruning
     st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
     st.html(f'<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(map(figure, found.drawings))}</div>')
-    for sentence in (*found.losses, *found.parts):
-        st.html(f'<p style="overflow-wrap: anywhere">{escape(sentence)}</p>')
+    write([*found.losses, *found.parts])
     table = found.table
-    formats = {name: st.column_config.NumberColumn(format="%.2f") for name, v in table.items() if isinstance(v[0], float)}
+    number = st.column_config.NumberColumn(format="%.2f")
+    formats = {name: number for name, column in table.items() if isinstance(column[0], float)}
     st.dataframe(table, column_config=formats, hide_index=True)
     st.download_button("All columns as CSV", csv_text(found.records), "prunesim.csv", "text/csv", on_click="ignore")
     if found.notes:
         with st.expander(f"Notes ({len(found.notes)})", expanded=len(found.notes) <= 3):
-            for note in found.notes:
-                st.html(f'<p style="overflow-wrap: anywhere">{escape(note)}</p>')
-    model = texts.pop("model")
-    st.code("\n".join(commands(model, texts, found)), language="bash", wrap_lines=True)
+            write(found.notes)
+    options = {name: text for name, text in texts.items() if name != "model"}
+    st.code("\n".join(commands(texts["model"], options, found)), language="bash", wrap_lines=True)
+
+
+def write(lines: Sequence[str], style: str = "") -> None:
+    """Write paragraphs in which nothing is markup."""
+    st.html("".join(f'<p style="overflow-wrap: anywhere; {style}">{escape(line)}</p>' for line in lines))
 
 
 def choose() -> None:
@@ -305,12 +312,11 @@ def choose() -> None:
 def figure(drawing: Drawing) -> str:
     """Return a figure as HTML; a figure that is wider than the screen scrolls."""
     wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
-    title = escape(drawing.title)
+    title, sizes = escape(drawing.title), f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"
     return (
         f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0; max-width: 100%">'
         f'<figcaption style="font-weight: 600">{title}</figcaption><div style="overflow-x: auto; background: #fff">'
-        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}" '
-        f'style="width: 100%; min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"></div></figure>'
+        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}" style="width: 100%; {sizes}"></div></figure>'
     )
 
 

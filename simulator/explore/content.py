@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MOST_SENTENCES = 8
 """Sentences on break-even; of more prunings the fastest is stated."""
 
-MOST_DETAILS = 6
-"""Settings for which one pruning is explained: panels of a figure."""
+MOST_DETAILS = 4
+"""Devices and engines on which one pruning is explained."""
 
 _DRAWING = threading.Lock()
 """Matplotlib's settings belong to the process, and each visitor of the page has a thread."""
@@ -91,7 +91,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> Content:
 
     >>> found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "prune": ["depth 0.25"], "phase": ["decode"]})
     >>> [drawing.title for drawing in found.drawings]
-    ['Speedup', 'Losses of depth at 25 %', 'GEMMs of depth at 25 % on the roofline']
+    ['Speedup', 'Losses: depth at 25 % (decode, batch 1, seq 2048)', 'GEMMs: depth at 25 % (decode, batch 1, seq 2048)']
     """
     found = table(**asked)
     scenario = asked.get("scenario") or Scenario()
@@ -123,14 +123,14 @@ def content(asked: Mapping[str, Any], detail: str = "") -> Content:
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
-    """Return the explanations of one pruning in its first settings."""
-    if not any(r.pruning == detail for r in found):
-        detail = max(found, key=lambda r: r.speedup).pruning
+    """Return the explanations of one pruning on each device and engine, for the request that it accelerates most."""
+    best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
     engines = {load_engine(e).name: e for e in asked.get("engine", ())}
     out: list[Explanation] = []
     for r, index in zip(found, found.pruning.tolist()):
-        if r.pruning != detail or len(out) == MOST_DETAILS:
+        same = (r.pruning, r.phase, r.batch, r.seq) == (best.pruning, best.phase, best.batch, best.seq)
+        if not same or len(out) == MOST_DETAILS:
             continue
         existing = found.prunings[index].model
         which: dict[str, Any] = {"prune": [r.prune]} if existing is None else {"pruned": [existing]}
@@ -141,12 +141,13 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
 
 
 def _drawings(rows: Sequence[Result], details: Sequence[Explanation]) -> tuple[Drawing, ...]:
-    name = details[0].result.pruning
+    r = details[0].result
+    name = f"{r.pruning} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
     with _DRAWING:
         figures = {
             "Speedup": speedups_of([replace(r, family=r.name) for r in rows]),
-            f"Losses of {name}": waterfalls_of(details),
-            f"GEMMs of {name} on the roofline": rooflines_of(details),
+            f"Losses: {name}": waterfalls_of(details),
+            f"GEMMs: {name}": rooflines_of(details),
         }
         return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
 
@@ -188,15 +189,16 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
     words = ["prunesim", name, model]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value not in (None, False, "", (), []):
-            words += (word for one in (value if isinstance(value, list | tuple) else [value]) for word in (flag, str(one)))
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one not in (None, False, ""):
+                words += [flag] if one is True else [flag, str(one)]
     return shlex.join(words)
 
 
 def commands(model: str, options: Mapping[str, Any], found: Content) -> list[str]:
     """Return the command lines that print the table and the explanations."""
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
-    explained = {"prune": [found.detail.prune]} if found.detail.prune else {}
-    return [command("speedup", model, options), command("explain", model, {**options, **alone, **explained})]
+    r = found.detail
+    explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
+    explained |= {"prune": [r.prune]} if r.prune else {}
+    return [command("speedup", model, options), command("explain", model, explained)]

@@ -17,7 +17,7 @@ MOST_ROWS = 500
 
 def report_html(found: Content, commands: Sequence[str]) -> str:
     """Return the report; ``commands`` reproduce its numbers."""
-    columns, notes = found.table, list(found.notes)
+    notes = list(found.notes)
     if (more := len(found.rows) - MOST_ROWS) > 0:
         notes.append(f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more")
     page = _rendered(found, commands, (), notes)
@@ -36,10 +36,7 @@ def _rendered(found: Content, commands: Sequence[str], drawings: Sequence[Drawin
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
     return environment.get_template("report.html").render(

@@ -45,9 +45,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def svg_text(figure: Figure) -> str:
-    """Return a figure as an SVG element for a page."""
+    """Return a figure, whose layout is final, as an SVG element for a page."""
     out = io.StringIO()
     with paper_style():
+        figure.set_layout_engine(None)  # else Matplotlib draws it once more
         figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -344,11 +344,6 @@ advise llama-3.2-1b --hardware h100 --phase decode --latency 2ms --confidence 0.
 models show llama-3.2-1b
 hardware show h100
 pareto llama-2-7b --hardware h100 --metric zero-shot --phase decode"""
-ADDRESS = (
-    "model=llama-3.1-8b&gpu=h100_sxm,a100&family=depth,width&sparsity=0.25,0.5&phase=decode&batch=8&seq=512&new=16"
-    "&engine=vllm&dtype=bf16&detail=width&at=0.5&over=seq&prune=width%20mlp%3D0.3%20heads%3D0.2;depth%20layers%3D0,5"
-    "&pin=phase%3Ddecode%26prune%3Ddepth%25200.25%26batch%3D8"
-)
 WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"
 
 
@@ -393,24 +388,3 @@ SHARDED = {f"{file}.safetensors": shard(dict([*CHECKPOINTS[0].items()][i::2])) f
     "config.json": json.dumps(SMALL_CONFIGS[0]).encode()
 }
 """The folder of that index, but for itself."""
-
-_FILES = [{"name": "a/config.json", "text": json.dumps(SMALL_CONFIGS[0]), "room": 0}]
-_FILES += [
-    {"name": f"a/{file}", "text": content[8 : 8 + int.from_bytes(content[:8], "little")].decode(), "room": 1 << 20}
-    for file, content in SHARDED.items()
-    if file != "config.json"
-]
-_ASKED = {"search": f"?{ADDRESS}", "narrow": False}
-QUESTIONS = tuple(
-    {
-        "output": f"{target}.data",
-        "outputs": {"id": target, "property": "data"},
-        "inputs": [{"id": source, "property": "data", "value": value}],
-        "changedPropIds": [f"{source}.data"],
-    }
-    for source, target, value in (
-        *[("dropped", "accepted", {"into": "model", "files": _FILES, "at": 1})] * 9,
-        ("csv-asked", "csv", _ASKED),
-    )
-)
-"""What the page asks its server: mostly to take a file."""

@@ -6,18 +6,14 @@ well. Whatever is neither a result nor an ``InputError`` is a bug.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
 import random
 import re
-import zlib
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import good
 import mutate
@@ -34,11 +30,6 @@ from calibration.records.stored_timings import content_records, untimed
 from calibration.validation.runs import Conditions, evaluate
 from simulator.engines import engine as engines
 from simulator.errors import InputError
-from simulator.explore.address import read_query, strict_query, to_query
-from simulator.explore.app import make_app
-from simulator.explore.dropped import PREFIX, profile_token, read_profile, read_token, token
-from simulator.explore.predictions import predictions
-from simulator.explore.questions import CALLBACKS
 from simulator.figures.measured import read_measured_gemms
 from simulator.hardware import library as hardware
 from simulator.hardware.save import save_hardware
@@ -559,82 +550,6 @@ _WORDS = (*TEXTS, *_ODD_WORDS.split(), "9" * 5000, "\udcff")
 
 def word(rng: random.Random, plausible: float = 0.6) -> str:
     return rng.choice(_GOOD_WORDS.split() if rng.random() < plausible else _WORDS)
-
-
-_TAILS = ("%", "%ff", "%00", "%0a", "%F0%9F", "+", "&", "=", "#", ";", "%2e%2e%2f", "," * 3000)
-_PAIR_EDITS: dict[Edit, int] = {
-    **PART_EDITS,
-    lambda pair, rng, pairs: [(pair[0], quote(word(rng), errors="surrogatepass"))]: 3,
-    lambda pair, rng, pairs: [(pair[0], word(rng))]: 1,
-    lambda pair, rng, pairs: [(rng.choice((rng.choice(pairs)[0], "x", "", "Model", "constructor")), pair[1])]: 1,
-    lambda pair, rng, pairs: [pair, (pair[0], word(rng))]: 1,
-    lambda pair, rng, pairs: [(pair[0], pair[1] + rng.choice(_TAILS))]: 1,
-}
-
-
-def _make_address(rng: random.Random) -> bytes:
-    pairs = edit_parts([pair.split("=") for pair in good.ADDRESS.split("&")], rng, _PAIR_EDITS)
-    return seldom("&".join(map("=".join, pairs)).encode("utf-8", "surrogatepass"), rng)
-
-
-@Target("address.txt", _make_address, names_file=False)
-def address(path: Path) -> None:
-    """Whatever it says there is a state, the same from its own address; what was bad is said line by line."""
-    state, problems = read_query(path.read_bytes().decode("utf-8", "replace"))
-    for line in problems:
-        check_line(line)
-    assert strict_query(to_query(state)) == state
-    if problems:
-        raise InputError(problems[0])
-    if path.stat().st_size % 16 == 0:  # what the page shows: numbers, or a reason
-        shown = predictions(state)
-        assert shown.problem or all(
-            np.isfinite((r.speedup, r.speedup_lower, r.speedup_upper)).all() for r in shown.table
-        )
-
-
-def _make_dropped(rng: random.Random) -> bytes:
-    """A dropped file, or a token that nobody made."""
-    whole = mutate.json_text(dict(rng.choice(good.CONFIGS)), rng)
-    if rng.random() < 0.7:
-        return whole
-    inner = rng.choice((whole, b"0", b"[]", b'{"file": 1, "config": {}}', b'{"file":"a","config":' + whole + b"}"))
-    token = b"dropped:" + base64.urlsafe_b64encode(zlib.compress(inner + b" " * rng.choice((0, 300_000))))
-    return seldom(token, rng, 0.7)
-
-
-@Target("dropped.txt", _make_dropped, names_file=False)
-def dropped(path: Path) -> None:
-    text = path.read_bytes().decode("utf-8", "replace")
-    file, model = read_token(text if text.startswith(PREFIX) else token(text, "a\\b/../config.json"))
-    assert file.isprintable()
-    assert "/" not in file
-    assert model.parameters > 0
-
-
-def _client() -> Any:
-    server = make_app().server
-    server.testing = True  # an exception of the server is one here
-    return server.test_client()
-
-
-def question(path: Path) -> None:
-    """Answered, or refused with a status from 400 to 499."""
-    status = CLIENT.post(CALLBACKS, data=path.read_bytes(), content_type="application/json").status_code
-    assert status == 200 or 400 <= status < 500, status
-    if status != 200:
-        raise InputError(f"status {status}")
-
-
-if find_spec("dash"):
-    CLIENT = _client()  # here, for it reads and asks what no input may
-    Target("question.json", lambda rng: mutate.json_text(rng.choice(good.QUESTIONS), rng), names_file=False)(question)
-
-
-@Target("dropped.yaml", lambda rng: mutate.yaml_text(good.FACTS, rng))
-def dropped_profile(path: Path) -> None:
-    _, hw = read_profile(profile_token(path.read_bytes().decode("utf-8", "replace"), path.name))
-    times(hw)
 
 
 _WHERE_WORDS = """
