@@ -129,10 +129,6 @@ def command(
         from simulator.cli.drawing import draw_plan
 
         draw_plan(plan, figure)
-    if html:
-        from simulator.explore.plan_report import write_plan_report
-
-        write_plan_report(plan, html)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.caveats import uncalibrated

@@ -75,10 +75,12 @@ def prunings(text: str) -> list[str]:
     return lines
 
 
-def time_s(text: str) -> float | None:
-    """Return a time in s, or None for no text."""
-    return parse_quantity(text, "s") if text.strip() else None
+def of_scenario(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of one field of a scenario, which checks the value; no text is None."""
+    return lambda text: getattr(Scenario(**{name: read(text) if text.strip() else None}), name)
 
+
+seconds = of_scenario("dense_s", lambda text: parse_quantity(text, "s"))
 
 # fmt: off
 FIELDS: dict[str, Field] = {
@@ -92,13 +94,13 @@ FIELDS: dict[str, Field] = {
     "phase": Field("Phase", "decode", PHASES),
     "batch": Field("Batch", "1", (), counts, "One or several, such as 1, 8, 64; requests in flight of serve."),
     "seq": Field("Sequence", "2048", (), counts, "Prompt tokens, or cached positions in decode; one or several."),
-    "new_tokens": Field("New tokens", "128", (), lambda text: counts(text)[0]),
+    "new_tokens": Field("New tokens", "128", (), of_scenario("new_tokens", parse_count)),
     "dtype": Field("Arithmetic", "bf16", DTYPES),
     "weight_dtype": Field("Weights", "", ("", *DTYPES), help="Empty: the checkpoint's, else the format of arithmetic."),
     "kv_dtype": Field("K/V cache", "", ("", *DTYPES), help="Empty: the format of arithmetic, or bf16 below 16 bits."),
-    "devices": Field("Devices", "1", (), lambda text: counts(text)[0]),
+    "devices": Field("Devices", "1", (), of_scenario("devices", parse_count)),
     "parallel": Field("Parallel", "tensor", PARALLEL),
-    "dense_time": Field("Measured dense time", "", (), time_s, "Of the dense model in one setting, such as 18.6ms."),
+    "dense_time": Field("Measured dense time", "", (), seconds, "Of the dense model in one setting, such as 18.6ms."),
     "model_path": Field("Model: config.json or folder", ""),
     "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
     "profile_path": Field("Hardware profile: YAML file", ""),
