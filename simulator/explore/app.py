@@ -18,7 +18,7 @@ from simulator.display import markdown_text
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError, one_line
-from simulator.explore.content import Content, Drawing, commands, content
+from simulator.explore.content import Drawing, PageContent, commands, content
 from simulator.files.csv import csv_text
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model
@@ -77,7 +77,12 @@ def prunings(text: str) -> list[str]:
 
 def of_scenario(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a parser of one field of a scenario, which checks the value; no text is None."""
-    return lambda text: getattr(Scenario(**{name: read(text) if text.strip() else None}), name)
+
+    def parse(text: str) -> Any:
+        given: dict[str, Any] = {name: read(text) if text.strip() else None}
+        return getattr(Scenario(**given), name)
+
+    return parse
 
 
 seconds = of_scenario("dense_s", lambda text: parse_quantity(text, "s"))
@@ -282,7 +287,7 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     return asked, texts
 
 
-def show(found: Content, texts: dict[str, Any]) -> None:
+def show(found: PageContent, texts: dict[str, Any]) -> None:
     """Show the content of a request."""
     write(found.answer, "font-size: 1.15rem; font-weight: 600")
     st.session_state.explained = found.detail.pruning

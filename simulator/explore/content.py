@@ -43,7 +43,7 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Content:
+class PageContent:
     """Everything that is shown of a request."""
 
     answer: tuple[str, ...]
@@ -84,14 +84,14 @@ class Content:
         }
 
 
-def content(asked: Mapping[str, Any], detail: str = "") -> Content:
+def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``.
 
     The fastest pruning is explained if none is called so.
 
     >>> found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "prune": ["depth 0.25"], "phase": ["decode"]})
     >>> [drawing.title for drawing in found.drawings]
-    ['Speedup', 'Losses: depth at 25 % (decode, batch 1, seq 2048)', 'GEMMs: depth at 25 % (decode, batch 1, seq 2048)']
+    ['Speedup', 'Losses of depth at 25 %', 'GEMMs of depth at 25 %']
     """
     found = table(**asked)
     scenario = asked.get("scenario") or Scenario()
@@ -109,7 +109,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> Content:
         parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}
         parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
     details = _explained(found, asked, detail)
-    return Content(
+    return PageContent(
         answer=tuple(answer),
         facts=_facts(found.rows),
         rows=found.rows,
@@ -142,12 +142,13 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
 
 def _drawings(rows: Sequence[Result], details: Sequence[Explanation]) -> tuple[Drawing, ...]:
     r = details[0].result
-    name = f"{r.pruning} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+    several = len({(row.phase, row.batch, row.seq) for row in rows}) > 1
+    name = f"{r.pruning}{f' ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})' if several else ''}"
     with _DRAWING:
         figures = {
             "Speedup": speedups_of([replace(r, family=r.name) for r in rows]),
-            f"Losses: {name}": waterfalls_of(details),
-            f"GEMMs: {name}": rooflines_of(details),
+            f"Losses of {name}": waterfalls_of(details),
+            f"GEMMs of {name}": rooflines_of(details),
         }
         return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
 
@@ -170,7 +171,7 @@ def _facts(rows: Sequence[Result]) -> dict[str, str]:
 
 
 def cell(value: Any) -> str:
-    """Return a value of :attr:`Content.table` as text.
+    """Return a value of :attr:`PageContent.table` as text.
 
     >>> cell(1.2345), cell(12345.6), cell(2048), cell("depth")
     ('1.23', '12,346', '2,048', 'depth')
@@ -195,7 +196,7 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def commands(model: str, options: Mapping[str, Any], found: Content) -> list[str]:
+def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
     """Return the command lines that print the table and the explanations."""
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail

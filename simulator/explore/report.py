@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simulator._version import __version__
-from simulator.explore.content import Content, Drawing, cell
+from simulator.explore.content import Drawing, PageContent, cell
 
 MOST_BYTES = 1_000_000
 """Size of a report; figures that exceed it are omitted with a note."""
@@ -15,7 +15,7 @@ MOST_ROWS = 500
 """Rows of the table."""
 
 
-def report_html(found: Content, commands: Sequence[str]) -> str:
+def report_html(found: PageContent, commands: Sequence[str]) -> str:
     """Return the report; ``commands`` reproduce its numbers."""
     notes = list(found.notes)
     if (more := len(found.rows) - MOST_ROWS) > 0:
@@ -32,7 +32,7 @@ def report_html(found: Content, commands: Sequence[str]) -> str:
     return _rendered(found, commands, drawings, notes)
 
 
-def _rendered(found: Content, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]) -> str:
+def _rendered(found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -26,7 +26,7 @@ NEEDED = {"streamlit": "explore", "playwright": "browser"}
 ABSENT = [f'no module {m}: pip install -e ".[{NEEDED[m]}]"' for m in NEEDED if importlib.util.find_spec(m) is None]
 ABSENT += [] if PROGRAM else ["no chromium on the search path: install the system's package chromium"]
 
-pytestmark = pytest.mark.skipif(bool(ABSENT), reason="; ".join(ABSENT) or "all there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(ABSENT), reason="; ".join(ABSENT) or "all there")]
 
 WIDTHS = [390, 1400]
 

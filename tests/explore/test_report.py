@@ -13,7 +13,7 @@ import pytest
 
 from simulator.cli import run
 from simulator.explore import report
-from simulator.explore.content import Content, Drawing, cell, content
+from simulator.explore.content import Drawing, PageContent, cell, content
 from simulator.explore.report import report_html
 
 LINE = "llama-3.1-8b --hardware h100,a100 --family depth,width --sparsity 0.25,0.5 --phase decode --batch 1"
@@ -141,7 +141,7 @@ def test_markup_in_every_text_is_harmless(hostile_model: Path) -> None:
         {"models": "llama-3.1-8b", "hardware": ["h100", "a100"], "prune": ["depth 0.25"]},
         hostile_model.name,
     )
-    found: Content = hostile(replace(content(asked), facts={"Model": "", markup: ""}), markup)
+    found: PageContent = hostile(replace(content(asked), facts={"Model": "", markup: ""}), markup)
     page = Page(report_html(found, [markup]))
     assert page.harmless
     texts = len(found.answer) + len(found.losses) + len(found.parts) + len(found.notes) + len(found.drawings)
