@@ -292,7 +292,7 @@ def show(found: PageContent, texts: dict[str, Any]) -> None:
     write(found.answer, "font-size: 1.15rem; font-weight: 600")
     st.session_state.explained = found.detail.pruning
     st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
-    st.html(f'<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(map(figure, found.drawings))}</div>')
+    figures = st.empty()
     write([*found.losses, *found.parts])
     table = found.table
     number = st.column_config.NumberColumn(format="%.2f")
@@ -304,6 +304,8 @@ def show(found: PageContent, texts: dict[str, Any]) -> None:
             write(found.notes)
     options = {name: text for name, text in texts.items() if name != "model"}
     st.code("\n".join(commands(texts["model"], options, found)), language="bash", wrap_lines=True)
+    drawn = "".join(map(figure, found.drawings))  # last, so that the answer and the table do not wait for them
+    figures.html(f'<div style="display: flex; flex-wrap: wrap; gap: 16px">{drawn}</div>')
 
 
 def write(lines: Sequence[str], style: str = "") -> None:

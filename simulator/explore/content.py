@@ -6,6 +6,7 @@ import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator.engines.engine import load_engine
@@ -50,11 +51,33 @@ class PageContent:
     facts: Mapping[str, str]  # what was asked
     rows: tuple[Result, ...]
     records: tuple[dict[str, Any], ...]  # the rows of prunesim speedup --json
-    detail: Result  # the first prediction that is explained
-    losses: tuple[str, ...]  # where the explained pruning loses its nominal speedup
-    drawings: tuple[Drawing, ...]
+    details: tuple[Explanation, ...]  # of one pruning
     parts: tuple[str, ...]  # what each named pruning removes, and whether each engine runs it
     notes: tuple[str, ...]
+
+    @property
+    def detail(self) -> Result:
+        """The first prediction that is explained."""
+        return self.details[0].result
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Where the explained pruning loses its nominal speedup."""
+        return tuple(conclusions(self.details))
+
+    @cached_property
+    def drawings(self) -> tuple[Drawing, ...]:
+        """The figures; drawing them takes longer than everything else."""
+        several = len({(r.phase, r.batch, r.seq) for r in self.rows}) > 1
+        where = f" ({self.detail.phase}, {batch_name(self.detail.phase)} {self.detail.batch}, seq {self.detail.seq})"
+        name = f"{self.detail.pruning}{where if several else ''}"
+        with _DRAWING:
+            figures = {
+                "Speedup": speedups_of([replace(r, family=r.name) for r in self.rows]),
+                f"Losses of {name}": waterfalls_of(self.details),
+                f"GEMMs of {name}": rooflines_of(self.details),
+            }
+            return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
 
     @property
     def prunings(self) -> tuple[str, ...]:
@@ -108,15 +131,12 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     if named:
         parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}
         parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
-    details = _explained(found, asked, detail)
     return PageContent(
         answer=tuple(answer),
         facts=_facts(found.rows),
         rows=found.rows,
         records=tuple({**r.to_dict(), **a.to_dict()} for r, a in zip(found, answers)),
-        detail=details[0].result,
-        losses=tuple(conclusions(details)),
-        drawings=_drawings(found.rows, details),
+        details=_explained(found, asked, detail),
         parts=tuple(parts),
         notes=(*uncalibrated(found, scenario.dense_s is not None), *found.notes),
     )
@@ -138,19 +158,6 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
         where |= {"engine": [engines[r.engine]] if engines else (), "scenario": asked.get("scenario")}
         out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
     return tuple(out)
-
-
-def _drawings(rows: Sequence[Result], details: Sequence[Explanation]) -> tuple[Drawing, ...]:
-    r = details[0].result
-    several = len({(row.phase, row.batch, row.seq) for row in rows}) > 1
-    name = f"{r.pruning}{f' ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})' if several else ''}"
-    with _DRAWING:
-        figures = {
-            "Speedup": speedups_of([replace(r, family=r.name) for r in rows]),
-            f"Losses of {name}": waterfalls_of(details),
-            f"GEMMs of {name}": rooflines_of(details),
-        }
-        return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
 
 
 def _facts(rows: Sequence[Result]) -> dict[str, str]:

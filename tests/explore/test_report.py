@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import pytest
 
 from simulator.cli import run
 from simulator.explore import report
-from simulator.explore.content import Drawing, PageContent, cell, content
+from simulator.explore.content import PageContent, cell, content
 from simulator.explore.report import report_html
+from simulator.prediction.explain import Explanation
+from simulator.prediction.result import Result
 
 LINE = "llama-3.1-8b --hardware h100,a100 --family depth,width --sparsity 0.25,0.5 --phase decode --batch 1"
 
@@ -127,12 +129,12 @@ def hostile(value: Any, markup: str) -> Any:
     """The same content with markup in every text."""
     if isinstance(value, str):
         return markup
-    if isinstance(value, Drawing):
-        return value._replace(title=markup)  # its SVG is Matplotlib's, see the next test
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, PageContent | Result):
         return replace(value, **{f.name: hostile(getattr(value, f.name), markup) for f in fields(value)})
-    if isinstance(value, tuple | list):
-        return type(value)(hostile(one, markup) for one in value)
+    if isinstance(value, Explanation):
+        return replace(value, result=replace(hostile(value.result, markup), dtype=value.result.dtype))
+    if isinstance(value, tuple):
+        return tuple(hostile(one, markup) for one in value)
     return {name: hostile(one, markup) for name, one in value.items()} if isinstance(value, dict) else value
 
 
