@@ -108,11 +108,7 @@ def _is_program(path: str) -> bool:
 
 
 def seconds(option: str, text: str) -> float:
-    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds.
-
-    >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
-    (120.0, 90.0, 5400.0)
-    """
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or (match[2] or "s") not in _SECONDS:
         raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")

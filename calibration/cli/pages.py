@@ -84,11 +84,6 @@ def constants_page() -> str:
 def constants_of(operator: str, fitted: Mapping[tuple[str, str, str], Section]) -> str:
     """Return a table of the fitted constants of an operator, one column per stack and number format; the keys of
     ``fitted`` are stack, operator and format.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> sections = {("sglang", "gemm", "bf16"): load_hardware("h100@sglang").section("gemm", "bf16")}
-    >>> print(constants_of("gemm", sections).split("\\n")[0])
-    | constant | unit | sglang bf16 | meaning |
     """
     sections = {f"{stack} {dtype}".strip(): s for (stack, kind, dtype), s in fitted.items() if kind == operator}
     known = CONSTANTS[operator]
@@ -125,11 +120,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def _text(text: str) -> str:
-    """Return text as one table cell: on one line, with escaped bars.
-
-    >>> _text("a |\\n b")
-    'a \\\\| b'
-    """
+    """Return text as one table cell: on one line, with escaped bars."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -51,11 +51,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **
 
 
 def tile_options(edge: int) -> dict[str, Any]:
-    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if none do.
-
-    >>> tile_options(128), tile_options(48)["BLOCK_N"]
-    ({'FORCE_USE_FLEX_ATTENTION': True}, 16)
-    """
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if none do."""
     if edge % LEAST:
         raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
     tile = math.gcd(edge, EDGE)

@@ -74,9 +74,6 @@ def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[
     """Return the bytes that an elementwise operator on m tokens of n features reads and writes.
 
     ``select`` writes the indices of half of the features.
-
-    >>> elementwise_bytes("residual", 2, 8, 2.0), elementwise_bytes("select", 2, 8, 2.0)
-    ((64.0, 32.0), (32.0, 32.0))
     """
     moved = element_bytes * m * n
     if role == "select":
@@ -91,13 +88,7 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. ``kind`` determines the relevant fields; the others keep their defaults.
-
-    >>> Operator("gemm", m=1, n=64, k=32).key
-    'gemm bf16 cold m=1 n=64 k=32'
-    >>> Operator("gemm", m=1, n=64, k=32).bytes
-    4288.0
-    """
+    """One thing to time. ``kind`` determines the relevant fields; the others keep their defaults."""
 
     kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.workload.DTYPES

@@ -63,12 +63,7 @@ class _ReplayPrepared:
 
 @dataclass(eq=False)
 class ReplayDevice:
-    """Planted or recorded timings as a device.
-
-    >>> device = ReplayDevice(lambda op: 1e-3)
-    >>> device.prepare(Operator("copy", n=1)).sample(10), round(device.clock(), 3)
-    (0.001, 0.06)
-    """
+    """Planted or recorded timings as a device."""
 
     timings: Seconds | Mapping[str, float] = field(default_factory=roofline_timings)  # a mapping is by operator key
     _: KW_ONLY

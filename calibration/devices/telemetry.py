@@ -61,11 +61,7 @@ class Snapshot:
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
-    """Return the names of NVML's clock event reasons; bits without a name become ``bit_0x...``.
-
-    >>> throttle_reasons(0x1044)
-    ('sw_power_cap', 'hw_thermal_slowdown', 'bit_0x1000')
-    """
+    """Return the names of NVML's clock event reasons; bits without a name become ``bit_0x...``."""
     names = [name for bit, name in enumerate(NVML_REASONS) if bits >> bit & 1]
     rest = bits >> len(NVML_REASONS) << len(NVML_REASONS)
     return tuple(names + ([f"bit_{rest:#x}"] if rest else []))
@@ -90,11 +86,7 @@ def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1
 
 
 def under_load(readings: Sequence[Snapshot]) -> Snapshot:
-    """Return several readings as one: the median of each number, and every throttle reason of any reading.
-
-    >>> under_load([Snapshot(1.4e9, throttle=("sw_power_cap",)), Snapshot(1.6e9, throttle=())]).clock_hz
-    1500000000.0
-    """
+    """Return several readings as one: the median of each number, and every throttle reason of any reading."""
 
     def median(name: str) -> Reading:
         known = _known(getattr(reading, name) for reading in readings)

@@ -29,11 +29,7 @@ class TileShape:
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
-    """Return the smallest power of two that covers a size, within two powers of two.
-
-    >>> power_of_two(1, 16, 64), power_of_two(33, 16, 64), power_of_two(500, 16, 64)
-    (16, 64, 64)
-    """
+    """Return the smallest power of two that covers a size, within two powers of two."""
     return min(max(least, 1 << (size - 1).bit_length()), most)
 
 
@@ -41,9 +37,6 @@ def alignment(rows: int, columns: int) -> str:
     """Return which sizes are multiples of 16, for which Triton compiles loads and stores of 16 bytes.
 
     "all"; "rows": the length of the operands' rows, not the columns of the result; "none".
-
-    >>> alignment(64, 64), alignment(64, 30), alignment(30, 64)
-    ('all', 'rows', 'none')
     """
     return "none" if rows % 16 else "rows" if columns % 16 else "all"
 
@@ -62,11 +55,7 @@ def _features(rows: int, element_bytes: int, aligned: str) -> int:
 
 
 def gathered(rows: int, element_bytes: int, aligned: str) -> TileShape:
-    """Return the tile of a GEMM over at most ``rows`` gathered rows, by :func:`alignment`.
-
-    >>> gathered(1, 2, "all"), gathered(4096, 2, "all")
-    (TileShape(m=16, n=32, k=128, warps=4), TileShape(m=128, n=128, k=64, warps=8))
-    """
+    """Return the tile of a GEMM over at most ``rows`` gathered rows, by :func:`alignment`."""
     form = rows, element_bytes, aligned
     m = 128 if rows > MOST_TOKENS else tokens_per_tile(rows)
     return TileShape(m, _columns(*form), _features(*form), warps=8 if m == 128 else 4)
@@ -78,41 +67,25 @@ def tokens_per_tile(tokens: int) -> int:
 
 
 def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, gated: bool) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes columns, in groups of ``width``; ``gated`` tiles have two halves.
-
-    >>> grouped_columns(512, 352, 2, "all", True)
-    TileShape(m=64, n=64, k=64, warps=4)
-    """
+    """Return the tile of a grouped GEMM that prunes columns, in groups of ``width``; ``gated`` tiles have two halves."""
     form = tokens, element_bytes, aligned
     most = _columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
     return TileShape(tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _features(*form))
 
 
 def grouped_features(tokens: int, width: int, element_bytes: int, aligned: str) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes features, in groups of ``width``.
-
-    >>> grouped_features(512, 48, 2, "all")
-    TileShape(m=64, n=128, k=64, warps=4)
-    """
+    """Return the tile of a grouped GEMM that prunes features, in groups of ``width``."""
     form = tokens, element_bytes, aligned
     return TileShape(tokens_per_tile(tokens), _columns(*form), power_of_two(width, 16, _features(*form)))
 
 
 def normalised(features: int) -> TileShape:
-    """Return the rows and features per program of a norm: whole rows, and several if they are short.
-
-    >>> normalised(128), normalised(4096)
-    (TileShape(m=8, n=128, k=1, warps=4), TileShape(m=1, n=4096, k=1, warps=8))
-    """
+    """Return the rows and features per program of a norm: whole rows, and several if they are short."""
     n = power_of_two(features, 128, MOST_FEATURES)
     return TileShape(max(1, VECTOR_ELEMENTS // n), n, 1, warps=min(max(4, n // 512), 16))
 
 
 def rotated(half: int) -> TileShape:
-    """Return the heads and the features of half a head per program of a rotary embedding.
-
-    >>> rotated(64)
-    TileShape(m=8, n=64, k=1, warps=4)
-    """
+    """Return the heads and the features of half a head per program of a rotary embedding."""
     n = power_of_two(half, 32, VECTOR_ELEMENTS // 2)
     return TileShape(VECTOR_ELEMENTS // 2 // n, n, 1)

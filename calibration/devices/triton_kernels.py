@@ -96,14 +96,7 @@ class Tiles:
 
 
 def tiles_of(mask: Tensor) -> Tiles:
-    """Return the tiles of a boolean mask (tokens, groups).
-
-    >>> tiles = tiles_of(torch.tensor([[True, False, True], [False, True, False], [True, False, True]]))
-    >>> tiles.users.tolist(), tiles.many.tolist()
-    ([[0, 2, 1], [1, 0, 2], [0, 2, 1]], [2, 1, 2])
-    >>> tiles.order.tolist(), tiles.groups.tolist(), tiles.used.tolist()
-    ([0, 1, 2], [[0, 1, 2]], [3])
-    """
+    """Return the tiles of a boolean mask (tokens, groups)."""
     tokens, groups = mask.shape
     edge = tile_shapes.tokens_per_tile(tokens)
     # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts

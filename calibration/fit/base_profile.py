@@ -38,9 +38,6 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
     """Return a note if a CPU's profile was calibrated with another number of threads than a device has.
 
     ``device`` is the name that the device reports, or several joined names.
-
-    >>> thread_notes(load_hardware("cpu"), "AMD EPYC (2 threads)")
-    []
     """
     fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
     known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))

@@ -62,11 +62,7 @@ _ARCHITECTURES: tuple[tuple[tuple[int, int], str], ...] = (
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """Return the architecture of a compute capability.
-
-    >>> architecture_of((8, 6)), architecture_of((8, 9)), architecture_of((10, 3))
-    ('ampere', 'ada', 'blackwell_sm100')
-    """
+    """Return the architecture of a compute capability."""
     return next(name for first, name in _ARCHITECTURES if capability >= first)
 
 
@@ -74,9 +70,6 @@ def shipped_name(device: str, gpu: Gpu | None = None) -> str:
     """Return the shipped profile of a GPU by the name that it reports, and its facts if they are known; "" for none.
 
     A name may end with the number of SMs.
-
-    >>> shipped_name("NVIDIA H100 80GB HBM3 (132 SM)"), shipped_name("NVIDIA H100 80GB HBM3 MIG 3g.40gb (60 SM)")
-    ('h100_sxm', '')
     """
     counted = _SMS.search(device)
     found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")

@@ -17,11 +17,7 @@ LEVEL = 0.9
 
 
 def accuracy_of(error: FloatArray) -> dict[str, float]:
-    """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed mean "bias".
-
-    >>> accuracy_of(np.array([0.125, -0.25]))["mape"]
-    0.1875
-    """
+    """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed mean "bias"."""
     size = np.abs(error)
     scores = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
     return {name: float(v) for name, v in scores.items()}
@@ -51,20 +47,13 @@ def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
 
 
 def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
-    """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1).
-
-    >>> neighbours([np.array([1.0, 2.0, 8.0]), np.array([4.0, 4.0, 4.0])]).tolist()
-    [[0, 1], [1, 2]]
-    """
+    """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1)."""
     return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]]) for i, s in enumerate(sizes)])
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
     """Return pairs (smaller, larger) of rows that are equal in all ``others`` and differ in ``size`` by a ratio in
     [0.25, 1), ordered by the number of sizes between them.
-
-    >>> pairs_along(np.array([1.0, 8.0, 2.0]), []).tolist()
-    [[0, 2], [2, 1]]
     """
     key = numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)
     order = np.lexsort((size, key))

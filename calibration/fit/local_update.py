@@ -362,11 +362,7 @@ _OPERATORS = {
 
 
 def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:
-    """Return a sentence that describes an effect.
-
-    >>> meaning("machine compute", 0.06, 0.083, 0.02), meaning("gemm memory", 0.03, -0.001, 0.004)
-    ("this machine's clocks are 8 % lower", 'GEMM reads memory as fitted')
-    """
+    """Return a sentence that describes an effect."""
     operator, _, cause = name.partition(" ")
     first, *size = (cause or name).split()
     text, longer, shorter = _WORDS.get(name) or _WORDS.get(first, ("{operator}: {cause} costs {}", "more", "less"))

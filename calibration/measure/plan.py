@@ -82,10 +82,6 @@ class Rates:
 def compilation(op: Operator) -> tuple[Any, ...] | None:
     """Return for what flex attention is compiled: number format, width and numbers of heads, block; None for operators
     without flex attention. One kernel serves all lengths.
-
-    >>> shape = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 8, "kv_heads": 2, "head_dim": 64}
-    >>> compilation(Operator("attention_block_sparse", block=16, **shape)), compilation(Operator("copy", n=1))
-    (('bf16', 64, 8, 2, 16), None)
     """
     if op.kind != "attention_block_sparse":
         return None
@@ -193,10 +189,6 @@ def base_plan(
 
     ``kernels_apart``: measure enough attention calls of one head width for a fit before the next width. InputError: the
     budget is not a positive number or is too short for one GEMM.
-
-    >>> plan = base_plan(Rates(1e12, 3e10), budget_s=60, seed=1)
-    >>> plan.estimated_s <= 60, {item.purpose for item in plan.items} == {"fit", "holdout"}
-    (True, True)
     """
     protocol = protocol or Protocol()
     check_budget(budget_s)
@@ -258,10 +250,6 @@ def in_order(
     """Plan exactly these operators in their order; GEMMs become measured shapes of the profile.
 
     The measurement counts and reports operators that the device does not support.
-
-    >>> plan = in_order([Operator("gemm", m=m, n=64, k=64) for m in (1, 8, 1)], Rates(1e12, 3e10))
-    >>> [item.operator.m for item in plan.items], plan.items[0].purpose
-    ([1, 8], 'exact')
     """
     if not operators:
         raise InputError("in_order: expected at least one operator, got none")

@@ -248,13 +248,6 @@ def run(
     the reference. An item is omitted if it is not expected to end within ``budget_s``; estimates of cost adapt to the
     measured cost. ``progress`` is called after every visit with the seconds that have passed and the expected total.
     ``interrupt`` is for callers that stop a run from another thread.
-
-    >>> from calibration.devices.replay import ReplayDevice
-    >>> from calibration.measure.plan import Rates, in_order
-    >>> device, kept, gemms = ReplayDevice(), [], [Operator("gemm", m=m, n=64, k=64) for m in (1, 8)]
-    >>> outcome = run(in_order(gemms, Rates(1e14, 1e12)), device, kept.append)
-    >>> outcome.counts.ok, outcome.stopped, [r["purpose"] for r in kept]
-    (2, '', ['drift_check', 'exact', 'exact', 'drift_check'])
     """
     budget = check_budget(plan.budget_s if budget_s is None else budget_s)
     earlier = list(previous)

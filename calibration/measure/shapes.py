@@ -44,11 +44,7 @@ _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
-    """Return indices of points in an order in which every prefix is spread widely (farthest point first).
-
-    >>> spread_order(np.array([[0.0], [1.0], [9.0], [10.0]]), 3)
-    [0, 3, 1]
-    """
+    """Return indices of points in an order in which every prefix is spread widely (farthest point first)."""
     order = [first]
     nearest = np.linalg.norm(points - points[first], axis=1)
     nearest[first] = -1.0

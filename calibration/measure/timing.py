@@ -81,11 +81,7 @@ def interval_rank(count: int, confidence: float = 0.95) -> int:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the median of a series and its distribution-free interval: 0 to infinity for a short series.
-
-    >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), median_interval([1.0, 2.0])
-    ((4.0, 1.0, 7.0), (1.5, 0.0, inf))
-    """
+    """Return the median of a series and its distribution-free interval: 0 to infinity for a short series."""
     values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.size == 0:
         raise ValueError("median_interval: expected at least one sample, got none")
@@ -165,11 +161,6 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     first steady stretch begins the samples; the values before it are the warm-up. The warm-up may take half of the time
     limit. A series that is not steady by then is measured too and marked noisy. InvalidTiming: a sample is not finite
     or not above zero.
-
-    >>> ticks = iter(range(1000))
-    >>> t = measure(lambda loops: 2e-3, clock=lambda: next(ticks) * 1e-3)
-    >>> t.median_s, t.status, len(t.samples_s)
-    (0.002, 'ok', 8)
     """
     p = protocol or Protocol()
     start = clock()

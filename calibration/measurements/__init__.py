@@ -59,9 +59,6 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
 
     GEMMs have ``copies`` rotated weights; times are from CUDA-graph replays, in seconds. InputError: unknown table or
     format, or the file does not match its provenance.
-
-    >>> len(load_measurements("a100_sxm/gemm/trtllm", dtype="bf16"))
-    9240
     """
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
@@ -98,9 +95,6 @@ def published(name: str) -> list[dict[str, str]]:
     the total time, or over a decode step) or all_tokens_per_s (prompt and new tokens). In "speedups", ``own_code``
     marks a pruned model that ran other modelling code than the dense model; it prunes the layers ``first_layer`` to
     ``last_layer``.
-
-    >>> published("paper")[0]["value"]
-    '2.19'
     """
     if name not in PUBLISHED:
         raise unknown("published table", name, PUBLISHED)

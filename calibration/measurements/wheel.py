@@ -241,12 +241,7 @@ def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, 
 
 
 def stalled(records: Records) -> Array:
-    """Return a mask of the rows of latent attention that were delayed: slower than a call with more work.
-
-    >>> columns = {"operator": "mla_decode", "heads": 16, "kv_len": 64, "batch": [1, 2], "seconds": [1e-3, 1e-5]}
-    >>> stalled(Records.from_columns([""], **columns)).tolist()
-    [True, False]
-    """
+    """Return a mask of the rows of latent attention that were delayed: slower than a call with more work."""
     out = np.zeros(len(records), dtype=np.bool_)
     rows = np.flatnonzero(records.is_operator(*LATENT))
     sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]

@@ -38,12 +38,6 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
     """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section.
 
     A shape measured several times gets the median and an interval that contains its times.
-
-    >>> from calibration.records.timing_table import Source
-    >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
-    >>> r = Records.from_columns([Source("d")], m=[8, 8], n=64, k=32, **times)
-    >>> exact_arrays(r, "bf16")["exact_s"].round(9).tolist()
-    [1.01e-06]
     """
     r, code = records, DTYPES.index(dtype)
     cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)

@@ -239,11 +239,6 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
 
     Without conversion, a narrow product moves and computes a ``share`` of what the product in 16 bits does, after the
     same launch. The additional time of few tokens at large k is the main loop of one tile, not the conversion.
-
-    >>> m, n, k = np.array([[1, 8192, 1, 8192, 1, 8192], [128, 128, 128, 128, 4096, 4096], [1024] * 6])
-    >>> t = 1e-6 * np.array([3.0, 5.0, 6.0, 20.0, 7.0, 90.0])
-    >>> conversion_s(m, n, k, t, np.array([True, True, False, False, False, False]), 0.5)[2:].round(6).tolist()
-    [3e-06, 1.6e-05, 3e-06, 1.6e-05]
     """
     out = np.full(len(seconds), np.nan)
     sizes = np.stack([m, n, k], axis=1).astype(np.float64)
@@ -512,11 +507,6 @@ def read_grouped(table: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
     Its scripts (``kernel_benchmark/deepgemm_grouped_gemm_*.py`` of alibaba/InferSim) draw the tokens of each expert
     from 0.7 to 1.3 times their mean, for each product anew. Times are those of a profiler, without launches, with L2
     overwritten before each. The number of tokens is inferred from their number per expert. Few experts are refused.
-
-    >>> line = [128.0, 32.0, 8.0, 4096.0, 1536.0, 16.0, 228.7, 117.9]
-    >>> columns, screen = read_grouped({name: np.array([v]) for name, v in zip(GROUPED_SHAPE, line)})
-    >>> columns["m"].tolist(), columns["active"].tolist(), screen.kept.tolist()
-    ([256.0, 256.0], [2.0, 2.0], [True, True])
     """
     every, experts, top, k, n, tokens, up, down = (np.asarray(table[name], dtype=np.float64) for name in GROUPED_SHAPE)
     once = {"m": np.rint(tokens * every / top), "n": n, "k": k, "experts": experts, "active": top * experts / every}

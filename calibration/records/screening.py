@@ -75,11 +75,7 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Return the number of distinct weights that aiconfigurator's collector rotates: enough to fill L2, at most six.
-
-    >>> rotated_copies(np.array([1e6, 20e6, 200e6]), 50e6).tolist()
-    [6, 3, 1]
-    """
+    """Return the number of distinct weights that aiconfigurator's collector rotates: enough to fill L2, at most six."""
     return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(np.int32)
 
 

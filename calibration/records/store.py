@@ -39,11 +39,7 @@ _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a 
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
-    """Return a mapping as one line with its checksum; ValueError if it is not JSON (NaN, array) or has a ``crc``.
-
-    >>> encode_line({"a": 1})
-    b'{"a":1,"crc":"561bacaf"}\\n'
-    """
+    """Return a mapping as one line with its checksum; ValueError if it is not JSON (NaN, array) or has a ``crc``."""
     if "crc" in line or not line:
         raise ValueError("a record needs at least one field, and no field named 'crc'")
     body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
@@ -195,13 +191,6 @@ def read_store(path: str | Path) -> Content:
 class Store:
     """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
     holds records of another device, software or number format.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with Store(Path(folder) / "records.jsonl", Header("A100", {"driver": "580"})) as store:
-    ...         store.append({"key": "gemm", "median_s": 1e-6})
-    ...     [row["key"] for row in read_store(Path(folder) / "records.jsonl").rows]
-    ['gemm']
     """
 
     def __init__(self, path: str | Path, header: Header) -> None:
@@ -363,9 +352,6 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest.
 
     A run at the power limit throughout is not flagged: its clocks are those of the device under load.
-
-    >>> power_capped([{"clock_hz": 1.4e9, "throttle": ["sw_power_cap"]}, {"clock_hz": 1.98e9, "throttle": []}])
-    [True, False]
     """
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)

@@ -85,12 +85,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records(Table):
-    """Timings as columns of equal length: what was timed, then the time and its quality.
-
-    >>> r = Records.from_columns([Source("A100")], m=[1, 2], n=8, k=4, seconds=[1e-6, 2e-6])
-    >>> len(r), r.select(r.m > 1).seconds.tolist(), r.labels().tolist()
-    (2, [2e-06], ['bf16', 'bf16'])
-    """
+    """Timings as columns of equal length: what was timed, then the time and its quality."""
 
     operator: Array = column(np.int8, 0)
     # index into workload.ROLES; -1 where the operator has none, and for all products of experts
@@ -202,11 +197,7 @@ class Records(Table):
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
 
     def place(self, row: int) -> str:
-        """Return ``file:line`` of a row as far as it is known, then operator, number format and dimensions.
-
-        >>> Records.from_columns([Source("A100", file="t.csv")], m=1, n=8, k=4, line=[3]).place(0)
-        't.csv:3: gemm bf16 m=1 n=8 k=4'
-        """
+        """Return ``file:line`` of a row as far as it is known, then operator, number format and dimensions."""
         operator, line = OPERATORS[self.operator[row]], int(self.line[row])
         file = self.sources[self.source[row]].file
         sizes = (f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS)

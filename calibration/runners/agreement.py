@@ -67,9 +67,6 @@ def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
     """Return the scatter of a repeated speedup: median |ratio of the medians of two halves of its passes - 1|.
 
     NaN if no case has six passes.
-
-    >>> repeatability([{"status": "ok", "dense_s": [2, 2, 2, 2.2, 2.2, 2.2], "pruned_s": [1] * 6}])
-    0.1
     """
     off: list[float] = []
     for r in records:

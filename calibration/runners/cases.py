@@ -177,11 +177,6 @@ def settings_of(
     The prunings are texts of ``--prune``, existing pruned models, then families (None: all, or none next to others) at
     fractions (None: :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can
     run. InputError: unknown name, value out of range, or no case.
-
-    >>> families = ["depth", "semi_structured"]
-    >>> cases, notes = settings_of("smollm2-135m", phases=["decode"], families=families, sparsities=[0.25])
-    >>> [c.prune for c in cases], len(notes)
-    (['depth 0.25'], 1)
     """
     config = load_model(model) if isinstance(model, str) else model
     template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
@@ -233,11 +228,7 @@ def _check_heads(w: Workload) -> None:
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """Return the first ``layers`` layers of a model, for little memory or time; the whole model if ``layers`` is None.
-
-    >>> fewer_layers(load_model("llama-3.1-8b"), 4).layers
-    4
-    """
+    """Return the first ``layers`` layers of a model, for little memory or time; the whole model if ``layers`` is None."""
     if layers is None:
         return config
     if not 1 <= layers <= config.layers:

@@ -69,11 +69,7 @@ DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
 
 def kernels_on(device: str) -> dict[str, str]:
-    """Return the kernels of families as the decoder runs them: those that skip tiles with Triton, else gathers.
-
-    >>> kernels_on("cpu")
-    {'dynamic_depth': 'gathered', 'dynamic_width': 'looped'}
-    """
+    """Return the kernels of families as the decoder runs them: those that skip tiles with Triton, else gathers."""
     skips = device.startswith("cuda") and find_spec("triton") is not None
     kernels = ("reference", "reference") if skips else ("gathered", "looped")
     return dict(zip(("dynamic_depth", "dynamic_width"), kernels))
@@ -179,11 +175,7 @@ def compare(
 
 
 def file_name(name: str, engine: str) -> str:
-    """Return the name of a file in a run folder: with the name of the engine, unless it is our decoder.
-
-    >>> file_name("decoder.jsonl", "reference"), file_name("decoder.jsonl", "hf")
-    ('decoder.jsonl', 'decoder.hf.jsonl')
-    """
+    """Return the name of a file in a run folder: with the name of the engine, unless it is our decoder."""
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
 
 

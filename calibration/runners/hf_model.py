@@ -60,12 +60,6 @@ def layout_of(w: Workload) -> Layout:
     """Return the shapes of the decoder of a workload on one device.
 
     InputError: it has operators that no static model of Transformers has (routers, scattered tokens, gathers).
-
-    >>> import simulator
-    >>> dense = simulator.lower(simulator.load_model("smollm2-135m"), phase="prefill", engine="hf")
-    >>> layout = layout_of(simulator.prune(dense, "depth", 0.5))
-    >>> layout.hidden, len(layout.layers), layout.layers[0].inner
-    (576, 15, 1536)
     """
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
@@ -169,17 +163,6 @@ def build(
     ------
     InputError
         If Transformers cannot build the model.
-
-    Examples
-    --------
-    >>> import simulator
-    >>> from simulator.models.changes import content_of
-    >>> small = {**content_of("smollm2-135m"), "num_hidden_layers": 2, "vocab_size": 64}
-    >>> config = simulator.load_model(small)
-    >>> pruned = simulator.prune(simulator.lower(config, phase="prefill", engine="hf"), "width", 0.5)
-    >>> built = build(config, small, pruned, dtype="fp32", device="cpu")
-    >>> built.model.model.layers[0].mlp.down_proj
-    Linear(in_features=768, out_features=576, bias=False)
     """
     from transformers import AutoModelForCausalLM
 

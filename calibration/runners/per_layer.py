@@ -74,13 +74,7 @@ class LayerScore:
 
 
 def changes_of(library: Library) -> list[Change]:
-    """Return each variant of each attention and of each MLP in a library, in the order of the layers.
-
-    >>> from simulator.models.library import load_model
-    >>> from simulator.plans.library import generated_library
-    >>> [c.text for c in changes_of(generated_library(load_model("smollm2-135m")))][:4]
-    ['kv=1', 'none', '1280', '1152']
-    """
+    """Return each variant of each attention and of each MLP in a library, in the order of the layers."""
     found: dict[tuple[int, str, str], Change] = {}
     for layer, (dense, blocks) in enumerate(zip(library.model.layout, library.layers)):
         for name in SUBLAYERS:

@@ -66,12 +66,7 @@ class Score:
 
 
 def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
-    """Score one model against another on windows of tokens; every token after the first of a window counts.
-
-    >>> like = lambda ids: F.one_hot(ids, 4).float()
-    >>> score(like, like, [torch.arange(4)]).kl_nats
-    0.0
-    """
+    """Score one model against another on windows of tokens; every token after the first of a window counts."""
     return score_logits((dense(ids), pruned(ids), ids) for ids in windows)
 
 
@@ -203,12 +198,7 @@ def decoder_of(model: Any, name: str) -> Decoder:
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """A text and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships.
-
-    >>> text, name = read_text()
-    >>> len(text) > 100_000, name.startswith("pydoc topics")
-    (True, True)
-    """
+    """A text and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships."""
     if path is None:
         from pydoc_data.topics import topics
 

@@ -76,10 +76,6 @@ def plain_kernels(w: Workload) -> dict[Shape, float]:
     as many input features as weights remain, in multiples of :data:`ALIGN`. A decode that skips blocks becomes a decode
     with the remaining keys. A prefill that skips blocks, or has a sliding window, becomes a share of a dense prefill,
     because its queries need all keys. Routed experts and latent attention have no plain kernel and are excluded.
-
-    >>> q = {"role": "q", "m": 2, "n": 64, "k": 64}
-    >>> plain_kernels(Workload.from_rows([{**q, "count": 3}, {**q, "role": "k"}]))
-    {('gemm', (2, 64, 64)): 4.0}
     """
     runs = ~w.overhead & (w.count > 0)
     plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
@@ -109,11 +105,7 @@ def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) 
 
 
 def operator_of(shape: Shape, dtype: str) -> Operator:
-    """Return the operator that times a shape.
-
-    >>> operator_of(("attention_decode", (2, 128, 8, 2, 64)), "bf16").key
-    'attention_decode bf16 cold batch=2 q_len=1 kv_len=128 heads=8 kv_heads=2 head_dim=64'
-    """
+    """Return the operator that times a shape."""
     kind, sizes = shape
     named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
     if kind == "attention_decode":

@@ -36,12 +36,7 @@ NAMES: Mapping[str, str] = {
 
 
 def completing(where: str) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of names from a place, for the last entry of a comma list; it imports them late.
-
-    >>> complete = completing("workload.PHASES")
-    >>> complete and complete("decode,pre")
-    ['decode,prefill']
-    """
+    """Return the shell completion of names from a place, for the last entry of a comma list; it imports them late."""
 
     def complete(incomplete: str) -> list[str]:
         module, _, name = where.rpartition(".")

@@ -140,14 +140,7 @@ def front_text(front: Front) -> str:
 
 
 def band_text(band: Band) -> str:
-    """Return a band as text, as in the paper.
-
-    >>> from simulator.prediction.pareto import Band
-    >>> band_text(Band("depth", 0.0, 0.04, 1.1, 1.2, True))
-    '0-4 % depth (1.10-1.20x)'
-    >>> band_text(Band("width", 0.17, float("inf"), 1.5, 1.5, False))
-    'from 17 % width (1.50x, uncertain)'
-    """
+    """Return a band as text, as in the paper."""
     low, high = f"{100 * band.low:.3g}", f"{100 * band.high:.3g}"
     budget = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"
     speeds = list(dict.fromkeys(f"{s:.2f}" for s in (band.speedup_low, band.speedup_high)))

@@ -15,11 +15,7 @@ MOST = 10_000
 
 
 def names(option: str, text: str) -> list[str]:
-    """Parse a comma list of names.
-
-    >>> names("--hardware", "a100, h100")
-    ['a100', 'h100']
-    """
+    """Parse a comma list of names."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise InputError(f"{option} {text!r}: expected names separated by single commas")
@@ -36,20 +32,12 @@ def devices(text: str, same_stack: bool = False) -> list[Any]:
 
 
 def duration(option: str, text: str) -> float:
-    """Parse a time with its unit, s.
-
-    >>> duration("--latency", "12ms")
-    0.012
-    """
+    """Parse a time with its unit, s."""
     return checked(option, text, lambda given: parse_quantity(given, "s"))
 
 
 def integers(option: str, text: str) -> list[int]:
-    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``, ``1:64:8``.
-
-    >>> integers("--batch", "1,64"), integers("--seq", "512:4k"), integers("--batch", "8:24:8")
-    ([1, 64], [512, 1024, 2048, 4096], [8, 16, 24])
-    """
+    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``, ``1:64:8``."""
     out: list[int] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_count) for end in part.split(":")]
@@ -72,11 +60,7 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """Parse a comma list of fractions and ranges with a step.
-
-    >>> fractions("--sparsity", "0.1,25%"), fractions("--sparsity", "0.1:0.5:0.2")
-    ([0.1, 0.25], [0.1, 0.3, 0.5])
-    """
+    """Parse a comma list of fractions and ranges with a step."""
     out: list[float] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_fraction) for end in part.split(":")]
@@ -91,21 +75,13 @@ def fractions(option: str, text: str) -> list[float]:
 
 
 def prefix(text: str) -> float:
-    """Parse tokens, or a share of a prompt below 1.
-
-    >>> prefix("2k"), prefix("25%")
-    (2048.0, 0.25)
-    """
+    """Parse tokens, or a share of a prompt below 1."""
     share = "%" in text or text.strip().startswith(("0.", "."))
     return checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
 
 
 def fraction(option: str, text: str) -> float:
-    """Parse one fraction.
-
-    >>> fraction("--sparsity", "25%")
-    0.25
-    """
+    """Parse one fraction."""
     return checked(option, text, parse_fraction)
 
 
@@ -118,20 +94,12 @@ def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
 
 
 def speedup_target(option: str, text: str) -> float:
-    """Parse a speedup such as ``1.5`` or ``1.5x``.
-
-    >>> speedup_target("--target", "1.5x")
-    1.5
-    """
+    """Parse a speedup such as ``1.5`` or ``1.5x``."""
     return checked(option, text, parse_ratio)
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of these, or a word.
-
-    >>> settings("--option", ["inner=8810", "kv_dense=false", "rank=16,32"])
-    {'inner': 8810, 'kv_dense': False, 'rank': [16, 32]}
-    """
+    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of these, or a word."""
     out: dict[str, Any] = {}
     for text in texts or ():
         name, value = pair(option, text)

@@ -70,23 +70,12 @@ def width() -> int:
 
 
 def table_width(columns: Sequence[Column]) -> int:
-    """Return the width of a table in characters.
-
-    >>> table_width([Column("a", ["123"]), Column("b", ["1"])])
-    6
-    """
+    """Return the width of a table in characters."""
     return sum(c.width for c in columns) + 2 * (len(columns) - 1)
 
 
 def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
-    """Return the columns of a table of ``rows`` from titles and functions of a row; "<" before a title aligns left.
-
-    >>> print(table_text(columns([1, 20], ("<name", "item {}".format), ("n", str))))
-    name      n
-    -----------
-    item 1    1
-    item 20  20
-    """
+    """Return the columns of a table of ``rows`` from titles and functions of a row; "<" before a title aligns left."""
     return [
         Column(title.removeprefix("<"), [str(text(row)) for row in rows], not title.startswith("<"))
         for title, text in described
@@ -111,14 +100,7 @@ def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Colum
 
 
 def table_text(columns: Sequence[Column], title: str = "", *, color: bool = False) -> str:
-    """Return a table as text with a line under the header, without wrapping or trailing blanks.
-
-    >>> print(table_text([Column("name", ["a", "bc"], right=False), Column("n", ["1", "20"])]))
-    name   n
-    --------
-    a      1
-    bc    20
-    """
+    """Return a table as text with a line under the header, without wrapping or trailing blanks."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -176,11 +158,7 @@ def notes(lines: Iterable[str], verbose: bool = False) -> None:
 
 
 def same_together(lines: Iterable[str]) -> list[str]:
-    """Return notes with each text once, after all its subjects.
-
-    >>> same_together(["a: too large", "no quality", "b: too large", "a: too large"])
-    ['a, b: too large', 'no quality']
-    """
+    """Return notes with each text once, after all its subjects."""
     subjects: dict[str, list[str]] = {}
     for line in lines:
         subject, colon, text = " ".join(line.split()).partition(": ")
@@ -199,14 +177,7 @@ def interval(found: Any) -> str:
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Print a record, or a list with one record per line, as JSON: exact numbers, null for NaN and infinity.
-
-    >>> show_json([{"a": 0.1, "b": {"c": float("nan")}}, {"a": 2}])
-    [
-    {"a": 0.1, "b": {"c": null}},
-    {"a": 2}
-    ]
-    """
+    """Print a record, or a list with one record per line, as JSON: exact numbers, null for NaN and infinity."""
     rows = [value] if isinstance(value, Mapping) else value
     text = ",\n".join(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) for row in rows)
     print(text if isinstance(value, Mapping) else f"[\n{text}\n]" if rows else "[]", flush=True)

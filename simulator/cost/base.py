@@ -56,11 +56,7 @@ ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYT
 
 
 def bottleneck(name: str) -> int:
-    """Return the code of a bottleneck.
-
-    >>> BOTTLENECKS[bottleneck("memory")]
-    'memory'
-    """
+    """Return the code of a bottleneck."""
     return BOTTLENECKS.index(name)
 
 

@@ -266,9 +266,5 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
 
 
 def aligned_elements(element_bytes: float) -> int:
-    """Return the elements in 16 bytes, as a power of two: kernels are fastest for rows of a multiple of them.
-
-    >>> aligned_elements(2.0), aligned_elements(1.0), aligned_elements(0.5625)
-    (8, 16, 32)
-    """
+    """Return the elements in 16 bytes, as a power of two: kernels are fastest for rows of a multiple of them."""
     return int(2 ** round(math.log2(16 / element_bytes)))

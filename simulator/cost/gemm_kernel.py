@@ -155,10 +155,6 @@ def clocked(e_tc: float, hw: HardwareProfile) -> float:
     Under a power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and
     1.02 of rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach
     :data:`UNLIMITED` of the rate.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> [round(clocked(0.8, load_hardware(name)), 2) for name in ("h100_sxm", "h100_pcie", "h20")]
-    [0.8, 0.65, 0.9]
     """
     rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
     if hw.architecture not in CLOCKED or not rates:

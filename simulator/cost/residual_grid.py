@@ -26,12 +26,7 @@ from simulator.arrays import Array
 
 @dataclass(frozen=True)
 class ResidualGrid:
-    """Values at the nodes of a regular grid. Their precision, float32 or float64, is that of the evaluation.
-
-    >>> box = ResidualGrid((0.0, 0.0), (1.0, 2.0), np.array([[0.0, 1.0], [4.0, 5.0]]))
-    >>> box((np.array([0.5, -9.0]), np.array([0.0, 9.0])))
-    array([2., 1.])
-    """
+    """Values at the nodes of a regular grid. Their precision, float32 or float64, is that of the evaluation."""
 
     start: tuple[float, ...]  # first node of each coordinate
     step: tuple[float, ...]  # from one to the next

@@ -111,10 +111,6 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``.
 
     The fastest pruning is explained if none is called so.
-
-    >>> found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "prune": ["depth 0.25"], "phase": ["decode"]})
-    >>> [drawing.title for drawing in found.drawings]
-    ['Speedup', 'Losses of depth at 25 %', 'GEMMs of depth at 25 %']
     """
     found = table(**asked)
     scenario = asked.get("scenario") or Scenario()
@@ -178,22 +174,14 @@ def _facts(rows: Sequence[Result]) -> dict[str, str]:
 
 
 def cell(value: Any) -> str:
-    """Return a value of :attr:`PageContent.table` as text.
-
-    >>> cell(1.2345), cell(12345.6), cell(2048), cell("depth")
-    ('1.23', '12,346', '2,048', 'depth')
-    """
+    """Return a value of :attr:`PageContent.table` as text."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else ratio(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def command(name: str, model: str, options: Mapping[str, Any]) -> str:
-    """Return a command line; ``options`` are texts by name, and empty ones are omitted.
-
-    >>> command("speedup", "my model", {"hardware": "h100", "prune": ["depth 0.25"], "kv_dtype": "", "ideal": True})
-    "prunesim speedup 'my model' --hardware h100 --prune 'depth 0.25' --ideal"
-    """
+    """Return a command line; ``options`` are texts by name, and empty ones are omitted."""
     words = ["prunesim", name, model]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"

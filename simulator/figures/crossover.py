@@ -41,11 +41,6 @@ def crossover_figure(
     tokens, the fastest family (empty if none is faster than the dense model) and its speedup, whether it is certain to
     be the fastest (else the cell is pale), and whether the dense model fits the device's memory (else the cell is
     blank). InputError if there are no cells or the arrays differ in length.
-
-    >>> where = ["decode"] * 2, ["h100"] * 2, [1, 8], [512] * 2
-    >>> figure = crossover_figure(*where, ["depth", "width"], [1.9, 1.6], [True] * 2, [True] * 2)
-    >>> [t.get_text() for t in figure.axes[0].texts][:2]
-    ['1.90', '1.60']
     """
     numbers = {"batch": batch, "seq": seq, "speedup": speedup, "certain": certain, "fits": fits}
     data = layout.columns_of("cells of the map", {"row": row, "column": column, "winner": winner}, numbers)

@@ -32,10 +32,6 @@ def efficiency_figure(
     One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), the
     family, the batch, and the efficiency: NaN if the bound allows no gain; such cells are white with a dash. InputError
     if there are no points or the arrays differ in length.
-
-    >>> figure = efficiency_figure(["decode"] * 2, ["h100"] * 2, ["depth"] * 2, [1, 8], [0.9, 0.4])
-    >>> [t.get_text() for t in figure.axes[0].texts][:2]
-    ['.90', '.40']
     """
     texts = {"row": row, "column": column, "family": family}
     data = columns_of("points of the figure", texts, {"batch": batch, "efficiency": efficiency})
@@ -67,11 +63,7 @@ def _panel(ax: Axes, table: NDArray[np.float64]) -> None:
 
 
 def number(value: float) -> str:
-    """Format an efficiency in few characters.
-
-    >>> number(0.934), number(1.04), number(-0.2), number(-3.21), number(float("nan"))
-    ('.93', '1.0', '−.20', '<−1', '–')
-    """
+    """Format an efficiency in few characters."""
     if not np.isfinite(value):
         return "–"
     if value < -0.995:

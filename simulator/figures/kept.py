@@ -20,11 +20,6 @@ def kept_axes(
     reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of features reduce N, or K if the features
     are inputs. For attention M is queries, N keys and K the features of all heads; skipped query-key pairs reduce the
     axis named.
-
-    >>> import simulator
-    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=128)
-    >>> [kept_axes(dense, simulator.prune(dense, name, 0.5), ["down"]) for name in ("depth", "width")]
-    [(0.5, 1.0, 1.0), (1.0, 1.0, 0.5)]
     """
     before, after = (w.take(w.is_role(*roles) & ~w.overhead) for w in (dense, pruned))
     if not len(before):

@@ -47,14 +47,6 @@ def write_labels(
     The layout of the figure must be final.
 
     ``clear_of`` holds points (x, y) of further things that names must not cover: other markers, lines, areas.
-
-    >>> from simulator.figures.layout import laid_out, panel_list
-    >>> figure, (ax,), _ = panel_list(1, 2.0, 0.2)
-    >>> _ = ax.set(xlim=(0, 1), ylim=(0, 1)), laid_out(figure)
-    >>> write_labels(ax, [0.5, 0.5, 0.5], [0.5, 0.51, 0.55], ["first", "second", "third"])
-    []
-    >>> [t.get_text() for t in ax.texts]
-    ['third', 'second, first']
     """
     figure: Any = ax.figure
     scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point

@@ -41,12 +41,7 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 
 
 def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> FigurePoints:
-    """Return points of a figure as arrays; InputError if columns are empty or differ in length.
-
-    >>> columns_of("points of the figure", {"x": ["a"]}, {"y": [1, 2]})
-    Traceback (most recent call last):
-    simulator.errors.InputError: points of the figure: expected columns of one length from 1 up, got {'x': 1, 'y': 2}
-    """
+    """Return points of a figure as arrays; InputError if columns are empty or differ in length."""
     columns: dict[str, NDArray[Any]] = {name: np.asarray(values, dtype=object) for name, values in texts.items()}
     columns |= {name: np.asarray(values) for name, values in numbers.items()}
     sizes = {name: len(values) for name, values in columns.items()}
@@ -58,15 +53,6 @@ def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[
 def log_ticks(low: float, high: float, most: int) -> list[float]:
     """Return round numbers between two values on a logarithmic axis: at most ``most``, and none so close to the next
     that their texts would overlap.
-
-    >>> log_ticks(0.8, 2.1, 5)
-    [0.8, 1.0, 1.25, 1.5, 2.0]
-    >>> log_ticks(0.9, 350.0, 4)
-    [1.0, 10.0, 100.0]
-    >>> log_ticks(165.0, 930.0, 6)
-    [200.0, 300.0, 500.0, 700.0]
-    >>> log_ticks(2.0, 150_000.0, 3)
-    [10.0, 1000.0, 100000.0]
     """
     ticks: list[float] = []
     closest = (high / low) ** (0.7 / most)
@@ -96,20 +82,12 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
 
 
 def short(tokens: int) -> str:
-    """Format a number of tokens in few characters.
-
-    >>> short(512), short(8192), short(1000)
-    ('512', '8k', '1000')
-    """
+    """Format a number of tokens in few characters."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def in_a_row(panels: int) -> int:
-    """Return the number of panels per row: at most three, in rows of equal length if possible.
-
-    >>> [in_a_row(n) for n in (1, 2, 3, 4, 5, 6)]
-    [1, 2, 3, 2, 3, 3]
-    """
+    """Return the number of panels per row: at most three, in rows of equal length if possible."""
     return 2 if panels == 4 else min(panels, 3)
 
 
@@ -120,10 +98,6 @@ def panel_grid(
 
     ``row`` and ``column`` have one label per point; ``panel_in`` is the height of a panel, ``around_in`` the height of
     everything above and below the panels (inches); ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
-
-    >>> figure, panels = panel_grid(["decode", "decode"], ["a100", "h100"], 1.0, 0.6)
-    >>> list(panels), round(float(figure.get_figheight()), 2)
-    ([('decode', 'a100'), ('decode', 'h100')], 1.6)
     """
     rows, columns = list(dict.fromkeys(row)), list(dict.fromkeys(column))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, axes)
@@ -152,11 +126,7 @@ def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_
 
 
 def wrapped(title: str, room_in: float) -> str:
-    """Return the title of a panel with lines that fit into a width (inches): first broken after commas, then at blanks.
-
-    >>> wrapped("H100 SXM, vLLM", 1.5), wrapped("RTX 4090, Transformers (eager)", 1.7)
-    ('H100 SXM, vLLM', 'RTX 4090,\\nTransformers (eager)')
-    """
+    """Return the title of a panel with lines that fit into a width (inches): first broken after commas, then at blanks."""
     most, lines = max(8, int(room_in / 0.075)), list[str]()
     for line in title.split("\n"):
         parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")

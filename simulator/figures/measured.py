@@ -37,12 +37,7 @@ OPTIONAL = ("copies", "dtype", "weight_dtype", "predicted_s")
 
 @dataclass(frozen=True)
 class MeasuredGemms:
-    """Measured GEMMs of one device and number format.
-
-    >>> one = MeasuredGemms("mine", *(np.array([v]) for v in (8.0, 4096.0, 4096.0, 3e-5)))
-    >>> len(one), one.of_weight(4096, 4096).tolist(), one.of_weight(4096, 1024).tolist()
-    (1, [True], [False])
-    """
+    """Measured GEMMs of one device and number format."""
 
     source: str  # origin, for captions
     m: FloatArray
@@ -88,13 +83,7 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
 
 
 def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
-    """Return measured GEMMs from named columns; see the module. Messages begin with ``label``, by default the source.
-
-    >>> times = {"m": [1, 2], "n": [8, 8], "k": [8, 8], "latency_us": [2.0, 3.0]}
-    >>> table = from_columns({**times, "dtype": ["bf16", "fp8"]}, "mine")
-    >>> len(table), round(1e6 * float(table.seconds[0]), 6)
-    (1, 2.0)
-    """
+    """Return measured GEMMs from named columns; see the module. Messages begin with ``label``, by default the source."""
     label = label or source
     time = next((name for name in TIMES if name in columns), None)
     missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])

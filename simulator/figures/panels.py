@@ -69,11 +69,6 @@ def across(devices: int, engines: int = 1) -> int | None:
 def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
     else the more numerous of devices and engines are columns, the others rows.
-
-    >>> from simulator.prediction.table import table
-    >>> few = table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25], engine=["vllm", "hf"])
-    >>> placed(few.rows, ["prefill"] * 2)
-    {'row': ['prefill', 'prefill'], 'column': ['H100 SXM, vLLM', 'H100 SXM, Transformers (eager)']}
     """
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
@@ -112,10 +107,6 @@ def speedups_of(results: Sequence[Result]) -> Figure:
 def varying(results: Sequence[Result]) -> str:
     """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
     pruning differ most; sparsity if they differ in none.
-
-    >>> from simulator.prediction.table import table
-    >>> varying(table(["llama-3.1-8b"], ["h100"], ["depth", "width"], [0.25], ["decode"], [1, 8]).rows)
-    'batch'
     """
     counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
     most = max(counts.values())
@@ -187,10 +178,6 @@ def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
     """Return styles of candidates, given their families: the first of a family has the family's style, others have
     colours and markers that no candidate has.
-
-    >>> found = styles_of({"Width, 25 %": "width", "Width, 50 %": "width"})
-    >>> [style.marker for style in found.values()]
-    ['s', 'o']
     """
     first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
@@ -214,13 +201,7 @@ def services_of(services: Sequence[Service]) -> Figure:
 
 
 def throughput_of(service: Service, title: str) -> Throughput:
-    """Return the curves of a service as a panel; a model that does not fit has none.
-
-    >>> from simulator import serve
-    >>> panel = throughput_of(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0], "h100")
-    >>> [curve.name for curve in panel.curves], panel.curves[0].ms.shape
-    (['dense', 'depth at 25 %'], (3, 16))
-    """
+    """Return the curves of a service as a panel; a model that does not fit has none."""
     groups: dict[str, list[OperatingPoint]] = {}
     for point in service.curve:
         groups.setdefault(point.name, []).append(point)
@@ -252,13 +233,7 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
 
 
 def steps_of(e: Explanation, title: str) -> Steps:
-    """Return the loss waterfall of an explanation as a panel.
-
-    >>> from simulator.prediction.explain import explanations
-    >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
-    >>> steps_of(e, "h100").names[-1], bool(steps_of(e, "h100").lower == e.result.speedup_lower)
-    ('host time', True)
-    """
+    """Return the loss waterfall of an explanation as a panel."""
     (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
     notes = [s.note for s in steps]

@@ -58,11 +58,6 @@ def pareto_figure(
     One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), family
     and method, fraction removed, relative loss of quality (a fraction; all on the metric ``axis`` under one
     ``protocol``), speedup and its interval. InputError if there are no points or the arrays differ in length.
-
-    >>> where = ["prefill"] * 2, ["h100"] * 2, ["depth", "width"], ["a", "b"]
-    >>> figure = pareto_figure(*where, [0.25, 0.5], [0.1, 0.2], [1.1, 1.3], [1, 1.2], [1.2, 1.4], axis="ppl")
-    >>> len(figure.axes)
-    1
     """
     texts = {"row": row, "column": column, "family": family, "method": method}
     numbers = {"sparsity": sparsity, "loss": loss, "speedup": speedup, "lower": lower, "upper": upper}

@@ -44,13 +44,7 @@ _TARGET: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8}
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Draw a plan on the width of a page: its layers above, its frontier below.
-
-    >>> from simulator.plans.search import search
-    >>> figure = plan_figure(search("llama-2-7b", "h100", 1.3, batch=8))
-    >>> [ax.get_label() for ax in figure.axes]
-    ['attention', 'mlp', 'loss', 'frontier', 'legend']
-    """
+    """Draw a plan on the width of a page: its layers above, its frontier below."""
     from matplotlib.figure import Figure
 
     with paper_style():

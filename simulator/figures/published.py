@@ -32,10 +32,6 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
     """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
 
     NaN leaves a row empty.
-
-    >>> figure = published_figure([Beside("prefill", ["depth"], [1.3], [1.31], [1.29], [1.33])])
-    >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    ['Depth']
     """
     from matplotlib.lines import Line2D
 

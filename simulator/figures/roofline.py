@@ -75,10 +75,6 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
     else a page. Names for which there is no room are omitted.
-
-    >>> one = Roof("h100", 1e15, 3e12, ["q", "q"], [100.0, 90.0], [2e14, 1.8e14], [False, True])
-    >>> roofline_figure([one]).axes[0].get_xlabel()
-    'arithmetic intensity (FLOP/byte)'
     """
     columns = columns or in_a_row(len(roofs))
     width = COLUMN_IN if columns == 1 else PAGE_IN
@@ -132,9 +128,6 @@ def merged(roofs: Sequence[Roof]) -> dict[str, tuple[str, ...]]:
 def origin_of(intensity: FloatArray, dense: Sequence[int], point: int) -> int:
     """Return the dense point that a pruned point came from: the nearest in intensity (a generate has one point of the
     prefill, one of decode).
-
-    >>> origin_of(np.array([500.0, 1.0, 400.0, 0.9]), [0, 1], 3)
-    1
     """
     return min(dense, key=lambda j: abs(float(np.log(intensity[j] / intensity[point]))))
 

@@ -24,10 +24,6 @@ def check_figure(path: str | Path) -> Path:
     """Return a path to which a figure can be written, as far as a check can show.
 
     InputError for a suffix other than those of :data:`SUFFIXES`, a folder, or a folder that does not exist.
-
-    >>> check_figure("speedup.jpg")
-    Traceback (most recent call last):
-    simulator.errors.InputError: speedup.jpg: expected a name that ends in .pdf, .svg or .png
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: expected a name that ends in .pdf, .svg or .png")

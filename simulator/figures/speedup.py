@@ -83,11 +83,6 @@ def speedup_figure(
     styles of candidates (default: those of families). ``interval`` is the label of bars and bands, ``x_label`` that of
     the axis (default: in :data:`AXES`), and ``note`` is written next to it. The figure is one column wide for one
     panel, else a page. InputError if there are no points or the arrays differ in length.
-
-    >>> where = ["decode"] * 2, ["h100"] * 2, ["depth"] * 2
-    >>> figure = speedup_figure(*where, [0.1, 0.2], [1.1, 1.2], [1.0, 1.1], [1.2, 1.3])
-    >>> len(figure.axes)
-    1
     """
     numbers = {"at": at, "speedup": speedup, "lower": lower, "upper": upper}
     upper_bounds = {name: np.asarray(values, dtype=float) for name, values in (bounds or {}).items()}
@@ -115,9 +110,6 @@ def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
     """Return the index of the first value from which a candidate pays, as in :mod:`simulator.prediction.breakeven`.
 
     There and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
-
-    >>> pays_from([1, 2, 4, 8], [1.01, 0.98, 1.02, 1.1]), pays_from([1, 2], [1.1, 0.9])
-    (2, None)
     """
     x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
@@ -126,11 +118,7 @@ def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
 
 
 def value_text(axis: str, value: float) -> str:
-    """Format a value of a field.
-
-    >>> value_text("batch", 8.0), value_text("seq", 2048.0), value_text("sparsity", 0.125)
-    ('batch 8', '2k tokens', '12.5 %')
-    """
+    """Format a value of a field."""
     return {
         "batch": f"batch {value:.0f}",
         "seq": f"{layout.short(int(value))} tokens",

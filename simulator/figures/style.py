@@ -72,20 +72,12 @@ _OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
 
 
 def style_of(name: str, index: int = 0) -> Style:
-    """Return the style of a family, or, for any other name, the style at an index of a cycle.
-
-    >>> style_of("depth").marker, style_of("my method", 1).marker
-    ('o', 's')
-    """
+    """Return the style of a family, or, for any other name, the style at an index of a cycle."""
     return STYLES.get(name, _OTHERS[index % len(_OTHERS)])
 
 
 def label(name: str) -> str:
-    """Return the title of a family, or of several joined by "+"; another name is returned unchanged.
-
-    >>> label("semi_structured"), label("depth+low_rank"), label("my method")
-    ('2:4', 'Depth + low rank', 'my method')
-    """
+    """Return the title of a family, or of several joined by "+"; another name is returned unchanged."""
     parts = name.split("+")
     if not all(part in STYLES for part in parts):
         return name
@@ -94,11 +86,7 @@ def label(name: str) -> str:
 
 
 def in_order(names: Any) -> list[str]:
-    """Return names without repeats: families in the order of legends, then the other names in the given order.
-
-    >>> in_order(["width", "mine", "depth", "width"])
-    ['depth', 'width', 'mine']
-    """
+    """Return names without repeats: families in the order of legends, then the other names in the given order."""
     once = list(dict.fromkeys(names))
     known = list(STYLES)
     return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))

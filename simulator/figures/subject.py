@@ -58,11 +58,7 @@ def paper(
     seq: int = 2048,
     measured: Mapping[str, MeasuredGemms] | None = None,
 ) -> Paper:
-    """Return a paper about a model on some devices, with names resolved.
-
-    >>> paper("llama-3.1-8b", ["h100", "h100_sxm"]).devices[0].name
-    'h100_sxm'
-    """
+    """Return a paper about a model on some devices, with names resolved."""
     devices = tuple(profiles(hardware))
     config = load_model(model) if isinstance(model, str) else model
     return Paper(config, devices, scenario or Scenario(), seq, measured or {})

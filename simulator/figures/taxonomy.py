@@ -34,10 +34,6 @@ def taxonomy_figure(
     One entry per row: names of families, the axis that they change ("static M"), and the operators that they add;
     ``operators`` name the columns. ``kept`` (families, operators, 3) is the kept share of the logical M, N and K, NaN
     for an operator that the model lacks.
-
-    >>> figure = taxonomy_figure(["depth"], ["static M"], ["q", "o"], [[[0.75, 1, 1], [0.75, 1, 1]]], [""])
-    >>> sorted({t.get_text() for t in figure.axes[0].texts} & {"M", "N", "K", "75"})
-    ['75', 'K', 'M', 'N']
     """
     from matplotlib.figure import Figure
 

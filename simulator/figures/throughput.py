@@ -59,12 +59,6 @@ def throughput_figure(
     A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states. A
     slower pass moves a point right and down, so the band of a curve joins the ends of both intervals. InputError if
     there is nothing to draw.
-
-    >>> from simulator.figures.style import style_of
-    >>> times, rates = np.array([[0.01, 0.02]] * 3), np.array([[80.0, 900.0]] * 3)
-    >>> figure = throughput_figure([Throughput("H100", [Curve("depth", style_of("depth"), times, rates, 16)])])
-    >>> figure.axes[0].get_xlabel()
-    'time per output token (ms)'
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch

@@ -3,9 +3,6 @@
 Figures are labelled with these titles; tables and files have identifiers. Titles of pruning families are those of
 :data:`simulator.figures.style.STYLES`. An identifier without a title, such as the name of a profile of the user, is its
 own title.
-
->>> model_title("llama-3.1-8b"), model_title("my-model")
-('Llama-3.1-8B', 'my-model')
 """
 
 from __future__ import annotations
@@ -26,11 +23,6 @@ _SXM = re.compile(r"(SXM)\d")
 def device_title(label: str) -> str:
     """Return the title of a device from the label of its profile: the words of the vendor's title that tell it from
     others, which are those of its name, and a software stack that was selected by name.
-
-    >>> device_title("a100_sxm_80gb"), device_title("h100_sxm"), device_title("h100_sxm@trtllm")
-    ('A100 80GB SXM', 'H100 SXM', 'H100 SXM (TensorRT-LLM kernels)')
-    >>> device_title("my_gpu")
-    'my_gpu'
     """
     found = _LABEL.fullmatch(label)
     if found is None or found["name"] not in list_hardware():
@@ -42,9 +34,5 @@ def device_title(label: str) -> str:
 
 
 def engine_title(name: str) -> str:
-    """Return the title of an engine from its name.
-
-    >>> engine_title("vllm"), engine_title("vllm@0.19"), engine_title("hf"), engine_title("mine")
-    ('vLLM', 'vLLM 0.19', 'Transformers (eager)', 'mine')
-    """
+    """Return the title of an engine from its name."""
     return load_engine(name).short_title or name if split(name)[0] in list_engines() else name

@@ -47,10 +47,6 @@ class Steps:
 def folded(panels: Sequence[Steps]) -> list[Steps]:
     """Fold the steps whose factors are within :data:`FOLDED` of 1 in every panel into a last step, if they are two or
     more. Its factor is the product of theirs, so the waterfall ends at the same speedup.
-
-    >>> (one,) = folded([Steps("h100", ["rounding", "launch", "alignment"], [0.995, 0.9, 1.002], 1.333, 1.1, 1.3)])
-    >>> one.names, [round(f, 5) for f in one.factors]
-    (['launch', 'other (2 steps)'], [0.9, 0.99699])
     """
     small = np.all([np.abs(np.asarray(p.factors) - 1.0) <= FOLDED for p in panels], axis=0)
     count = int(small.sum())
@@ -75,10 +71,6 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
 
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
     else a page. All panels have the same steps.
-
-    >>> figure = waterfall_figure([Steps("h100", ["parts not pruned", "alignment"], [0.9, 0.95], 1.333, 1.1, 1.2)])
-    >>> [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    ['nominal', 'parts not pruned', 'alignment', 'predicted']
     """
     columns = columns or in_a_row(len(panels))
     room_in = ((COLUMN_IN if columns == 1 else PAGE_IN) - 1.3) / columns  # next to the names of the steps

@@ -54,13 +54,6 @@ def read_block(of: Reader, dense: Block, hidden: int) -> Block:
     ------
     InputError
         One line that names the key.
-
-    Examples
-    --------
-    >>> config = {"attention": {"num_key_value_heads": 4}, "ffn": {"no_op": True}}
-    >>> read_block(Reader(config, "own"), Block(32, 8, 14336), 4096)
-    Block(heads=32, kv_heads=4, inner=0, experts=0, active=0.0, expert_inner=0, rotary=True, linear=(), delta=False, \
-ranks=(), shortcuts=(), out=0)
     """
     _check_supported(of)
     return read_mlp(of.part("ffn"), read_attention(of.part("attention"), dense), hidden)
@@ -80,11 +73,6 @@ def read_attention(of: Reader, dense: Block) -> Block:
     -------
     Block
         Shapes of the layer.
-
-    Examples
-    --------
-    >>> read_attention(Reader({"n_heads_in_group": 16}, "own"), Block(32, 8, 14336)).kv_heads
-    2
     """
     _check_supported(of)
     other = tuple(name for name in dense.linear if name != "attention")
@@ -128,11 +116,6 @@ def read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
     -------
     Block
         Shapes of the layer.
-
-    Examples
-    --------
-    >>> read_mlp(Reader({"ffn_mult": 1.3}, "own"), Block(32, 8, 14336), 4096).inner
-    3584
     """
     _check_supported(of)
     other = tuple(name for name in dense.linear if name != "mlp")
@@ -181,12 +164,7 @@ def _check_supported(of: Reader) -> None:
 
 
 def block_config(block: Block, dense: Block) -> dict[str, Any]:
-    """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state.
-
-    >>> block_config(Block(32, 4, 0), Block(32, 8, 14336))
-    {'attention': {'no_op': False, 'replace_with_linear': False, 'num_key_value_heads': 4}, 'ffn': {'no_op': True, \
-'replace_with_linear': False}}
-    """
+    """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state."""
     _check_stated(block, dense)
     attention, mlp = _flags(block, "attention"), _flags(block, "mlp")
     # ModelOpt requires sizes of linear sublayers, too, and ignores them
@@ -235,12 +213,6 @@ def block_configs_of(model: ModelConfig, dense: ModelConfig | None = None) -> li
     ------
     InputError
         If a layer has no attention and MLP that the keys can state: other query heads, or latent attention.
-
-    Examples
-    --------
-    >>> from simulator.models.library import load_model
-    >>> block_configs_of(load_model("llama-3.1-8b"))[31]["ffn"]
-    {'no_op': False, 'replace_with_linear': False, 'intermediate_size': 14336}
     """
     dense = dense or model
     if dense.latent is not None:
@@ -252,11 +224,7 @@ def block_configs_of(model: ModelConfig, dense: ModelConfig | None = None) -> li
 
 
 def deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int = 0) -> dict[str, Any]:
-    """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt.
-
-    >>> deci_config(block_config(Block(32, 4, 7168), Block(32, 8, 14336)), heads=32, hidden=4096)["ffn"]
-    {'no_op': False, 'replace_with_linear': False, 'ffn_mult': 2.625}
-    """
+    """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt."""
     attention, mlp = dict(config["attention"]), dict(config["ffn"])
     groups, inner = attention.pop("num_key_value_heads", 0), mlp.pop("intermediate_size", 0)
     if not (attention["no_op"] or attention["replace_with_linear"]):

@@ -38,11 +38,6 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
 
     ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
     the model ``new``: some architectures cannot state all shapes.
-
-    >>> from dataclasses import replace
-    >>> model = load_model("opt-13b")
-    >>> changed_keys(model, replace(model, layers=30, windows=model.windows[:30], inner=16384))
-    {'num_hidden_layers': 30, 'ffn_dim': 16384}
     """
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
@@ -89,14 +84,6 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     ------
     InputError
         One line, if no content states these shapes.
-
-    Examples
-    --------
-    >>> dense = load_model("llama-3.1-8b")
-    >>> blocks = (*dense.layout[:31], replace(dense.usual, inner=7168))
-    >>> content = config_of(content_of("llama-3.1-8b"), dense, replace(dense, blocks=blocks))
-    >>> content["model_type"], content["block_configs"][31]["ffn"]["ffn_mult"]
-    ('nemotron-nas', 2.625)
     """
     if not dense_content:
         raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
@@ -151,9 +138,6 @@ def content_of(
 
     A named model has only its shape keys, a model made in Python has no content. ``model`` is the loaded source, if
     known.
-
-    >>> content_of("opt-13b")["ffn_dim"]
-    20480
     """
     model = model or load_model(source)
     if isinstance(source, Mapping):

@@ -334,12 +334,6 @@ class ModelConfig(Displayed):
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token uses: all except those of unused routed experts.
-
-        >>> import simulator
-        >>> model = simulator.load_model("llama-2-7b")
-        >>> model.active_parameters == model.parameters
-        True
-        """
+        """Parameters that a token uses: all except those of unused routed experts."""
         idle = (many * (b.experts - b.active) * self.expert_parameters(b) for _, many, b in self.runs if b.experts)
         return self.parameters - round(sum(idle))

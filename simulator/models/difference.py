@@ -23,11 +23,6 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
 
     Layers are matched by the numbers in a checkpoint, else in order.
-
-    >>> from simulator.models.library import load_model
-    >>> dense = load_model("llama-2-7b")
-    >>> difference(dense, replace(dense, inner=8810, weight_dtype="int4"))
-    ('width in layers 0-31: an MLP of 8,810 of 11,008 (12.8 % of the parameters)', 'weights in int4')
     """
     found, last = [], dense
     numbers = pruned.numbers or tuple(range(pruned.layers))
@@ -74,11 +69,7 @@ def sparsity_note(declared: str) -> str:
 
 
 def consecutive(numbers: Iterable[int]) -> list[str]:
-    """Return sorted numbers as texts, consecutive numbers as one.
-
-    >>> consecutive([0, 4, 5, 6])
-    ['0', '4-6']
-    """
+    """Return sorted numbers as texts, consecutive numbers as one."""
     parts = []
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [n for _, n in run] * 2
@@ -87,11 +78,7 @@ def consecutive(numbers: Iterable[int]) -> list[str]:
 
 
 def runs(numbers: Iterable[int]) -> str:
-    """Return sorted numbers as one text, consecutive numbers joined.
-
-    >>> runs([0, 4, 5, 6])
-    '0, 4-6'
-    """
+    """Return sorted numbers as one text, consecutive numbers joined."""
     parts = consecutive(numbers)
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
 

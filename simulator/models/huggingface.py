@@ -38,11 +38,6 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
 
     Of a model with further parts (vision) these are the shapes of its text decoder, the object ``text_config``.
     ``source`` names the content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``.
-
-    >>> tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-    ...     "num_attention_heads": 2, "vocab_size": 10}
-    >>> from_hf_config(tiny).parameters
-    824
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
@@ -93,11 +88,7 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
 
 
 def _custom_code(auto_map: Any) -> str:
-    """Return the class of modelling code in the repository of a model, from its ``auto_map``; "" without any.
-
-    >>> _custom_code({"AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM"})
-    'modeling_decilm.DeciLMForCausalLM'
-    """
+    """Return the class of modelling code in the repository of a model, from its ``auto_map``; "" without any."""
     found = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
     return one_line(found, MAX_NAME) if isinstance(found, str) else ""
 
@@ -107,11 +98,7 @@ def _no_constant(text: str) -> float:
 
 
 def parse_config(text: str, source: str) -> Any:
-    """Parse the text of a ``config.json``; errors name the source, the line and the column.
-
-    >>> parse_config('{"hidden_size": 8}', "config.json")
-    {'hidden_size': 8}
-    """
+    """Parse the text of a ``config.json``; errors name the source, the line and the column."""
     try:
         return parse_json(text, source, _no_constant)
     except InputError:

@@ -30,12 +30,7 @@ def is_list_of(value: Any, right: Callable[[Any], bool]) -> bool:
 
 @dataclass(frozen=True)
 class Reader:
-    """Keys of a configuration, or of an object in it; errors name the source and the key.
-
-    >>> Reader({"heads": 4.5}, "config.json", "text_config.").integer("heads")
-    Traceback (most recent call last):
-    simulator.errors.InputError: config.json: text_config.heads: expected an integer from 1 to 10000000, got 4.5
-    """
+    """Keys of a configuration, or of an object in it; errors name the source and the key."""
 
     data: Mapping[str, Any]
     source: str

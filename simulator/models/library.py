@@ -69,11 +69,7 @@ def list_models() -> tuple[str, ...]:
 
 
 def model_title(name: str) -> str:
-    """Return the publisher's name of a shipped model; another name is returned unchanged.
-
-    >>> model_title("qwen3-8b"), model_title("llama-2-7b"), model_title("mine")
-    ('Qwen3-8B', 'Llama-2-7b', 'mine')
-    """
+    """Return the publisher's name of a shipped model; another name is returned unchanged."""
     if name not in list_models():
         return name
     published: str = _content(name)["_source"].rsplit("/", 1)[-1]
@@ -83,9 +79,6 @@ def model_title(name: str) -> str:
 def shipped_model(name: str) -> ModelConfig | None:
     """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version; None for a path or
     an unknown name. No other file is read.
-
-    >>> [model and model.name for model in map(shipped_model, ("nvidia/Llama-3.1-8B-Instruct-FP8", "/models/mine"))]
-    ['llama-3.1-8b', None]
     """
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None

@@ -199,20 +199,13 @@ def lower(
 
 
 def stream_of(dtype: str) -> str:
-    """Return the format of the residual stream, and the default of the cache, if layers compute in ``dtype``.
-
-    >>> stream_of("fp16"), stream_of("fp8")
-    ('fp16', 'bf16')
-    """
+    """Return the format of the residual stream, and the default of the cache, if layers compute in ``dtype``."""
     return dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
 
 
 def cached_tokens(prefix: float, seq: int) -> int:
     """Return the tokens of a prompt of ``seq`` tokens that a prefix cache holds; ``prefix`` is tokens, or a share below
     1. InputError if no token is left to compute.
-
-    >>> cached_tokens(512, 2048), cached_tokens(0.25, 2048)
-    (512, 512)
     """
     prefix = number("cached_prefix", prefix, _PREFIX)
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
@@ -311,10 +304,6 @@ def _steps(steps: int) -> tuple[Array, Array]:
     number represents.
 
     The first steps and the last step are never shared: pruning depends on the first, cache memory on the last.
-
-    >>> lengths, executions = _steps(1_000_000)
-    >>> len(lengths), lengths[[0, -1]].tolist(), int(executions.sum()), int(lengths @ executions) * 2
-    (1552, [1, 1000000], 1000000, 1000001000000)
     """
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size

@@ -48,9 +48,6 @@ def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits
     ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
     contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors. Raises ValueError
     for an unknown layout.
-
-    >>> logical({"qweight": Tensor("I32", (4096, 1376)), "scales": Tensor("F16", (32, 11008))})  # AWQ
-    Weight(shape=(11008, 4096), dtype='int4', sparse24=False)
     """
     name = next((name for name in WEIGHTS if name in parts), "")
     if not name:

@@ -31,11 +31,6 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
     """Return the model that one of ``devices`` computes; in a pipeline the whole model.
 
     Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than layers.
-
-    >>> from simulator.models.library import load_model
-    >>> part = shard(load_model("llama-2-70b"), 16, "tensor")
-    >>> part.heads, part.kv_heads, part.inner, part.vocab
-    (4, 1, 1792, 2000)
     """
     if parallel not in PARALLEL:
         raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
@@ -60,11 +55,7 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
 
 
 def indivisible(block: Block, devices: int, parallel: str) -> str:
-    """Return why tensor or expert parallel cannot divide a layer equally among devices, or "".
-
-    >>> indivisible(Block(heads=26, kv_heads=26, inner=8816), 8, "tensor")
-    '26 attention heads; tensor parallel needs a multiple of 8'
-    """
+    """Return why tensor or expert parallel cannot divide a layer equally among devices, or ""."""
     sizes = {"{} attention heads": block.heads, "an MLP width of {}": block.inner}
     if block.experts and parallel == "expert":
         sizes["{} experts"] = block.experts

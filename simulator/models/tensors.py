@@ -86,9 +86,6 @@ def factor_of(module: str) -> tuple[str, str, bool]:
     """Return the projection that a factor belongs to, its role, and whether the factor makes its outputs.
 
     The role of a module that is not a factor is "".
-
-    >>> factor_of("self_attn.q_v_proj"), factor_of("mlp.up_proj.ALinear")
-    (('self_attn.q_proj', 'q', False), ('mlp.up_proj', 'up', True))
     """
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:

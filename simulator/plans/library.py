@@ -339,11 +339,7 @@ def _listed(items: Iterable[Node], name: str, dense: Block, problems: Problems, 
 
 
 def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...]:
-    """Return groups of layers that share one variant: of a number of consecutive layers, or as listed; others alone.
-
-    >>> groups_of(2, 5), groups_of("0-1,3-4", 5)
-    (((0, 1), (2, 3), (4,)), ((0, 1), (2,), (3, 4)))
-    """
+    """Return groups of layers that share one variant: of a number of consecutive layers, or as listed; others alone."""
     if text is None:
         return tuple((i,) for i in range(layers))
     if isinstance(text, bool) or not isinstance(text, int | str):

@@ -48,14 +48,7 @@ class Entry:
 
 
 def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entry]:
-    """Yield the variants in Puzzle's library with their scores and times; their names round widths, so the sizes count.
-
-    >>> from simulator.models.library import load_model
-    >>> row = b'{"stats": {"num_kv_heads": 4, "ffn_intermediate_size": 0}, "metrics": {"kl_div": 0.5}}'
-    >>> (found,) = read_puzzle(b'{"layer_3": {"own": ' + row + b"}}", "own.json", load_model("llama-3.1-8b"))
-    >>> found.layer, found.block.kv_heads, found.values
-    (3, 4, {'kl_div': 0.5})
-    """
+    """Yield the variants in Puzzle's library with their scores and times; their names round widths, so the sizes count."""
     root = parse_bounded(content, label, MOST_BYTES)
     names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
     if not names or None in names.values():

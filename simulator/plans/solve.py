@@ -160,11 +160,7 @@ class Limit:
 
 
 def target_text(name: str, value: float) -> str:
-    """Return a value of a target with its unit.
-
-    >>> target_text("latency_s", 0.012), target_text("speedup", 1.5)
-    ('12.0 ms', '1.50x')
-    """
+    """Return a value of a target with its unit."""
     texts: dict[str, Any] = {
         "speedup": lambda v: f"{ratio(v)}x",
         "tokens_per_s": lambda v: f"{v:,.4g} tokens/s",

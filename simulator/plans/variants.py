@@ -30,12 +30,7 @@ _PAIR = re.compile(r"([a-z_]+)=(\d{1,8})", re.ASCII)
 
 
 def text_of(sublayer: str, block: Block, dense: Block) -> str:
-    """Return the text of a sublayer of a variant of the layer ``dense``.
-
-    >>> dense = Block(32, 8, 14336)
-    >>> text_of("attention", replace(dense, kv_heads=4), dense), text_of("mlp", replace(dense, inner=0), dense)
-    ('kv=4', 'none')
-    """
+    """Return the text of a sublayer of a variant of the layer ``dense``."""
     if part_of(sublayer, block) == part_of(sublayer, dense):
         return "dense"
     if sublayer in block.linear:
@@ -132,11 +127,6 @@ def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1)
 
     Attention keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
     :data:`WIDTHS`, routed experts have these shares of their number.
-
-    >>> from simulator.models.library import load_model
-    >>> model = load_model("llama-3.1-8b")
-    >>> [text_of("attention", v, model.usual) for v in generated("attention", model, model.usual)]
-    ['dense', 'kv=4', 'kv=2', 'kv=1', 'none']
     """
     yield dense
     if not has(sublayer, dense):

@@ -44,18 +44,7 @@ _CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNCo
 
 
 def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
-    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family of pruning has.
-
-    >>> from simulator.models.library import load_model
-    >>> from simulator.plans.costs import planned
-    >>> from simulator.plans.variants import variant
-    >>> model = load_model("llama-3.1-8b")
-    >>> blocks = [*model.layout[:31], variant("mlp", "7168", model.usual)]
-    >>> print(plan_text(model, planned(model, blocks)))
-    layers:
-      31: width mlp=0.5 align=1
-    <BLANKLINE>
-    """
+    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family of pruning has."""
     texts = [_text(old, new) for old, new in zip(dense.layout, pruned.layout)]
     lines = ["layers:"]
     for text, some in groupby(range(len(texts)), key=lambda i: texts[i]):
@@ -139,13 +128,7 @@ def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
 
 
 def subblock_stats(found: Costs) -> list[dict[str, Any]]:
-    """Return the content of ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB.
-
-    >>> from simulator.plans.costs import costs
-    >>> (one,) = subblock_stats(costs("llama-3.1-8b", "h100", phase="generate", batch=8))
-    >>> sorted({row["subblock_config_class"] for row in one["subblocks"]}), one["args"]["generation_seq_len"]
-    (['AttentionConfig', 'FFNConfig'], 128)
-    """
+    """Return the content of ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
     model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
     each = len(pairs) // len(found.settings)
     for i, at in enumerate(found.settings):

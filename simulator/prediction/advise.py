@@ -141,12 +141,6 @@ def advise(
 
     Requests, engines and scenario are those of :func:`simulator.table`. ``probability`` is the least probability of
     reaching the target, from the speedup's interval; 0.5: the prediction reaches it.
-
-    >>> found = advise("llama-3.1-8b", ["h100"], 1.3, family=["depth", "unstructured"])
-    >>> [(a.result.family, a.reached) for a in found.advice]
-    [('depth', True), ('unstructured', False)]
-    >>> 1.3 <= found.advice[0].result.speedup < 1.4
-    True
     """
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)

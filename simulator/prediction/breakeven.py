@@ -77,13 +77,7 @@ class BreakEven:
 
     @property
     def sentence(self) -> str:
-        """Pruning, place and verdict.
-
-        >>> from simulator import table
-        >>> found = table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode", batch=[1, 8, 64])
-        >>> break_even(list(found))[0].sentence[:75]
-        'depth at 25 % on h100_sxm in vllm (decode, seq 2048) pays at every batch fr'
-        """
+        """Pruning, place and verdict."""
         return f"{self.results[0].pruning} on {self.where} {self.verdict}{self._beyond}."
 
     @property

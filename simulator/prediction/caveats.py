@@ -46,12 +46,7 @@ _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
-    """Return a note if GEMMs with a share of the time are far outside the sizes that the profile was fitted on, or "".
-
-    >>> from simulator import load_hardware, load_model, lower
-    >>> beyond_measured(lower(load_model("llama-3.1-8b"), phase="prefill"), load_hardware("h100"))
-    ''
-    """
+    """Return a note if GEMMs with a share of the time are far outside the sizes that the profile was fitted on, or ""."""
     engine = load_engine(w.meta.engine)
     served = hw.serving(engine.stacks)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
@@ -76,17 +71,6 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
 
     A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A
     fit of decode attention that is unused, as the engine has another kernel, is named.
-
-    >>> from simulator import load_hardware, load_model, lower
-    >>> w = lower(load_model("llama-3.1-8b"), phase="decode", dtype="fp16", engine="sglang")
-    >>> fallback(load_hardware("h100"), w)
-    ''
-    >>> fallback(load_hardware("rtx_4090"), w)
-    'rtx_4090: sglang kernels are not calibrated; vllm kernels are used instead'
-    >>> fallback(load_hardware("h20"), w)
-    "h20: flashinfer's decode attention is not the default of sglang; if it is enabled, use h20@flashinfer"
-    >>> fallback(load_hardware("t4"), w)
-    't4: no GPU of its architecture (turing) was ever fitted: generic defaults'
     """
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
@@ -114,13 +98,6 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
 def assumed_link(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on the connection of the devices if it was assumed and collectives take over :data:`LINK_SHARE` of
     the time, or "".
-
-    >>> from simulator import load_hardware, load_model, lower
-    >>> w = lower(load_model("llama-3.1-8b"), batch=8, devices=4)
-    >>> assumed_link(load_hardware("a6000"), w)
-    'a6000: its devices are assumed to have pcie4 with peer access; for another link, use --link bridge or pcie-host'
-    >>> assumed_link(load_hardware("a6000"), lower(load_model("llama-3.1-8b"), batch=8, devices=4, link="bridge"))
-    ''
     """
     if hw.link is None or w.meta.link or w.meta.devices == 1 or hw.own_link:
         return ""
@@ -133,12 +110,7 @@ def assumed_link(hw: HardwareProfile, w: Workload) -> str:
 
 
 def experts_assumed(w: Workload) -> str:
-    """Return how a workload's engine is assumed to run routed experts if its generations differ in that, or "".
-
-    >>> from simulator import load_model, lower
-    >>> experts_assumed(lower(load_model("mixtral-8x7b"), phase="decode", engine="hf@4.40"))[:44]
-    'hf@4.40 loops over all routed experts (Huggi'
-    """
+    """Return how a workload's engine is assumed to run routed experts if its generations differ in that, or ""."""
     engine = load_engine(w.meta.engine)
     ways = {g.name: g.values.get("experts", engine.experts) for g in engine.generations}
     if len(set(ways.values())) < 2 or not (w.kind == Kind.EXPERTS).any():
@@ -239,11 +211,6 @@ def uncalibrated_of(found: Iterable[HasShare]) -> tuple[str, float]:
 def uncalibrated(found: Iterable[HasShare], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
     at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given.
-
-    >>> from simulator.prediction.scenario import Scenario
-    >>> from simulator.prediction.table import table
-    >>> uncalibrated(table(["llama-3.1-8b"], ["t4"], ["depth"], [0.25], scenario=Scenario(dtype="fp16")))[0][:70]
-    'GEMMs and decode attention on t4 (99 % of the time): not calibrated; d'
     """
     mine: dict[str, list[HasShare]] = {}
     for r in found:

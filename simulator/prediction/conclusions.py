@@ -31,11 +31,7 @@ def speedup_text(r: Result | Point) -> str:
 
 
 def probability_text(probability: float) -> str:
-    """Return a probability in percent.
-
-    >>> probability_text(0.523), probability_text(0.9999), probability_text(1e-5)
-    ('52 %', '> 99 %', '< 1 %')
-    """
+    """Return a probability in percent."""
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
 
 
@@ -44,10 +40,6 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     settings, or of all, with the number of gains and losses.
 
     ``clauses``, one for each result, end its sentence, such as whether the engine runs it.
-
-    >>> from simulator import table
-    >>> print(of_speedups(list(table("llama-3.1-8b", "h100", prune="depth 0.25", phase="decode")))[0][:74])
-    depth at 25 % makes llama-3.1-8b 1.27x faster (1.17-1.31) on h100_sxm in v
     """
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_FRONTS:
@@ -92,11 +84,6 @@ def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
 def of_advice(found: Advised, target: Target) -> list[str]:
     """Return the least pruning that reaches a target with its probability, or the closest pruning; and where the dense
     model reaches the target.
-
-    >>> from simulator.prediction.advise import Target, advise
-    >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], [8], family=["depth"])
-    >>> print(of_advice(found, Target(1.3))[0][:100])
-    The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm (decode, batch 8, seq 2048)
     """
     groups = settings_of(found.advice)
     dense = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""

@@ -87,11 +87,6 @@ def explanations(
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
     ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
     :func:`simulator.table`.
-
-    >>> import math
-    >>> (e,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25)
-    >>> bool(abs(math.prod(step.factor for step in e.steps) - e.result.speedup) < 1e-9)
-    True
     """
     config, devices = load_model(model), profiles(hardware)
     if not (pruned or prune) and family is None and method is None:

@@ -32,15 +32,6 @@ from simulator.workload import Kind, Part, Workload
 def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
     """Return whether the stock engine loads the checkpoint of a model (None: its file does not state it), and how, or
     why not. ``config`` is the configuration of the checkpoint, or of the dense model.
-
-    >>> import simulator
-    >>> from simulator.engines.engine import load_engine
-    >>> model = simulator.load_model("llama-3.1-8b")
-    >>> pruned = simulator.prune(simulator.lower(model, phase="decode"), "depth", 0.25, unit="attention")
-    >>> loading(pruned, load_engine("vllm"), model)
-    (True, 'with no_op in block_configs (model_type nemotron-nas)')
-    >>> loading(pruned, load_engine("gpt-fast"), model)
-    (False, 'layers without attention or without an MLP: it builds equal layers from one ModelArgs')
     """
     present = tuple(features(w))
     how = {name: engine.loads[name].how for name in present if name in engine.loads}
@@ -114,14 +105,7 @@ def blocks(w: Workload) -> tuple[Block, ...]:
 
 
 def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
-    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers.
-
-    >>> import simulator
-    >>> model = simulator.load_model("qwen3-30b-a3b")
-    >>> pruned = simulator.prune(simulator.lower(model, phase="decode"), "experts", 0.25)
-    >>> (found := shapes_of(model, pruned)).layers, found.experts, found.expert_inner
-    (48, 96, 768)
-    """
+    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers."""
     layers, attention, routed = layer_count(pruned), pruned.is_attention, pruned.kind == Kind.EXPERTS
     found = widths(pruned)
     latent = dense.latent is not None

@@ -55,12 +55,6 @@ class MeasuredDense:
 def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
     """Return the measured time of the dense model, s, from the result file of a serving benchmark (``dense_s`` of a
     scenario). Of several results in a file, the last one that matches the scenario's single shape is taken.
-
-    >>> import json, pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "dense.json")
-    >>> _ = path.write_text(json.dumps({"avg_latency": 1.2, "latencies": [1.19, 1.2, 1.23], "percentiles": {}}))
-    >>> dense_from(path, Scenario(model="llama-3.1-8b", phase="generate", shapes=((8, 1024),), new_tokens=128))
-    1.2
     """
     return measured(path, scenario).seconds
 
@@ -104,13 +98,6 @@ def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: in
 
     ``batch`` is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
     batch or other lengths; what the file does not state is not checked.
-
-    >>> run = BenchRun("run.json", "serve", (2.0,), concurrency=8, requests=80, input_tokens=512.0, output_tokens=65.0)
-    >>> pass_seconds(run, "serve", 8, 512, 64)
-    2.0
-    >>> pass_seconds(run, "serve", 16, 512, 64)
-    Traceback (most recent call last):
-    simulator.errors.InputError: run.json: concurrency: expected 16, got 8; use --phase serve --concurrency 8
     """
     if run.kind == "batch":
         return _batch_seconds(run, phase, batch, seq, new_tokens)
@@ -140,11 +127,6 @@ def request_of(
 
     ``batch`` (requests in flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
     states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file has them.
-
-    >>> request_of(BenchRun("run.json", "batch", (0.5,)), batch=8, seq=1024, output=1)
-    ('prefill', 8, 1024, 0)
-    >>> request_of(BenchRun("run.json", "serve", (0.5,), concurrency=8, input_tokens=512.0, output_tokens=65.0))
-    ('serve', 8, 512, 64)
     """
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}

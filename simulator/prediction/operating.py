@@ -59,9 +59,6 @@ PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
     """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
     with the standard deviation that follows from that end of the interval.
-
-    >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
-    [0.95, 0.5, 0.05, 0.0]
     """
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
     deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
@@ -76,11 +73,7 @@ def check_probability(probability: float) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most time to the first token and per output token, s, and the probability with which both must hold.
-
-    >>> Limits(0.5, None, 0.9).text
-    '500 ms to the first token'
-    """
+    """Most time to the first token and per output token, s, and the probability with which both must hold."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -312,11 +305,7 @@ def operating_points(
 
 
 def steps(last: int) -> list[int]:
-    """Return a grid of concurrencies: powers of two and steps between, up to a last one.
-
-    >>> steps(20)
-    [1, 2, 3, 4, 6, 8, 12, 16, 20]
-    """
+    """Return a grid of concurrencies: powers of two and steps between, up to a last one."""
     powers = [2**i for i in range(max(last, 1).bit_length())]
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 

@@ -116,9 +116,6 @@ class Front:
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
     Equal points do not beat each other. Raises InputError without points or for a value that is not finite.
-
-    >>> frontier([0.0, 0.1, 0.2, 0.2], [1.0, 1.3, 1.2, 1.6]).tolist()
-    [True, True, False, True]
     """
     x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -133,9 +130,6 @@ def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
 
     ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it.
-
-    >>> margins([1.0, 1.21], [[0.0, 0.1], [0.1, 0.0]]).round(1).tolist()
-    [[0.0, -1.9], [1.9, 0.0]]
     """
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log

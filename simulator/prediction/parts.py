@@ -33,12 +33,7 @@ ROUNDED = 0.02
 
 
 def sizes(w: Workload) -> dict[str, float]:
-    """Return the sizes of the parts of a workload by name.
-
-    >>> from simulator import lower
-    >>> sizes(lower("llama-3.1-8b"))["inner width"]
-    14336.0
-    """
+    """Return the sizes of the parts of a workload by name."""
     first = np.cumsum(w.is_role("embedding")) <= 1  # a prefill may have several kinds of passes
     down, outputs = readers(w, "down") & first, writers(w, "o") & first
     attention, experts = w.is_attention & first, (w.kind == Kind.EXPERTS) & first
@@ -64,13 +59,6 @@ def sizes(w: Workload) -> dict[str, float]:
 def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Workload) -> str:
     """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
     ``dense`` has the sizes of the dense workload.
-
-    >>> from simulator import lower, prune
-    >>> from simulator.pruning._grammar import read_steps
-    >>> dense = lower("llama-3.1-8b", phase="decode")
-    >>> text = "width mlp=0.3 heads=0.2"
-    >>> removed_parts(read_steps(text), sizes(dense), prune(dense, text))
-    'heads 20 % requested, 18.8 % realised (32 to 26); inner width 30 % requested, 29.9 % realised (14,336 to 10,048)'
     """
     if any(family.name in PER_TOKEN for step in steps for family in step.families):
         return ""

@@ -38,11 +38,7 @@ Excluded = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Pruning:
-    """One way to prune a model: steps of families or methods, or an existing pruned model.
-
-    >>> Pruning.of("width", 0.25).title, Pruning.read("width mlp=0.3 + depth 0.25").family
-    ('width', 'width+depth')
-    """
+    """One way to prune a model: steps of families or methods, or an existing pruned model."""
 
     steps: tuple[PruningStep, ...]
     model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
@@ -155,11 +151,7 @@ def _options(options: Iterable[tuple[str, Any]]) -> str:
 
 
 def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
-    """Return names of families, each once; ``all`` selects every family that applies to at least one of the models.
-
-    >>> families(["width", "depth", "width"])
-    ('width', 'depth')
-    """
+    """Return names of families, each once; ``all`` selects every family that applies to at least one of the models."""
     for name in names:
         if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
@@ -298,14 +290,7 @@ def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
-    """Raise InputError if two workloads have different requests.
-
-    >>> import simulator
-    >>> model = simulator.load_model("llama-3.2-1b")
-    >>> check_alike(*(simulator.lower(model, phase=phase) for phase in ("prefill", "decode")))
-    Traceback (most recent call last):
-    simulator.errors.InputError: phase: the pruned model has 'decode', the dense 'prefill'; expected the same
-    """
+    """Raise InputError if two workloads have different requests."""
     for name in ALIKE:
         theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
         if theirs != ours:

@@ -109,9 +109,6 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
 
     A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
     ``strict`` this is an InputError.
-
-    >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
-    'SLEB Table 2, no fine-tuning'
     """
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
@@ -133,11 +130,7 @@ def list_quality() -> tuple[str, ...]:
 
 
 def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
-    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first.
-
-    >>> len(load_quality("published").of_model("llama-2-7b")) > 20
-    True
-    """
+    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first."""
     if name_or_path is None:
         tables = [load_quality(name) for name in sorted(list_quality(), key=lambda name: name == "published")]
         return QualityTable(tuple(r for t in tables for r in t.rows), "shipped quality tables")
@@ -206,11 +199,7 @@ def _number(cells: Mapping[str, str], column: str) -> float:
 
 
 def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
-    """Return the options of a family from ``name=value`` texts separated by semicolons.
-
-    >>> parse_options("residual_projections=true", "width_cross")
-    (('residual_projections', True),)
-    """
+    """Return the options of a family from ``name=value`` texts separated by semicolons."""
     out: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(";"))):
         name, equals, value = (p.strip() for p in part.partition("="))

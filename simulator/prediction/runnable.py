@@ -117,15 +117,6 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
 
     Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
     model that the devices cannot divide is judged on one device.
-
-    >>> import simulator
-    >>> scenario = Scenario(model="llama-2-7b", phase="decode", engine="hf")
-    >>> runnable(scenario, Pruning.of("depth", 0.25)).sentence
-    'Yes: stock hf loads it with its shapes in config.json.'
-    >>> odd = Pruning.read("width mlp=0.2 align=1")
-    >>> found = runnable(scenario, odd, simulator.load_hardware("h100"))
-    >>> found.unaligned_width, found.aligned_width, found.aligned
-    (8807, 8808, False)
     """
     alone = replace(scenario, devices=1)
     whole = pruning.apply(alone.workloads[0], alone)

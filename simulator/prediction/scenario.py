@@ -153,12 +153,7 @@ class Scenario:
         )
 
     def on(self, hw: HardwareProfile) -> Scenario:
-        """Return the scenario with the token budget of its engine on the GPU ``hw``.
-
-        >>> scenario = Scenario(phase="serve", engine="vllm")
-        >>> [scenario.on(load_hardware(name)).token_budget for name in ("a100", "h100")]
-        [2048, 8192]
-        """
+        """Return the scenario with the token budget of its engine on the GPU ``hw``."""
         limit = load_engine(self.engine).limit(hw.memory_bytes, hw.name)
         if self.token_budget is not None or limit is None or self.phase == "decode":
             return self
@@ -177,9 +172,6 @@ def scenarios(
 ) -> list[Scenario]:
     """Return every combination of models, engines (none: the template's), phases, batches and lengths, in this order;
     values are checked and used once.
-
-    >>> [s.shapes for s in scenarios(None, ["llama-3.1-8b"], [], ["decode"], [1, 8, 1], [2048])]
-    [((1, 2048),), ((8, 2048),)]
     """
     template = (
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.prediction.scenario")
@@ -236,11 +228,7 @@ def check_measured(found: Sequence[Scenario], hardware: Sequence[HardwareProfile
 
 
 def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, new_tokens: int) -> float:
-    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill prompt tokens/s.
-
-    >>> dense_seconds(50.0, "decode", 1, 2048, 128), dense_seconds(50.0, "generate", 2, 12, 100)
-    (0.02, 4.0)
-    """
+    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill prompt tokens/s."""
     if tokens_per_s is None or not 0.0 < tokens_per_s < 1e12:
         raise InputError(f"tokens per second {tokens_per_s}: expected a positive number")
     return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s

@@ -20,11 +20,7 @@ def whole_share(share: Array | float, of: Array | float) -> Array:
 
 
 def aligned(width: Array, keep: Array, align: int) -> Array:
-    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most ``width``.
-
-    >>> aligned(np.array([11008, 100]), np.array([0.8, 0.99]), 16).tolist()
-    [8816, 100]
-    """
+    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most ``width``."""
     wanted = np.ceil(keep * width / align - 1e-9).astype(np.int64) * align
     return np.minimum(np.maximum(wanted, align), width)
 

@@ -94,12 +94,7 @@ class Family(Displayed):
 
 
 def check_fraction(value: Any, where: str = "sparsity") -> float:
-    """Return a checked fraction in [0, 1).
-
-    >>> check_fraction(25)
-    Traceback (most recent call last):
-    simulator.errors.InputError: sparsity 25: expected a fraction in [0, 1), such as 0.25; for 25 % write 0.25
-    """
+    """Return a checked fraction in [0, 1)."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
     number = math.inf if abs(value) >= 1e300 else float(value)

@@ -56,11 +56,6 @@ def read_steps(text: str) -> tuple[PruningStep, ...]:
     ------
     InputError
         With the place of the first mistake: the column in the text, or line and column in the file.
-
-    Examples
-    --------
-    >>> [str(step) for step in read_steps("width mlp=30% layers=8-31 + shortgpt 25 %")]
-    ['width mlp=0.3 layers=8-31', 'shortgpt 0.25']
     """
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
@@ -216,11 +211,7 @@ def _plan(path: Path) -> tuple[PruningStep, ...]:
 
 
 def plan_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of the content of a plan.
-
-    >>> [str(step) for step in plan_steps("layers: {3: depth}")]
-    ['depth layers=3']
-    """
+    """Return the steps of the content of a plan."""
     return _steps_of(text, Problems("plan"))
 
 

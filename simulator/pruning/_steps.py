@@ -26,11 +26,7 @@ Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...
 
 @dataclass(frozen=True)
 class PruningStep:
-    """One step of a pruning: a family or a published method, how much it removes, and where.
-
-    >>> str(PruningStep("width", (("mlp", 0.3), ("heads", 0.2)), (4, 5, 6)))
-    'width mlp=0.3 heads=0.2 layers=4-6'
-    """
+    """One step of a pruning: a family or a published method, how much it removes, and where."""
 
     name: str
     sparsity: Sparsity = None  # None: the default of the family, or whole listed layers
@@ -117,13 +113,6 @@ def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool
     """Return the workload pruned by steps, of which those that remove layers are applied last.
 
     Errors name the step, and the plan if the steps are of one.
-
-    >>> import simulator
-    >>> from simulator.pruning._grammar import read_steps
-    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> pruned = prune_steps(dense, read_steps("depth layers=24-27 + width mlp=0.5 layers=24-31"))
-    >>> [(step.family, round(step.realised, 3)) for step in pruned.meta.applied]
-    [('width', 0.101), ('depth', 0.083)]
     """
     step: PruningStep | None = None
     try:

@@ -30,10 +30,6 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
     The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
     it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
     :data:`CAPACITY_TOKENS` it is the mean alone.
-
-    >>> points, likely = token_points(64, 0.9)
-    >>> len(points), round(sum(m * p for m, p in zip(points, likely)), 9)
-    (8, 57.6)
     """
     if tokens <= 0 or keep >= 1.0:
         return (tokens,), (1.0,)

@@ -256,9 +256,6 @@ def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
 def level_scale(level: float) -> float:
     """Return the half-width of an interval at a level over that of a 90 % interval, as of a normal distribution;
     InputError for a level outside (0, 1).
-
-    >>> level_scale(0.9), round(level_scale(0.99), 3)
-    (1.0, 1.566)
     """
     return _level_scale(number("level", level, LEVEL))
 

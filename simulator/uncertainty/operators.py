@@ -102,14 +102,7 @@ def empty_times(size: int) -> dict[str, Any]:
 
 
 def operator_time(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> OperatorTimes:
-    """Return times with prediction intervals from the estimate of a cost model on a profile.
-
-    >>> from simulator.cost import attention
-    >>> from simulator.hardware.library import load_hardware
-    >>> hw = load_hardware("h100")
-    >>> operator_time(attention.decode(8, 4096, 32, 8, 128, hw), hw).bottlenecks.item()
-    'memory'
-    """
+    """Return times with prediction intervals from the estimate of a cost model on a profile."""
     return predicted(e, hw, level)[0]
 
 

@@ -30,11 +30,7 @@ _ROWS = 128  # queries per block; keys after the last query of a block are not c
 
 
 def at_least_one(share: float, of: int) -> int:
-    """Return a share of ``of``, rounded as in the simulator's families, without NumPy because decode steps are short.
-
-    >>> at_least_one(0.5, 3), at_least_one(0.1, 3)
-    (2, 1)
-    """
+    """Return a share of ``of``, rounded as in the simulator's families, without NumPy because decode steps are short."""
     return max(math.floor(share * of + 0.5), 1)
 
 

@@ -30,20 +30,13 @@ def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[n
 
     ``first`` is the start of the tokens in the cycle, which differs by layer and position. With a share below one
     group, some tokens use none.
-
-    >>> group_counts(0.5, 3, 0, 4).tolist(), group_counts(0.5, 3, 1, 2).tolist(), group_counts(0.25, 32, 5, 2).tolist()
-    ([1, 2, 1, 2], [2, 1], [8, 8])
     """
     edges = np.floor(keep * groups * np.arange(first, first + tokens + 1, dtype=np.float64) + 1e-6)
     return np.diff(edges).astype(np.int64)
 
 
 def _spans(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Return ascending numbers as spans of neighbours.
-
-    >>> _spans([0, 1, 4])
-    [(0, 2), (4, 5)]
-    """
+    """Return ascending numbers as spans of neighbours."""
     begins = [g for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g - 1]
     ends = [g + 1 for i, g in enumerate(groups) if i + 1 == len(groups) or groups[i + 1] != g + 1]
     return list(zip(begins, ends, strict=True))

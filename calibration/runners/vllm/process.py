@@ -43,11 +43,7 @@ class EngineFailed(RuntimeError):
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return the environment of a child on a device: its GPU, no network, no module search beside the program.
-
-    >>> environment("cpu")["HF_HUB_OFFLINE"]
-    '1'
-    """
+    """Return the environment of a child on a device: its GPU, no network, no module search beside the program."""
     env = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if device.startswith("cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -187,11 +183,7 @@ class EngineProcess:
 
 
 def cause(output: str) -> str:
-    """Return the last error in the output of vLLM that names a cause, else the last line; "" without any.
-
-    >>> cause("ERROR [core.py:1] ValueError: no memory\\nRuntimeError: Engine core initialization failed.")
-    'ValueError: no memory'
-    """
+    """Return the last error in the output of vLLM that names a cause, else the last line; "" without any."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     telling = [line for line in lines if not _QUIET.search(line)]
     found = [m for line in telling if (m := _ERROR.search(line)) and not _GENERIC.search(line)]
