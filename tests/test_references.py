@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = {"torch", "triton", "pynvml", "dash", "plotly", "werkzeug", "flask", "pandas", "pyarrow"}
+OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
 """Packages without which some modules cannot be imported; references in and to those are then not checked."""
 
 DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")

@@ -36,7 +36,8 @@ _UNSUPPORTED = {
 def read_block(of: Reader, dense: Block, hidden: int) -> Block:
     """Return a layer of ``block_configs`` (an object ``attention`` and ``ffn``): the layer ``dense`` with other sizes.
 
-    >>> read_block(Reader({"attention": {"num_key_value_heads": 4}, "ffn": {"no_op": True}}, "own"), Block(32, 8, 9), 64)
+    >>> given = {"attention": {"num_key_value_heads": 4}, "ffn": {"no_op": True}}
+    >>> read_block(Reader(given, "own"), Block(32, 8, 14336), 4096)
     Block(heads=32, kv_heads=4, inner=0, experts=0, active=0.0, expert_inner=0, rotary=True, linear=(), delta=False, \
 ranks=(), shortcuts=(), out=0)
     """

@@ -1,5 +1,4 @@
-"""Notes on the limits of a prediction, one line each: :func:`beyond_measured`, :func:`better_than_bound`,
-:func:`fallback`, :func:`assumed_link`, :func:`uncalibrated`, :func:`inferred_line`."""
+"""Notes on the limits of a prediction, one line each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals.
-
-Use :func:`of_speedups`, :func:`of_advice` and :func:`of_fronts`;
-:func:`simulator.prediction.explain.conclusions` is that of ``explain``.
-"""
+"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from simulator.errors import InputError
-from simulator.models.changes import changed_keys, content_of, free_heads, write_config
+from simulator.models.architectures import ARCHITECTURES
+from simulator.models.changes import changed_keys, content_of, write_config
 from simulator.models.library import list_models, load_model
 
 pytestmark = pytest.mark.quick
@@ -24,7 +25,7 @@ def test_every_architecture_reads_back_what_is_written(name: str, tmp_path: Path
     groups = max(1, model.kv_heads // 2)
     changes: list[dict[str, Any]] = [{"layers": 5, "windows": model.windows[:5]}, {"inner": 1024}]
     heads = {"kv_heads": groups, "heads": groups * (model.heads // model.kv_heads)}
-    if free_heads(model):
+    if ARCHITECTURES[model.architecture].grouped:  # heads and hidden size change independently
         changes += [heads, {"hidden": model.hidden // 2}]
     else:
         changes += [{"hidden": 4 * model.head_dim, "heads": 4, "kv_heads": 4}]
