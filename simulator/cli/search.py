@@ -13,7 +13,6 @@ from simulator.units import parameters, parse_parameters, parse_quantity
 if TYPE_CHECKING:
     from simulator.plans.search import Plan, PlanPoint
 
-
 MOST_POINTS = 8  # plans of the frontier in the table without --verbose
 
 
@@ -25,7 +24,7 @@ def command(
     scores: Annotated[str | None, opt(
         "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
         "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None,
-    metric: Annotated[str, opt("--metric", "NAME", "Column of the scores. Default: the only one that can be.")] = "",
+    metric: Annotated[str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")] = "",
     maximise: Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")] = False,
     target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None,
     latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None,

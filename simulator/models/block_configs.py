@@ -34,46 +34,13 @@ _UNSUPPORTED = {
 
 
 def read_block(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return a layer of ``block_configs``: the layer ``dense`` with other sizes of attention and MLP.
-
-    Parameters
-    ----------
-    of : Reader
-        Object with the keys ``attention`` and ``ffn``.
-    dense : Block
-        Layer that the object changes: it has the query heads, and whether there are routed experts.
-    hidden : int
-        Hidden size.
-
-    Returns
-    -------
-    Block
-        Shapes of the layer.
-
-    Raises
-    ------
-    InputError
-        One line that names the key.
-    """
+    """Return a layer of ``block_configs`` (an object ``attention`` and ``ffn``): the layer ``dense`` with other sizes."""
     _check_supported(of)
-    return read_mlp(of.part("ffn"), read_attention(of.part("attention"), dense), hidden)
+    return _read_mlp(of.part("ffn"), _read_attention(of.part("attention"), dense), hidden)
 
 
-def read_attention(of: Reader, dense: Block) -> Block:
-    """Return the layer ``dense`` with the attention of an object ``attention``.
-
-    Parameters
-    ----------
-    of : Reader
-        Object with ``no_op``, ``replace_with_linear``, ``num_key_value_heads`` or ``n_heads_in_group``.
-    dense : Block
-        Layer that the object changes.
-
-    Returns
-    -------
-    Block
-        Shapes of the layer.
-    """
+def _read_attention(of: Reader, dense: Block) -> Block:
+    """Return the layer ``dense`` with the attention of an object: its KV heads, a linear product, or none."""
     _check_supported(of)
     other = tuple(name for name in dense.linear if name != "attention")
     gone = replace(dense, heads=0, kv_heads=0, delta=False, linear=other)
@@ -100,23 +67,8 @@ def read_attention(of: Reader, dense: Block) -> Block:
     return replace(dense, kv_heads=groups, linear=other)
 
 
-def read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return the layer ``dense`` with the MLP of an object ``ffn``.
-
-    Parameters
-    ----------
-    of : Reader
-        Object with ``no_op``, ``replace_with_linear``, ``intermediate_size``, ``ffn_mult`` or ``moe``.
-    dense : Block
-        Layer that the object changes.
-    hidden : int
-        Hidden size, which ``ffn_mult`` multiplies.
-
-    Returns
-    -------
-    Block
-        Shapes of the layer.
-    """
+def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
+    """Return the layer ``dense`` with the MLP of an object: its width, routed experts, a linear product, or none."""
     _check_supported(of)
     other = tuple(name for name in dense.linear if name != "mlp")
     gone = replace(dense, inner=0, experts=0, active=0.0, expert_inner=0, linear=other)
@@ -195,25 +147,7 @@ def _check_stated(block: Block, dense: Block) -> None:
 
 
 def block_configs_of(model: ModelConfig, dense: ModelConfig | None = None) -> list[dict[str, Any]]:
-    """Return all layers of a model in the keys of ModelOpt.
-
-    Parameters
-    ----------
-    model : ModelConfig
-        Model whose layers may differ.
-    dense : ModelConfig, optional
-        Model that it was made of; ``model`` without it. It has the sizes that linear sublayers replaced.
-
-    Returns
-    -------
-    list of dict
-        One object per layer.
-
-    Raises
-    ------
-    InputError
-        If a layer has no attention and MLP that the keys can state: other query heads, or latent attention.
-    """
+    """Return all layers of a model in the keys of ModelOpt; ``dense`` has the sizes that linear sublayers replaced."""
     dense = dense or model
     if dense.latent is not None:
         raise InputError(f"{dense.name}: block_configs: latent attention is not supported")

@@ -52,8 +52,8 @@ def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entr
     root = parse_bounded(content, label, MOST_BYTES)
     names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
     if not names or None in names.values():
-        wanted = "expected the layers layer_0, layer_1, ... of Puzzle's block_library.json"
-        raise InputError(f"{label}: {wanted}; of ModelOpt's Puzzletron give the folder of its validations")
+        wanted = "Puzzle's block_library.json (layer_0, layer_1, ...), or the folder of Puzzletron's validations"
+        raise InputError(f"{label}: expected {wanted}")
     _check(model, label)
     for name, found in names.items():
         own, layer = _object(root[name], label, f"{name}."), int(found[1]) if found else 0

@@ -175,7 +175,7 @@ def _puzzle(**change: Any) -> dict[str, Any]:
     return {"layer_0": {"own": {part: own[part] | change.get(part, {}) for part in own}}}
 
 
-OTHER = "own.json: expected the layers layer_0, layer_1, ... of Puzzle's block_library.json; .* the folder"
+OTHER = "own.json: expected Puzzle's block_library.json .*, or the folder of Puzzletron's validations"
 
 
 @pytest.mark.parametrize(
