@@ -6,8 +6,9 @@ file are ``file:line:column: key: reason, expected value``.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.models.lower import cached_tokens, lower
+from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import (
     MAX_TOKENS,
@@ -215,6 +216,20 @@ def _engine(text: str) -> str:
     return text
 
 
+PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
+REQUESTS = 64  # (batch, seq) pruned together
+
+Piece = tuple[Scenario, tuple[Pruning, ...]]
+"""Requests and their prunings, which are timed together."""
+
+
+def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Split values into runs of equal length, at most ``size``."""
+    each = -(-len(values) // -(-len(values) // size))
+    return [values[i : i + each] for i in range(0, len(values), each)]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Axes of a sweep, which predicts every combination, and options of the whole sweep. The annotations are the schema
@@ -302,6 +317,21 @@ class Grid:
             ideal=self.ideal,
             level=self.level,
         )
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
+        groups of requests by length and batch, then groups of families and sparsities."""
+        shapes = [(b, s) for s in self.seqs for b in self.batches]
+        axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
+        for model, formats, engine, devices, phase in axes:
+            operators = {"generate": 60 + 2 * min(self.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)
+            workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
+            many = min(len(shapes), REQUESTS, workloads)
+            of_prunings = max(1, workloads // many)
+            if of_prunings >= len(self.prunings):  # few prunings: take more requests
+                many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
+            for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
+                yield self.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
 
     def facts(self) -> dict[str, Any]:
         """Return the axes as plain values, for digests and manifests."""

@@ -24,6 +24,8 @@ import mutate
 import numpy as np
 from guard import check_line
 from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
+from simulator.prediction.where import parse_filter
 
 import simulator
 from calibration.devices.replay import open_named
@@ -53,9 +55,7 @@ from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
 from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
 from simulator.prediction.result import COLUMNS
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
 from simulator.prediction.sweep import pieces, sweep_results
-from simulator.prediction.where import parse_filter
 from simulator.pruning._grammar import read_steps
 from simulator.pruning._steps import PruningStep, prune_steps
 

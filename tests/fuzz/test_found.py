@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from good import ARRAYS, SMALL, SMALL_CONFIGS, arrays_of, crc_line, profile_with
 from guard import refusal
+from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
+from simulator.prediction.where import parse_filter
 from targets import times
 
 import simulator
@@ -30,8 +32,6 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.prediction.pareto import read_measured
 from simulator.prediction.quality import load_quality
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
-from simulator.prediction.where import parse_filter
 
 pytestmark = pytest.mark.quick
 
