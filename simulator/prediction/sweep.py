@@ -205,10 +205,10 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
     pyarrow, parquet = load_pyarrow()
     try:
         about = parquet.read_metadata(path)
-    except (OSError, ValueError, pyarrow.ArrowException):
+        own = about.metadata or {}
+        return (about.num_rows, json.loads(own[NOTES_KEY])) if own[STAMP_KEY] == f"{grid} {index}".encode() else None
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
         return None
-    own = about.metadata or {}
-    return (about.num_rows, json.loads(own[NOTES_KEY])) if own.get(STAMP_KEY) == f"{grid} {index}".encode() else None
 
 
 def digest(grid: Grid) -> str:

@@ -21,7 +21,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
-from simulator.prediction.sweep import compute_part, piece_results, pieces, sweep
+from simulator.prediction.sweep import compute_part, digest, piece_results, write_sweep
 from simulator.pruning import prune
 from simulator.uncertainty.operators import gemm_time
 
@@ -53,28 +53,28 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
     g = grid(100_000)
-    some = list(pieces(g))[:2]
-    piece_results(g, some[0], {})
-    rows = benchmark(lambda: sum(len(piece_results(g, p, {})) for p in some))
+    some = list(g.pieces())[:2]
+    piece_results(some[0], g.hardware, {})
+    rows = benchmark(lambda: sum(len(piece_results(p, g.hardware, {})) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
 def test_configurations_of_a_sweep_as_parquet(benchmark: Any, floor: Floor) -> None:
     pytest.importorskip("pyarrow")
     g = grid(100_000)
-    compute_part(g, None, 0)
-    piece = next(pieces(g))
-    benchmark(compute_part, g, None, 0)
-    rows = len(piece.shapes) * len(piece.choices) * len(g.hardware)
+    scenario, prunings = piece = next(g.pieces())
+    compute_part(g.hardware, piece, digest(g), 0)
+    benchmark(compute_part, g.hardware, piece, digest(g), 0)
+    rows = len(scenario.shapes) * len(prunings) * len(g.hardware)
     floor("microseconds a configuration, as Parquet", 1e6 * benchmark.stats["min"] / rows, 20.0, False)
 
 
 def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:
     """A hundred thousand configurations, one process."""
     pytest.importorskip("pyarrow")
-    targets = iter(tmp_path / f"{i}.parquet" for i in range(1000))
+    targets = iter(tmp_path / str(i) for i in range(1000))
     g = grid(100_000)
-    done = benchmark.pedantic(lambda: sweep(g, next(targets)), rounds=3, warmup_rounds=1)
+    done = benchmark.pedantic(lambda: write_sweep(g, next(targets)), rounds=3, warmup_rounds=1)
     assert done.configurations == g.size
     million_s = 1e6 * benchmark.stats["min"] / g.size
     floor("seconds for a million configurations at this rate, one process", million_s, 120.0, False)

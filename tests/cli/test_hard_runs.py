@@ -27,7 +27,7 @@ WRITERS = {
     "csv": f"{DEPTH} --csv out/s.csv",
     "figure": f"{DEPTH} --figure out/s.pdf",
     "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
-    "sweep": "sweep grid.yaml -o out/s.parquet",
+    "sweep": "sweep grid.yaml -o out/rows",
     "import": "import t.csv -o out/t.parquet",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
     "validate": "validate h100 h100_sxm/collective/trtllm --html out/v.html",

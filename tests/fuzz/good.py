@@ -115,7 +115,6 @@ m,n,k,seconds,copies,dtype,predicted_s,more
 64,4096,4096,1.64e-5,1,bf16,1e-5,x
 512,4096,4096,6.12e-5,1,bf16,1e-5,x
 """
-PART = "family,speedup\ndepth,1.5\nwidth,2.25\n"
 
 
 @lru_cache
@@ -349,7 +348,6 @@ ADDRESS = (
     "&engine=vllm&dtype=bf16&detail=width&at=0.5&over=seq&prune=width%20mlp%3D0.3%20heads%3D0.2;depth%20layers%3D0,5"
     "&pin=phase%3Ddecode%26prune%3Ddepth%25200.25%26batch%3D8"
 )
-WHERE = "speedup > 1.3 and batch == 1 or not (family in ['depth', 'width'] and 1 < sparsity / 0.5 <= 2)"
 
 
 _WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 40}

@@ -23,9 +23,7 @@ import good
 import mutate
 import numpy as np
 from guard import check_line
-from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
-from simulator.prediction.where import parse_filter
+from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, seldom
 
 import simulator
 from calibration.devices.replay import open_named
@@ -54,8 +52,7 @@ from simulator.prediction.grid import read_grid
 from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
 from simulator.prediction.quality import choose_axis, load_quality, read_quality, table_text
-from simulator.prediction.result import COLUMNS
-from simulator.prediction.sweep import pieces, sweep_results
+from simulator.prediction.sweep import sweep_results
 from simulator.pruning._grammar import read_steps
 from simulator.pruning._steps import PruningStep, prune_steps
 
@@ -178,7 +175,7 @@ def _make_grid(rng: random.Random) -> bytes:
     return mutate.yaml_text(rng.choice(good.GRIDS), rng)
 
 
-@Target("grid.yaml", _make_grid, "sweep {} --max 0 -o out.parquet", positions=True)
+@Target("grid.yaml", _make_grid, "sweep {} --max 0 -o rows", positions=True)
 def grid(path: Path) -> None:
     found = read_grid(path)
     assert json.dumps(found.facts(), default=str)
@@ -186,7 +183,7 @@ def grid(path: Path) -> None:
         results = sweep_results(found)
         finite(*(results.columns[name] for name in ("speedup", "dense_s", "pruned_s")))
     elif found.size < 1_000_000:
-        assert next(pieces(found), None) is not None
+        assert next(found.pieces(), None) is not None
 
 
 _PRUNED = "speedup llama-3.2-1b --hardware h100 --json --prune "
@@ -513,38 +510,6 @@ def speedups(path: Path) -> None:
         row.fits(0.25, {"family": "depth", "batch": 1})
 
 
-_MANIFEST = {"digest": "d", "parts": 2, "version": "1", "grid": {"models": ["a"]}}
-
-
-def _part() -> Any:
-    table = good.arrow(good.PART)
-    return table.replace_schema_metadata({NOTES_KEY: b'{"left out": [1, 0.5]}', STAMP_KEY: stamp("d", 1, len(table))})
-
-
-@Target("part.parquet", lambda rng: mutate.parquet_bytes(_part(), rng), names_file=False)
-def part(path: Path) -> None:
-    store = TableStore(path.with_name("u.parquet"), "d", 2)
-    store.folder.mkdir(exist_ok=True)
-    store.target.unlink(missing_ok=True)
-    first = _part()
-    own = {STAMP_KEY: stamp("d", 0, len(first))}
-    pq.write_table(first.replace_schema_metadata({**first.schema.metadata, **own}), store.part(0))
-    path.replace(store.part(1))
-    rows, notes = store.assemble()
-    assert all(f"{x:g}" for at in notes.values() for x in at)
-    assert pq.read_metadata(store.target).num_rows == rows
-    assert not list(path.parent.glob("*.tmp"))
-
-
-@Target("manifest.json", lambda rng: mutate.json_text(_MANIFEST, rng), names_file=False)
-def manifest(path: Path) -> None:
-    folder = path.parent / "t.parquet.parts"
-    folder.mkdir(exist_ok=True)
-    path.replace(folder / "manifest.json")
-    with TableStore(path.parent / "t.parquet", "d", 2).opened({}) as there:
-        assert there == set()
-
-
 _GOOD_WORDS = """
 1 64 1,8 0.25 0.1,0.5 decode prefill prefill,decode bf16 fp16 a100 h100,4090 depth depth,token align=16 align=64 512
 2048 1.2 mlp=0.5 q=0.1,down=0.5 4096 cpu low_rank width
@@ -635,31 +600,6 @@ if find_spec("dash"):
 def dropped_profile(path: Path) -> None:
     _, hw = read_profile(profile_token(path.read_bytes().decode("utf-8", "replace"), path.name))
     times(hw)
-
-
-_WHERE_WORDS = """
-(  )  speedup  family  'depth'  and  or  not  in  [1]  ==  <  1e400  lambda: 0  f'{1}'  ideal  true  / 0  ** 9
-__import__  1j  ...  '\\ud800'  :=
-"""
-_WHERE_PARTS = (*re.split("  |\n", _WHERE_WORDS), "\x00", "9" * 400, "(" * 300, "-" * 500, "not " * 400)
-_WHERE_EDITS: dict[Edit, int] = {
-    lambda part, rng, parts: [rng.choice(_WHERE_PARTS), " ", part]: 1,
-    lambda part, rng, parts: [rng.choice(_WHERE_PARTS)]: 1,
-}
-
-
-def _make_where(rng: random.Random) -> bytes:
-    return seldom("".join(edit_parts(re.split(r"(\W)", good.WHERE), rng, _WHERE_EDITS)).encode(), rng, 0.3)
-
-
-@Target("where.txt", _make_where, names_file=False)
-def where(path: Path) -> None:
-    found = parse_filter(path.read_bytes().decode("utf-8", "surrogateescape"), COLUMNS)
-    table = {
-        name: np.array(["depth"] * 3, dtype=object) if kind is str else np.arange(3).astype(kind)
-        for name, kind in COLUMNS.items()
-    }
-    assert found(table.__getitem__, 3).shape == (3,)
 
 
 def _spoilt(words: list[str], rng: random.Random, parts: Sequence[Any]) -> list[list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 from good import ARRAYS, SMALL, SMALL_CONFIGS, arrays_of, crc_line, profile_with
 from guard import refusal
-from simulator.prediction.store import NOTES_KEY, STAMP_KEY, TableStore, stamp
-from simulator.prediction.where import parse_filter
 from targets import times
 
 import simulator
@@ -186,23 +183,6 @@ def test_measured_gemms_with_formats_that_are_no_text(tmp_path: Path) -> None:
     refused("g.parquet: no row of bf16", read_measured_gemms, path)
 
 
-DEPTH = {"family": ["depth"], "speedup": [1.5]}
-ODD_PARTS = [({"family": ["depth"], **odd}, b"{}") for odd in ({"x": [1.0]}, {"speedup": ["1"]})]
-ODD_NOTES = (b"[]", b'{"a": 1}', b'{"a": ["x"]}', b'{"a": [1%s]}' % (b"0" * 400), DEEP, b"\xff")
-
-
-@pytest.mark.parametrize(("columns", "notes"), ODD_PARTS + [(DEPTH, notes) for notes in ODD_NOTES], ids=range(8))
-def test_parts_of_a_sweep_that_are_damaged(columns: dict[str, Any], notes: bytes, tmp_path: Path) -> None:
-    store = TableStore(tmp_path / "s.parquet", "d", 2)
-    store.folder.mkdir()
-    for index, (found, said) in enumerate(((DEPTH, b"{}"), (columns, notes))):
-        write_parquet(
-            store.part(index), list(found), list(found.values()), {NOTES_KEY: said, STAMP_KEY: stamp("d", index, 1)}
-        )
-    refused("part-000001.parquet: is damaged", store.assemble)
-    assert {p.name for p in tmp_path.iterdir()} == {"s.parquet.parts"}
-
-
 @pytest.mark.parametrize("value", ["\u00b2", "--5", "9" * 30])
 def test_options_of_a_quality_table_that_look_like_numbers(value: str, tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text(f"{QUALITY}m,width,x,0.1,ppl,false,5,6,p,s,align={value}\n", encoding="utf-8")
@@ -223,13 +203,6 @@ def test_an_index_that_names_a_file_no_system_would_take(tmp_path: Path) -> None
     for name in ("x" * 3000, "\ud800"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         refused("is missing (1 of 1 are missing)", simulator.load_model, tmp_path)
-
-
-def test_a_condition_that_python_only_warns_of_is_refused_and_nothing_printed() -> None:
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        refused("invalid decimal literal", parse_filter, "batch == 1and batch == 1", {"batch": int})
-    assert not said
 
 
 def test_a_block_that_is_no_number_is_none(tmp_path: Path) -> None:
