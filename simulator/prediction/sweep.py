@@ -182,7 +182,7 @@ def write_sweep(
             raise OSError(f"{path}: changed while the sweep ran; run the same command again")
         for reason, at in part[1].items():
             excluded.setdefault(reason, []).extend(at)
-    replaced = f"{folder}: {len(stale)} parts of another grid, version or profile were replaced"
+    replaced = f"{folder}: parts of another grid, version or profile were replaced: {len(stale)}"
     notes = (*([replaced] if stale else []), *excluded_lines(excluded, NOTED))
     rows, resumed = sum(part[0] for part in found if part), len(paths) - len(todo)
     return Summary(folder, size, rows, len(paths), resumed, time.monotonic() - began, notes)
@@ -284,7 +284,7 @@ def computed(
             if isinstance(error, InputError) or not (scheduler or isinstance(error, BrokenExecutor)):
                 raise
             what = f"scheduler {scheduler}: a task failed" if scheduler else "a worker process ended early"
-            why = one_line(str(error) or "its worker was lost", 200)
+            why = one_line(repr(error), 200)
             raise OSError(f"{what} ({why}); finished parts are kept: run the same command again") from None
 
 

@@ -155,7 +155,7 @@ def test_surroundings_change_no_byte(place: Path, python: Any) -> None:
         arguments = ["-c", SCRIPT, json.dumps(COMMANDS)]
         status, out, lines = python(arguments, place / name, environment=SURROUNDINGS[name])
         assert status == 0, lines
-        return {"printed": out} | {p.name: p.read_bytes() for p in (place / name / "out").iterdir()}
+        return {"printed": out} | {p.name: p.read_bytes() for p in (place / name / "out").rglob("*") if p.is_file()}
 
     with ThreadPoolExecutor(2) as pool:
         first, *others = pool.map(everything, SURROUNDINGS)
