@@ -47,7 +47,7 @@ from simulator.models.headers import BITS
 from simulator.plans.costs import costs
 from simulator.plans.library import Library, read_library
 from simulator.plans.search import search
-from simulator.prediction.benchmarks.read import read_benches
+from simulator.prediction.benchmarks import read_benches
 from simulator.prediction.grid import read_grid
 from simulator.prediction.measured import pass_seconds, request_of
 from simulator.prediction.pareto import fronts, read_measured
