@@ -21,7 +21,7 @@ from simulator.prediction.breakeven import break_even
 from simulator.prediction.compare import PARTS
 from simulator.prediction.explain import conclusion
 from simulator.prediction.scenario import batch_name
-from simulator.prediction.service_text import sentences
+from simulator.prediction.service import sentences
 from simulator.pruning import FAMILIES
 from simulator.units import percent, ratio, seconds, seconds_between, size
 

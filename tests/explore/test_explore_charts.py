@@ -33,7 +33,7 @@ from simulator.figures.paper import BATCHES, LENGTHS
 from simulator.figures.style import STYLES, label
 from simulator.prediction.explain import explanations
 from simulator.prediction.gemms import gemm_points
-from simulator.prediction.service_text import sentences
+from simulator.prediction.service import sentences
 from simulator.pruning import general_families
 from simulator.units import percent, ratio, seconds
 

@@ -17,7 +17,7 @@ from simulator.errors import InputError
 from simulator.prediction.concurrency import steps
 from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.service_text import equal_memory, failing_text, ranked, sentences
+from simulator.prediction.service import equal_memory, failing_text, ranked, sentences
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
