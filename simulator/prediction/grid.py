@@ -6,7 +6,9 @@ file are ``file:line:column: key: reason, expected value``.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+from simulator._version import __version__
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
 from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
-from simulator.hardware.library import reference
+from simulator.hardware.library import files_of, load_hardware, reference
 from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
@@ -333,8 +336,21 @@ class Grid:
             for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
                 yield self.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
 
+    def digest(self) -> str:
+        """Return the version and a digest of all that determines the rows, also of files of profiles and engines."""
+        sha = hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode())
+        for model in self.models:
+            sha.update(json.dumps(load_model(model).to_dict()).encode())
+        for device in self.hardware:
+            for file in files_of(load_hardware(device)):
+                sha.update(file.name.encode() + b"\0" + file.read_bytes())
+        for engine in self.engines:
+            if (path := load_engine(engine).path) is not None:
+                sha.update(path.read_bytes())
+        return f"{__version__} {sha.hexdigest()}"
+
     def facts(self) -> dict[str, Any]:
-        """Return the axes as plain values, for digests and manifests."""
+        """Return the axes as plain values, for the digest."""
         formats = [list(vars(f).values()) for f in self.dtypes]
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import hashlib
 import itertools
 import json
 import logging
@@ -26,11 +25,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simulator._version import __version__
-from simulator.engines.engine import load_engine
 from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
-from simulator.hardware.library import files_of, load_hardware
+from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.grid import Grid, Piece, read_grid
@@ -139,12 +137,12 @@ def write_sweep(
 ) -> Summary:
     """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones.
 
-    Parts of another grid, version or profile are replaced; a folder with other files is refused. ``progress`` is called
-    with configurations done and their number.
+    Parts of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into
+    the folder waits for the first. ``progress`` is called with configurations done and their number.
     """
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
-    size, own, hardware = grid.size, digest(grid), grid.hardware
+    size, own, hardware = grid.size, grid.digest(), grid.hardware
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
     if size > most:
@@ -209,20 +207,6 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
         return (about.num_rows, json.loads(own[NOTES_KEY])) if own[STAMP_KEY] == f"{grid} {index}".encode() else None
     except (OSError, ValueError, KeyError, pyarrow.ArrowException):
         return None
-
-
-def digest(grid: Grid) -> str:
-    """Return the version and a digest of all that determines a dataset: grid, models, profiles' and engines' files."""
-    sha = hashlib.sha256(json.dumps(grid.facts(), sort_keys=True, default=str).encode())
-    for name in grid.models:
-        sha.update(json.dumps(load_model(name).to_dict()).encode())
-    for device in grid.hardware:
-        for file in files_of(load_hardware(device)):
-            sha.update(file.name.encode() + b"\0" + file.read_bytes())
-    for engine in grid.engines:
-        if (path := load_engine(engine).path) is not None:
-            sha.update(path.read_bytes())
-    return f"{__version__} {sha.hexdigest()}"
 
 
 def piece_results(piece: Piece, hardware: Sequence[Any], excluded: Excluded) -> Results:
@@ -342,7 +326,7 @@ def _dask(address: str, hardware: Any) -> Workers:
             raise ValueError("tcp://HOST:PORT")
         distributed.comm.resolve_address(address)  # Client takes long for an unknown host
         client: Any = distributed.Client(address, timeout=REACH_S, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, distributed.TimeoutError) as error:
         reason = f"expected the address of a running Dask scheduler ({one_line(str(error), 200)})"
         raise InputError(f"--scheduler {address}: {reason}") from None
     with client:

@@ -21,7 +21,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
-from simulator.prediction.sweep import compute_part, digest, piece_results, write_sweep
+from simulator.prediction.sweep import compute_part, piece_results, write_sweep
 from simulator.pruning import prune
 from simulator.uncertainty.operators import gemm_time
 
@@ -63,8 +63,8 @@ def test_configurations_of_a_sweep_as_parquet(benchmark: Any, floor: Floor) -> N
     pytest.importorskip("pyarrow")
     g = grid(100_000)
     scenario, prunings = piece = next(g.pieces())
-    compute_part(g.hardware, piece, digest(g), 0)
-    benchmark(compute_part, g.hardware, piece, digest(g), 0)
+    compute_part(g.hardware, piece, g.digest(), 0)
+    benchmark(compute_part, g.hardware, piece, g.digest(), 0)
     rows = len(scenario.shapes) * len(prunings) * len(g.hardware)
     floor("microseconds a configuration, as Parquet", 1e6 * benchmark.stats["min"] / rows, 20.0, False)
 

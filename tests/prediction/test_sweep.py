@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -28,7 +29,7 @@ from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import COLUMNS, Result
-from simulator.prediction.sweep import Summary, digest, sweep_results, write_sweep
+from simulator.prediction.sweep import Summary, sweep_results, write_sweep
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
 
@@ -273,6 +274,13 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"old.parquet", "mine", "notes.txt"}
 
 
+def test_a_second_sweep_into_a_folder_waits_for_the_first(tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        second: list[Future[Summary]] = []
+        write_sweep(PARTS, tmp_path, progress=lambda *_: second.append(pool.submit(write_sweep, PARTS, tmp_path)))
+        assert [done.result().resumed for done in second] == [4] * 4
+
+
 def test_a_part_that_changes_during_the_sweep_is_an_error(tmp_path: Path) -> None:
     def spoil(done: int, of: int) -> None:
         (tmp_path / "rows" / "part-00000000.parquet").write_bytes(b"")
@@ -305,10 +313,10 @@ def test_the_digest_follows_the_profile(tmp_path: Path) -> None:
     profile = tmp_path / "mine.yaml"
     save_hardware(load_hardware("h100_sxm"), profile)
     grid = replace(ONE, hardware=(str(profile),))
-    first = digest(grid)
-    assert first == digest(grid)
+    first = grid.digest()
+    assert first == grid.digest()
     profile.write_text(profile.read_text() + "\n# changed\n")
-    assert digest(grid) != first
+    assert grid.digest() != first
 
 
 GOOD = {
@@ -424,9 +432,9 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
     assert (grid.size, grid.families, grid.sparsities) == (6, (), ())
     found = sweep_results(grid)
     assert plain(found.columns["prune"]).tolist() == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
-    before = digest(grid)
+    before = grid.digest()
     plan.write_text("layers:\n  0-7: width mlp=0.25\n")
-    assert digest(read_grid(tmp_path / "grid.yaml")) != before  # the content of a plan counts
+    assert read_grid(tmp_path / "grid.yaml").digest() != before  # the content of a plan counts
     frame = simulator.sweep(tmp_path / "grid.yaml", tmp_path / "rows")
     again = simulator.sweep(read_grid(tmp_path / "grid.yaml"))
     assert frame["speedup"].tolist() == pytest.approx(again["speedup"].tolist())
