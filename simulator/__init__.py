@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simulator.models.lower import lower
     from simulator.plans.costs import Costs, costs
     from simulator.plans.search import Plan, search
-    from simulator.plans.targets import Targets
+    from simulator.plans.solve import Targets
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
     from simulator.prediction.service import serve
@@ -60,7 +60,7 @@ _HOME = {
     "costs": "plans.costs",
     "Plan": "plans.search",
     "search": "plans.search",
-    "Targets": "plans.targets",
+    "Targets": "plans.solve",
     "predict": "prediction.table",
     "prune": "pruning",
     "Result": "prediction.result",

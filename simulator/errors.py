@@ -68,8 +68,8 @@ def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:
     """Return the error for a missing package of an optional extra; extras are installed from a checkout.
 
-    >>> print(needs_extra("the page", "explore", "dash"))
-    the page needs the extra "explore" (dash is not installed): in the checkout of prunesim, pip install -e ".[explore]"
+    >>> print(needs_extra("a table", "tables", "pandas"))
+    a table needs the extra "tables" (pandas is not installed): in the checkout of prunesim, pip install -e ".[tables]"
     """
     install = f'pip install -e ".[{extra}]"{more}'
     return InputError(

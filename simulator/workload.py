@@ -21,7 +21,6 @@ from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
 from simulator.arrays import Array
 from simulator.columns import Table, column
 from simulator.counts import attention_pairs, delta_bytes, delta_state_bytes, spmv_bytes
-from simulator.display import table_html
 from simulator.errors import InputError
 from simulator.request import NO_REQUEST, Meta
 from simulator.routing import experts_touched
@@ -264,11 +263,6 @@ class Workload(Table):
         """Return columns with names instead of codes, and FLOPs and bytes."""
         held = {name: np.array([one.name.lower() for one in of])[getattr(self, name)] for name, of in _ENUMS.items()}
         return {**super()._columns(), **held, "flops": self.flops, "bytes": self.bytes}
-
-    def _html(self) -> str:
-        columns = self._columns()
-        names = "role layers count m n k kv_len heads kernel density flops bytes"
-        return table_html({name: columns[name] for name in names.split()})
 
     def is_role(self, *names: str) -> Array:
         """Return a mask of the rows with one of the roles ``names``, of :data:`ROLES`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job of a shell without job control: programs inherit it
@@ -20,6 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait
 # a hundred programs are started, and two workers read the tests: each would compile every module again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# the same examples in every run; --hypothesis-profile=thorough draws others, and many
+settings.register_profile("few", deadline=None, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 @pytest.fixture(scope="session", autouse=True)

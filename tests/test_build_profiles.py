@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from operator_times import prefill_time
 
-import calibration.build_profiles as shipped
-from calibration.build_profiles import RECIPES, available, build, main, make, rounded, tables_of
-from calibration.fit.profile import ProfileFit
+from calibration.build_profiles import RECIPES, available, build, main, tables_of
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
-from calibration.measurements.wheel import datasheet
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.hardware.sections import Provenance, Section
 from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"
-B200 = datasheet("b200_sxm")
 
 
 def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with_each_stack() -> None:
@@ -52,52 +46,6 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
     assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
 
 
-@pytest.mark.quick
-def test_bad_commands_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = tmp_path / "some.whl"
-    bad.write_bytes(b"PK")
-    for arguments, said in (
-        (["a100.trtllm"], "stack file 'a100.trtllm' is unknown"),
-        (["--workers", "0"], "--workers: expected 1 or more, got 0"),
-        (["h100_sxm.vllm", "--workers", "1"], "its tables do not ship"),
-        (["h100_sxm.vllm", "--wheel", str(bad)], "expected the wheel of aiconfigurator-core 0.12.0"),
-    ):
-        assert main([*arguments, "-o", str(tmp_path)], report=lambda _: None) == 2
-        error = capsys.readouterr().err
-        assert said in error
-        assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [bad]
-
-
-def planted(operator: str, scale: float) -> Section:
-    """A calibrated section with the constants that are assumed."""
-    constants = {n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()}
-    about = Provenance(operator, "0" * 64, "2026-11-25", "SGLang", "NVIDIA B200", "graph", 100)
-    return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
-
-
-@pytest.mark.quick
-def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
-    before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
-    fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
-    monkeypatch.setattr(shipped, "build", lambda *_: fit)
-    monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
-    lines = make("b200_sxm.sglang", tmp_path)
-    assert "b200_sxm.sglang attention_decode bf16: kept, its rows are in the wheel" in lines
-    assert "b200_sxm.sglang: a note" in lines
-    copy = tmp_path / "b200_sxm.yaml"
-    copy.write_bytes((profiles_folder() / copy.name).read_bytes())
-    again = load_hardware(copy).stacks["sglang"]
-    assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
-    assert again[decode].provenance == before[decode].provenance
-    monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
-    assert any(
-        "no section kept, because the earlier file cannot be read" in line for line in make("b200_sxm.sglang", tmp_path)
-    )
-    assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
-
-
 def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
@@ -107,16 +55,6 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
     assert main([NAME, "--operator", "experts_", "-o", str(tmp_path)]) == 2
     assert "operator 'experts_' is unknown" in capsys.readouterr().err
-
-
-@pytest.mark.quick
-def test_sections_are_round() -> None:
-    own = planted("gemm", 0.123456)
-    once = rounded(replace(own, arrays={"values": np.array([[0.123456789]])}))
-    assert (once.section_scale, once.accuracy["mape"]) == (0.123, 0.03333)
-    assert once.arrays["values"] == np.float32(0.1235)
-    noisy = {name: replace(c, value=c.value * (1 + 1e-12)) for name, c in once.constants.items()}
-    assert rounded(replace(once, constants=noisy)).constants == once.constants
 
 
 @pytest.mark.quick

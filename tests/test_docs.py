@@ -324,7 +324,7 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     assert (ROOT / "docs" / "generated" / "commands.md").read_text(encoding="utf-8") == page, made_by
     for path, command in pages.commands():
         section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]
-        options = [name for p in command.params if p.name != "help" for name in p.opts if name.startswith("--")]
+        options = [n for p in command.params if p.name != "help" and not p.hidden for n in p.opts if n.startswith("--")]
         assert "--json" in options
         assert [name for name in options if name not in section] == [], path
 

@@ -57,15 +57,7 @@ def changed(at: int, output: dict[str, Any]) -> dict[str, Any]:
             changed(0, printed("host (x0.830)\n 1,334 tokens\n")),
             "line 2 of text: expected '1,234 tokens', got '1,334 tokens'",
         ),
-        (
-            changed(0, printed("host (x0.850)\n 1,234 tokens\n")),
-            "line 1 of text: expected 'host (x0.830)', got 'host (x0.850)'",
-        ),
-        (changed(0, printed("launch (x0.830)\n 1,234 tokens\n")), "got 'launch (x0.830)'"),
-        (changed(0, printed("host (x0.830)\n")), "line 2 of text: expected '1,234 tokens', got ''"),
         (changed(1, {**TABLE, "data": {**TABLE["data"], "text/html": "<td>1.31 (1.29-1.36)</td>"}}), "(1.29-1.36)"),
-        (changed(1, {**TABLE, "data": {"text/plain": "1.31\n"}}), "got stdout, text/plain, image/png"),
-        (notebook(*SHOWN["cells"][1]["outputs"][:2]), "image/png, got stdout, text/html and text/plain"),
         (notebook(), "got no output"),
         (changed(2, picture(size=(240, 120))), "expected 200 x 120 pixels, got 240 x 120"),
         (changed(2, picture(at=60)), "picture: expected squares within 0.15 of black to white, got 0."),
@@ -76,19 +68,6 @@ def test_a_difference_is_told_in_one_line(now: dict[str, Any], told: str) -> Non
     assert line.startswith("cell 2")
     assert told in line
     assert "\n" not in line
-
-
-def test_what_another_machine_draws_and_rounds_otherwise_passes() -> None:
-    now = changed(0, printed("host  (x0.8301)\n 1,235 tokens\n"))
-    now["cells"][1]["outputs"][1]["data"] = {"text/plain": "1.3101\n", "text/html": "<td>1.31 (1.29-1.33)</td>"}
-    now["cells"][1]["outputs"][2] = picture(at=41, size=(202, 121))
-    assert list(run.differences(SHOWN, now)) == []
-
-
-def test_fitted_numbers_may_differ_by_more() -> None:
-    shown, now = (notebook(printed(f"t0 {value} us"), tags=("fitted",)) for value in ("2.91", "2.95"))
-    assert list(run.differences(shown, now)) == []
-    assert len(list(run.differences(shown, notebook(printed("t0 3.2 us"))))) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,12 +82,6 @@ def test_fitted_numbers_may_differ_by_more() -> None:
 def test_what_no_notebook_may_show(output: dict[str, Any], told: str) -> None:
     (line,) = run.faults(notebook(output))
     assert told in line
-
-
-def test_a_picture_is_stored_small_and_looks_the_same() -> None:
-    small = picture()
-    small["data"]["image/png"] = run.smaller(small["data"]["image/png"])
-    assert list(run.differences(notebook(picture()), notebook(small))) == []
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -6,9 +6,7 @@ Links between pages are checked in ``test_docs.py``.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,18 +14,13 @@ from typing import Any
 
 import pytest
 
-import calibration
-import simulator
-
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (simulator, calibration)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = {"torch", "triton", "pynvml", "dash", "plotly", "werkzeug", "flask", "pandas", "pyarrow"}
+OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
 """Packages without which some modules cannot be imported; references in and to those are then not checked."""
 
-ROLE = re.compile(r":(?:func|class|mod|data|meth|attr|exc|obj):`~?([\w.]+)`")
 DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")
 QUOTED = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
 PLACEHOLDER = re.compile("NAME|STACK|FAMILY|FOLDER")
@@ -67,25 +60,6 @@ def resolves(target: str, home: ModuleType | None = None) -> bool:
         if (module := imported(".".join(names[:cut]))) is not None:
             return follows(module, names[cut:])
     return False
-
-
-def modules() -> Iterator[str]:
-    for package in PACKAGES:
-        yield package.__name__
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
-                yield found.name
-
-
-@pytest.mark.parametrize("name", list(modules()))
-def test_references_of_a_module_resolve(name: str) -> None:
-    module = imported(name)
-    assert module is not None
-    assert module.__file__ is not None
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    roles = {target for target in ROLE.findall(text) if not resolves(target, module)}
-    dotted = {target for target in DOTTED.findall(text) if not resolves(target)}
-    assert roles | dotted == set()
 
 
 def exists(path: str, page: Path) -> bool:

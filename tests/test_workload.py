@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.counts import attention_pairs
-from simulator.request import Meta
-from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code, role_code
+from simulator.workload import Kernel, Kind, Workload
 
 pytestmark = pytest.mark.quick
 
@@ -45,27 +44,3 @@ def test_flops_and_bytes_of_each_kind() -> None:
     prefill = 2 * (2 * 2 * 2 * 4 * 8 + 2 * 2 * 6 * 4 * 8)
     decode = 2 * (2 * 2 * 2 * 9 * 8 + 2 * 2 * 6 * 1 * 8)
     assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
-
-
-def test_columns_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown columns \\['rows'\\]"):
-        Workload.from_columns(rows=3)
-    good = Workload.from_columns(m=[1, 2])
-    with pytest.raises(ValueError, match="column n: expected shape \\(2,\\), got \\(3,\\)"):
-        Workload(**{**{name: getattr(good, name) for name in Workload.SCHEMA}, "n": np.ones(3, np.int64)})
-    with pytest.raises(ValueError, match="read-only"):
-        good.m[0] = 5
-    with pytest.raises(ValueError, match="unknown columns \\['rows'\\]"):
-        good.replace(rows=3)
-    with pytest.raises(ValueError, match="role 'query' is unknown"):
-        Workload.from_rows([{"role": "query"}])
-    assert good == good.replace(m=[1, 2]) == good.take(np.array([True, True]))
-    assert good != good.replace(m=3)
-    assert good != good.replace(meta=Meta("other"))
-    with pytest.raises(ValueError, match="bf17"):
-        dtype_code("bf17")
-
-
-def test_codes_and_names_agree() -> None:
-    assert [ROLES[c] for c in role_code(*ROLES)] == list(ROLES)
-    assert [dtype_code(name) for name in DTYPES] == list(range(len(DTYPES)))

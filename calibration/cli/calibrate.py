@@ -20,8 +20,8 @@ from calibration.cli.measure import (
     finish,
     measured,
     outcome_row,
+    seconds,
 )
-from calibration.cli.rows import seconds
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE
@@ -34,6 +34,7 @@ DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; hos
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
 Family = Annotated[str, opt("--family", "LIST", "With --for: pruning families.")]
 Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")]
+MeasureOnly = Annotated[bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")]
 Quick = Annotated[bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")]
 
 
@@ -50,6 +51,7 @@ def command(
     sparsity: Sparsity = "0.25,0.5",
     hardware: Hardware = "",
     quick: Quick = False,
+    measure_only: MeasureOnly = False,
     threads: Threads = None,
     seed: Seed = 0,
     json: options.Json = False,
@@ -60,8 +62,10 @@ def command(
     Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline. The
     exit status is 1 if not: larger errors than the roofline's, too few held-out shapes, or a busy machine.
     Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. Use the profile as --hardware of other
-    commands. Run the command again to resume a stopped run. DEVICE host takes a few seconds; it measures only the
-    host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and updates --hardware.
+    commands. Every record is on the disk before the next measurement: run the command again to resume a stopped run. A
+    folder of another device, driver, number format or number of threads is an error. DEVICE host takes a few seconds;
+    it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
+    updates --hardware.
     """
     from calibration.fit.local_update import Updated
     from calibration.runners.runs import fit_run, measure_into
@@ -69,6 +73,8 @@ def command(
     from calibration.validation.verdict import of_calibration
 
     budget_s = seconds("--budget", budget)
+    if measure_only and (quick or device == "host"):
+        raise InputError("--measure-only: expected no --quick and no DEVICE host with it")
     if device == "host":
         if model:
             raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
@@ -91,8 +97,12 @@ def command(
 
     how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
     found = measured(device, output, measure_into, threads, **how, targets=targets, quick=quick)
-    if not found.outcome.complete:
+    if measure_only and render.Output(json).write([outcome_row(found)]):
+        print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
+    if measure_only or not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
+    if measure_only:
+        return
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibration.cli.rows import RecordsArgument, load_rows
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
-    from calibration.validation.verdict import Judgement
 
 # fmt: off
 Output = Annotated[
     str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
 ]
 Base = Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")]
+Map = Annotated[
+    list[str] | None,
+    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
+]
+DeviceName = Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
 Prior = Annotated[
     str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
@@ -35,6 +39,8 @@ def command(
     records: RecordsArgument,
     output: Output,
     hardware: Base,
+    column_map: Map = None,
+    device: DeviceName = "",
     dtype: DtypeOnly = None,
     prior: Prior = None,
     anchor: Anchor = False,
@@ -46,10 +52,12 @@ def command(
     Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before and after the update.
     The exit status is 1 if not: larger errors than a datasheet roofline's, too few rows, or a busy machine.
     Each operator and number format is fitted separately; operators without records keep their section of --hardware.
-    Held-out rows are excluded. Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is
-    fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
-    on this machine.
+    RECORDS are run folders and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows that cannot be
+    right (no time, faster than the datasheet allows) are refused and counted by reason. Held-out rows are excluded.
+    Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is fitted: the rows, of any
+    operators, shift all predictions together and narrow their intervals. Prints their effects on this machine.
     """
+    from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.exact_shapes import without_exact
     from calibration.validation.validate import validate
@@ -64,32 +72,31 @@ def command(
     if anchor and prior:
         raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
-    rows, notes = load_rows(records, base, screened=not anchor)
-    if anchor:
-        from calibration.fit.local_update import as_row, update_profile
-
-        done = update_profile(base, rows, dtype=dtype)
-        save_hardware(done.profile, output)
-        judged = of_update(done, output, base.name)
-        if render.Output(json).write([judged.as_row() | as_row(done)]):
-            render.conclude(*judged.sentences)
-            show_update(done)
-        _finish((*done.notes, *notes), judged, verbose)
-        return
-    prior_profile = load_hardware(prior) if prior else None
-    with render.progress("fitting") as report:
-        fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
+    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
+    rows, notes = load_rows(records, base, column_map=mapping, device=device, screened=not anchor)
+    try:
+        if anchor:
+            fit: Updated | ProfileFit = update_profile(base, rows, dtype=dtype)
+        else:
+            prior_profile = load_hardware(prior) if prior else None
+            with render.progress("fitting") as report:
+                fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
+    except InputError:
+        render.notes(notes, verbose)  # refused rows may be the reason
+        raise
     save_hardware(fit.profile, output)
-    judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
-    if render.Output(json).write([judged.as_row() | part_row(part) for part in fit.parts]):
+    if isinstance(fit, Updated):
+        judged = of_update(fit, output, base.name)
+        found = [judged.as_row() | as_row(fit)]
+        fit_notes = fit.notes
+    else:
+        judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
+        found = [judged.as_row() | part_row(part) for part in fit.parts]
+        fit_notes = (*fit.notes, *fixed_notes(fit))
+    if render.Output(json).write(found):
         render.conclude(*judged.sentences)
-        show_fit(fit)
-    _finish((*fit.notes, *notes, *fixed_notes(fit)), judged, verbose)
-
-
-def _finish(notes: tuple[str, ...], judged: Judgement, verbose: bool) -> None:
-    """Print notes; exit with the status of a judgement."""
-    render.notes(notes, verbose)
+        show_update(fit) if isinstance(fit, Updated) else show_fit(fit)
+    render.notes((*notes, *fit_notes), verbose)
     if judged.status:
         raise typer.Exit(judged.status)
 

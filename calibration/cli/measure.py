@@ -1,7 +1,10 @@
-"""``prunesim measure``: time operators on a device into a run folder."""
+"""Measure a device into a run folder: the options and steps that several commands share."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.restart import restart_if_needed
-from calibration.cli.rows import seconds
-from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli import render
+from simulator.cli.options import opt
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
+    from calibration.runners.compare import ComparedCases
     from calibration.runners.runs import MeasuredRun
 
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
+RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
+_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
 Budget = Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of the run.")]
@@ -31,39 +36,10 @@ Threads = Annotated[
 Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
 
 
-def command(
-    device: DeviceName,
-    output: Folder,
-    budget: Budget = "10min",
-    dtype: Dtype = "bf16",
-    hardware: Hardware = "",
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Measure a device.
-
-    Every record is on the disk before the next measurement, so a killed run loses nothing; run the command again to
-    resume. A folder of another device, driver, number format or number of threads is an error. prunesim fit reads the
-    records of one or several runs.
-    """
-    from calibration.runners.runs import measure_into
-
-    budget_s = seconds("--budget", budget)
-
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
-    found = measured(device, output, measure_into, threads, **how)
-    if render.Output(json).write([outcome_row(found)]):
-        print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
-    finish(found.outcome, verbose=verbose)
-
-
 def measured(
     device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
 ) -> MeasuredRun:
-    """Open a device (a CPU with ``threads``), measure it into a folder (``how``: options of ``measure``), show the
-    progress, close the device."""
+    """Open a device, measure it into a folder with progress, and close it; ``how`` are options of ``measure``."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
@@ -106,3 +82,41 @@ def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -
     render.notes((*stopped, *notes, *outcome.problems), verbose)
     if stopped:
         raise typer.Exit(130 if outcome.stopped == "interrupted" else 1)
+
+
+def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
+    """Restart this program if a run needs a new process; the device and its records must be closed.
+
+    A failed capture of a CUDA graph spoils its process. The new process takes its place (``exec``), which frees the
+    memory of the GPU at once, and resumes from the records. Another program, such as a notebook, is not restarted.
+    """
+    script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
+    ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
+    count = int(done) if done.isdecimal() else MOST_RESTARTS
+    if not outcome.needs_new_process or count >= MOST_RESTARTS or not ours:
+        return
+    note(f"{outcome.stopped}; resuming in a new process")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ[RESTARTS] = str(count + 1)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_program(path: str) -> bool:
+    """Whether a script is the command prunesim: installed, or run as ``python -m simulator.cli``."""
+    return Path(path).stem == "prunesim" or Path(path).parts[-3:] == ("simulator", "cli", "__main__.py")
+
+
+def seconds(option: str, text: str) -> float:
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds.
+
+    >>> seconds("--budget", "2min"), seconds("--budget", "90"), seconds("--budget", "1.5 h")
+    (120.0, 90.0, 5400.0)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or (match[2] or "s") not in _SECONDS:
+        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
+    value = float(match[1]) * _SECONDS[match[2] or "s"]
+    if value <= 0.0:
+        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
+    return value

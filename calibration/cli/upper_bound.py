@@ -10,9 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import Budget, Dtype, Folder, Hardware, Seed, Threads, describe, finish
-from calibration.cli.restart import restart_if_needed
-from calibration.cli.rows import seconds
+from calibration.cli.measure import (
+    Budget,
+    Dtype,
+    Folder,
+    Hardware,
+    Seed,
+    Threads,
+    describe,
+    finish,
+    restart_if_needed,
+    seconds,
+)
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.cli.parsing import fractions, integers, names

@@ -36,7 +36,7 @@ POWER_CAP = "sw_power_cap"
 
 # Reasons to repeat a sample. The software power cap is not a reason: a data-centre GPU is at its power limit in every
 # long GEMM, so that state is part of the measurement, and a repeat would have it too. It counts nevertheless:
-# calibration.records.stored_timings flags rows that the cap slowed down.
+# calibration.records.store flags rows that the cap slowed down.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )

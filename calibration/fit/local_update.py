@@ -21,8 +21,7 @@ from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, withou
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
 from calibration.records.exact_shapes import with_exact, without_exact
-from calibration.records.methods import one_method
-from calibration.records.screening import too_fast
+from calibration.records.screening import one_method, too_fast
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError

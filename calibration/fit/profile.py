@@ -27,7 +27,7 @@ from calibration.fit.limits import within_ranges
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact_shapes import with_exact
-from calibration.records.methods import one_method
+from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.cost.base import Machine
 from simulator.cost.collective import COLLECTIVES, Messages
@@ -153,6 +153,7 @@ REMEDIES: Mapping[Flag, str] = MappingProxyType(
         Flag.NOISY: "measure longer, on an idle machine",
         Flag.DRIFT: "measure on an idle machine with steady clocks",
         Flag.CONFLICT: "measure these shapes again",
+        Flag.WAITED: "measure on an idle machine",
         Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
     }
 )

@@ -20,7 +20,7 @@ A record is a JSON-ready mapping:
                      ``samples_s`` and ``warmup_s`` (raw, untrimmed), ``loops``
 ``method``           how launches were timed and kept cold
 ``before, after``    telemetry; a GPU's is read under load, ``after`` during the samples
-``visit``            round of the plan, from 0; the fastest counts (``calibration.records.stored_timings``)
+``visit``            round of the plan, from 0; the fastest counts (``calibration.records.store``)
 ``attempts``         number of measurements; ``throttled_samples`` were discarded because of throttling
 ``waited``           share of the time in which this process waited for a CPU, where the system counts it
 ``block``            number of the last drift check before this record
@@ -42,7 +42,7 @@ from calibration.measure.interrupt import Interrupt, Interrupted
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
 from calibration.measure.probe import default_protocol
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.records.stored_timings import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
+from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
 SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
 

@@ -7,7 +7,7 @@ table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLa
 FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
 
 Gated delta nets have no table: their files hold nine different rows (``tests/cost/test_delta_net.py``). Rows of experts
-are single products, without activation and permutation (:mod:`calibration.records.grouped_products`).
+are single products, without activation and permutation (:mod:`calibration.records.readers`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from calibration.measurements.wheel import CHOICES, SelectedTable, datasheet, exclude
-from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
 from calibration.records.importers import finish
-from calibration.records.readers import Draft
+from calibration.records.readers import GROUPED_SHAPE, Draft, read_grouped
 from calibration.records.screening import Refusals, Screen
 from calibration.records.timing_table import Flag, Records, Source
 from simulator.arrays import Array

@@ -1,8 +1,5 @@
-"""Convert records of exact shapes to the arrays of a profile, with an interval of each time.
-
-Use :func:`with_exact` to add the records with purpose ``exact`` to a profile; :func:`exact_arrays` returns only the
-arrays. :mod:`simulator.cost.measured_shapes` defines their format.
-"""
+"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.cost.measured_shapes`), with an interval
+of each time."""
 
 from __future__ import annotations
 
@@ -25,11 +22,7 @@ _Z90, _Z95 = 1.6449, 1.9600
 
 
 def repeatability(records: Records) -> float:
-    """Return the standard deviation of the log time of a repeated measurement, from the drift checks.
-
-    It is computed from the median absolute deviation, which one burst of load does not change. It is
-    :data:`UNKNOWN_REPEAT` for fewer than three drift checks.
-    """
+    """Return the standard deviation of the log time of a repeated measurement, from three or more drift checks."""
     checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
     group = checks.groups()
     deviations: list[float] = []
@@ -37,14 +30,14 @@ def repeatability(records: Records) -> float:
         times = np.log(checks.seconds[group == g])
         if len(times) >= 3:
             deviations.extend(np.abs(times - np.median(times)))
+    # the median absolute deviation, which one burst of load does not change
     return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
 
 
 def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact",)) -> dict[str, Array]:
-    """Return measured cold dense GEMMs of one number format (activations and weights) as arrays of a section.
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section.
 
-    A shape measured several times gets the median and an interval that contains its times. Throttled rows are excluded.
-    Drift checks among the records determine the repeatability. The result is empty if there is no such row.
+    A shape measured several times gets the median and an interval that contains its times.
 
     >>> from calibration.records.timing_table import Source
     >>> times = {"seconds": [1e-6, 1.02e-6], "spread": 0.01, "purpose": "exact"}
@@ -75,10 +68,7 @@ def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact
 
 
 def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
-    """Return a profile with the measured exact shapes of the records; the same profile if there are none.
-
-    Only calibrated GEMM sections take shapes, each of its number format, because the provenance must name their stack.
-    """
+    """Return a profile with the measured exact shapes of the records in its calibrated GEMM sections."""
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
         fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
@@ -97,7 +87,6 @@ def without_exact(profile: HardwareProfile) -> HardwareProfile:
 
 
 def _others(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the arrays of a section except exact shapes."""
     return {name: values for name, values in arrays.items() if name not in NAMES}
 
 

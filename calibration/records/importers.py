@@ -1,9 +1,7 @@
 """Import published tables as records; refuse invalid rows and count them by reason.
 
-:func:`import_table` recognises four formats. *aiconfigurator*: the Parquet tables of the package aiconfigurator-core.
-*measured*: CSV files with the columns ``gpu, dtype, op, ..., latency_us, source, note``. *csv*: any other CSV with a
-header; ``column_map`` names its columns. *records*: tables and stores of this program. A file without a usable row is
-an error.
+:func:`import_table` reads the Parquet tables of aiconfigurator-core, CSV files with the columns ``gpu, dtype, op, ...,
+latency_us, source, note`` or with columns that ``column_map`` names, and tables and stores of this program.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ import numpy as np
 from calibration.records.parquet import is_records, read_records
 from calibration.records.readers import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
-from calibration.records.store import MARK, parse
-from calibration.records.stored_timings import content_records, untimed
+from calibration.records.store import MARK, content_records, parse, untimed
 from calibration.records.timing_table import COUNTS, NEEDED, Records
 from simulator.arrays import Array
 from simulator.cost.experts import POWER
@@ -53,23 +50,9 @@ def import_table(
 ) -> ImportResult:
     """Read a published table: a ``.parquet``, ``.csv`` or ``.jsonl`` file, or ``content`` out of an archive.
 
-    Parameters
-    ----------
-    hw : HardwareProfile, optional
-        Device of the table. Rows faster than its datasheet allows are refused; its L2 gives the rotated copies.
-    dtype : str, optional
-        Number format to keep, as :meth:`Records.labels` names it, or ``all``; required if there are several.
-    column_map : mapping of str to str, optional
-        For ``csv``: column name of this program to that of the file (``{"m": "M", "latency_us": "time"}``).
-    device : str
-        For ``csv``: the measured device, if the file does not name it.
-    screened : bool
-        Whether rows faster than the datasheet allows are refused.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, lacks a column, mixes number formats without ``dtype``, or has no usable row.
+    Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. ``dtype`` is the number format to keep
+    or ``all``, required if there are several. For a CSV, ``column_map`` maps names here to names in the file
+    (``{"m": "M", "latency_us": "time"}``), and ``device`` is the measured device. InputError without a usable row.
     """
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
@@ -78,7 +61,6 @@ def import_table(
 
 
 def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, device: str) -> Draft:
-    """Read a file with the reader of its format, which its first bytes or columns identify."""
     digest = hashlib.sha256(content).hexdigest()
     if content.startswith(MARK):
         stored = parse(content, str(path))
@@ -105,7 +87,7 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
 def finish(
     draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str | None, screened: bool = True
 ) -> ImportResult:
-    """Return the valid rows of a draft as records; ``label`` names the file, as in :func:`import_table` otherwise."""
+    """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}

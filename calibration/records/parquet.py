@@ -1,8 +1,5 @@
-"""Tables of records as Parquet files.
-
-:func:`write_records` stores all of a :class:`~calibration.records.timing_table.Records`; :func:`read_records` restores
-it. Constant columns become metadata, and integers take the smallest type that holds them: 36,000 GEMMs take 150 kB.
-"""
+"""Tables of records as Parquet files. Constant columns become metadata, and integers take the smallest type that holds
+them: 36,000 GEMMs take 150 kB."""
 
 from __future__ import annotations
 
@@ -14,24 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from calibration.records.timing_table import LATER, Records, Source
+from calibration.records.timing_table import LATER, Flag, Records, Source
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded
-from simulator.files.write import write_whole
 
 SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
 
 
-def write_records(
-    records: Records, path: str | Path | None = None, *, extra: Mapping[str, Any] | None = None, single: bool = False
-) -> bytes:
-    """Return a table as the bytes of a Parquet file (zstd); write them to ``path`` if given.
+def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
+    """Return a table as the bytes of a Parquet file.
 
-    ``extra`` is JSON-ready metadata of the file. ``single`` stores times as float32, for shipped tables: the relative
-    rounding of 6e-8 is far below the noise of any clock.
+    ``extra`` is JSON-ready metadata. ``single`` stores times as float32, for shipped tables: its rounding of 6e-8 is
+    far below the noise of any clock.
     """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
@@ -60,10 +54,7 @@ def write_records(
         compression="zstd",
         compression_level=19,
     )
-    content = buffer.getvalue()
-    if path is not None:
-        write_whole(path, content)
-    return content
+    return buffer.getvalue()
 
 
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:
@@ -74,9 +65,13 @@ def read_records(path: str | Path | bytes, label: str = "table") -> Records:
     try:
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
-        return Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
+        found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
+    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
+    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
+    old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
+    return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
 
 
 def is_records(content: bytes) -> bool:
@@ -89,7 +84,6 @@ def is_records(content: bytes) -> bool:
 
 
 def _narrow(values: Array) -> type:
-    """Return the smallest type that holds a column exactly."""
     if values.dtype.kind not in "iu":
         return values.dtype.type
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
@@ -98,9 +92,8 @@ def _narrow(values: Array) -> type:
 
 
 def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
-    """Return the checked metadata of a file."""
     if not metadata or _KEY not in metadata:
-        raise InputError(f"{label}: not a table of records by prunesim; use `prunesim import` for other tables")
+        raise InputError(f"{label}: not a table of records by prunesim")
     damaged = f"{label}: damaged table of records: its metadata"
     try:
         head: Any = json.loads(metadata[_KEY])

@@ -1,7 +1,4 @@
-"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks.
-
-Each reader knows one format: the meaning and units of its columns, how times were measured, and unreliable collections.
-"""
+"""Read published tables: convert a file's columns to a :class:`Draft`, whose rows ``importers`` checks."""
 
 from __future__ import annotations
 
@@ -11,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
-from calibration.records.aiconfigurator_experts import EXPERTS_SHAPE, read_experts
-from calibration.records.conversion import MOST, conversion_s
 from calibration.records.screening import Screen
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
-from simulator.arrays import Array
+from simulator.arrays import Array, FloatArray
+from simulator.cost.experts import PARTS
 from simulator.errors import InputError, one_line, unknown
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
 
 RawColumns = Mapping[str, Array]
 
 TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
-"""Names of a column of times, with the unit in seconds."""
-
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
@@ -84,14 +79,12 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts.
+    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
 
-    Its times are milliseconds. A context row has ``isl`` new positions over ``step`` cached positions; a generation row
-    has one new position over ``step``. MLA's tables give only the heads: in a context row a key has 192 features and a
-    value 128; a generation row reads the latent cache. (SGLang's collector passes keys of one head to its kernels; on
-    other devices than the B200 it times the path of a decode, which prompts do not take.) A collective's
-    ``message_size`` counts elements per device: before an all-reduce, reduce-scatter or all-to-all; after an
-    all-gather.
+    A context row has ``isl`` new positions over ``step`` cached ones, a generation row one over ``step``. MLA's tables
+    give only the heads. SGLang's collector passes keys of one head to its MLA kernels; except on the B200 it times the
+    path of a decode, which prompts do not take. A collective's ``message_size`` counts elements per device: before an
+    all-reduce, reduce-scatter or all-to-all; after an all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
@@ -99,11 +92,8 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
         if name not in _AIC_OPERATORS:
             raise unknown(f"{path}: op_name", str(name), _AIC_OPERATORS)
     kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
-    gemm = kind == "gemm"
-    collective = kind == "collective"
-    experts = kind == "experts"
-    mla = kind in _AIC_LATENT
-    shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": EXPERTS_SHAPE}
+    gemm, collective, experts, mla = kind == "gemm", kind == "collective", kind == "experts", kind in _AIC_LATENT
+    shapes = {"gemm": _AIC_GEMM, "collective": _AIC_COLLECTIVE, "experts": _AIC_EXPERTS}
     _need(table, shapes.get(kind, _AIC_MLA if mla else _AIC_ATTENTION), path)
     size = len(table["latency"])
     screen = Screen(size)
@@ -126,7 +116,7 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
         columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}  # every replay sends the same buffer
         formats = (table[of],) * 2
     elif experts:
-        columns |= read_experts(table, kernel, screen)
+        columns |= _experts(table, kernel, screen)
         formats = (table["moe_dtype"],) * 2
     else:
         step, isl = _number(table["step"]), _number(table["isl"])
@@ -164,20 +154,135 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
         screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
     origin = "/".join(path.parts[-5:])  # names the collection: system/operator/backend/version/file
-    sources = tuple(
-        Source(
-            device=device,
-            stack={name: version},
-            kernel=implementation,
-            method=AICONFIGURATOR_METHOD,
-            origin=origin,
-            digest=digest,
-            licence="Apache-2.0",
-        )
-        for device, name, version, implementation in kinds
-    )
+    same = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
+    sources = tuple(Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds)
     still = gemm and bool((np.char.upper(keys[:, 1]) == "VLLM").any())
     return Draft(columns, sources, screen, rotated=gemm, still=still)
+
+
+_AIC_EXPERTS = (
+    *("moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
+    "distribution",
+)
+
+# (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's tables mark them
+# (``nongated``); other tables do not, and their times would need 1.5 times the memory's bandwidth
+_NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
+SLOW = 2.0  # largest plausible factor between a time and the times of the same experts at other widths or loads
+MANY = 0.3  # share of slow times above which a whole configuration counts as an untuned kernel
+
+
+def _experts(table: Mapping[str, Array], kernel: Array, screen: Screen) -> dict[str, Array]:
+    """Return columns of experts, timed together on one device with the movement of tokens, without the router.
+
+    Tokens are distributed uniformly or by a power law. ``moe_tp_size`` divides the width of every expert. Rows of
+    several devices (``moe_ep_size``) and unreliable rows are refused.
+    """
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
+    law = np.asarray(table["distribution"]).astype(str)
+    known, which = np.unique(law, return_inverse=True)
+    power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
+    skew = np.array(power)[which.reshape(-1)]
+    screen.refuse(np.isnan(skew), "tokens distributed by another rule")
+    screen.refuse(parallel != 1, "experts shared among devices: most tokens use no expert of this device")
+    plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
+    screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
+    columns = {"m": m, "n": inner / np.maximum(tensor, 1.0), "k": k, "experts": experts, "active": active, "skew": skew}
+    kinds = [
+        np.unique(np.asarray(c).astype(str), return_inverse=True)[1].reshape(-1) for c in (table["moe_dtype"], kernel)
+    ]
+    shape = np.stack([k, experts, active, *kinds], axis=1)
+    rows = np.flatnonzero(screen.kept & (columns["n"] % 16 == 0))
+    times = np.asarray(table["latency"], dtype=np.float64)
+    slow = np.zeros(len(m), dtype=np.bool_)
+    slow[rows] = too_slow(shape[rows], m[rows], columns["n"][rows], skew[rows], times[rows])
+    screen.refuse(slow, f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel")
+    return columns | {"copies": np.ones(len(m)), "cold": np.zeros(len(m), np.bool_)}
+
+
+def too_slow(shape: Array, m: Array, n: Array, skew: Array, seconds: Array) -> Array:
+    """Return a mask of implausibly slow rows, with all rows of a configuration that has many slow rows.
+
+    Rows of one ``shape`` and m differ in the width n and in the distribution of tokens. A wider expert takes at least
+    as long; a narrower one at least its share of that time, or half, since its weights may fit in L2.
+    """
+    if not len(m):
+        return np.zeros(0, dtype=np.bool_)
+    group = np.unique(np.column_stack([shape, m]), axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(group, kind="stable")
+    position = np.arange(len(m)) - np.searchsorted(group[order], group[order])
+    at = group[order], position
+    size = (group.max() + 1, position.max() + 1)
+    width, time = np.ones(size), np.full(size, np.inf)
+    width[at] = n[order]
+    time[at] = seconds[order]
+    wider = width[:, :, None] / width[:, None, :]
+    least = (time[:, None, :] * np.where(wider > 1.0, 2.0 * wider, 1.0)).min(axis=2)
+    slow = np.zeros(len(m), dtype=np.bool_)
+    slow[order] = time[at] > SLOW * least[at]
+    whole = np.unique(np.column_stack([shape, n, skew]), axis=0, return_inverse=True)[1].reshape(-1)
+    share = np.bincount(whole, weights=slow) / np.bincount(whole)
+    return np.asarray(slow | (share > MANY)[whole])
+
+
+# the collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels convert the 16-bit
+# activations first (collector/*/collect_gemm.py). Engines fuse this conversion or not, so a profile needs the product
+# alone. Products of few outputs in 16 bits and in the narrow format differ by the conversion, by m and k
+NARROW = 256  # output features up to which a product takes less time than the conversion of its activations
+FEW, SHORT = 16, 1024  # tokens and input features up to which the time of a conversion is that of its launches
+MOST = 0.65  # share of a row's time above which the conversion leaves too little of the product
+
+
+def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
+    """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
+
+    Without conversion, a narrow product moves and computes a ``share`` of what the product in 16 bits does, after the
+    same launch. The additional time of few tokens at large k is the main loop of one tile, not the conversion.
+
+    >>> m, n, k = np.array([[1, 8192, 1, 8192, 1, 8192], [128, 128, 128, 128, 4096, 4096], [1024] * 6])
+    >>> t = 1e-6 * np.array([3.0, 5.0, 6.0, 20.0, 7.0, 90.0])
+    >>> conversion_s(m, n, k, t, np.array([True, True, False, False, False, False]), 0.5)[2:].round(6).tolist()
+    [3e-06, 1.6e-05, 3e-06, 1.6e-05]
+    """
+    out = np.full(len(seconds), np.nan)
+    sizes = np.stack([m, n, k], axis=1).astype(np.float64)
+    few = n <= NARROW
+    both, at, other = np.intersect1d(_keys(sizes[few & ~wide]), _keys(sizes[few & wide]), return_indices=True)
+    if not len(both):
+        return out
+    launch = seconds[wide].min()
+    pair = sizes[few & ~wide][at]
+    added = seconds[few & ~wide][at] - launch - share * (seconds[few & wide][other] - launch)
+    places, group = np.unique(pair[:, [0, 2]], axis=0, return_inverse=True)
+    by_place = _medians(added, group.reshape(-1), len(places))
+    tokens, inputs = places.T
+    start = (tokens <= FEW) & (inputs <= SHORT)
+    if not start.any():
+        return out
+    widths, of_width = np.unique(inputs, return_inverse=True)
+    first = _medians(by_place[tokens <= FEW], of_width[tokens <= FEW], len(widths))
+    found = np.median(by_place[start]) + np.maximum(by_place - first[of_width], 0.0)
+    known = _keys(places)
+    rows = np.flatnonzero(~wide)
+    wanted = _keys(sizes[rows][:, [0, 2]])
+    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    out[rows] = np.where(known[place] == wanted, found[place], np.nan)
+    return out
+
+
+def _keys(columns: FloatArray) -> Array:
+    """Return a sortable key per row of whole numbers below 2^21."""
+    key = np.zeros(len(columns), dtype=np.int64)
+    for column in columns.T:
+        key = key * 2**21 + column.astype(np.int64)
+    return key
+
+
+def _medians(values: FloatArray, group: Array, count: int) -> FloatArray:
+    """Return the median of each group, NaN for empty ones."""
+    found = ndimage.labeled_comprehension(values, group, np.arange(count), np.median, np.float64, np.nan)
+    return np.asarray(found)
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
@@ -202,7 +307,7 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
-    """Return each text's name in this program, or ``bf16``."""
+    """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
     values, inverse = np.unique(text, return_inverse=True)
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
 
@@ -236,10 +341,9 @@ _KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
 
 
 def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
-    """Read a table of measured GEMMs (dense and 2:4), attention and element-wise operators, each row with a source.
+    """Read a table of measured GEMMs, attention and element-wise operators, each row with a source.
 
-    Rows of operators that are not one kernel of this program (two chained GEMMs, attention without a mask) are refused
-    by name. The column ``group`` (rows of one experiment) becomes the source's ``run``.
+    Rows of operators that are not one kernel here are refused by name. ``group`` (of one experiment) becomes the run.
     """
     _need(table, MEASURED, path)
     op = table["op"]
@@ -303,11 +407,7 @@ _SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp3
 
 
 def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
-    """Read a CSV with a header, whose columns are named as in ``Records`` or by the map.
-
-    The time is one of the columns of :data:`TIME_UNITS`, so its unit is known. Other columns are ignored and listed in
-    a note.
-    """
+    """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time contains its unit."""
     known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")] + list(TIME_UNITS)
     for name, theirs in column_map.items():
         if name not in known:
@@ -367,14 +467,14 @@ def _number(column: Array) -> Array:
     """Return a column as float64; other values become NaN, and their rows are refused later."""
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
+    return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
 
-    def one(value: Any) -> float:
-        try:
-            return float(value) if "_" not in str(value) else np.nan
-        except (TypeError, ValueError):
-            return np.nan
 
-    return np.array([one(value) for value in column.tolist()], dtype=np.float64)
+def _float(value: Any) -> float:
+    try:
+        return float(value) if "_" not in str(value) else np.nan
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
@@ -396,3 +496,42 @@ def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
     rows = [tuple(row) for row in keys.tolist()]
     index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(index), np.array([index[row] for row in rows], dtype=np.int64)
+
+
+GROUPED_SHAPE = (
+    *("num_experts", "num_local_experts", "topk", "hidden_size", "intermediate_size", "tokens_per_expert"),
+    *("up_proj_us", "down_proj_us"),
+)
+AROUND_MEAN = -0.3  # skew of the rule that distributes tokens (simulator.cost.experts.dealt_load)
+FEWEST = 4  # experts from which the number of tokens is known within 9 %, the standard deviation of what was drawn
+
+
+def read_grouped(table: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
+    """Read InferSim's products of gate and up, then of down, of a layer's experts, timed alone by DeepGEMM.
+
+    Its scripts (``kernel_benchmark/deepgemm_grouped_gemm_*.py`` of alibaba/InferSim) draw the tokens of each expert
+    from 0.7 to 1.3 times their mean, for each product anew. Times are those of a profiler, without launches, with L2
+    overwritten before each. The number of tokens is inferred from their number per expert. Few experts are refused.
+
+    >>> line = [128.0, 32.0, 8.0, 4096.0, 1536.0, 16.0, 228.7, 117.9]
+    >>> columns, screen = read_grouped({name: np.array([v]) for name, v in zip(GROUPED_SHAPE, line)})
+    >>> columns["m"].tolist(), columns["active"].tolist(), screen.kept.tolist()
+    ([256.0, 256.0], [2.0, 2.0], [True, True])
+    """
+    every, experts, top, k, n, tokens, up, down = (np.asarray(table[name], dtype=np.float64) for name in GROUPED_SHAPE)
+    once = {"m": np.rint(tokens * every / top), "n": n, "k": k, "experts": experts, "active": top * experts / every}
+    columns = {name: np.tile(column, 2) for name, column in once.items()}
+    size = 2 * len(n)
+    columns |= {
+        "operator": np.full(size, "experts", dtype=object),
+        "role": np.repeat([float(ROLES.index(name)) for name in PARTS[1:]], len(n)),
+        "dtype": np.full(size, "fp8", dtype=object),
+        "weight_dtype": np.full(size, "fp8_block", dtype=object),
+        "skew": np.full(size, AROUND_MEAN),
+        "seconds": 1e-6 * np.concatenate([up, down]),
+        "cold": np.ones(size, np.bool_),
+        "launch": np.full(size, "excluded", dtype=object),
+    }
+    screen = Screen(size)
+    screen.refuse(columns["experts"] < FEWEST, f"under {FEWEST} experts: their number of tokens was drawn")
+    return columns, screen

@@ -1,17 +1,14 @@
-"""Check imported rows: count refused rows by reason, check physical limits, join repeated shapes.
-
-A :class:`Screen` keeps the reason for each refused row of a file; :class:`Refusals` reports them.
-:func:`least_seconds` is the physical limit of a time, caches included.
-"""
+"""Check rows: refuse them by reason, check physical limits, join repeated shapes, keep one measuring method."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibration.records.timing_table import Flag, Records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records
 from simulator.arrays import Array
 from simulator.counts import attention_pairs
 from simulator.hardware.profile import HardwareProfile
@@ -41,7 +38,6 @@ class Refusals(Mapping[str, int]):
 
     @property
     def total(self) -> int:
-        """Number of refused rows."""
         return sum(self.values())
 
     def lines(self) -> list[str]:
@@ -75,7 +71,6 @@ class Screen:
         self.refuse(full, reason)
 
     def refusals(self) -> Refusals:
-        """Return the refused rows."""
         return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
@@ -89,10 +84,9 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row, float64.
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
 
-    Causal attention counts the pairs within its mask and window. 2:4 counts the computed half. A grouped product counts
-    the groups of one token.
+    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
     """
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
@@ -146,9 +140,8 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
     """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
 
-    At most the size of L2 of the touched bytes can be in it before; ``c`` rotated weights share it, ``L2/c`` each. The
-    other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the
-    bandwidth of the link. The first limit is zero if the device lists no rate for the number format.
+    L2 holds at most its size of the touched bytes; ``c`` rotated weights share it, ``L2/c`` each. The other bytes come
+    at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the link's bandwidth.
     """
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
@@ -170,11 +163,7 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """Join the rows of each shape and source; return the table, the number of joined rows and of conflicting shapes.
-
-    The time of a shape is the median of its rows, flagged if they differ by more than 10 %. Shapes keep the order of
-    first appearance.
-    """
+    """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     group = records.groups(*(name for name in records.SCHEMA if name not in timing))
     _, first, counts = np.unique(group, return_index=True, return_counts=True)
@@ -189,3 +178,37 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     appearance = np.argsort(first)
     kept = records.select(first[appearance]).replace(seconds=median[appearance], flags=flags[appearance])
     return kept, len(records) - len(kept), int(conflict.sum())
+
+
+OLDEST = "1"  # protocol of CUDA runs that record none (calibration.devices.cuda.PROTOCOL)
+_WORDS = {"graph": "graph replays", "eager": "single launches"}
+
+
+def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
+    """Return the rows without those whose method differs from most rows of their operator and format, with notes.
+
+    The method is how launches were timed and the protocol for CUDA: they differ by 8 to 12 % for short kernels. Tables
+    of others are not changed.
+    """
+    r, notes, kept = records, [], np.ones(len(records), dtype=bool)
+    protocols = [s.stack.get("protocol", OLDEST) if s.run and "cuda" in s.stack else "" for s in r.sources]
+    protocol = np.array(protocols, dtype=object)[r.source]
+    own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
+    for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
+        rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
+        methods = list(zip(protocol[rows].tolist(), r.launch[rows].tolist()))
+        counts = Counter(methods)
+        best = max(counts, key=lambda method: (counts[method], method))  # of equally many, the newest protocol
+        kept[rows[[method != best for method in methods]]] = False
+        most = f"the other {counts[best]} by {_method(*best)}; measure them again"
+        what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"
+        notes += [f"{counts[other]} {what} {_method(*other)}, {most}" for other in sorted(counts) if other != best]
+    if old := int((kept & (protocol == OLDEST)).sum()):
+        what = "weights may be in L2, and clocks not steady"
+        notes.append(f"{old} rows follow protocol {OLDEST} of an older version: {what}; measure again")
+    return r.select(kept), tuple(notes)
+
+
+def _method(protocol: str, launch: int) -> str:
+    name = LAUNCHES[launch]
+    return _WORDS.get(name, f"a method of launches {name!r}") + (f" (protocol {protocol})" if protocol else "")

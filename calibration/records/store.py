@@ -1,35 +1,34 @@
 """Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
-The measuring process opens a :class:`Store`; :func:`read_store` reads its file at any time. The first line is the
-:class:`Header`; every line ends with a CRC-32 of its other fields:
-
-    {"prunesim":"records","schema":2,"device":"...","stack":{...},"dtype":"bf16","run":"...",...,"crc":"89abcdef"}
-    {"line":2,"run":"...","time":"...","key":"gemm bf16 ...",...,"crc":"01234567"}
-
-:meth:`Store.append` returns after the line is on the disk (``fsync``). An incomplete last line is dropped and counted.
-A damaged, repeated or misplaced line, or a second header, is an error, because a kill alone does not cause it.
-``stored_timings`` converts the lines to a table.
+The measuring process opens a :class:`Store`; :func:`read_store` reads its file at any time, :func:`content_records`
+converts it to a table. The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An
+incomplete last line is dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error,
+because a kill alone does not cause it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.records.timing_table import Source
-from simulator.errors import InputError
+from calibration.devices.protocol import elementwise_bytes
+from calibration.devices.telemetry import POWER_CAP
+from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source
+from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target
-from simulator.workload import DTYPES
+from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 SCHEMA_VERSION = 2  # 2: purpose "drift_check"
 MARK = b'{"prunesim":"records",'
@@ -49,11 +48,6 @@ def encode_line(line: Mapping[str, Any]) -> bytes:
         raise ValueError("a record needs at least one field, and no field named 'crc'")
     body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
-
-
-def _numbered(row: Mapping[str, Any], before: int) -> bytes:
-    """Return the line of a record after the header and ``before`` other records."""
-    return encode_line({"line": before + 2, **row})
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
@@ -108,17 +102,17 @@ class Header:
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
-        mappings = {"stack": "names and versions", "extra": "names and values"}
-        for name in (*mappings, "device", "dtype", "run", "started"):
-            if not isinstance(line[name], Mapping if name in mappings else str):
-                right = mappings.get(name, "text")
+        for name in names:
+            kind, right = (Mapping, "names and values") if name in ("stack", "extra") else (str, "text")
+            if not isinstance(line[name], kind):
                 raise InputError(f"{label}:1: {name}: expected {right}, got {line[name]!r:.60}")
         for name, version in line["stack"].items():
             if not isinstance(version, str):
                 raise InputError(f"{label}:1: stack.{name}: expected text, got {version!r:.60}")
-        if line["dtype"] not in DTYPES:
-            raise InputError(f"{label}:1: dtype {line['dtype']!r:.60}: expected one of {', '.join(DTYPES)}")
-        return cls(**{name: line[name] for name in names})
+        try:
+            return cls(**{name: line[name] for name in names})
+        except InputError as error:
+            raise InputError(f"{label}:1: {error}") from None
 
     def refuse_other(self, other: Header, label: str) -> None:
         """Raise InputError unless both headers have the same device, software and number format."""
@@ -147,11 +141,7 @@ class Content:
 
 
 def parse(content: bytes, label: str) -> Content | None:
-    """Read a store's bytes; None if the file is empty or its header is incomplete.
-
-    InputError: the file is not a store, has another schema, is damaged before its last line, or its lines are not in
-    the order of writing.
-    """
+    """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for other damage."""
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: not a store of records (its first line is not a header)")
     lines = content.split(b"\n")
@@ -195,7 +185,7 @@ def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
 
 
 def read_store(path: str | Path) -> Content:
-    """Read a store, also while another process writes to it; InputError as in :func:`parse`, or if it is empty."""
+    """Read a store, also while another process writes to it; InputError if it is damaged or empty."""
     parsed = parse(read_bounded(path, MOST_STORE_BYTES), str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
@@ -203,10 +193,8 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records. Opening an existing file resumes its run under its header.
-
-    InputError: another process writes to the file, it is not a store, or it holds records of another device, software
-    or number format than the header. OSError: it cannot be written.
+    """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
+    holds records of another device, software or number format.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +213,11 @@ class Store:
             self._end = found.end if found else 0
             if found is None:
                 self._put(encode_line(header.as_dict()))
-                _sync_folder(self.path.parent)
+                folder = os.open(self.path.parent, os.O_RDONLY)  # its fsync writes the name of a new file
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
@@ -242,10 +234,9 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk (``fsync``).
 
-        InputError: the record has another number format. OSError: the disk is full or the file cannot be written;
-        earlier records stay valid, and the store can be used again. ValueError: the record is not JSON.
+        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
         """
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
@@ -253,7 +244,7 @@ class Store:
             if theirs != mine:
                 raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
         row = {"run": self.header.run, "time": _now(), **record}
-        self._put(_numbered(row, len(self._rows)))
+        self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
 
     def close(self) -> None:
@@ -269,7 +260,6 @@ class Store:
         self.close()
 
     def _put(self, line: bytes) -> None:
-        """Write and sync one line at the end; leave the file unchanged after an error."""
         try:
             done = 0
             while done < len(line):
@@ -283,7 +273,6 @@ class Store:
         self._end += len(line)
 
     def _mend(self, size: int) -> None:
-        """Remove an incomplete last line, or add the newline if only that is missing."""
         try:
             if self._end < size:
                 os.ftruncate(self._fd, self._end)
@@ -314,19 +303,175 @@ def open_locked(path: Path) -> int:
 
 
 def _write(fd: int, data: bytes, offset: int) -> int:
-    """``os.pwrite``; a function here so that a test can fill the disk."""
-    return os.pwrite(fd, data, offset)
+    return os.pwrite(fd, data, offset)  # a function here, so that a test can fill the disk
 
 
 def _sync(fd: int) -> None:
-    """``os.fsync``; a function here so that a test can make it fail."""
     os.fsync(fd)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Write the name of a new file to the disk."""
-    fd = os.open(folder, os.O_RDONLY)
+DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
+CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
+WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
+_MOST = 2**40  # largest plausible dimension of an operator
+_FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
+_GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
+
+
+def content_records(content: Content) -> Records:
+    """Return the timings of a store; each run is a source."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return records_of(content.rows, content.header)
+    except InputError as error:
+        raise InputError(f"{content.label}: {error}" if content.label else str(error)) from None
+
+
+def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags; ``header`` is the header of their store.
+
+    The fastest of several visits counts. Lines without a time (skipped, unsupported, refused, failed) are excluded.
+    Rows around a drift check that differs get ``DRIFT``: from the first one of the run, or from the fastest quarter if
+    operators were visited several times.
+    """
+    rows = list(rows)
+    drifted = _drifted(rows)
+    capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
+    runs: dict[str, int] = {}
+    timings: list[dict[str, Any]] = []
+    visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
+            continue
+        try:
+            run = str(row.get("run", header.run))
+            timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs)), "line": number + 1}
+            timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
+            index = len(timings)
+            if "visit" in row and "key" in row:
+                index = visited.setdefault((run, str(row["key"])), index)
+            if index == len(timings):
+                timings.append(timing)
+            elif timing["seconds"] < timings[index]["seconds"]:
+                timings[index] = timing
+        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+            raise InputError(f"record {number}: not a timing: {reason}") from None
+    return Records.from_rows(timings, [header.source(run) for run in runs])
+
+
+def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest.
+
+    A run at the power limit throughout is not flagged: its clocks are those of the device under load.
+
+    >>> power_capped([{"clock_hz": 1.4e9, "throttle": ["sw_power_cap"]}, {"clock_hz": 1.98e9, "throttle": []}])
+    [True, False]
+    """
+    clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
+    highest = max((clock for clock in clocks if clock == clock), default=math.nan)
+    return [
+        isinstance(r.get("throttle"), list) and POWER_CAP in r["throttle"] and clock < (1.0 - CLOCK_LIMIT) * highest
+        for r, clock in zip(readings, clocks, strict=True)
+    ]
+
+
+def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    runs: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
+            runs.setdefault(str(row.get("run", "")), []).append(number)
+    return {
+        number
+        for numbers in runs.values()
+        for number, slow in zip(numbers, power_capped([rows[i - 1]["after"] for i in numbers]), strict=True)
+        if slow
+    }
+
+
+def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Return the blocks whose drift check differs, by run."""
+    visited = {str(row.get("run", "")) for row in rows if row.get("visit")}
+    checks: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("purpose") == "drift_check" and isinstance(row.get("median_s"), float):
+            checks.setdefault(str(row.get("run", "")), []).append(row)
+    out = set()
+    for run, found in checks.items():
+        times = sorted(row["median_s"] for row in found)
+        limit = (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
+        out |= {_block(row) for row in found if (row["median_s"] > limit if run in visited else row.get("drifted"))}
+    return out
+
+
+def _block(row: Mapping[str, Any]) -> tuple[str, int]:
+    block = row.get("block", 0)
+    return str(row.get("run", "")), block if isinstance(block, int) else 0
+
+
+def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
+    run, block = _block(row)
+    flags = int(_FLAGS.get(str(row.get("status", "")), 0))
+    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
+        flags |= Flag.DRIFT
+    waited = row.get("waited")
+    if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
+        flags |= Flag.WAITED
+    purpose, seconds = str(row.get("purpose", "")), float(row["median_s"])
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
+    lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
+    spread = math.nan
+    if lower is not None and upper is not None:
+        spread = (float(upper) - float(lower)) / 2.0 / seconds
+    return {
+        **shape_of(row["operator"]),
+        "seconds": seconds,
+        "spread": spread,
+        "sample_count": len(row.get("samples_s", ())),
+        "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
+        "launch": _launch_of(method),
+        "flags": flags,
+        "purpose": purpose if purpose in PURPOSES else "",
+    }
+
+
+def _launch_of(method: str) -> str:
+    if method in ("", "replayed"):
+        return LAUNCHES[0]
+    return "graph" if method.startswith("events around a graph") else "eager"
+
+
+def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a measured operator; ValueError if one is invalid."""
+    kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
+    shape: dict[str, Any] = {name: operator[name] for name in (*COUNTS, "density", "dtype") if name in operator}
+    shape |= {"operator": kind, "cold": cold, "copies": 0 if cold else 1}
+    if role in ROLES:
+        shape["role"] = role
+    if kind.startswith("launch") and role == "gemm":
+        shape |= _GEMM_LAUNCH
+    if kind == "elementwise":
+        size = float(DTYPE_BYTES[dtype_code(str(operator.get("dtype", "bf16")))])
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, operator["m"], operator["n"], size)
+    if kind == "copy":
+        shape["read_bytes"] = shape["write_bytes"] = float(operator["n"])
+    shape = {name: value for name, value in shape.items() if value is not None}
+    for name, value in shape.items():
+        known, right = True, ""
+        if name == "dtype":
+            known, right = isinstance(value, str) and value in DTYPES, "one of " + ", ".join(DTYPES)
+        elif name == "density":
+            known, right = isinstance(value, (int, float)) and 0.0 < value <= 1.0, "a share above 0, up to 1"
+        elif name in COUNTS:
+            known, right = type(value) is int and 0 <= value <= _MOST, f"a whole number from 0 to {_MOST}"
+        if not known:
+            raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
+    if kind not in OPERATORS:
+        raise unknown("operator", kind, OPERATORS)
+    return shape
+
+
+def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the operators without a time, by status and reason."""
+    left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
+    return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))

@@ -1,10 +1,5 @@
-"""Measured times as a table: one row per timing, columns of equal length, and the sources of the rows.
-
-Make a table with :meth:`Records.from_columns` (arrays) or :meth:`Records.from_rows` (mappings). Cut and join tables
-with :meth:`Records.select` and :meth:`Records.concat`. Facts that many rows share (device, software, method) are a
-:class:`Source`; the ``source`` column holds its index. ``parquet`` and ``store`` read and write files;
-``stored_timings`` converts the lines of a store.
-"""
+"""Measured times as a table: one row per timing, columns of equal length, and the sources of the rows, which hold the
+facts that many rows share. ``parquet`` and ``store`` read and write files."""
 
 from __future__ import annotations
 
@@ -45,9 +40,9 @@ class Flag(IntFlag):
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
-    WAITED = 16  # the process waited for a CPU, which other processes used
     CONFLICT = 8  # several timings of this shape differ; the row holds their median
-    POWER_CAPPED = 16  # timed at the power limit, at a clock below the highest of the run
+    POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
+    WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
 
 
 @dataclass(frozen=True)
@@ -71,13 +66,12 @@ class Source:
         return ", ".join(f"{name} {version}" for name, version in self.stack.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields that are not empty as a JSON-ready mapping."""
         own = {**vars(self), "stack": dict(self.stack), "file": ""}
         return {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Source:
-        """Return a source from :meth:`as_dict`; InputError for unknown names and wrong types."""
+        """Return a source from :meth:`as_dict`, checked."""
         names = {f.name for f in fields(cls) if f.compare}
         if extra := sorted(set(data) - names):
             raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
@@ -152,7 +146,7 @@ class Records(Table):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return names as codes and numbers as they are; ValueError for numbers that the column's type cannot hold."""
+        """Return names as codes; ValueError for numbers that the column's type cannot hold."""
         given = super().coerced(name, values)
         if given.dtype.kind not in "biuf":
             raise ValueError(f"records column {name}: expected numbers, got {given.dtype}")
@@ -168,14 +162,12 @@ class Records(Table):
 
     @classmethod
     def from_columns(cls: type[T], *sources: Any, size: int | None = None, **columns: Any) -> T:
-        """Return a table of columns: scalars broadcast, missing columns take defaults, codes may be names."""
         if "dtype" in columns:
             columns.setdefault("weight_dtype", columns["dtype"])
         return super().from_columns(*sources, size=size, **columns)
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *sources: Any) -> T:
-        """Return a table of mappings; InputError for names that are not columns."""
         full = ({"weight_dtype": row["dtype"], **row} if "dtype" in row else row for row in rows)
         return super().from_rows(full, *sources)
 
@@ -207,7 +199,6 @@ class Records(Table):
 
     @property
     def timed(self) -> Array:
-        """Mask of the rows with a finite, positive time."""
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
 
     def place(self, row: int) -> str:

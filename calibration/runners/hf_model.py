@@ -62,7 +62,7 @@ def layout_of(w: Workload) -> Layout:
     InputError: it has operators that no static model of Transformers has (routers, scattered tokens, gathers).
 
     >>> import simulator
-    >>> dense = simulator.lower(simulator.load_model("smollm2-135m"), engine="hf")
+    >>> dense = simulator.lower(simulator.load_model("smollm2-135m"), phase="prefill", engine="hf")
     >>> layout = layout_of(simulator.prune(dense, "depth", 0.5))
     >>> layout.hidden, len(layout.layers), layout.layers[0].inner
     (576, 15, 1536)
@@ -176,7 +176,7 @@ def build(
     >>> from simulator.models.changes import content_of
     >>> small = {**content_of("smollm2-135m"), "num_hidden_layers": 2, "vocab_size": 64}
     >>> config = simulator.load_model(small)
-    >>> pruned = simulator.prune(simulator.lower(config, engine="hf"), "width", 0.5)
+    >>> pruned = simulator.prune(simulator.lower(config, phase="prefill", engine="hf"), "width", 0.5)
     >>> built = build(config, small, pruned, dtype="fp32", device="cpu")
     >>> built.model.model.layers[0].mlp.down_proj
     Linear(in_features=768, out_features=576, bias=False)

@@ -1,6 +1,6 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
-``prunesim measure`` and ``calibrate`` use it. The folder holds ``datasheet.yaml`` (the base profile),
+``prunesim calibrate`` uses it. The folder holds ``datasheet.yaml`` (the base profile),
 ``records.jsonl``, ``profile.yaml`` with its arrays, and ``report.md`` with figures. :func:`measure_into` writes the
 first two and resumes an earlier call; :func:`fit_run` writes the others.
 """
@@ -25,9 +25,8 @@ from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol
 from calibration.records.exact_shapes import without_exact
-from calibration.records.methods import one_method
-from calibration.records.store import Header, Store, read_store
-from calibration.records.stored_timings import content_records
+from calibration.records.screening import one_method
+from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from calibration.runners.targets import TargetModels, target_operators
 from calibration.validation.validate import Report, validate

@@ -21,8 +21,7 @@ from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.probe import default_visits
 from calibration.measure.timing import Protocol
 from calibration.records.exact_shapes import without_exact
-from calibration.records.store import read_store
-from calibration.records.stored_timings import content_records
+from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import MeasuredRun, begin, measure_plan

@@ -295,7 +295,7 @@ def _product(family: str, part: str, m: int, side: int, hw: HardwareProfile) -> 
 
 def _queries(tokens: int, hw: HardwareProfile) -> tuple[float, float]:
     """Return the time of prefill attention, and of prefill attention with half of its queries and their sorting."""
-    w = lower(load_model(MODEL), batch=1, seq=tokens, engine=ENGINE)
+    w = lower(load_model(MODEL), phase="prefill", batch=1, seq=tokens, engine=ENGINE)
     pruned = prune(w, "dynamic_depth", 0.5)
     own = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
     times = [operator_times(x, hw)[0].seconds * x.count for x in (w, pruned)]

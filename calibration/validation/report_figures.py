@@ -114,7 +114,8 @@ def _map(ax: Axes, x: FloatArray, y: FloatArray, error: FloatArray) -> Any:
     ax.grid(False)
     for axis, edge in ((ax.xaxis, edges[1]), (ax.yaxis, edges[0])):
         ticks = edge[:: max(1, round((len(edge) - 1) / 6))]
-        axis.set_ticks(ticks, [f"{2**t:,}" if t < 14 else f"$2^{{{t}}}$" for t in ticks.tolist()])
+        names = [f"{2**t:,}" if t < 14 else f"$2^{{{t}}}$" for t in ticks.tolist()]
+        axis.set_ticks(ticks, names, parse_math=True)
     return image
 
 

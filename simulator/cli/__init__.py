@@ -1,8 +1,7 @@
 """Provide the command line ``prunesim``: each command reads options, calls one library function and prints its result.
 
 Data goes to standard output, messages and progress to standard error. Exit status: 0 done; 2 invalid input (one-line
-message); 1 failed (a file that cannot be written, a program error). Commands import large packages only if needed;
-:mod:`simulator.cli.program` is imported late, so the program handles signals from its start.
+message); 1 failed (a file that cannot be written, a program error). Commands import large packages only if needed.
 """
 
 from __future__ import annotations
@@ -11,18 +10,7 @@ from collections.abc import Sequence
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line.
-
-    Parameters
-    ----------
-    arguments : sequence of str
-        Arguments after the name of the program.
-
-    Returns
-    -------
-    int
-        Exit status: 0, 2 for invalid input, 1 for a failure, 130 if interrupted.
-    """
+    """Run one command line, without the name of the program; return its exit status, 130 if interrupted."""
     from simulator.cli import program
 
     return program.run(arguments)

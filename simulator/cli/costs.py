@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,56 +14,40 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
 
-RUN = options.Run(phase="generate")
-
-MOST_ROWS = 24
-"""Rows of the table without --verbose."""
-
-Choices = Annotated[
-    str | None,
-    opt("--choices", "FILE", "Variants: CSV, YAML, or a library of Puzzle or ModelOpt. Default: the usual ones."),
-]
-Output = Annotated[
-    str | None,
-    opt("-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json."),
-]
+MOST_ROWS = 24  # of the table without --verbose
 
 
+# fmt: off
 @options.expanded()
 def command(
     model: options.Model,
     hardware: options.Hardware,
-    choices: Choices = None,
-    output: Output = None,
-    run: options.Run = RUN,
+    choices: Annotated[str | None, opt(
+        "--choices", "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones.")] = None,
+    output: Annotated[str | None, opt(
+        "-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
+        "(with --phase generate).")] = None,
+    run: options.Run = options.RUN,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Price every variant of every layer, for a search.
 
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
     or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with
     host time that is not hidden, and with its interval. Layers with equal shapes cost the same and share a row. -o
-    writes a row per layer. As subblock_stats.json it has the prefill and decode times that ModelOpt's Puzzletron needs
-    for its latency targets.
+    writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
+    ModelOpt's Puzzletron needs for its latency targets.
     """
+    requested = run.requests()
     if output is not None:
-        _checked(output)
+        _checked(output, requested.phase)
     from simulator.plans.costs import costs
 
-    requested = run.requests()
+    axes = {name: getattr(requested, name) for name in ("engine", "phase", "batch", "seq", "scenario")}
     with render.progress("pricing") as report:
-        found = costs(
-            model,
-            parsing.names("--hardware", hardware),
-            choices,
-            engine=requested.engine,
-            phase=requested.phase,
-            batch=requested.batch,
-            seq=requested.seq,
-            scenario=requested.scenario,
-            progress=report,
-        )
+        found = costs(model, parsing.names("--hardware", hardware), choices, **axes, progress=report)
     lines = []
     if output is not None:
         _write(found, output)
@@ -95,12 +80,16 @@ def command(
     render.notes((*requested.notes, *lines), verbose)
 
 
-def _checked(output: str) -> None:
+def _checked(output: str, phases: Sequence[str]) -> None:
     """Reject a target of an unknown format or in a missing folder before any work."""
     from simulator.files.write import check_target
 
-    if Path(output).suffix not in (".csv", ".json", ".parquet"):
+    kind = Path(output).suffix
+    if kind not in (".csv", ".json", ".parquet"):
         raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
+    if kind == ".json" and (alone := {"prefill", "decode"} & set(phases)):
+        wanted = "expected --phase generate, because ModelOpt needs prefill and decode times"
+        raise InputError(f"--output {output}: {wanted}, got {min(alone)}")
     check_target(output)
 
 
@@ -109,63 +98,43 @@ def _write(found: Costs, output: str) -> None:
 
     kind = Path(output).suffix
     if kind == ".parquet":
-        import io
-
         from simulator.files.parquet import load_pyarrow
 
         pa, pq = load_pyarrow()
-        content = io.BytesIO()
-        pq.write_table(pa.table({name: column.tolist() for name, column in found.columns.items()}), content)
-        write_whole(output, content.getvalue())
+        out = io.BytesIO()
+        pq.write_table(pa.table({name: column.tolist() for name, column in found.columns.items()}), out)
+        content = out.getvalue()
     elif kind == ".json":
-        from simulator.plans.subblock_stats import stats_text
+        from simulator.plans.write import stats_text
 
-        write_whole(output, stats_text(found).encode())
+        content = stats_text(found).encode()
     else:
         from simulator.files.csv import csv_text
 
-        write_whole(output, csv_text(found.rows).encode())
+        content = csv_text(found.rows).encode()
+    write_whole(output, content)
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:
-    """Return the costs with equal layers in one row, and each as a share of its dense sublayer."""
+    """Return the costs with equal layers in one row, and each as a share of its dense sublayer, which comes first."""
     from simulator.models.difference import runs
 
-    places = ("hardware", "engine", "phase", "batch", "seq")
-    layers: dict[tuple[object, ...], list[int]] = {}
-    rows: dict[tuple[object, ...], dict[str, Any]] = {}
-    dense: dict[tuple[object, ...], float] = {}
+    layers, rows, dense = dict[tuple[object, ...], list[int]](), dict[tuple[object, ...], dict[str, Any]](), 0.0
     for row in found.rows:
-        place = tuple(row[name] for name in (*places, "layer", "sublayer"))
-        if row["variant"] == "dense":
-            dense[place] = row["seconds"]
+        dense = row["seconds"] if row["variant"] == "dense" else dense
         values = tuple(value for name, value in row.items() if name != "layer")
         layers.setdefault(values, []).append(row["layer"])
-        rows.setdefault(values, row)
-    out = []
-    for key, row in rows.items():
-        if row["variant"] == "none":  # costs nothing
-            continue
-        whole = dense.get(tuple(row[name] for name in (*places, "layer", "sublayer")), 0.0)
-        share = row["seconds"] / whole if whole else 0.0
-        out.append(row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-", "share": share})
-    return out
+        rows.setdefault(values, row | {"share": row["seconds"] / dense if dense else 0.0})
+    together = [row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"} for key, row in rows.items()]
+    return [row for row in together if row["variant"] != "none"]  # which costs nothing
 
 
 def _conclusion(found: Costs) -> str:
-    """Return which sublayer of the first layer takes how much of a pass in the first setting."""
-    rows = found.rows  # made at each access
-    first = [row for row in rows if _place(row) == _place(rows[0])]
-    whole = sum(row["seconds"] for row in first if row["variant"] == "dense")
-    parts: Mapping[str, float] = {
-        name: sum(row["seconds"] for row in first if row["variant"] == "dense" and row["sublayer"] == name)
-        for name in ("attention", "mlp", "outside")
-    }
-    shares = {name: seconds / whole for name, seconds in parts.items()}
-    text = f"attention takes {render.percent(shares['attention'])}, MLPs {render.percent(shares['mlp'])}"
-    rest = f"what is outside the layers {render.percent(shares['outside'])}"
-    return f"{found.model.name} takes {render.seconds(whole)} on {found.settings[0]}: {text} and {rest}."
-
-
-def _place(row: Mapping[str, Any]) -> Sequence[object]:
-    return [row[name] for name in ("hardware", "engine", "phase", "batch", "seq")]
+    """Return the shares of attention, MLPs and the rest in a pass of the first setting."""
+    first = [row for row in found.rows[: len(found) // len(found.settings)] if row["variant"] == "dense"]
+    whole = sum(row["seconds"] for row in first)
+    names = ("attention", "mlp", "outside")
+    parts = [sum(row["seconds"] for row in first if row["sublayer"] == name) / whole for name in names]
+    attention, mlp, rest = map(render.percent, parts)
+    text = f"attention takes {attention}, MLPs {mlp} and what is outside the layers {rest}"
+    return f"{found.model.name} takes {render.seconds(whole)} on {found.settings[0]}: {text}."

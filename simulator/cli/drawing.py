@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from simulator.figures.panels import across, device, fronts_of, roof_of, services_of, speedups_of, steps_of
+from simulator.figures.panels import fronts_of, rooflines_of, services_of, speedups_of, waterfalls_of
 from simulator.figures.plan import plan_figure
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import save_figure
 from simulator.figures.titles import device_title
-from simulator.figures.waterfall import waterfall_figure
 from simulator.prediction.scenario import batch_name
 
 if TYPE_CHECKING:
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
     from simulator.prediction.operating import Service
     from simulator.prediction.pareto import Front
     from simulator.prediction.result import Result
-
-
-def setting_label(r: Any) -> str:
-    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
-    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
-
-
-def _several(values: Sequence[object]) -> bool:
-    return len(set(values)) > 1
 
 
 def draw_speedups(results: Sequence[Result], path: str) -> None:
@@ -43,30 +33,19 @@ def draw_services(found: Sequence[Service], path: str) -> None:
 
 def draw_fronts(found: Sequence[Front], path: str) -> None:
     """Draw frontiers, one panel each."""
-    lengths = _several([f.seq for f in found])
+    lengths = len({f.seq for f in found}) > 1
     names = [f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in found]
     save_figure(fronts_of(found, names), path)
 
 
 def draw_waterfalls(found: Sequence[Explanation], path: str) -> None:
     """Draw the waterfalls of explanations, one panel each."""
-    lengths = _several([e.result.seq for e in found])
-    _draw_panels(waterfall_figure, steps_of, found, path, lambda r: f", seq {r.seq}" if lengths else "")
+    save_figure(waterfalls_of(found), path)
 
 
 def draw_rooflines(found: Sequence[Explanation], path: str) -> None:
     """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
-    _draw_panels(roofline_figure, roof_of, found, path, lambda _: "")
-
-
-def _draw_panels(
-    figure: Callable[..., Any], panel: Any, found: Sequence[Explanation], path: str, more: Callable[[Result], str]
-) -> None:
-    several = _several([(e.result.phase, e.result.batch, e.result.seq) for e in found])
-    titles = [device(e.result) + (f"\n{setting_label(e.result)}" if several else "") + more(e.result) for e in found]
-    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
-    panels = [panel(e, title) for e, title in zip(found, titles)]
-    save_figure(figure(panels, columns=across(devices, engines)), path)
+    save_figure(rooflines_of(found), path)
 
 
 def draw_plan(plan: Plan, path: str) -> None:

@@ -1,56 +1,50 @@
-"""``prunesim explore``: serve the page to a browser on this machine."""
+"""``prunesim explore``: serve the page to browsers on this machine."""
 
 from __future__ import annotations
 
-import signal
+import importlib.util
+import os
+import socket
 import sys
+from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
-from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
+from simulator.errors import InputError, needs_extra
 
-Hardware = Annotated[str | None, opt("--hardware", "LIST", "Initial devices: names, aliases or YAML files.")]
+HOST = "127.0.0.1"
+
+SERVER = {
+    "server.address": HOST,
+    "server.headless": "true",  # opens no browser, and asks for no e-mail address
+    "server.enableXsrfProtection": "true",
+    "server.enableCORS": "true",  # pages of other hosts cannot connect
+    "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false",
+    "client.showErrorDetails": "none",
+    "client.toolbarMode": "minimal",
+}
+"""Settings of Streamlit, which override its configuration files and environment variables."""
 
 
-def command(
-    hardware: Hardware = None,
-    prune: options.Prune = None,
-    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8050,
-    no_browser: Annotated[bool, opt("--no-browser", None, "Do not open a browser.")] = False,
-    as_json: options.Json = False,
-) -> None:
+def command(port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501) -> None:
     """Explore predictions in the browser.
 
-    The page is served on 127.0.0.1 only and loads nothing from other hosts; its address contains its state. It reads
-    only files given here or dropped on it. Needs the extra "explore". Ctrl-C stops it.
+    Prints the address of a page, which is served on 127.0.0.1 only and loads nothing from other hosts. Its address
+    contains its settings. Needs the extra "explore". Ctrl-C stops it.
     """
-    from simulator.explore.address import strict_query
-    from simulator.explore.app import HOST, server
-    from simulator.explore.state import State
-    from simulator.hardware.library import reference, shipped_names
-
-    gpus = [] if hardware is None else [reference(name) for name in parsing.names("--hardware", hardware)]
-    if gpus:
-        State(gpus=tuple(gpus))  # rejects two with one name
-    texts = f"prune={quote(';'.join(prune))}" if prune else ""
-    strict_query(texts)  # rejects mistakes, and plans: the page opens no files
-    served = server(port, [gpu for gpu in gpus if gpu not in shipped_names()])
-    query = "&".join(filter(None, (f"gpu={quote(','.join(gpus), safe=',/')}" if gpus else "", texts)))
-    url = f"http://{HOST}:{served.port}/" + (f"?{query}" if query else "")
-    if as_json:
-        render.show_json({"url": url})
-    else:
-        print(url, flush=True)
-    print("Ctrl-C stops it", file=sys.stderr)
-    if not no_browser:
-        import webbrowser
-
-        webbrowser.open(url)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        served.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        served.server_close()
+    if importlib.util.find_spec("streamlit") is None:
+        raise needs_extra("the page", "explore", "streamlit")
+    if not 0 <= port < 65536:
+        raise InputError(f"--port {port}: expected 0 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise InputError(f"--port {port}: {error.strerror}; expected a free port, such as --port 0") from None
+        port = probe.getsockname()[1]
+    page = Path(__file__).parents[1] / "explore" / "app.py"
+    settings = [part for name, value in {**SERVER, "server.port": port}.items() for part in (f"--{name}", str(value))]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *settings])

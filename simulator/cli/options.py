@@ -172,7 +172,7 @@ Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf
 class Run:
     """Options of every prediction, as texts of the command line."""
 
-    phase: Phase = "prefill"
+    phase: Phase = "decode"
     batch: Batch = "1"
     concurrency: Concurrency = None
     seq: Seq = "2048"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-import typer
-
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -14,7 +12,6 @@ from simulator.errors import InputError
 # fmt: off
 Grid = Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")]
 Output = Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")]
-Where = Annotated[str | None, typer.Option("--where", hidden=True)]
 Jobs = Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")]
 Scheduler = Annotated[str | None, opt("--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")]
 Most = Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")]
@@ -24,7 +21,6 @@ Most = Annotated[int, opt("--max", "N", "Largest number of configurations to acc
 def command(
     grid: Grid,
     output: Output,
-    where: Where = None,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
     most: Most = 100_000_000,
@@ -37,8 +33,6 @@ def command(
     """
     from simulator.prediction.sweep import write_sweep
 
-    if where is not None:
-        raise InputError(f'--where: no longer an option; use pandas.read_parquet("{output}").query("{where}")')
     if scheduler is not None and jobs is not None:
         raise InputError("--jobs and --scheduler: expected one of them")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

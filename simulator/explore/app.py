@@ -1,201 +1,333 @@
-"""Serve the page as a Dash application, on this machine only.
+"""The page in the browser, which Streamlit runs: widgets make a request, and the page shows its content.
 
-Use :func:`make_app` for the application and :func:`server` for a server bound to 127.0.0.1. The address holds the
-page's state: a control changes the query (``assets/explore.js``), and one callback returns all texts and figures of a
-query, except the map, which may take longer and has a separate callback.
+The settings are in the address. A path in the address fills its field; no file is opened before a click on a button.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import socket
-from collections.abc import Sequence
+import base64
+import math
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
-from simulator.errors import InputError, needs_extra
-from simulator.explore.address import read_problems, to_query
-from simulator.explore.charts import charts
-from simulator.explore.dropped import Sent, read_profile, take
-from simulator.explore.layout import PHONE, WIDE, message
-from simulator.explore.map_chart import map_chart
-from simulator.explore.markup import paragraphs, table_csv, texts
-from simulator.explore.page import own_label, own_options, page_html, wide_cards
-from simulator.explore.predictions import predictions
-from simulator.explore.questions import Dropped, Selection, reject_others
-from simulator.explore.state import MOST_MAP_PASSES, State
+import streamlit as st
 
-HOST = "127.0.0.1"
-"""The only address on which the server listens."""
+from simulator.display import markdown_text
+from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import list_engines
+from simulator.errors import InputError, one_line
+from simulator.explore.content import Drawing, PageContent, commands, content
+from simulator.files.csv import csv_text
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.models.library import list_models, load_model
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.scenario import PARALLEL, Scenario, check_fraction, whole_number
+from simulator.pruning import FAMILIES
+from simulator.pruning._grammar import is_plan
+from simulator.units import parse_count, parse_fraction, parse_quantity
+from simulator.workload import DTYPES, PHASES
 
-MOST_REQUEST_BYTES = 40_000_000
-"""Largest request body: headers of a checkpoint and its index, within the page's limits, in JSON."""
-
-POLICY = (
-    "default-src 'none'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
-"""Content that the browser may load: nothing from other hosts, and no inline script except the start of Dash."""
+# Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
+MOST_VALUES, MOST_PREDICTIONS = 25, 1000
+MOST_LETTERS = 2000  # of a setting in the address
+FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
 
-# -- the application ---------------------------------------------------------------------------------------------------
+class Field(NamedTuple):
+    """A setting: its label, its default (a tuple: several values), its choices, and the parser of a text."""
+
+    label: str
+    default: str | tuple[str, ...]
+    choices: Sequence[str] = ()
+    read: Callable[[str], Any] = str
+    help: str | None = None
 
 
-def make_app(own: Sequence[str] = ()) -> Any:
-    """Return the Dash application; ``own`` are paths of profiles that it may read. It needs Dash."""
+def values(text: str, read: Callable[[str], Any]) -> list[Any]:
+    """Return the values of a comma list."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not 1 <= len(parts) <= MOST_VALUES:
+        raise InputError(f"{one_line(text, 80)!r}: expected 1 to {MOST_VALUES} values separated by commas")
+    return [read(part) for part in parts]
+
+
+def counts(text: str) -> list[int]:
+    """Return the whole numbers of a comma list."""
+    return values(text, lambda part: whole_number("value", parse_count(part)))
+
+
+def fractions(text: str) -> list[float]:
+    """Return the sparsities of a comma list."""
+    return values(text, lambda part: check_fraction(parse_fraction(part)))
+
+
+def prunings(text: str) -> list[str]:
+    """Return the prunings of a text, one per line; plans are files, which the page does not open."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not 1 <= len(lines) <= MOST_VALUES:
+        raise InputError(f"expected 1 to {MOST_VALUES} lines, got {len(lines)}")
+    for line in lines:
+        if is_plan(line):
+            raise InputError(f"{line}: expected no plan, because it is a file; use prunesim speedup --prune {line}")
+        Pruning.read(line)
+    return lines
+
+
+def of_scenario(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of one field of a scenario, which checks the value; no text is None."""
+
+    def parse(text: str) -> Any:
+        given: dict[str, Any] = {name: read(text) if text.strip() else None}
+        return getattr(Scenario(**given), name)
+
+    return parse
+
+
+seconds = of_scenario("dense_s", lambda text: parse_quantity(text, "s"))
+
+# fmt: off
+FIELDS: dict[str, Field] = {
+    "model": Field("Model", "llama-3.1-8b", list_models()),
+    "hardware": Field("Hardware", ("h100_sxm",), list_hardware()),
+    "engine": Field("Engine", (DEFAULT_ENGINE,), list_engines()),
+    "by": Field("Pruning by", FAMILY, (FAMILY, TEXT, CHECKPOINT)),
+    "family": Field("Families", ("depth", "width", "low_rank", "dynamic_depth"), tuple(FAMILIES)),
+    "sparsity": Field("Removed", "10%, 20%, 30%, 40%, 50%, 60%, 70%", (), fractions),
+    "prune": Field("Prunings, one per line", "width mlp=0.3 heads=0.2\ndepth 0.25", (), prunings),
+    "phase": Field("Phase", "decode", PHASES),
+    "batch": Field("Batch", "1", (), counts, "One or several, such as 1, 8, 64; requests in flight of serve."),
+    "seq": Field("Sequence", "2048", (), counts, "Prompt tokens, or cached positions in decode; one or several."),
+    "new_tokens": Field("New tokens", "128", (), of_scenario("new_tokens", parse_count)),
+    "dtype": Field("Arithmetic", "bf16", DTYPES),
+    "weight_dtype": Field("Weights", "", ("", *DTYPES), help="Empty: the checkpoint's, else the format of arithmetic."),
+    "kv_dtype": Field("K/V cache", "", ("", *DTYPES), help="Empty: the format of arithmetic, or bf16 below 16 bits."),
+    "devices": Field("Devices", "1", (), of_scenario("devices", parse_count)),
+    "parallel": Field("Parallel", "tensor", PARALLEL),
+    "dense_time": Field("Measured dense time", "", (), seconds, "Of the dense model in one setting, such as 18.6ms."),
+    "model_path": Field("Model: config.json or folder", ""),
+    "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
+    "profile_path": Field("Hardware profile: YAML file", ""),
+    "detail": Field("Explain", ""),
+}
+# fmt: on
+
+OPENED: dict[str, Callable[[Path], Any]] = {
+    "model_path": load_model,
+    "pruned_path": load_model,
+    "profile_path": load_hardware,
+}
+
+
+def main() -> None:
+    """Draw the page."""
+    st.set_page_config(page_title="prunesim", layout="wide")
+    ignored = start()
+    st.markdown("## How much faster will a pruned model be?")
+    if ignored:
+        names = markdown_text(", ".join(one_line(name, 40) for name in ignored[:5]))
+        st.warning(f"Settings of the address that were ignored: {names}")
+    with st.sidebar:
+        form()
     try:
-        import dash
-    except ImportError:
-        raise needs_extra("the page", "explore", "dash") from None
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    app = dash.Dash(
-        __name__,
-        assets_folder=str(Path(__file__).with_name("assets")),
-        serve_locally=True,
-        compress=False,
-        update_title="",
-        title="prunesim explore",
-        meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
-    )
-    app.enable_dev_tools(debug=False, dev_tools_disable_version_check=True)
-    app.interpolate_index = _index
-    _connect(app, dash)
-    app.server.config["OWN"] = tuple(own)
-    app.server.config["MAX_CONTENT_LENGTH"] = MOST_REQUEST_BYTES
-    policy = POLICY.format(hashes=" ".join(app.csp_hashes()))
-    app.server.after_request(lambda response: _guarded(response, policy))
-    return app
-
-
-def _index(**parts: str) -> str:
-    from flask import current_app, request
-
-    state, problems = _read(request.query_string.decode("latin-1"))
-    return page_html(state, texts(state) | problems, parts, current_app.config["OWN"])
-
-
-def _read(search: str) -> tuple[State, dict[str, str]]:
-    """Return the state of a query, and its problems as HTML by element: those of the prunings are at their field."""
-    from flask import current_app
-
-    state, found = read_problems(search, current_app.config["OWN"])
-    lines = {"problems": [p.line for p in found if p.key != "prune"], "note-prune": []}
-    lines["note-prune"] = [p.reason for p in found if p.key == "prune"]
-    return state, {name: paragraphs(some) for name, some in lines.items()}
-
-
-def _guarded(response: Any, policy: str) -> Any:
-    response.headers["Content-Security-Policy"] = policy
-    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
-    return response
-
-
-def _connect(app: Any, dash: Any) -> None:
-    """Create the stores that carry requests and answers (all visible content is in the page itself), and the callbacks
-    between them: the address comes in, figures and texts go out; the page requests the map after the rest."""
-    browser = {"begin": ("begun", "asked"), "show": ("answered", "shown")}
-    browser |= {"showMap": ("map", "mapped"), "place": ("accepted", "placed")}
-    server: dict[Any, tuple[str, str]] = {_answered: ("asked", "answered"), _mapped: ("wanted", "map")}
-    server |= {_accepted: ("dropped", "accepted"), _csv: ("csv-asked", "csv")}
-    names = {name: None for pair in (*browser.values(), *server.values()) for name in pair if name != "csv"}
-    app.layout = dash.html.Div([dash.dcc.Download(id="csv"), *(dash.dcc.Store(id=name) for name in names)])
-
-    def data(source: str, target: str) -> tuple[Any, Any]:
-        return dash.Output(target, "data"), dash.Input(source, "data")
-
-    for name, pair in browser.items():
-        function = dash.ClientsideFunction("explore", name)
-        app.clientside_callback(function, *data(*pair), prevent_initial_call=name != "begin")
-    for answers, pair in server.items():
-        app.callback(*data(*pair), prevent_initial_call=True)(answers)
-    kinds = {answers: next(iter(get_type_hints(answers).values())) for answers in server}
-    reject_others(app.server, {target: (source, kinds[answers]) for answers, (source, target) in server.items()})
-
-
-def _answered(selection: Selection) -> dict[str, Any]:
-    state, problems = _read(selection["search"])
-    return {
-        "html": texts(state) | problems,
-        "figures": charts(state, PHONE if selection["narrow"] else WIDE),
-        "query": to_query(state),
-        "own": own_options(state),
-        "wide": wide_cards(state),
-        "detail": state.explained,
-        "asked": selection,
-    }
-
-
-def _mapped(selection: Selection) -> dict[str, Any]:
-    state, _ = _read(selection["search"])
-    if state.map_passes > MOST_MAP_PASSES:
-        limit = f"expected at most {MOST_MAP_PASSES:,} passes to compute, got {state.map_passes:,}"
-        figure = message(f"map: {limit}; select fewer GPUs, families or new tokens, or use prunesim report")
-    else:
-        figure = map_chart(state, PHONE if selection["narrow"] else WIDE)
-    return {"figure": figure, "asked": selection}
-
-
-def _accepted(dropped: Dropped) -> dict[str, str]:
-    """Return dropped files as a choice of the control that they were dropped on; a profile is always a GPU."""
-    into = "pruned" if dropped["into"] == "pruned" else "model"
-    try:
-        kind, made = take([Sent(f["name"], f["text"], f["room"]) for f in dropped["files"]])
+        asked, texts = request()
+        found = content(asked, st.session_state.detail)
     except InputError as error:
-        return {"into": dropped["into"], "error": str(error)}
-    control = "gpu" if kind == "gpu" else into
-    name = read_profile(made)[1].name if kind == "gpu" else ""
-    return {"into": control, "token": made, "label": own_label(control, made), "replaces": name}
+        st.error(markdown_text(str(error)))
+    else:
+        show(found, texts)
+    keep()
 
 
-def _csv(selection: Selection) -> dict[str, Any]:
-    state, _ = _read(selection["search"])
-    content = table_csv(predictions(state).results)
-    return {"content": content, "filename": "prunesim.csv", "type": "text/csv", "base64": False}
+def start() -> list[str]:
+    """Fill the widgets from the address, once; return the settings that no widget can hold."""
+    state, ignored = st.session_state, list[str]()
+    if "opened" in state:
+        for name in FIELDS:
+            state[name] = state[name]  # Streamlit forgets the value of a widget that is not drawn
+        return []
+    state.opened, state.problem = {}, ""
+    for name, field in FIELDS.items():
+        state[name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    for name in st.query_params:
+        try:
+            state[name] = accepted(FIELDS[name], st.query_params.get_all(name))
+        except (KeyError, InputError):
+            ignored.append(name)
+    return ignored
 
 
-def server(port: int, own: Sequence[str] = ()) -> Any:
-    """Return a server of the page on 127.0.0.1, not started; port 0 takes a free port (``server.port``).
-
-    ``own`` are paths of profiles that it may read. InputError if the port is invalid or taken. It needs Dash.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"port {port}: expected a whole number from 0 to 65535")
-    with _listening(port) as listening:
-        app = make_app(own)
-        from werkzeug.serving import make_server
-
-        made = make_server(HOST, port, app.server, threaded=True, fd=listening.fileno())
-    hosts = {f"{name}:{made.port}" for name in (HOST, "localhost")}
-    app.server.before_request(lambda: _own(hosts))
-    return made
+def accepted(field: Field, given: Sequence[str]) -> Any:
+    """Return a setting of the address as its widget holds it; InputError for one that it cannot hold."""
+    several = isinstance(field.default, tuple)
+    if (len(given) != 1 and not several) or any(len(text) > MOST_LETTERS or "\0" in text for text in given):
+        raise InputError("expected one short text")
+    for text in given:
+        if field.choices and text not in field.choices:
+            raise InputError("expected one of the choices")
+        field.read(text)
+    return list(dict.fromkeys(given)) if several else given[0]
 
 
-def _listening(port: int) -> socket.socket:
-    """Open a socket on the port. Werkzeug would print, exit, and look up this machine's name on the network."""
-    listening = socket.socket()
+def keep() -> None:
+    """Write the settings that are not defaults into the address."""
+    changed = {}
+    for name, field in FIELDS.items():
+        value = st.session_state[name]
+        if value != (list(field.default) if isinstance(field.default, tuple) else field.default):
+            changed[name] = value
+    st.query_params.from_dict(changed)
+
+
+def draw(name: str) -> None:
+    """Draw the widget of a setting."""
+    field = FIELDS[name]
+    shared: dict[str, Any] = {"key": name, "help": field.help}
+    if isinstance(field.default, tuple):
+        st.multiselect(field.label, field.choices, **shared)
+    elif name == "by":
+        st.radio(field.label, field.choices, horizontal=True, **shared)
+    elif field.choices:
+        st.selectbox(field.label, field.choices, **shared)
+    elif name == "prune":
+        st.text_area(field.label, **shared)
+    else:
+        st.text_input(field.label, max_chars=MOST_LETTERS, **shared)
+
+
+def form() -> None:
+    """Draw the widgets of a request."""
+    state = st.session_state
+    for name in ("model", "hardware", "engine", "by"):
+        draw(name)
+    if state.by == FAMILY:
+        draw("family")
+        draw("sparsity")
+    elif state.by == TEXT:
+        draw("prune")
+    draw("phase")
+    left, right = st.columns(2)
+    with left:
+        draw("batch")
+    with right:
+        draw("seq")
+    if state.phase in ("generate", "serve"):
+        draw("new_tokens")
+    with st.expander("Files", expanded=state.by == CHECKPOINT or any(state[name] for name in OPENED)):
+        for name in OPENED:
+            draw(name)
+        st.button("Open", on_click=open_files, help="Reads the files of these paths on this machine.")
+        if any(state[name].strip() and opened(name) is None for name in OPENED):
+            st.caption("A file is read after a click on Open.")
+        if state.problem:
+            st.error(markdown_text(state.problem))
+    with st.expander("Formats and devices"):
+        for name in ("dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_time"):
+            draw(name)
+
+
+def open_files() -> None:
+    """Read the files of the typed paths."""
+    state = st.session_state
+    state.opened, state.problem = {}, ""
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((HOST, port))
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise InputError(f"port {port} {why}; choose another one with --port (0: any free one)") from None
-    return listening
+        for name, load in OPENED.items():
+            if path := state[name].strip():
+                state.opened[name] = path, load(Path(path).expanduser())
+    except (InputError, OSError, RuntimeError, ValueError) as error:
+        state.problem = one_line(str(error))
 
 
-def _own(hosts: set[str]) -> Any:
-    """Reject a request under another host name or from another page: no site can reach this server, not even by a name
-    that resolves to it."""
-    from flask import request
+def opened(name: str) -> tuple[str, Any] | None:
+    """Return the path and the content of a file, if the path in its field was opened."""
+    found: tuple[str, Any] | None = st.session_state.opened.get(name)
+    return found if found and found[0] == st.session_state[name].strip() else None
 
-    headers = request.headers
-    origin = headers.get("Origin")
-    own = headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-    followed = headers.get("Sec-Fetch-Dest") == "document"  # a link is allowed
-    if request.host in hosts and (own or followed) and (origin is None or origin.removeprefix("http://") in hosts):
-        return None
-    return "only the page on 127.0.0.1 may use this server", 403
+
+def parsed(name: str) -> Any:
+    """Return the value of a text; errors begin with its label."""
+    try:
+        return FIELDS[name].read(st.session_state[name])
+    except InputError as error:
+        raise InputError(f"{FIELDS[name].label}: {error}") from None
+
+
+def request() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings as arguments of :func:`simulator.table`, and as texts of the command line."""
+    state = st.session_state
+    model, profile = opened("model_path") or (state.model,) * 2, opened("profile_path")
+    texts: dict[str, Any] = {"model": model[0], "hardware": ",".join([*state.hardware, *(profile or ())[:1]])}
+    asked: dict[str, Any] = {"models": model[1], "hardware": [*state.hardware, *(profile or ())[1:]]}
+    if state.by == FAMILY:
+        texts |= {"family": ",".join(state.family), "sparsity": state.sparsity.replace(" ", "")}
+        asked |= {"family": state.family, "sparsity": parsed("sparsity")}
+        if not state.family:
+            raise InputError("family: expected at least one")
+    elif state.by == TEXT:
+        texts["prune"] = asked["prune"] = parsed("prune")
+    elif pruned := opened("pruned_path"):
+        texts["pruned"], asked["pruned"] = pruned[0], [pruned[1]]
+    else:
+        raise InputError("checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open")
+    for name in ("batch", "seq"):
+        texts[name], asked[name] = state[name].replace(" ", ""), parsed(name)
+    texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
+    asked |= {"phase": [state.phase], "engine": state.engine}
+    given = {name: parsed(name) for name in ("new_tokens", "devices", "dtype", "parallel")}
+    given |= {name: state[name] or None for name in ("weight_dtype", "kv_dtype")}
+    asked["scenario"] = Scenario(**given, dense_s=parsed("dense_time"))
+    texts |= {name: value for name, value in given.items() if value != getattr(Scenario, name)}
+    texts["dense_time"] = state.dense_time.strip()
+    many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
+    if many > MOST_PREDICTIONS:
+        raise InputError(
+            f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; see prunesim sweep"
+        )
+    return asked, texts
+
+
+def show(found: PageContent, texts: dict[str, Any]) -> None:
+    """Show the content of a request."""
+    write(found.answer, "font-size: 1.15rem; font-weight: 600")
+    st.session_state.explained = found.detail.pruning
+    st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
+    figures = st.empty()
+    write([*found.losses, *found.parts])
+    table = found.table
+    number = st.column_config.NumberColumn(format="%.2f")
+    formats = {name: number for name, column in table.items() if isinstance(column[0], float)}
+    st.dataframe(table, column_config=formats, hide_index=True)
+    st.download_button("All columns as CSV", csv_text(found.records), "prunesim.csv", "text/csv", on_click="ignore")
+    if found.notes:
+        with st.expander(f"Notes ({len(found.notes)})", expanded=len(found.notes) <= 3):
+            write(found.notes)
+    options = {name: text for name, text in texts.items() if name != "model"}
+    st.code("\n".join(commands(texts["model"], options, found)), language="bash", wrap_lines=True)
+    drawn = "".join(map(figure, found.drawings))  # last, so that the answer and the table do not wait for them
+    figures.html(f'<div style="display: flex; flex-wrap: wrap; gap: 16px">{drawn}</div>')
+
+
+def write(lines: Sequence[str], style: str = "") -> None:
+    """Write paragraphs in which nothing is markup."""
+    st.html("".join(f'<p style="overflow-wrap: anywhere; {style}">{escape(line)}</p>' for line in lines))
+
+
+def choose() -> None:
+    """Explain the chosen pruning from now on, instead of the fastest."""
+    st.session_state.detail = st.session_state.explained
+
+
+def figure(drawing: Drawing) -> str:
+    """Return a figure as HTML; a figure that is wider than the screen scrolls."""
+    wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
+    title, sizes = escape(drawing.title), f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"
+    return (
+        f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0; max-width: 100%">'
+        f'<figcaption style="font-weight: 600">{title}</figcaption><div style="overflow-x: auto; background: #fff">'
+        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}" style="width: 100%; {sizes}"></div></figure>'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,11 @@ def device(r: Any) -> str:
     return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
 
 
+def setting_label(r: Any) -> str:
+    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
+    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
+
+
 def across(devices: int, engines: int = 1) -> int | None:
     """Return the number of panels per row: the devices, or the engines of one device, if they are two or three."""
     panels = devices if devices > 1 else engines
@@ -258,6 +263,33 @@ def steps_of(e: Explanation, title: str) -> Steps:
     names, factors = [s.name for s in steps], [s.factor for s in steps]
     notes = [s.note for s in steps]
     return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper, notes)
+
+
+def waterfalls_of(found: Sequence[Explanation]) -> Figure:
+    """Draw the waterfalls of explanations, one panel each."""
+    from simulator.figures.waterfall import waterfall_figure
+
+    lengths = len({e.result.seq for e in found}) > 1
+    panels = [steps_of(e, f"{title}{f', seq {e.result.seq}' if lengths else ''}") for e, title in _titled(found)]
+    return waterfall_figure(panels, columns=_side_by_side(found))
+
+
+def rooflines_of(found: Sequence[Explanation]) -> Figure:
+    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
+    from simulator.figures.roofline import roofline_figure
+
+    return roofline_figure([roof_of(e, title) for e, title in _titled(found)], columns=_side_by_side(found))
+
+
+def _titled(found: Sequence[Explanation]) -> list[tuple[Explanation, str]]:
+    """Return explanations with the titles of their panels: device and engine, and what varies of the request."""
+    several = len({(e.result.phase, e.result.batch, e.result.seq) for e in found}) > 1
+    return [(e, device(e.result) + (f"\n{setting_label(e.result)}" if several else "")) for e in found]
+
+
+def _side_by_side(found: Sequence[Explanation]) -> int | None:
+    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
+    return across(devices, engines)
 
 
 def roof_of(e: Explanation, title: str) -> Roof:

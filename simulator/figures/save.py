@@ -44,6 +44,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     write_whole(target, _of_few_colors(out.getvalue()) if suffix == ".png" else out.getvalue())
 
 
+def svg_text(figure: Figure) -> str:
+    """Return a figure, whose layout is final, as an SVG element for a page."""
+    out = io.StringIO()
+    with paper_style():
+        figure.set_layout_engine(None)  # else Matplotlib draws it once more
+        figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
 def _of_few_colors(png: bytes) -> bytes:
     """Return the same picture with a palette: a third of the bytes."""
     from PIL import Image

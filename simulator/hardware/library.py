@@ -113,23 +113,6 @@ def load_hardware(
     return _on_same_stack(profile) if same_stack else profile
 
 
-def hardware_from_text(text: str, file: str) -> HardwareProfile:
-    """Return a profile from the text of its YAML, named ``file`` in messages; it cannot have arrays."""
-    problems = Problems(file)
-    text = text.encode("utf-8", "replace").decode()  # text from JSON can contain half a surrogate pair
-    profile = profile_from_text(text, Path(file), problems, _no_arrays, shipped_names())
-    if profile is None:
-        raise problems.error()
-    if profile.stacks_of and profile.stacks_of not in list_hardware():
-        raise unknown(f"{file}: stacks_of: profile", profile.stacks_of, list_hardware())
-    profile = replace(preferring(profile, dict(profile.stacks)), path=None)
-    return inheriting(profile, load_hardware(profile.stacks_of)) if profile.stacks_of else profile
-
-
-def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Arrays:
-    raise ValueError(f"expected a profile without arrays, got arrays in {file.name}")
-
-
 def reference(name: str) -> str:
     """Return the shortest text that :func:`load_hardware` accepts: a shipped device's label, else the path."""
     found = load_hardware(name).label

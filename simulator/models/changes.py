@@ -33,11 +33,6 @@ DECI_SOURCES: tuple[str, ...] = ("llama", "mistral", "ministral", DECI)
 """Architectures that compute the same as DeciLM, where their configuration states the same shapes."""
 
 
-def free_heads(model: ModelConfig) -> bool:
-    """Return whether a configuration has a head width, so heads and hidden size can change independently."""
-    return ARCHITECTURES[model.architecture].grouped
-
-
 def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
     """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
 

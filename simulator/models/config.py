@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import AMOUNT, number, shown, whole
-from simulator.display import Displayed, facts_html
+from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.models.block import Block, DeltaNet, Latent
 from simulator.workload import DTYPES
@@ -192,10 +192,6 @@ class ModelConfig(Displayed):
         shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
         experts = f", {self.experts} experts" if self.experts else ""
         return f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
-
-    def _html(self) -> str:
-        """Return the fields that are set, without lists per layer."""
-        return facts_html({name: v for name, v in self.to_dict().items() if v and not isinstance(v, list)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, and the numbers of parameters."""

@@ -75,7 +75,7 @@ FLOPs and bytes stay exact except where a window fills up; times change by less 
 def lower(
     model: str | ModelConfig,
     *,
-    phase: str = "prefill",
+    phase: str = "decode",
     batch: int = 1,
     seq: int = 2048,
     new_tokens: int = 0,

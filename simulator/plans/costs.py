@@ -3,6 +3,7 @@
 The cost of a variant of a sublayer is the difference of two passes of the model: with the variant, and without the
 sublayer. It has kernels, gaps, and host time that is not hidden. The costs of the dense layers and of the part outside
 the layers add up to the dense pass; those of other plans to first order (:mod:`simulator.plans.solve` corrects them).
+:class:`Probes` has the passes: layers with equal shapes cost the same, so a few passes price a library.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import numpy as np
 from simulator.arguments import OneOrMore
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.capacity import cache_bytes, weights_bytes
-from simulator.display import Displayed, table_html
+from simulator.display import Displayed
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.plans.library import Library, generated_library, read_library
-from simulator.plans.prices import PricedRequest, Probes, planned
-from simulator.plans.variants import SUBLAYERS, part_of, text_of
-from simulator.prediction.scenario import Scenario, profiles, scenarios
+from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import compare, memory_columns
+from simulator.prediction.scenario import Scenario, profiles, scenarios, setting
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals
@@ -33,10 +35,107 @@ from simulator.workload import Part, Workload
 from simulator.workload_batch import WorkloadBatch
 
 COLUMNS: tuple[str, ...] = (
-    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),
+    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),  # layer -1: outside the layers
     *("seconds", "lower", "upper", "prefill_s", "decode_s", "parameters", "weights_bytes", "cache_bytes"),
 )
-"""Columns of costs. ``layer`` is -1 for what is outside the layers."""
+
+
+@dataclass(frozen=True)
+class PricedRequest:
+    """A device with a scenario of one request."""
+
+    scenario: Scenario
+    hw: HardwareProfile
+
+    hardware = property(lambda self: self.hw.label)
+    devices = property(lambda self: self.scenario.devices)
+    engine = property(lambda self: self.scenario.engine_name)
+    phase = property(lambda self: self.scenario.phase)
+    batch = property(lambda self: self.scenario.shapes[0][0])
+    seq = property(lambda self: self.scenario.shapes[0][1])
+
+    def __str__(self) -> str:
+        return setting(self)
+
+    def lower(self, model: ModelConfig) -> Workload:
+        """Return the workload of a model."""
+        return replace(self.scenario, model=model).workloads[0]
+
+
+def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None) -> ModelConfig:
+    """Return the model with other layers."""
+    own = model.windows if windows is None else tuple(windows)
+    return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
+
+
+def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, FloatArray]:
+    """Return predictions of models (W,) in a setting by the names of :class:`simulator.Result`, with ``parameters`` and
+    ``flops``; the first is the dense model."""
+    workloads = [at.lower(model) for model in models]
+    batch = batch_with(workloads[0], workloads[1:])
+    columns, _ = compare(batch, at.hw, at.scenario.level, at.scenario.dense_s)
+    every = np.arange(len(models))
+    memory = memory_columns(batch, every, [at.hw], np.zeros(len(models), dtype=np.intp))
+    own = {name: np.asarray(column) for name, column in {**columns, **memory}.items()}
+    own["parameters"] = np.array([float(model.parameters) for model in models])
+    own["flops"] = batch.total(batch.flops)
+    return own
+
+
+def grouped(model: ModelConfig, blocks: Sequence[Block]) -> ModelConfig:
+    """Return a model with the same layers, equal ones next to each other: the same cost, from fewer rows."""
+    order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
+    return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Models whose differences are the prices of a library next to a base plan."""
+
+    library: Library
+    models: tuple[ModelConfig, ...]  # the dense model, the base, then the others
+    at: Mapping[tuple[int, str, Block], tuple[int, int]]  # (class, sublayer, variant): models with, without
+    classes: tuple[int, ...]  # of each layer: the first layer that is equal
+
+    @classmethod
+    def of(cls, library: Library, base: Sequence[Block]) -> Probes:
+        """Return the probes of all variants."""
+        model = library.model
+        models, at = [model, grouped(model, base)], dict[tuple[int, str, Block], tuple[int, int]]()
+        keys = list(zip(model.layout, model.windows))
+        known = {key: i for i, key in reversed(list(enumerate(keys)))}  # first layer with a key
+        for layer, key in enumerate(keys):
+            first = known[key]
+
+            def probe(block: Block, first: int = first) -> int:
+                models.append(grouped(model, [*base[:first], block, *base[first + 1 :]]))
+                return len(models) - 1
+
+            for name in SUBLAYERS:
+                for part in dict.fromkeys(part_of(name, block) for block in library.layers[layer]):
+                    if (first, name, part) in at:
+                        continue
+                    none = part_of(name, without(name, part))
+                    if (first, name, none) not in at:
+                        gone = probe(without(name, base[first]))
+                        at[first, name, none] = gone, gone
+                    if part != none:
+                        other = base[first]
+                        block = joined(part, other) if name == "attention" else joined(other, part)
+                        at[first, name, part] = probe(block), at[first, name, none][1]
+        return cls(library, tuple(models), at, tuple(known[key] for key in keys))
+
+    def prices(self, values: FloatArray) -> tuple[FloatArray, ...]:
+        """Return the prices of the variants of each layer, from the values of all models."""
+        found: dict[tuple[int, tuple[Block, ...]], FloatArray] = {}
+        for first, own in zip(self.classes, self.library.layers):
+            if (first, own) not in found:
+                total = np.zeros(len(own))
+                for name in SUBLAYERS:
+                    there, gone = np.array([self.at[first, name, part_of(name, block)] for block in own]).T
+                    total = total + (values[there] - values[gone])
+                found[first, own] = total
+        return tuple(found[first, own] for first, own in zip(self.classes, self.library.layers))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -59,7 +158,7 @@ class Costs(Displayed):
 
     Examples
     --------
-    >>> found = costs("llama-3.1-8b", "h100", phase="decode")
+    >>> found = costs("llama-3.1-8b", "h100")
     >>> len(found.settings), found.rows[0]["sublayer"], found.rows[-1]["layer"]
     (1, 'attention', -1)
     """
@@ -89,9 +188,6 @@ class Costs(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         return self.columns
 
-    def _html(self) -> str:
-        return table_html(self.columns)
-
 
 def costs(
     model: str | ModelConfig,
@@ -99,7 +195,7 @@ def costs(
     choices: str | Path | Library | None = None,
     *,
     engine: OneOrMore[str] = (),
-    phase: OneOrMore[str] = "generate",
+    phase: OneOrMore[str] = "decode",
     batch: OneOrMore[int] = 1,
     seq: OneOrMore[int] = 2048,
     scenario: Scenario | None = None,
@@ -131,24 +227,19 @@ def costs(
     Raises
     ------
     InputError
-        For variants that do not fit the model, or that the devices cannot share.
+        For variants that do not fit the model or that the devices cannot share.
 
     Examples
     --------
-    >>> found = costs("llama-3.1-8b", "h100", phase="decode", batch=8)
+    >>> found = costs("llama-3.1-8b", "h100", batch=8)
     >>> sorted(set(found.columns["variant"][found.columns["sublayer"] == "attention"].tolist()))
     ['dense', 'kv=1', 'kv=2', 'kv=4', 'none']
-    >>> dense = found.columns["variant"] == "dense"
-    >>> bool(found.columns["seconds"][dense].sum() > 0.0)
-    True
     """
     dense, devices = load_model(model), profiles(hardware)
     requested = scenarios(scenario, [dense], engine, phase, batch, seq)
     settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
-    if choices is None:
-        library = generated_library(dense, settings[0].devices)
-    else:
-        library = choices if isinstance(choices, Library) else read_library(choices, dense)
+    library = generated_library(dense, settings[0].devices) if choices is None else choices
+    library = library if isinstance(library, Library) else read_library(library, dense)
     probes, parts = Probes.of(library, dense.layout), list[dict[str, Array]]()
     keys = [
         (layer, name, part)

@@ -1,22 +1,16 @@
 """Libraries: the variants of each layer of a model, and values that were measured of them, such as scores.
 
-Use :func:`read_library` for a file, :func:`generated_library` for the usual variants. Formats are chosen by content:
+:func:`read_library` reads files of these formats, told apart by their content. The first variant of every layer is the
+dense one.
 
 - CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention`` and ``mlp`` (texts of
   :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any columns of numbers:
   scores and times. ``kv_heads`` and ``ffn_intermediate_size`` are accepted instead of ``attention`` and ``mlp``; 0 is
-  none. A column ``results`` names results files of lm-evaluation-harness, one per row. Texts in columns ``protocol``
-  and ``source`` are ignored.
-- YAML with lists of choices, for all layers and for some::
-
-    attention: [dense, kv=4, none]
-    mlp: [dense, 7168, none]
-    layers:
-      0-1: {mlp: [dense]}
-
-- JSON of Puzzle and of ModelOpt's Puzzletron (:mod:`simulator.plans.puzzletron`).
-
-In a library the first variant of every layer is the dense one.
+  none. A column ``results`` names results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are
+  ignored.
+- YAML with lists of choices, of all layers (``mlp: [dense, 7168, none]``) and of some
+  (``layers: {0-1: {mlp: [dense]}}``).
+- Puzzle's ``block_library.json``, and the folder of Puzzletron's validations (:mod:`simulator.plans.puzzle`).
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,17 +34,20 @@ from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.models.difference import runs
-from simulator.plans.entries import MOST_BYTES, Entry
-from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant
+from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
+from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
+from simulator.units import percent
 
-EXAMPLES = Path(__file__).with_name("examples")
-"""Libraries that ship, by name; a .md file next to each states how it was measured."""
-
-MOST_VARIANTS = 4096
-"""Largest number of variants of one layer."""
+EXAMPLES = Path(__file__).with_name("examples")  # libraries that ship; a .md file next to each states its protocol
+MOST_VARIANTS = 4096  # of one layer
 
 ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score")
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
+
+TIME = re.compile(r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE)
+_SIZES = r"memory|bytes|params?|parameters|flops|macs|num|number|count|size|kib|mib|gib|kb|mb|gb|heads|width"
+SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.IGNORECASE)
+"""Names of columns that hold times; sizes, memory or counts."""
 
 _ALIASES: Mapping[str, str] = {"kv_heads": "attention", "ffn_intermediate_size": "mlp"}
 _NAMES = ("layer", *SUBLAYERS, *_ALIASES, "results", "protocol", "source")
@@ -57,27 +55,13 @@ _NAMES = ("layer", *SUBLAYERS, *_ALIASES, "results", "protocol", "source")
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """Variants of the layers of a model, and values of each variant.
-
-    Parameters
-    ----------
-    model : ModelConfig
-        The dense model.
-    layers : tuple of tuple of Block
-        Variants of each layer; the first is the dense layer.
-    values : mapping of str to tuple of array
-        Columns by name: one array per layer, with one value per variant. NaN: unknown.
-    notes : tuple of str
-        What was assumed when the library was read.
-    source : str
-        Its file, in messages; "": made by a program.
-    """
+    """Variants of the layers of a model, and values of each variant."""
 
     model: ModelConfig
-    layers: tuple[tuple[Block, ...], ...]
-    values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    source: str = ""
+    layers: tuple[tuple[Block, ...], ...]  # variants of each layer; the first is the dense layer
+    values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)  # by layer and variant; NaN: unknown
+    notes: tuple[str, ...] = ()  # what was assumed when the library was read
+    source: str = ""  # its file, in messages
 
     def __len__(self) -> int:
         return sum(map(len, self.layers))
@@ -90,60 +74,71 @@ class Library:
     def take(self, keep: Sequence[Sequence[int]]) -> Library:
         """Return the library with some variants of each layer, by their indices."""
         layers = tuple(tuple(own[i] for i in some) for own, some in zip(self.layers, keep))
-        values = {
-            name: tuple(own[list(some)] for own, some in zip(column, keep)) for name, column in self.values.items()
-        }
+        values = {name: tuple(own[list(k)] for own, k in zip(column, keep)) for name, column in self.values.items()}
         return replace(self, layers=layers, values=values)
+
+    @property
+    def times(self) -> tuple[FloatArray, ...] | None:
+        """The sum of the library's own times by layer and variant, if it has times."""
+        columns = [column for name, column in self.values.items() if TIME.search(name)]
+        if not columns or not all(np.isfinite(own).all() for column in columns for own in column):
+            return None
+        return tuple(np.sum(own, axis=0) for own in zip(*columns))
 
 
 def read_library(source: str | Path, model: ModelConfig) -> Library:
-    """Return the library of a file, or of a folder of Puzzletron; the format follows from the content.
-
-    Parameters
-    ----------
-    source : str or Path
-        CSV, YAML or JSON file, or the folder of Puzzletron's single-block validations; or the name of a library that
-        ships (``smollm2-135m``).
-    model : ModelConfig
-        The dense model.
-
-    Returns
-    -------
-    Library
-        Variants of each layer, and their values.
-
-    Raises
-    ------
-    InputError
-        One line that names the place: a variant that does not fit the model, a layer without variants or with one
-        twice, a value that is not a number, unknown keys, or a file that is too large.
-    """
+    """Return the library of a file, of a folder of Puzzletron's validations, or of a name that ships (smollm2-135m)."""
     path = Path(source).expanduser()
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
     if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
-        from simulator.plans.puzzletron import read_folder
-
-        return library_of(read_folder(path, model), model, str(path))
+        return library_of(read_validations(path, model), model, str(path))
     content = read_bounded(path, MOST_BYTES)
-    start = content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if start in (b"[", b"{"):
-        from simulator.plans.puzzletron import read_json
-
-        return library_of(read_json(content, str(path), model), model, str(path))
+    if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
+        return library_of(read_puzzle(content, str(path), model), model, str(path))
     if path.suffix in (".yaml", ".yml"):
         return _choices(content, str(path), model)
     return library_of(_rows(read_csv(content, str(path), ("layer",)), model, path.parent), model, str(path))
 
 
 def generated_library(model: ModelConfig, devices: int = 1) -> Library:
-    """Return the usual variants of each layer (:func:`simulator.plans.variants.generated`).
-
-    >>> from simulator.models.library import load_model
-    >>> len(generated_library(load_model("llama-3.1-8b")).layers[0])
-    45
-    """
+    """Return the usual variants of each layer (:func:`simulator.plans.variants.generated`)."""
     return Library(model, tuple(_product(model, dense, {}, devices) for dense in model.layout))
+
+
+def importance(model: ModelConfig) -> Library:
+    """Return the library of whole layers of a model, with published losses of depth pruning as score.
+
+    The shipped tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo),
+    not by layer. So these scores decide how many layers go. These papers remove deep layers first, except the last.
+    """
+    from simulator.prediction.quality import QualityRow, load_quality
+
+    found: dict[tuple[str, str, str], dict[float, QualityRow]] = {}
+    for row in load_quality("published").rows:
+        own = row.family == "depth" and row.model.lower() == model.name.lower()
+        if own and row.sparsity > 0.0 and not row.options:
+            found.setdefault((row.method, row.metric, row.protocol), {})[row.sparsity] = row
+    if not found:
+        way = "give a file of scores, or measure them with prunesim quality --per-layer"
+        raise InputError(f"scores: no published loss of depth pruning for {model.name}; {way}")
+    best = max(found.values(), key=lambda rows: (len(rows), "accuracy" in next(iter(rows.values())).metric))
+    rows, many = [best[sparsity] for sparsity in sorted(best)], model.layers
+    removed = [0.0, *(row.sparsity * many for row in rows)]
+    losses = [0.0, *(row.relative_loss for row in rows)]
+    slope = np.diff(losses) / np.diff(removed)
+    at = np.clip(np.searchsorted(removed[1:], np.arange(many) + 0.5), 0, len(slope) - 1)
+    each = np.maximum.accumulate(np.maximum(slope[at], 0.0))  # the next layer never costs less
+    each *= 1.0 + 1e-6 * np.arange(many)  # so that the order decides between equal ones
+    values = {layer: float(each[i]) for i, layer in enumerate([*range(many - 2, -1, -1), many - 1])}
+    layers = tuple((dense, without("attention", without("mlp", dense))) for dense in model.layout)
+    scores = tuple(np.array([0.0, values[i]]) for i in range(many))
+    first = rows[0]
+    note = (
+        f"scores: published losses of {first.method} on {first.model} ({first.metric}, {first.source}) by number of "
+        f"removed layers, extrapolated beyond {percent(rows[-1].sparsity)}; deep layers go first, except the last"
+    )
+    return Library(model, layers, {"relative loss": scores}, (note,))
 
 
 def _product(
@@ -154,7 +149,36 @@ def _product(
     return tuple(dict.fromkeys([dense, *(joined(a, m) for a, m in itertools.product(*own))]))
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
+    """Return the name and the values of a library's scores: those of ``metric``, or "" for the only column that can be.
+
+    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing.
+    """
+    where = f"{library.source}: " if library.source else ""
+    known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
+    if not library.values:
+        raise InputError(f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div")
+    if not known:
+        names = _listed_names(library.values)
+        raise InputError(f"{where}expected a column of scores, got only times, sizes or counts: {names}")
+    if not metric and len(known) > 1:
+        raise InputError(f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with --metric")
+    name = metric or known[0]
+    if name in library.values and name not in known:
+        wanted = f"expected a score such as {known[0]}, got a time, size or count"
+        raise InputError(f"{where}metric {name}: {wanted}")
+    if name not in known:
+        raise InputError(f"{where}{unknown('metric', name, known)}")
+    for layer, column in enumerate(library.values[name]):
+        if (wrong := np.flatnonzero(~np.isfinite(column))).size:
+            attention, mlp = library.texts(layer)[int(wrong[0])]
+            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}")
+    return name, library.values[name]
+
+
+def _listed_names(names: Iterable[str], most: int = 8) -> str:
+    *first, last = list(names)[:most]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Library:
@@ -173,10 +197,8 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
         names |= dict.fromkeys(entry.values)
     if missing := [i for i, some in enumerate(found) if not some]:
         have = model.layers - len(missing)
-        raise InputError(
-            f"{label}: expected variants of all {model.layers} layers of {model.name}, got {have}; "
-            f"layers {runs(missing)} have none"
-        )
+        wanted = f"expected variants of all {model.layers} layers of {model.name}, got {have}"
+        raise InputError(f"{label}: {wanted}; layers {runs(missing)} have none")
     layers, added = [], []
     for i, some in enumerate(found):
         dense = model.layout[i]
@@ -212,8 +234,7 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
             if cells.get("results"):
                 values |= _harness(folder, cells["results"])
             for layer in _layers(cells["layer"], model.layers):
-                block = _block(cells, model, layer)
-                yield Entry(place, layer, block, values)
+                yield Entry(place, layer, _block(cells, model, layer), values)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
 
@@ -251,18 +272,11 @@ def _layers(text: str, many: int) -> range:
 
 
 def _harness(folder: Path, name: str) -> dict[str, float]:
-    """Return the metrics in a results file of lm-evaluation-harness, and the mean accuracy; a loss is a rise."""
-    from simulator.prediction.harness import MEAN, read_results
+    """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
+    from simulator.prediction.harness import read_results
 
-    found = read_results(folder, name)
-    values = {str(key): v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.values.items()}
-    accuracies = [v.value for v in found.accuracies().values()]
-    if accuracies:
-        values[f"{MEAN}{len(accuracies)} tasks"] = -sum(accuracies) / len(accuracies)
-    return values
-
-
-# -- choices -----------------------------------------------------------------------------------------------------------
+    _, found = read_results(folder, name)
+    return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
 
 
 def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
@@ -279,27 +293,23 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
     own: list[dict[str, tuple[Block, ...]]] = [_lists(root, model, i, problems, "") for i in range(model.layers)]
     layers = root.entries.get("layers")
     taken: set[int] = set()
-    if layers is not None:
-        if layers[1].kind != "mapping":
-            problems.add(layers[1], "layers", f"expected lists of variants by layers such as 0-1, got {layers[1]}")
-        for text, (key, value) in layers[1].entries.items():
-            try:
-                some = [i for part in text.split(",") for i in _layers(part.strip(), model.layers)]
-            except InputError as error:
-                problems.add(key, f"layers.{text}", str(error))
-                continue
+    if layers is not None and layers[1].kind != "mapping":
+        problems.add(layers[1], "layers", f"expected lists of variants by layers such as 0-1, got {layers[1]}")
+    for text, (key, value) in layers[1].entries.items() if layers is not None else ():
+        try:
+            some = [i for part in text.split(",") for i in _layers(part.strip(), model.layers)]
             if again := taken.intersection(some):
-                problems.add(key, f"layers.{text}", f"layer {min(again)} is listed twice")
-            taken.update(some)
-            for i in some:
-                own[i] |= _lists(value, model, i, problems, f"layers.{text}.")
+                raise InputError(f"layer {min(again)} is listed twice")
+        except InputError as error:
+            problems.add(key, f"layers.{text}", str(error))
+            continue
+        taken.update(some)
+        for i in some:
+            own[i] |= _lists(value, model, i, problems, f"layers.{text}.")
     if len(problems):
         raise first_of(problems.lines)
-    layout = tuple(_product(model, dense, given) for dense, given in zip(model.layout, own))
-    for i, variants in enumerate(layout):
-        if len(variants) > MOST_VARIANTS:
-            raise InputError(f"{label}: layer {i}: expected at most {MOST_VARIANTS} variants, got {len(variants)}")
-    return Library(model, layout, source=label)
+    every = (Entry(label, i, b, {}) for i, given in enumerate(own) for b in _product(model, model.layout[i], given))
+    return library_of(every, model, label)
 
 
 def _lists(node: Node, model: ModelConfig, layer: int, problems: Problems, where: str) -> dict[str, tuple[Block, ...]]:
@@ -380,17 +390,3 @@ def combined(library: Library) -> Library:
             both = column[layer][first] + column[layer][second] - column[layer][0]
             values[name].append(np.where(first == second, column[layer][first], both))
     return replace(library, layers=tuple(layers), values={name: tuple(column) for name, column in values.items()})
-
-
-def check_values(library: Library, name: str) -> tuple[FloatArray, ...]:
-    """Return a column of a library; InputError if it is missing or unknown for a variant."""
-    where = f"{library.source}: " if library.source else ""
-    if name not in library.values:
-        if library.values:
-            raise InputError(f"{where}{unknown('score', name, library.values)}")
-        raise InputError(f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div")
-    for layer, column in enumerate(library.values[name]):
-        if (wrong := np.flatnonzero(~np.isfinite(column))).size:
-            attention, mlp = library.texts(layer)[int(wrong[0])]
-            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}")
-    return library.values[name]

@@ -1,34 +1,31 @@
-"""Search: choose a variant of each layer of a model so that targets are met and scores are lost least.
+"""Search: choose a variant of each layer of a model so that targets are met and scores rise least: :func:`search`.
 
-Use :func:`search`. Scores of single replacements are added over layers, as in Puzzle (arXiv 2411.19146); times are not
-added but predicted of the whole plan (:mod:`simulator.plans.solve`).
+Scores of single replacements are added over layers, as in Puzzle (arXiv 2411.19146). Times are not added: the whole
+plan is predicted (:mod:`simulator.plans.solve`), and so are the plans that other rules choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import OneOrMore, flag, instance
-from simulator.arrays import FloatArray
-from simulator.display import Displayed, few, table_html
+from simulator.arguments import OneOrMore, flag
+from simulator.arrays import FloatArray, IndexArray
+from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.parallel import indivisible
-from simulator.plans.compared import AlternativePlan, PlanPoint, alternatives, frontier
-from simulator.plans.importance import importance
-from simulator.plans.library import Library, check_values, combined, groups_of, read_library
-from simulator.plans.prices import PricedRequest, planned
-from simulator.plans.solve import Found, Solver, Variants
-from simulator.plans.targets import Limit, Targets
-from simulator.plans.variants import text_of
+from simulator.plans.costs import PricedRequest, Probes, planned, quantities
+from simulator.plans.library import Library, combined, groups_of, importance, metric_of, read_library
+from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
+from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import scenario_results
-from simulator.prediction.configurations import probability_of
+from simulator.prediction.operating import probability_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
@@ -37,8 +34,7 @@ from simulator.units import ratio
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-TIMES: tuple[str, ...] = ("runtime", "latency", "time_ms", "_us")
-"""Parts of names of columns that hold measured times, not scores."""
+MOST_POINTS = 24  # plans of a frontier
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,51 @@ class Reached:
     probability: float  # of reaching it, from the prediction interval
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanPoint:
+    """A plan and its prediction in the first setting."""
+
+    score: float
+    speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    pruned_s: float
+    parameters: int
+    chosen: bool = False  # whether it is the plan of the search
+
+    @classmethod
+    def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> PlanPoint:
+        """Return model ``i`` of some quantities."""
+        times = {name: float(own[name][i]) for name in ("speedup", "speedup_lower", "speedup_upper", "pruned_s")}
+        return cls(score=score, **times, parameters=int(own["parameters"][i]), chosen=chosen)
+
+
+@dataclass(frozen=True)
+class AlternativePlan:
+    """A plan that another rule chooses."""
+
+    chosen_by: str  # parameters, FLOPs or library times
+    budget: str  # "same": as much as the plan of the search; "targets": as much as meets the targets
+    meets: bool  # all targets
+    point: PlanPoint
+
+    @property
+    def rule(self) -> str:
+        """The measure of cost and the budget in words."""
+        return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Displayed):
     """The chosen variant of each layer, what it reaches, and what other rules would have chosen.
 
     Parameters
     ----------
-    model : str
-        Name of the dense model.
-    metric : str
-        Column of the scores; lower is better.
-    score : float
-        Sum of the rises of the score over the layers; 0 is the dense model.
-    gap : float
-        Share of the score that a better plan could save at most, by added costs; 0: none is better.
+    model, metric : str
+        Names of the dense model, and of the column of the scores; lower scores are better.
+    score, gap : float
+        Sum of the rises of the score over the layers (0 is the dense model), and the share of it that a better plan
+        could save at most, by added costs.
     confidence : float
         Probability with which times had to be reached.
     layers : tuple of LayerPlan
@@ -88,10 +115,8 @@ class Plan(Displayed):
         Targets by setting.
     results : tuple of Result
         Prediction of the plan in each setting.
-    sum_error : float
-        Predicted time of the first plan over its added costs, less 1.
-    steps : int
-        Plans that were predicted whole.
+    sum_error, steps : float, int
+        Predicted time of the first plan over its added costs, less 1; number of plans that were predicted whole.
     alternatives : tuple of AlternativePlan
         Plans by parameters, FLOPs and the library's own times.
     frontier : tuple of PlanPoint
@@ -102,10 +127,8 @@ class Plan(Displayed):
         Parameters of the dense model.
     settings : tuple of PricedRequest
         Devices and requests, in the order of the results.
-    dense : ModelConfig
-        The dense model.
-    pruned : ModelConfig
-        Shapes of the plan.
+    dense, pruned : ModelConfig
+        Shapes of the dense model and of the plan.
 
     Examples
     --------
@@ -144,9 +167,6 @@ class Plan(Displayed):
         """Return one row per layer."""
         return {name: [getattr(row, name) for row in self.layers] for name in ("layer", "attention", "mlp", "score")}
 
-    def _html(self) -> str:
-        return table_html(self._columns(), most=len(self.layers))
-
 
 def search(
     model: str | ModelConfig,
@@ -179,7 +199,7 @@ def search(
         Variants of each layer with their scores (:func:`simulator.plans.library.read_library`). Default: whole layers,
         with the published quality losses of depth pruning of this model.
     metric : str
-        Column of the scores; "": the first that is not a time.
+        Column of the scores; "": the only column that is no time, size, memory or count.
     maximise : bool
         Whether a higher value is better.
     engine, phase, batch, seq : one or more
@@ -201,12 +221,11 @@ def search(
     Raises
     ------
     InputError
-        If no plan meets the targets (the message has the nearest one), a score is missing, or an argument is out of
-        range.
+        If no plan meets the targets (the message has the nearest plan), or for missing scores and wrong arguments.
 
     Examples
     --------
-    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", phase="prefill", batch=8, seq=1024)
+    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", metric="kl_div", phase="prefill", batch=8)
     >>> plan.results[0].speedup >= 1.3, len(plan.layers)
     (True, 30)
     """
@@ -219,7 +238,8 @@ def search(
     check_measured(requested, devices)
     settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
     library, notes = _library(scores, dense, settings[0])
-    name, column = _scores(library, metric, maximise)
+    name, column = metric_of(library, metric)
+    column = tuple(-own for own in column) if maximise else column
     variants = Variants.of(library, groups_of(groups, dense.layers))
     rises = variants.sums([own - own[0] for own in column])
     families = variants.uniform() if uniform else []
@@ -231,27 +251,24 @@ def search(
     progress(0, 3)
     found = solver.solve()
     progress(1, 3)
-    results = tuple(_result(dense, found, at) for at in settings)
-    others = alternatives(solver, found, _times(library))
+    pruned = planned(dense, found.blocks)
+    pruning = [Pruning.of_model(dense, pruned)]
+    results = tuple(scenario_results(replace(at.scenario, model=dense), pruning, [at.hw])[0] for at in settings)
+    others = alternatives(solver, found, library.times)
     progress(2, 3)
     points = frontier(solver, found)
     progress(3, 3)
-    layers = tuple(
-        LayerPlan(
-            layer=i,
-            attention=text_of("attention", block, dense.layout[i]),
-            mlp=text_of("mlp", block, dense.layout[i]),
-            score=float(column[i][library.layers[i].index(block)] - column[i][0]),
-        )
-        for i, block in enumerate(found.blocks)
-    )
+    layers = []
+    for i, (block, usual, own) in enumerate(zip(found.blocks, dense.layout, column)):
+        attention, mlp = (text_of(name, block, usual) for name in SUBLAYERS)
+        layers.append(LayerPlan(i, attention, mlp, float(own[library.layers[i].index(block)] - own[0])))
     return Plan(
         model=dense.name,
         metric=name,
         score=found.score,
         gap=solver.gap,
         confidence=targets.confidence,
-        layers=layers,
+        layers=tuple(layers),
         targets=tuple(_reached(limit, found, solver) for limit in solver.limits),
         results=results,
         sum_error=solver.sum_error,
@@ -262,20 +279,14 @@ def search(
         dense_parameters=dense.parameters,
         settings=settings,
         dense=dense,
-        pruned=planned(dense, found.blocks),
+        pruned=pruned,
     )
 
 
-def _library(
-    scores: str | Path | Library | None, model: ModelConfig, at: PricedRequest
-) -> tuple[Library, tuple[str, ...]]:
+def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:
     """Return the library with the variants that the devices can share, and notes."""
-    if scores is None:
-        library = importance(model)
-    elif isinstance(scores, Library):
-        library = instance("scores", scores, Library, "read_library")
-    else:
-        library = read_library(scores, model)
+    library = importance(model) if scores is None else scores
+    library = library if isinstance(library, Library) else read_library(library, model)
     notes, library = library.notes, combined(library)
     many, parallel = at.scenario.devices, at.scenario.parallel
     if many > 1 and parallel != "pipeline":
@@ -287,35 +298,6 @@ def _library(
             raise InputError(f"devices {many}: cannot share the dense model; expected fewer devices")
         library = library.take(keep)
     return library, notes
-
-
-def _is_time(name: str) -> bool:
-    return any(part in name.lower() for part in TIMES)
-
-
-def _scores(library: Library, metric: str, maximise: bool) -> tuple[str, tuple[FloatArray, ...]]:
-    """Return the name of the scores and their values, of which lower ones are better."""
-    known = [name for name in library.values if not _is_time(name)]
-    if library.values and not metric and not known:
-        where = library.source or "scores"
-        raise InputError(f"{where}: expected a column of scores, got only times: {few(library.values)}")
-    name = metric or (known[0] if known else "")
-    column = check_values(library, name)
-    return name, tuple(-own for own in column) if maximise else column
-
-
-def _times(library: Library) -> tuple[FloatArray, ...] | None:
-    """Return the sum of the library's own times by layer and variant, if it has times."""
-    columns = [column for name, column in library.values.items() if _is_time(name)]
-    if not columns or not all(np.isfinite(own).all() for column in columns for own in column):
-        return None
-    return tuple(np.sum(own, axis=0) for own in zip(*columns))
-
-
-def _result(dense: ModelConfig, found: Found, at: PricedRequest) -> Result:
-    """Return the prediction of a plan in a setting."""
-    pruning = Pruning.of_model(dense, planned(dense, found.blocks))
-    return scenario_results(replace(at.scenario, model=dense), [pruning], [at.hw])[0]
 
 
 def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
@@ -332,3 +314,71 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
     else:
         chance = float(value <= limit.most * (1.0 + 1e-9))
     return Reached(at.hardware, at.engine, at.phase, at.batch, at.seq, limit.target, limit.value, reached, chance)
+
+
+def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | None) -> tuple[AlternativePlan, ...]:
+    """Return the plans of least score by other measures of cost: with as much cost as the found plan, and with the most
+    cost that meets the targets."""
+    variants, model = solver.variants, solver.model
+    probes = Probes.of(variants.library, model.layout)
+    flops = probes.prices(quantities(probes.models, solver.settings[0])["flops"])
+    weights = [np.array([float(model.block_parameters(b)) for b in own]) for own in variants.library.layers]
+    measures = {"parameters": weights, "FLOPs": flops} | ({"library times": times} if times is not None else {})
+    out = []
+    for name, column in measures.items():
+        cost = variants.sums(column)[None]
+        choice, excess, _ = solver.choose(cost, cost[:, found.choice].sum(axis=1), COARSE)
+        plans = {"same": solver.predict(choice) if excess == 0.0 else None, "targets": _until(solver, cost)}
+        for budget, plan in plans.items():
+            if plan is not None:
+                point = PlanPoint.of(plan.score, plan.predicted[0], 1, False)
+                out.append(AlternativePlan(name, budget, plan.meets, point))
+    return tuple(out)
+
+
+def _until(solver: Solver, cost: FloatArray) -> Found | None:
+    """Return the first plan that meets the targets if a cost is lowered step by step."""
+    best: Found | None = None
+    for plans in _hulls(solver, cost):
+        low, high = 0, len(plans) - 1
+        if not solver.predict(plans[high]).meets:
+            continue
+        while high - low > 1:  # more cost removed is faster, except for steps of kernels
+            middle = (low + high) // 2
+            low, high = (low, middle) if solver.predict(plans[middle]).meets else (middle, high)
+        found = solver.predict(plans[high])
+        budget = cost[:, found.choice].sum(axis=1)
+        exact = solver.predict(solver.choose(cost, budget, COARSE)[0])
+        found = exact if exact.meets and exact.score < found.score else found
+        if best is None or found.score < best.score:
+            best = found
+    return best
+
+
+def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
+    """Return the plans from least score to least cost, for each set of variants that a plan is chosen from."""
+    out = []
+    for some in solver.families or [np.arange(len(solver.score))]:
+        program = Program(solver.variants.group[some], solver.score[some], cost[:, some])
+        out.append([some[choice] for choice in program.hull()])
+    return out
+
+
+def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
+    """Return plans of rising score and speed that no other plan of the series beats, the found plan among them."""
+    cost = solver.costs(found.choice)[0][:1]
+    series = _hulls(solver, cost)
+    each = max(2, MOST_POINTS // len(series))
+    plans = {tuple(found.choice.tolist()): found.choice}
+    for hull in series:
+        for i in np.unique(np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)).tolist():
+            plans.setdefault(tuple(hull[i].tolist()), hull[i])
+    models = [planned(solver.model, solver.variants.blocks(choice)) for choice in plans.values()]
+    own = quantities([solver.model, *models], solver.settings[0])
+    scores = [float(solver.score[choice].sum()) for choice in plans.values()]
+    points = [PlanPoint.of(score, own, i, i == 1) for i, score in enumerate(scores, start=1)]  # the found plan is first
+    kept: list[PlanPoint] = []
+    for point in sorted(points, key=lambda point: (point.score, point.pruned_s)):
+        if point.chosen or not kept or point.pruned_s < min(other.pruned_s for other in kept):
+            kept.append(point)
+    return tuple(kept)

@@ -1,16 +1,30 @@
 """Find the plan of least score that meets all targets, as the model is predicted, not as its costs are added.
 
-Costs of variants are exact next to one plan only: where the host or a shared limit hides time, they change with the
-rest of the model. So the program (:mod:`simulator.plans.program`) is solved with costs next to the dense model, its
-plan is predicted whole, and costs and limits are set again next to that plan, until the plan stays and meets the
-targets. :class:`Solver` has the steps; :meth:`Solver.solve` the loop.
+:class:`Targets` are limits on quantities of the pruned model.
+
+:class:`Program` is the choice of one variant per group of layers, a multiple-choice knapsack, solved exactly by HiGHS:
+minimise the sum of scores so that each sum of costs is at most its limit. The linear relaxation gives a lower bound and
+a price per unit of each cost. A variant whose score, costs at these prices included, exceeds the best one of its group
+by more than the gap between a known solution and the bound is in no better solution (reduced-cost fixing), so the
+integer program is solved with few variants: a hundred instead of thousands.
+
+:class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a shared limit hides
+time, they change with the rest of the model. So the program is solved with costs next to the dense model, its plan is
+predicted whole, and costs and limits are set again next to that plan, until the plan stays and meets the targets.
+
+Shapes of arrays: G groups of layers; V variants over all groups, those of a group next to each other; R limited costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -18,24 +32,341 @@ from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
+from simulator.plans.costs import PricedRequest, Probes, planned, quantities
 from simulator.plans.library import Library
-from simulator.plans.prices import PricedRequest, Probes, planned, quantities
-from simulator.plans.program import Program
-from simulator.plans.targets import NAMES, Limit, Targets
+from simulator.prediction.scenario import dense_seconds
+from simulator.units import parameters, ratio, seconds, size
 
-COARSE = 3e-3
-"""Relative gap of the programs that only lead to the plan next to which costs are set."""
+MOST_NODES = 5000  # of the search tree of one program; then the best choice so far and its gap count
+FEW = 64  # variants beyond the best of each group that are tried first
+LARGE = 1e3  # ratio of a score to that of a whole choice beyond which a program is solved again without such variants
+TIGHT = 1e-9  # largest relative excess of a limit
+COARSE = 3e-3  # relative gap of the programs that only lead to the plan next to which costs are set
+MOST_STEPS = 16  # plans that are predicted before the best one that meets the targets is returned
+TIGHTER = 0.999  # factor on a limit that a plan misses again, beyond its excess
 
-MOST_STEPS = 16
-"""Most plans that are predicted before the best one that meets the targets is returned."""
 
-_TIGHTER = 0.999
-"""Factor on a limit that a plan misses again, beyond what it misses."""
+@dataclass(frozen=True)
+class Targets:
+    """What a pruned model must reach, in every setting.
+
+    Parameters
+    ----------
+    speedup : float, optional
+        Least speedup over the dense model, above 1.
+    latency_s : float, optional
+        Longest time of a pass (of a request in serve), s.
+    tokens_per_s : float, optional
+        Fewest new tokens/s of all sequences; in prefill prompt tokens.
+    ttft_s, tpot_s : float, optional
+        Longest time to first token, and per further token, s.
+    memory_bytes : float, optional
+        Most memory on the fullest device, bytes.
+    parameters : float, optional
+        Most parameters.
+    confidence : float
+        Least probability of reaching each target on time, in [0.5, 1), from the prediction interval.
+
+    Examples
+    --------
+    >>> Targets(speedup=1.5, memory_bytes=40 * 2**30).given
+    {'speedup': 1.5, 'memory_bytes': 42949672960}
+    """
+
+    speedup: float | None = None
+    latency_s: float | None = None
+    tokens_per_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    memory_bytes: float | None = None
+    parameters: float | None = None
+    confidence: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.given:
+            raise InputError(f"target: expected at least one of {', '.join(NAMES.values())}")
+        for name, value in self.given.items():
+            if not 0.0 < value < 1e18:
+                raise InputError(f"target {NAMES[name]}: expected a positive number, got {value:g}")
+        if self.speedup is not None and not 1.0 < self.speedup <= 1000.0:
+            raise InputError(f"target speedup: expected a number above 1, such as 1.5, got {self.speedup:g}")
+        if not 0.5 <= self.confidence < 1.0:
+            raise InputError(f"confidence {self.confidence:g}: expected a probability from 0.5 to below 1, such as 0.9")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Targets that are set, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "confidence"}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def limits(self, at: PricedRequest, dense: Mapping[str, FloatArray]) -> list[Limit]:
+        """Return the limits of a setting ``at``; ``dense`` are quantities whose first model is the dense one."""
+        found = []
+        for name, value in self.given.items():
+            quantity, most = _QUANTITIES.get(name, name), value
+            if name == "speedup":
+                most = float(dense["pruned_s"][0]) / value
+            elif name == "tokens_per_s":
+                most = dense_seconds(value, at.phase, at.batch, at.seq, at.scenario.new_tokens)
+            elif not np.isfinite(dense[quantity][0]):
+                raise InputError(f"target {NAMES[name]}: {at.phase} has none; expected another --phase or target")
+            found.append(Limit(name, value, at, quantity, most))
+        return found
+
+
+_QUANTITIES: Mapping[str, str] = {
+    **dict.fromkeys(("speedup", "latency_s", "tokens_per_s"), "pruned_s"),
+    "memory_bytes": "pruned_memory_bytes",
+}  # target -> the quantity that it limits, where the names differ
+
+NAMES: Mapping[str, str] = {
+    **{"speedup": "speedup", "latency_s": "latency", "tokens_per_s": "tokens/s", "ttft_s": "TTFT", "tpot_s": "TPOT"},
+    **{"memory_bytes": "memory", "parameters": "parameters"},
+}  # target -> its name in messages
+
+_ENDS = {f"{name}_s": (f"{name}_lower", f"{name}_upper") for name in ("pruned", "ttft", "tpot")}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit on a quantity of the pruned model in a setting."""
+
+    target: str
+    value: float  # of the target
+    at: PricedRequest
+    quantity: str
+    most: float  # of the quantity
+
+    def reached(self, found: Mapping[str, FloatArray], confidence: float) -> FloatArray:
+        """Return the quantity (W,) of models at the end of their interval that has the requested probability."""
+        value = np.asarray(found[self.quantity], dtype=np.float64)
+        if confidence <= 0.5 or self.ends is None:
+            return value
+        sigmas = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(0.5 + 0.5 * self.at.scenario.level)
+        if self.target == "speedup":  # errors that dense and pruned models share cancel
+            return np.asarray(value * (found["speedup"] / found["speedup_lower"]) ** sigmas)
+        return np.asarray(value * (found[self.ends[1]] / value) ** sigmas)
+
+    @property
+    def ends(self) -> tuple[str, str] | None:
+        """Names of the ends of the quantity's interval; None for one that is known exactly."""
+        return _ENDS.get(self.quantity)
+
+    def as_target(self, value: float) -> float:
+        """Return the target that a value of the quantity reaches."""
+        if self.target in ("speedup", "tokens_per_s"):
+            return self.value * self.most / value
+        return value
+
+
+def target_text(name: str, value: float) -> str:
+    """Return a value of a target with its unit.
+
+    >>> target_text("latency_s", 0.012), target_text("speedup", 1.5)
+    ('12.0 ms', '1.50x')
+    """
+    texts: dict[str, Any] = {
+        "speedup": lambda v: f"{ratio(v)}x",
+        "tokens_per_s": lambda v: f"{v:,.4g} tokens/s",
+        "memory_bytes": size,
+        "parameters": parameters,
+    }
+    return str(texts.get(name, seconds)(value))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The chosen variant of each group."""
+
+    choice: IndexArray  # (G,) index into V
+    score: float
+    excess: float  # of the limits, a share of each; 0 unless no choice keeps all limits
+    gap: float = 0.0  # share of the score that another choice could save at most
+
+
+@dataclass(frozen=True)
+class Program:
+    """Scores and costs of the variants of groups of layers."""
+
+    group: IndexArray  # (V,) rising
+    score: FloatArray  # (V,)
+    cost: FloatArray  # (R, V)
+
+    def solve(self, limit: FloatArray, gap: float = 0.0) -> Solution:
+        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,).
+
+        If no choice keeps all limits, return the choice that exceeds them least.
+        """
+        every = self._undominated()
+        scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
+        cost, bound = self.cost / scale[:, None], limit / scale
+        while True:
+            found = self._solved(every, cost, bound, gap)
+            rise = self._rises(every)
+            most = float(rise[np.isin(every, found.choice)].sum())  # of any variant in a better choice
+            if found.excess or rise.max(initial=0.0) <= LARGE * most:
+                return found
+            every = every[rise <= most]  # HiGHS does not see small differences next to far larger scores
+
+    def _rises(self, some: IndexArray) -> FloatArray:
+        """Return by how much the scores of some variants exceed the least one of their group."""
+        least = np.full(len(_firsts(self.group)), np.inf)
+        np.minimum.at(least, self.group[some], self.score[some])
+        return np.asarray(self.score[some] - least[self.group[some]])
+
+    def _solved(self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float) -> Solution:
+        """Return the solution with some variants, whose costs and limits are in units of the limits."""
+        found = self._relaxed(every, cost, bound)
+        if found is None:
+            return self._least_excess(every, cost, bound)
+        least, extra = found
+        delta = float(np.sort(extra[extra > 0.0])[:FEW].max(initial=0.0))
+        while True:
+            some = every[extra <= delta]
+            choice, proved = self._integer(some, cost, bound, gap)
+            if choice is None and len(some) == len(every):
+                return self._least_excess(every, cost, bound)
+            if choice is not None:
+                score = float(self.score[choice].sum())
+                missing = score - least
+                if missing * (1.0 - 1e-9) <= delta + gap * abs(score) or len(some) == len(every) or not proved:
+                    left = 0.0 if proved and not gap else max(missing, 0.0) / max(abs(score), 1e-300)
+                    return Solution(choice, score, 0.0, left)
+                delta = missing
+            else:
+                delta = max(4.0 * delta, float(np.sort(extra)[min(len(extra) - 1, 2 * len(some))]))
+
+    def hull(self) -> list[IndexArray]:
+        """Return choices from the least score to the least first cost, each the best at some price of that cost."""
+        cost, steps, begin = self.cost[0], list[tuple[float, int, int]](), []
+        for g, own in enumerate(self._members()):
+            at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
+            begin.append(at)
+            while len(less := own[cost[own] < cost[at]]):
+                with np.errstate(over="ignore"):  # huge scores: last
+                    slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
+                first = np.lexsort((cost[less], slope))[0]
+                at = int(less[first])
+                steps.append((float(slope[first]), g, at))
+        choice = np.array(begin)
+        out = [choice.copy()]
+        for _, g, at in sorted(steps, key=lambda step: step[0]):
+            choice[g] = at
+            out.append(choice.copy())
+        return out
+
+    def _members(self) -> list[IndexArray]:
+        return np.split(np.arange(len(self.group)), _firsts(self.group)[1:])
+
+    def _undominated(self) -> IndexArray:
+        """Return the variants that no other one of their group equals or beats in score and every cost."""
+        keep = []
+        for own in self._members():
+            values = np.vstack([self.score[own], self.cost[:, own]])
+            order = np.lexsort(values[::-1])
+            values, kept = values[:, order], list[int]()
+            for i in range(len(order)):  # in this order, only earlier variants can be better
+                if not kept or not (values[:, kept] <= values[:, [i]]).all(axis=0).any():
+                    kept.append(i)
+            keep.append(own[order[kept]])
+        return np.sort(np.concatenate(keep))
+
+    def _relaxed(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> tuple[float, FloatArray] | None:
+        """Return the bound of the linear relaxation, and how far each variant exceeds the best one of its group at the
+        prices of the relaxation; None if no mixture keeps the limits."""
+        from scipy.optimize import linprog
+
+        rise = self._rises(some)
+        unit = max(float(rise.max(initial=0.0)), 1e-300)  # HiGHS takes costs above 1e20 as infinite
+        found = linprog(
+            rise / unit,
+            A_ub=cost[:, some],
+            b_ub=bound,
+            A_eq=self._one_each(some),
+            b_eq=np.ones(len(_firsts(self.group))),
+            bounds=(0.0, 1.0),
+            method="highs",
+        )
+        if found.x is None:
+            return None
+        prices = np.maximum(-found.ineqlin.marginals, 0.0) * unit
+        whole = self.score[some] + prices @ cost[:, some]
+        best = np.full(len(_firsts(self.group)), np.inf)
+        np.minimum.at(best, self.group[some], whole)
+        return float(best.sum() - prices @ bound), whole - best[self.group[some]]
+
+    def _integer(
+        self, some: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
+    ) -> tuple[IndexArray | None, bool]:
+        """Return the best choice of some variants, if any keeps the limits, and whether it is proved up to the gap."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        rise = self._rises(some)
+        unit = max(float(rise.max(initial=0.0)), 1e-300)
+        inner, given = bound, {"options": {"mip_rel_gap": gap, "node_limit": MOST_NODES}, "bounds": Bounds(0.0, 1.0)}
+        for _ in range(3):
+            limits = [LinearConstraint(self._one_each(some), 1.0, 1.0)]
+            limits += [LinearConstraint(cost[:, some], -np.inf, inner)] if len(cost) else []
+            with _quiet():
+                found = milp(rise / unit, constraints=limits, integrality=np.ones(len(some)), **given)
+            if found.x is None:
+                break
+            choice = some[np.flatnonzero(found.x > 0.5)]
+            excess = cost[:, choice].sum(axis=1) - bound
+            if (excess <= TIGHT).all():
+                return np.asarray(choice), found.status == 0
+            inner = np.minimum(inner, bound - 2.0 * np.maximum(excess, 0.0))  # HiGHS allows 1e-6
+        return None, True
+
+    def _least_excess(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> Solution:
+        """Return the choice that exceeds its limits by the least share."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        last = np.append(np.zeros(len(some)), 1.0)  # the last variable is the excess
+        each = np.hstack([self._one_each(some).toarray(), np.zeros((len(_firsts(self.group)), 1))])
+        within = LinearConstraint(np.hstack([cost[:, some], -np.ones((len(cost), 1))]), -np.inf, bound)
+        limits, bounds = [LinearConstraint(each, 1.0, 1.0), within], Bounds(0.0, np.where(last, np.inf, 1.0))
+        with _quiet():
+            found = milp(last, constraints=limits, integrality=1.0 - last, bounds=bounds)
+        choice = some[np.flatnonzero(found.x[:-1] > 0.5)]
+        excess = float((cost[:, choice].sum(axis=1) - bound).max())
+        return Solution(np.asarray(choice), float(self.score[choice].sum()), max(excess, TIGHT))
+
+    def _one_each(self, some: IndexArray) -> Any:
+        """Return a sparse matrix (G, n) of ones where a variant belongs to a group."""
+        from scipy.sparse import csr_array
+
+        places = self.group[some], np.arange(len(some))
+        return csr_array((np.ones(len(some)), places), shape=(len(_firsts(self.group)), len(some)))
+
+
+def _firsts(group: IndexArray) -> IndexArray:
+    """Return the first variant (G,) of each group."""
+    return np.asarray(np.unique(group, return_index=True)[1])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Discard the lines that HiGHS 1.12 prints to file descriptor 1, whatever its options."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # no standard output
+        yield
+        return
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants of groups of layers, as arrays of a :class:`~simulator.plans.program.Program`."""
+    """Variants of groups of layers, as arrays of a :class:`Program`."""
 
     library: Library
     groups: tuple[tuple[int, ...], ...]
@@ -53,11 +384,6 @@ class Variants:
             owner += [g] * len(shared)
         return cls(library, tuple(groups), tuple(place), np.array(owner, dtype=np.intp))
 
-    @property
-    def dense(self) -> IndexArray:
-        """The dense variant (G,) of each group."""
-        return np.asarray(np.unique(self.group, return_index=True)[1])
-
     def sums(self, column: Sequence[FloatArray]) -> FloatArray:
         """Return the sums (V,) of values by layer and variant over the layers of each group."""
         pairs = zip(self.place, self.group.tolist())
@@ -73,27 +399,13 @@ class Variants:
     def uniform(self) -> list[IndexArray]:
         """Return the variants (indices into V) of each plan family in which all remaining layers have one shape; whole
         layers may be removed."""
-        library, texts = self.library, list[tuple[str, str]]()
-        for layers, own in ((self.groups[g], own) for own, g in zip(self.place, self.group.tolist())):
-            texts.append(library.texts(layers[0])[own[0]])
-        gone = np.array([text == ("none", "none") for text in texts])
-        shapes = dict.fromkeys(text for text in texts if text != ("none", "none"))
-        found = []
-        for shape in shapes:
-            some = np.flatnonzero(gone | np.array([text == shape for text in texts]))
+        every = [self.library.texts(layers[0]) for layers in self.groups]
+        texts, found = [every[g][own[0]] for own, g in zip(self.place, self.group.tolist())], []
+        for shape in dict.fromkeys(text for text in texts if text != ("none", "none")):
+            some = np.array([i for i, text in enumerate(texts) if text in (shape, ("none", "none"))])
             if len(np.unique(self.group[some])) == len(self.groups):
                 found.append(some)
         return found
-
-
-@dataclass(frozen=True)
-class LimitCosts:
-    """Costs of the variants next to a plan: one row per limit, and how the limits follow."""
-
-    cost: FloatArray  # (R, V)
-    offset: FloatArray  # (R,) what is outside the variants
-    factor: FloatArray  # (R,) from the quantity to the end of its interval that counts
-    dense: tuple[Mapping[str, FloatArray], ...]  # quantities by setting; the dense model first
 
 
 @dataclass(frozen=True)
@@ -133,12 +445,13 @@ class Solver:
         dense = [quantities([self.model], at) for at in self.settings]
         return [limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)]
 
-    def costs(self, choice: IndexArray) -> LimitCosts:
-        """Return the costs next to a plan."""
-        base = self.variants.blocks(choice)
-        probes = Probes.of(self.variants.library, base)
+    def costs(self, choice: IndexArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity outside the
+        variants (R,), and the factor (R,) from the quantity to the end of its interval that counts."""
+        base, library = self.variants.blocks(choice), self.variants.library
+        probes = Probes.of(library, base)
         found = {id(at): quantities(probes.models, at) for at in self.settings}
-        library, rows, offset, factor = self.variants.library, [], [], []
+        rows, offset, factor = [], [], []
         place = [own.index(block) for own, block in zip(library.layers, base)]
         for limit in self.limits:
             values = found[id(limit.at)]
@@ -147,9 +460,7 @@ class Solver:
             value = float(values[limit.quantity][1])
             offset.append(value - sum(float(own[i]) for own, i in zip(prices, place)))
             factor.append(float(limit.reached(values, self.targets.confidence)[1]) / value)
-        return LimitCosts(
-            np.array(rows), np.array(offset), np.array(factor), tuple(found[id(at)] for at in self.settings)
-        )
+        return np.array(rows), np.array(offset), np.array(factor)
 
     def predict(self, choice: IndexArray) -> Found:
         """Return a plan, predicted whole."""
@@ -158,22 +469,20 @@ class Solver:
             blocks = self.variants.blocks(choice)
             model = planned(self.model, blocks)
             predicted = {id(at): quantities([self.model, model], at) for at in self.settings}
-            reached = np.array(
-                [limit.reached(predicted[id(limit.at)], self.targets.confidence)[1] for limit in self.limits]
-            )
+            least, score = self.targets.confidence, float(self.score[choice].sum())
+            reached = np.array([limit.reached(predicted[id(limit.at)], least)[1] for limit in self.limits])
             meets = bool((reached <= self.most * (1.0 + 1e-9)).all())
-            own = tuple(predicted[id(at)] for at in self.settings)
-            self._known[key] = Found(choice, blocks, float(self.score[choice].sum()), own, reached, meets)
+            self._known[key] = Found(choice, blocks, score, tuple(predicted.values()), reached, meets)
         return self._known[key]
 
     @property
     def most(self) -> FloatArray:
-        """(R,) largest value of each limited quantity."""
+        """The largest value of each limited quantity (R,)."""
         return np.array([limit.most for limit in self.limits])
 
     def choose(self, cost: FloatArray, limit: FloatArray, gap: float = 0.0) -> tuple[IndexArray, float, float]:
-        """Return the choice of least score within limits of added costs, by what share it exceeds them, and the share
-        of its score that better ones could save at most."""
+        """Return the choice of least score within limits of added costs, the share by which it exceeds them, and the
+        share of its score that a better choice could save at most."""
         best: tuple[float, float, IndexArray, float] | None = None
         for some in self.families or [np.arange(len(self.score))]:
             own = Program(self.variants.group[some], self.score[some], cost[:, some]).solve(limit, gap)
@@ -183,51 +492,46 @@ class Solver:
         return best[2], best[0], best[3]
 
     def solve(self) -> Found:
-        """Return the plan of least score that meets the targets; InputError with the nearest plan if none does.
-
-        A coarse program finds the plan next to which costs are set; the last ones are exact.
-        """
-        base = self.predict(self.variants.dense)
+        """Return the plan of least score that meets the targets; InputError with the nearest plan if none does."""
+        base = self.predict(_firsts(self.variants.group))  # the dense variants
         if base.meets:
             return base
         best: Found | None = None
         nearest, gap, margin, seen = base, COARSE, np.ones(len(self.limits)), set[tuple[int, ...]]()
         for self.steps in range(1, MOST_STEPS + 1):
-            costs = self.costs(base.choice)
-            choice, excess, left = self.choose(costs.cost, margin * self.most / costs.factor - costs.offset, gap)
+            cost, offset, factor = self.costs(base.choice)
+            choice, excess, left = self.choose(cost, margin * self.most / factor - offset, gap)
             found = self.predict(choice)
             if self.steps == 1:
-                added = costs.cost[:, choice].sum(axis=1) + costs.offset
+                added = cost[:, choice].sum(axis=1) + offset
                 self.sum_error = float(found.predicted[0][self.limits[0].quantity][1] / added[0]) - 1.0
-            if self._excess(found) < self._excess(nearest):
-                nearest = found
+            nearest = min(nearest, found, key=lambda plan: (plan.reached / self.most).max())
             if found.meets and (best is None or found.score <= best.score):
                 best, self.gap = found, left
-            again = tuple(choice.tolist()) in seen or tuple(choice.tolist()) == tuple(base.choice.tolist())
+            key = tuple(choice.tolist())
+            again = key in seen or key == tuple(base.choice.tolist())
             if (again or found.meets) and gap > 0.0:
                 gap = 0.0
             elif again and (best is not None or excess > 0.0):
                 break
             elif again:
-                margin = margin * np.minimum(self.most / found.reached, 1.0) * _TIGHTER
+                margin = margin * np.minimum(self.most / found.reached, 1.0) * TIGHTER
             elif gap == 0.0 and found is best:
                 break
-            seen.add(tuple(choice.tolist()))
+            seen.add(key)
             base = found
         if best is None:
             raise InputError(self._unreachable(nearest))
         return best
 
-    def _excess(self, found: Found) -> float:
-        return float((found.reached / self.most).max())
-
     def _unreachable(self, nearest: Found) -> str:
         """Return the message for targets that no plan meets, with what the nearest plan reaches."""
-        missed = []
+        missed, kept = [], dict[str, None]()
         for limit, value in zip(self.limits, nearest.reached.tolist()):
+            texts = [target_text(limit.target, v) for v in (limit.as_target(value), limit.value)]
             if value > limit.most * (1.0 + 1e-9):
-                texts = limit.text(limit.as_target(value)), limit.text(limit.value)
                 missed.append(f"{NAMES[limit.target]} {' of '.join(texts)} on {limit.at}")
-        kept = [limit for limit, value in zip(self.limits, nearest.reached.tolist()) if value <= limit.most]
-        also = f", keeping {' and '.join(dict.fromkeys(NAMES[limit.target] for limit in kept))}" if kept else ""
+            else:
+                kept[NAMES[limit.target]] = None
+        also = f", keeping {' and '.join(kept)}" if kept else ""
         return f"target: no plan of these variants meets it; the nearest reaches {'; '.join(missed)}{also}"

@@ -1,13 +1,12 @@
-"""Variants of the layers of a model: shapes of attention and MLP, as texts and as :class:`Block`.
+"""Variants of layers, as texts and as :class:`~simulator.models.block.Block`.
 
-A variant of a layer is a :class:`simulator.models.block.Block`. Its attention and its MLP each have a text, which files
-and tables show:
+Attention and MLP each have a text, which files and tables show:
 
 - ``dense``: as in the dense model.
 - ``none``: the sublayer is removed, with its norm and residual.
 - ``linear``: one hidden x hidden product replaces it.
-- of attention ``kv=4`` (key/value heads), ``heads=16`` (query heads), or both: ``heads=16 kv=4``.
-- of an MLP its inner width, ``7168``; with routed experts ``experts=64`` (per layer), ``width=512`` (inner width of an
+- attention ``kv=4`` (key/value heads), ``heads=16`` (query heads), or both: ``heads=16 kv=4``.
+- an MLP its inner width, ``7168``; with routed experts ``experts=64`` (per layer), ``width=512`` (inner width of an
   expert), or both.
 """
 
@@ -23,13 +22,8 @@ from simulator.models.config import ModelConfig
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 
-ALIGNMENT = 128
-"""Generated MLP widths are multiples of this number per device, so that kernels have no partial tiles in K."""
-
-WIDTHS: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-"""Generated MLP widths, and numbers of experts, as shares of the dense ones."""
-
-MOST_WIDTH = 10_000_000
+ALIGNMENT = 128  # generated MLP widths are multiples of it per device, so that kernels have no partial tiles in K
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # generated MLP widths, and numbers of experts, over the dense
 
 _ATTENTION, _EXPERTS = {"heads": "heads", "kv": "kv_heads"}, {"experts": "experts", "width": "expert_inner"}
 _PAIR = re.compile(r"([a-z_]+)=(\d{1,8})", re.ASCII)
@@ -55,11 +49,7 @@ def text_of(sublayer: str, block: Block, dense: Block) -> str:
 
 
 def variant(sublayer: str, text: str, dense: Block) -> Block:
-    """Return the layer ``dense`` with one sublayer as a text states; InputError for texts that do not fit the layer.
-
-    >>> variant("attention", "heads=16 kv=4", Block(32, 8, 14336)).heads
-    16
-    """
+    """Return the layer ``dense`` with one sublayer as a text states; InputError for texts that do not fit the layer."""
     words = text.strip().lower()
     if words in ("", "dense"):
         return dense
@@ -131,21 +121,10 @@ def part_of(sublayer: str, block: Block) -> Block:
 
 
 def joined(attention: Block, mlp: Block) -> Block:
-    """Return the layer with the attention of one variant and the MLP of another, of one dense layer.
-
-    >>> dense = Block(32, 8, 14336)
-    >>> joined(without("mlp", dense), without("attention", dense)) == dense
-    True
-    """
+    """Return the layer with the attention of one variant and the MLP of another, of one dense layer."""
     linear = tuple(s for s, b in (("attention", attention), ("mlp", mlp)) if s in b.linear)
-    return replace(
-        mlp,
-        heads=attention.heads,
-        kv_heads=attention.kv_heads,
-        delta=attention.delta,
-        rotary=attention.rotary,
-        linear=linear,
-    )
+    own = {name: getattr(attention, name) for name in ("heads", "kv_heads", "delta", "rotary")}
+    return replace(mlp, **own, linear=linear)
 
 
 def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1) -> Iterator[Block]:

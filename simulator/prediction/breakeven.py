@@ -1,7 +1,4 @@
-"""State from which batch or length a pruning pays: :func:`break_even`.
-
-A pruning pays if the whole interval of its speedup is above :data:`GAIN`.
-"""
+"""State from which batch or length a pruning pays, which is with its whole interval above :data:`GAIN`."""
 
 from __future__ import annotations
 
@@ -28,21 +25,11 @@ FEW = 6
 
 @dataclass(frozen=True)
 class BreakEven:
-    """A pruning on one device, engine and phase, over batches or lengths.
+    """A pruning on one device, engine and phase, over batches or lengths."""
 
-    Parameters
-    ----------
-    axis : str
-        "batch" or "seq".
-    results : tuple of Result
-        One per value of the axis at which the pruned model fits into the memory, ascending; all if it never fits.
-    too_large : tuple of int
-        Values at which it does not fit.
-    """
-
-    axis: str
-    results: tuple[Result, ...]
-    too_large: tuple[int, ...] = ()
+    axis: str  # "batch" or "seq"
+    results: tuple[Result, ...]  # ascending; of values at which the model fits into the memory, if any
+    too_large: tuple[int, ...] = ()  # values at which it does not fit
 
     @property
     def values(self) -> tuple[int, ...]:

@@ -1,8 +1,4 @@
-"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals.
-
-Use :func:`of_speedups`, :func:`of_advice` and :func:`of_fronts`;
-:func:`simulator.prediction.explain.conclusions` is that of ``explain``.
-"""
+"""Conclusions of ``speedup``, ``advise`` and ``pareto``: one to three sentences with their numbers and intervals."""
 
 from __future__ import annotations
 
@@ -15,10 +11,8 @@ from simulator.prediction.scenario import setting
 from simulator.units import percent, ratio, seconds
 
 if TYPE_CHECKING:
-    from simulator.prediction.advise import Advice, Advised
-    from simulator.prediction.configurations import Configuration, Target
+    from simulator.prediction.advise import Advice, Advised, Target
     from simulator.prediction.pareto import Front, Point
-    from simulator.prediction.reach import Reach
     from simulator.prediction.result import HasResult, Result
 
 T = TypeVar("T", bound="HasResult")
@@ -96,146 +90,47 @@ def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
-    """Return the least pruning that reaches a target with its probability, or how close the best comes; and what
-    reaches it without pruning. Of given prunings, return which reach it, and by how much others miss it.
+    """Return the least pruning that reaches a target with its probability, or the closest pruning; and where the dense
+    model reaches the target.
 
-    >>> from simulator.prediction.advise import advise
-    >>> from simulator.prediction.configurations import Target
+    >>> from simulator.prediction.advise import Target, advise
     >>> found = advise("llama-3.1-8b", ["h100"], 1.3, ["decode"], [8], family=["depth"])
     >>> print(of_advice(found, Target(1.3))[0][:100])
     The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in vllm (decode, batch 8, seq 2048)
     """
-    if found.given:
-        return _given(found.given, target)
     groups = settings_of(found.advice)
-    enough = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
-    if not groups:
-        return [_on_all(found.configurations, target), enough] if found.configurations else [enough]
-    if len(groups) == 1:
-        ((where, group),) = groups.items()
-        return [_least(shapes_on(found, where), group, where, target), _surely(group), _unpruned(found), enough]
-    return [_on_all(found.configurations, target), _one_by_one(groups, target), enough]
-
-
-def _given(given: Sequence[Reach], target: Target) -> list[str]:
-    """Return which given prunings reach a target: by setting if there is one, else by pruning."""
-    groups = settings_of(given)
-    texts: dict[str, list[Reach]] = {}
-    for one in given:
-        texts.setdefault(one.result.pruning, []).append(one)
+    dense = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
     if len(groups) > 1:
-        best = sorted(texts.values(), key=lambda some: (-sum(one.reached for one in some), -some[0].margin))
-        return [_over_settings(some, target) for some in best[:MOST_FRONTS]]
-    ((where, group),) = groups.items()
-    reached, missed = ([one for one in group if one.reached is wanted] for wanted in (True, False))
-    first = group[0].result
-    if len(group) == 1:
-        verb = "reaches" if reached else "does not reach"
-        return [f"{first.pruning} {verb} {target.text} for {first.model} on {where}: {_short(group[0])}."]
-    verb = "reaches" if len(reached) == 1 else "reach"
-    start = f"{len(reached) or 'None'} of {len(group)} prunings of {first.model} {verb} {target.text} on {where}"
-    best_of = f"; the fastest is {reached[0].result.pruning}: {_short(reached[0])}" if reached else ""
-    closest = "closest of the others" if reached else "closest"
-    others = f"The {closest} is {missed[0].result.pruning}: {_short(missed[0])}." if missed else ""
-    return [f"{start}{best_of}.", others]
+        return [*_one_by_one(groups, target), dense]
+    for where, (best, *_) in groups.items():
+        if best.reached:
+            start = f"The least pruning of {best.result.model} that reaches {target.text} on {where} is"
+            return [f"{start} {best.result.pruning}; predicted {_predicted(best)}.", dense]
+        start = f"No pruning of {best.result.model} reaches {target.text} on {where}"
+        return [f"{start}; the closest is {best.result.pruning}: {_predicted(best)}.", dense]
+    return [dense]
 
 
-def _over_settings(some: Sequence[Reach], target: Target) -> str:
-    """Return on how many settings a given pruning reaches a target, and its best and worst prediction."""
-    reached, name = sum(one.reached for one in some), some[0].result
-    start = f"{name.pruning} {'reaches' if reached else 'does not reach'} {target.text} for {name.model} on"
-    if len(some) == 1:  # others cannot run it
-        return f"{start} {setting(name)}: {_short(some[0])}."
-    count = (
-        f"{reached} of {len(some)}"
-        if 0 < reached < len(some)
-        else f"all {len(some)}"
-        if reached
-        else f"any of {len(some)}"
-    )
-    best, worst = (pick(some, key=lambda one: one.margin) for pick in (max, min))
-    ends = f"best: {_short(best)} on {setting(best.result)}; worst: {_short(worst)} on {setting(worst.result)}"
-    return f"{start} {count} settings; {ends}."
+def _predicted(a: Advice) -> str:
+    return f"{speedup_text(a.result)}, {seconds(a.result.pruned_s)}, probability {probability_text(a.probability)}"
 
 
-def _short(one: Reach) -> str:
-    """Return a predicted speedup, by how much it misses the target, and the probability of reaching the target."""
-    short = f", {percent(-one.margin)} short" if one.margin < 0.0 else ""
-    return f"{speedup_text(one.result)}{short}, probability {probability_text(one.probability)}"
-
-
-def shapes_on(found: Advised, where: str) -> list[Configuration]:
-    """Return the configurations as predicted for one setting."""
-    return [c for c in found.configurations if setting(c.result) == where]
-
-
-def _least(shapes: Sequence[Configuration], group: Sequence[Advice], where: str, target: Target) -> str:
-    """Return the least pruning of one setting, or the fastest."""
-    best = group[0]
-    start = f"The least pruning of {best.result.model} that reaches {target.text} on {where} is"
-    if shapes:
-        c = shapes[0]
-        what = f"{c.configuration}: {c.shapes}, {percent(c.kept)} of the parameters kept"
-        return f"{start} {what}; predicted {_reached(c.result, c.probability)}."
-    if best.reached:
-        what = f"{best.result.family} at {percent(best.result.sparsity)}"
-        return f"{start} {what}; predicted {_reached(best.result, best.probability)}."
-    return f"No pruning of {best.result.model} reaches {target.text} on {where}; the closest is {_closest(group)}."
-
-
-def _reached(r: Result, probability: float) -> str:
-    return f"{speedup_text(r)}, {seconds(r.pruned_s)}, probability {probability_text(probability)}"
-
-
-def _closest(group: Sequence[Advice]) -> str:
-    best = max(group, key=lambda a: a.result.speedup)
-    r = best.result
-    return f"{r.family} at {percent(r.sparsity)}: {_reached(r, best.probability)}"
-
-
-def _surely(group: Sequence[Advice]) -> str:
-    """Return the minimum sparsity at which the whole interval of a family reaches the target."""
-    sure = [(a.sure_sparsity, a.result.family) for a in group if a.sure_sparsity is not None]
-    if not group[0].reached:
-        return ""
-    if not sure:
-        return "No family reaches it with its whole interval."
-    sparsity, family = min(sure)
-    return f"With the whole interval, {family} reaches it from {percent(sparsity)}."
-
-
-def _unpruned(found: Advised) -> str:
-    """Return the number format that reaches the target without pruning, if any."""
-    best = next((o for o in found.alternatives if o.reached and o.what.startswith("no pruning")), None)
-    return f"Without pruning, {best.what.partition(', ')[2]} give {speedup_text(best.result)}." if best else ""
-
-
-def _on_all(shapes: Sequence[Configuration], target: Target) -> str:
-    """Return the configuration that reaches the target on all settings with most parameters, if any."""
-    if not shapes:
-        return ""
-    mine = [c for c in shapes if c.configuration == shapes[0].configuration]
-    c = min(mine, key=lambda c: c.probability)
-    least = f"The least pruning of {c.result.model} that reaches {target.text} on all {len(mine)} settings is"
-    what = f"{c.configuration}: {c.shapes}, {percent(c.kept)} of the parameters kept"
-    return f"{least} {what}; least sure on {setting(c.result)}: {_reached(c.result, c.probability)}."
-
-
-def _one_by_one(groups: Mapping[str, Sequence[Advice]], target: Target) -> str:
-    """Return the settings that need least and most pruning by themselves, and those that do not reach the target."""
-    reached = {where: group[0].result for where, group in groups.items() if group[0].reached}
-    missed = {where: group for where, group in groups.items() if where not in reached}
+def _one_by_one(groups: Mapping[str, Sequence[Advice]], target: Target) -> list[str]:
+    """Return the settings that need the least and the most pruning, and the closest setting without any."""
+    best = {where: group[0] for where, group in groups.items()}
+    reached = {where: a.result for where, a in best.items() if a.reached}
+    missed = {where: a for where, a in best.items() if not a.reached}
     parts = []
     if reached:
         low, high = (pick(reached, key=lambda where: reached[where].sparsity) for pick in (min, max))
-        ends = [f"{reached[w].family} at {percent(reached[w].sparsity)} on {w}" for w in dict.fromkeys((low, high))]
-        parts.append(f"setting by setting, {target.text} takes {' to '.join(ends)}")
+        ends = [f"{reached[where].pruning} on {where}" for where in dict.fromkeys((low, high))]
+        parts.append(f"The least pruning that reaches {target.text} is {' to '.join(ends)}.")
     if missed:
-        where = max(missed, key=lambda w: missed[w][0].result.speedup)
-        closest = f"the closest is {_closest(missed[where])} on {where}"
-        parts.append(f"{len(missed)} of {len(groups)} settings do not reach it by any family; {closest}")
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+        where = max(missed, key=lambda where: missed[where].result.speedup)
+        closest = f"the closest is {missed[where].result.pruning} on {where}: {_predicted(missed[where])}"
+        count = f"{len(missed)} of {len(groups)} settings"
+        parts.append(f"No family reaches {target.text} on {count}; {closest}.")
+    return parts
 
 
 def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[str]:

@@ -52,9 +52,6 @@ class Explanation(HasResult):
     def _title(self) -> str:
         return self.result._title()
 
-    def _html(self) -> str:
-        return self.steps._html()
-
     @cached_property
     def layer_s(self) -> float:
         """Host time to launch one layer of the dense model if either model is host-bound, s; else 0."""
@@ -75,7 +72,7 @@ def explanations(
     hardware: Sequence[str | HardwareProfile],
     family: str | None = None,
     sparsity: float | None = None,
-    phase: Sequence[str] = ("prefill",),
+    phase: Sequence[str] = ("decode",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,

@@ -1,4 +1,5 @@
-"""Find whether a stock engine loads a pruned model, by the features of its checkpoint: :func:`loading`.
+"""Find whether a stock engine loads a pruned model, by the features of its checkpoint: :func:`loading`; and write its
+``config.json``: :func:`config_of`.
 
 Shapes are read from the workload of the model on one device. Engines state in their YAML files which features they load
 (:mod:`simulator.engines.loading`).
@@ -7,14 +8,22 @@ Shapes are read from the workload of the model on one device. Engines state in t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from simulator.arrays import Array, BoolArray
 from simulator.engines.engine import Engine
 from simulator.engines.loading import FEATURES, Loading
+from simulator.errors import InputError
 from simulator.models.block import Block
+from simulator.models.changes import changed_keys, content_of
 from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.prediction.result import Result
+from simulator.pruning import prune
 from simulator.pruning._aligned import widths
 from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Part, Workload
@@ -102,6 +111,56 @@ def blocks(w: Workload) -> tuple[Block, ...]:
         *(Block(0, 0, inner) for inner in np.unique(down[down > 0]).tolist()),
         *(Block(0, 0, 0, experts=many, expert_inner=inner) for many, inner in groups),
     )
+
+
+def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
+    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers.
+
+    >>> import simulator
+    >>> model = simulator.load_model("qwen3-30b-a3b")
+    >>> pruned = simulator.prune(simulator.lower(model, phase="decode"), "experts", 0.25)
+    >>> (found := shapes_of(model, pruned)).layers, found.experts, found.expert_inner
+    (48, 96, 768)
+    """
+    layers, attention, routed = layer_count(pruned), pruned.is_attention, pruned.kind == Kind.EXPERTS
+    found = widths(pruned)
+    latent = dense.latent is not None
+    usual = Block(
+        heads=_largest(pruned.heads[attention], dense.heads),
+        kv_heads=dense.kv_heads if latent else _largest(pruned.kv_heads[attention], dense.kv_heads),
+        inner=_largest(found["MLP width"], 0) if dense.inner else 0,
+        experts=_largest(pruned.experts[routed], 0),
+        active=float(pruned.active[routed].max(initial=0.0)),
+        expert_inner=_largest(pruned.n[routed], 0),
+    )
+    model = replace(
+        dense,
+        layers=layers,
+        windows=dense.windows[:layers],
+        hidden=_largest(found["hidden size"], dense.hidden),
+        blocks=(),
+    )
+    # layers of an architecture that differ, such as first layers without experts, differ in their places only
+    return model.with_usual(usual, dense.blocks[:layers])
+
+
+def _largest(values: Any, default: int) -> int:
+    return int(np.max(values, initial=0)) or default
+
+
+def config_of(source: str, r: Result) -> dict[str, Any]:
+    """Return the content of the ``config.json`` of a predicted pruned model; InputError if it has no such file."""
+    dense, content = load_model(source), content_of(source)
+    if not content:
+        raise InputError(f"{dense.name}: has no config.json to start from; expected a name or a file")
+    new = shapes_of(dense, prune(lower(dense, phase="decode", engine=""), r.prune))
+    keys = changed_keys(dense, new, content)
+    parallel = r.parallel if r.devices > 1 else "tensor"
+    built, whole = (lower(m, phase="decode", devices=r.devices, parallel=parallel) for m in (new, dense))
+    pruned = prune(whole, r.prune)
+    if pruned.parameters != built.parameters or not np.isclose(pruned.flops.sum(), built.flops.sum(), rtol=1e-9):
+        raise InputError(f"{r.pruning}: a config.json of {dense.architecture} cannot state its shapes")
+    return {**content, **keys}
 
 
 def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | None) -> str:

@@ -52,30 +52,9 @@ class MeasuredDense:
 
 
 def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
-    """Return the measured time of the dense model from the result file of a serving benchmark.
+    """Return the measured time of the dense model, s, from the result file of a serving benchmark (``dense_s`` of a
+    scenario). Of several results in a file, the last one that matches the scenario's single shape is taken.
 
-    Parameters
-    ----------
-    path : str or path-like
-        Result of ``vllm bench latency``, ``throughput`` or ``serve``, SGLang's ``bench_serving``, ``trtllm-bench``,
-        genai-perf or AIPerf. Of several results in a file, the last one that matches is taken.
-    scenario : Scenario
-        Model, phase, one shape (batch, or requests in flight in ``serve``), new tokens, number formats and devices.
-
-    Returns
-    -------
-    float
-        Time of a pass, s: the argument ``dense_s`` of :class:`~simulator.prediction.scenario.Scenario` and
-        :func:`simulator.speedup`.
-
-    Raises
-    ------
-    InputError
-        If the file is no such result, has failed requests or a request rate, or differs in model, lengths, batch,
-        requests in flight, devices or number formats from the scenario. The message names file and key.
-
-    Examples
-    --------
     >>> import json, pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp(), "dense.json")
     >>> _ = path.write_text(json.dumps({"avg_latency": 1.2, "latencies": [1.19, 1.2, 1.23], "percentiles": {}}))

@@ -1,22 +1,77 @@
-"""Define a service: its operating points and limits (:class:`Service`, :class:`OperatingPoint`, :class:`Limits`)."""
+"""Define the operating points of a service and its limits, and find the points of the dense and the pruned models.
+
+Use :func:`operating_points`. It predicts the steady state of continuous batching (phase ``serve``) over a grid of
+concurrencies in one batch, then over a second grid around the answer. A model fits up to the concurrency at which its
+weights and caches fill the memory, or up to the sequences that the engine admits.
+
+The time to first token and the time per output token (:func:`simulator.prediction.compare.serving`) follow the time of
+a request. Limits of both hold together with at most the smaller of the two probabilities, which is used: both times
+follow the same pass, so their errors move together.
+
+The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
+(``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
+and of decode steps in that time (``cost_prompt``, ``cost_new``). W: workloads, models at concurrencies.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from simulator.arguments import SECONDS, Range, number
+from simulator.arrays import FloatArray, IndexArray
+from simulator.capacity import cache_parts, weights_bytes
 from simulator.display import Displayed
-from simulator.prediction.configurations import check_probability
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.prediction.batch import batch_of, rejecting
+from simulator.prediction.compare import alike, memory_columns, serving
+from simulator.prediction.prunings import Pruning
 from simulator.prediction.runnable import Runnable
-from simulator.prediction.scenario import device_text
+from simulator.prediction.scenario import MAX_TOKENS, Scenario, device_text
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
+from simulator.workload_batch import WorkloadBatch
+
+if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
 
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
+REFINED = 16
+"""Concurrencies of the second grid, for each model."""
+
+ROUNDS = 4
+"""Rounds in which the largest concurrencies are found; they hardly change after the second."""
+
 PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
+
+
+def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
+    with the standard deviation that follows from that end of the interval.
+
+    >>> [round(probability_of(t, 1.5, 1.2, 1.8), 3) for t in (1.2, 1.5, 1.8, 2.5)]
+    [0.95, 0.5, 0.05, 0.0]
+    """
+    left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
+    deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
+    return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
+
+
+def check_probability(probability: float) -> None:
+    """Raise InputError for a required probability outside (0, 1)."""
+    if not 0.0 < probability < 1.0:
+        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
 
 
 @dataclass(frozen=True)
@@ -51,67 +106,22 @@ class Limits:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class OperatingPoint(Displayed):
-    """One model in a service at one number of requests in flight.
+    """One model in a service at one number of requests in flight. Its fields are the keys of ``--json`` and the columns
+    of ``--csv``; numbers that do not exist are NaN: where no request fits, or limits do not hold even for one."""
 
-    Its fields are the keys of ``--json`` and the columns of ``--csv``. Numbers that do not exist are NaN (in
-    ``to_dict`` None): times and rates where no request fits or limits do not hold even for one.
-
-    Parameters
-    ----------
-    point : str
-        "equal concurrency", "equal memory", "within limits", or "curve".
-    model, hardware, engine : str
-        Names.
-    devices : int
-        Number of devices that share the model.
-    seq, cached_prefix, new_tokens : int
-        Tokens of a prompt, those of them in the prefix cache, and tokens that each request decodes.
-    pruning, prune, family : str
-        The pruning in words and as a text of ``--prune``, and its families joined by "+"; "" for the dense model.
-    concurrency : int
-        Requests in flight; 0 if none fits or keeps the limits.
-    fits : bool
-        Whether the memory and the engine hold so many.
-    request_s, request_lower, request_upper : float
-        Time of a request, s, with the ends of its interval.
-    ttft_s, ttft_lower, ttft_upper : float
-        Time to the first token, s.
-    tpot_s, tpot_lower, tpot_upper : float
-        Time per further token, s.
-    tokens_per_s, tokens_per_s_lower, tokens_per_s_upper : float
-        New tokens/s per device.
-    ratio, ratio_lower, ratio_upper : float
-        Tokens/s over those of the dense model at its operating point of this kind.
-    probability : float
-        With which the limits hold; NaN without limits.
-    unmet, excess : str, float
-        The limit that fails for a single request, "ttft" or "tpot", and the predicted time over the limit.
-    cost_output, cost_all, cost_prompt, cost_new : float
-        Cost of a million tokens in the currency of the price: of output that pays for the whole request, of prompt and
-        output alike, and of prompt and new tokens by their shares of the device time. NaN without a price.
-    largest_concurrency : int
-        Most requests in flight of this model.
-    limited_by : str
-        What sets it: "memory", or "engine".
-    weights_bytes, cache_bytes : float
-        Bytes of the weights, and of the cache of one request, on the fullest device.
-    level : float
-        Level of the intervals, in (0, 1).
-    """
-
-    point: str
+    point: str  # EQUAL, MEMORY, LIMITS or CURVE
     model: str
     hardware: str
     engine: str
-    devices: int
-    seq: int
-    cached_prefix: int
-    new_tokens: int
-    pruning: str
-    prune: str
-    family: str
-    concurrency: int
-    fits: bool
+    devices: int  # that share the model
+    seq: int  # tokens of a prompt
+    cached_prefix: int  # tokens of a prompt in the prefix cache
+    new_tokens: int  # tokens that each request decodes
+    pruning: str  # in words; "" for the dense model
+    prune: str  # text of --prune
+    family: str  # families joined by "+"
+    concurrency: int  # requests in flight; 0 if none fits or keeps the limits
+    fits: bool  # whether the memory and the engine hold so many
     request_s: float
     request_lower: float
     request_upper: float
@@ -121,24 +131,24 @@ class OperatingPoint(Displayed):
     tpot_s: float
     tpot_lower: float
     tpot_upper: float
-    tokens_per_s: float
+    tokens_per_s: float  # new tokens/s per device
     tokens_per_s_lower: float
     tokens_per_s_upper: float
-    ratio: float = math.nan
+    ratio: float = math.nan  # tokens/s over those of the dense model at its operating point of this kind
     ratio_lower: float = math.nan
     ratio_upper: float = math.nan
-    probability: float
-    unmet: str
-    excess: float
-    cost_output: float = math.nan
+    probability: float  # with which the limits hold; NaN without limits
+    unmet: str  # the limit that fails for a single request: "ttft" or "tpot"
+    excess: float  # predicted time over this limit
+    cost_output: float = math.nan  # cost of a million tokens in the currency of the price
     cost_all: float = math.nan
     cost_prompt: float = math.nan
     cost_new: float = math.nan
-    largest_concurrency: int
-    limited_by: str
-    weights_bytes: float
-    cache_bytes: float
-    level: float
+    largest_concurrency: int  # most requests in flight of this model
+    limited_by: str  # what sets it: "memory" or "engine"
+    weights_bytes: float  # on the fullest device
+    cache_bytes: float  # of one request
+    level: float  # of the intervals
 
     @property
     def name(self) -> str:
@@ -159,24 +169,12 @@ class OperatingPoint(Displayed):
 
 @dataclass(frozen=True, repr=False)
 class Service(Displayed):
-    """The operating points of the dense and the pruned models on one device in one engine.
+    """The operating points of the dense and the pruned models on one device in one engine."""
 
-    Parameters
-    ----------
-    points : tuple of OperatingPoint
-        By kind (:attr:`kinds`), each kind by model, the dense one first.
-    curve : tuple of OperatingPoint
-        Each model at concurrencies from 1 to the largest that fits.
-    limits : Limits
-        The limits of latency.
-    runs : tuple of Runnable
-        Whether the stock engine runs each pruned model.
-    """
-
-    points: tuple[OperatingPoint, ...]
-    curve: tuple[OperatingPoint, ...]
+    points: tuple[OperatingPoint, ...]  # by kind, each kind by model, the dense one first
+    curve: tuple[OperatingPoint, ...]  # each model at concurrencies from 1 to the largest that fits
     limits: Limits
-    runs: tuple[Runnable, ...]
+    runs: tuple[Runnable, ...]  # whether the stock engine runs each pruned model
 
     @property
     def kinds(self) -> dict[str, list[OperatingPoint]]:
@@ -189,3 +187,249 @@ class Service(Displayed):
     def _title(self) -> str:
         first = self.points[0]
         return f"{first.model} on {first.setting}: {len(self.points)} operating points"
+
+
+NO_LIMITS = Limits()
+
+Triple = tuple[FloatArray, FloatArray, FloatArray]
+"""Values, and the lower and the upper ends of their intervals."""
+
+
+@dataclass(frozen=True)
+class ServePasses:
+    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both ends."""
+
+    batch: WorkloadBatch
+    p: PredictedPass
+    level: float
+    limits: Limits
+
+    @classmethod
+    def of(
+        cls, scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
+    ) -> ServePasses:
+        """Return the dense and the pruned models at some concurrencies."""
+        batch = _batch(scenario, prunings, at)
+        return cls(batch, forward_passes(batch, hw, scenario.level), scenario.level, limits)
+
+    def ratios(self, other: IndexArray) -> PredictionIntervals:
+        """Return the times of requests, s, and their ratios to those of other workloads, with intervals."""
+        return prediction_intervals(self.p, self.level, other, *alike(other, self.p))
+
+    def place(self, model: int, concurrency: int) -> int:
+        """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the batch."""
+        wanted = concurrency or self.batch.sequences.min()
+        return int(np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0])
+
+    @cached_property
+    def intervals(self) -> PredictionIntervals:
+        """Times of requests, s, with intervals."""
+        return self.ratios(np.arange(len(self.batch)))
+
+    @property
+    def request(self) -> Triple:
+        """Time of a request, s."""
+        return self.intervals.seconds, self.intervals.lower, self.intervals.upper
+
+    @cached_property
+    def waits(self) -> Mapping[str, Triple]:
+        """Time to the first token and per further token, s, by the name of its limit."""
+        found = serving(self.p, self.intervals, self.level)
+        return {name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"]) for name in ("ttft", "tpot")}
+
+    @cached_property
+    def tokens_per_s(self) -> Triple:
+        """New tokens/s per device."""
+        meta = self.batch.rows.meta
+        rate, fast, slow = (self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request)
+        return rate, slow, fast
+
+    @cached_property
+    def chances(self) -> Mapping[str, FloatArray]:
+        """Probability (W,) with which each limit holds."""
+        out = {}
+        for name, limit in self.limits.named.items():
+            times = zip(*(column.tolist() for column in self.waits[name]))
+            found = [probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level) for t, low, high in times]
+            out[name] = np.array(found)
+        return out
+
+    def last_within(self, model: int, among: Iterable[int]) -> int:
+        """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
+        holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
+        return max((c for c in among if holds[self.place(model, c)]), default=0)
+
+    @cached_property
+    def weights_bytes(self) -> FloatArray:
+        """Bytes of the weights on the fullest device."""
+        return weights_bytes(self.batch)
+
+    @cached_property
+    def cache_bytes(self) -> FloatArray:
+        """Bytes of the cache of one request on the fullest device."""
+        return cache_parts(self.batch)[0]
+
+    @property
+    def prefill_share(self) -> FloatArray:
+        """Share of prefills in the time of a request."""
+        return np.asarray(self.p.phase_s[:, 0] / self.p.total_s)
+
+
+def operating_points(
+    scenario: Scenario,
+    hw: HardwareProfile,
+    prunings: Sequence[Pruning],
+    names: Sequence[str],
+    *,
+    concurrency: int | None = None,
+    limits: Limits = NO_LIMITS,
+    price: float | None = None,
+) -> tuple[OperatingPoint, ...]:
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
+
+    ``scenario`` has one shape, whose batch is ignored; ``prunings`` run on the device, and ``names`` are their names.
+    Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
+    the smallest of the largest that fit the pruned models. InputError if no model fits.
+    """
+    scenario, models = scenario.on(hw), range(1 + len(prunings))
+    largest = _largest(scenario, hw, prunings)
+    if concurrency is None:
+        concurrency = largest[0] or min(filter(None, largest))
+    steady = {*steps(max(largest)), concurrency}
+    grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
+    curve = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
+    kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
+    if limits.named:
+        firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
+        finer = [_between(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
+        found = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
+        kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
+    points = _Points(hw, names, prunings, largest, price)
+    return (
+        *(point for kind, at in kinds.items() for point in points.of_kind(found, kind, at)),
+        *(points.one(curve, CURVE, m, c) for m in models for c in grids[m] if c),
+    )
+
+
+def steps(last: int) -> list[int]:
+    """Return a grid of concurrencies: powers of two and steps between, up to a last one.
+
+    >>> steps(20)
+    [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    """
+    powers = [2**i for i in range(max(last, 1).bit_length())]
+    return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
+
+
+def _between(first: int, last: int) -> list[int]:
+    """Return the second grid between two concurrencies of the first one, with both."""
+    return sorted({round(c) for c in np.linspace(first, last, REFINED + 2).tolist()})
+
+
+def _batch(scenario: Scenario, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
+    """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
+    shapes = tuple((c, scenario.shapes[0][1]) for c in sorted({*at} - {0}))
+    return batch_of(replace(scenario, shapes=shapes), prunings, rejecting)
+
+
+def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
+    """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
+    engine's limit. InputError if no model fits.
+
+    The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
+    that follows from a request at the largest.
+    """
+    found = [1] * (1 + len(prunings))
+    for _ in range(ROUNDS):
+        batch = _batch(scenario, prunings, found)
+        every = np.arange(len(batch))
+        columns = memory_columns(batch, every, [hw], np.zeros_like(every))
+        models, at = batch.pruning.tolist(), batch.sequences.tolist()
+        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // scenario.shapes[0][1]).tolist()
+        new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
+        if not any(new.values()):
+            need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
+            room = float(np.asarray(columns["capacity_bytes"])[0]) / 2**30
+            have = f"needs {need:.1f} GiB, {room:.1f} GiB available; expected more devices (--tp)"
+            raise InputError(f"{hw.label}: no model fits: with one request, the smallest {have}")
+        found, before = [new.get(m, 0) for m in range(len(found))], found
+        if found == before:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What operating points of one device share."""
+
+    hw: HardwareProfile
+    names: Sequence[str]
+    prunings: Sequence[Pruning]
+    largest: Sequence[int]
+    price: float | None
+
+    def of_kind(self, found: ServePasses, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
+        """Return the points of a kind, of all models, each at its concurrency."""
+        if not at[0]:
+            return [self.one(found, kind, m, c) for m, c in enumerate(at)]
+        ratios = found.ratios(np.full(len(found.batch), found.place(0, at[0])))
+        every = np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper]) * found.batch.sequences / at[0]
+        return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
+
+    def one(
+        self, found: ServePasses, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
+    ) -> OperatingPoint:
+        """Return the point of a model (0: dense) at a concurrency."""
+        meta, i = found.batch.rows.meta, found.place(model, concurrency)
+        columns = {"request": found.request, **found.waits, "tokens_per_s": found.tokens_per_s}
+        if ratios is not None:
+            columns["ratio"] = ratios[0], ratios[1], ratios[2]
+        numbers: dict[str, float] = {}
+        for name, column in columns.items():
+            keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
+            numbers |= {key: float(values[i]) if concurrency else math.nan for key, values in zip(keys, column)}
+        chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
+        excess = {name: float(found.waits[name][0][i]) / limit for name, limit in found.limits.named.items()}
+        fails = kind == LIMITS and most and not concurrency
+        unmet = min(chances, key=lambda name: (chances[name], -excess[name])) if fails else ""
+        engine = load_engine(meta.engine)
+        limit = engine.limit(self.hw.memory_bytes, self.hw.name)
+        return OperatingPoint(
+            point=kind,
+            model=meta.model,
+            hardware=self.hw.label,
+            engine=engine.name,
+            devices=meta.devices,
+            seq=meta.seq,
+            cached_prefix=meta.cached,
+            new_tokens=meta.new_tokens,
+            pruning=self.names[model - 1] if model else "",
+            prune=self.prunings[model - 1].prune if model else "",
+            family=self.prunings[model - 1].family if model else "",
+            concurrency=concurrency,
+            fits=0 < concurrency <= most,
+            **numbers,
+            probability=min(chances.values()) if chances and (concurrency or unmet) else math.nan,
+            unmet=unmet,
+            excess=excess.get(unmet, math.nan),
+            **self.costs(found, i, concurrency),
+            largest_concurrency=most,
+            limited_by="engine" if limit is not None and most == limit.sequences else "memory",
+            weights_bytes=float(found.weights_bytes[i]),
+            cache_bytes=float(found.cache_bytes[i]),
+            level=found.level,
+        )
+
+    def costs(self, found: ServePasses, i: int, concurrency: int) -> dict[str, float]:
+        """Return the costs of a million tokens of one workload."""
+        if self.price is None or not concurrency:
+            return {}
+        meta, prefill = found.batch.rows.meta, float(found.prefill_share[i])
+        million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
+        prompt = meta.new_tokens / meta.seq
+        return {
+            "cost_output": million,
+            "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
+            "cost_prompt": million * prefill * prompt,
+            "cost_new": million * (1.0 - prefill),
+        }

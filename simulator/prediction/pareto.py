@@ -178,7 +178,7 @@ def fronts(
     hardware: Sequence[str | HardwareProfile],
     quality: QualityTable,
     axis: Axis,
-    phase: Sequence[str] = ("prefill",),
+    phase: Sequence[str] = ("decode",),
     batch: Sequence[int] = (1,),
     seq: Sequence[int] = (2048,),
     *,

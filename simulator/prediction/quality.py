@@ -1,12 +1,9 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
-Use :func:`load_quality` for a shipped table (by name) or your own (by path), :meth:`QualityTable.of_model` to choose a
-model and :meth:`QualityTable.axes` for its (metric, protocol) pairs. Numbers are comparable only on one axis: the same
-metric under the same protocol, hence with the same dense value. Other tables are rejected; the error names the line.
-
 Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
-is checked against the two values. Further columns are ignored. A CSV with the column ``results`` lists results files of
-lm-evaluation-harness (:mod:`simulator.prediction.harness`).
+is checked against the two values. A CSV with the column ``results`` lists results of lm-evaluation-harness
+(:mod:`simulator.prediction.harness`). Numbers are comparable only on one axis: the same metric under the same protocol,
+hence with the same dense value.
 """
 
 from __future__ import annotations
@@ -25,17 +22,12 @@ from simulator.prediction.harness import LISTED, MEAN, expanded
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
-"""Folder of the shipped tables."""
-
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-"""Columns that :func:`table_text` writes."""
 
-LOSS_TOLERANCE = 5e-4
-"""Largest difference of a stated relative loss from the computed one, absolute or relative: tables print few digits."""
-
+LOSS_TOLERANCE = 5e-4  # of a stated relative loss, absolute or relative: tables print few digits
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -75,7 +67,6 @@ class QualityRow:
 
     @property
     def axis(self) -> Axis:
-        """Axis of the row."""
         return Axis(self.metric, self.protocol)
 
 
@@ -92,7 +83,6 @@ class QualityTable:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Models of the rows, sorted by name."""
         return tuple(sorted({r.model for r in self.rows}))
 
     def of_model(self, model: str) -> QualityTable:
@@ -115,11 +105,10 @@ class QualityTable:
 
 
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
-    """Return the axis of a metric and a protocol, given by name or part of it.
+    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all.
 
-    Case is ignored, and empty text matches all; a table's default metric takes precedence. Of several axes the one with
-    most families and rows is returned; with ``strict`` this is an InputError. No matching axis is always an error:
-    metrics and protocols are never mixed.
+    A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
+    ``strict`` this is an InputError.
 
     >>> choose_axis(load_quality("published").of_model("llama-2-7b"), "zero-shot", "SLEB").protocol
     'SLEB Table 2, no fine-tuning'
@@ -131,9 +120,7 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
         fitting = exact
     listed = "; ".join(map(str, fitting or axes))
     if not fitting:
-        requested = " and ".join(
-            f"{kind} {text!r}" for kind, text in (("metric", metric), ("protocol", protocol)) if text
-        )
+        requested = " and ".join(f"{k} {text!r}" for k, text in (("metric", metric), ("protocol", protocol)) if text)
         raise InputError(f"{table.name}: no rows with {requested}; there are: {listed}")
     if strict and len(fitting) > 1:
         raise InputError(f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}")
@@ -147,7 +134,6 @@ def list_quality() -> tuple[str, ...]:
 
 def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
     """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first.
-    Errors are one line ``file:line: column: reason``.
 
     >>> len(load_quality("published").of_model("llama-2-7b")) > 20
     True
@@ -167,7 +153,7 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
 
 
 def read_quality(text: bytes | str, name: str = "quality table", folder: Path = Path()) -> QualityTable:
-    """Return the table of the text of a CSV file in a folder; columns: see the module, errors: :func:`load_quality`."""
+    """Return the table of the text of a CSV file in a folder; errors are one line ``file:line: column: reason``."""
     table = read_csv(text, name)
     if "results" in table.header:
         table = expanded(read_csv(text, name, LISTED), folder)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arrays import Array, IndexArray
-from simulator.display import Displayed, bars_html, facts_html, few, items_html, table_html
+from simulator.display import Displayed, few
 from simulator.prediction.labels import Columns, Labels, joined, plain
-from simulator.units import percent, ratio, seconds, seconds_between
+from simulator.units import percent, ratio, seconds
 
 if TYPE_CHECKING:
     from simulator.prediction.prunings import Pruning
@@ -231,27 +231,6 @@ class Result(Displayed):
         about = f"{self.model} on {self.request}, {self.dtype}"
         return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
 
-    def _html(self) -> str:
-        """Return the times, the serving numbers, and the bounds between the nominal and the predicted speedup."""
-        tokens = f"{self.dense_tokens_per_s:,.4g} to {self.tokens_per_s:,.4g}" if self.tokens_per_s else None
-        facts = {
-            "dense": seconds_between(self.dense_s, self.dense_lower, self.dense_upper),
-            "pruned": seconds_between(self.pruned_s, self.pruned_lower, self.pruned_upper),
-            "tokens/s": tokens,
-            "sparsity": f"{percent(self.sparsity)} requested, {percent(self.realised_sparsity)} realised",
-            "bottleneck": f"{self.bottleneck}, {percent(self.bottleneck_share)} of the pruned model's time",
-            "interval": percent(self.level),
-            "not calibrated": None if self.calibrated else f"{percent(self.uncalibrated_share)} of the time",
-        }
-        steps = {
-            "nominal": 1.0 / (1.0 - self.sparsity),
-            "rounding": 1.0 / max(1.0 - self.realised_sparsity, 1e-9),  # all layers may be removed
-            "parts not pruned": self.flop_bound,
-            "memory-bound operators": self.roofline_bound,
-            "kernels and host": self.speedup,
-        }
-        return facts_html(facts) + bars_html(list(steps.items()), (self.speedup_lower, self.speedup_upper))
-
 
 _KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
 
@@ -259,13 +238,6 @@ COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Resul
 """Field of a result -> type."""
 
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
-
-
-_IDENTITY = ("model", "hardware", "engine", "method", "pruned", "family", "phase", "batch", "seq", "dtype")
-_PREDICTED = (
-    *("sparsity", "dense_s", "pruned_s", "speedup", "speedup_lower", "speedup_upper"),
-    *("roofline_bound", "bottleneck"),
-)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -288,7 +260,7 @@ class Results(Displayed):
     >>> import simulator
     >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
     >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
-    (2, 0.5, [1.32, 1.95])
+    (2, 0.5, [1.27, 1.75])
     """
 
     columns: Columns
@@ -346,12 +318,6 @@ class Results(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         """Return one row per result."""
         return {name: plain(self.columns[name]) for name in COLUMNS}
-
-    def _html(self) -> str:
-        """Return the columns in which results differ, the predictions, and the notes."""
-        columns = self._columns()
-        differ = [name for name in _IDENTITY if len(set(columns[name])) > 1]
-        return table_html({name: columns[name] for name in (*differ, *_PREDICTED)}) + items_html(self.notes)
 
 
 def known(column: Array) -> list[Any]:

@@ -1,8 +1,5 @@
 """Answer "Will it run?" for a pruned model in a stock engine: can the engine load it, are its widths aligned, can the
-devices divide it, and has the engine kernels for it.
-
-Use :func:`runnable` for a pruning of a scenario, :func:`will_run` for workloads. The answer of each question has its
-own fields, so a model that the engine does not load still shows which width would be aligned.
+devices divide it, and has the engine kernels for it: :func:`runnable` for a pruning, :func:`will_run` for workloads.
 """
 
 from __future__ import annotations
@@ -52,57 +49,24 @@ _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Runnable(Displayed):
-    """Whether a stock engine runs a pruned model, and at which width it would be faster.
-
-    Parameters
-    ----------
-    engine : str
-        Name of the engine.
-    devices : int
-        Number of devices.
-    works : bool or None
-        Whether the engine runs the model at all, at whatever speed; None if its file does not state what it loads.
-    loadable : bool or None
-        Whether the engine loads the checkpoint without changes to its code; None if its file does not state it.
-    load_reason : str
-        How the engine loads the checkpoint, or why it does not.
-    aligned : bool
-        Whether every width is a multiple of what fast kernels need, on each device.
-    unaligned_dimension : str
-        The unaligned dimension with the most weights, such as "MLP width"; "" if all are aligned.
-    unaligned_width, aligned_width : int
-        This width of the whole model, and the nearest larger aligned width; 0 if all are aligned.
-    aligned_gain, aligned_gain_lower, aligned_gain_upper : float or None
-        Predicted time as it is over the time with all widths aligned, with the ends of its interval; None without a
-        device, and if no width is off 16 bytes (what other multiples gain is not modelled).
-    divisible : bool
-        Whether the devices can divide the model equally.
-    divisible_reason : str
-        Why they cannot, else "".
-    tensor_parallel : tuple of int
-        The numbers of :data:`DEGREES` among which tensor parallel can divide the model.
-    kernels : bool
-        Whether the engine has kernels that use the pruning: unstructured zeros have none, though the model runs.
-    kernels_reason : str
-        Which kernels are missing, else "".
-    """
+    """Whether a stock engine runs a pruned model, and at which width it would be faster."""
 
     engine: str
     devices: int
-    works: bool | None
-    loadable: bool | None
-    load_reason: str
-    aligned: bool
-    unaligned_dimension: str
-    unaligned_width: int
-    aligned_width: int
-    aligned_gain: float | None
-    aligned_gain_lower: float | None
+    works: bool | None  # whether the engine runs the model, at whatever speed; None if its file does not state it
+    loadable: bool | None  # whether it loads the checkpoint without changes to its code
+    load_reason: str  # how it loads the checkpoint, or why not
+    aligned: bool  # whether every width is a multiple of what fast kernels need, on each device
+    unaligned_dimension: str  # the one with the most weights, such as "MLP width"; "" if all are aligned
+    unaligned_width: int  # of the whole model; 0 if all are aligned
+    aligned_width: int  # the nearest larger aligned width
+    aligned_gain: float | None  # time over the time with all widths aligned; None without a device, or if all widths
+    aligned_gain_lower: float | None  # are multiples of 16 bytes (the gain of other multiples is not modelled)
     aligned_gain_upper: float | None
-    divisible: bool
+    divisible: bool  # whether the devices can divide the model equally
     divisible_reason: str
-    tensor_parallel: tuple[int, ...]
-    kernels: bool
+    tensor_parallel: tuple[int, ...]  # numbers of DEGREES among which tensor parallel can divide the model
+    kernels: bool  # whether the engine has kernels that use the pruning; unstructured zeros have none
     kernels_reason: str
 
     def _title(self) -> str:
@@ -148,32 +112,12 @@ class Runnable(Displayed):
 
 
 def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
-    """Return whether the stock engine of a scenario runs a pruning of its model.
+    """Return whether the stock engine of a scenario runs a pruning of its model; the gain of an aligned width is
+    predicted on ``hw``.
 
-    Loading and divisibility are those of the whole model, as one would prune it; alignment and kernels those of its
-    share on each device. A model that the devices cannot divide is judged on one device.
+    Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
+    model that the devices cannot divide is judged on one device.
 
-    Parameters
-    ----------
-    scenario : Scenario
-        Model, engine, devices and formats; of several shapes, the first decides what an aligned width gains.
-    pruning : Pruning
-        A family, a published method, or an existing pruned model.
-    hw : HardwareProfile, optional
-        Device on which the gain of an aligned width is predicted; without one it is None.
-
-    Returns
-    -------
-    Runnable
-        The answers, and the sentence that states them.
-
-    Raises
-    ------
-    InputError
-        If the pruning does not apply to the model.
-
-    Examples
-    --------
     >>> import simulator
     >>> scenario = Scenario(model="llama-2-7b", phase="decode", engine="hf")
     >>> runnable(scenario, Pruning.of("depth", 0.25)).sentence
@@ -185,7 +129,7 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     """
     alone = replace(scenario, devices=1)
     whole = pruning.apply(alone.workloads[0], alone)
-    # one writes a new config.json for a model that one prunes; an existing model has its own
+    # a pruned model gets a new config.json; an existing model keeps its own
     config = pruning.model or replace(load_model(scenario.model), mismatch="")
     if scenario.devices == 1:
         return will_run(whole, hw, config=config)
@@ -203,11 +147,7 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
 def runnables(
     found: Results, scenario: Scenario, engines: Sequence[str], hardware: Sequence[HardwareProfile] = ()
 ) -> list[Runnable]:
-    """Return the answer for each result of one model, which ``scenario`` names.
-
-    ``engines`` are names or paths, as for :func:`simulator.table`. With ``hardware``, its devices, the gain of an
-    aligned width is predicted for each result.
-    """
+    """Return the answer for each result of a model; with ``hardware``, the gain of an aligned width too."""
     paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
     known: dict[tuple[str, int, int, str], Runnable] = {}
     out = []
@@ -232,30 +172,10 @@ def will_run(
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
-    """Return whether the stock engine of a workload runs its model.
+    """Return whether the stock engine of a workload on one device runs its model.
 
-    Parameters
-    ----------
-    pruned : Workload
-        A pruned (or dense) model on one device, from :func:`simulator.prune` or of a checkpoint.
-    hw : HardwareProfile, optional
-        Device on which the gain of an aligned width is predicted.
-    config : ModelConfig, optional
-        Configuration of an existing checkpoint; default: that of the dense model.
-    share : Workload, optional
-        Share of each device, if several devices divide the model.
-    divisible_reason : str
-        Why the devices cannot divide the model, if they cannot.
-
-    Returns
-    -------
-    Runnable
-        The answers, and the sentence that states them.
-
-    Raises
-    ------
-    InputError
-        If ``pruned`` is the share of one of several devices.
+    ``config`` is the configuration of an existing checkpoint (default: that of the dense model), ``share`` the share of
+    each of several devices, ``divisible_reason`` why they cannot divide the model.
     """
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")

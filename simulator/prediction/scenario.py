@@ -89,7 +89,7 @@ class Scenario:
     """
 
     model: str | ModelConfig = ""
-    phase: str = "prefill"
+    phase: str = "decode"
     shapes: tuple[tuple[int, int], ...] = ((1, 2048),)
     new_tokens: int = 128
     cached_prefix: float = 0.0

@@ -2,7 +2,7 @@
 
 Use :func:`serve`; :func:`sentences` states its conclusion. A pruned model is faster with equally many requests in
 flight; it also leaves memory for more of them, and keeps limits of latency at a higher load.
-:mod:`simulator.prediction.concurrency` finds the operating points.
+:mod:`simulator.prediction.operating` finds the operating points.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simulator.arguments import OneOrMore, listed, number, shown
-from simulator.display import Displayed, few, items_html, table_html
+from simulator.display import Displayed, few
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.conclusions import probability_text
-from simulator.prediction.concurrency import operating_points
-from simulator.prediction.operating import CURVE, EQUAL, LIMITS, MEMORY, PRICE, Limits, OperatingPoint, Service
+from simulator.prediction.operating import (
+    CURVE,
+    EQUAL,
+    LIMITS,
+    MEMORY,
+    PRICE,
+    Limits,
+    OperatingPoint,
+    Service,
+    operating_points,
+)
 from simulator.prediction.prunings import Excluded, difference_lines, exclude, excluded_lines, prunings_of, readable
 from simulator.prediction.runnable import runnable
 from simulator.prediction.scenario import Scenario, profiles, scenarios, whole_number
@@ -63,12 +72,6 @@ class Served(Displayed):
         """Return one row per operating point."""
         rows = [vars(point) for point in self.points]
         return {name: [row[name] for row in rows] for name in rows[0]}
-
-    def _html(self) -> str:
-        lines = [line for service in self.services for line in sentences(service)]
-        shown_columns = ("point", "pruning", "hardware", "engine", "concurrency", "tokens_per_s", "ratio")
-        columns = self._columns()
-        return items_html(lines) + table_html({name: columns[name] for name in shown_columns}) + items_html(self.notes)
 
 
 def serve(

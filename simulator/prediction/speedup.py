@@ -69,7 +69,8 @@ def speedups(
     prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
-    scenario = Scenario(shapes=((dense.meta.batch, dense.meta.seq),), level=level, dense_s=dense_s)
+    about = dense.meta
+    scenario = Scenario(phase=about.phase, shapes=((about.batch, about.seq),), level=level, dense_s=dense_s)
     return results_of(batch, prunings, [hw], scenario)
 
 

@@ -12,7 +12,7 @@ from simulator.arrays import FloatArray
 from simulator.cost.elementwise import elementwise
 from simulator.cost.forward import ForwardPass, by_formats, section_of
 from simulator.cost.gemm_shapes import Options
-from simulator.display import Displayed, as_plain, bars_html, by_column
+from simulator.display import Displayed, as_plain, by_column
 from simulator.hardware.library import load_hardware
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
@@ -62,9 +62,6 @@ class Waterfall(Displayed, tuple[Step, ...]):
     def _columns(self) -> Mapping[str, Any]:
         """Return one row per step."""
         return by_column(self.to_dict()["steps"])
-
-    def _html(self) -> str:
-        return bars_html([(step.name, step.speedup) for step in self])
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``steps`` as dictionaries."""

@@ -72,7 +72,7 @@ class Method(Displayed):
         """Return the families that prune a workload, with the sparsity and the options of each."""
         phase = workload.meta.phase
         if phase not in self.phases:
-            raise InputError(f"{self.name}: expected phase {' or '.join(self.phases)}, got {phase}")
+            raise InputError(f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}")
         found = zip(self.family.split("+"), self._forms(sparsity, workload))
         return [
             (name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}) for name, part in found

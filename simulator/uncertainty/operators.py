@@ -18,7 +18,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.cost import gemm
 from simulator.cost.base import BOTTLENECKS, Estimate
 from simulator.cost.gemm_shapes import Options
-from simulator.display import Displayed, as_plain, table_html
+from simulator.display import Displayed, as_plain
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
@@ -59,10 +59,6 @@ class OperatorTimes(Displayed):
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         columns = own | {"bottleneck": self.bottlenecks} | dict(self.details)
         return {name: np.ravel(values) for name, values in columns.items() if np.shape(values) == self.seconds.shape}
-
-    def _html(self) -> str:
-        ends = {"lower": "lower_s", "upper": "upper_s"}
-        return table_html({ends.get(name, name): values for name, values in self._columns().items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists, s, bottlenecks by their names."""

@@ -6,15 +6,9 @@ A rate is judged against its floor only with ``PRUNESIM_FLOORS=1``: absolute fig
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "explore")
-)  # the page's speed is measured with the tools of its tests
 
 
 @pytest.fixture

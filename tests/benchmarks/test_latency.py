@@ -15,7 +15,6 @@ import pytest
 import simulator
 from simulator.cli import run
 from simulator.figures.paper import FIGURES
-from simulator.prediction.advise import advise
 
 Floor = Callable[..., None]
 DEVICES = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
@@ -50,13 +49,6 @@ def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
     table = benchmark(simulator.table, *case, engine=["reference"])
     assert len(table) == 3 * 31
     floor(f"milliseconds, {phase}", 1e3 * benchmark.stats["median"], 50.0, False)
-
-
-def test_advice(benchmark: Any, floor: Floor) -> None:
-    case = ("llama-3.1-8b", ["h100_sxm"], 1.5, ["prefill"])
-    found = benchmark.pedantic(advise, case, rounds=3, warmup_rounds=1)
-    assert found.advice
-    floor("seconds for advice on one device and request", benchmark.stats["min"], 2.0, False)
 
 
 def test_all_figures_of_a_paper(benchmark: Any, floor: Floor, tmp_path: Path) -> None:

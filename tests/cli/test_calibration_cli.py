@@ -1,4 +1,4 @@
-"""The commands that import, measure, fit, validate and calibrate: what they write, print, and refuse in one line."""
+"""The commands that fit, validate and calibrate: what they write, print, and refuse in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli.rows import seconds
+from calibration.cli.measure import seconds
 from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
@@ -24,6 +24,7 @@ from calibration.records.store import read_store
 from calibration.records.timing_table import Records, Source
 from calibration.runners.runs import DATASHEET, keep_apart
 from calibration.runners.targets import target_operators, target_workloads
+from simulator.cli.program import REMOVED
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
@@ -67,7 +68,7 @@ def table(file: str, rows: int = 200, factor: float = 1.1, hw: Any = None) -> No
     n, k = rng.choice([1024, 2048, 4096, 8192], (2, rows))
     time_s = gemm_time(m, n, k, hw or bare()).seconds * factor * np.exp(0.01 * rng.standard_normal(rows))
     source = Source("planted H100", {"planted": "1"}, method="planted")
-    write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s), Path(file))
+    Path(file).write_bytes(write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s)))
 
 
 def files() -> set[str]:
@@ -78,16 +79,32 @@ CSV = "m,n,k,dtype,latency_us\n8,4096,4096,bf16,14.5\n16,4096,4096,bf16,15\n8,10
 
 
 @pytest.mark.quick
-def test_import_counts_what_it_refuses_and_maps_columns(cli: Any) -> None:
+def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None:
+    table("r.parquet", 60, 1.15, load_hardware("h100"))
+    r = read_records(Path("r.parquet"))
+    times = zip(r.m, r.n, r.k, 1e6 * r.seconds)
+    text = "M,n,k,time,remark\n8,64,64,-3,\n" + "".join(f"{m},{n},{k},{us},x\n" for m, n, k, us in times)
+    Path("t.csv").write_text(text)
+    out, err = cli("fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o p.yaml")
+    assert "Effects of 42 rows from this machine" in out
+    assert "note: t.csv: 42 rows kept, 1 refused: 1 row: time is negative (row 1)" in err
+    assert load_hardware("p.yaml").local_update.provenance.device == "an H100"
+    assert "expected NAME=COLUMN" in cli.refused("fit t.csv --map M --hardware h100 -o q.yaml")
+    assert "column 'L' is unknown" in cli.refused("fit t.csv --map m=L --hardware h100 -o q.yaml")
     Path("t.csv").write_text(CSV.format(-3))
-    out, err = cli("import t.csv -o o.parquet --hardware h100")
-    assert "2 rows kept, 1 refused" in out
-    assert "1 row: time is negative (row 3)" in out
-    assert "only 2 usable rows" in err
-    assert read_records(Path("o.parquet")).seconds == pytest.approx([14.5e-6, 15e-6])
-    Path("t.csv").write_text("M,n,k,t\n8,64,64,2\n")
-    (row,) = cli.json("import t.csv -o o.parquet --map m=M --map latency_us=t")
-    assert (row["kept"], row["refused"]) == (1, 0)
+    _, err = cli("fit t.csv --hardware h100 -o q.yaml", 2)
+    assert "2 rows kept, 1 refused: 1 row: time is negative (row 3)" in err
+    assert "too few" in err
+
+
+@pytest.mark.quick
+def test_removed_commands_name_their_replacements(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "calibrate DEVICE -o RUN --measure-only" in cli.refused("measure cpu -o run")
+    assert "fit TABLE... --map NAME=COLUMN" in cli.refused("import --help")
+    assert not re.findall(r"^  (measure|import) ", cli.out("--help"), re.MULTILINE)
+    monkeypatch.setitem(REMOVED, "hardware list --old", "use --json")  # type: ignore[arg-type]
+    assert cli.refused("hardware list --old") == "prunesim: --old: no longer an option; use --json"
+    assert "No such option" in cli.refused("hardware list --new")
 
 
 @pytest.mark.parametrize(
@@ -96,14 +113,13 @@ def test_import_counts_what_it_refuses_and_maps_columns(cli: Any) -> None:
         ("m,n,latency_us\n8,64,2\n", "column k is missing"),
         ("m,n,k,dtype,latency_us\n8,64,64,bf16,nan\n8,64,64,bf16,0\n", "no usable row"),
         ("m,n,k,dtype,latency_us\n8192,8192,8192,bf16,1\n", "faster than the arithmetic peak"),
-        ("m,n,k,dtype,latency_us\n8,64,64,bf16,9\n8,64,64,fp8,9\n", "mixes number formats"),
         ("m,n,k\n8,64,64\n", "expected one column of times"),
         ("", "expected a header, and rows"),
     ],
 )
 def test_bad_tables_are_refused_and_nothing_is_written(text: str, reason: str, cli: Any) -> None:
     Path("t.csv").write_text(text)
-    line = cli.refused("import t.csv -o o.parquet --hardware h100")
+    line = cli.refused("fit t.csv -o o.yaml --hardware h100")
     assert reason in line
     assert "t.csv" in line
     assert files() == {"t.csv"}
@@ -136,10 +152,14 @@ def test_json_has_null_for_what_is_no_number_at_any_depth(monkeypatch: pytest.Mo
 
 def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    Path("r.parquet").write_bytes(b"PAR1")
     says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
-    Path("t.csv").write_text(CSV.format(15))
     figures = "figures llama-3.1-8b -o drawn --format png --hardware a100 --only"
-    for line in (f"{figures} scatter,roofline", "validate a100 a100_sxm/gemm/trtllm", "import t.csv -o o.parquet"):
+    for line in (
+        f"{figures} scatter,roofline",
+        "validate a100 a100_sxm/gemm/trtllm",
+        "fit r.parquet -o o.yaml --hardware h100",
+    ):
         assert says in cli.refused(line)
     out, err = cli(f"{figures} staircase")
     assert says in err
@@ -182,9 +202,10 @@ validate --protocol --table a10                      | did you mean
 validate --protocol --table a100 --rows many         | expected a whole number
 validate --protocol --table stacks --wheel no.whl    | no.whl: cannot be read
 validate --protocol --table stacks --jobs 0          | expected at least 1
-measure gpu -o run                                   | device 'gpu' is unknown
-measure cpu -o r.parquet                             | is a file
-measure cpu cuda -o run                              | unexpected extra argument
+calibrate gpu -o run                                 | device 'gpu' is unknown
+calibrate cpu -o r.parquet                           | is a file
+calibrate cpu cuda -o run                            | unexpected extra argument
+calibrate host -o run --measure-only                 | no DEVICE host
 calibrate cpu -o a/b                                 | does not exist
 """
 
@@ -219,9 +240,9 @@ def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
 
 def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     planted.append(device(faults=Faults(lost_at=40)))
-    out, err = cli("measure cuda -o run --budget 60s --json", 1)
+    out, err = cli("calibrate cuda -o run --measure-only --budget 60s --json", 1)
     assert "device lost" in err
-    (second,) = cli.json("measure cuda -o run --budget 60s")
+    (second,) = cli.json("calibrate cuda -o run --measure-only --budget 60s")
     assert second["resumed"] > 20
     assert f'"planned": {second["planned"]},' in out
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
@@ -240,7 +261,7 @@ def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: p
 
     monkeypatch.setattr(stopped, "play", interrupted)
     planted.append(stopped)
-    _, err = cli("measure cuda -o run --budget 60s", 130)
+    _, err = cli("calibrate cuda -o run --measure-only --budget 60s", 130)
     assert "run the command again to resume" in err
 
 
@@ -260,13 +281,13 @@ def test_calibrate_refuses_before_it_measures(options: str, reason: str, planted
 
 
 def test_folders_of_other_devices_are_refused(planted: list[Any], cli: Any) -> None:
-    cli("measure cuda -o run --budget 20s")
+    cli("calibrate cuda -o run --measure-only --budget 20s")
     before = Path("run/records.jsonl").read_bytes()
     planted.append(device(Description("cuda:0", "NVIDIA A100-SXM4-80GB (108 SM)", H100.stack, 80e9, 40e6)))
-    assert "holds records of device" in cli.refused("measure cuda -o run")
+    assert "holds records of device" in cli.refused("calibrate cuda -o run --measure-only")
     planted.append(device(Description("cuda:0", H100.device, {**H100.stack, "driver": "999"}, 80e9, 50e6)))
     assert "driver" in cli.refused("calibrate cuda -o run")
-    assert "dtype" in cli.refused("measure cuda -o run --dtype fp16")
+    assert "dtype" in cli.refused("calibrate cuda -o run --measure-only --dtype fp16")
     assert Path("run/records.jsonl").read_bytes() == before
 
 

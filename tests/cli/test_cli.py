@@ -62,7 +62,7 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --batch 0                                                          | batch 0: expected a whole number from 1
 @ --batch 1.5                                                        | --batch '1.5': expected a whole number
 @ --seq 0                                                            | seq 0: expected a whole number from 1
-@ --seq 2147483647 --batch 64                                        | expected at most
+@ --phase prefill --seq 2147483647 --batch 64                        | expected at most
 @ --phase prefil                                                     | did you mean prefill
 @ --phase generate --new-tokens 0                                    | new tokens 0
 @ --engine graph                                                     | engine 'graph' is unknown
@@ -218,10 +218,10 @@ def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
 
 
 def test_an_assumed_connection_is_noted_unless_it_is_named(cli: Any) -> None:
-    line = "speedup llama-3.1-8b --hardware a6000 --family depth --batch 8 --devices 2"
+    line = "speedup llama-3.1-8b --hardware a6000 --family depth --phase prefill --batch 8 --devices 2"
     assert "a6000: its devices are assumed to have pcie4 with peer access" in cli(line)[1]
     assert "are assumed to have" not in cli(f"{line} --link bridge")[1]
-    explained = cli("explain llama-3.1-8b --hardware a6000 --prune 'depth 0.25' --batch 8 --devices 2")[1]
+    explained = cli(f"{line.replace('speedup', 'explain')} --sparsity 0.25")[1]
     assert "are assumed to have" in explained
     shown = cli.out("hardware show a6000")
     assert "pcie4 with peer access, 32.0 GB/s one way, 1.60 us; others with --link: bridge, pcie-host" in shown
@@ -267,7 +267,7 @@ def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_begins_it
     out = cli.out("explain llama-3.1-8b --prune 'width attention=0.25 mlp=0.5' --hardware h100")
     assert out.startswith("width attention=0.25 mlp=0.5 (45.2 % removed) of llama-3.1-8b: nominal 1.82x, predicted 1.")
     assert " ".join(out.partition("\n\n")[0].split()).endswith(").")
-    assert "on h100_sxm in vllm (prefill, batch 1, seq 2048), compute-bound; losses: " in " ".join(out.split())
+    assert "on h100_sxm in vllm (decode, batch 1, seq 2048), memory-bound; losses: " in " ".join(out.split())
 
 
 def test_gemm_prints_steps_that_end_at_its_time(cli: Any) -> None:
@@ -465,7 +465,7 @@ def test_help_names_every_family(cli: Any) -> None:
 
 def test_help_lists_the_commands_of_other_packages(cli: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", cli.out("--help"), re.MULTILINE)
-    assert {"import", "measure", "fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
+    assert {"fit", "validate", "calibrate", "figures", "speedup", "hardware"} <= set(listed)
     assert len(listed) == len(set(listed))
     assert cli.out("--help speedup") == cli.out("--help")
 

@@ -27,8 +27,7 @@ from simulator.files import read as readfile
 from simulator.files.csv import read_csv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-from good import profile_with
-from guard import Guard, check_line, in_time
+from guard import check_line, guarded, in_time, profile_with
 
 MOST_MEMORY = 400_000_000
 """More memory than this may not be taken to refuse a file."""
@@ -54,7 +53,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands run in an empty folder, and may touch nothing outside it."""
     pytest.importorskip("matplotlib.font_manager")  # reads the fonts of the machine when it is first imported
     monkeypatch.chdir(tmp_path)
-    with Guard(tmp_path, (Path("/dev/zero"), Path("/proc"))):
+    with guarded(tmp_path, (Path("/dev/zero"), Path("/proc"))):
         yield
 
 
@@ -143,7 +142,7 @@ def test_a_name_that_is_a_path_leads_nowhere(cli: Any) -> None:
     ["../../x.npz", "/etc/passwd", "a/b.npz", "..", "", "~/x.npz", "x.npz/../y.npz", "x\\0.npz", "c:x.npz", "x.yaml"],
 )
 def test_arrays_lie_beside_their_profile(name: str, cli: Any) -> None:
-    Path("p.yaml").write_text(profile_with(b"", f'"{name}"', ["elementwise"]), encoding="utf-8")
+    Path("p.yaml").write_text(profile_with(b"", f'"{name}"'), encoding="utf-8")
     assert ".arrays.file" in refused(PROFILE, "p.yaml", cli)
 
 
@@ -165,7 +164,7 @@ def test_arrays_that_unpack_to_gigabytes(lies: bool, cli: Any) -> None:
     if lies:  # the directory of the archive says that the entry is small
         raw = raw.replace(size.to_bytes(4, "little"), (1000).to_bytes(4, "little"))
     Path("a.npz").write_bytes(raw)
-    Path("p.yaml").write_text(profile_with(raw, "a.npz", ["elementwise"]), encoding="utf-8")
+    Path("p.yaml").write_text(profile_with(raw), encoding="utf-8")
     assert ".arrays" in refused(PROFILE, "p.yaml", cli)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from calibration.records.importers import import_table
 from simulator.hardware.library import load_hardware
 
 GRID = (
@@ -28,7 +27,6 @@ WRITERS = {
     "figure": f"{DEPTH} --figure out/s.pdf",
     "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
     "sweep": "sweep grid.yaml -o out/rows",
-    "import": "import t.csv -o out/t.parquet",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
     "validate": "validate h100 h100_sxm/collective/trtllm --html out/v.html",
 }
@@ -128,7 +126,7 @@ COMMANDS = [
     "speedup llama-3.2-1b --hardware h100 --family depth,width --sparsity 0.25,0.5",
     "explain llama-3.2-1b --hardware h100 --family width --sparsity 0.3 --figure out/e.pdf",
     "pareto llama-2-7b --hardware a100",
-    *(WRITERS[what] for what in ("csv", "import", "fit", "sweep")),
+    *(WRITERS[what] for what in ("csv", "fit", "sweep")),
 ]
 
 SCRIPT = """
@@ -160,7 +158,7 @@ def test_surroundings_change_no_byte(place: Path, python: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, *others = pool.map(everything, SURROUNDINGS)
     suffixes = sorted(Path(name).suffix for name in first)
-    assert suffixes == ["", ".csv", ".npz", ".parquet", ".parquet", ".pdf", ".svg", ".yaml"]
+    assert suffixes == ["", ".csv", ".npz", ".parquet", ".pdf", ".svg", ".yaml"]
     assert len(first["printed"]) > 5000
     for name, found in zip(list(SURROUNDINGS)[1:], others):
         assert found.keys() == first.keys(), name
@@ -187,9 +185,3 @@ def test_two_sets_of_figures_into_one_folder_leave_whole_files(place: Path, prun
     texts = {p.name: p.read_text(encoding="utf-8").rstrip() for p in (place / "out").iterdir()}
     assert texts.keys() == {"captions.md", "speedup.svg", "taxonomy.svg"}
     assert all(text.endswith("</svg>") for name, text in texts.items() if name != "captions.md")
-
-
-@pytest.mark.slow
-def test_two_imports_into_one_file_leave_a_whole_table(place: Path, prunesim: Any) -> None:
-    _together(prunesim, *[WRITERS["import"]] * 3)
-    assert len(import_table(place / "out/t.parquet").records) == TABLE.count("\n") - 1

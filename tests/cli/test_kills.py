@@ -109,7 +109,7 @@ HARDWARE = "llama-3.2-1b --hardware h100"
 @pytest.mark.parametrize(
     ("line", "files"),
     [
-        (f"search {HARDWARE} --scores s.csv --target 1.2 --write out", ("plan.yaml", "config.json", "solutions.json")),
+        (f"search {HARDWARE} --scores s.csv --target 1.2 --write out", ("plan.yaml", "config.json")),
         (f"costs {HARDWARE} -o out/costs.csv", ("costs.csv",)),
     ],
     ids=["search", "costs"],

@@ -63,7 +63,7 @@ class Planted:
 
 BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)
 COMPARE = f"compare {MODEL} -o RUN --family width,depth,low_rank --budget 30s"
-CALIBRATE, MEASURE = ("calibrate cuda -o RUN --budget 50s",), ("measure cuda -o RUN --budget 12s",)
+CALIBRATE, MEASURE = ("calibrate cuda -o RUN --budget 50s",), ("calibrate cuda -o RUN --measure-only --budget 12s",)
 CASES: Mapping[str, Planted] = {
     **{name: Planted(name, CALIBRATE) for name in GPUS},
     "bound": Planted("H100", BOUND),

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from calibration.cli.restart import MOST_RESTARTS, RESTARTS, restart_if_needed
+from calibration.cli.measure import MOST_RESTARTS, RESTARTS, restart_if_needed
 from calibration.measure.run import Counts, Outcome
 
 pytestmark = pytest.mark.quick
 
 SPOILED = Outcome(Counts(), 1.0, "capture failed: gemm: not capturable", ())
-ARGUMENTS = ["measure", "cuda", "-o", "RUN"]
+ARGUMENTS = ["calibrate", "cuda", "-o", "RUN"]
 
 
 @pytest.fixture

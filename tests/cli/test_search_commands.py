@@ -54,39 +54,33 @@ def test_costs_are_written_whole(cli: Any, tmp_path: Path, kind: str) -> None:
 
 def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) -> None:
     file = tmp_path / "subblock_stats.json"
-    cli.out(f"costs {MODEL} --hardware h100 --batch 8 --seq 512 --new-tokens 64 -o {file}")
+    request = "--hardware h100 --phase generate --batch 8 --seq 512 --new-tokens 64"
+    cli.out(f"costs {MODEL} {request} -o {file}")
     (found,) = json.loads(file.read_text())
     assert (found["args"]["batch_size"], found["args"]["prefill_seq_len"]) == (8, 512)
     for row in found["subblocks"]:
         assert row["runtime_ms"] == pytest.approx(row["prefill_runtime_ms"] + row["decode_runtime_ms"])
     layers = {row["parent_layer_index"] for row in found["subblocks"]}
     assert layers == set(range(16))
-    dense = sum(
-        row["runtime_ms"]
+    dense = [
+        row
         for row in found["subblocks"]
-        if row["subblock_config"].get("intermediate_size") == 8192
-        or row["subblock_config"].get("num_key_value_heads") == 8
-    )
-    whole = simulator.workload_time(
-        simulator.lower(MODEL, phase="generate", batch=8, seq=512, new_tokens=64), "h100"
-    ).total_s
-    assert dense + found["non_block"]["runtime_ms"] == pytest.approx(1e3 * whole)
-    assert (
-        found["non_block"]["num_params"]
-        + sum(
-            row["num_params"]
-            for row in found["subblocks"]
-            if row["subblock_config"].get("intermediate_size") == 8192
-            or row["subblock_config"].get("num_key_value_heads") == 8
-        )
-        == load_model(MODEL).parameters
-    )
+        if (row["subblock_config"].get("intermediate_size"), row["subblock_config"].get("num_key_value_heads"))
+        in ((8192, None), (None, 8))
+    ]
+    lowered = simulator.lower(MODEL, phase="generate", batch=8, seq=512, new_tokens=64)
+    total = {name: found["non_block"][name] + sum(row[name] for row in dense) for name in ("runtime_ms", "num_params")}
+    assert total["runtime_ms"] == pytest.approx(1e3 * simulator.workload_time(lowered, "h100").total_s)
+    assert total["num_params"] == load_model(MODEL).parameters
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (f"costs {MODEL} --hardware h100 -o out.txt", "ends in .csv, .json or .parquet"),
+        (f"costs {MODEL} --hardware h100 -o out.json", "out.json: expected --phase generate, because"),
+        pytest.param(f"costs {MODEL} --hardware h100 -o {'x' * 300}.csv", "cannot be written", id="long output"),
+        pytest.param(f"costs {MODEL} --hardware h100 --choices {'x' * 5000}", "cannot be read", id="long choices"),
         (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
         (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
         (f"search {MODEL} --hardware h100", "at least one of"),
@@ -127,9 +121,6 @@ def test_a_written_plan_is_a_pruning_with_the_same_speedup(cli: Any, scores: Pat
     assert pruned["speedup"] == pytest.approx(plan["results"][0]["speedup"], rel=1e-6)
     (stored,) = cli.json(f"speedup {MODEL} {asked} --pruned {folder / 'config.json'}")
     assert stored["pruned_s"] == pytest.approx(plan["results"][0]["pruned_s"], rel=1e-9)
-    (solution,) = json.loads((folder / "solutions.json").read_text())
-    assert len(solution["chosen_block_configs"]) == 16
-    assert solution["total_value"] == {"metrics.kl_div": pytest.approx(plan["score"])}
 
 
 def test_unreachable_targets_name_the_nearest(cli: Any, scores: Path) -> None:
@@ -161,21 +152,38 @@ def test_bad_scores_are_one_line(cli: Any, scores: Path, row: str, message: str)
     assert "scores.csv:34" in found
 
 
-def test_a_plan_is_a_page_that_loads_nothing(cli: Any, scores: Path, tmp_path: Path) -> None:
-    file = tmp_path / "plan.html"
-    line = f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --html {file}"
-    (plan,) = cli.json(line)
-    page = file.read_text(encoding="utf-8")
-    cli.json(line)
-    assert file.read_text(encoding="utf-8") == page
-    assert "<script" not in page
-    assert "src=" not in page
-    assert page.count("<svg") == 1
-    for title in ("Targets", "What other rules choose", "Frontier of score against time", "Layers"):
-        assert f"<h2>{title}" in page
-    assert f"{plan['score']:.4g}" in page
-    assert page.count("<tr><td>") >= len(plan["layers"]) + len(plan["frontier"])
-    assert "ends in .html" in cli.refused(line.replace(".html", ".pdf"))
+def test_the_removed_page_of_a_plan_names_its_replacement(cli: Any, scores: Path) -> None:
+    line = f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --html plan.html"
+    assert "--html was removed; use --figure FILE" in cli.refused(line)
+
+
+def test_the_figure_of_a_plan_is_a_file(cli: Any, scores: Path, tmp_path: Path) -> None:
+    cli.out(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --figure {tmp_path / 'plan.png'}")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_columns_that_could_be_the_metric_are_named(cli: Any, tmp_path: Path) -> None:
+    """Puzzle's library: its sizes and times are no metric, and two of its columns could be."""
+    variants = {"dense": (8, 8192, 0.0), "none": (0, 0, 0.5)}
+    library = {
+        f"layer_{i}": {
+            name: {
+                "stats": {"num_kv_heads": kv, "ffn_intermediate_size": inner, "num_params": inner, "runtime_ms": 1.0},
+                "metrics": {"kl_div": loss, "lm_loss": 2.0 + loss},
+            }
+            for name, (kv, inner, loss) in variants.items()
+        }
+        for i in range(16)
+    }
+    file = tmp_path / "block_library.json"
+    file.write_text(json.dumps(library))
+    line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8"
+    found = cli.refused(line)
+    assert "metric: expected one of kl_div or lm_loss, got none; choose it with --metric" in found
+    assert "metric 'num_params' is unknown" in cli.refused(f"{line} --metric num_params")
+    (plan,) = cli.json(f"{line} --metric kl_div")
+    assert 0 < sum(row["mlp"] == "none" for row in plan["layers"]) < 16
+    assert plan["metric"] == "kl_div"
 
 
 def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
     (folder / "plan.yaml").write_text("prune: depth 0.5\n")  # of another search
     _, err = cli(f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {folder}")
     assert "plan.yaml is not written: plan: --prune has no linear sublayers" in err
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "solutions.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
     line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {file}"
     assert "is a file; expected a folder" in cli.refused(line)
 
@@ -208,6 +216,6 @@ def test_a_plan_is_checked_before_it_is_a_file(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simulator.plans.plan.check_plan", killed)
+    monkeypatch.setattr("simulator.plans.write.check_plan", killed)
     assert cli.run(f"search {MODEL} --hardware h100 --scores {scores} --target 1.2 --write {folder}".split()) == 130
     assert list(folder.iterdir()) == []

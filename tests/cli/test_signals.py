@@ -17,21 +17,25 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {signal.SIGINT: (130, "prunesim: interrupted\n"), signal.SIGTERM: (143, "prunesim: terminated\n")}
 
-AT_IMPORT = """
-import os, sys
-
-where, number = sys.argv[1], int(sys.argv[2])
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == where:
-            os.kill(os.getpid(), number)
-
-sys.meta_path.insert(0, Finder())
-sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--family", "depth", "--sparsity", "0.25"]
+AT_CALL = """
+import importlib, os, sys
 from simulator.cli import main
+
+place, number = sys.argv[1], int(sys.argv[2])
+module, _, name = place.rpartition(".")
+module = importlib.import_module(module)
+call = getattr(module, name)
+
+def signalled(*arguments, **options):
+    os.kill(os.getpid(), number)
+    return call(*arguments, **options)
+
+setattr(module, name, signalled)
+sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--family", "depth", "--sparsity", "0.25"]
 main()
 """
+
+MOMENTS = ("cli.program.program", "cli.parsing.fractions", "prediction.table.scenario_results", "cli.render.conclude")
 
 SWEEP = """
 import sys
@@ -51,26 +55,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", ENDS)
-@pytest.mark.parametrize("name", ["simulator.cli.program", "numpy", "simulator.prediction.table"])
-def test_a_signal_during_imports_is_one_line(name: str, number: signal.Signals, python: Any) -> None:
-    """Of the program, and of a command, where the callbacks of imports swallow exceptions."""
-    status, out, lines = python(["-c", AT_IMPORT, name, str(int(number))])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_of_a_command_is_one_line(moment: str, number: signal.Signals, python: Any) -> None:
+    status, out, lines = python(["-c", AT_CALL, f"simulator.{moment}", str(int(number))])
     assert (status, "".join(f"{line}\n" for line in lines), out) == (*ENDS[number], b"")
-
-
-@pytest.mark.parametrize("number", ENDS)
-def test_a_signal_during_a_slow_import_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    """The program waits in an import, as on a slow disk, until the signal comes."""
-    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "simulator.cli", "speedup", "llama-3.2-1b", "--hardware", "h100"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(number)
-        _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == ENDS[number]
 
 
 @pytest.mark.parametrize(

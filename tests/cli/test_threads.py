@@ -51,7 +51,7 @@ MODEL = "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 
 @pytest.mark.usefixtures("three_folds", "undrawn")
 def test_commands_that_measure_open_the_device_with_the_threads_given(opened: list[Any], cli: Any) -> None:
     lines = {
-        "measure cpu -o a --dtype fp32 --budget 5s": 0,
+        "calibrate cpu -o a --measure-only --dtype fp32 --budget 5s": 0,
         "calibrate cpu -o b --dtype fp32 --budget 20s": 1,  # too few rows for a profile
         f"upper-bound {MODEL} -o c --budget 5s": 0,
     }
@@ -62,8 +62,8 @@ def test_commands_that_measure_open_the_device_with_the_threads_given(opened: li
 
 
 def test_a_run_of_other_threads_is_refused(cli: Any) -> None:
-    cli("measure cpu -o run --dtype fp32 --budget 5s --threads 1")
-    assert "(1 threads)" in cli.refused("measure cpu -o run --dtype fp32 --budget 5s")
+    cli("calibrate cpu -o run --measure-only --dtype fp32 --budget 5s --threads 1")
+    assert "(1 threads)" in cli.refused("calibrate cpu -o run --measure-only --dtype fp32 --budget 5s")
 
 
 def test_threads_of_another_device_are_refused(cli: Any) -> None:
@@ -81,7 +81,7 @@ def of_two_threads(file: str) -> None:
     rows = Records.from_columns(
         [Source(text.device, dict(text.stack))], dtype="fp32", m=m, n=n, k=k, seconds=3e-6 + 2.0 * m * n * k / 1e11
     )
-    write_records(rows, Path("rows.parquet"))
+    Path("rows.parquet").write_bytes(write_records(rows))
     bare = replace(load_hardware("cpu"), sections=MappingProxyType({}), title="Some CPU")
     save_hardware(fit_profile(bare, rows).profile, file)
 
@@ -94,7 +94,7 @@ def test_a_profile_of_other_threads_is_stated_with_what_to_do(cli: Any) -> None:
     assert f"{note} --threads 2, or" in cli(f"{bound} -o one --threads 1")[1]
     assert "threads, but" not in cli(f"{bound} -o two --threads 2")[1]
     assert "threads, but" not in cli("validate two.yaml rows.parquet")[1]
-    cli("measure cpu -o other --dtype fp32 --budget 20s --threads 1")
+    cli("calibrate cpu -o other --measure-only --dtype fp32 --budget 20s --threads 1")
     assert note in cli("validate two.yaml other", 1)[1]  # it holds for none of them
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_times import decode_time, prefill_time
 
-from simulator.cost.attention_model import Geometry, causal_blocks, prefill_work
+from simulator.cost.attention_model import causal_blocks
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.counts import attention_pairs
-from simulator.errors import InputError
 from simulator.hardware.attention_constants import DECODE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.sections import Fitted, Section
@@ -53,12 +51,6 @@ def test_geometry_equals_brute_force(q: int, history: int, window: int) -> None:
     slack = 0 if not window else 1  # a window may start inside a block: at most one block a tile apart
     assert abs(counted - blocks) <= slack * tiles
     assert abs(chain - longest) <= slack
-
-
-def test_flops_and_bytes_of_work() -> None:
-    work = prefill_work(Geometry(*(np.array(float(x)) for x in (2, 128, 128, 32, 8, 64))), {"pads": 1.0, "packs": 0.0})
-    assert float(work.flops) == 4 * 2 * 32 * 64 * (128 * 129 // 2)
-    assert float(work.moved_bytes) == 2 * 64 * (2 * 2 * 32 * 128 + 2 * 2 * 8 * 128)
 
 
 @given(NAMES, st.integers(1, 64), st.integers(1, 8192), st.integers(0, 8192), HEADS, DIMS, st.floats(0.05, 1.0))
@@ -116,18 +108,6 @@ def test_fewer_blocks_cost_less_but_small_ones_cost_more_than_their_share() -> N
     assert t[4] == t[0] >= t[5]
 
 
-def test_what_no_fit_has_seen_widens_the_interval() -> None:
-    options: tuple[dict[str, Any], ...] = (
-        {"density": 0.5, "block": 64},
-        {"kv_dtype": "fp8"},
-        {"window": 4096},
-    )  # as wide as the prompt
-    hw, levels = load_hardware("h100_sxm@sglang"), ({"level": 0.5}, {}, {"level": 0.99})
-    times = [prefill_time(1, 4096, 4096, 32, 8, 128, hw, **o) for o in (*levels, *options)]
-    narrow, usual, *wider = (float(np.log(t.upper / t.lower)) for t in times)
-    assert narrow < usual < min(wider)
-
-
 def test_a_window_bounds_the_work() -> None:
     hw = load_hardware("h100_sxm@sglang")
     prefill = prefill_time(1, 16384, 16384, 32, 8, 128, hw, window=[4096, 0]).seconds
@@ -156,24 +136,3 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     a, b = (decode_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
     assert b.seconds == pytest.approx(1.5 * a.seconds)
     assert (b.upper / b.seconds > a.upper / a.seconds).all()
-
-
-def test_shapes_broadcast_and_bad_formats_are_named() -> None:
-    hw = load_hardware("a100")
-    t = prefill_time(np.ones((3, 1)), np.array([16, 128]), 4096, 32, 8, 128, hw)
-    assert t.seconds.shape == t.upper.shape == t.bottleneck.shape == t.roofline_s.shape == (3, 2)
-    assert len(prefill_time([], [], [], [], [], [], hw).seconds) == 0
-    with pytest.raises(InputError, match="fp8"):
-        prefill_time(1, 16, 16, 8, 8, 64, hw, dtype="fp8")
-    with pytest.raises(InputError, match="bf17"):
-        decode_time(1, 16, 8, 8, 64, hw, kv_dtype="bf17")
-
-
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32, 64])
-def test_decode_of_the_rtx_4090_does_not_get_faster_with_a_longer_cache(batch: int) -> None:
-    """Its table has no lengths near 512, where a threshold let the time of one sequence fall from 29.7 to 13.7 us."""
-    kv = np.arange(16, 4097)
-    time_s = decode_time(batch, kv, 32, 8, 128, hw=load_hardware("rtx_4090")).seconds
-    longest = np.maximum.accumulate(time_s)
-    assert (time_s / longest).min() > 0.93  # 0.46 with the threshold; the rest is the residual of few rows
-    assert time_s[-1] > 1.5 * time_s[0]

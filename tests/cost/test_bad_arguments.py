@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
 
 import simulator
 from simulator.errors import InputError
@@ -37,39 +36,6 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         | {"kernel": [7, 0.5, "2:4", True, ["dense", None], ["dense", "x", "dense"]]}
         | {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "cold": ["no", 2]}
         | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": [3, None]},
-    ),
-    "prefill_time": (
-        prefill_time,
-        {"batch": THREE, "q_len": 128, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
-        {**dict.fromkeys(("batch", "heads", "kv_heads", "head_dim"), SIZES), "q_len": [*SIZES, 129], "kv_len": SIZES}
-        | {"window": [-1, 2.5, *SHAPED], "density": [0, 1.5, NAN], "block": [-1, NAN], "level": [2], "hw": ["h100"]},
-    ),
-    "decode_time": (
-        decode_time,
-        {"batch": THREE, "kv_len": 128, "heads": 8, "kv_heads": 8, "head_dim": 64, "hw": HW},
-        {"kv_len": [*SIZES, *SHAPED], "value_dim": [-1, 0.5], "latent": ["yes", 0.5], "cold": [None], "kv_dtype": [[]]},
-    ),
-    "elementwise_time": (
-        elementwise_time,
-        {"read_bytes": THREE, "write_bytes": 8, "hw": HW},
-        {"read_bytes": NUMBERS, "write_bytes": [*NUMBERS, INF, *SHAPED], "role": [0.5, -1, 999, None]}
-        | {"added": [1, "yes"], "dtype": ["fp12", 3], "level": [1.5, "0.9"], "hw": ["h100"]},
-    ),
-    "experts_time": (
-        experts_time,
-        {"m": THREE, "n": 768, "k": 2048, "experts": 128, "active": 8, "hw": HW},
-        {"m": SIZES, "experts": SIZES, "active": NUMBERS, "skew": NUMBERS, "hw": [None]},
-    ),
-    "delta_net_time": (
-        delta_net_time,
-        {"tokens": THREE, "batch": THREE, "heads": 32, "key_heads": 16, "key": 128, "value": 128, "hw": HW},
-        {"tokens": SIZES, "batch": [*SIZES, *SHAPED], "heads": SIZES, "conv": [-1, 0.5], "hw": [None]}
-        | {"state_dtype": ["x", 3]},
-    ),
-    "collective_time": (
-        collective_time,
-        {"payload_bytes": 1e6, "devices": 2, "hw": HW},
-        {"payload_bytes": [*NUMBERS, INF], "devices": SIZES, "hw": [None], "level": [0]},
     ),
     "lower": (
         partial(simulator.lower, MODEL),
@@ -160,13 +126,6 @@ def test_what_is_right_is_taken(call: str) -> None:
     function(**good)
 
 
-def test_numbers_of_any_integer_or_float_type_are_taken() -> None:
-    want = simulator.gemm_time(8, 64, 64, HW).seconds
-    for kind in (np.int8, np.uint64, np.float16, np.float64):
-        assert simulator.gemm_time(kind(8), [64], kind(64), HW).seconds == want
-    assert simulator.gemm_time(8, 64, 64, HW, copies=INF).seconds == want
-
-
 def test_large_shapes_keep_what_single_precision_would_lose() -> None:
     """Their alignment, that they differ from their neighbours at all, and times whose cubes overflow."""
     odd, even = simulator.gemm_time(64, [2**24 + 1, 2**24 + 8], 64, HW).seconds
@@ -176,10 +135,3 @@ def test_large_shapes_keep_what_single_precision_would_lose() -> None:
     assert (np.diff(simulator.gemm_time(64, 2**30 + 1024 * np.arange(3), 4096, HW).seconds) > 0).all()
     long = simulator.gemm_time(2**50, 2**31 - 1, 2**31 - 1, simulator.load_hardware("t4"), dtype="fp16")
     assert np.isfinite(long.upper).all()
-
-
-def test_neighbours_do_not_change_a_shape() -> None:
-    m = np.array([1, 2**25, 4096, 2**25 + 1, 17])
-    together = simulator.gemm_time(m, 4096, 4096, HW)
-    for i, alone in enumerate(m):
-        assert simulator.gemm_time(alone, 4096, 4096, HW).seconds == together.seconds[i]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from operator_times import decode_time
@@ -65,29 +63,6 @@ def test_more_query_heads_are_free_within_a_tile() -> None:
     assert np.ptp(np.log(attention.decode(64, 8192, 8 * group, 8, 128, served(BARE, "sglang")).time)) < 0.02
 
 
-def test_a_fit_of_another_kernel_is_used_where_it_is_named_or_no_kernel_is_known() -> None:
-    own = attention.decode(*LONG, H20.on("flashinfer"))
-    assert own.section is not None
-    assert own.section.status == "calibrated"
-    for engine in ("sglang", "vllm"):  # a stack that is selected by name stays
-        assert float(attention.decode(*LONG, served(H20.on("flashinfer"), engine)).time) == float(own.time)
-        section = attention.decode(*LONG, served(H20, engine)).section
-        assert section is not None
-        assert section.status == "default"
-    for engine in ("torch", "trtllm"):
-        assert float(attention.decode(*LONG, served(H20, engine)).time) == float(own.time)
-
-
-@pytest.mark.parametrize("name", ["h100", "h200", "h800", "gh200"])
-def test_fitted_kernels_of_other_gpus_are_used_as_they_are(name: str) -> None:
-    hw = load_hardware(name)
-    for engine in ("sglang", "vllm", "trtllm"):
-        section = attention.decode(*LONG, served(hw, engine)).section
-        assert section is not None
-        assert (section.stack, section["tile_rows"]) == (engine, 0.0)
-        assert section.constants == served(hw, engine).section("attention_decode", "bf16").constants
-
-
 def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
     for hw in (BARE, served(BARE, "sglang"), H20.on("flashinfer")):
         e = attention.decode([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
@@ -96,21 +71,3 @@ def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
         t = decode_time([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
         flops = 4.0 * np.array([1, 64, 512]) * np.array([128, 4096, 131072]) * 64 * 128
         assert (t.lower >= flops / (hw.peak_flop_per_s("bf16") * hw.clock_headroom) * (1 - 1e-12)).all()
-
-
-def test_few_heads_of_latent_attention_fill_a_tile() -> None:
-    """The H20 was measured with 128 heads; FlashMLA's tiles have 64."""
-    heads = np.array([8, 16, 32, 64, 128])
-    t = attention.decode(64, 8192, heads, 1, 576, H20, value_dim=512, latent=True).time
-    assert np.ptp(np.log(t[:4])) < 0.02
-    assert 1.7 < t[4] / t[3] < 2.1
-
-
-def test_without_tiles_nothing_changes() -> None:
-    """Sections of other GPUs have no tiles: products hide behind reading the cache."""
-    hw = load_hardware("a100")
-    section = hw.section("attention_decode", "bf16")
-    assert section["tile_rows"] == 0.0
-    constants = {**section.constants, "e_tc": replace(section.constants["e_tc"], value=0.06)}
-    slow = replace(hw, sections={**hw.sections, ("attention_decode", "bf16"): replace(section, constants=constants)})
-    assert float(attention.decode(*LONG, slow).time) == float(attention.decode(*LONG, hw).time)

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from operator_times import elementwise_time
 
-from calibration.build_profiles import rtx_tables
 from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.section import fit_section
-from calibration.validation.protocol import score_elementwise
-from simulator.cost.elementwise import Moves, class_code, class_residual
+from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
@@ -87,29 +85,3 @@ def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
         fit_section(measured.take(slice(0, 10)))
     measured.seconds[:3] = [np.nan, -1.0, 0.0]
     assert fit_section(measured).rows == 397
-
-
-@pytest.mark.quick
-def test_a_section_brings_its_residual() -> None:
-    measured, _ = planted(5, 0.0)
-    size, code = measured.calls.bytes_, measured.calls.code
-    fit = fit_section(replace(measured, seconds=measured.seconds * np.where(size > 1e7, 1.3, 1.0)))
-    facts = {"l2_bytes": 72e6, "bandwidth_bytes_per_s": 1.0e12}
-    hw = replace(load_hardware("rtx_4090"), **facts, sections={("elementwise", "bf16"): fit.section})
-    shown = elementwise_time(size, 0.0, hw, role=np.array(CLASSES)[code]).seconds
-    residual = class_residual(fit.section.arrays)
-    assert residual is not None
-    e = measured.calls.estimate(fit.constants.values)
-    assert shown == pytest.approx(e.time * np.exp(residual(e.position)))
-
-
-def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyped-def]
-    hw = load_hardware("rtx_4090")
-    r = rtx_tables(shared_data, hw)
-    r = r.select(r.is_operator("elementwise"))
-    moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada")
-    scores = [score_elementwise(ElementwiseFit(moves, r.seconds), hw, 400, seed) for seed in (0, 1, 2)]
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
-    assert np.mean([s["mape"] for s in scores]) < 6.0
-    assert np.mean([s["mape over 10us"] for s in scores]) < 7.5
-    assert 87 <= np.mean([s["coverage"] for s in scores]) <= 95

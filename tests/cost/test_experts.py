@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from operator_times import errors_of, experts_time
 
-from calibration.fit.experts import ExpertsFit, experts_part, layers_of
-from calibration.fit.predict import predict
+from calibration.fit.experts import ExpertsFit
 from calibration.fit.section import fit_section
-from calibration.fit.solver import ABSENT
-from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
-from calibration.records.aiconfigurator_experts import too_slow
-from calibration.records.grouped_products import GROUPED_SHAPE, read_grouped
-from calibration.records.importers import finish
-from calibration.records.readers import Draft
-from calibration.records.timing_table import Source
 from simulator.cost import experts as experts_model
 from simulator.cost.base import Machine
-from simulator.cost.experts import PARTS, TILES, Layers, dealt_load, drawn_load
-from simulator.errors import InputError
+from simulator.cost.experts import TILES, Layers, drawn_load
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
-from simulator.models.library import load_model
-from simulator.models.lower import lower
 from simulator.routing import EXPERT_RANGE, EXPERT_SKEW, experts_chance, experts_touched
 from simulator.uncertainty.forward import ratio_half
-from simulator.workload import Kind
 
 F8 = np.float64
 QWEN = (768, 2048, 128, 8)  # Qwen3-30B-A3B: width, hidden size, experts, experts a token
@@ -85,50 +71,6 @@ def test_the_highest_load_of_devices_is_that_of_a_simulation(m: int, devices: in
 
 
 @pytest.mark.quick
-def test_more_devices_wait_for_one_with_more_than_its_share() -> None:
-    hw, share = load_hardware("h100@trtllm"), 16
-    m = np.arange(1, 2000, dtype=F8)
-    mean, highest = (
-        experts_model.experts(m, 1536, 4096, share, 1, hw, dtype="fp8", weight_dtype="fp8_block", devices=d)
-        for d in (1, 8)
-    )
-    assert (highest.time >= mean.time).all()
-    assert 1.1 < highest.time[15] / mean.time[15] < 1.26  # at most as many more experts as tokens use
-    assert (np.diff(highest.time) > -1e-3 * highest.time[:-1]).all()
-    touched = drawn_load(m, np.full_like(m, share), np.ones_like(m), 0.0, np.full_like(m, 8.0)).touched
-    assert touched.max() == share
-    routed = lower(load_model("qwen3-235b-a22b"), phase="decode", batch=16, devices=8, parallel="expert")
-    assert set(routed.batch[routed.kind == Kind.EXPERTS].tolist()) == {8}
-    whole = lower(load_model("qwen3-235b-a22b"), phase="decode", batch=16, devices=8, parallel="tensor")
-    assert set(whole.batch[whole.kind == Kind.EXPERTS].tolist()) == {0}
-
-
-@pytest.mark.quick
-def test_two_products_and_the_rest_are_the_layer() -> None:
-    hw = load_hardware("h20")
-    layer, up, down = (experts_model.experts(TOKENS, *QWEN, hw, part=part).time for part in PARTS)
-    assert (up > down).all()
-    assert (layer > up + down).all()
-    # with much work in the products they are nearly all of it
-    wide = [float(experts_model.experts(4096, 14336, 4096, 8, 2, hw, part=part).time) for part in PARTS]
-    assert 0.9 < (wide[1] + wide[2]) / wide[0] < 1.0
-    assert wide[1] == pytest.approx(2.0 * wide[2], rel=0.02)
-    with pytest.raises(InputError, match="part 'middle' is unknown"):
-        experts_model.experts(1, *QWEN, hw, part="middle")
-
-
-@pytest.mark.quick
-def test_an_sm_with_a_quarter_of_the_tensor_rate_comes_closer_to_it() -> None:
-    """The H20's SMs load weights as fast as the H100's and compute a quarter of it."""
-    share = {}
-    for name in ("h100", "h20"):
-        hw = replace(load_hardware(name), sections={}, stacks={})
-        time = float(experts_model.experts(65536, 1536, 4096, 128, 8, hw, part="gate_up").time)
-        share[name] = 4.0 * 65536 * 8 * 1536 * 4096 / time / hw.peak_flop_per_s("bf16")
-    assert 1.15 < share["h20"] / share["h100"] < 1.5
-
-
-@pytest.mark.quick
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
     """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
     for skew, most, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
@@ -139,21 +81,6 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
         chance = experts_chance(128, 8, skew)
         few = load.reshape(len(chance), -1).mean(axis=1)[::-1]
         np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
-
-
-@pytest.mark.quick
-def test_a_benchmark_deals_tokens_out() -> None:
-    m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
-    even = dealt_load(m, experts, active, 0.0)
-    assert even.touched.tolist() == [16, 128, 128]
-    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]  # 128 tokens each: no row is padded
-    law = dealt_load(m, experts, active, 1.01)
-    assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
-    assert 55 < law.touched[1] < 80
-    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
-    near = dealt_load(m, experts, active, -0.3)
-    assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
-    assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two
 
 
 @pytest.mark.quick
@@ -170,18 +97,6 @@ def test_never_faster_than_physics(name: str) -> None:
         assert (t.lower <= t.seconds).all()
         assert (t.seconds <= t.upper).all()
         assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()  # where a kernel steps up it is flat afterwards
-
-
-@pytest.mark.quick
-def test_arrays_broadcast_and_bad_formats_are_named() -> None:
-    hw = load_hardware("h100@vllm")
-    t = experts_time(TOKENS[:, None], 768, 2048, [128, 96], 8, hw)
-    assert t.seconds.shape == (7, 2)
-    assert t.seconds[2, 1] == experts_time(16, 768, 2048, 96, 8, hw).seconds
-    with pytest.raises(InputError, match="dtype 'int3' is unknown"):
-        experts_time(1, *QWEN, hw, weight_dtype="int3")
-    with pytest.raises(InputError, match="has no nvfp4 arithmetic"):
-        experts_time(1, *QWEN, hw, dtype="nvfp4")
 
 
 @pytest.mark.quick
@@ -216,14 +131,6 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     errors = [errors_of(experts_model.experts, TOKENS, 768, 2048, number, 8, hw) for number in (96, 128)]
     half = ratio_half(*errors)
     assert (half < np.log(dense.upper / dense.seconds)).all()
-
-
-@pytest.mark.quick
-def test_a_width_off_16_is_slow_and_its_interval_wide() -> None:
-    hw = load_hardware("h100@vllm")
-    aligned, off = (experts_time(256, n, 2048, 128, 8, hw) for n in (704, 696))
-    assert off.seconds > 1.5 * aligned.seconds
-    assert off.upper / off.seconds > 1.2 * aligned.upper / aligned.seconds
 
 
 DEFAULTS = {name: c.default("hopper") for name, c in CONSTANTS.items()}
@@ -261,71 +168,3 @@ def test_planted_constants_are_recovered() -> None:
     assert part.section.accuracy["mape"] < 0.03
     with pytest.raises(ValueError, match="experts: expected at least 300 usable rows, got 10"):
         fit_section(planted().take(np.arange(10)))
-
-
-def test_products_alone_and_whole_layers_train_one_model() -> None:
-    """Layers alone leave the start of a product at its default; products alone leave everything else."""
-    layers = planted(product_s=8e-6, t0_s=3e-5, e_tc=0.7)
-    assert layers.constants().fixed["product_s"] == ABSENT
-    part = np.arange(len(layers)) % 3
-    calls = replace(layers.calls, part=part, warm=part == 0)
-    mixed = replace(
-        layers, calls=calls, seconds=calls.seconds({**DEFAULTS, "product_s": 8e-6, "t0_s": 3e-5, "e_tc": 0.7})
-    )
-    found = mixed.constants()
-    assert found.values["product_s"] == pytest.approx(8e-6, rel=0.1)
-    assert found.values["t0_s"] == pytest.approx(3e-5, rel=0.15)
-    products = mixed.take(part > 0)
-    fixed = products.constants().fixed
-    assert {"t0_s", "expert_s", "e_io", "l2_gain", "l2_share"} <= {n for n, why in fixed.items() if why == ABSENT}
-
-
-def test_grouped_products_are_read_as_parts_and_predicted_cold() -> None:
-    """Two lines of InferSim's table of an H20: 32 experts with 16 tokens each, and two with 48."""
-    table = dict(
-        zip(
-            GROUPED_SHAPE,
-            np.array([[128, 32, 8, 4096, 1536, 16, 228.694, 117.851], [112, 2, 6, 2560, 1664, 48, 13.987, 9.692]]).T,
-        )
-    )
-    columns, screen = read_grouped(table)
-    result = finish(Draft(columns, (Source("NVIDIA H20"),), screen), label="table", hw=datasheet("h20"), dtype="all")
-    r = result.records
-    assert r.m.tolist() == [256, 256]
-    assert result.refusals.rows == {"under 4 experts: their number of tokens was drawn": [2, 4]}
-    assert experts_part(r).tolist() == [1, 2]
-    assert layers_of(r, Machine.of(datasheet("h20"), "fp8_block"), "hopper").calls.load.touched.tolist() == [32.0, 32.0]
-    hw = replace(load_hardware("h20"), sections={}, stacks={})
-    time = predict(r, hw).time
-    # each of 32 experts fills one tile; by defaults within 15 %
-    assert np.abs(np.log(time.seconds / r.seconds)).max() < 0.2
-    assert (time.lower < r.seconds).all()
-    assert (r.seconds < time.upper).all()
-
-
-def test_the_shipped_section_is_what_its_table_gives_and_holds_models_left_out() -> None:
-    hw, records = load_hardware("h100@trtllm"), load_measurements("h100_sxm/experts/trtllm")
-    measured = layers_of(records, Machine.of(hw), "hopper")
-    layers, part, ships = measured.calls, fit_section(measured), hw.section("experts", "bf16")
-    for name, constant in ships.constants.items():
-        assert part.section[name] == pytest.approx(constant.value, rel=1e-3), name
-    assert part.section.accuracy["mape"] < 0.065
-    bare = replace(part.section, arrays={})
-    error = [
-        np.abs(
-            np.log(experts_time(*sizes, hw_, skew=layers.skew, dealt=True, warm=True).seconds / measured.seconds)
-        ).mean()
-        for sizes in [(layers.m, layers.n, layers.k, layers.experts, layers.active)]
-        for hw_ in (hw, hw.calibrated({("experts", "bf16"): bare}))
-    ]
-    assert error[0] < 0.85 * error[1]  # the residual takes up part of what the analytical time leaves
-
-
-@pytest.mark.quick
-def test_untuned_kernels_are_found_by_other_widths() -> None:
-    m, n = (a.ravel() for a in np.meshgrid([1.0, 8.0, 64.0], [256.0, 512.0, 1024.0], indexing="ij"))
-    seconds = 1e-5 + 1e-8 * n * m**0.1
-    shape, skew = np.zeros((9, 1)), np.zeros(9)
-    assert not too_slow(shape, m, n, skew, seconds).any()
-    slow = np.where(n == 512.0, 4.0, 1.0)
-    assert too_slow(shape, m, n, skew, seconds * slow).tolist() == (n == 512.0).tolist()

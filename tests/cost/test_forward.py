@@ -101,19 +101,6 @@ def test_ideal_roofline_is_the_larger_of_flops_and_bytes(hw: simulator.HardwareP
     assert large == pytest.approx(3 * 2 * 4096**3 / hw.peak_flop_per_s("bf16"))
 
 
-def test_two_formats_in_one_workload_are_timed_each_in_its_own(hw: simulator.HardwareProfile) -> None:
-    rows = [{"role": "q", "m": 512, "n": 4096, "k": 4096, "dtype": code, "weight_dtype": code} for code in (0, 3)]
-    both = operator_times(Workload.from_rows(rows), hw)[0].seconds
-    alone = [operator_times(Workload.from_rows([row]), hw)[0].seconds[0] for row in rows]
-    assert both.tolist() == alone
-    assert both[0] > both[1]
-
-
-def test_an_unknown_engine_is_refused(hw: simulator.HardwareProfile) -> None:
-    with pytest.raises(InputError, match=r"engine 'jit' is unknown; Known: .*vllm"):
-        workload_time(_lower(phase="decode", engine="jit"), hw)
-
-
 def test_an_engine_prefers_the_kernels_of_its_stack_and_a_stack_asked_for_stays() -> None:
     h100 = simulator.load_hardware("h100")
     for engine in ("vllm", "sglang", "trtllm"):
@@ -122,17 +109,6 @@ def test_an_engine_prefers_the_kernels_of_its_stack_and_a_stack_asked_for_stays(
         assert forward_passes(workloads, h100).hw.stack == first
         assert forward_passes(workloads, h100.on("trtllm")).hw.stack == "trtllm"
     assert forward_passes(WorkloadBatch.of([_lower(phase="decode")]), h100).hw is h100
-
-
-def test_a_product_in_eight_bits_is_the_product_alone_whatever_the_engine_fuses() -> None:
-    h100 = simulator.load_hardware("h100")
-    for dtype in ("fp8", "bf16"):
-        w = _lower(phase="decode", batch=8, dtype=dtype, engine="trtllm")
-        gemm = (w.kind == Kind.GEMM) & (w.layers > 0)
-        bare, fused = (operator_times(w, h100, engine=load_engine(name))[0] for name in ("", "trtllm"))
-        assert fused.seconds[gemm].tolist() == bare.seconds[gemm].tolist()
-        assert (fused.seconds >= fused.roofline_s / h100.clock_headroom * (1 - 1e-12)).all()
-        assert ((fused.lower <= fused.seconds) & (fused.seconds <= fused.upper)).all()
 
 
 def test_kernels_that_an_engine_lacks_are_refused(hw: simulator.HardwareProfile) -> None:

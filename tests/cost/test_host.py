@@ -3,7 +3,6 @@ waits for it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -163,44 +162,3 @@ def test_a_pass_on_a_slower_host_is_never_faster_and_follows_the_device_less() -
         assert (shares >= 0.0).all()
         assert (shares <= 1.0).all()
         assert (seconds >= p.device_s * (1 - 1e-12)).all()
-
-
-def test_host_time_of_launches_is_the_machine_s_and_that_of_passes_the_engine_s() -> None:
-    w, section = lowered("hf"), H100.section("runtime", "*")
-    constants = {
-        **section.constants,
-        "host_op_s": replace(section.constants["host_op_s"], value=3 * section["host_op_s"]),
-    }
-    slow = H100.calibrated({**H100.sections, ("runtime", "*"): replace(section, constants=constants)})
-    usual, there = passed(w), passed(w, hw=slow)
-    np.testing.assert_allclose(there.host.launch, 3.0 * usual.host.launch, rtol=1e-12)
-    np.testing.assert_array_equal(there.host.each_pass, usual.host.each_pass)
-
-
-def test_many_hosts_at_once_are_those_one_by_one() -> None:
-    for engine in ("hf", "vllm@v1"):
-        p = passed(lowered(engine, "generate"), lowered(engine, "generate", batch=64, seq=4096))
-        work, passes = np.meshgrid([-2.0, 0.0, 1.5], [-1.0, 0.5], indexing="ij")
-        seconds, shares = p.at(work, passes)
-        assert seconds.shape == (3, 2, 2)
-        for at in np.ndindex(3, 2):
-            one, share = p.at(work[at], passes[at])
-            np.testing.assert_allclose(seconds[at], one, rtol=1e-14)
-            np.testing.assert_allclose(shares[at], share, rtol=1e-14)
-
-
-def test_launches_and_passes_have_speeds_of_their_own_with_the_correlation_of_the_engine() -> None:
-    p = passed(lowered("hf"))
-    assert p.host.unknowns == 2
-    rng = np.random.default_rng(1)
-    work, passes = p.host.speeds(*rng.normal(size=(2, 200_000)))
-    assert np.corrcoef(work, passes)[0, 1] == pytest.approx(load_engine("hf").host_correlation.value, abs=0.01)
-    assert [work.std(), passes.std()] == pytest.approx([1.0, 1.0], abs=0.01)
-    each_pass, other = p.host.spent(1.0, -1.0)
-    assert each_pass[0] == pytest.approx(p.host.each_pass.sum() * np.exp(-load_engine("hf").each_pass.log_sd))
-    assert other[0] == pytest.approx(p.host.launch.sum() * np.exp(p.host.launch_log_sd))
-    # one kind of host time, or a correlation of 1: one unknown
-    alone = replace(p.host, each_pass=0.0 * p.host.each_pass)
-    assert (alone.unknowns, replace(p.host, correlation=1.0).unknowns) == (1, 1)
-    assert [z.tolist() for z in alone.speeds([0.5], [2.0])] == [[0.5], [0.5]]
-    assert passed(lowered("")).host.unknowns == 0

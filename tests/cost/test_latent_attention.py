@@ -12,7 +12,6 @@ from operator_times import decode_time, errors_of, prefill_time
 
 from simulator.cost import attention
 from simulator.cost.attention_model import Geometry, decode_work, prefill_work
-from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 
 pytestmark = pytest.mark.quick
@@ -59,17 +58,6 @@ def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
         assert t.lower <= t.seconds <= t.upper
 
 
-def test_arrays_broadcast_and_a_long_cache_of_few_heads_is_bound_by_memory_alone() -> None:
-    hw = load_hardware("h100@trtllm")
-    t = decode_time(64, 8192, np.array([[8], [16], [128]]), hw=hw, **DECODE | {"value_dim": [512, 512]})
-    assert t.seconds.shape == (3, 2)
-    assert t.bottlenecks[0, 0] == "memory"
-    assert t.seconds[1, 0] < 1.05 * t.seconds[0, 0]  # heads share one latent
-    assert 1.05 * t.seconds[0, 0] < t.seconds[2, 0] < 2.0 * t.seconds[0, 0]
-    wide = decode_time(64, 8192, 16, 16, 192, hw)  # what expanded heads would read
-    assert wide.seconds > 5.0 * t.seconds[1, 0]
-
-
 def test_sections_of_their_own_and_wide_where_nothing_was_fitted() -> None:
     hw = load_hardware("h100@sglang")
     status = [hw.section(operator, "bf16").status for operator in ("mla_decode", "mla_prefill", "attention_decode")]
@@ -89,13 +77,3 @@ def test_sections_of_their_own_and_wide_where_nothing_was_fitted() -> None:
     assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds  # SGLang converts fp8 caches there
     generic = errors_of(attention.decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
     assert "mla_decode generic" in generic.factors
-
-
-def test_calls_of_two_attentions_are_refused() -> None:
-    hw = load_hardware("h100")
-    with pytest.raises(InputError, match="all calls of plain attention, or none"):
-        prefill_time(1, 64, 64, 8, 8, 192, hw, value_dim=[0, 128])
-    with pytest.raises(InputError, match="all calls of plain attention, or none"):
-        decode_time(1, 64, 8, 1, 576, hw, latent=[True, False])
-    plain, same = (decode_time(1, 64, 8, 1, 128, hw, value_dim=v).seconds for v in (0, np.array([0])))
-    assert plain == same

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_times import decode_time, prefill_time
 
-from calibration.devices.protocol import Operator
-from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.records.exact_shapes import UNKNOWN_REPEAT, exact_arrays, repeatability, with_exact, without_exact
+from calibration.records.exact_shapes import UNKNOWN_REPEAT, exact_arrays, with_exact, without_exact
 from calibration.records.timing_table import Flag, Records, Source
-from calibration.runners.cases import settings_of
-from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
 from simulator.cost.measured_shapes import MeasuredShapes, measured_shapes
 from simulator.hardware.arrays import EXACT_NAMES as NAMES
 from simulator.hardware.library import load_hardware
@@ -53,23 +48,6 @@ def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -
     found = _measured(shapes).at(*np.array(near).T)
     assert found.rows.tolist() == [shape in set(shapes) for shape in near]
     assert len(found.seconds) == len(found.log_half) == found.rows.sum()
-
-
-@pytest.mark.parametrize("odd", [8.5, 0.0, -8.0, np.nan, np.inf, 2.0**22, 2.0**40])
-def test_what_no_key_can_hold_is_not_found(odd: float) -> None:
-    with np.errstate(invalid="ignore"):
-        side = np.array([64.0, 64.0])
-        found = _measured([(8, 64, 64), (2**22 - 1, 64, 64)]).at(np.array([odd, 8.0]), side, side)
-    assert found.rows.tolist() == [False, True]
-
-
-def test_rows_have_the_shape_that_was_asked_and_nothing_measured_finds_nothing() -> None:
-    grid = np.array([[8, 9], [8, 8]])
-    found = _measured([(8, 64, 64)]).at(grid, np.full((2, 2), 64), np.full((2, 2), 64))
-    assert found.rows.tolist() == [[True, False], [True, True]]
-    assert found.seconds.tolist() == [1.0, 1.0, 1.0]  # one for each of the rows that was measured
-    for arrays in ({}, {"values": np.zeros(3)}, _arrays(np.zeros((0, 3), dtype=np.int64))):
-        assert measured_shapes(arrays) is None
 
 
 @pytest.mark.parametrize(
@@ -115,17 +93,6 @@ def test_repeats_give_their_median_and_widen_the_interval() -> None:
     for spread in (float("nan"), float("inf")):  # an interval without an end counts as the limit of drift
         half = exact_arrays(_records(m=8, seconds=1e-6, spread=spread), "bf16")["exact_log_half"][0]
         assert half == pytest.approx(1.6449 * np.hypot(UNKNOWN_REPEAT, UNKNOWN_REPEAT))
-
-
-def test_a_device_that_repeats_itself_well_has_narrow_intervals() -> None:
-    rng = np.random.default_rng(3)
-    for sigma in (0.002, 0.05):
-        seconds = 1e-3 * np.exp(sigma * rng.standard_normal(400))
-        anchors = _records(m=4096, n=4096, k=4096, purpose="drift_check", seconds=seconds)
-        assert repeatability(anchors) == pytest.approx(sigma, rel=0.15)
-        arrays = exact_arrays(Records.concat([anchors, _records(m=8, seconds=1e-6, spread=0.0)]), "bf16")
-        assert arrays["exact_log_half"].tolist() == [pytest.approx(1.6449 * sigma, rel=0.15)]
-    assert repeatability(_records(m=8, seconds=1e-6)) == UNKNOWN_REPEAT
 
 
 def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
@@ -195,35 +162,3 @@ def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, A
     assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details[
         "measured"
     ]  # zeros without structure run the dense kernel
-
-
-def test_long_columns_are_looked_up_chunk_by_chunk() -> None:
-    shapes = [(i, 4096, 4096) for i in range(1, 9000, 3)]
-    _, mine = _profile(shapes)
-    m = np.arange(1, 10_001)
-    t = gemm_time(m, 4096, 4096, mine, kernel=np.where(m % 2 == 0, 0, 1))
-    assert t.details["measured"].tolist() == [(i - 1) % 3 == 0 and i < 9000 and i % 2 == 0 for i in m.tolist()]
-
-
-def test_bounds_of_measured_shapes_are_as_good_as_the_clock(tmp_path: Any) -> None:
-    """A device whose GEMMs no smooth model follows: a second run agrees with the shapes kept of the first, not the
-    model."""
-    base = roofline_timings()
-    hw, mine = _profile([(1, 64, 64)])
-
-    def wavy(op: Operator) -> float:
-        heads = op.heads, op.kv_heads, op.head_dim
-        if op.kind == "attention_prefill":  # as the profile has it
-            return float(prefill_time(op.batch, op.q_len, op.kv_len, *heads, hw).seconds)
-        if op.kind == "attention_decode":
-            return float(decode_time(op.batch, op.kv_len, *heads, hw).seconds)
-        return base(op) * float(np.exp(0.1 * np.sin(1.7 * op.m + 0.013 * op.n + 0.007 * op.k)))
-
-    families = ["depth", "width", "width_cross", "low_rank"]
-    cases, _ = settings_of("smollm2-135m", seq=[256], families=families, sparsities=[0.25, 0.5])
-    devices = {str(seed): ReplayDevice(wavy, noise=0.003, seed=seed) for seed in (0, 1)}
-    first, second = (measure_bounds(tmp_path / n, d, cases, budget_s=300.0).records for n, d in devices.items())
-    errors = bound_errors(bounds(cases, second, with_exact(mine, first)))
-    assert errors["predicted"] < 0.003
-    assert errors["model"] > 10.0 * errors["predicted"]
-    assert bound_errors(bounds(cases, second, hw))["predicted"] == pytest.approx(errors["model"])

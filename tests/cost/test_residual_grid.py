@@ -37,33 +37,6 @@ def test_interpolation_equals_scipys_and_is_flat_beyond_the_edges(shape: tuple[i
     np.testing.assert_allclose(found, expected, atol=1e-9 if dtype is np.float64 else 3e-5)
 
 
-def test_a_grid_is_exact_on_its_nodes_flat_outside_and_broadcasts() -> None:
-    box = ResidualGrid((1.0, 0.0, 0.0), (0.5, 1.0, 1.0), np.random.default_rng(3).normal(size=(4, 3, 2)))
-    i, j, k = np.indices((4, 3, 2))
-    np.testing.assert_allclose(box((1.0 + 0.5 * i, j, k)), box.values)
-    assert float(box((99.0, -5.0, np.array(9.0)))) == pytest.approx(box.values[3, 0, 1])
-    assert box((np.zeros((3, 1)), np.ones(2), 0.0)).shape == (3, 2)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_arrays_are_read_as_they_were_written(shape: tuple[int, ...]) -> None:
-    one = grid(shape)
-    arrays = one.arrays()
-    assert arrays["values"].shape == shape[::-1]
-    again = ResidualGrid.from_arrays(arrays)
-    assert again is not None
-    points = np.random.default_rng(1).uniform(-3.0, 18.0, (len(shape), 50))
-    np.testing.assert_array_equal(again(points), one(points))
-    assert ResidualGrid.from_arrays({}) is None
-
-
-def test_an_inset_stops_short_of_the_last_node_and_one_node_is_flat() -> None:
-    line = ResidualGrid((0.0,), (1.0,), np.array([0.0, 1.0, 2.0]), inset=0.25)
-    assert line((np.array([1.5, 2.0, 9.0]),)).tolist() == [1.5, 1.75, 1.75]
-    wide = ResidualGrid((0.0, 3.0), (1.0, 1.0), np.array([[0.0], [4.0]]))
-    assert wide((np.array([0.25, 9.0]), np.array([7.0, -7.0]))).tolist() == [1.0, 4.0]
-
-
 def test_rows_between_measured_numbers_of_rows_lie_between_their_factors() -> None:
     rows = RowResidual(np.array([1.0, 4.0, 64.0]), np.array([0.3, -0.1, 0.1]))
     again = RowResidual.from_arrays(rows.arrays())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from simulator.arrays import FloatArray
-from simulator.cost.gemm_kernel import gemm_kernel, sparse24_constants
+from simulator.cost.gemm_kernel import sparse24_constants
 from simulator.cost.gemm_shapes import Options
 from simulator.hardware.constants import GEMM_CONSTANTS
 from simulator.hardware.library import load_hardware
@@ -111,48 +107,3 @@ def test_an_engine_with_one_plan_gains_less_in_decode() -> None:
         )
         gain[engine] = passes[0].total_s / passes[1].total_s
     assert gain["compile"] < 1.0 < gain["reference"]
-
-
-@pytest.fixture
-def table(shared_data: Path) -> FloatArray:
-    """m, n, k, dense and 2:4 times, us, of torch's plan on an RTX 5090. Forwards hold 20 us (dense) and 25 us (2:4) of
-    launches; rows near them say little."""
-    path = shared_data / "sparse24_rtx5090_sweep.csv"
-    if not path.is_file():
-        pytest.skip("sparse24_rtx5090_sweep.csv is not at hand")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    names = ("m", "n", "k", "dense_bf16_us", "sparse24_bf16_us")
-    found = np.array([[float(r[name]) for r in rows] for name in names])
-    return found[:, (found[3] > 40) & (found[4] > 45)] - np.array([[0], [0], [0], [20], [25]])
-
-
-def against(table: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the log errors of the 2:4 times and of the ratios to dense times, and whether ratios are inside."""
-    m, n, k, dense_us, sparse_us = table
-    hw = load_hardware("rtx_5090")
-    dense, ((_, dense_error),) = gemm_predicted(m, n, k, hw, Options(cold=False))
-    options = Options(kernel="sparse24", cold=False, searched=False)
-    pruned, ((_, pruned_error),) = gemm_predicted(m, n, k, hw, options)
-    error = np.log(dense.seconds / pruned.seconds / (dense_us / sparse_us))
-    return np.log(1e6 * pruned.seconds / sparse_us), error, np.abs(error) <= ratio_half(dense_error, pruned_error)
-
-
-def test_one_plan_on_an_rtx_5090_against_its_table(table: FloatArray) -> None:
-    times, error, inside = against(table)
-    assert np.median(np.abs(times[table[0] <= 64])) <= 0.12
-    assert np.median(np.abs(error[table[0] >= 4096])) <= 0.10
-    assert 0.85 <= np.mean(inside) <= 0.95
-
-
-def test_assumed_constants_cover_a_device_that_set_none(table: FloatArray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The RTX 5090 with its rows left out: means of Ampere and Hopper, and a load that Hopper alone tells."""
-    others = {"sparse_step": 0.76, "sparse_load": 0.87, "sparse_tau": GEMM_CONSTANTS["sparse_tau"].defaults["*"]}
-    left_out = {name: replace(GEMM_CONSTANTS[name], defaults={"*": value}) for name, value in others.items()}
-    monkeypatch.setattr("simulator.cost.gemm_kernel.CONSTANTS", {**GEMM_CONSTANTS, **left_out})
-    gemm_kernel.cache_clear()
-    try:
-        _, _, inside = against(table)
-    finally:
-        gemm_kernel.cache_clear()
-    assert np.mean(inside) >= 0.85

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if find_spec("triton") is None:  # not imported: that would fix whether this process interprets kernels
     pytest.skip("Triton is not installed; it comes with the extra kernels", allow_module_level=True)
 
-from compiled_kernels import SHARED_KB, Case, Figures, cases, figures, page, problems, source  # noqa: E402
+from compiled_kernels import SHARED_KB, Case, Figures, cases, figures, page, problems  # noqa: E402
 from pretended_cuda import kernels  # noqa: E402
 
 from calibration.devices import tile_shapes  # noqa: E402
@@ -40,18 +40,6 @@ def _check(pairs: Sequence[tuple[int, Case]], cache: Path) -> None:
     assert not found, "\n".join(found)
 
 
-def _sample(count: int, seed: int) -> list[tuple[int, Case]]:
-    """Draw cases of each architecture, kernel and number format in turn."""
-    draw = random.Random(seed)
-    groups: dict[tuple[int, str, str], list[Case]] = {}
-    for arch in SHARED_KB:
-        for case in CASES:
-            groups.setdefault((arch, case.kernel, case.dtype), []).append(case)
-    keys = sorted(groups)
-    draw.shuffle(keys)
-    return [(key[0], draw.choice(groups[key])) for key in keys[:count]]
-
-
 def test_a_sample_compiles_for_six_gpus(cache: Path) -> None:
     """The largest tile of each kernel with a loop, on the GPUs with the least shared memory and the most."""
     largest = {case.kernel: case for case in MAIN if case.dtype == "bf16" and case.aligned == "all"}
@@ -61,11 +49,6 @@ def test_a_sample_compiles_for_six_gpus(cache: Path) -> None:
     pairs += [(arch, features) for arch in (80, 86, 89, 120)]  # had one buffer there
     pairs += [(archs[i % 6], case) for i, case in enumerate({c.kernel: c for c in CASES if not c.operands}.values())]
     _check(pairs, cache)
-
-
-@pytest.mark.slow
-def test_a_larger_sample_compiles_for_six_gpus(cache: Path) -> None:
-    _check(_sample(15, 0), cache)
 
 
 @pytest.mark.slow
@@ -136,12 +119,6 @@ def test_problems_name_what_exceeds_a_gpu() -> None:
         "bytes of stack: expected at most 32, got 40",
         "buffers: expected at least two for each of 2 operands, got (1, 2)",
     ]
-
-
-@pytest.mark.quick
-def test_sources_of_kernels_are_found_without_triton() -> None:
-    assert source("_features").startswith("@triton.jit(")
-    assert source("_gathered").endswith("mask=written)")
 
 
 def test_the_page_has_a_row_for_each_gpu_and_kernel() -> None:

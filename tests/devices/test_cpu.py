@@ -20,10 +20,6 @@ from calibration.devices.cpu import CpuDevice, available_memory_bytes, default_t
 from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa: E402
 from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
-from calibration.devices.telemetry import UNKNOWN  # noqa: E402
-from calibration.measure.plan import Rates, in_order  # noqa: E402
-from calibration.measure.run import run  # noqa: E402
-from calibration.measure.timing import Protocol  # noqa: E402
 from calibration.runners.decoder.routed import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
@@ -52,23 +48,6 @@ def test_arena_copies_are_distinct_and_exceed_the_cache_twice(arena: Arena) -> N
     assert all(start % 64 == starts[0] % 64 for start in starts)
     assert view(copies).data_ptr() == view(0).data_ptr()
     assert arena.cut(10_000, "fp32", cold=False)[1] == 1
-
-
-def test_few_copies_of_a_large_operand_still_evict_each_other(arena: Arena) -> None:
-    view, copies = arena.cut(450_000, "fp32", cold=True)  # 1.8 MB against a cache of 1 MB
-    assert copies == 2
-    assert abs(view(1).data_ptr() - view(0).data_ptr()) >= 1.8e6
-    with pytest.raises(OutOfMemory):
-        Arena("cpu", 1e6, 1e6).cut(10**6, "fp32", cold=True)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8", "fp8"])
-def test_random_data_is_finite_and_varied(dtype: str) -> None:
-    data = random_tensor((3000, 2000), dtype, "cpu").float()
-    assert data.shape == (3000, 2000)
-    assert bool(torch.isfinite(data).all())
-    assert len(torch.unique(data)) > 50
-    assert abs(float(data.mean())) < 0.1 * float(data.std())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -172,18 +151,6 @@ def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
     assert not layout.triu(1).any()
     with pytest.raises(ValueError, match="expected a multiple of the block"):  # off the diagonal
         att.block_sparse_attention(torch.ones(1, 2, dtype=torch.bool), 8, 12, 8)
-
-
-def test_rotary_turns_pairs_and_keeps_their_length() -> None:
-    x = torch.randn(1, 2, 5, 8)
-    cos, sin = rotary_tables(torch.arange(5), 8, torch.float32)
-    turned = rotary(x, cos, sin)
-    _close(turned.norm(dim=-1), x.norm(dim=-1))
-    _close(turned[:, :, 0], x[:, :, 0])
-    # the product of two turned vectors depends on the distance of their positions alone
-    y = torch.randn(1, 1, 1, 8).expand(1, 1, 5, 8)
-    z = rotary(y, cos, sin)
-    _close((z[0, 0, 1] @ z[0, 0, 3]).reshape(1), (z[0, 0, 2] @ z[0, 0, 4]).reshape(1))
 
 
 @pytest.mark.parametrize("role", ELEMENTWISE_ROLES[ELEMENTWISE_ROLES.index("qk_norm") :])
@@ -296,48 +263,6 @@ def test_a_host_launches_from_one_thread_and_a_layer_takes_it_longer_than_a_laun
     threads = torch.get_num_threads()
     assert min(layer.sample(20) for _ in range(5)) > 10 * min(bare.sample(100) for _ in range(5))
     assert torch.get_num_threads() == threads
-
-
-def test_the_host_is_the_cpu_where_there_is_no_gpu() -> None:
-    with open_device("host") as opened:  # type: ignore[attr-defined]
-        assert opened.name == ("cuda:0" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(InputError, match="host:1"):
-        open_device("host:1")
-
-
-def test_a_run_on_the_cpu(device: CpuDevice) -> None:
-    kept: list[Any] = []
-    shapes = [(1, 256, 256), (64, 256, 256), (64, 250, 255)]
-    plan = in_order([Operator("gemm", "fp32", m=m, n=n, k=k) for m, n, k in shapes], Rates(1e11, 1e10))
-    outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=0.2))
-    assert outcome.counts.timed == 3
-    assert all(r["median_s"] > 0 for r in kept)
-    assert {r["before"]["power_w"] for r in kept} == {UNKNOWN}
-
-
-def test_more_work_takes_longer() -> None:
-    # one thread and the fastest of some samples, because the machine may be busy and threads wait for each other
-    with CpuDevice(threads=1, cache_bytes=1e6, memory_limit_bytes=1e9) as one:
-        small, large = (one.prepare(Operator("gemm", "fp32", m=m, n=m, k=m)) for m in (64, 1024))
-        assert min(large.sample(1) for _ in range(5)) > 10 * min(small.sample(20) for _ in range(10))
-
-
-def test_description_names_threads_pinning_and_torch(device: CpuDevice) -> None:
-    described = device.describe()
-    assert (described.stack["torch"], described.stack["threads"]) == (torch.__version__, str(device.threads))
-    assert described.stack["pinned"].startswith("to cpus ")
-    assert described.cache_bytes == 4e6
-
-
-def test_threads_are_set_and_given_back() -> None:
-    threads = torch.get_num_threads()
-    affinity = getattr(os, "sched_getaffinity", lambda process: None)
-    before = affinity(0)
-    with CpuDevice(threads=1, cache_bytes=1e6) as one:
-        assert torch.get_num_threads() == len(one.cpus) == 1
-        assert affinity(0) in (None, set(one.cpus))
-    assert torch.get_num_threads() == threads
-    assert affinity(0) == before
 
 
 def test_threads_are_those_of_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

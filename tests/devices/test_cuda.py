@@ -23,7 +23,6 @@ from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
 from calibration.devices.cuda_timing import PREHEAT_S  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
-from calibration.devices.telemetry import UNKNOWN  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
@@ -191,12 +190,6 @@ def test_the_start_event_is_not_recorded_on_an_idle_gpu(fake: FakeCuda) -> None:
     assert fake.order[:2] == ["event", "replay"]
 
 
-def test_a_long_kernel_does_not_make_a_long_graph(fake: FakeCuda) -> None:
-    fake.kernel_s = 0.1
-    _device(fake).prepare(Operator("gemm", m=4, n=1024, k=2048))
-    assert fake.captured == 1  # a weight of four times the cache needs no copies
-
-
 CAPTURE_ERROR = RuntimeError("operation not permitted when stream is capturing")
 
 
@@ -222,25 +215,6 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fak
     assert low_rank.method.endswith("; kernels of the first low_rank: a, b")
 
 
-def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(fake: FakeCuda) -> None:
-    answers: Any = iter([Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")])
-
-    def probe(op: Operator) -> Probed:
-        answer = next(answers)
-        if isinstance(answer, Unsupported):
-            raise answer
-        return answer
-
-    device = _device(fake, probe=probe)
-    assert "graph" in device.prepare(GEMM).method
-    for _ in range(2):
-        with pytest.raises(Unsupported, match="status -11"):
-            device.prepare(GEMM)
-    for _ in range(2):  # of a kind that nothing can be known of, once
-        assert "graph" in device.prepare(Operator("copy", n=4096)).method
-    assert next(answers, None) is None
-
-
 def test_a_failed_capture_ends_the_run_and_the_next_process_goes_on_without_its_operator(fake: FakeCuda) -> None:
     kept: list[Any] = []
     gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 64), (8, 64))]
@@ -263,19 +237,6 @@ def test_a_failed_capture_ends_the_run_and_the_next_process_goes_on_without_its_
     again = run(plan, _device(fake), kept.append, previous=list(kept), protocol=protocol)
     assert (again.stopped, again.counts.ok, again.counts.resumed) == ("", 1, 2)
     assert all(r["method"].startswith("events around a graph") for r in kept if "method" in r)
-
-
-def test_a_failed_capture_that_leaves_the_process_usable_costs_its_operator_only(fake: FakeCuda) -> None:
-    fake.leaks = False  # torch from 2.12
-    device = _device(fake)
-    fake.capture_error = CAPTURE_ERROR
-    with pytest.raises(Unsupported, match="not capturable: RuntimeError: operation not permitted"):
-        device.prepare(GEMM)
-    fake.capture_error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(OutOfMemory):
-        device.prepare(GEMM)
-    fake.capture_error = None
-    assert "graph" in device.prepare(GEMM).method
 
 
 def test_load_precedes_the_first_measurement_and_follows_a_pause(
@@ -362,17 +323,6 @@ def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fak
         assert (fake.captured, fake.replays) == (before, 0)
         assert 0 < prepared.sample(10) < 0.1
     assert "layer_eager in fp8" in device.refuses(Operator("layer_eager", "fp8", kv_len=16))
-
-
-def test_a_run_through_the_fake(fake: FakeCuda) -> None:
-    kept: list[Any] = []
-    device = _device(fake)
-    gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 128))]
-    plan = replace(in_order(gemms, Rates(1e14, 1e12)), drift_check=GEMM)
-    outcome = run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=1e-3))
-    assert outcome.counts.ok == 2
-    assert {round(r["median_s"] * 1e6) for r in kept} == {10}
-    assert {r["before"]["throttle"] for r in kept} == {UNKNOWN}
 
 
 def test_number_formats_by_compute_capability() -> None:
@@ -479,15 +429,6 @@ def test_fp8_accumulates_fast_as_in_engines(fake: FakeCuda, monkeypatch: pytest.
     assert "fast accumulation" in prepared.method
 
 
-def test_other_errors_stay_what_they_are_and_what_does_not_fit_is_not_allocated(fake: FakeCuda) -> None:
-    assert translate(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "gemm", lambda: True) is None
-    fake.launch_error = ZeroDivisionError("a bug")
-    with pytest.raises(ZeroDivisionError):
-        _device(fake).prepare(GEMM)
-    with pytest.raises(OutOfMemory, match="bytes, limit"):
-        _device(fake, memory_limit_bytes=1e4).prepare(GEMM)
-
-
 def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
     device = _device(fake)
     before = torch.get_float32_matmul_precision()
@@ -498,12 +439,6 @@ def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_the_description_names_the_stack(fake: FakeCuda) -> None:
-    described = _device(fake).describe()
-    assert (described.device, described.memory_bytes, described.cache_bytes) == ("Planted GPU (132 SM)", 0.9e9, 1e6)
-    assert (described.stack["torch"], described.stack["driver"]) == (torch.__version__, UNKNOWN)
 
 
 def test_a_gpu_that_is_not_there_is_one_line() -> None:

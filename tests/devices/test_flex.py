@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from shutil import which
 from typing import Any
@@ -18,7 +17,6 @@ from pretended_cuda import CPU  # noqa: E402
 from calibration.devices import Operator, Unsupported, flex  # noqa: E402
 from calibration.devices.attention import block_layout, decode_attention  # noqa: E402
 from calibration.devices.operators import Arena, build  # noqa: E402
-from calibration.devices.torch_device import TorchDevice  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 ATTENTION: dict[str, Any] = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -107,21 +105,6 @@ def counter() -> Any:
     return CompileCounter()
 
 
-def test_torch_goes_on_unfused_when_it_has_compiled_too_often(recompiling: Any, counter: Any) -> None:
-    """What a function compiled once a shape came to: the eight first fused, the others not, and only a warning."""
-    recompiling.recompile_limit = 8
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch_flex._WARNINGS_SHOWN.discard("flex_attention_performance")
-        for length in range(64, 64 * 12, 64):
-            mask = torch_flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
-            q, k, v = _tensors(length, length, batch=1)
-            function = torch.compile(torch_flex.flex_attention, dynamic=False, backend=counter)
-            function(q, k, v, block_mask=mask, enable_gqa=True)
-    assert counter.frame_count == 8
-    assert any("unfused" in str(warning.message) for warning in caught)
-
-
 def test_one_compiled_function_serves_all_shapes(
     recompiling: Any, counter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,19 +114,6 @@ def test_one_compiled_function_serves_all_shapes(
         for length in range(128, 64 * 14, 64):
             _check_blocks(length, length, block, 0.5)
     assert counter.frame_count <= 4  # by block; twelve lengths each
-
-
-def test_a_limit_that_is_met_all_the_same_raises(
-    recompiling: Any, counter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fused = flex.compiled(False, counter)
-    assert recompiling.recompile_limit >= 64
-    recompiling.recompile_limit = 2
-    monkeypatch.setattr(torch_flex, "flex_attention", fused)
-    for length in (64, 128):
-        _check_blocks(length, length, 64, 0.5)
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit, match="fullgraph=True"):
-        _check_blocks(192, 192, 64, 0.5)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -196,20 +166,6 @@ def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(monkeypatch: 
     monkeypatch.setattr(flex, "_attend", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):
         build(op, CPU, Arena("cpu", 1e5, 1e8))
-
-
-@pytest.mark.quick
-def test_a_gpu_without_a_c_compiler_refuses_block_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    op, gpu, other = (
-        Operator("attention_block_sparse", "fp32", block=16, density=0.5, **ATTENTION),
-        type("Gpu", (TorchDevice,), {"name": "cuda:0"})("cpu", 1e6, 1e9),
-        type("Other", (TorchDevice,), {"name": "cpu"})("cpu", 1e6, 1e9),
-    )
-    monkeypatch.setattr("calibration.devices.torch_device.triton_needs", lambda: "a C compiler")
-    assert gpu.refuses(op) == "attention_block_sparse: flex attention needs a C compiler"
-    assert other.refuses(op) == ""
-    monkeypatch.setattr("calibration.devices.torch_device.triton_needs", lambda: "")
-    assert gpu.refuses(op) == ""
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device
-from calibration.devices.protocol import LAYER_LAUNCHES
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN
 from calibration.measure.plan import Rates, in_order
@@ -173,17 +172,6 @@ def test_warm_up_drift_and_missing_telemetry() -> None:
     drifting = ReplayDevice(lambda op: 1.0, setup_s=1e-9, faults=Faults(drift_per_s=0.1)).prepare(GEMM)
     assert drifting.sample(1) == pytest.approx(1.0)
     assert drifting.sample(1) == pytest.approx(1.1)
-
-
-def test_what_is_refused_is_refused_by_name() -> None:
-    device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
-    with pytest.raises(Unsupported, match="sparse tensor cores"):
-        device.prepare(Operator("gemm_2to4", m=16, n=64, k=64))
-
-
-def test_a_planted_layer_takes_a_launch_for_each_of_its_kernels() -> None:
-    seconds = roofline_timings(floor_s=1e-5)
-    assert seconds(Operator("layer_eager", kv_len=16)) == LAYER_LAUNCHES * seconds(Operator("launch_eager"))
 
 
 def test_a_recording_is_played_back(tmp_path: Path) -> None:

@@ -124,14 +124,3 @@ def test_cpu_readings(tmp_path: Path) -> None:
         },
     )
     assert CpuReader((1, 0), root).snapshot() == Snapshot(2.5e9, UNKNOWN, UNKNOWN, 62.5, 1.5, UNKNOWN, 4.0, 2.0)
-
-
-def test_cpu_clock_from_cpuinfo_where_there_is_no_cpufreq(tmp_path: Path) -> None:
-    text = "processor\t: 0\ncpu MHz\t\t: 2600.000\n\nprocessor\t: 1\ncpu MHz\t\t: bad\n"
-    root = _plant(tmp_path, {"proc/cpuinfo": text})
-    assert CpuReader((0,), root).snapshot().clock_hz == 2.6e9
-    assert CpuReader((1,), root).snapshot().clock_hz == UNKNOWN
-
-
-def test_a_system_that_shows_nothing_is_unknown(tmp_path: Path) -> None:
-    assert CpuReader((0,), tmp_path).snapshot() == Snapshot()

@@ -80,17 +80,6 @@ def test_a_composite_on_a_gpu_states_its_kernels(role: str, monkeypatch: pytest.
     assert _built("residual", CPU).how == ""
 
 
-def test_a_norm_of_16_bits_has_eight_kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
-    op = Operator("elementwise", "bf16", m=4, n=64, role="mlp_norm")
-    assert build(op, CPU, Arena("cpu", 1e5, 1e8)).how == ", 8 kernels (torch)"
-
-
-def test_a_row_that_is_too_long_for_one_program_is_a_composite() -> None:
-    kernels(interpreted=True)
-    assert "6 kernels" in _built("final_norm", CPU, m=2, n=(1 << 14) + 2).how
-
-
 @pytest.mark.quick
 def test_triton_needs_a_c_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +14,6 @@ from pretended_cuda import CPU, PLACE, kernels  # noqa: E402
 
 from calibration.devices import Operator  # noqa: E402
 from calibration.devices.operators import PATTERNS, Arena, build, group_masks  # noqa: E402
-from calibration.devices.skipping import grouped_by_loops, in_triton  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -96,44 +92,6 @@ def test_what_no_token_of_a_tile_needs_is_not_read(triton: Any) -> None:
     assert torch.isfinite(triton.grouped_features(y, weight, tiles)).all()
 
 
-def test_tiles_bring_equal_masks_together_however_many_groups_there_are(triton: Any) -> None:
-    patterns = torch.rand(5, 150, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = patterns[torch.randint(5, (300,), generator=torch.Generator().manual_seed(1))]
-    ordered = mask[triton.tiles_of(mask).order]
-    assert int((ordered[1:] != ordered[:-1]).any(1).sum()) == 4
-    assert triton.tiles_of(mask).order.sort().values.tolist() == list(range(300))
-
-
-class Grids:
-    """In a kernel's place: notes the grids it is launched with."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.seen.append(grid)
-        return lambda *_, **__: None
-
-
-def test_launches_need_no_data(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = Grids()
-    for name in ("_gathered", "_columns", "_features"):
-        monkeypatch.setattr(triton, name, grids)
-    for place in ("cpu", "meta"):  # meta tensors have shapes and no data
-        x, weight = torch.zeros(70, 48, device=place), torch.zeros(96, 48, device=place)
-        index, count = torch.zeros(70, dtype=torch.long, device=place), torch.zeros(1, device=place)
-        triton.gather_gemm(x, weight, index, count)
-        tiles = triton.tiles_of(torch.zeros(70, 6, dtype=torch.bool, device=place))
-        triton.grouped_features(triton.grouped_columns(x, weight, tiles), weight, tiles)
-    assert grids.seen[:3] == grids.seen[3:]
-
-
-def test_triton_runs_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not in_triton("cpu")
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
-    assert not in_triton("cuda:0")
-
-
 @pytest.mark.parametrize("place", ["cpu", CPU])
 @pytest.mark.parametrize("role", ["up", "down"])
 @pytest.mark.parametrize("m", [1, 70])
@@ -174,42 +132,3 @@ def test_a_gathered_operator_is_the_same_in_triton() -> None:
         _close(second.launch(1), wanted.double(), 1e-5)
     assert "Triton" in second.how
     assert "scatter" in first.how
-
-
-def test_loops_over_groups_that_nobody_uses() -> None:
-    mask = torch.zeros(5, 3, dtype=torch.bool)
-    assert not grouped_by_loops(torch.randn(5, 4), mask, 6, True)(torch.randn(6, 4)).any()
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from calibration.devices import triton_kernels as kernels
-
-number = {"index": "*i64", "order": "*i64", "users": "*i64", "count": "*i32", "used": "*i32", "chosen": "*i32"}
-number |= dict.fromkeys(("x", "weight", "bias", "y"), "*bf16")
-block = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "PRECISION": "ieee"}
-for kernel, flags in (
-    (kernels._gathered, {"BIASED": True, "ADD": True}),
-    (kernels._columns, {"BIASED": False, "GATED": True}),
-    (kernels._features, {}),
-):
-    constant = {**flags, **block}
-    types = {name: "constexpr" if name in constant else number.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constant}
-    for capability in (80, 90):
-        made = triton.compile(ASTSource(kernel, types, constant, aligned), target=GPUTarget("cuda", capability, 32))
-        assert "mma" in made.asm["ptx"], kernel
-        print(kernel.__name__, capability)
-"""
-
-
-@pytest.mark.slow
-def test_products_run_on_tensor_cores(triton: Any) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 6

@@ -56,17 +56,11 @@ def mine(tmp_path: Path) -> Path:
         ("vllm@0.6", "v0"),
         ("vllm@0.7.3", "v0"),
         ("vllm@0.8", "v1"),
-        ("vllm@0.8.0", "v1"),
-        ("VLLM@0.10.2", "v1"),
         ("vllm@0.13.0+cu129", "v1"),
         ("vllm@0.14.0rc1", "async"),
-        ("vllm@0.19.1", "async"),
         ("vllm@1.0.0rc3", "async"),
         ("vllm@v1", "v1"),
-        ("vllm@V0", "v0"),
-        ("sglang@0.3.6", "sync"),
         ("sglang@0.5.6.post2", "overlap"),
-        ("transformers@4.51.3", "all"),
         ("hf@4.53", "touched"),
         ("hf@5.0.0", "grouped"),
     ],
@@ -97,16 +91,6 @@ def test_what_selects_no_generation_is_refused_in_one_line(text: str, message: s
         load_engine(text)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
-
-
-def test_versions_are_compared_as_numbers() -> None:
-    ordered = ["0.4", "0.5.6", "0.9", "0.10.2", "0.14", "1.0.0rc3"]
-    for before, after in pairwise(ordered):
-        earlier, later = numbers(before), numbers(after)
-        assert earlier is not None
-        assert later is not None
-        assert reached(later, before.removesuffix("rc3"))
-        assert not reached(earlier, after.removesuffix("rc3"))
 
 
 @pytest.mark.parametrize("name", [n for n in list_engines() if load_engine(n).generations])
@@ -141,8 +125,6 @@ def test_a_generation_overrides_what_it_names_and_nothing_else(mine: Path) -> No
         ('since: "0.8"', "since: 0.8", "14:12: generations.1.since", "put it in quotes"),
         ('since: "0.8"', 'since: "0"', "13:5: generations.1", "expected a later version than the one before"),
         ("name: second", "name: first", "12:3: generations", "expected generations with different names"),
-        ("    launches:", "    launch:", "17:5: generations.1.launch", "unknown key; did you mean launches?"),
-        ("    source: bench\n", "", "13:5: generations.1.source", "is missing"),
         ("    source: bench\n", "    source: guess\n", "16:13: generations.1.source", "is not listed under sources"),
     ],
 )

@@ -20,14 +20,12 @@ from PIL import Image
 from calibration.cli.figures import shipped_gemms
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
-from simulator.figures.panels import roof_of
 from simulator.figures.roofline import Roof, roofline_figure
 from simulator.figures.save import check_figure, save_figure
 from simulator.figures.speedup import speedup_figure
 from simulator.figures.style import COLUMN_IN, PAGE_IN, STYLES, in_order, style_of
 from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.prediction.explain import explanations
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -79,7 +77,6 @@ def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3
     return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
 
 
-FIVE = {"depth": "Depth", "width": "Width", "low_rank": "Low rank", "token": "Token", "kv_cache": "KV cache"}
 EVERY, GPUS = list(STYLES), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
 SETTINGS = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
 LONG = ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"]
@@ -222,31 +219,6 @@ def test_points_are_drawn_where_they_are() -> None:
         np.testing.assert_allclose(lines[style_of(name).color].get_ydata(), data["speedup"][own])
 
 
-@pytest.mark.quick
-def test_dots_are_drawn_on_the_line_of_their_family_and_sparsity_in_the_panel_of_their_setting() -> None:
-    data = points(list(FIVE), [0.1, 0.5], ["prefill", "decode"], ["a100", "h100"])
-    figure = speedup_figure(**data)
-    assert [ax.get_title() for ax in figure.axes] == ["prefill", "decode"]
-    lines = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert lines == [f"{name}  10 %" if i == 0 else "50 %" for name in FIVE.values() for i in (0, 1)]
-    for ax in figure.axes:
-        first, second = (line for line in ax.lines if line.get_marker() in ("o", "s"))
-        assert first.get_markerfacecolor() != "white" == second.get_markerfacecolor()  # apart in grey print too
-        for device, line in (("a100", first), ("h100", second)):
-            own = [(r, c) == (ax.get_title(), device) for r, c in zip(data["row"], data["column"], strict=True)]
-            order = np.argsort(line.get_ydata())
-            np.testing.assert_allclose(line.get_xdata()[order], data["speedup"][own])
-            np.testing.assert_array_equal(np.round(line.get_ydata()[order]), range(10))
-
-
-@pytest.mark.quick
-def test_models_with_a_sparsity_each_have_a_line_each() -> None:
-    same = ["decode"] * 2, ["h100"] * 2
-    figure = speedup_figure(*same, ["a-small", "b-small"], [0.31, 0.52], [1.2, 1.6], [1.1, 1.4], [1.3, 1.8])
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a-small  31 %", "b-small  52 %"]
-    assert figure.get_size_inches()[0] == COLUMN_IN
-
-
 def roofs(ax: Any) -> tuple[Any, Any]:
     """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is none)."""
     lines = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
@@ -282,14 +254,6 @@ def test_no_measured_gemm_lies_above_the_highest_line(name: str, request: pytest
     top = highest or datasheet
     roof_at = np.exp(np.interp(np.log(x), np.log(top.get_xdata()), np.log(top.get_ydata())))
     assert (y / 1e12 <= roof_at).all()
-
-
-def test_predicted_rates_above_the_datasheet_lie_below_the_highest_line() -> None:
-    (e,) = explanations("llama-3.1-8b", ["rtx_4090"], "width", 0.3, ["prefill"])
-    drawn = roof_of(e, "rtx_4090")
-    datasheet, highest = roofs(roofline_figure([drawn]).axes[0])
-    rate = max(drawn.achieved_flop_per_s) / 1e12
-    assert datasheet.get_ydata().max() < rate < highest.get_ydata().max()
 
 
 @pytest.mark.quick

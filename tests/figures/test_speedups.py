@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from test_figures import check_print
 
 import simulator
-from simulator.figures.panels import MOST_VALUES, speedups_of, styles_of, varying
+from simulator.figures.panels import speedups_of, styles_of, varying
 from simulator.figures.speedup import PAYS, pays_from
 from simulator.prediction.breakeven import GAIN, break_even
 
@@ -69,60 +68,6 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
     assert PAYS in legend(figure)
 
 
-def test_four_families_at_three_sparsities_are_curves_with_bands() -> None:
-    rows = table("depth", "width", "low_rank", "dynamic_depth", sparsity=(0.1, 0.25, 0.5))
-    figure = speedups_of(rows)
-    check_print(figure)
-    assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, vLLM", "A100 80GB SXM, vLLM"]
-    assert legend(figure) == ["Depth", "Width", "Low rank", "Dynamic depth", "90 % interval", PAYS]
-    assert [len(ax.collections) for ax in figure.axes] == [4, 4]
-    assert ticks(figure.axes[0]) == ["10", "25", "50"]
-    assert figure.legends[0].get_title().get_text() == "removed (%); Llama-3.1-8B"
-
-
-def test_one_value_alone_is_a_dot() -> None:
-    figure = speedups_of(table("width", hardware=["h100"]))
-    check_print(figure)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Width  25 %"]
-    assert figure.axes[0].get_title() == "decode, batch 1"
-    assert legend(figure)[0] == "H100 SXM, vLLM"
-
-
-def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
-    lengths = speedups_of(table("depth", hardware=["h100"], batch=[1, 8], seq=[512, 2048, 8192]))
-    assert [ax.texts[0].get_text() for ax in lengths.axes] == ["decode, batch 1", "decode, batch 8"]
-    assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
-    assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
-    removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
-    assert [ax.texts[0].get_text() for ax in removed.axes] == ["decode, 25 % removed", "decode, 50 % removed"]
-    assert legend(removed)[0] == "Depth"
-
-
-def test_of_many_values_of_the_other_field_some_are_drawn_and_the_axis_says_so() -> None:
-    sparsities = tuple(i / 20 for i in range(1, 9))
-    rows = table("depth", hardware=["h100"], sparsity=sparsities, batch=[2**i for i in range(9)])
-    figure = speedups_of(rows)
-    check_print(figure)
-    assert len(figure.axes) == MOST_VALUES
-    named = [ax.texts[0].get_text().replace("\n", " ") for ax in figure.axes]
-    assert (named[0], named[-1]) == ("decode, 5 % removed", "decode, 40 % removed")
-    assert f"{MOST_VALUES} of 8 values of sparsity drawn" in figure.legends[0].get_title().get_text()
-
-
-def test_candidates_with_a_sparsity_each_are_curves_over_batches() -> None:
-    rows = [
-        replace(r, pruned=name, sparsity=sparsity)
-        for name, sparsity in (("width mlp=0.3 heads=0.2", 0.21), ("width mlp=0.2", 0.13))
-        for r in table("width", hardware=["h100"], batch=[1, 8])
-    ]
-    figure = speedups_of(rows)
-    assert varying(rows) == "batch"
-    assert legend(figure)[:2] == ["width mlp=0.3 heads=0.2, 21 %", "width mlp=0.2, 13 %"]
-    assert len(figure.axes) == 1
-    colors = {line.get_color() for line in figure.axes[0].lines if line.get_marker() in ("s", "o", "D", "^")}
-    assert len(colors - {"C0"}) >= 2, "two candidates of one family have two colours"
-
-
 @pytest.mark.quick
 def test_styles_of_candidates_differ() -> None:
     many = styles_of({f"width {i}": "width" for i in range(12)} | {"depth": "depth"})
@@ -138,17 +83,3 @@ def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[f
     assert pays_from([1, 2, 4], lower) == first
     turned = pays_from([4, 2, 1], lower[::-1])
     assert turned == (None if first is None else 2 - first), "whatever the order of the values"
-
-
-def test_a_budget_is_one_curve_over_the_length_and_prunings_share_a_panel() -> None:
-    lengths = [2**i * 1024 for i in range(6)]
-    methods = simulator.table(
-        MODEL, "h100", method=["snapkv-1024", "snapkv-4096"], phase="decode", batch=8, seq=lengths, engine="trtllm"
-    )
-    (ax,) = speedups_of(methods.rows).axes
-    drawn = [line for line in ax.lines if line.get_marker() not in ("", "None") and line.get_markersize() < 6]
-    assert [list(line.get_xdata()) for line in drawn] == [lengths, lengths]
-    texts = simulator.table(MODEL, "h100", prune=["width mlp=0.3", "depth 0.25"], phase="decode", batch=[1, 8, 64])
-    figure = speedups_of(texts.rows)
-    assert len(figure.axes) == 1
-    assert legend(figure)[1] == "Depth, 25 %"

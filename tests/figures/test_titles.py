@@ -7,7 +7,7 @@ import pytest
 from simulator.engines.engine import list_engines
 from simulator.figures.style import STYLES, label
 from simulator.figures.titles import device_title, engine_title, model_title
-from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.library import list_hardware
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES
 
@@ -41,10 +41,6 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
 )
 def test_a_device_has_the_words_that_people_say(name: str, title: str) -> None:
     assert device_title(name) == title
-
-
-def test_the_label_of_every_loaded_profile_has_a_title() -> None:
-    assert device_title(load_hardware("h100@sglang").label) == "H100 SXM (SGLang kernels)"
 
 
 @pytest.mark.quick

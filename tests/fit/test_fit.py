@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.fit.errors import few_groups
-from calibration.fit.gemm import GemmFit, fit_gemm, free_constants, products, starting_constants
+from calibration.fit.gemm import GemmFit, fit_gemm, products, starting_constants
 from calibration.fit.residual import FewRows, evaluate, gemm_blocks, solve
 from calibration.fit.solver import ConstantsFit
 from simulator.cost.base import Machine
@@ -64,27 +63,6 @@ def test_where_a_cpu_begins_to_rearrange_its_weights_is_found(pack_m: float) -> 
     assert "pack_m" in fit.fixed
     for name in ("pack", "e_d"):
         assert abs(fit.values[name] - truth[name]) < 4 * fit.std_errors[name], name
-
-
-@pytest.mark.slow
-def test_intervals_of_planted_constants_cover() -> None:
-    hits = []
-    for seed in range(80):
-        fit = constants(planted(200, seed), free=tuple(PLANTED))
-        hits += [abs(np.log(fit.values[x] / TRUTH[x])) < 1.96 * e / fit.values[x] for x, e in fit.std_errors.items()]
-    assert 0.92 <= np.mean(hits) <= 0.98
-
-
-@pytest.mark.quick
-def test_constant_without_a_shape_in_its_regime_is_named_and_kept() -> None:
-    data = planted(600, 0)
-    large = np.all([data.calls.m >= 1024, data.calls.n >= 4096, data.calls.k >= 4096], axis=0)
-    fit = constants(data.take(large))
-    assert "b_hit" in fit.fixed  # cold weights, compute-bound: nothing waits for L2
-    assert (fit.fitted()["b_hit"].value, fit.fitted()["b_hit"].status) == (START["b_hit"], "fixed")
-    assert not set(fit.fixed) & set(fit.std_errors)
-    hopper, ampere = (free_constants(Machine.of(load_hardware(g))) for g in ("h100", "a100"))
-    assert set(ampere) - set(hopper) == {"b_l2"}
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
@@ -169,8 +147,3 @@ def test_a_prior_of_another_stack_makes_a_small_sample_enough() -> None:
     sizes = test.calls.m, test.calls.n, test.calls.k
     time = gemm_time(*sizes, HW.calibrated({("gemm", "bf16"): section})).seconds
     assert np.abs(time / test.seconds - 1.0).mean() < 0.04
-
-
-@pytest.mark.quick
-def test_intervals_from_few_projections_are_wider() -> None:
-    assert few_groups(2) > few_groups(10) > few_groups(1000) > 1

@@ -4,20 +4,16 @@ tables."""
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from operator_times import decode_time, prefill_time
 
-from calibration.build_profiles import rtx_tables
-from calibration.fit.attention import AttentionFit, calls_of, fit_attention
+from calibration.fit.attention import AttentionFit, fit_attention
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import FittedPart
 from calibration.measurements.wheel import datasheet
-from calibration.validation.accuracy import TableChoice
-from calibration.validation.protocol import evaluate_table
 from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
@@ -27,7 +23,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import OperatorTimes
 
-HW, A100 = load_hardware("h100_sxm"), datasheet("a100_sxm_80gb")
+HW = load_hardware("h100_sxm")
 DEVICE = Machine.of(HW)
 MOVED = {
     "prefill": {"t0_s": 7e-6, "e_tc": 0.6, "kappa": 1.4, "e_io": 0.5},
@@ -134,31 +130,6 @@ def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
     assert np.median(np.abs(times / c.seconds - 1.0)) < 0.02
 
 
-def test_few_rows_keep_the_residual_only_where_it_helps() -> None:
-    c = planted("decode", 40, 21, 0.15)  # noise that a residual could only learn by heart
-    assert not fit_attention(c, "hopper").section.arrays
-    smooth = planted("decode", 40, 21, 0.0).seconds * np.where(
-        c.calls.geometry.heads > c.calls.geometry.kv_heads, 1.6, 1.0
-    )
-    assert fit_attention(replace(c, seconds=smooth), "hopper").section.arrays
-
-
-def test_a_cpu_takes_longer_over_a_cache_that_several_heads_share() -> None:
-    c = changed(shapes("decode", 200, 8), warm=np.zeros(200))
-    c = timed(c, defaults("decode", "cpu") | {"regroup": 0.6})
-    assert fit_attention(c, "cpu").constants.values["regroup"] == pytest.approx(0.6, abs=0.1)
-    assert fit_attention(c, "hopper").constants.values["regroup"] == 0.0
-
-
-def test_rows_that_beat_dram_are_kept_only_while_l2_could_hold_them() -> None:
-    columns = [1, 64], [1, 1], [8192, 8192], [32, 32], [8, 8], [128, 128]
-    geometry = Geometry(*(np.array(x, dtype=float) for x in columns), warm=True)
-    calls = AttentionCalls("decode", False, geometry, DEVICE, DEVICE.peak_flop_per_s)
-    good, counts = AttentionFit(calls, np.array([1.2e-5, 2e-4])).screened()
-    assert good.calls.geometry.batch.tolist() == [1]
-    assert list(counts) == ["faster than bytes / bandwidth with more bytes than the L2 holds"]
-
-
 @pytest.mark.parametrize("rows", [1200, 3000])  # row by row, and node by node
 def test_grid_fit_follows_a_smooth_residual_between_its_points(rows: int) -> None:
     def truth(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -225,44 +196,6 @@ def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_ow
     assert "fewer than 20 rows of their head width, window and cache" in fit_attention(few, "hopper").dropped
 
 
-def test_a_term_of_sequences_goes_where_time_follows_the_work_units() -> None:
-    truth = defaults("decode") | {"sequence_s": 1e-11, "units_per_sm": 1.0}
-    c = timed(shapes("decode", 400, 41), truth)
-    by_units = np.where(
-        c.calls.geometry.batch * c.calls.geometry.kv_heads > 264, 1.5, 1.0
-    )  # a step of units that a term of sequences would take in
-    found = fit_attention(replace(c, seconds=c.seconds * by_units), "hopper").constants
-    assert found.values["sequence_s"] < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("measurement", "mape"),
-    [
-        ("a100_sxm/attention_prefill/trtllm", 3.0),
-        ("h100_sxm/attention_prefill/sglang", 5.5),
-        ("a100_sxm/attention_decode/sglang", 5.0),
-        ("h100_sxm/attention_decode/sglang", 4.5),
-    ],
-)
-def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> None:
-    table = TableChoice(measurement).load()
-    one_width = table.take(table.data.calls.geometry.head_dim == 128)  # 400 rows of one kernel
-    result = evaluate_table(one_width, 400, 0, "heads", fold_by=("heads",))
-    assert result["mape"] < mape
-    assert result["speedup median"] < 4.5
-
-
-@pytest.mark.slow
-def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) -> None:
-    """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is 1."""
-    hw = datasheet("rtx_4090")
-    rows = rtx_tables(shared_data, hw)
-    calls = calls_of(rows.select(rows.is_operator("attention_decode")), "attention_decode", Machine.of(hw, "bf16"))
-    section = fit_attention(calls, hw.architecture).section
-    assert section.accuracy["mape"] < 0.09
-    assert 0.85 < section["e_d"] < 0.95
-
-
 @pytest.mark.parametrize("tile", [0.0, 16.0, 128.0])
 def test_tiles_of_decode_are_found_where_products_show_and_only_there(tile: float) -> None:
     """An H20 has an eighth of the H100's FLOP per byte: products of padded rows take as long as reading the cache."""
@@ -275,10 +208,3 @@ def test_tiles_of_decode_are_found_where_products_show_and_only_there(tile: floa
         assert fit.constants.values["e_tc"] == pytest.approx(0.6, rel=0.02)
     elsewhere = timed(shapes("decode", 300, 3), defaults("decode"))
     assert fit_attention(elsewhere, "hopper").constants.values["tile_rows"] == 0.0
-
-
-def test_a_few_rows_of_several_widths_are_fitted_as_one_kernel() -> None:
-    c = planted("prefill", 25, 3, 0.01)
-    c = changed(c, head_dim=np.where(np.arange(25) < 10, 256.0, 128.0))
-    fit = fit_attention(c, "hopper")
-    assert (fit.rows, "kinds" in fit.section.arrays) == (25, False)

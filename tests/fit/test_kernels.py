@@ -15,12 +15,10 @@ from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
-from calibration.records.store import Header
-from calibration.records.stored_timings import records_of, shape_of
+from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
 from calibration.validation.report import markdown
 from calibration.validation.validate import validate
-from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted
@@ -86,37 +84,11 @@ def test_planted_constants_are_recovered(kind: str, value: float, seed: int) -> 
     assert not fit.parts[0].fixed.keys() & {name}
 
 
-@pytest.mark.parametrize(
-    ("kind", "value", "end", "side"),
-    [("attention_block_sparse", 0.0, 0.0, "lower"), ("gather_gemm", 1.3, 1.2, "upper")],
-)
-def test_a_constant_on_its_bound_stays_there_and_is_said(kind: str, value: float, end: float, side: str) -> None:
-    fit = fit_profile(HW, timed(rows(kind, 30), planted(kind, value)))
-    assert constant(fit, kind) == Fitted(end, None, "fixed")
-    assert fit.parts[0].fixed[OF[kind][1]] == f"at its {side} bound"
-
-
 def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:
     r = rows("gather_gemm", 20, rows=1)  # one token: memory alone
     fit = fit_profile(HW, timed(r, HW, 0.05))
     assert constant(fit, "gather_gemm") == Fitted(0.85, None, "fixed")
     assert fit.parts[0].fixed["block_step"] == "not identified by these rows"
-
-
-def test_few_rows_leave_the_default_and_say_so() -> None:
-    few = Records.concat([timed(rows(kind, 5), planted(kind, 0.5)) for kind in OF])
-    enough = timed(rows("gather_gemm", 20), planted("gather_gemm", 0.7))
-    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few; a fit needs 6"):
-        fit_profile(HW, few)
-    fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
-    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6; measure longer" in fit.notes
-    assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
-
-
-def test_rows_that_need_a_fit_of_dense_rows_are_refused_without_it() -> None:
-    bare = replace(HW, sections={}, stacks={}, stack="")
-    with pytest.raises(InputError, match="20 rows need a fit of dense gemm, which is missing"):
-        fit_profile(bare, timed(rows("gather_gemm", 20), bare))
 
 
 def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:

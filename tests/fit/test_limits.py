@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,12 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.devices.protocol import Description, Operator
+from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import base_profile
 from calibration.fit.limits import within_ranges
 from calibration.records.store import read_store
-from calibration.runners.runs import fit_run, measure_into
 from simulator.cli import run
 from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
@@ -82,47 +80,7 @@ def test_scales_errors_and_arrays_too(scale: float, error: float, std_error: flo
     assert section.constants["t0"].std_error is None or 0.0 <= section.constants["t0"].std_error <= 1e30
 
 
-@pytest.mark.quick
-def test_values_within_their_ranges_stay_the_same_object() -> None:
-    hw = with_values({})
-    kept, notes = within_ranges(hw)
-    assert (kept is hw, notes) == (True, [])
-
-
-def busy(seed: int, most: float, noise: float, description: Description) -> ReplayDevice:
-    """A device whose operators take 1 to ``most`` times as long, each by another factor."""
-    plain = roofline_timings(2e11, 2e10, 5e-6)
-
-    def seconds(op: Operator) -> float:
-        rng = np.random.default_rng([seed, zlib.crc32(op.key.encode())])
-        return plain(op) * float(most ** rng.uniform())
-
-    return ReplayDevice(seconds, noise=noise, seed=seed, description=description, setup_s=0.02, formats=("fp32",))
-
-
-CPU = Description("cpu", "Some CPU (2 threads)", {"torch": "2.13", "threads": "2"}, 8e9, 32e6)
 PLANTED = Description("replay", "planted device", {"replay": "1"}, 8e9, 5e7)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("three_folds", "undrawn")
-@pytest.mark.parametrize(
-    ("description", "seed", "most", "noise"),
-    [(CPU, 0, 1.0, 0.5), (PLANTED, 1, 10.0, 0.1), (CPU, 2, 100.0, 0.3), (PLANTED, 3, 100.0, 1.0)],
-    ids=["cpu-noisy", "planted", "cpu", "planted-noisy"],
-)
-def test_a_calibration_of_any_times_is_written_and_loads(
-    description: Description, seed: int, most: float, noise: float, tmp_path: Path
-) -> None:
-    device = replace(busy(seed, most, noise, description), refused={"gemm_2to4": "no sparse tensor cores"})
-    measure_into(tmp_path / "run", device, budget_s=60.0, dtype="fp32", seed=seed)
-    done = fit_run(tmp_path / "run")
-    loaded = load_hardware(tmp_path / "run" / "profile.yaml")
-    assert loaded.sections.keys() == done.fit.profile.sections.keys()
-    for key, section in loaded.sections.items():
-        for name, known in CONSTANTS[key[0]].items():
-            if name in section.constants:
-                assert known.low <= section[name] <= known.high
 
 
 @pytest.mark.quick

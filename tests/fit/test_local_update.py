@@ -167,13 +167,6 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
     assert eager.total_upper_s / eager.total_lower_s < 0.5 * was.total_upper_s / was.total_lower_s
 
 
-def test_beside_kernels_the_hosts_scatter_is_not_theirs() -> None:
-    alone, both = planted(gemms(40)), Records.concat([planted(gemms(40)), host_rows(22e-6, 40)])
-    r = gemms(50, 3)
-    kernels = update_profile(HW, alone).profile
-    np.testing.assert_allclose(times(update_profile(HW, both).profile, r), times(kernels, r), rtol=1e-6)
-
-
 def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not() -> None:
     cpu = Source("Some CPU (4 threads)", {"torch": "2.9", "threads": "4"})
     here, there = (update_profile(HW, host_rows(4e-6, source=source)) for source in (SOURCE, cpu))
@@ -215,23 +208,6 @@ def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
         update_profile(HW, bad(change))
     assert reason in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_what_is_odd_is_said() -> None:
-    some = planted(gemms(40))
-    some = some.replace(seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds))
-    assert update_profile(HW, some).notes[0] == "7 rows excluded: the time is not positive and finite"
-    one = planted(gemms(1).select(np.zeros(5, dtype=int)))
-    assert any(note.startswith("one shape: only") for note in update_profile(HW, one).notes)
-    assert any(
-        note.startswith("only 5 rows, so intervals stay wide; measure 20 to 400")
-        for note in update_profile(HW, planted(gemms(5))).notes
-    )
-    many = update_profile(HW, planted(gemms(900)))
-    assert (many.rows, len(many.profile.local_update.arrays["independent"])) == (400, 400)  # type: ignore[union-attr]
-    slow = planted(gemms(60))
-    slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
-    assert any("times the usual difference between stacks" in note for note in update_profile(HW, slow).notes)
 
 
 def csv_of(path: Path, factors: dict[int, float], rows: int = 30) -> Records:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from calibration.devices.protocol import Description, Gpu
 from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
+from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.fit.base_profile import base_profile
 from calibration.fit.device_names import NAMES, architecture_of, shipped_name
 from simulator.hardware.library import list_hardware, load_hardware
@@ -97,26 +96,3 @@ def test_unknown_limits_are_placeholders_not_those_of_an_idle_device() -> None:
     assert hw.boost_clock_hz > 1e9
     assert hw.power_w > 50.0
     assert all("unknown" in hw.sources[name] for name in ("boost_clock", "power"))
-
-
-@pytest.mark.quick
-def test_nvml_reports_limits_and_slices() -> None:
-    def refused(*_: Any) -> Any:
-        raise RuntimeError("not supported")
-
-    calls: dict[str, Any] = {
-        "NVML_CLOCK_SM": 1,
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetHandleByIndex": lambda index: "gpu",
-        "nvmlDeviceGetMaxClockInfo": lambda handle, clock: 1980,
-        "nvmlDeviceGetPowerManagementDefaultLimit": lambda handle: 700_000,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 500_000,
-        "nvmlDeviceGetMigMode": lambda handle: [1, 1],
-    }
-    reader = NvmlReader(SimpleNamespace(**calls))
-    assert (reader.max_clock_hz(), reader.default_power_limit_w(), reader.sliced()) == (1.98e9, 700.0, True)
-    calls |= {"nvmlDeviceGetPowerManagementDefaultLimit": refused, "nvmlDeviceGetMigMode": refused}
-    reader = NvmlReader(SimpleNamespace(**calls))
-    assert (reader.default_power_limit_w(), reader.sliced()) == (500.0, False)
-    reader = NvmlReader(None)
-    assert (reader.max_clock_hz(), reader.default_power_limit_w(), reader.sliced()) == (UNKNOWN, UNKNOWN, False)

@@ -129,31 +129,6 @@ def test_numbers_people_know() -> None:
     assert (h100.bandwidth_bytes_per_s, h100.link.bandwidth_bytes_per_s) == (3.35e12, 450e9)
 
 
-NVIDIA_SMI = {
-    "NVIDIA A100-SXM4-80GB": "a100_sxm_80gb",
-    "NVIDIA A100-SXM4-40GB": "a100_sxm_40gb",
-    "NVIDIA A100 80GB PCIe": "a100_pcie_80gb",
-    "NVIDIA A10": "a10",
-    "NVIDIA RTX A6000": "a6000",
-    "NVIDIA B200": "b200_sxm",
-    "NVIDIA GH200 480GB": "gh200",
-    "NVIDIA H100 80GB HBM3": "h100_sxm",
-    "NVIDIA H100 PCIe": "h100_pcie",
-    "NVIDIA H20": "h20",
-    "NVIDIA H200": "h200_sxm",
-    "NVIDIA H800": "h800",
-    "NVIDIA L4": "l4",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA GeForce RTX 3090": "rtx_3090",
-    "NVIDIA GeForce RTX 4090": "rtx_4090",
-    "NVIDIA GeForce RTX 5090": "rtx_5090",
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
-    "Tesla T4": "t4",
-    "Tesla V100-SXM2-32GB": "v100",
-}
-"""What nvidia-smi prints -> profile."""
-
-
 def test_names_aliases_and_changed_files(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     assert load_hardware(path) is load_hardware(path)
@@ -161,8 +136,7 @@ def test_names_aliases_and_changed_files(tmp_path: Path) -> None:
     assert load_hardware(path).sm_count == 1320
     assert load_hardware("H100-SXM") is load_hardware("h100_sxm") is load_hardware(" H100 sxm ")
     assert load_hardware("RTX 4090") is load_hardware("rtx_4090")
-    assert {name: load_hardware(name).name for name in NVIDIA_SMI} == NVIDIA_SMI
-    assert {name for name in list_hardware() if name not in ("cpu", "mi300x")} == set(NVIDIA_SMI.values())
+    assert load_hardware("NVIDIA A100-SXM4-80GB").name == "a100_sxm_80gb"  # as nvidia-smi prints it
     assert load_hardware(str(profiles_folder() / "l40s.yaml")).name == "l40s"
     for name in list_hardware():  # the quick look-up of aliases reads what the loader reads
         for alias in (name, *load_hardware(name).aliases):
@@ -396,16 +370,6 @@ def _npy(array: object, **options: bool) -> bytes:
     return buffer.getvalue()
 
 
-UNKNOWN_TYPES = ("<f1", "<b4", "|b8", ">f3", "<i3", "<u16", "<c8", "<M8")
-"""Types that look like those of NumPy, which lacks most of them."""
-
-
-def _typed(name: str) -> bytes:
-    """An array of one element with the name of a type in its header."""
-    header = f"{{'descr': '{name}', 'fortran_order': False, 'shape': (1,), }}".encode()
-    return b"\x93NUMPY\x01\x00v\x00" + header.ljust(117) + b"\n" + bytes(8)
-
-
 _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999999), }".ljust(117) + b"\n"
 
 
@@ -424,7 +388,6 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
         (_zip(x=_npy(np.zeros(100))[:-8]), "does not have the size"),
         (_zip(x=_npy(np.zeros(100)) + b"more"), "does not have the size"),
         (_zip(x=b"\x93NUMPY\x01\x00v\x00" + _HUGE), "does not have the size"),
-        *((_zip(x=_typed(name)), f"array gemm.bf16.x has type {name}, expected numbers") for name in UNKNOWN_TYPES),
         (_zip(x=bytes(70_000_000)), "larger than 64 MB"),
         (_zip(x=bytes(40_000_000), y=bytes(40_000_000)), "larger than 64 MB"),
     ],
@@ -590,20 +553,6 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
     assert check_hardware(path) == [problem]  # of the profile, too
     with pytest.raises(InputError, match=re.escape(problem)):
         load_hardware(path)
-
-
-def test_what_is_no_profile_and_no_stack_says_so(tmp_path: Path) -> None:
-    path = stacked(tmp_path)
-    with pytest.raises(InputError, match="expected a profile, got the sections of one stack; load my_gpu@STACK"):
-        load_hardware(tmp_path / "my_gpu.trtllm.yaml")
-    hw = load_hardware(path)
-    for stack, name, says in (
-        ("vllm", "my_gpu.trtllm.yaml", "ends in .vllm.yaml"),
-        ("tensorrt", "my_gpu.tensorrt.yaml", "stack 'tensorrt' is unknown"),
-        ("vllm", "my_gpu.vllm.yaml", "my_gpu has no section that was fitted for vllm"),
-    ):
-        with pytest.raises(InputError, match=says):
-            save_stack(replace(hw, sections={}), stack, tmp_path / name)
 
 
 def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:

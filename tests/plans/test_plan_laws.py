@@ -3,15 +3,15 @@
 Dense costs add up to the pass; a wider variant costs at least as much as a narrower one; a written plan is predicted as
 the search predicted it; more speed never costs less score; more variants never cost more score, fewer targets neither.
 
-``PRUNESIM_LAWS=1000 pytest -m slow tests/plans/test_plan_laws.py`` for a thousand inputs of each law.
+``PRUNESIM_LAWS=1000 pytest tests/plans/test_plan_laws.py`` for a thousand inputs of each law.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,25 +21,21 @@ from hypothesis import strategies as st
 import simulator
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.plans.costs import Costs, costs
+from simulator.plans.costs import costs, quantities
 from simulator.plans.library import Library, generated_library
-from simulator.plans.plan import check_plan, plan_text
-from simulator.plans.prices import quantities
 from simulator.plans.search import Plan, search
-from simulator.plans.targets import Targets
+from simulator.plans.solve import Targets
+from simulator.plans.write import check_plan, plan_text
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.prunings import Pruning
 
-FEW, MANY = 8, int(os.environ.get("PRUNESIM_LAWS", "40"))
-LAYERS = 4
-"""Layers that a shipped model keeps: more of them repeat the same arithmetic."""
+MANY = int(os.environ.get("PRUNESIM_LAWS", "8"))
+law = settings(max_examples=MANY, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+LAYERS = 4  # of a shipped model: more of them repeat the same arithmetic
 
-STEPS = {"attention": 0.5, "mlp": 0.05}
+STEPS = {"attention": 0.5, "mlp": 0.05, "experts": 0.25}
 """Share by which a narrower variant may cost more: another kernel (grouped queries in Transformers, which copies
-keys and values: 35 %), or tiles that fill the device less well."""
-
-EXPERTS_STEP = 0.25
-"""The same for fewer routed experts: few tokens use as many of them, in other kernels (SGLang on an H100: 9 %)."""
+keys and values: 35 %; routed experts of few tokens: 9 %), or tiles that fill the device less well."""
 
 MODELS = (
     *("llama-3.2-1b", "llama-3.1-8b", "llama-2-7b", "smollm2-135m", "qwen2.5-7b", "gemma-2-9b", "gemma-3-12b"),
@@ -55,52 +51,34 @@ class Case:
 
     model: ModelConfig
     hardware: str
-    engine: str
-    phase: str
-    batch: int
-    seq: int
-
-    def costs(self, library: Library) -> Costs:
-        """Costs of the variants of a library."""
-        return costs(
-            self.model, self.hardware, library, engine=self.engine, phase=self.phase, batch=self.batch, seq=self.seq
-        )
+    request: dict[str, Any]
 
     def search(self, targets: Targets, library: Library) -> Plan | None:
         """The plan; None where none meets the targets."""
         try:
-            return search(
-                *(self.model, self.hardware, targets, library),
-                **{"engine": self.engine, "phase": self.phase, "batch": self.batch, "seq": self.seq},
-            )
+            return search(self.model, self.hardware, targets, library, **self.request)
         except InputError as error:
-            if "no plan of these variants" not in str(error):
-                raise
+            assume("no plan of these variants" in str(error))  # else there is no such arithmetic or kernel
             return None
-
-
-def short(name: str) -> ModelConfig:
-    """A shipped model with its first layers."""
-    model = simulator.load_model(name)
-    blocks = model.blocks[:LAYERS] if model.blocks else model.blocks
-    return replace(model, layers=LAYERS, blocks=blocks, windows=model.windows[:LAYERS])
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    return Case(
-        short(draw(st.sampled_from(MODELS))),
-        draw(st.sampled_from(HARDWARE)),
-        draw(st.sampled_from(ENGINES)),
-        draw(st.sampled_from(("prefill", "decode", "generate", "serve"))),
-        draw(st.sampled_from((1, 3, 8, 64, 256))),
-        draw(st.sampled_from((1, 100, 2048, 16384))),
-    )
+    model = simulator.load_model(draw(st.sampled_from(MODELS)))
+    blocks = model.blocks[:LAYERS] if model.blocks else model.blocks
+    request = {
+        "engine": draw(st.sampled_from(ENGINES)),
+        "phase": draw(st.sampled_from(("prefill", "decode", "generate", "serve"))),
+        "batch": draw(st.sampled_from((1, 3, 8, 64, 256))),
+        "seq": draw(st.sampled_from((1, 100, 2048, 16384))),
+    }
+    short = replace(model, layers=LAYERS, blocks=blocks, windows=model.windows[:LAYERS])
+    return Case(short, draw(st.sampled_from(HARDWARE)), request)
 
 
 @st.composite
 def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
-    """Some of the usual variants of a model, with scores that rise with what is removed, or at random."""
+    """Some of the usual variants of a model, with random scores that rise with the removed parameters."""
     whole = generated_library(model)
     random = np.random.default_rng(draw(st.integers(0, 1000)))
     keep = []
@@ -115,98 +93,67 @@ def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
     return replace(library, values={"kl_div": tuple(scores)})
 
 
-def checked(law: Callable[..., None], count: int) -> None:
-    """Check a law for some random inputs, always the same ones."""
-    health = settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    health(given(st.data())(law))()
+@law
+@given(case=cases())
+def test_dense_costs_add_up_and_narrower_variants_cost_no_more(case: Case) -> None:
+    try:
+        found = costs(case.model, case.hardware, generated_library(case.model), **case.request)
+    except InputError:  # no such arithmetic or kernels there
+        assume(False)
+    c = found.columns
+    assert all(np.isfinite(c[name]).all() for name in ("seconds", "lower", "upper", "weights_bytes"))
+    whole = quantities([case.model], found.settings[0])["pruned_s"][0]
+    dense = c["variant"] == "dense"
+    assert c["seconds"][dense].sum() == pytest.approx(whole, rel=1e-9)
+    assert c["parameters"][dense].sum() == case.model.parameters
+    np.testing.assert_allclose(c["prefill_s"] + c["decode_s"], c["seconds"], rtol=1e-9, atol=1e-15)
+    assert (c["lower"] <= c["seconds"] + 1e-15).all()
+    assert (c["seconds"] <= c["upper"] + 1e-15).all()
+    for layer in range(case.model.layers):
+        for sublayer in ("attention", "mlp"):
+            own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))  # from wide to narrow
+            step = STEPS["experts" if sublayer == "mlp" and case.model.layout[layer].experts else sublayer]
+            took = c["seconds"][own]
+            most = np.minimum.accumulate(took)[:-1]
+            assert (took[1:] <= most * (1.0 + step) + 2e-6).all(), (case, layer, c["variant"][own], took)
 
 
-BY_THE_DOZEN = pytest.param(MANY, marks=pytest.mark.slow, id="many")
-
-
-@pytest.mark.parametrize("count", [FEW, BY_THE_DOZEN])
-def test_dense_costs_add_up_and_narrower_variants_cost_no_more(count: int) -> None:
-    def law(data: st.DataObject) -> None:
-        case = data.draw(cases())
-        try:
-            found = case.costs(generated_library(case.model))
-        except InputError:  # no such arithmetic or kernels there
-            assume(False)
-        c = found.columns
-        assert all(np.isfinite(c[name]).all() for name in ("seconds", "lower", "upper", "weights_bytes"))
-        whole = quantities([case.model], found.settings[0])["pruned_s"][0]
-        dense = c["variant"] == "dense"
-        assert c["seconds"][dense].sum() == pytest.approx(whole, rel=1e-9)
-        assert (c["lower"] <= c["seconds"] + 1e-15).all()
-        assert (c["seconds"] <= c["upper"] + 1e-15).all()
-        for layer in range(case.model.layers):
-            for sublayer, usual in STEPS.items():
-                own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))  # from wide to narrow
-                step = EXPERTS_STEP if sublayer == "mlp" and case.model.layout[layer].experts else usual
-                took = c["seconds"][own]
-                most = np.minimum.accumulate(took)[:-1]
-                assert (took[1:] <= most * (1.0 + step) + 2e-6).all(), (case, layer, c["variant"][own], took)
-
-    checked(law, count)
-
-
-@pytest.mark.parametrize("count", [FEW, BY_THE_DOZEN])
-def test_more_speed_costs_more_score_and_more_variants_less(count: int) -> None:
+@law
+@given(data=st.data(), case=cases())
+def test_more_speed_costs_more_score_and_more_variants_less(data: st.DataObject, case: Case) -> None:
     """Up to the gap, where costs do not depend on the plan."""
-
-    def law(data: st.DataObject) -> None:
-        case = data.draw(cases())
-        library = data.draw(libraries(case.model))
-        t1, t2 = sorted(data.draw(st.lists(st.sampled_from((1.02, 1.1, 1.2, 1.4, 1.7, 2.5)), min_size=2, max_size=2)))
-        try:
-            plans = [case.search(Targets(speedup=t), library) for t in (t1, t2)]
-        except InputError:
-            assume(False)
-        first, second = plans
-        for plan, target in zip(plans, (t1, t2)):
-            if plan is not None:
-                assert plan.results[0].speedup >= target * (1.0 - 1e-9)
-                assert plan.score >= -1e-12
-        if second is None:
-            return
-        assert first is not None, "what reaches more speed reaches less"
-        never_worse(first, second, f"{case} {t1} {t2}")
-        fewer = library.take([range(max(1, len(own) - 1)) for own in library.layers])
-        if (less := case.search(Targets(speedup=t2), fewer)) is not None:
-            never_worse(second, less, f"{case} {t2} fewer variants")
-        more = Targets(speedup=t2, parameters=0.98 * second.pruned.parameters)
-        if (both := case.search(more, library)) is not None:
-            never_worse(second, both, f"{case} {t2} and parameters")
-
-    checked(law, count)
+    library = data.draw(libraries(case.model))
+    t1, t2 = sorted(data.draw(st.lists(st.sampled_from((1.02, 1.1, 1.2, 1.4, 1.7, 2.5)), min_size=2, max_size=2)))
+    first, second = plans = [case.search(Targets(speedup=t), library) for t in (t1, t2)]
+    for plan, target in zip(plans, (t1, t2)):
+        if plan is not None:
+            assert plan.results[0].speedup >= target * (1.0 - 1e-9)
+            assert plan.score >= -1e-12
+    if second is None:
+        return
+    assert first is not None, "a plan reaches more speed but none reaches less"
+    fewer = library.take([range(max(1, len(own) - 1)) for own in library.layers])
+    more = Targets(speedup=t2, parameters=0.98 * second.pruned.parameters)
+    pairs = [(first, second), (second, case.search(Targets(speedup=t2), fewer)), (second, case.search(more, library))]
+    for free, bound in pairs:
+        if bound is not None:
+            assert free.score <= bound.score * (1.0 + 1e-6) + free.gap * abs(free.score) + 1e-9, (case, t1, t2)
 
 
-def never_worse(a: Plan, b: Plan, where: str) -> None:
-    """The score of the less constrained plan ``a`` is at most that of ``b``."""
-    assert a.score <= b.score * (1.0 + 1e-6) + a.gap * abs(a.score) + 1e-9, where
-
-
-@pytest.mark.parametrize("count", [FEW, BY_THE_DOZEN])
-def test_a_written_plan_is_predicted_as_the_search_did(count: int, tmp_path: Path) -> None:
-    def law(data: st.DataObject) -> None:
-        case = data.draw(cases())
-        library = data.draw(libraries(case.model))
-        try:
-            plan = case.search(Targets(speedup=1.1), library)
-        except InputError:
-            assume(False)
-        assume(plan is not None)
-        try:
-            text = plan_text(plan.dense, plan.pruned)
-            (tmp_path / "plan.yaml").write_text(text)
-            check_plan(text, plan.dense, plan.pruned)
-        except InputError:  # then it is not written
-            assume(False)
-        at, own = plan.settings[0], plan.results[0]
-        again = Pruning.read(str(tmp_path / "plan.yaml"))
-        (found,) = scenario_results(replace(at.scenario, model=plan.dense), [again], [at.hw])
-        assert found.pruned_s == pytest.approx(own.pruned_s, rel=1e-9), (case, text)
-        assert found.speedup == pytest.approx(own.speedup, rel=1e-9)
-        assert (found.lower, found.upper) == pytest.approx((own.lower, own.upper), rel=1e-9)
-
-    checked(law, count)
+@law
+@given(data=st.data(), case=cases())
+def test_a_written_plan_is_predicted_as_the_search_did(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, case: Case
+) -> None:
+    plan = case.search(Targets(speedup=1.1), data.draw(libraries(case.model)))
+    assume(plan is not None)
+    file: Path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    try:
+        file.write_text(text := plan_text(plan.dense, plan.pruned))
+        check_plan(text, plan.dense, plan.pruned)
+    except InputError:  # then it is not written
+        assume(False)
+    at, own = plan.settings[0], plan.results[0]
+    (found,) = scenario_results(replace(at.scenario, model=plan.dense), [Pruning.read(str(file))], [at.hw])
+    values = [(r.pruned_s, r.speedup, r.lower, r.upper) for r in (found, own)]
+    assert values[0] == pytest.approx(values[1], rel=1e-9), (case, text)

@@ -100,9 +100,8 @@ def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_nam
 
 
 def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
-    found = table(
-        ["llama-3.1-8b"], ["h100", "t4", "v100", "rtx_4090"], ["depth"], [0.25], scenario=Scenario(dtype="fp16")
-    )
+    gpus, scenario = ["h100", "t4", "v100", "rtx_4090"], Scenario(dtype="fp16")
+    found = table(["llama-3.1-8b"], gpus, ["depth"], [0.25], "prefill", scenario=scenario)
     (note,) = uncalibrated(found)
     assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
     assert "rtx_4090" not in note

@@ -117,26 +117,24 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
     rows = by_metric(tmp_path / "q.csv")
     losses = {metric: round(row.relative_loss, 9) for (_, metric), row in rows.items()}
     assert losses == {"piqa acc": 0.25, "boolq acc": 0.25, "wikitext perplexity": 0.2, "mean acc of 2 tasks": 0.25}
+    write(tmp_path, "b.json", {"results": {"piqa": {"acc": 0.6}, "copa": {"acc": 0.5}}})  # no mean of the same tasks
+    assert {metric for _, metric in by_metric(tmp_path / "q.csv")} == {"piqa acc"}
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
         ("out,width,0.3,,\n", "expected one row of family dense, got 0"),
-        ("dense.json,dense,,,\ndepth.json,dense,,,\n", "expected one row of family dense, got 2"),
         ("dense.json,dense,,,\n", "expected a row for a pruned model"),
-        ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "evals.csv:3: results: "),
-        ("dense.json,dense,,,\n,width,0.3,,\n", "evals.csv:3: results: is empty"),
-        ("dense.json,dense,,,\nempty,width,0.3,,\n", "has no file results_*.json"),
-        ("dense.json,dense,,,\nmixed,width,0.3,,\n", "has results of several models: y, x"),
+        ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "none.json: cannot be read"),
+        ("dense.json,dense,,,\nempty,width,0.3,,\n", "'empty': expected metrics of one model, got 0 of []"),
+        ("dense.json,dense,,,\nmixed,width,0.3,,\n", "of one model, got 7 of ['x', 'y']"),
         ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
         ("dense.json,dense,,,\nshots.json,width,0.3,,\n", "measured differently: dense: lm-evaluation-harness, 0-shot"),
         ("dense.json,dense,,,\nlimited.json,width,0.3,,\n", "limited to 10.0 samples"),
-        ("dense.json,dense,,,\nlist.json,width,0.3,,\n", "expected the key 'results'"),
-        ("dense.json,dense,,,\nbroken.json,width,0.3,,\n", "broken.json: cannot be read as JSON"),
-        ("dense.json,dense,,,\nout,widht,0.3,,\n", "evals.csv:3: family: family 'widht' is unknown"),
+        ("dense.json,dense,,,\nlist.json,width,0.3,,\n", "metrics of one model, got 0"),
+        ("dense.json,dense,,,\nbroken.json,width,0.3,,\n", "broken.json:1:2: is not JSON"),
         ("dense.json,dense,,,\nout,width,30,,\n", "evals.csv:3: sparsity: expected a fraction in [0, 1), got 30"),
-        ("dense.json,dense,,,\nout,width,0.3,,speed=2\n", "evals.csv:3: options"),
     ],
 )
 def test_bad_lists(rows: str, expected: str, listed: Path) -> None:

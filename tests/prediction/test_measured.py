@@ -323,7 +323,7 @@ def test_notes_and_refusals_on_the_command_line(capsys: pytest.CaptureFixture[st
     status, _, err = _run(f"{explain} {latency}", capsys)
     assert status == 0
     assert "check that it ran with --batch-size 8 --input-len 1024 --output-len 129" in " ".join(err.split())
-    advise = f"advise {MODEL} --hardware h100 --target 1.2 --prune depth@0.25 --phase serve --concurrency 16 --seq 1024"
+    advise = f"advise {MODEL} --hardware h100 --target 1.2 --family depth --phase serve --concurrency 16 --seq 1024"
     assert _run(f"{advise} --dense-from {serve}", capsys)[0] == 0
     for more, reason in (
         (f"--dense-from {serve}", "concurrency: expected 1, got 16"),

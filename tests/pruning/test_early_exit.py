@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from tiny_decoder import GQA, workload
 
@@ -49,32 +48,6 @@ def test_tokens_are_copied_once_per_layer_or_once_per_sublayer() -> None:
         assert total(pruned, "router") == times
     masked = prune(w, "dynamic_depth", LEFT, unit="layer")
     assert (total(masked, "select"), total(masked, "sort")) == (2 * 3, 2 * 3)
-
-
-def test_layers_without_attention_still_have_one_router() -> None:
-    """Llama-3.3-Nemotron-Super-49B: 31 of its 80 layers have no attention, one has neither."""
-    model = simulator.load_model("nemotron-super-49b")
-    w = simulator.lower(model, phase="decode", batch=4, seq=64, engine="")
-    pruned = prune(w, "dynamic_depth", 0.5, **OPTIONS)
-    has = np.zeros(model.layers, dtype=bool)
-    for first, many in zip(w.layer[w.layer >= 0], w.layers[w.layer >= 0]):
-        has[first : first + many] = True
-    assert total(pruned, "router") == has.sum() < total(prune(w, "dynamic_depth", 0.5, kernel="gathered"), "router")
-    gathered, scattered = (total(pruned, role, "write_bytes") for role in ("gather", "scatter"))
-    assert gathered == pytest.approx(scattered)
-
-
-def test_calm_lets_equal_shares_exit_after_every_layer() -> None:
-    model = simulator.load_model("llama-2-7b")
-    w = simulator.lower(model, phase="decode", batch=1, seq=2048, engine="")
-    pruned = METHODS["calm"].prune(w, 0.67)
-    rows = np.flatnonzero(pruned.is_role("down"))
-    computed = pruned.count[rows][np.argsort(pruned.layer[rows])]  # at batch 1, the share of steps with the layer
-    assert len(computed) == 32
-    assert computed[0] == 1.0
-    assert computed.mean() == pytest.approx(0.33)
-    assert computed[1:] / computed[:-1] == pytest.approx(np.full(31, computed[1]))
-    assert (total(pruned, "k"), total(pruned, "router")) == (32, 31)
 
 
 def test_layerskip_keeps_the_first_layers_with_their_windows() -> None:

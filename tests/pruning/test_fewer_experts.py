@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.errors import InputError
-from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.pruning._methods import METHODS
 from simulator.workload import ROLES, Workload
@@ -83,18 +81,3 @@ def test_merged_experts_keep_the_router_wide() -> None:
     assert merged.overhead[at].tolist() == [False, True, False]
     bound = prune(dense, "experts", 0.5, merged=True, ideal=True)
     assert merged.take(~merged.overhead) == bound
-
-
-def test_devices_share_merged_experts() -> None:
-    dense = mixtral(devices=4, parallel="expert")
-    pruned = prune(dense, "experts", 0.5, merged=True)
-    assert (only(pruned, "experts", "experts"), only(pruned, "router", "n")) == (1, 8)
-    assert only(pruned, "select", "n") == 2
-
-
-def test_methods_of_experts_need_them() -> None:
-    with pytest.raises(InputError, match="llama-2-7b has no routed experts"):
-        table(["llama-2-7b"], ["h100"], method=["reap"], phase=["decode"])
-    found = table(["llama-2-7b"], ["h100"], method=["reap", "shortgpt"], phase=["decode"])
-    assert {r.method for r in found} == {"shortgpt"}
-    assert found.notes[0] == "reap: llama-2-7b has no routed experts: excluded at sparsity 0.25, 0.5"

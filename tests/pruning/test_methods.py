@@ -10,14 +10,9 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.prediction.batch import batch_of, rejecting
-from simulator.prediction.explain import explanations
-from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import Scenario
-from simulator.prediction.table import table
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 
@@ -133,16 +128,6 @@ def test_widths_across_layers_come_near_published_models() -> None:
     assert minitron.parameters == pytest.approx(4.5e9, rel=0.03)
 
 
-def test_mod_computes_an_eighth_of_the_tokens_in_every_other_layer() -> None:
-    w = METHODS["mod"].prune(dense(phase="prefill"), 0.4375)
-    tokens = [float(of_layer(w, i, "down").m @ of_layer(w, i, "down").count / of_layer(w, i, "down").layers.sum())
-              for i in range(4)]  # fmt: skip
-    assert tokens[0] == tokens[2] == 2048
-    assert tokens[1] == tokens[3] == pytest.approx(256, rel=0.02)
-    keys = w.kv_len[w.kind == Kind.PREFILL_ATTENTION]
-    assert set(keys) == {2048, 256}
-
-
 def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
     w = METHODS["pyramiddrop"].prune(dense(phase="prefill"), 0.53125)
     assert [set(of_layer(w, i, "down").m) for i in (0, 8, 16, 31)] == [{2048}, {1024}, {512}, {256}]
@@ -158,7 +143,7 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             r"llm-pruner at sparsity 0.82: expected less than 0.812, as it prunes 26 of 32 layers",
         ),
         ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as its first stage is dense"),
-        ("minference", 0.9, "decode", "minference: expected phase prefill, got decode"),
+        ("minference", 0.9, "decode", "minference: expected --phase prefill, got decode"),
         ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
         ("flap", None, "decode", "expected a fraction"),
@@ -168,39 +153,3 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
 def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         METHODS[method].prune(dense(phase=phase), sparsity)
-
-
-@pytest.mark.parametrize("name", ["llm-pruner", "minitron-width", "mod", "pyramiddrop", "h2o", "streaming-llm"])
-def test_many_requests_together_equal_one_by_one(name: str) -> None:
-    scenario = Scenario(model="llama-2-7b", phase="generate", shapes=((1, 64), (8, 4096)), new_tokens=3)
-    pruning = Pruning.of(name, None if METHODS[name].budget else 0.3)
-    batch = batch_of(scenario, [pruning], rejecting)
-    assert batch.dense.tolist() == [0, 1, 0, 1]
-    for i, start, length in list(zip(batch.dense, batch.starts, batch.lengths))[2:]:
-        one = pruning.apply(scenario.workloads[i], scenario)
-        rows = batch.rows.take(np.arange(start, start + length))
-        np.testing.assert_allclose(rows.flops, one.flops, rtol=1e-12)
-        np.testing.assert_allclose(rows.bytes, one.bytes, rtol=1e-12)
-
-
-def test_tables_and_explanations_name_the_method() -> None:
-    found = table(["llama-2-7b"], ["h100"], method=["shortgpt", "sheared-llama", "mod"], phase=["decode"])
-    rows = [(r.method, r.family, r.sparsity) for r in found]
-    assert rows == [
-        ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.27), ("sheared-llama", "width_cross+width", 0.6),
-        ("sheared-llama", "width_cross+width", 0.8), ("mod", "dynamic_depth", 0.4375),
-    ]  # fmt: skip
-    assert {r.method for r in table(["llama-2-7b"], ["h100"], ["depth"], [0.25])} == {""}
-    (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], method="mod")
-    assert e.result.method == "mod"
-    assert e.result.speedup == found[len(found) - 1].speedup
-    assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.result.speedup)
-    one = simulator.speedup(e.dense, e.pruned, e.hardware)
-    assert one.speedup == pytest.approx(e.result.speedup)
-    for given in ({"family": ["width"]}, {"options": {"align": 8}}):
-        with pytest.raises(InputError, match="give no family or option"):
-            table(["llama-2-7b"], ["h100"], method=["shortgpt"], **given)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="did you mean shortgpt"):
-        table(["llama-2-7b"], ["h100"], method=["short-gpt"])
-    with pytest.raises(InputError, match=r"expected one to explain llm-pruner, such as 0\.2"):
-        explanations("llama-2-7b", ["h100"], None, None, method="llm-pruner")

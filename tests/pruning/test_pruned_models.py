@@ -76,15 +76,8 @@ def test_whole_layers_vanish(name: str, phase: str) -> None:
     assert some.parameters == pytest.approx(left, rel=1e-12)
 
 
-def test_sublayers_of_either_kind_where_some_layers_lack_one() -> None:
-    w = lower(load_model("nemotron-super-49b"), batch=2, seq=50)
-    both, layers = (prune(w, "depth", 0.5, unit=unit) for unit in ("both", "layer"))
-    assert [x.count[x.is_role("o")].sum() for x in (w, both, layers)] == [49, 24, 36 + 1]
-    assert [x.count[x.is_role("down")].sum() for x in (w, both, layers)] == [80, 40, 40]
-
-
 def test_narrower_experts_and_heads() -> None:
-    pruned = prune(lower(load_model("mixtral-8x7b"), batch=1, seq=64), "width", 0.5)
+    pruned = prune(lower(load_model("mixtral-8x7b"), phase="prefill", batch=1, seq=64), "width", 0.5)
     h, attention = 4096, 4096 * (2048 + 2 * 512) + 2048 * 4096
     layer = attention + 8 * 3 * h * 7168 + 8 * h + 2 * h
     assert pruned.parameters == 32 * layer + 2 * 32000 * h + h
@@ -119,21 +112,10 @@ def test_delta_nets_lose_key_heads_with_their_value_heads(phase: str) -> None:
     assert cache_bytes(WorkloadBatch.of([pruned]))[0] < 0.51 * cache_bytes(WorkloadBatch.of([w]))[0]
 
 
-def test_depth_removes_delta_nets_and_a_shorter_cache_keeps_their_state() -> None:
-    w = lower(load_model("qwen3-next-80b-a3b"), phase="decode", batch=4, seq=4096)
-    for unit in ("layer", "attention"):
-        left = prune(w, "depth", 0.5, unit=unit)
-        assert left.count[left.is_role("delta_net", "attention")].sum() == 24
-    held = [cache_bytes(WorkloadBatch.of([x]))[0] for x in (w, prune(w, "kv_cache", 0.5), prune(w, "token", 0.5))]
-    state = 36 * 4 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    position = 4 * 2 * 2 * 256 * 2  # bytes of keys and values of a layer
-    assert held == [state + position * n for n in (12 * 4097, 12 * 2049, 12 * 2049)]
-
-
 def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
-    mixtral = lower(load_model("mixtral-8x7b"), batch=1, seq=64)
+    mixtral = lower(load_model("mixtral-8x7b"), phase="prefill", batch=1, seq=64)
     assert prune(mixtral, "width_cross", 0.5).parameters == pytest.approx(mixtral.parameters / 2, rel=1e-3)
-    w = prune(lower(load_model("deepseek-v3"), batch=1, seq=64), "width_cross", 0.5)
+    w = prune(lower(load_model("deepseek-v3"), phase="prefill", batch=1, seq=64), "width_cross", 0.5)
     inputs = {("qkv_a", 2112, 3584), ("gate_up", 36864, 3584), ("gate_up", 4096, 3584), ("router", 256, 3584)}
     outputs = {("o", 3584, 16384), ("down", 3584, 18432), ("down", 3584, 2048), ("experts", 2048, 3584)}
     ranks = {("q_b", 24576, 1536), ("kv_b", 32768, 512)}
@@ -142,7 +124,7 @@ def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
 
 
 def test_fewer_experts() -> None:
-    w = lower(load_model("qwen3-30b-a3b"), batch=1, seq=4096, devices=8, parallel="expert")
+    w = lower(load_model("qwen3-30b-a3b"), phase="prefill", batch=1, seq=4096, devices=8, parallel="expert")
     pruned = prune(w, "experts", 0.25)
     rows = pruned.take(pruned.kind == Kind.EXPERTS)
     assert (rows.experts.tolist(), rows.active.tolist()) == ([12], [1.0])  # 96 of 128, eight of them active, on eight
@@ -171,7 +153,7 @@ def test_fewer_experts() -> None:
 def test_experts_of_a_model_or_layers_without_them_are_rejected(
     model: str, sparsity: Any, options: dict[str, Any], message: str
 ) -> None:
-    dense = lower(load_model(model), batch=1, seq=8)
+    dense = lower(load_model(model), phase="prefill", batch=1, seq=8)
     with pytest.raises(InputError) as error:
         prune(dense, "experts", sparsity, **options)
     assert str(error.value) == f"family experts: expected {message}"

@@ -12,7 +12,6 @@ import simulator
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
-from simulator.pruning._tokens import token_points
 from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
 
 SPARSITIES = (0.1, 0.5, 0.7)
@@ -100,15 +99,6 @@ def test_devices_prune_their_own_share() -> None:
     assert float((reduced.read_bytes * reduced.count)[inside].sum()) == pytest.approx(2 * 32 * 2 * 4096 * 2)
 
 
-@pytest.mark.quick
-def test_overheads_of_an_8_bit_model_move_its_16_bit_stream() -> None:
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), seq=1024, dtype="fp8")
-    pruned = prune(dense, "dynamic_depth", 0.5, kernel="gathered")
-    gather = pruned.is_role("gather")
-    assert pruned.write_bytes[gather].tolist() == [512 * 4096 * 2] * 2
-    assert set(pruned.dtype[pruned.overhead]) == set(dense.dtype[dense.is_role("attention_norm")])
-
-
 def shapes(w: Workload, *roles: str) -> dict[str, list[tuple[int, int, int]]]:
     out: dict[str, list[tuple[int, int, int]]] = {}
     for i in np.flatnonzero(w.is_role(*roles)):
@@ -140,18 +130,6 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
     assert pruned.meta.applied[-1].realised == 0.5
     whole = prune(prune(w, "depth", 0.99), "depth", 0.5)
     assert not (whole.layer >= 0).any()  # 6 layers: 0.99 takes all
-
-
-@pytest.mark.quick
-def test_depth_drops_the_named_layers_of_a_model_whose_layers_differ() -> None:
-    wide = workload(GQA).expand()
-    wide = wide.replace(window=np.where(wide.is_role("attention"), np.array([8, 0, 8, 0, 8, 0])[wide.layer], 0))
-    last = prune(wide, "depth", 0.5)  # layers 2, 3, 4 go; 0, 1, 5 stay
-    at = last.take(last.is_role("attention"))
-    assert (at.window.tolist(), at.layer.tolist(), at.count.tolist()) == ([8, 0], [0, 1], [1, 2])
-    assert only(last, "q", "count") == 3
-    named = prune(wide, "depth", layers=[1, 3, 5])
-    assert (only(named, "attention", "window"), only(named, "attention", "count")) == (8, 3)
 
 
 @pytest.mark.quick
@@ -247,62 +225,6 @@ def test_dynamic_depth_in_a_batch_is_binomial() -> None:
 
 
 @pytest.mark.quick
-def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere() -> None:
-    """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads of 16 features."""
-    w = workload(GQA, "decode", 4)
-    pruned = prune(w, "dynamic_depth", 0.25)
-    routed = pruned.is_role("q", "o", "gate", "up", "down")
-    assert set(pruned.kernel[routed]) == {Kernel.BLOCK_SPARSE}
-    assert moved(pruned, "product") == moved(w, "activation")
-    assert not pruned.is_role("activation", "gather", "scatter").any()
-    for role in ("mlp_norm", "rotary"):
-        assert moved(pruned, role) == moved(w, role)
-    # zeros under q, o, gate, up, down and the attention's result: 4 tokens, 2 bytes, 6 layers
-    assert moved(pruned, "fill") == 6 * 4 * 2 * (2 * 128 + 64 + 2 * 176 + 64)
-    counted = {role: float(pruned.count[pruned.is_role(role)].sum()) for role in ("router", "select", "sort", "fill")}
-    assert counted == {"router": 12, "select": 24, "sort": 24, "fill": 36}
-    assert not prune(workload(GQA, "decode", 1), "dynamic_depth", 0.25).is_role("sort").any()
-    both = prune(prune(w, "dynamic_depth", 0.25), "semi_structured", 0.5)
-    assert set(both.kernel[both.is_role("up")]) == {Kernel.SPARSE24}
-    assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(w, "dynamic_depth", 0.25, ideal=True)
-
-
-@pytest.mark.quick
-def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
-    w = workload(MHA, "prefill", 2)
-    tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
-    assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
-    assert set(tiles.kernel[tiles.is_role("down")]) == {Kernel.GROUPS_K}
-    assert set(tiles.block[tiles.is_role("up")]) == {384 // 32}
-    assert not tiles.is_role("gather", "scatter").any()
-    for role in ("gather", "scatter"):
-        assert moved(looped, role) == pytest.approx(moved(gathered, role))
-    count = {
-        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
-    }
-    assert count["l"] == pytest.approx(32 * count["g"])
-    sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
-    assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
-
-
-@pytest.mark.quick
-def test_vectors_alone_gain_from_scattered_zeros() -> None:
-    alone = prune(workload(GQA, "decode", 1), "unstructured", 0.5, kernel="spmv")
-    assert set(alone.kernel[alone.is_role("q", "down")]) == {Kernel.SPMV}
-    several = prune(workload(GQA, "decode", 2), "unstructured", 0.5, kernel="spmv")
-    assert set(several.kernel[several.is_role("q", "down")]) == {Kernel.UNSTRUCTURED}
-
-
-@pytest.mark.quick
-def test_dynamic_depth_splits_fused_queries_from_keys() -> None:
-    pruned = prune(workload(FUSED, "prefill", 1), "dynamic_depth", 0.5, ideal=True)
-    found = shapes(pruned, "q", "qkv")
-    assert found["qkv"] == [(48, 128, 64)]
-    assert found["q"][0][1:] == (128, 64)
-    assert pruned.parameters == pytest.approx(workload(FUSED).parameters, rel=1e-12)
-
-
-@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     w = workload(MHA, "decode", batch)
@@ -376,37 +298,6 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     only_prefill = prune(dense, "kv_cache", 0.5)
     assert only_prefill.take(~only_prefill.overhead).replace(meta=dense.meta) == dense
     assert only_prefill.overhead.sum() == 3
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 64, 300, 511, 512, 2048, 2**40])
-@pytest.mark.parametrize("keep", [0.05, 0.5, 0.77, 0.9, 0.999])
-def test_token_points_keep_the_mean(tokens: int, keep: float) -> None:
-    many, chance = (np.array(x) for x in token_points(tokens, keep))
-    assert many @ chance == pytest.approx(tokens * keep, rel=1e-12)
-    assert 0 < chance.sum() <= 1 + 1e-12
-    assert 1 <= min(many) <= max(many) <= tokens
-    assert len(set(many)) == len(many) <= 16
-    if 16 < tokens < 512 and 0.2 < keep < 0.95:  # the spread of five bins is most of the binomial's
-        spread = many**2 @ chance - (tokens * keep) ** 2
-        assert 0.8 < spread / (tokens * keep * (1 - keep)) < 1.2
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
-def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
-    more = {} if phase == "decode" else {"new_tokens": 16}
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
-    pruned = simulator.prune(dense, family, 0.5)
-
-    def copied(w: simulator.Workload) -> float:
-        rows = w.is_role("cache_write") & (w.kv_len > 0)
-        return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
-
-    kept = copied(pruned) / copied(dense)
-    assert 0.45 < kept < 0.56
-    paged = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
-    assert copied(paged) == 0.0
 
 
 @pytest.mark.parametrize("phase", ["decode", "generate"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from calibration.measurements import load_measurements
-from calibration.records.conversion import MOST, conversion_s
 from calibration.records.importers import import_table
+from calibration.records.readers import MOST, conversion_s
 from simulator import load_hardware
 
 LAUNCH, KERNEL, RATE, CHAIN = 2.5e-6, 3e-6, 1.2e12, 1e-9

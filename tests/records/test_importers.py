@@ -208,10 +208,10 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
     cut = "the last line was incomplete and was dropped"
     assert result.notes == (cut, "1 operators without a time: skipped: out of memory")
-    write_records(result.records, tmp_path / "records.parquet")
+    (tmp_path / "records.parquet").write_bytes(write_records(result.records))
     again = import_table(tmp_path / "records.parquet", hw=H100)
     assert again.records.digest() == result.records.digest()
-    write_records(result.records.replace(m=0), tmp_path / "records.parquet")
+    (tmp_path / "records.parquet").write_bytes(write_records(result.records.replace(m=0)))
     refused("no usable row: 29 rows: m is below 1", import_table, tmp_path / "records.parquet")
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from calibration.devices.protocol import Operator
-from calibration.records.methods import one_method
-from calibration.records.store import Header, Store, read_store
-from calibration.records.stored_timings import content_records, records_of
+from calibration.records.screening import one_method
+from calibration.records.store import Header, Store, content_records, read_store, records_of
 from calibration.records.timing_table import LAUNCHES, Records, Source
 from simulator.errors import InputError
 
@@ -37,7 +36,8 @@ def test_the_method_of_most_rows_of_an_operator_is_kept_and_the_others_are_count
     assert len(kept) == 8  # decode attention has one method, though another one than the GEMMs
     assert {LAUNCHES[code] for code in kept.select(kept.is_operator("gemm")).launch} == {"graph"}
     assert notes == (
-        "2 gemm bf16 rows excluded: timed by single launches, the other 5 by graph replays; measure them again",
+        "2 gemm bf16 rows excluded: timed by single launches (protocol 2), the other 5 by graph replays (protocol 2); "
+        "measure them again",
     )
 
 

@@ -15,9 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from decoder_reference import CONFIG  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from calibration.cli.compare import comparison_figure  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
@@ -27,14 +25,11 @@ from calibration.runners.agreement import by_phase, repeatability, summary  # no
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
 from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
-from calibration.runners.decoder.families import prune_by_steps, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
-from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import time_pair  # noqa: E402
 from calibration.runners.pairs import PairTimes  # noqa: E402
 from calibration.validation.scores import spearman  # noqa: E402
 from simulator.cli import run  # noqa: E402
-from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
@@ -90,27 +85,6 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
     for limit_s in (1.5, 0.5, 0.2):  # fewer would not show their scatter
         assert len(time_pair(first, second, **where, time_limit_s=limit_s).first_s) == pairs.LEAST
-
-
-def test_a_precise_ratio_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_ready", lambda decoder, *_: lambda loops: float(len(decoder.layers)))
-    many, one = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=1)
-    times = time_pair(many, one, batch=1, seq=8, phase="decode", time_limit_s=9e9)
-    assert (len(times.first_s), set(times.first_s), set(times.second_s)) == (pairs.ENOUGH, {4.0}, {1.0})
-
-
-def test_more_layers_take_longer() -> None:
-    many, few = random_decoder(CONFIG, dtype="fp32", layers=16), random_decoder(CONFIG, dtype="fp32", layers=2)
-    for phase in ("prefill", "decode"):
-        times = time_pair(many, few, batch=1, seq=64, phase=phase, time_limit_s=0.3)
-        assert float(np.median(np.array(times.first_s) / times.second_s)) > 2.0
-
-
-def test_unknown_phases_and_runtimes_are_refused() -> None:
-    decoder = random_decoder(CONFIG, dtype="fp32")
-    for wrong in ({"phase": "train"}, {"phase": "decode", "runtime": "fast"}):
-        with pytest.raises(InputError, match="unknown"):
-            time_pair(decoder, decoder, batch=1, seq=8, **wrong)  # type: ignore[arg-type]
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -177,12 +151,6 @@ def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, plan
     assert planted[3:] == ["2 decode eager"]
 
 
-def test_a_stored_case_of_a_family_is_that_of_its_text(tmp_path: Path, planted: list[str]) -> None:
-    _compare(tmp_path, _cases(families=["depth"], phases=["decode"]))
-    again = _compare(tmp_path, _cases(sparsities=None, texts=["depth 0.5"], phases=["decode"]))
-    assert len(planted) == len(again.records) == 1
-
-
 def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(tmp_path: Path, planted: list[str]) -> None:
     cannot = {
         "slicegpt 0.25": "no option 'residual_projections'",
@@ -199,24 +167,6 @@ def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(tmp_path: P
     with pytest.raises(InputError, match="residual_projections"):
         _compare(tmp_path / "other", cases[1:])
     assert not (tmp_path / "other").exists()
-
-
-def test_a_text_states_no_other_kernel_than_the_device_runs() -> None:
-    how: dict[str, Any] = {"sparsities": None, "phases": ["decode"], "kernels": comparing.kernels_on("cpu")}
-    (case,) = _cases(texts=["skipgpt 0.25"], **how)
-    assert (case.prune, str(case.steps[0])) == ("skipgpt 0.25", "dynamic_depth 0.25 kernel=gathered")
-    with pytest.raises(InputError, match=r"this device runs dynamic_depth with 'gathered', got 'reference'"):
-        _cases(texts=["dynamic_depth 0.25 kernel=reference"], **how)
-
-
-def test_a_pruned_decoder_is_made_once_for_all_its_cases(
-    tmp_path: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = Mock(wraps=prune_by_steps)
-    monkeypatch.setattr(timing, "prune_by_steps", made)
-    _compare(tmp_path, _cases(families=["depth", "width", "token"], sparsities=[0.25, 0.5], seq=[32, 64]))
-    assert len(planted) == 24
-    assert made.call_count == len({call.args[1:] for call in made.call_args_list}) == 6
 
 
 def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: list[str]) -> None:
@@ -296,20 +246,6 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[s
         fewer_layers(CONFIG, 5)
 
 
-def test_a_model_too_large_for_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr(timing, "random_decoder", Mock(side_effect=error))
-    with pytest.raises(InputError, match="does not fit on cpu; use its first layers with --layers"):
-        _compare(tmp_path, _cases())
-
-
-def test_names_tell_cases_apart() -> None:
-    cases = _cases(batch=[1, 2], seq=[64, 65], sparsities=[0.25, 0.5])
-    short = settings_of(fewer_layers(CONFIG, 2), seq=[64], sparsities=[0.5])[0]
-    names = [comparing.name_of(c, dtype) for c in (*cases, *short) for dtype in ("bf16", "fp32")]
-    assert len(set(names)) == len(names)
-
-
 def test_rank_correlation_by_hand() -> None:
     # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that never changes
     pairs = [([1, 1, 2], [3, 5, 4]), ([1, 2, 2, 9], [8, 3, 3, 1]), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])]
@@ -332,31 +268,6 @@ def test_agreement_by_hand() -> None:
     wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
     assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
     assert {name: b["count"] for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
-
-
-def test_the_figure_has_a_panel_per_phase_and_sparsity() -> None:
-    """Families have one row in all panels; a case without a time leaves its row empty."""
-    grid = itertools.product(("depth", "token"), (1.25, 1.5), ("prefill", "decode"))
-    rows = [_row(1.1 * s, s, family=f, sparsity=s - 1, phase=p) for f, s, p in grid]
-    figure = comparison_figure(rows[:-1])
-    assert [ax.get_title() for ax in figure.axes] == [
-        f"{phase}, {percent} % removed" for percent in (25, 50) for phase in ("prefill", "decode")
-    ]
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Depth", "Token"]
-    for ax, measured in zip(figure.axes, ([1.25, 1.25], [1.25, 1.25], [1.5, 1.5], [1.5, math.nan])):
-        bars = [segment[0][0] for segment in ax.collections[-1].get_segments() if len(segment)]
-        assert bars == pytest.approx([m for m in measured if m == m])
-    assert "measured" in [t.get_text() for t in figure.legends[0].texts]
-
-
-def test_the_figure_of_texts_has_a_panel_per_phase() -> None:
-    texts = ("depth 0.25", "width mlp=0.3 heads=0.5 layers=1-2")
-    grid = itertools.product(("decode", "prefill"), zip(texts, (0.25, 0.21)))
-    rows = [_row(1.2, 1.1, prune=text, sparsity=s, phase=phase) for phase, (text, s) in grid]
-    figure = comparison_figure(rows)
-    assert [ax.get_title() for ax in figure.axes] == ["decode", "prefill"]
-    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert labels == ["depth 25 %", "width mlp=0.3 heads=0.5\nlayers=1-2"]
 
 
 @pytest.fixture(scope="module")
@@ -440,33 +351,3 @@ def test_bad_input_is_one_line_and_status_2(
     assert BAD[change] in err.splitlines()[-1]
     assert all(line.startswith(("note:", "status:", "prunesim:")) for line in err.splitlines())
     assert not (tmp_path / "run").exists()
-
-
-class _Kernels(TorchDispatchMode):  # type: ignore[misc]
-    """Counts what torch dispatches, views and empty tensors left out."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (func.is_view or "view" in func.name() or "empty" in func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("family", ["dynamic_depth", "sparse_attention", "dynamic_width"])
-def test_the_engine_launches_what_a_family_adds(family: str) -> None:
-    decoder, engine = random_decoder(CONFIG, dtype="fp32"), load_engine(comparing.EXECUTED)
-    assert check_engine(comparing.EXECUTED) == []
-    tokens = torch.randint(100, (1, 128))
-
-    def kernels(d: Any) -> int:
-        _, state = prefill(d, tokens, room=2)
-        with _Kernels() as seen:
-            decode(d, tokens[:, :1], state)
-        return int(seen.count)
-
-    ran = comparing.kernels_on("cpu")
-    (case,) = _cases(families=[family], sparsities=[1e-6], phases=["decode"], seq=[128], kernels=ran)
-    w = case.pruned  # all of it runs
-    added = float(w.count[w.overhead] @ engine.kernels[w.role[w.overhead]])
-    more = kernels(prune_decoder(decoder, family, 1e-6)) - kernels(decoder)
-    assert added / CONFIG.layers == pytest.approx(more / CONFIG.layers, abs=3.5)

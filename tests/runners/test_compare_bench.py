@@ -56,16 +56,3 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
     assert not (tmp_path / "r").exists()
-
-
-def test_files_need_the_gpu_that_wrote_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [_latency(tmp_path, name, 1.0) for name in ("dense.json", "pruned.json")]
-    command = _command(tmp_path, files, "--prune", "depth 0.25")
-    at = command.index("--hardware")
-    assert run(command[:at] + command[at + 2 :]) == 2
-    assert "--bench: expected --hardware with the GPU" in capsys.readouterr().err
-
-
-def test_without_files_a_device_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(_command(tmp_path, [], "--prune", "depth 0.25")) == 2
-    assert "--device: expected cpu, cuda or cuda:1" in capsys.readouterr().err

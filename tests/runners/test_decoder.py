@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-import simulator  # noqa: E402
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.cases import settings_of  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
@@ -31,16 +29,14 @@ from calibration.runners.decoder.families import (  # noqa: E402
     two_of_four,
 )
 from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
-from calibration.runners.decoder.routed import CacheCut, TokenRouting  # noqa: E402
-from calibration.runners.decoder.run import LayerCache, PassState, Rule, decode, prefill, window_logits  # noqa: E402
+from calibration.runners.decoder.routed import TokenRouting  # noqa: E402
+from calibration.runners.decoder.run import PassState, Rule, decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.block import Block, Latent  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._grammar import read_steps  # noqa: E402
-from simulator.pruning._steps import in_order  # noqa: E402
-from simulator.workload import ROLES, Kind  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,23 +78,6 @@ def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -
     check(run(made)[0], reference(made, TOKENS))
 
 
-def test_layers_that_differ_equal_the_reference() -> None:
-    usual = CONFIG.usual
-    blocks = (usual, replace(usual, inner=24), replace(usual, kv_heads=1), replace(usual, heads=0, kv_heads=0))
-    made = random_decoder(replace(CONFIG, blocks=(*blocks, replace(usual, inner=0))[: CONFIG.layers]), dtype="fp32")
-    assert [layer.attention is None for layer in made.layers][3]
-    assert made.layers[2].attention is not None
-    assert made.layers[2].attention.kv_heads == 1
-    check(run(made)[0], reference(made, TOKENS))
-
-
-def test_bf16_is_near_fp32() -> None:
-    exact, short = (random_decoder(CONFIG, dtype=dtype, seed=1) for dtype in ("fp32", "bf16"))
-    first, second = run(exact)[0], run(short)[0].float()
-    assert second.dtype == torch.float32
-    assert float((first - second).norm() / first.norm()) < 0.05
-
-
 def test_a_checkpoint_s_names(dense: Decoder) -> None:
     weights = {"model.embed_tokens.weight": dense.embedding, "model.norm.weight": dense.final_norm}
     weights["lm_head.weight"] = dense.head
@@ -112,20 +91,6 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
         from_weights("tiny", weights, head_dim=CONFIG.head_dim)
-
-
-def test_logits_of_a_window(dense: Decoder) -> None:
-    ids = TOKENS[0]
-    wanted = reference(dense, ids[None])[0]
-    torch.testing.assert_close(window_logits(dense, ids).double(), wanted, rtol=1e-3, atol=1e-3)
-
-
-def test_rewinding_repeats_a_step(dense: Decoder) -> None:
-    _, state = prefill(dense, TOKENS[:, :PROMPT], room=1)
-    mark = state.mark()
-    first = decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state)
-    state.rewind(mark)
-    assert torch.equal(first, decode(dense, TOKENS[:, PROMPT : PROMPT + 1], state))
 
 
 def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
@@ -187,34 +152,6 @@ def test_query_heads_alone_keep_their_key_and_value(dense: Decoder, text: str, h
     check(run(pruned)[0], reference(masked, TOKENS))
 
 
-def test_kv_heads_alone_leave_every_query(dense: Decoder) -> None:
-    pruned = prune_by_steps(dense, read_steps("width kv=0.5"))
-    for after, before in zip(pruned.layers, dense.layers, strict=True):
-        assert (after.attention.heads, after.attention.kv_heads) == (8, 2)
-        assert torch.equal(after.attention.q.weight, before.attention.q.weight)
-        assert len(_missing(after.attention.k.weight, before.attention.k.weight)) == 2 * dense.head_dim
-    _, state = prefill(pruned, TOKENS[:, :PROMPT])
-    assert state.caches[0].k.shape[1] == 2
-    check(run(pruned)[0], reference(pruned, TOKENS))
-
-
-def test_channels_of_listed_layers_and_removed_layers(dense: Decoder) -> None:
-    steps = read_steps("width mlp=0.3 layers=0 + depth layers=1 + depth layers=2 unit=attention")
-    pruned = prune_by_steps(dense, tuple(in_order(steps, simulator.lower(CONFIG, phase="decode", seq=8, engine=""))))
-    assert [(layer.attention is None, len(layer.mlp.up.weight)) for layer in pruned.layers] == [
-        (False, 112), (True, 160), (False, 160)
-    ]  # fmt: skip
-    gone = _missing(pruned.layers[0].mlp.up.weight, dense.layers[0].mlp.up.weight)
-    masked = _zeroed(_zeroed(_zeroed(dense, 1, "o"), 1, "down"), 2, "o")
-    check(run(pruned)[0], reference(_zeroed(masked, 0, "down", columns=gone), TOKENS))
-
-
-def test_tokens_are_dropped_at_the_same_layer_after_others_are_removed(dense: Decoder) -> None:
-    pruned = prune_by_steps(dense, read_steps("token 0.5 start=2 + depth layers=0"))
-    assert (pruned.rule.start, len(pruned.layers)) == (1, 3)
-    assert set(run(pruned)[1][0]) == {(1, "token")}
-
-
 def _texts(many: int) -> Iterator[str]:
     """Random texts of static families at parts, layers and units."""
     rng = np.random.default_rng(7)
@@ -252,20 +189,6 @@ def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Deco
             assert torch.isfinite(run(pruned)[0]).all(), text
     assert ran > 60
     assert not any("\n" in reason for reason in refused)
-
-
-@pytest.mark.parametrize("text", ["llm-pruner 0.1", "minitron-width 0.5", "svd-llm 0.4 + attention-drop 0.25"])
-def test_methods_run_as_their_families(text: str) -> None:
-    config = replace(CONFIG, layers=8, windows=(0,) * 8)
-    made = random_decoder(config, dtype="fp32")
-    (case,), _ = settings_of(config, phases=["decode"], seq=[8], texts=[text], scenario=Scenario(engine=""))
-    check_shapes(prune_by_steps(made, case.steps), case.pruned)
-
-
-def test_other_shapes_than_predicted_are_refused(dense: Decoder) -> None:
-    (case,), _ = settings_of(CONFIG, phases=["decode"], texts=["width mlp=0.5"], scenario=Scenario(engine=""))
-    with pytest.raises(InputError, match=r"its shapes are not those that are predicted, such as down with n=96, k=80"):
-        check_shapes(prune_decoder(dense, "width", {"mlp": 0.3}), case.pruned)
 
 
 def test_width_cross(dense: Decoder) -> None:
@@ -341,33 +264,6 @@ def test_dynamic_depth(routed: Decoder, sparsity: float) -> None:
             ran[trace[number, what], PROMPT + step] = True
         masks[what, number] = ran
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
-
-
-def test_dynamic_depth_after_another_family(routed: Decoder) -> None:
-    before = prune_decoder(routed, "low_rank", 0.3)
-    logits, traces = _ran(prune_decoder(before, "dynamic_depth", 0.5, seed=3))
-    masks, length = Masks(), TOKENS.shape[1]
-    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
-        masks[what, number] = _rows(traces[0][number, what], length)
-        for step, trace in enumerate(traces[1:]):
-            masks[what, number][trace[number, what], PROMPT + step] = True
-    check(logits, reference(_moved(before, "cpu"), TOKENS, masks))
-    assert torch.isfinite(logits).all()
-
-
-def test_dynamic_depth_runs_a_binomial_number_of_sequences(dense: Decoder) -> None:
-    pruned = prune_decoder(dense, "dynamic_depth", 0.3)
-    tokens = torch.randint(CONFIG.vocab, (8, 4))
-    _, state = prefill(pruned, tokens, room=1)
-    mark, counts = state.mark(), []
-    for _ in range(60):
-        state.trace = {}
-        state.rewind(mark)
-        decode(pruned, tokens[:, :1], state)
-        counts += [len(rows) for rows in state.trace.values()]
-    counts = torch.tensor(counts).double()
-    assert float(counts.mean()) == pytest.approx(5.6, abs=0.3)
-    assert float(counts.var()) == pytest.approx(8 * 0.3 * 0.7, rel=0.3)
 
 
 def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most(dense: Decoder) -> None:
@@ -516,23 +412,6 @@ def test_kv_cache(dense: Decoder, sparsity: float) -> None:
     check(logits, reference(dense, TOKENS, masks))
 
 
-def test_positions_attended_to_are_the_ones_kept() -> None:
-    k, v = 0.1 * torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
-    q = torch.zeros(1, 4, 40, 8)
-    q[..., -2:, :3] = 3.0  # the last queries look for three keys, in each KV group at other places
-    wanted = torch.tensor([[3, 11, 25], [0, 17, 37]])
-    for head in range(2):
-        k[0, head, wanted[head]] = 3.0 * torch.eye(8)[:3]
-    cache, state = (
-        LayerCache(torch.zeros_like(k), torch.zeros_like(v), 40),
-        PassState(random_decoder(CONFIG), 40, trace={}),
-    )
-    CacheCut(3 / 40, observed=2).cut(state, cache, q, k, v)
-    assert torch.equal(state.trace[0, "cache"], wanted[None])
-    assert cache.length == 3
-    assert torch.equal(cache.v[0, 1, :3], v[0, 1, wanted[1]])
-
-
 def test_families_compose(dense: Decoder) -> None:
     pruned = prune_decoder(prune_decoder(dense, "depth", 0.25), "width", 0.5)
     again = prune_decoder(pruned, "kv_cache", 0.5)
@@ -547,20 +426,6 @@ def test_families_compose(dense: Decoder) -> None:
 def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
     assert {*STATIC, *DYNAMIC} == set(general_families())
     assert all(prune_decoder(dense, family, 0.0) is dense for family in general_families())
-
-
-@pytest.mark.parametrize("family", ["depth", "width", "width_cross", "low_rank"])
-@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.73])
-def test_what_runs_has_the_shapes_that_are_predicted(dense: Decoder, family: str, sparsity: float) -> None:
-    workload = simulator.prune(simulator.lower(CONFIG, phase="prefill", batch=1, seq=8, engine=""), family, sparsity)
-    predicted, found = Counter[Any](), Counter[Any]()
-    for i in ((workload.kind == Kind.GEMM) & (workload.layer >= 0)).nonzero()[0]:
-        shape = ROLES[workload.role[i]], int(workload.stage[i]), int(workload.n[i]), int(workload.k[i])
-        predicted[shape] += workload.count[i]
-    for _, role, projection in prune_decoder(dense, family, sparsity).projections():
-        for stage, factor in enumerate(projection.factors, 1):
-            found[(role, stage if len(projection.factors) > 1 else 0, *factor.shape)] += 1
-    assert found == predicted
 
 
 @pytest.mark.parametrize(

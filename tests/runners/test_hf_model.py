@@ -12,7 +12,7 @@ if find_spec("transformers") is None:  # not imported, which takes time
     pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.hf_model import build, check, layout_of  # noqa: E402
+from calibration.runners.hf_model import build, check  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
@@ -96,17 +96,6 @@ def test_fewer_and_narrower_experts_are_configured() -> None:
         _built(MOE, "experts 0.5 layers=0-1")
 
 
-def test_half_of_the_weights_are_zero_where_zeros_are_scattered() -> None:
-    weight = _built(LLAMA, "unstructured 0.5").model.model.layers[1].mlp.up_proj.weight
-    assert 0.4 < float((weight == 0).float().mean()) < 0.6
-
-
-def test_number_format_and_weights_repeat_by_seed() -> None:
-    first, again = (_built(LLAMA, "width mlp=0.5", "bf16").model.model.layers[0].mlp.up_proj.weight for _ in range(2))
-    assert first.dtype == torch.bfloat16
-    assert torch.equal(first, again)
-
-
 @pytest.mark.parametrize("text", ["dynamic_depth 0.5", "token 0.5", "kv_cache 0.5", "sparse_attention 0.5"])
 def test_what_decides_during_a_pass_is_refused_before_a_model_is_made(text: str) -> None:
     config = load_model(LLAMA)
@@ -126,11 +115,3 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
     config = load_model(LLAMA)
     with pytest.raises(InputError, match="cannot state its shapes"):
         check(config, {}, lower(config, engine="hf"))
-
-
-def test_layouts_by_layer() -> None:
-    dense = lower(load_model(LLAMA), phase="decode", seq=8, engine="hf")
-    layout = layout_of(prune(dense, "width mlp=0.5 layers=1-2 + depth 0.25"))
-    assert layout.hidden == 64
-    assert [b.inner for b in layout.layers] == [96, 48, 96]
-    assert layout.usual.inner == 96

@@ -21,7 +21,6 @@ from calibration.runners import hf_runner  # noqa: E402
 from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.hf_runner import HfRunner  # noqa: E402
 from simulator.cli import run  # noqa: E402
-from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
@@ -121,18 +120,6 @@ def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_pat
     assert header.stack["transformers"] == comparing.versions("hf")["transformers"]
 
 
-def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(comparing, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--engine hf needs transformers, which is not installed; try: pip install"):
-        comparing.compare(tmp_path / "run", _device(), CONFIG, _cases("hf"), budget_s=1.0, dtype="fp32", engine="hf")
-    assert not (tmp_path / "run").exists()
-
-
-def test_engines_keep_their_cases_apart() -> None:
-    names = [comparing.name_of(case, "fp32", engine) for engine in comparing.ENGINES for case in _cases(engine)]
-    assert len(set(names)) == len(names)
-
-
 def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, folder = tmp_path / "config.json", tmp_path / "run"
     model.write_text(json.dumps(TINY))
@@ -188,21 +175,6 @@ def test_the_command_runs_other_choices_in_each_layer(
     _, other = json.loads(capsys.readouterr().out)
     assert other["prune"] != model["prune"]
     assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
-
-
-def test_pruned_models_have_the_choices_of_their_layers(chosen: Path) -> None:
-    content = json.loads((chosen / "dense" / "config.json").read_text())
-    config = load_model(str(chosen / "dense"))
-    scenario = Scenario(engine="hf", dtype="fp32")
-    cases, _ = settings_of(config, phases=["prefill"], seq=[16], pruned=[str(chosen / "chosen")], scenario=scenario)
-    (case,) = cases
-    runner = HfRunner(_device(), config, content, "fp32", compiled=False, seed=0)
-    runner.check(case)
-    made = runner._build(case.pruned)
-    linear = [m for m in made.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    shapes = sorted((m.out_features, m.in_features) for m in linear)
-    attention = [(64, 64), (8, 64), (8, 64), (64, 64), (64, 64), (32, 64), (32, 64), (64, 64)]
-    assert shapes == sorted([*attention, *[(256, 64)] * 2, (64, 256), *[(512, 64)] * 2, (64, 512)])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from calibration.runners.decoder.run import window_logits  # noqa: E402
 from calibration.runners.per_layer import DENSE, changes_of, fewer_heads, measure_layers  # noqa: E402
 from calibration.runners.quality import score  # noqa: E402
 from simulator.cli import run  # noqa: E402
-from simulator.errors import InputError  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
 from simulator.plans.variants import variant  # noqa: E402
@@ -125,14 +124,6 @@ def test_query_heads_without_output_go_first(decoder: Decoder, text: str, silent
     assert found["2", text, "dense"] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.quick
-def test_variants_that_need_training_are_refused() -> None:
-    with pytest.raises(InputError, match="layer 0: attention linear: needs training; expected sizes or none"):
-        changes_of(_library(attention=["linear"]))
-    with pytest.raises(InputError, match="expected variants other than dense, got none"):
-        changes_of(_library())
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -212,27 +203,6 @@ def test_a_killed_run_is_resumed(
     assert not passes
 
 
-def test_rows_of_another_text_are_not_mixed(
-    command: Callable[..., list[str]], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(command()) == 0
-    before = (tmp_path / "s.csv").read_text()
-    write_checkpoint(tmp_path / "tiny", intermediate_size=160)
-    for more, reason in (
-        (["--windows", "3"], "s.csv:2: protocol: expected '3 windows of 60 tokens, text.txt ("),
-        (["--text", str(folder / "choices.yaml"), "--length", "2"], "s.csv:2: protocol: expected '2 windows of 2"),
-    ):
-        capsys.readouterr()
-        assert run(command(*more)) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert reason in line
-    words = command()
-    words[1] = str(tmp_path / "tiny")
-    assert run(words) == 2
-    assert "s.csv:2: source: expected 'prunesim quality --per-layer on tiny (" in capsys.readouterr().err
-    assert (tmp_path / "s.csv").read_text() == before
-
-
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
@@ -248,12 +218,3 @@ def test_bad_input_is_one_line(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert reason in err
-
-
-def test_options_that_need_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, reason in (
-        (["--per-layer"], "--per-layer: expected --output"),
-        (["--choices", "c.yaml"], "--choices: expected --per-layer"),
-    ):
-        assert run(["quality", str(folder / "tiny"), *words]) == 2
-        assert reason in capsys.readouterr().err

@@ -20,7 +20,7 @@ from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import Decoder, random_decoder  # noqa: E402
 from calibration.runners.decoder.run import window_logits  # noqa: E402
-from calibration.runners.quality import decoder_of, load_model, load_windows, logits_of, read_text, score  # noqa: E402
+from calibration.runners.quality import decoder_of, logits_of, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.prediction.quality import load_quality  # noqa: E402
@@ -171,34 +171,6 @@ def test_command_refuses(more: list[str], expected: str, folders: Path, capsys: 
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert expected in err
-
-
-def test_windows_are_spread_over_the_text(folders: Path) -> None:
-    text = "".join(chr(32 + i % 90) for i in range(1000))
-    windows = load_windows(folders / "Tiny-Llama", text, 3, 100)
-    assert [len(w) for w in windows] == [100] * 3
-    assert [int(w[0]) for w in windows] == [(32 + start % 90) % CONFIG.vocab for start in (0, 450, 900)]
-    assert len(load_windows(folders / "Tiny-Llama", text, 1, 1000)) == 1
-
-
-def test_texts(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("one\n\ntwo\n", encoding="utf-8")
-    text, name = read_text(path)
-    assert text == "one\n\ntwo\n"
-    assert name.startswith("text.txt (")
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="UTF-8"):
-        read_text(path)
-
-
-def test_folders_without_a_model(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="reading a model needs transformers")
-    with pytest.raises(InputError, match="expected a Hugging Face folder"):
-        load_model(tmp_path / "none")
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="cannot be read as a causal language model"):
-        load_model(tmp_path)
 
 
 def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ import numpy as np
 import pytest
 
 from calibration.devices.protocol import Description, Operator
-from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
-from calibration.records.timing_table import Records, Source
-from calibration.runners.cases import Case, profile_of, settings_of
+from calibration.runners.cases import Case, settings_of
 from calibration.runners.upper_bound import (
     Bound,
-    bound_errors,
     bounds,
-    kernel_seconds,
     measure_bounds,
     measured_bounds,
     operator_of,
@@ -31,9 +27,8 @@ from calibration.runners.upper_bound import (
 from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.save import save_hardware
 from simulator.prediction.scenario import Scenario
-from simulator.workload import Kernel, Kind, Workload
+from simulator.workload import Kind, Workload
 
 MODEL = "smollm2-135m"
 HW = load_hardware("a100")
@@ -92,37 +87,6 @@ def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: st
     assert set(pruned) <= {sizes, wanted}
 
 
-def test_blocks_and_windows_of_a_prompt_are_a_share_of_dense_attention() -> None:
-    (case,) = _cases("sparse_attention", 0.75, phases=["prefill"])
-    (dense, pruned) = (plain_kernels(w) for w in (case.dense, case.pruned))
-    shares = {shape: pruned[shape] / count for shape, count in dense.items()}
-    assert set(dense) == set(pruned)
-    assert {shape[0]: share for shape, share in shares.items()} == {"gemm": 1.0, "attention_prefill": 0.25}
-    row = {"kind": int(Kind.PREFILL_ATTENTION), "role": "attention", "batch": 1, "q_len": 4, "kv_len": 4}
-    heads = {"heads": 2, "kv_heads": 1, "head_dim": 8, "window": 2}
-    # of ten pairs under the mask a window of two leaves seven
-    assert plain_kernels(Workload.from_rows([{**row, **heads}])) == {("attention_prefill", (1, 4, 4, 2, 1, 8)): 0.7}
-
-
-def test_latent_attention_counts_in_neither_model() -> None:
-    (case,) = settings_of("deepseek-v2-lite", phases=["decode"], families=["depth"], sparsities=[0.5], seq=[128])[0]
-    assert {kind for w in (case.dense, case.pruned) for kind, _ in plain_kernels(w)} == {"gemm"}
-
-
-@pytest.mark.parametrize(
-    ("family", "sparsity"), [("semi_structured", 0.5), ("unstructured", 0.5), ("unstructured", 0.25)]
-)
-def test_zeros_become_a_shorter_dense_gemm(family: str, sparsity: float) -> None:
-    (case,) = _cases(family, sparsity, phases=["decode"])
-    rows = np.flatnonzero(case.pruned.kernel != Kernel.DENSE)
-    n, k = case.pruned.n[rows].tolist(), case.pruned.k[rows].tolist()
-    wanted = {("gemm", (1, n, round((1 - sparsity) * k / 16) * 16)) for n, k in zip(n, k, strict=True)}
-    assert wanted <= set(plain_kernels(case.pruned))
-    # fewer features than a tile stay what they are
-    row = {"role": "q", "m": 2, "n": 64, "k": 10, "density": 0.9, "kernel": int(Kernel.UNSTRUCTURED)}
-    assert set(plain_kernels(Workload.from_rows([row]))) == {("gemm", (2, 64, 10))}
-
-
 def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Any:
     return measure_bounds(folder / "run", device or ReplayDevice(), cases, **{"budget_s": 600.0, **options})
 
@@ -166,61 +130,6 @@ def test_too_little_time_leaves_cases_without_a_bound_and_a_rerun_goes_on(tmp_pa
     assert not any(b.missing for b in bounds(cases, again.records, HW))
 
 
-def test_a_budget_is_shared_among_the_shapes(tmp_path: Path) -> None:
-    cases = _cases()
-    device = ReplayDevice(noise=0.3)  # so noisy that every shape takes all the time it is given
-    found = _measure(tmp_path, cases, device, budget_s=120.0)
-    assert found.outcome.counts.left == 0
-    assert device.clock() <= 125.0
-
-
-def test_a_shape_that_does_not_fit_is_counted(tmp_path: Path) -> None:
-    cases = settings_of("llama-3.2-1b", phases=["decode"], families=["width"], sparsities=[0.5], seq=[128])[0]
-    device = ReplayDevice(faults=Faults(out_of_memory_bytes=150e6))  # lm_head has 525 MB
-    found = _measure(tmp_path, cases, device)
-    assert found.outcome.counts.skipped == 1
-    (b,) = bounds(cases, found.records, HW)
-    assert b.missing == 2  # it is in both
-    assert math.isnan(b.measured_bound)
-    assert math.isfinite(b.predicted)
-
-
-def test_errors_of_predicted_bounds_by_hand(tmp_path: Path) -> None:
-    cases = _cases("depth")
-    rows = bounds(cases, _measure(tmp_path, cases).records, HW)
-    first, second = (replace(r, measured_bound=2.0, model_bound=1.0) for r in rows)
-    changed = [replace(first, predicted_bound=2.2), replace(second, predicted_bound=2.1)]
-    assert bound_errors(changed) == {"predicted": pytest.approx(0.075), "model": 0.5}
-    assert bound_errors([replace(changed[0], measured_bound=math.nan)]) == {}
-    assert all(r.model_bound == r.predicted_bound for r in rows)  # this profile has no exact shapes
-
-
-def test_repeated_shapes_have_their_median() -> None:
-    records = Records.from_columns([Source("some device")], m=8, n=64, k=32, seconds=[1e-6, 9e-6, 2e-6])
-    assert kernel_seconds(records, "bf16") == {("gemm", (8, 64, 32)): (2e-6, 0.0)}
-
-
-def test_times_of_other_temperatures_formats_and_windows_are_left_out() -> None:
-    sizes = {"batch": 1, "q_len": [8, 8, 8, 8], "kv_len": 8, "heads": 2, "kv_heads": 1, "head_dim": 16}
-    kinds = {"cold": [False, True, False, False], "window": [0, 0, 4, 0], "dtype": ["bf16", "bf16", "bf16", "fp16"]}
-    one = Records.from_columns(
-        [Source("device")], operator="attention_prefill", seconds=[1.0, 2, 3, 4], **sizes, **kinds
-    )
-    assert kernel_seconds(one, "bf16") == {("attention_prefill", (1, 8, 8, 2, 1, 16)): (1.0, 0.0)}
-
-
-def test_without_sparse_tensor_cores_2to4_has_bounds_but_no_prediction(tmp_path: Path) -> None:
-    cases = _cases("semi_structured", phases=["prefill"])
-    found = _measure(tmp_path, cases)
-    rates = {**HW.rates, "bf16": replace(HW.rates["bf16"], sparse_factor=1.0)}
-    (without,), (b,) = (bounds(cases, found.records, hw) for hw in (replace(HW, rates=rates), HW))
-    assert without.measured_bound == b.measured_bound > 1.0
-    assert (without.flop_bound, without.byte_bound) == (b.flop_bound, b.byte_bound)
-    assert b.roofline_bound > 1.0
-    # dense kernels gain nothing, or the profile refuses
-    assert without.predicted == 1.0 or math.isnan(without.predicted)
-
-
 def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
     cases = _cases("width")
     for options, message in (({"budget_s": 0.0}, "budget"), ({"dtype": "fp8"}, "bf16, fp16")):
@@ -233,21 +142,6 @@ def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another device"):
         _measure(tmp_path, cases, other)
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
-
-
-def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_path: Path) -> None:
-    device = ReplayDevice()
-    assert profile_of(tmp_path / "run", device, "bf16", "h100").name == "h100_sxm"
-    measured = profile_of(tmp_path / "run", device, "bf16")
-    assert measured.title == "planted device"
-    assert measured.peak_flop_per_s("bf16") == pytest.approx(1.05 * 100e12, rel=0.05)
-    before = len(device.prepared)
-    assert profile_of(tmp_path / "run", device, "bf16").title == "planted device"
-    assert len(device.prepared) == before  # the folder kept it
-    save_hardware(HW, tmp_path / "run" / "profile.yaml")
-    assert profile_of(tmp_path / "run", device, "bf16").name == HW.name
-    with pytest.raises(InputError, match="int4"):
-        profile_of(tmp_path / "run", device, "int4")
 
 
 @pytest.fixture(scope="module")
@@ -297,22 +191,6 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
     assert row["missing"] == 0
 
 
-def test_texts_of_prune_are_bounded_beside_families(
-    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = tmp_path / "plan.yaml"
-    plan.write_text("layers:\n  0-14: depth\n")
-    texts = ["--prune", "width mlp=0.5 attention=0.5", "--prune", "depth 0.5", "--prune", str(plan)]
-    command = _command(recording, tmp_path / "run", *texts, "--family", "depth,width", "--phase", "decode", "--json")
-    assert run(command) == 0
-    rows = {row["prune"]: row for row in json.loads(capsys.readouterr().out)}
-    # a family at a fraction that is also a text is one case; a plan is stored as its steps
-    assert list(rows) == ["width mlp=0.5 attention=0.5", "depth 0.5", "depth layers=0-14", "width 0.5"]
-    assert rows["width mlp=0.5 attention=0.5"]["measured_bound"] == rows["width 0.5"]["measured_bound"]
-    assert rows["depth layers=0-14"]["measured_bound"] == rows["depth 0.5"]["measured_bound"] > 1.5
-    assert all(row["missing"] == 0 for row in rows.values())
-
-
 def test_heads_that_no_kernel_runs_are_refused_before_any_measurement(
     recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,8 +199,3 @@ def test_heads_that_no_kernel_runs_are_refused_before_any_measurement(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("7 query heads on 3 KV heads cannot run here; expected a multiple of 3, such as 6")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_unknown_model_is_one_line(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["upper-bound", "smollm2-135", *_command(recording, tmp_path / "run")[2:]]) == 2
-    assert "smollm2-135m" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 
-KNOWN = json.loads(FILE.read_text(encoding="utf-8"))
 LATENCY = {"avg_latency": 0.5, "latencies": [0.52, 0.48, 0.5], "percentiles": {"10": 0.484, "50": 0.5, "99": 0.5196}}
 MANY, REQUESTS, TOKENS, OUTPUT = 4, 24, 512, 65
 
@@ -72,27 +70,11 @@ def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT 
     return Case.of(template.workloads[0], Pruning.read(text))
 
 
-def test_samples_of_a_batch(tmp_path: Path) -> None:
-    run = read_bench(_file(tmp_path, LATENCY))
-    assert (run.kind, run.samples_s, run.model) == ("batch", (0.52, 0.48, 0.5), "")
-    assert run.percentiles_s == {"10": 0.484, "50": 0.5, "99": 0.5196}
-    assert read_bench(_file(tmp_path, {**LATENCY, "model_id": "/models/dense"})).model == "/models/dense"
-
-
 def test_a_file_that_vllm_wrote() -> None:
     """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two shared cores."""
     run = read_bench(FILE.with_name("vllm_bench_latency.json"))
     assert (run.kind, run.model, len(run.samples_s)) == ("batch", "bdense", 8)
     assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
-
-
-@pytest.mark.parametrize("release", KNOWN)
-def test_the_keys_are_those_of_the_releases(release: str) -> None:
-    written = {kind: set(names.split()) for kind, names in KNOWN[release]["json"].items()}
-    assert set(LATENCY) <= written["latency"]
-    assert set(_serve()) - {"mean_ttft_ms", "p99_ttft_ms", "std_ttft_ms"} <= written["serve"]
-    assert {"ttfts", "itls"} <= written["serve without --save-detailed lacks"]
-    assert "latencies" not in written["serve without --save-detailed lacks"]
 
 
 def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
@@ -106,19 +88,11 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
     assert newer.samples_s == pytest.approx(run.samples_s)
 
 
-def test_a_short_result_has_one_sample_with_its_ramps(tmp_path: Path) -> None:
-    content = _serve(ttfts="absent", itls="absent")
-    run = read_bench(_file(tmp_path, content))
-    assert run.samples_s == (pytest.approx(MANY * content["duration"] / REQUESTS),)
-    assert "with ramp-up and ramp-down; use --save-detailed and --num-prompts 40" in run.note
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("", "run.json:1:1: is not JSON (Expecting value)"),
         (json.dumps(LATENCY) + "\n" + json.dumps(LATENCY), "run.json:2:1: is not JSON (several results"),
-        ("[" * 100_000, "is not JSON (too many levels)"),
         ([1], "expected a JSON object of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench"),
         (
             {"elapsed_time": 1.0},
@@ -126,19 +100,11 @@ def test_a_short_result_has_one_sample_with_its_ramps(tmp_path: Path) -> None:
         ),
         ({**LATENCY, "latencies": []}, "latencies: expected a list of times, got []"),
         ({**LATENCY, "latencies": [0.5, -1.0]}, "latencies: expected positive times in seconds, at most 1e9, got"),
-        ({**LATENCY, "latencies": ["fast"]}, "latencies: expected"),
-        ({**LATENCY, "latencies": [math.nan]}, "latencies: expected positive times"),
         ({"avg_latency": 0.5}, "latencies: expected a value, got no such key"),
-        ({**LATENCY, "percentiles": [1]}, "percentiles: expected an object, got [1]"),
-        ({**LATENCY, "model_id": 5}, "model_id: expected text, got 5"),
         (_serve(max_concurrency=None), "max_concurrency: expected a value, got null"),
-        (_serve(max_concurrency=2.5), "max_concurrency: expected a whole number from 1 up, got 2.5"),
         (_serve(request_rate=4.0), "request_rate: expected inf, requests that start when others finish, got 4.0"),
-        (_serve(completed=20), "failed: expected 0 requests, got 4"),
         (_serve(failed=3), "failed: expected 0 requests, got 3"),
-        (_serve(duration=0.0), "duration: expected a positive time in seconds"),
         (_serve(itls=[[0.1]]), "itls: expected 24 lists, as ttfts, got"),
-        (_serve(total_output_tokens="absent"), "total_output_tokens: expected a value, got no such key"),
     ],
 )
 def test_wrong_files_are_refused_by_file_and_key(tmp_path: Path, content: Any, reason: str) -> None:
@@ -147,11 +113,6 @@ def test_wrong_files_are_refused_by_file_and_key(tmp_path: Path, content: Any, r
         read_bench(file)
     assert str(caught.value).startswith(str(file))
     assert reason in str(caught.value)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.json: cannot be read"):
-        read_bench(tmp_path / "none.json")
 
 
 def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:

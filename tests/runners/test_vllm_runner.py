@@ -18,15 +18,13 @@ from typing import Any
 import pytest
 from fake_vllm import FILE, pass_s
 
-import simulator
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.runners.cases import Case
-from calibration.runners.compare import name_of, rows_of
 from calibration.runners.vllm import runner as running
-from calibration.runners.vllm.models import CLASSES, Models, shapes_of
-from calibration.runners.vllm.process import RELEASES, cause, environment
-from calibration.runners.vllm.runner import STEPS, VllmRunner, lengths, release_note
+from calibration.runners.vllm.models import CLASSES, Models
+from calibration.runners.vllm.process import RELEASES, environment
+from calibration.runners.vllm.runner import VllmRunner
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
@@ -175,15 +173,6 @@ def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
         assert not runner.engines
 
 
-def test_a_release_that_was_not_compared_is_noted(plant: Callable[..., None]) -> None:
-    plant(release="0.99.0", interface=RELEASES[1])
-    (case,) = _cases("depth 0.25")
-    with closing(_runner([case])) as runner:
-        assert "0.99.0" in runner.record(case, 10.0)["reason"]
-    assert release_note("0.10.2")
-    assert not any(map(release_note, RELEASES))
-
-
 def test_vllm_must_be_installed() -> None:
     (case,) = _cases("depth 0.25")
     with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
@@ -226,14 +215,6 @@ def test_other_formats_devices_and_lengths_are_refused(plant: Callable[..., None
         Models(load_model("pythia-6.9b"), content_of("pythia-6.9b"))
 
 
-def test_a_larger_case_that_was_not_checked_starts_larger_engines(plant: Callable[..., None]) -> None:
-    small, large = (_cases("depth 0.25", shapes=((b, 256),))[0] for b in (1, 8))
-    with closing(_runner([small])) as runner:
-        found = [runner.record(case, 0.0)["settings"]["max_num_seqs"] for case in (small, large, small)]
-        assert found == [1, 8, 8]
-        assert len(runner.engines) == 2
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("text", ["depth 0.25", "width mlp=0.25", "width 0.5", "width_cross 0.25"])
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "phi-3-mini-4k"])
@@ -248,26 +229,6 @@ def test_configurations_state_the_predicted_shapes(name: str, text: str) -> None
     assert config["architectures"] == [CLASSES[model.architecture]]
     assert load_model(config).parameters == pytest.approx(case.pruned.parameters, rel=1e-9)
     assert load_model(config).parameters < model.parameters
-
-
-@pytest.mark.quick
-def test_configurations_of_experts_and_first_layers() -> None:
-    model = load_model("qwen3-30b-a3b")
-    few, fewer_active = _cases("experts 0.25", "experts 0.5 fewer=active", model=model)
-    assert _config(few, model)["num_experts"] == 96
-    assert _config(fewer_active, model)["num_experts_per_tok"] == 4
-    assert shapes_of(model, few.pruned).expert_inner == model.expert_inner
-    nested = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {}}
-    nested["text_config"] = {**content_of("mistral-7b-v0.3"), "model_type": "mistral"}
-    config = Models(load_model(nested), nested).config_of(load_model(nested))
-    assert (config["architectures"], config["hidden_size"]) == (["MistralForCausalLM"], 4096)
-    assert not {"vision_config", "text_config"} & set(config)
-
-
-@pytest.mark.quick
-def test_requests_of_phases() -> None:
-    cases = _cases("depth 0.25", phases=PHASES)
-    assert [lengths(c) for c in cases] == [(256, 1), (256 - STEPS // 2, STEPS + 1), (256, 16), (256, 16)]
 
 
 @pytest.mark.quick
@@ -287,39 +248,9 @@ def test_a_child_sees_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment("cuda")["CUDA_VISIBLE_DEVICES"] == "4"
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("output", "found"),
-    [
-        ("", ""),
-        ("Killed", "Killed"),
-        ("(x) INFO 11-28 12:00 ValueError: no\nERROR 11-28 ValueError: bad\nRuntimeError: EngineDeadError", "bad"),
-        ("torch.OutOfMemoryError: CUDA out of memory\nother line", "OutOfMemoryError: CUDA out of memory"),
-    ],
-)
-def test_causes_in_the_output(output: str, found: str) -> None:
-    assert cause(output).endswith(found)
-    assert bool(cause(output)) == bool(found)
-
-
 def test_the_installed_vllm_has_the_interface() -> None:
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
     engine = {"model", "load_format", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"}
     assert engine <= set(inspect.signature(vllm.EngineArgs).parameters)
     assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
     assert {"request_id", "prompt", "params"} <= set(inspect.signature(vllm.LLMEngine.add_request).parameters)
-
-
-def test_a_run_is_predicted_in_the_generation_of_its_version() -> None:
-    (case,) = _cases("depth 0.5", phases=("decode",))
-    record = {"key": name_of(case, "bf16", "vllm"), "status": "ok", "runtime": "vllm"}
-    record |= {"dense_s": [2e-3] * 9, "pruned_s": [1e-3] * 9}
-    hw = simulator.load_hardware("h100")
-    of = {"0.12.0": "vllm@v1", "0.19.1": "vllm@async", "nightly": "vllm"}
-    for version, engine in of.items():
-        (row,) = rows_of([case], [{**record, "versions": {"vllm": version}}], hw, engine="vllm")
-        expected = simulator.workload_time(case.run_in(engine).dense, hw).total_s
-        assert row.predicted_dense_s == pytest.approx(expected, rel=1e-12)
-    (row,) = rows_of([case], [record], hw, engine="vllm")
-    expected = simulator.workload_time(case.run_in("vllm").dense, hw).total_s
-    assert row.predicted_dense_s == pytest.approx(expected, rel=1e-12)

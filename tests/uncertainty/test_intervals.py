@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import simulator
 from simulator.engines.engine import list_engines
@@ -21,14 +19,7 @@ from simulator.pruning import general_families, prune
 from simulator.request import Meta
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
-from simulator.uncertainty.intervals import (
-    CONSISTENT_SD,
-    MEASURED_LOG_SD,
-    MIXED_LOG_SD,
-    UNEXPLAINED,
-    intervals,
-    workload_time,
-)
+from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
 from simulator.workload import Kind, Part, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
@@ -151,74 +142,6 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
         assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
     assert inferred.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
     assert (inferred.deviation < 0.1) == (factor == 1.0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(["", "reference", "compile", "trtllm"]),
-    st.sampled_from(["prefill", "decode", "serve"]),
-    st.integers(1, 64),
-    st.integers(1, 4000),
-    st.sampled_from([f for f in general_families() if f != "semi_structured"]),
-    st.floats(0.05, 0.9),
-    st.floats(0.5, 2.0),
-)
-def test_without_a_host_a_measured_time_widens_by_what_it_leaves_unexplained_alone(
-    engine: str, phase: str, batch: int, seq: int, family: str, sparsity: float, factor: float
-) -> None:
-    dense = lowered(engine, phase, batch, seq)
-    pruned = prune(dense, family, sparsity)
-    before, _ = compared(dense, pruned)
-    after, inferred = compared(dense, pruned, dense_s=factor * float(before.dense_s[0]))
-    gain = 1.0 - 1.0 / max(float(after.speedup[1]), 1.0 / float(after.speedup[1]))
-    slack = 2.0 * COVERAGE_FACTOR * UNEXPLAINED * abs(np.log(factor)) * gain if inferred.consistent else 0.0
-    assert width(after, 1)[0] <= width(before, 1)[0] + 1e-9
-    for a, b in zip(width(before, 1)[1:], width(after, 1)[1:], strict=True):
-        assert b <= np.hypot(a, slack) + 1e-9
-    if factor == 1.0:
-        assert all(b <= a + 1e-9 for a, b in zip(width(before, 1), width(after, 1), strict=True))
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(("engine", "phase", "batch"), CASES)
-def test_a_time_as_predicted_widens_no_speedup(engine: str, phase: str, batch: int) -> None:
-    dense = lowered(engine, phase, batch)
-    pruned = [
-        prune(dense, family, s) for family in general_families() for s in (0.25, 0.5) if family != "semi_structured"
-    ]
-    before, _ = compared(dense, *pruned)
-    after, _ = compared(dense, *pruned, dense_s=float(before.dense_s[0]))
-    np.testing.assert_allclose(after.speedup, before.speedup, rtol=0.015)
-    for i in range(1, 1 + len(pruned)):
-        # but for what a host does to a pass, which is not linear; more so where pruning adds launches,
-        # and where kernels are better known than the host
-        slack = 1.08 if pruned[i - 1].overhead.any() else 1.05
-        assert width(after, i)[2] <= slack * width(before, i)[2] + 1e-9, pruned[i - 1].meta.applied
-
-
-@pytest.mark.quick
-def test_a_measured_time_pins_the_host_where_the_host_sets_the_pace() -> None:
-    dense = lowered("hf", seq=64)
-    plain, _ = compared(dense)
-    for factor in (0.7, 1.0, 1.6):
-        c, inferred = compared(dense, dense_s=factor * float(plain.dense_s[0]))
-        assert inferred.host_bound
-        assert inferred.host == pytest.approx(factor, rel=0.1)
-        assert inferred.device == pytest.approx(1.0, abs=0.05)
-        # that host beside a longer pass: seen before the device is
-        other = lowered("hf", batch=4, seq=64)
-        ratio = compared(dense, other, dense_s=factor * float(plain.dense_s[0]))[0].pruned_s[1] / c.dense_s[0]
-        assert ratio == pytest.approx(1.0, abs=0.1)
-
-
-@pytest.mark.quick
-def test_a_measured_time_moves_the_kernels_where_the_device_sets_the_pace() -> None:
-    dense = lowered("hf", "prefill", batch=8, seq=2048)
-    plain = workload_time(dense, H100)
-    _, inferred = compared(dense, dense_s=1.1 * plain.total_s)
-    assert not inferred.host_bound
-    assert 1.05 < inferred.device < 1.1  # the rest no operator explains
-    assert inferred.host == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_time_that_no_host_and_no_kernel_explains_is_ignored() -> None:

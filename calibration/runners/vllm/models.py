@@ -11,18 +11,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from calibration.runners.cases import Case
 from simulator.errors import InputError
-from simulator.models.block import Block
 from simulator.models.changes import changed_keys
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
+from simulator.prediction.loading import shapes_of
 from simulator.prediction.runnable import will_run
-from simulator.pruning._aligned import widths
-from simulator.pruning._rows import layer_count
 from simulator.workload import ROLES, Kind, Workload
 
 CLASSES: Mapping[str, str] = MappingProxyType(
@@ -122,41 +118,6 @@ class Models:
             where = f"{heads} heads" if heads else f"n={n}, k={k}"
             raise InputError(f"vLLM would not build the predicted shapes, such as {role} with {where}")
         return model
-
-
-def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
-    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers.
-
-    >>> import simulator
-    >>> model = simulator.load_model("qwen3-30b-a3b")
-    >>> pruned = simulator.prune(simulator.lower(model, phase="decode"), "experts", 0.25)
-    >>> (found := shapes_of(model, pruned)).layers, found.experts, found.expert_inner
-    (48, 96, 768)
-    """
-    layers, attention, routed = layer_count(pruned), pruned.is_attention, pruned.kind == Kind.EXPERTS
-    found = widths(pruned)
-    latent = dense.latent is not None
-    usual = Block(
-        heads=_largest(pruned.heads[attention], dense.heads),
-        kv_heads=dense.kv_heads if latent else _largest(pruned.kv_heads[attention], dense.kv_heads),
-        inner=_largest(found["MLP width"], 0) if dense.inner else 0,
-        experts=_largest(pruned.experts[routed], 0),
-        active=float(pruned.active[routed].max(initial=0.0)),
-        expert_inner=_largest(pruned.n[routed], 0),
-    )
-    model = replace(
-        dense,
-        layers=layers,
-        windows=dense.windows[:layers],
-        hidden=_largest(found["hidden size"], dense.hidden),
-        blocks=(),
-    )
-    # layers of an architecture that differ, such as first layers without experts, differ in their places only
-    return model.with_usual(usual, dense.blocks[:layers])
-
-
-def _largest(values: Any, default: int) -> int:
-    return int(np.max(values, initial=0)) or default
 
 
 def shapes(w: Workload) -> Counter[ModelShape]:

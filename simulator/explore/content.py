@@ -1,0 +1,212 @@
+"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from simulator.engines.engine import load_engine
+from simulator.figures.panels import rooflines_of, speedups_of, waterfalls_of
+from simulator.figures.save import svg_text
+from simulator.figures.titles import device_title, engine_title, model_title
+from simulator.prediction.breakeven import break_even
+from simulator.prediction.caveats import uncalibrated
+from simulator.prediction.conclusions import of_speedups
+from simulator.prediction.explain import Explanation, conclusions, explanations
+from simulator.prediction.runnable import runnables
+from simulator.prediction.scenario import Scenario, batch_name, engines_of, models_of, profiles
+from simulator.prediction.table import table
+from simulator.units import percent, ratio
+
+if TYPE_CHECKING:
+    from simulator.prediction.result import Result, Results
+
+MOST_SENTENCES = 8
+"""Sentences on break-even; of more prunings the fastest is stated."""
+
+MOST_DETAILS = 4
+"""Devices and engines on which one pruning is explained."""
+
+_DRAWING = threading.Lock()
+"""Matplotlib's settings belong to the process, and each visitor of the page has a thread."""
+
+
+class Drawing(NamedTuple):
+    """A figure as an SVG element; ``width`` is its natural width in CSS pixels."""
+
+    title: str
+    svg: str
+    width: int
+
+
+@dataclass(frozen=True)
+class PageContent:
+    """Everything that is shown of a request."""
+
+    answer: tuple[str, ...]
+    facts: Mapping[str, str]  # what was asked
+    rows: tuple[Result, ...]
+    records: tuple[dict[str, Any], ...]  # the rows of prunesim speedup --json
+    details: tuple[Explanation, ...]  # of one pruning
+    parts: tuple[str, ...]  # what each named pruning removes, and whether each engine runs it
+    notes: tuple[str, ...]
+
+    @property
+    def detail(self) -> Result:
+        """The first prediction that is explained."""
+        return self.details[0].result
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Where the explained pruning loses its nominal speedup."""
+        return tuple(conclusions(self.details))
+
+    @cached_property
+    def drawings(self) -> tuple[Drawing, ...]:
+        """The figures; drawing them takes longer than everything else."""
+        several = len({(r.phase, r.batch, r.seq) for r in self.rows}) > 1
+        where = f" ({self.detail.phase}, {batch_name(self.detail.phase)} {self.detail.batch}, seq {self.detail.seq})"
+        name = f"{self.detail.pruning}{where if several else ''}"
+        with _DRAWING:
+            figures = {
+                "Speedup": speedups_of([replace(r, family=r.name) for r in self.rows]),
+                f"Losses of {name}": waterfalls_of(self.details),
+                f"GEMMs of {name}": rooflines_of(self.details),
+            }
+            return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
+
+    @property
+    def prunings(self) -> tuple[str, ...]:
+        """Names of the prunings."""
+        return tuple(dict.fromkeys(r.pruning for r in self.rows))
+
+    @property
+    def table(self) -> dict[str, list[Any]]:
+        """Columns of the table: settings in which rows differ, then predictions. Times are in ms, memory in GiB."""
+        columns: dict[str, list[Any]] = {
+            name: [getattr(r, name) for r in self.rows] for name in ("hardware", "engine", "phase", "batch", "seq")
+        }
+        columns = {name: values for name, values in columns.items() if len(set(values)) > 1}
+        return columns | {
+            "pruning": [r.pruning for r in self.rows],
+            "speedup": [r.speedup for r in self.rows],
+            "lower": [r.speedup_lower for r in self.rows],
+            "upper": [r.speedup_upper for r in self.rows],
+            "dense (ms)": [1e3 * r.dense_s for r in self.rows],
+            "pruned (ms)": [1e3 * r.pruned_s for r in self.rows],
+            "FLOP bound": [r.flop_bound for r in self.rows],
+            "byte bound": [r.byte_bound for r in self.rows],
+            "roofline bound": [r.roofline_bound for r in self.rows],
+            "bottleneck": [r.bottleneck for r in self.rows],
+            "memory (GiB)": [r.pruned_memory_bytes / 2**30 for r in self.rows],
+            "most sequences": [r.pruned_largest_batch for r in self.rows],
+        }
+
+
+def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
+    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``.
+
+    The fastest pruning is explained if none is called so.
+
+    >>> found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "prune": ["depth 0.25"], "phase": ["decode"]})
+    >>> [drawing.title for drawing in found.drawings]
+    ['Speedup', 'Losses of depth at 25 %', 'GEMMs of depth at 25 %']
+    """
+    found = table(**asked)
+    scenario = asked.get("scenario") or Scenario()
+    (model,), devices = models_of(asked["models"]), profiles(asked["hardware"])
+    engines = engines_of(asked.get("engine", ())) or (scenario.engine,)
+    named = any(asked.get(name) for name in ("prune", "pruned", "method"))
+    answers = runnables(found, replace(scenario, model=model), engines, devices if named else ())
+    even = break_even(found.rows)
+    if 0 < len(even) <= MOST_SENTENCES:
+        answer = [b.sentence for b in even]
+    else:
+        answer = of_speedups(found.rows, [a.clause for a in answers] if named else ())
+    parts: dict[str, str] = {}
+    if named:
+        parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}
+        parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
+    return PageContent(
+        answer=tuple(answer),
+        facts=_facts(found.rows),
+        rows=found.rows,
+        records=tuple({**r.to_dict(), **a.to_dict()} for r, a in zip(found, answers)),
+        details=_explained(found, asked, detail),
+        parts=tuple(parts),
+        notes=(*uncalibrated(found, scenario.dense_s is not None), *found.notes),
+    )
+
+
+def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
+    """Return the explanations of one pruning on each device and engine, for the request that it accelerates most."""
+    best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
+    devices = {hw.label: hw for hw in profiles(asked["hardware"])}
+    engines = {load_engine(e).name: e for e in asked.get("engine", ())}
+    out: list[Explanation] = []
+    for r, index in zip(found, found.pruning.tolist()):
+        same = (r.pruning, r.phase, r.batch, r.seq) == (best.pruning, best.phase, best.batch, best.seq)
+        if not same or len(out) == MOST_DETAILS:
+            continue
+        existing = found.prunings[index].model
+        which: dict[str, Any] = {"prune": [r.prune]} if existing is None else {"pruned": [existing]}
+        where: dict[str, Any] = {"phase": [r.phase], "batch": [r.batch], "seq": [r.seq]}
+        where |= {"engine": [engines[r.engine]] if engines else (), "scenario": asked.get("scenario")}
+        out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
+    return tuple(out)
+
+
+def _facts(rows: Sequence[Result]) -> dict[str, str]:
+    """Return the settings of all rows, each value once."""
+    r = rows[0]
+    listed = {
+        "Model": [model_title(r.model) for r in rows],
+        "Hardware": [f"{f'{r.devices} x ' if r.devices > 1 else ''}{device_title(r.hardware)}" for r in rows],
+        "Engine": [engine_title(r.engine) for r in rows],
+        "Phase": [r.phase for r in rows],
+        batch_name(r.phase).capitalize(): [f"{r.batch:,}" for r in rows],
+        "Sequence": [f"{r.seq:,} tokens" for r in rows],
+        "New tokens": [f"{r.new_tokens:,}" for r in rows if r.new_tokens],
+        "Formats": [f"{r.dtype}, weights {r.weight_dtype}, cache {r.kv_dtype}"],
+        "Intervals": [percent(r.level)],
+    }
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in listed.items() if values}
+
+
+def cell(value: Any) -> str:
+    """Return a value of :attr:`PageContent.table` as text.
+
+    >>> cell(1.2345), cell(12345.6), cell(2048), cell("depth")
+    ('1.23', '12,346', '2,048', 'depth')
+    """
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else ratio(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def command(name: str, model: str, options: Mapping[str, Any]) -> str:
+    """Return a command line; ``options`` are texts by name, and empty ones are omitted.
+
+    >>> command("speedup", "my model", {"hardware": "h100", "prune": ["depth 0.25"], "kv_dtype": "", "ideal": True})
+    "prunesim speedup 'my model' --hardware h100 --prune 'depth 0.25' --ideal"
+    """
+    words = ["prunesim", name, model]
+    for option, value in options.items():
+        flag = f"--{option.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one not in (None, False, ""):
+                words += [flag] if one is True else [flag, str(one)]
+    return shlex.join(words)
+
+
+def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
+    """Return the command lines that print the table and the explanations."""
+    alone = dict.fromkeys(("family", "method", "sparsity", "option"))
+    r = found.detail
+    explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
+    explained |= {"prune": [r.prune]} if r.prune else {}
+    return [command("speedup", model, options), command("explain", model, explained)]

@@ -1,0 +1,203 @@
+"""Write plans and costs: ``plan.yaml`` for ``--prune``, ``config.json`` with ``block_configs``, and the costs that
+ModelOpt's Puzzletron reads, ``subblock_stats.json``, for its targets on latency, throughput, first token and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.files.write import write_whole
+from simulator.models.block import Block
+from simulator.models.block_configs import block_config
+from simulator.models.changes import config_of, content_of, write_config
+from simulator.models.config import ModelConfig
+from simulator.models.difference import runs
+from simulator.models.lower import lower, stream_of
+from simulator.plans.variants import has, part_of
+from simulator.prediction.scenario import device_text
+from simulator.pruning._grammar import plan_steps
+from simulator.pruning._steps import prune_steps
+
+if TYPE_CHECKING:
+    from simulator.plans.costs import Costs, PricedRequest
+    from simulator.plans.search import Plan
+
+PLAN = "plan.yaml"
+MIB = 2.0**20
+
+DTYPE_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("fp32", "tf32"), "torch.float32"),
+    **dict.fromkeys(("fp8", "fp8_block"), "torch.float8_e4m3fn"),
+    **{"fp16": "torch.float16", "bf16": "torch.bfloat16", "int8": "torch.int8"},
+    **{name: name for name in ("int4", "nvfp4", "mxfp4")},
+}
+"""Names of number formats in ModelOpt: those of torch, else their own."""
+
+_CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNConfig")}
+
+
+def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
+    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family of pruning has.
+
+    >>> from simulator.models.library import load_model
+    >>> from simulator.plans.costs import planned
+    >>> from simulator.plans.variants import variant
+    >>> model = load_model("llama-3.1-8b")
+    >>> blocks = [*model.layout[:31], variant("mlp", "7168", model.usual)]
+    >>> print(plan_text(model, planned(model, blocks)))
+    layers:
+      31: width mlp=0.5 align=1
+    <BLANKLINE>
+    """
+    texts = [_text(old, new) for old, new in zip(dense.layout, pruned.layout)]
+    lines = ["layers:"]
+    for text, some in groupby(range(len(texts)), key=lambda i: texts[i]):
+        if text:
+            lines.append(f"  {runs(some)}: {text}")
+    if len(lines) == 1:
+        return "prune: depth 0\n"
+    return "\n".join(lines) + "\n"
+
+
+def _text(old: Block, new: Block) -> str:
+    """Return the pruning of one layer as a text of the grammar."""
+    if new.linear != old.linear:
+        raise InputError("plan: --prune has no linear sublayers; use the written config.json")
+    gone = [name for name in ("attention", "mlp") if has(name, old) and not has(name, new)]
+    if len(gone) == 2 or (gone and not any(has(name, new) for name in ("attention", "mlp"))):
+        return "depth"
+    steps = [f"depth unit={name}" for name in gone]
+    parts = []
+    if "attention" not in gone and (new.heads, new.kv_heads) != (old.heads, old.kv_heads):
+        for name, now, was in (("heads", new.heads, old.heads), ("kv", new.kv_heads, old.kv_heads)):
+            parts += [f"{name}={_removed(now, was)}"] if now != was else []
+    if "mlp" not in gone:
+        width, dense = (new.expert_inner, old.expert_inner) if old.experts else (new.inner, old.inner)
+        parts += [f"mlp={_removed(width, dense)}"] if width != dense else []
+        if new.experts != old.experts:
+            steps.append(f"experts {_removed(new.experts, old.experts)}")
+    if parts:
+        steps.insert(0, f"width {' '.join(parts)} align=1")
+    return " + ".join(steps)
+
+
+def _removed(now: int, was: int) -> str:
+    """Return the removed fraction, rounded up, as families round the width that stays up."""
+    return f"{math.ceil((1.0 - now / was) * 1e9 - 1e-3) / 1e9:.9g}"
+
+
+def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
+    """Write a plan to a folder, which is created; return a line per file, or why one is missing.
+
+    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if
+    the folder has the ``config.json`` of another plan; nothing is written then.
+    """
+    target = Path(folder).expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
+    dense, lines = plan.dense, list[str]()
+    content, text = None, None
+    try:
+        content = config_of(content_of(source, dense), dense, plan.pruned)
+    except InputError as error:
+        lines.append(f"config.json is not written: {error}")
+    try:
+        text = plan_text(dense, plan.pruned)
+        check_plan(text, dense, plan.pruned)
+    except InputError as error:
+        text = None
+        lines.append(f"{PLAN} is not written: {error}")
+    if content is not None:
+        write_config(target, content)  # first: it never replaces that of another plan
+    if text is not None:
+        write_whole(target / PLAN, text.encode())
+        r = plan.results[0]  # other commands have other defaults
+        request = f"--phase {r.phase} --batch {r.batch} --seq {r.seq}"
+        lines.append(f"with --prune {folder}/{PLAN} use the same request: {request}")
+    else:
+        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
+    written = [*([PLAN] if text else []), *(["config.json"] if content else [])]
+    return [f"written: {folder}/{{{','.join(written)}}}" if written else f"{folder}: no file is written", *lines]
+
+
+def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
+    """Raise InputError if the text of a plan does not give the parameters and FLOPs of the plan."""
+    own = prune_steps(lower(dense, phase="decode"), plan_steps(text))
+    other = lower(pruned, phase="decode")
+    pairs = [(w.parameters, float(w.flops.sum())) for w in (own, other)]
+    if abs(pairs[0][0] - pairs[1][0]) > 0.5 or abs(pairs[0][1] / pairs[1][1] - 1.0) > 1e-9:
+        raise InputError("the families of --prune cannot state these shapes exactly")
+
+
+def subblock_stats(found: Costs) -> list[dict[str, Any]]:
+    """Return the content of ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB.
+
+    >>> from simulator.plans.costs import costs
+    >>> (one,) = subblock_stats(costs("llama-3.1-8b", "h100", phase="generate", batch=8))
+    >>> sorted({row["subblock_config_class"] for row in one["subblocks"]}), one["args"]["generation_seq_len"]
+    (['AttentionConfig', 'FFNConfig'], 128)
+    """
+    model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
+    each = len(pairs) // len(found.settings)
+    for i, at in enumerate(found.settings):
+        *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
+        subblocks = [_subblock(model, row, block) for row, block in sublayers]
+        out.append({"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks})
+    return out
+
+
+def stats_text(found: Costs) -> str:
+    """Return the text of ``subblock_stats.json``."""
+    return json.dumps(subblock_stats(found), indent=1, allow_nan=False) + "\n"
+
+
+def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:
+    """Return a setting in ModelOpt's keys, by which Puzzletron selects prices (``subblock_stats_args``)."""
+    scenario = at.scenario
+    formats = {"weights": scenario.weight_dtype or scenario.dtype, "activations": scenario.dtype}
+    formats["kv_cache"] = scenario.kv_dtype or stream_of(scenario.dtype)
+    return {
+        "gpu": device_text(at),
+        "batch_size": at.batch,
+        "prefill_seq_len": at.seq,
+        "generation_seq_len": {"prefill": 0, "decode": 1}.get(at.phase, scenario.new_tokens),
+        "prefill_queue_size": 0,
+        "n_embd": model.hidden,
+        "n_head": model.heads,
+        "vocab_size": model.vocab,
+        "runtime_stats": True,
+        "use_cuda_graph": load_engine(at.engine).in_graph("decode"),
+        **{f"{key}_dtype": DTYPE_NAMES[name] for key, name in formats.items()},
+    }
+
+
+def _amounts(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "runtime_ms": row["seconds"] * 1e3,
+        "prefill_runtime_ms": row["prefill_s"] * 1e3,
+        "decode_runtime_ms": row["decode_s"] * 1e3,
+        "memory_mib": (row["weights_bytes"] + row["cache_bytes"]) / MIB,
+        "num_params": round(row["parameters"]),
+    }
+
+
+def _subblock(model: ModelConfig, row: Mapping[str, Any], block: Block) -> dict[str, Any]:
+    key, class_name = _CLASSES[row["sublayer"]]
+    idle = (block.experts - block.active) * model.expert_parameters(block) if block.experts else 0.0
+    return {
+        "subblock_config": block_config(part_of(row["sublayer"], block), model.layout[row["layer"]])[key],
+        "subblock_config_class": class_name,
+        **_amounts(row),
+        "active_params": round(row["parameters"] - idle),
+        "parent_layer_index": row["layer"],
+        "kv_cache_memory_mib": row["cache_bytes"] / MIB,
+    }

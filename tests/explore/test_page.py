@@ -1,0 +1,257 @@
+"""The page without a browser: Streamlit runs it, and its elements are compared with the library."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("streamlit", reason='no module streamlit: pip install -e ".[explore]"')
+
+from streamlit.testing.v1 import AppTest
+
+import simulator
+from simulator.cli import run
+from simulator.explore import app
+from simulator.prediction.conclusions import of_speedups
+
+PAGE = Path(app.__file__)
+
+WATCHED: list[str] = []
+"""Paths that were opened or listed while a test watches."""
+
+_watching = [False]
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching[0] and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str):
+        WATCHED.append(arguments[0])
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    WATCHED.clear()
+    _watching[0] = True
+    yield WATCHED
+    _watching[0] = False
+
+
+def page(**address: Any) -> AppTest:
+    """The page at an address."""
+    at = AppTest.from_file(PAGE, default_timeout=60)
+    for name, value in address.items():
+        at.query_params[name] = value
+    return good(at.run())
+
+
+def good(at: AppTest) -> AppTest:
+    """The same page, which has no traceback."""
+    assert [e.message for e in at.exception] == []
+    return at
+
+
+def texts(at: AppTest) -> str:
+    return unescape("\n".join(element.proto.body for element in at.get("html")))
+
+
+def address(at: AppTest) -> dict[str, list[str]]:
+    """The settings in the address; versions of Streamlit differ in the form of a single value."""
+    return {name: [value] if isinstance(value, str) else list(value) for name, value in at.query_params.items()}
+
+
+def expected(**changes: Any) -> Any:
+    """The table that the page shows at first, with changes."""
+    asked: dict[str, Any] = {
+        "models": "llama-3.1-8b",
+        "hardware": ["h100"],
+        "family": ["depth", "width", "low_rank", "dynamic_depth"],
+        "sparsity": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+        "phase": "decode",
+    }
+    return simulator.table(**{name: value for name, value in {**asked, **changes}.items() if value is not None})
+
+
+def shows(at: AppTest, found: Any) -> bool:
+    """Whether the table of the page has these predictions."""
+    shown = at.dataframe[0].value
+    same = shown["pruning"].tolist() == [r.pruning for r in found]
+    return same and shown["speedup"].tolist() == pytest.approx([r.speedup for r in found], rel=1e-12)
+
+
+def test_the_page_answers_at_once() -> None:
+    at, found = page(), expected()
+    assert shows(at, found)
+    assert of_speedups(found.rows)[0] in texts(at)
+    assert texts(at).count("data:image/svg+xml") == 3
+    assert len(at.error) == len(at.warning) == 0
+    assert address(at) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "changes"),
+    [
+        ("model", "qwen3-8b", {"models": "qwen3-8b"}),
+        ("hardware", ["h100_sxm", "a100_sxm_80gb"], {"hardware": ["h100", "a100_sxm_80gb"]}),
+        ("engine", ["hf", "vllm"], {"engine": ["hf", "vllm"]}),
+        ("family", ["token"], {"family": ["token"]}),
+        ("sparsity", "25%, 0.5", {"sparsity": [0.25, 0.5]}),
+        ("phase", "serve", {"phase": "serve"}),
+        ("batch", "1, 64", {"batch": [1, 64]}),
+        ("seq", "8k", {"seq": 8192}),
+        ("weight_dtype", "int8", {"scenario": simulator.Scenario(weight_dtype="int8")}),
+        ("kv_dtype", "fp8", {"scenario": simulator.Scenario(kv_dtype="fp8")}),
+        ("dtype", "fp8", {"scenario": simulator.Scenario(dtype="fp8")}),
+        ("devices", "4", {"scenario": simulator.Scenario(devices=4)}),
+        ("dense_time", "8ms", {"scenario": simulator.Scenario(dense_s=0.008)}),
+    ],
+)
+def test_each_widget_changes_the_request_and_the_address(name: str, value: Any, changes: dict[str, Any]) -> None:
+    at = page(sparsity="50%")
+    widget = next(w for w in (*at.selectbox, *at.multiselect, *at.text_input) if w.key == name)
+    good(widget.set_value(value).run())
+    found = expected(**{"sparsity": [0.5], **changes})
+    assert shows(at, found)
+    assert address(at)[name] == ([value] if isinstance(value, str) else value)
+    again = page(**address(at))
+    assert shows(again, found)
+    assert len(again.warning) == 0
+
+
+def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
+    at = page(by="text", prune="width mlp=0.3\ndepth 0.25", batch="8")
+    assert shows(at, expected(family=None, sparsity=None, prune=["width mlp=0.3", "depth 0.25"], batch=8))
+    assert "will it run? Yes" in texts(at)
+    for text, message in (("width mlp=oops", "column 11: expected a fraction"), ("plan.yaml", "expected no plan")):
+        good(at.text_area(key="prune").set_value(text).run())
+        (error,) = at.error
+        assert message in error.value
+        assert "\n" not in error.value
+        assert len(at.dataframe) == 0
+    good(at.text_area(key="prune").set_value("shortgpt 0.3").run())
+    assert len(at.error) == 0
+    good(at.text_input(key="batch").set_value("0").run())
+    assert at.error[0].value == "Batch: value 0: expected a whole number from 1 to 2147483647"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hardware", [], "hardware: expected at least one"),
+        ("family", [], "family: expected at least one"),
+        ("dtype", "fp8", "a100_sxm_80gb has no fp8 arithmetic"),
+        ("sparsity", ", ".join(["0.5"] * 30), "expected 1 to 25 values"),
+        ("batch", ",".join(map(str, range(1, 26))), "expected at most 1,000 predictions, got 1,400"),
+    ],
+)
+def test_requests_that_cannot_be_predicted_are_one_line(name: str, value: Any, message: str) -> None:
+    at = page(hardware=["h100_sxm", "a100_sxm_80gb"])
+    widget = next(w for w in (*at.selectbox, *at.multiselect, *at.text_input) if w.key == name)
+    good(widget.set_value(value).run())
+    (error,) = at.error
+    assert message in error.value
+
+
+def test_another_pruning_is_explained_on_request_and_stays() -> None:
+    at = page()
+    assert "depth at 70 % of llama-3.1-8b: nominal 3.33x" in texts(at)
+    good(at.selectbox(key="explained").set_value("width at 50 %").run())
+    assert "width at 50 % of llama-3.1-8b: nominal 2.00x" in texts(at)
+    good(at.selectbox(key="phase").set_value("prefill").run())
+    assert "width at 50 % of llama-3.1-8b: nominal 2.00x" in texts(at)
+    assert address(at) == {"phase": ["prefill"], "detail": ["width at 50 %"]}
+
+
+def test_the_commands_of_the_page_give_its_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    at = page(
+        engine=["hf", "vllm"], sparsity="25%", kv_dtype="fp8", phase="generate", new_tokens="16", parallel="tensor"
+    )
+    speedup, explain = at.code[0].value.splitlines()
+    assert run([*shlex.split(speedup)[1:], "--csv", str(tmp_path / "own.csv")]) == 0
+    own = (tmp_path / "own.csv").read_text().splitlines()
+    assert len(own) == 1 + len(at.dataframe[0].value)
+    capsys.readouterr()
+    assert run(shlex.split(explain)[1:]) == 0
+    assert capsys.readouterr().out.split(";")[0].split(", predicted")[0] in texts(at)
+
+
+def test_hostile_settings_of_an_address_are_ignored_with_one_message(opened: list[str]) -> None:
+    hostile = {
+        "model": "../../etc/passwd",
+        "hardware": ["h100_sxm", "<img src=x onerror=alert(1)>"],
+        "engine": "/etc/passwd",
+        "family": "__import__('os')",
+        "by": "nothing",
+        "phase": "x" * 100_000,
+        "batch": "9" * 5000,
+        "seq": "1e308",
+        "sparsity": "nan",
+        "prune": "../../etc/passwd.yaml",
+        "dense_time": "-1ms",
+        "devices": "0",
+        "detail": "a\0b",
+        "<script>alert(1)</script>": "1",
+    }
+    at = page(**hostile)
+    (warning,) = at.warning
+    assert warning.value.startswith("Settings of the address that were ignored: model, hardware, engine, family, by")
+    assert "<" not in warning.value
+    assert len(at.error) == 0
+    assert shows(at, expected())
+    assert not [path for path in opened if "passwd" in path]
+    good(at.run())
+    assert len(at.warning) == 0
+    assert address(at) == {}
+
+
+def test_a_path_in_the_address_fills_its_field_and_is_read_after_a_click(
+    opened: list[str], hostile_model: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "own.yaml"
+    text = (Path(simulator.__file__).parents[1] / "hardware_profiles" / "t4.yaml").read_text()
+    profile.write_text(text.replace("name: t4", "name: own").replace('"tesla_t4", "nvidia_t4"', ""))
+    opened.clear()
+    at = page(
+        model_path=str(hostile_model),
+        profile_path=str(profile),
+        dtype="fp16",
+        hardware="t4",
+        by="text",
+        prune="depth 0.5",
+    )
+    assert at.text_input(key="model_path").value == str(hostile_model)
+    assert at.caption[0].value == "A file is read after a click on Open."
+    assert "llama-3.1-8b" in texts(at)
+    assert not [path for path in opened if str(tmp_path) in path]
+    good(at.button[0].click().run())
+    assert [path for path in opened if str(tmp_path) in path]
+    assert [e.value for e in at.error] == []
+    assert set(at.dataframe[0].value["hardware"]) == {"t4", "own"}
+    assert hostile_model.name in texts(at)
+    assert not [e for e in at.get("html") if "<img src=x" in e.proto.body]
+    assert f"{shlex.quote(str(hostile_model))} --hardware t4,{profile}" in at.code[0].value
+    opened.clear()
+    good(at.text_input(key="model_path").set_value("/etc/passwd").run())
+    assert "llama-3.1-8b" in texts(at)
+    assert not [path for path in opened if "passwd" in path]
+    good(at.button[0].click().run())
+    assert "passwd" in at.error[0].value
+    assert "\n" not in at.error[0].value
+
+
+def test_a_pruned_checkpoint_is_compared_after_a_click(tmp_path: Path, hostile_model: Path) -> None:
+    at = page(by="checkpoint", pruned_path=str(hostile_model), model="llama-3.2-1b")
+    assert at.error[0].value.startswith("checkpoint: expected the path of a pruned checkpoint")
+    good(at.button[0].click().run())
+    assert len(at.error) == 0
+    assert at.dataframe[0].value["pruning"].tolist() == [hostile_model.name]
+    good(at.text_input(key="pruned_path").set_value(str(tmp_path / "no")).run())
+    good(at.button[0].click().run())
+    assert [e.value.count("\n") for e in at.error] == [0, 0]

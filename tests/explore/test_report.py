@@ -1,0 +1,176 @@
+"""The report: its content, its size, and names with markup."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulator.cli import run
+from simulator.explore import report
+from simulator.explore.content import PageContent, cell, content
+from simulator.explore.report import report_html
+from simulator.prediction.explain import Explanation
+from simulator.prediction.result import Result
+
+LINE = "llama-3.1-8b --hardware h100,a100 --family depth,width --sparsity 0.25,0.5 --phase decode --batch 1"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements, attributes, the cells of its tables, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.rows: list[list[str]] = []
+        self.text, self.cell = "", False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.cell:
+            self.rows[-1][-1] += data
+
+    @property
+    def harmless(self) -> bool:
+        """Whether it has no scripts, no handlers, and nothing that is fetched."""
+        fetched = [value for name, value in self.attributes if name in ("src", "href", "xlink:href")]
+        handlers = [name for name, _ in self.attributes if name.startswith("on")]
+        active = {"script", "img", "iframe", "object", "embed", "link", "base", "form"}
+        return not (active & set(self.elements) or handlers or [v for v in fetched if not (v or "").startswith("#")])
+
+
+def written(tmp_path: Path, words: str) -> str:
+    path = tmp_path / "report.html"
+    assert run(["report", *shlex.split(words), "-o", str(path)]) == 0
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    html = written(tmp_path, LINE)
+    page = Page(html)
+    assert html.index('class="answer"') < html.index("<svg") < html.index("<table>") < html.index("<pre>")
+    assert page.elements.count("svg") == 3
+    assert page.harmless
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert run(["speedup", *shlex.split(LINE), "--seq", "2048", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    header, *cells = page.rows
+    for name, key, unit in (
+        ("speedup", "speedup", 1),
+        ("lower", "speedup_lower", 1),
+        ("upper", "speedup_upper", 1),
+        ("dense (ms)", "dense_s", 1e3),
+        ("pruned (ms)", "pruned_s", 1e3),
+        ("roofline bound", "roofline_bound", 1),
+        ("most sequences", "pruned_largest_batch", 1),
+    ):
+        assert [row[header.index(name)] for row in cells] == [cell(unit * row[key]) for row in rows], name
+    assert [row[header.index("hardware")] for row in cells] == [row["hardware"] for row in rows]
+
+
+def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "llama-3.2-1b --hardware h100 --prune 'width mlp=0.3 + depth 0.25' --phase serve --concurrency 8"
+    words += " --new-tokens 16 --kv-dtype fp8 --dense-time 0.5s --ideal"
+    html = written(tmp_path, words)
+    capsys.readouterr()
+    lines = Page(html[html.index("<pre>") : html.index("</pre>")]).text.splitlines()
+    assert [line.split()[1] for line in lines] == ["speedup", "explain", "report"]
+    found = []
+    for line in lines[:2]:
+        assert run([*shlex.split(line)[1:], "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0])
+    assert run(["speedup", *shlex.split(words), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)[0]
+    for name in ("speedup", "speedup_lower", "dense_s", "batch", "new_tokens", "ideal", "kv_dtype"):
+        assert [row[name] for row in found] == pytest.approx([expected[name]] * 2), name
+    assert "will it run?" in html
+    assert run(shlex.split(lines[2])[1:]) == 0
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
+
+
+def test_a_large_report_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity 0.1:0.5:0.1"
+    html = written(tmp_path, words)
+    assert len(html.encode()) < report.MOST_BYTES
+    assert len(Page(html).rows) == 1 + report.MOST_ROWS
+    assert "the first 500 rows" in html
+    found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25]})
+    whole = len(report_html(found, ["x"]).encode())
+    monkeypatch.setattr(report, "MOST_BYTES", whole - 1000)
+    smaller = report_html(found, ["x"])
+    assert len(smaller.encode()) < whole - 1000
+    assert "omitted, too large" in smaller
+
+
+def hostile(value: Any, markup: str) -> Any:
+    """The same content with markup in every text."""
+    if isinstance(value, str):
+        return markup
+    if isinstance(value, PageContent | Result):
+        return replace(value, **{f.name: hostile(getattr(value, f.name), markup) for f in fields(value)})
+    if isinstance(value, Explanation):
+        return replace(value, result=replace(hostile(value.result, markup), dtype=value.result.dtype))
+    if isinstance(value, tuple):
+        return tuple(hostile(one, markup) for one in value)
+    return {name: hostile(one, markup) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def test_markup_in_every_text_is_harmless(hostile_model: Path) -> None:
+    asked, markup = (
+        {"models": "llama-3.1-8b", "hardware": ["h100", "a100"], "prune": ["depth 0.25"]},
+        hostile_model.name,
+    )
+    found: PageContent = hostile(replace(content(asked), facts={"Model": "", markup: ""}), markup)
+    page = Page(report_html(found, [markup]))
+    assert page.harmless
+    texts = len(found.answer) + len(found.losses) + len(found.parts) + len(found.notes) + len(found.drawings)
+    assert page.text.count(markup) >= texts + 1 + 2 * len(found.rows)
+
+
+def test_a_model_named_with_markup_is_harmless_in_figures_too(hostile_model: Path, tmp_path: Path) -> None:
+    html = written(tmp_path, f"{shlex.quote(str(hostile_model))} --hardware h100 --family depth,width --phase decode")
+    page = Page(html)
+    assert page.harmless
+    assert page.elements.count("svg") == 3
+    assert hostile_model.name in page.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("llama-3.1-8b --hardware h100 -o report.txt", "expected a name that ends in .html"),
+        ("llama-3.1-8b --hardware h100 -o no/report.html", "does not exist"),
+        ("llama-3.1-8b --hardware h10 -o r.html", "did you mean h100"),
+        ("llama-3.1-8b --hardware h100 --prune 'width mlp=x' -o r.html", "expected a fraction"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["report", *shlex.split(words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
