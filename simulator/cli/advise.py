@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -32,7 +30,6 @@ def command(
         str | None,
         opt("--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it."),
     ] = None,
-    prune: Annotated[list[str] | None, typer.Option("--prune", hidden=True)] = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -49,8 +46,6 @@ def command(
     from simulator.prediction.caveats import uncalibrated
     from simulator.prediction.conclusions import of_advice
 
-    if prune:
-        raise InputError("--prune: removed from advise; prunesim speedup --prune predicts a given pruning")
     requested = run.requests(known, model=model, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")

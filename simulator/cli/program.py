@@ -45,6 +45,19 @@ COMMANDS: tuple[tuple[str, str], ...] = (
 REMOVED: Mapping[str, str] = {
     "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
     "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",
+    "advise --prune": "use prunesim speedup --prune TEXT",
+    "explore --hardware": "type the path of a profile on the page",
+    "explore --prune": "type the pruning on the page",
+    "explore --no-browser": "the program opens no browser",
+    "explore --json": "the program prints the address",
+    "report --versus": "use --engine FIRST,SECOND",
+    "report --over": "use --batch 1:64 or --seq 512:32k",
+    "report --detail": "use --prune TEXT, or --family with one --sparsity",
+    "report --at": "use --family with one --sparsity",
+    "report --ttft": "use prunesim serve --ttft",
+    "report --tpot": "use prunesim serve --tpot",
+    "report --price": "use prunesim serve --price",
+    "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
     "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
 }
 """Replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them."""

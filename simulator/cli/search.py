@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -48,7 +46,6 @@ def command(
     known: options.Known = options.KNOWN,
     json: options.Json = False,
     figure: options.Figure = None,
-    html: Annotated[str | None, typer.Option("--html", hidden=True)] = None,
     verbose: options.Verbose = False,
 ) -> None:
     # fmt: on
@@ -60,8 +57,6 @@ def command(
     with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
     chosen, and the frontier of score against time.
     """
-    if html is not None:
-        raise InputError("--html was removed; use --figure FILE (.svg, .pdf or .png) and --json")
     output = render.Output(json, None, [figure])
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")

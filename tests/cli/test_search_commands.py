@@ -152,11 +152,6 @@ def test_bad_scores_are_one_line(cli: Any, scores: Path, row: str, message: str)
     assert "scores.csv:34" in found
 
 
-def test_the_removed_page_of_a_plan_names_its_replacement(cli: Any, scores: Path) -> None:
-    line = f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --html plan.html"
-    assert "--html was removed; use --figure FILE" in cli.refused(line)
-
-
 def test_the_figure_of_a_plan_is_a_file(cli: Any, scores: Path, tmp_path: Path) -> None:
     cli.out(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --figure {tmp_path / 'plan.png'}")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
