@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from simulator.plans.costs import Costs, costs
     from simulator.plans.search import Plan, search
     from simulator.plans.solve import Targets
-    from simulator.prediction.frame import sweep
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
     from simulator.prediction.service import serve
     from simulator.prediction.speedup import speedup, speedups
+    from simulator.prediction.sweep import sweep
     from simulator.prediction.table import predict, table
     from simulator.prediction.waterfall import Step, waterfall
     from simulator.pruning import FAMILIES, prune
@@ -70,7 +70,7 @@ _HOME = {
     "Step": "prediction.waterfall",
     "speedup": "prediction.speedup",
     "speedups": "prediction.speedup",
-    "sweep": "prediction.frame",
+    "sweep": "prediction.sweep",
     "table": "prediction.table",
     "waterfall": "prediction.waterfall",
     "ModelConfig": "models.config",

@@ -120,7 +120,7 @@ def _of_files(
     """
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
-    from simulator.prediction.benchmarks.read import read_bench
+    from simulator.prediction.benchmarks import read_bench
     from simulator.prediction.measured import request_of
 
     if engine != "vllm":

@@ -36,7 +36,7 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
-from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.benchmarks import BenchRun
 from simulator.workload import PHASES
 
 EXECUTED = str(resources.files(__package__) / "executed.yaml")

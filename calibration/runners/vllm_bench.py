@@ -1,6 +1,6 @@
 """Compare a dense with a pruned model by result files of ``vllm bench``: no vLLM is needed.
 
-Use :func:`simulator.prediction.benchmarks.read.read_bench` for a file, :func:`simulator.prediction.measured.request_of`
+Use :func:`simulator.prediction.benchmarks.read_bench` for a file, :func:`simulator.prediction.measured.request_of`
 for the request that it measured, and :func:`bench_record` for the record of a pair of files, in the format of
 :mod:`calibration.runners.compare`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from calibration.measure.timing import OK
 from calibration.runners.cases import Case
 from simulator.errors import InputError
-from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.benchmarks import BenchRun
 from simulator.prediction.measured import pass_seconds
 
 

@@ -8,10 +8,12 @@ This module lists what is evaluated; :mod:`calibration.validation.protocol` spli
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +36,6 @@ from simulator.cost.elementwise import Moves, class_code
 from simulator.errors import InputError, unknown
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Section
-from simulator.prediction.workers import compute_parts
 from simulator.workload import STACKS
 
 
@@ -117,16 +118,17 @@ def run_protocol(
     if wheel is not None:
         open_wheel(wheel).close()
     steps = [step for name in chosen for step in _steps(name, seeds, sizes, wheel, required="all" not in tables)]
-    done: dict[int, list[Row]] = {}
-    for index, rows in compute_parts(partial(_run, steps), list(range(len(steps))), jobs):
-        done[index] = json.loads(rows)
-        if progress is not None:
-            progress(len(done), len(steps))
-    return [r for index in sorted(done) for r in done[index]]
+    found: list[Row] = []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        for done, rows in enumerate(pool.map(_run, steps) if pool else map(_run, steps), start=1):
+            found += rows
+            if progress is not None:
+                progress(done, len(steps))
+    return found
 
 
-def _run(steps: Sequence[ProtocolStep], index: int) -> bytes:
-    return json.dumps(steps[index]()).encode()
+def _run(step: ProtocolStep) -> list[Row]:
+    return step()
 
 
 def _steps(

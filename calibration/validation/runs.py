@@ -17,8 +17,7 @@ from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import shipped_model
-from simulator.prediction.benchmarks.read import read_benches
-from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.measured import measured_of, request_of
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.speedup import speedup

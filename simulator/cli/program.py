@@ -58,6 +58,7 @@ REMOVED: Mapping[str, str] = {
     "report --tpot": "use prunesim serve --tpot",
     "report --price": "use prunesim serve --price",
     "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
+    "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
 }
 """Replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them."""
 

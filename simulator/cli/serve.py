@@ -117,7 +117,7 @@ def command(
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
     """Print the conclusion and a table for each service; of many services one row each."""
-    from simulator.prediction.service_text import best_point, sentences
+    from simulator.prediction.service import best_point, sentences
 
     if len(services) > MOST_SERVICES and not verbose:
         most = [0.0 if math.isnan(ratio) else ratio for ratio in (best_point(s).ratio for s in services)]
@@ -134,7 +134,7 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
     from simulator.prediction.operating import LIMITS, MEMORY
-    from simulator.prediction.service_text import equal_memory, failing_text, ranked
+    from simulator.prediction.service import equal_memory, failing_text, ranked
 
     kinds, order = service.kinds, ranked(service)
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
@@ -167,7 +167,7 @@ def _print_one(service: Service, verbose: bool) -> None:
 def _print_rows(services: Sequence[Service]) -> None:
     """Print the best pruning of each service at equal memory, and within limits, one service per row."""
     from simulator.prediction.operating import LIMITS, MEMORY
-    from simulator.prediction.service_text import ranked
+    from simulator.prediction.service import ranked
 
     limited = LIMITS if LIMITS in services[0].kinds else MEMORY
     rows = [[s.kinds[kind][ranked(s)[0]] for kind in (MEMORY, limited)] for s in services]
@@ -188,7 +188,7 @@ def _print_rows(services: Sequence[Service]) -> None:
 def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
     """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
     from simulator.prediction.operating import OperatingPoint
-    from simulator.prediction.service_text import price
+    from simulator.prediction.service import money
 
     points = [row for row in rows if isinstance(row, OperatingPoint)]
 
@@ -196,7 +196,7 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
         return render.Column(title, [cell(row) if isinstance(row, OperatingPoint) else "" for row in rows])
 
     def cost(name: str) -> Callable[[OperatingPoint], str]:
-        return lambda p: price(getattr(p, name)) if p.concurrency else "-"
+        return lambda p: money(getattr(p, name)) if p.concurrency else "-"
 
     def layout(request: bool, detail: int) -> Iterator[render.Column]:
         names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]

@@ -25,9 +25,8 @@ from simulator.workload_batch import WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
 
-RequestGroup = tuple[int, ...]
-"""Indices of some requests of a scenario."""
-
+RequestGroup = tuple[int, ...]  # indices of some requests of a scenario
+GroupRows = tuple[RequestGroup, Workload, IndexArray]  # requests, their pruned rows, and rows of each
 Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
 """``Family.together`` -> the requests of each call, and their rows as one workload."""
 
@@ -42,13 +41,7 @@ def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
 
 def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
     """Return the dense workloads of a scenario, one per shape, then their pruned versions by pruning; versions that a
-    family or the engine does not support go to ``reject``.
-
-    >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (8, 2048)))
-    >>> batch = batch_of(scenario, [Pruning.of("depth", 0.25), Pruning.of("width", 0.5)], rejecting)
-    >>> batch.pruning.tolist(), batch.dense.tolist()
-    ([-1, -1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1])
-    """
+    family or the engine does not support go to ``reject``."""
     dense = WorkloadBatch.of(scenario.workloads)
     if unable := refusal(dense):
         reject(None, unable, "")
@@ -113,10 +106,6 @@ def _by_length(shapes: Sequence[tuple[int, int]]) -> list[RequestGroup]:
         tuple(i for i, (_, seq) in enumerate(shapes) if seq == length)
         for length in dict.fromkeys(seq for _, seq in shapes)
     ]
-
-
-GroupRows = tuple[RequestGroup, Workload, IndexArray]
-"""Requests, their pruned rows, and rows of each."""
 
 
 def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[GroupRows]:

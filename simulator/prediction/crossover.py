@@ -1,7 +1,7 @@
-"""Find the fastest pruning at each batch and length, and how certain it is.
+"""Find the fastest pruning at each batch and length.
 
-Two prunings of one model have most of their errors in common, which cancel in the ratio of their times. Whether one is
-faster is therefore decided by the interval of that ratio, not by the intervals of two speedups.
+Two prunings of one model share most of their errors, which cancel in the ratio of their times. The interval of that
+ratio therefore decides whether one is faster, not the intervals of two speedups.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.workload_batch import WorkloadBatch
 
-OPERATOR_ROWS = 120_000
-"""Operators computed together, about: 100 MB of memory."""
+OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,8 @@ class Winners:
 
 
 def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
-    """Return the fastest of some prunings on each device at each shape of a scenario; prunings that a device, the
-    engine or a request does not support do not compete. InputError if there are none left.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> scenario = Scenario(model="llama-3.1-8b", phase="decode", shapes=((1, 2048), (64, 2048)))
-    >>> found = winners(scenario, [Pruning.of("depth", 0.5), Pruning.of("width", 0.5)], [load_hardware("h100")])
-    >>> [r.family for r in found.best], found.gains.tolist()
-    (['depth', 'depth'], [True, True])
-    """
+    """Return the fastest of some prunings on each device at each shape of a scenario. Prunings that a device, the
+    engine or a request does not support do not compete; InputError if there are no others."""
     reasons: dict[str, None] = {}
 
     def skip(_pruning: int | None, reason: str, _device: str) -> None:

@@ -1,8 +1,4 @@
-"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the time.
-
-Use :func:`gemm_table` for every combination of sizes and devices, :func:`gemm_points` for the GEMMs of a workload on a
-roofline. Both call the array function :func:`simulator.gemm_time`.
-"""
+"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the time."""
 
 from __future__ import annotations
 
@@ -75,12 +71,7 @@ def gemm_table(
     cold: bool = True,
     level: float = 0.9,
 ) -> tuple[GemmRecord, ...]:
-    """Predict every combination of tokens, output features, input features and device.
-
-    >>> (r,) = gemm_table([2048], [4096], [4096], ["h100"])
-    >>> r.roofline_s < r.seconds < r.upper_s
-    True
-    """
+    """Predict every combination of tokens, output features, input features and device."""
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
             whole_number(name, value)
@@ -133,13 +124,7 @@ def gemm_table(
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
-    """Return the GEMMs of a workload as points of a roofline, without those that pruning adds (routers).
-
-    >>> from simulator import load_hardware, load_model, lower
-    >>> points = gemm_points(lower(load_model("llama-3.1-8b"), phase="decode"), load_hardware("h100"))
-    >>> bool((points.intensity < 2).all()), round(float(points.share.sum()), 9)
-    (True, 1.0)
-    """
+    """Return the GEMMs of a workload as points of a roofline, without those that pruning adds (routers)."""
     rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
     p = forward_passes(WorkloadBatch.of([chosen]), hw)

@@ -6,24 +6,28 @@ file are ``file:line:column: key: reason, expected value``.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+from simulator._version import __version__
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
 from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
-from simulator.hardware.library import reference
+from simulator.hardware.library import files_of, load_hardware, reference
 from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
-from simulator.models.lower import cached_tokens, lower
+from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import (
     MAX_TOKENS,
@@ -215,6 +219,20 @@ def _engine(text: str) -> str:
     return text
 
 
+PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
+REQUESTS = 64  # (batch, seq) pruned together
+
+Piece = tuple[Scenario, tuple[Pruning, ...]]
+"""Requests and their prunings, which are timed together."""
+
+
+def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Split values into runs of equal length, at most ``size``."""
+    each = -(-len(values) // -(-len(values) // size))
+    return [values[i : i + each] for i in range(0, len(values), each)]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Axes of a sweep, which predicts every combination, and options of the whole sweep. The annotations are the schema
@@ -303,8 +321,36 @@ class Grid:
             level=self.level,
         )
 
+    def pieces(self) -> Iterator[Piece]:
+        """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
+        groups of requests by length and batch, then groups of families and sparsities."""
+        shapes = [(b, s) for s in self.seqs for b in self.batches]
+        axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
+        for model, formats, engine, devices, phase in axes:
+            operators = {"generate": 60 + 2 * min(self.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)
+            workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
+            many = min(len(shapes), REQUESTS, workloads)
+            of_prunings = max(1, workloads // many)
+            if of_prunings >= len(self.prunings):  # few prunings: take more requests
+                many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
+            for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
+                yield self.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
+
+    def digest(self) -> str:
+        """Return the version and a digest of all that determines the rows, also of files of profiles and engines."""
+        sha = hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode())
+        for model in self.models:
+            sha.update(json.dumps(load_model(model).to_dict()).encode())
+        for device in self.hardware:
+            for file in files_of(load_hardware(device)):
+                sha.update(file.name.encode() + b"\0" + file.read_bytes())
+        for engine in self.engines:
+            if (path := load_engine(engine).path) is not None:
+                sha.update(path.read_bytes())
+        return f"{__version__} {sha.hexdigest()}"
+
     def facts(self) -> dict[str, Any]:
-        """Return the axes as plain values, for digests and manifests."""
+        """Return the axes as plain values, for the digest."""
         formats = [list(vars(f).values()) for f in self.dtypes]
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]

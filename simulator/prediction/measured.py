@@ -26,8 +26,7 @@ from simulator.arguments import instance
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
-from simulator.prediction.benchmarks.read import read_benches
-from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.scenario import Scenario, one_of
 from simulator.workload import PHASES
 

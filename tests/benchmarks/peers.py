@@ -29,7 +29,7 @@ from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
 from simulator.cost.base import Machine
 from simulator.prediction.grid import Grid
-from simulator.prediction.sweep import piece_results, pieces
+from simulator.prediction.sweep import piece_results
 
 TABLE, DEVICE = "h100_sxm/gemm/trtllm", "h100_sxm"
 INSTALL_S, RUN_S = 420.0, 120.0
@@ -282,9 +282,9 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
     out["models_per_s"] = 200 / timed(lambda: estimate(range(128, 328)), time.process_time)
     batches, seqs = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
     grid = Grid(("llama-3.1-8b",), (DEVICE,), (0.25, 0.5), ("prefill", "decode"), batches, seqs)
-    some = list(pieces(grid))
-    piece_results(grid, some[0], {})
-    took = timed(lambda: [piece_results(grid, p, {}) for p in some], time.process_time)
+    some = list(grid.pieces())
+    piece_results(some[0], grid.hardware, {})
+    took = timed(lambda: [piece_results(p, grid.hardware, {}) for p in some], time.process_time)
     out["models_per_s_in_a_sweep"] = grid.size / took
     code = f"import simulator; simulator.gemm_time(2048, 4096, 4096, simulator.load_hardware({DEVICE!r}))"
     first_s = [timed(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(3)]

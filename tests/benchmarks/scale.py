@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from simulator.prediction.grid import Grid
-from simulator.prediction.sweep import Summary, sweep
+from simulator.prediction.sweep import Summary, write_sweep
 
 BATCHES, SEQS = tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15))
 
@@ -42,7 +42,7 @@ def main() -> None:
     done: list[Summary] = []
     with tempfile.TemporaryDirectory() as folder:
         for size in (10**4, 10**5, 10**6):
-            done.append(sweep(grid(size), Path(folder) / f"{size}.parquet", jobs=options.jobs))
+            done.append(write_sweep(grid(size), Path(folder) / str(size), jobs=options.jobs))
             s = done[-1]
             each = 1e6 * s.seconds / s.configurations
             what = f"{s.configurations:>9,} configurations, {s.rows:>9,} rows"

@@ -14,7 +14,7 @@ from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
-from simulator.prediction.sweep import piece_results, pieces, sweep
+from simulator.prediction.sweep import piece_results, write_sweep
 from simulator.uncertainty.operators import gemm_time
 
 Floor = Callable[..., None]
@@ -45,18 +45,18 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
     g = grid(100_000)
-    some = list(pieces(g))[:2]
-    piece_results(g, some[0], {})
-    rows = benchmark(lambda: sum(len(piece_results(g, p, {})) for p in some))
+    some = list(g.pieces())[:2]
+    piece_results(some[0], g.hardware, {})
+    rows = benchmark(lambda: sum(len(piece_results(p, g.hardware, {})) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
 def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:
     """A hundred thousand configurations, one process."""
     pytest.importorskip("pyarrow")
-    targets = iter(tmp_path / f"{i}.parquet" for i in range(1000))
+    targets = iter(tmp_path / str(i) for i in range(1000))
     g = grid(100_000)
-    done = benchmark.pedantic(lambda: sweep(g, next(targets)), rounds=3, warmup_rounds=1)
+    done = benchmark.pedantic(lambda: write_sweep(g, next(targets)), rounds=3, warmup_rounds=1)
     assert done.configurations == g.size
     million_s = 1e6 * benchmark.stats["min"] / g.size
     floor("seconds for a million configurations at this rate, one process", million_s, 120.0, False)

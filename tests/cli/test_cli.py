@@ -383,7 +383,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim speedup llama-3.1", ["llama-3.1-70b", "llama-3.1-8b"]),
         ("prunesim speedup x --hardware rtx_4090,h100_s", ["rtx_4090,h100_sxm"]),
         ("prunesim explain x --engine hf,vl", ["hf,vllm"]),
-        ("prunesim sweep x --wh", ["--where"]),
+        ("prunesim sweep x --sch", ["--scheduler"]),
         ("prunesim advise x --family dep", ["depth"]),
         ("prunesim methods shortg", ["shortgpt"]),
         ("prunesim hardware show mi", ["mi300x"]),

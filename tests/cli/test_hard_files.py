@@ -37,7 +37,7 @@ READERS = {
     "profile": PROFILE,
     "check": "hardware check {}",
     "config": "models show {}",
-    "grid": "sweep {} -o out.parquet",
+    "grid": "sweep {} -o rows",
     "table": "import {} -o out.parquet",
     "records": "fit {} --hardware h100 -o out.yaml",
     "judged": "validate h100 {}",

@@ -26,7 +26,7 @@ WRITERS = {
     "csv": f"{DEPTH} --csv out/s.csv",
     "figure": f"{DEPTH} --figure out/s.pdf",
     "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
-    "sweep": "sweep grid.yaml -o out/s.parquet",
+    "sweep": "sweep grid.yaml -o out/rows",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
     "validate": "validate h100 h100_sxm/collective/trtllm --html out/v.html",
 }
@@ -153,7 +153,7 @@ def test_surroundings_change_no_byte(place: Path, python: Any) -> None:
         arguments = ["-c", SCRIPT, json.dumps(COMMANDS)]
         status, out, lines = python(arguments, place / name, environment=SURROUNDINGS[name])
         assert status == 0, lines
-        return {"printed": out} | {p.name: p.read_bytes() for p in (place / name / "out").iterdir()}
+        return {"printed": out} | {p.name: p.read_bytes() for p in (place / name / "out").rglob("*") if p.is_file()}
 
     with ThreadPoolExecutor(2) as pool:
         first, *others = pool.map(everything, SURROUNDINGS)

@@ -39,20 +39,17 @@ MOMENTS = ("cli.program.program", "cli.parsing.fractions", "prediction.table.sce
 
 SWEEP = """
 import sys
-from simulator.prediction import sweep, workers
+from simulator.prediction import sweep
 from simulator.cli import main
 
-def waits(index):
+def compute_part(*piece):
     import time
     print("ready", flush=True)
     time.sleep(60)
 
-def of_grid(compute, *arguments):
-    return workers.compute_parts(waits, *arguments)
-
 if __name__ == "__main__":
-    sweep.compute_parts = of_grid
-    sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "t.parquet", "--jobs", "2"]
+    sweep.compute_part = compute_part
+    sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "rows", "--jobs", "2"]
     main()
 """
 
@@ -87,7 +84,7 @@ def test_workers_end_with_the_program_and_without_a_word(
     assert (process.returncode, said) == ENDS[number]
     _, alive = psutil.wait_procs(children, timeout=5)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
-    assert not (tmp_path / "t.parquet.parts").exists()  # nothing to go on with
+    assert not (tmp_path / "rows").exists()  # nothing to go on with
 
 
 def test_terminated_in_a_command_without_workers(python: Any) -> None:
@@ -97,27 +94,32 @@ def test_terminated_in_a_command_without_workers(python: Any) -> None:
 
 
 HALF_WRITTEN = """
-from simulator.prediction.workers import compute_parts
+import os, signal, struct, sys
+from simulator.prediction import sweep
+from simulator.cli import main
 
-def large(index):
-    return bytes(50_000_000)
+def compute_part(*piece):
+    results = sys._getframe(1).f_locals["result_queue"]  # of the loop that runs the tasks of a worker
+    os.write(results._writer.fileno(), struct.pack("!i", 1000) + b"the first of 1000 bytes")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    parts = compute_parts(large, list(range(12)), 3)
-    next(parts)  # now a worker writes the next one
-    try:
-        parts.throw(KeyboardInterrupt)
-    except KeyboardInterrupt:
-        print("ended")
+    sweep.compute_part = compute_part
+    sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "rows", "--jobs", "2"]
+    main()
 """
 
 
 def test_a_worker_that_ends_while_it_sends_a_part_is_not_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "grid.yaml").write_text(GRID)
     (tmp_path / "run.py").write_text(HALF_WRITTEN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "run.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "ended\n"
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("prunesim: a worker process ended early (")
+    assert done.stderr.endswith("finished parts are kept: run the same command again\n")
 
 
 AT_EXIT = """

@@ -11,7 +11,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.files.json import MOST_CONTAINERS, parse_bounded, parse_json
 from simulator.models.library import load_model
-from simulator.prediction.benchmarks.read import read_bench
+from simulator.prediction.benchmarks import read_bench
 from simulator.prediction.harness import read_results
 
 pytestmark = pytest.mark.quick

@@ -253,7 +253,7 @@ ON = "--hardware h100 --json"
 READERS: dict[str, tuple[Any, str]] = {
     "gpu.yaml": (PROFILE, "gemm 64 64 64 --hardware {}"),
     "engine.yaml": (ENGINE, f"speedup llama-3.2-1b {ON} --phase decode --family depth --engine {{}}"),
-    "grid.yaml": (GRID, "sweep {} --max 2000 --jobs 1 -o DIR/out.parquet"),
+    "grid.yaml": (GRID, "sweep {} --max 2000 --jobs 1 -o DIR/rows"),
     "plan.yaml": (PLAN, f"speedup llama-3.2-1b {ON} --phase decode --prune {{}}"),
     "prune.txt": (PRUNE, f"speedup llama-3.2-1b {ON} --phase decode --prune TEXT"),
     "link.txt": ("pcie4x8-host", f"speedup llama-3.2-1b {ON} --family depth --devices 2 --link TEXT"),

@@ -26,7 +26,7 @@ import pytest
 
 from simulator.cli import run as command
 from simulator.errors import InputError
-from simulator.prediction.benchmarks.read import read_bench, read_benches
+from simulator.prediction.benchmarks import read_bench, read_benches
 from simulator.prediction.measured import dense_from, measured
 from simulator.prediction.scenario import Scenario
 

@@ -16,7 +16,7 @@ from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service, steps
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.service_text import equal_memory, failing_text, ranked, sentences
+from simulator.prediction.service import equal_memory, failing_text, ranked, sentences
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick

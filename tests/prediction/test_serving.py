@@ -20,7 +20,7 @@ from simulator.prediction.grid import Grid
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, dense_seconds
 from simulator.prediction.speedup import speedup
-from simulator.prediction.sweep import digest, sweep_results
+from simulator.prediction.sweep import sweep_results
 from simulator.prediction.waterfall import waterfall
 from simulator.pruning import prune
 
@@ -199,11 +199,11 @@ def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> No
     text = Path(simulator.__file__).parent.joinpath("engines/hf.yaml").read_text()
     path.write_text(text)
     grid = Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,), engines=(str(path), "vllm"))
-    first = digest(grid)
-    assert first == digest(grid)
-    assert [r.engine for r in sweep_results(grid, "family == 'depth'")] == ["hf", "vllm"]
+    first = grid.digest()
+    assert first == grid.digest()
+    assert [r.engine for r in sweep_results(grid) if r.family == "depth"] == ["hf", "vllm"]
     path.write_text(text + "# changed\n")
-    assert digest(grid) != first
+    assert grid.digest() != first
 
 
 # -- a measured time ---------------------------------------------------------------------------------------------------

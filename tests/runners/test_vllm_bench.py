@@ -16,8 +16,7 @@ from calibration.runners.compare import name_of, rows_of
 from calibration.runners.vllm_bench import bench_record
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.prediction.benchmarks.read import read_bench
-from simulator.prediction.benchmarks.run import BenchRun
+from simulator.prediction.benchmarks import BenchRun, read_bench
 from simulator.prediction.measured import request_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import Scenario

@@ -1,0 +1,521 @@
+"""Read result files of serving benchmarks: :func:`read_bench` for one result, :func:`read_benches` for several.
+
+:mod:`simulator.prediction.measured` turns a result into the time of a pass. Every tool counts the token of the prefill
+as output: o output tokens are a prefill and o - 1 decode steps.
+
+Writers that the readers follow:
+
+- ``vllm/benchmarks/latency.py`` (commit 00cae07), ``throughput.py`` (1a91bc2) and ``serve.py`` (def9ce8) of
+  https://github.com/vllm-project/vllm; keys were compared for releases 0.11.0 and 0.33.0
+- ``python/sglang/benchmark/serving.py`` of https://github.com/sgl-project/sglang, commit 00f9ec4 (before:
+  ``python/sglang/bench_serving.py``)
+- ``ReportUtility.get_statistics_dict`` in ``tensorrt_llm/bench/dataclasses/reporting.py`` of
+  https://github.com/NVIDIA/TensorRT-LLM, commit 0249976, with the number formats of ``QuantAlgo`` there
+- ``genai-perf/genai_perf/export_data/json_exporter.py`` of
+  https://github.com/triton-inference-server/perf_analyzer, commits 4cc7650 (``input_config`` has the arguments) and
+  0f5cc07 (it has sections)
+- ``src/aiperf/exporters/metrics_json_exporter.py`` and ``common/models/export_models.py`` of
+  https://github.com/ai-dynamo/aiperf, commit 047d59d (schema 1.3; an export of 0.8.0 is in its tests)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import AMOUNT, MOST, SECONDS, Range, array, number, shown, whole
+from simulator.errors import InputError, one_line
+from simulator.files.json import parse_json
+from simulator.files.read import read_bounded
+
+TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
+MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
+ENOUGH_ROUNDS = 10  # requests per request in flight from which ramp-up and ramp-down hardly change the mean time
+
+_TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
+_UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
+_VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
+"""Engine by backend of ``vllm bench serve``; the other backends (openai) fit any server."""
+_TRTLLM_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# fmt: off
+_TRTLLM_QUANTISED: Mapping[str, tuple[str, str]] = {
+    "FP8": ("fp8", "fp8"), "FP8_BLOCK_SCALES": ("fp8", "fp8_block"), "NVFP4": ("nvfp4", "nvfp4"),
+    "W4A16_AWQ": ("", "int4"), "W4A16_GPTQ": ("", "int4"), "W4A16": ("", "int4"), "W8A16": ("", "int8"),
+    "W4A16_MXFP4": ("", "mxfp4"),
+}
+# fmt: on
+"""Formats of arithmetic ("": that of the activations) and of weights by ``quantization`` of trtllm-bench."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One result of a serving benchmark; numbers that the file does not state are 0, texts ""."""
+
+    source: str  # path of the file, with the line if it has several results
+    kind: str  # "batch": requests that start together; "serve": a closed loop, a request starts when another finishes
+    samples_s: tuple[float, ...]  # times of a whole batch (batch), or mean times of a request (serve)
+    tool: str = ""  # command that wrote the file
+    model: str = ""
+    concurrency: int = 0  # sequences in the batch, or requests in flight
+    mean_concurrency: float = 0.0  # mean time of a request x requests per second (Little's law)
+    requests: int = 0  # of the whole run
+    input_tokens: float = 0.0  # mean of a request, as the next two
+    output_tokens: float = 0.0
+    total_tokens: float = 0.0  # prompt and output together, if the file does not state them separately
+    duration_s: float = 0.0  # of the whole run
+    request_s: float = 0.0  # mean time of a request, to its first token, and per output token after the first
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    step_s: float = 0.0  # median time between tokens
+    engine: str = ""
+    gpu: str = ""
+    dtype: str = ""
+    weight_dtype: str = ""
+    kv_dtype: str = ""
+    devices: int = 0  # GPUs that share the model
+    percentiles_s: Mapping[str, float] = field(default_factory=dict)  # as in the file: "50" (a batch), "p99_ttft"
+    note: str = ""  # limits of the samples
+
+
+@dataclass(frozen=True)
+class Fields:
+    """One JSON object of a file; errors name the file and the key.
+
+    >>> Fields("run.json", {"performance": {"total_latency_ms": 250.0}}).part("performance").time("total_latency_ms")
+    0.25
+    """
+
+    source: str
+    data: Mapping[str, Any]
+    path: str = ""
+
+    def place(self, key: str) -> str:
+        """Return file and key, as errors begin."""
+        return f"{self.source}: {self.path}{key}"
+
+    def has(self, key: str) -> bool:
+        """Return whether a key has a value other than null."""
+        return self.data.get(key) is not None
+
+    def value(self, key: str) -> Any:
+        """Return a value that must be present."""
+        if not self.has(key):
+            got = "null" if key in self.data else "no such key"
+            raise InputError(f"{self.place(key)}: expected a value, got {got}")
+        return self.data[key]
+
+    def part(self, key: str) -> Fields:
+        """Return an object; an empty one if it is absent."""
+        found = self.data.get(key)
+        if not isinstance(found, Mapping | None):
+            raise InputError(f"{self.place(key)}: expected an object, got {shown(found)}")
+        return Fields(self.source, found or {}, f"{self.path}{key}.")
+
+    def rows(self, key: str) -> list[Fields]:
+        """Return a list of objects; an empty one if it is absent."""
+        found = self.data.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+            raise InputError(f"{self.place(key)}: expected a list of objects, got {shown(found)}")
+        return [Fields(self.source, one, f"{self.path}{key}[{i}].") for i, one in enumerate(found)]
+
+    def count(self, key: str, least: int = 1) -> int:
+        """Return a whole number; one without a fraction, as 64.0, counts too."""
+        given = self.value(key)
+        found = whole(int(given)) if isinstance(given, float) and given.is_integer() else whole(given)
+        if found is None or not least <= found <= MOST:
+            raise InputError(f"{self.place(key)}: expected a whole number from {least} up, got {shown(given)}")
+        return found
+
+    def amount(self, key: str, right: Range = AMOUNT) -> float:
+        """Return a number from 0 up."""
+        return number(self.place(key), self.value(key), right)
+
+    def seconds(self, key: str) -> float:
+        """Return a positive time in seconds."""
+        return self.amount(key, SECONDS)
+
+    def time(self, key: str) -> float:
+        """Return a time in s of a key in ms; 0 if it is absent."""
+        return self.amount(key) / 1e3 if self.has(key) else 0.0
+
+    def average(self, key: str) -> float:
+        """Return the average of a metric of genai-perf or AIPerf, a time in s; 0 if it is absent."""
+        if not self.has(key):
+            return 0.0
+        metric = self.part(key)
+        unit = metric.data.get("unit")
+        return metric.amount("avg") * (_UNITS.get(unit, 1.0) if isinstance(unit, str) else 1.0)
+
+    def text(self, key: str) -> str:
+        """Return a text; "" if it is absent."""
+        found = self.data.get(key) or ""
+        if not isinstance(found, str):
+            raise InputError(f"{self.place(key)}: expected text, got {shown(found)}")
+        return one_line(found, 200)
+
+    def times(self, key: str) -> Floats:
+        """Return a list of positive times."""
+        found = array(self.place(key), self.value(key), _TIMES)
+        if found.ndim != 1 or not len(found):
+            raise InputError(f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}")
+        return found
+
+
+def request_times(fields: Fields) -> Floats:
+    """Return the time of each request in the order of their starts; none if the file does not have them."""
+    if "latencies" in fields.data:
+        return fields.times("latencies")
+    if "ttfts" not in fields.data or "itls" not in fields.data:
+        return np.zeros(0)
+    first, gaps = fields.times("ttfts"), fields.data["itls"]
+    if not isinstance(gaps, list) or len(gaps) != len(first):
+        raise InputError(f"{fields.place('itls')}: expected {len(first)} lists, as ttfts, got {shown(gaps)}")
+    later: Floats = np.array([array(fields.place("itls"), gap, AMOUNT).sum() if gap else 0.0 for gap in gaps])
+    return first + later
+
+
+def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hint: str) -> tuple[Floats, str]:
+    """Return mean times of a request in a closed loop, and a note on their limits.
+
+    With the times of all requests (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up
+    and ramp-down. Else the only sample is ``many`` x duration / requests.
+    """
+    times = request_times(fields)
+    blocks = len(times) // many - 2
+    if blocks >= 1:
+        return times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1), ""
+    enough = ENOUGH_ROUNDS * many
+    note = f"{fields.source}: one sample, with ramp-up and ramp-down; use {hint} and --num-prompts {enough}"
+    return np.array([many * duration_s / requests]), "" if requests >= enough else note
+
+
+def loop_times(fields: Fields) -> tuple[float, float, float]:
+    """Return mean times to the first token and per further token, and the time of a decode step, s (vLLM, SGLang).
+
+    The median time between chunks is that of a step only if each chunk has one token, else the step is 0.
+    """
+    tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
+    one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
+    return fields.time("mean_ttft_ms"), tpot, fields.time("median_itl_ms") if one_token else 0.0
+
+
+def check_closed_loop(fields: Fields) -> None:
+    """Reject a request rate: requests of a closed loop start when others finish."""
+    rate = fields.data.get("request_rate")
+    if rate not in (None, "inf", float("inf")):
+        closed = "expected inf, requests that start when others finish"
+        raise InputError(f"{fields.place('request_rate')}: {closed}, got {shown(rate)}")
+
+
+def check_failed(fields: Fields, failed: int, key: str = "failed") -> None:
+    """Reject failed requests: the others were served with fewer in flight."""
+    if failed:
+        raise InputError(f"{fields.place(key)}: expected 0 requests, got {failed}")
+
+
+def vllm_latency(fields: Fields) -> BenchRun:
+    """Return a result of ``vllm bench latency --output-json FILE``: times of ``LLM.generate`` for one batch, whose size
+    and lengths the file does not state."""
+    percentiles = fields.part("percentiles").data
+    return BenchRun(
+        fields.source,
+        "batch",
+        tuple(fields.times("latencies").tolist()),
+        tool="vllm bench latency",
+        model=fields.text("model_id"),
+        engine="vllm",
+        percentiles_s={p: number(fields.place(f"percentiles.{p}"), s, AMOUNT) for p, s in percentiles.items()},
+    )
+
+
+def vllm_throughput(fields: Fields) -> BenchRun:
+    """Return a result of ``vllm bench throughput --output-json FILE``.
+
+    All requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
+    (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``).
+    """
+    requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
+    return BenchRun(
+        fields.source,
+        "batch",
+        (seconds,),
+        tool="vllm bench throughput",
+        concurrency=requests,
+        requests=requests,
+        total_tokens=fields.amount("total_num_tokens") / requests,
+        duration_s=seconds,
+    )
+
+
+def vllm_serve(fields: Fields) -> BenchRun:
+    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP.
+
+    The mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a
+    request per further token, ``median_itl_ms`` the median time between chunks of all streams.
+    ``--percentile-metrics`` omits ``mean_e2el_ms``, the time of a request, by default.
+    """
+    check_closed_loop(fields)
+    many, completed = fields.count("max_concurrency"), fields.count("completed")
+    failed = fields.count("failed", 0) if "failed" in fields.data else fields.count("num_prompts") - completed
+    check_failed(fields, failed)
+    if fields.has("spec_decode_num_drafts"):
+        raise InputError(f"{fields.place('spec_decode_num_drafts')}: speculative decoding is unsupported")
+    duration = fields.seconds("duration")
+    ttft, tpot, step = loop_times(fields)
+    samples, note = loop_samples(fields, many, completed, duration, "--save-detailed")
+    output = fields.amount("total_output_tokens") / completed
+    request = fields.time("mean_e2el_ms") or (ttft + tpot * max(output - 1.0, 0.0) if ttft and tpot else 0.0)
+    return BenchRun(
+        fields.source,
+        "serve",
+        tuple(samples.tolist()),
+        tool="vllm bench serve",
+        model=fields.text("model_id"),
+        concurrency=many,
+        mean_concurrency=request * completed / duration,
+        requests=completed,
+        input_tokens=fields.amount("total_input_tokens") / completed,
+        output_tokens=output,
+        duration_s=duration,
+        request_s=request,
+        ttft_s=ttft,
+        tpot_s=tpot,
+        step_s=step,
+        engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
+        percentiles_s={
+            key.removesuffix("_ms"): fields.time(key)
+            for key in fields.data
+            if key.endswith("_ms") and not key.startswith("std_")
+        },
+        note=note,
+    )
+
+
+def sglang_serve(fields: Fields) -> BenchRun:
+    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP.
+
+    Keys are as in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
+    requests in flight. ``--output-details`` adds the time and the error of each request.
+    """
+    check_closed_loop(fields)
+    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
+    errors = fields.data.get("errors")
+    check_failed(fields, sum(map(bool, errors)) if isinstance(errors, list) else 0, "errors")
+    if fields.has("accept_length"):
+        raise InputError(f"{fields.place('accept_length')}: speculative decoding is unsupported")
+    ttft, tpot, step = loop_times(fields)
+    samples, note = loop_samples(fields, many, completed, duration, "--output-details")
+    if fields.data.get("dataset_name") == "random" and fields.data.get("random_range_ratio") not in (None, 1, 1.0):
+        ratio = f"lengths of requests vary (random_range_ratio {fields.amount('random_range_ratio'):g})"
+        note = note or f"{fields.source}: {ratio}; use --random-range-ratio 1"
+    backend, server = fields.text("backend"), fields.part("server_info")
+    engine = "sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, "")
+    return BenchRun(
+        fields.source,
+        "serve",
+        tuple(samples.tolist()),
+        tool="SGLang bench_serving",
+        model=server.text("model_path"),
+        concurrency=many,
+        mean_concurrency=fields.amount("concurrency") if fields.has("concurrency") else 0.0,
+        requests=completed,
+        input_tokens=fields.amount("total_input_tokens") / completed,
+        output_tokens=fields.amount("total_output_tokens") / completed,
+        duration_s=duration,
+        request_s=fields.time("mean_e2e_latency_ms"),
+        ttft_s=ttft,
+        tpot_s=tpot,
+        step_s=step,
+        engine=engine,
+        devices=server.count("tp_size") if server.has("tp_size") else 0,
+        note=note,
+    )
+
+
+def trtllm_report(fields: Fields) -> BenchRun:
+    """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP.
+
+    ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
+    ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
+    above the number that the engine serves at once.
+    """
+    engine, world, requests = fields.part("engine"), fields.part("world_info"), fields.part("request_info")
+    performance, streaming = fields.part("performance"), fields.part("streaming_metrics")
+    if fields.has("decoding_stats"):
+        raise InputError(f"{fields.place('decoding_stats')}: speculative decoding is unsupported")
+    performance.value("avg_request_latency_ms")
+    quantised, base = engine.text("quantization"), engine.text("dtype").removeprefix("torch.")
+    dtype = weight_dtype = _TRTLLM_DTYPES.get(base, "")
+    note = ""
+    if quantised in _TRTLLM_QUANTISED:
+        dtype, weight_dtype = _TRTLLM_QUANTISED[quantised][0] or dtype, _TRTLLM_QUANTISED[quantised][1]
+    elif quantised:
+        dtype = weight_dtype = ""
+        note = f"{fields.source}: engine.quantization {quantised} is not checked; check --dtype and --weight-dtype"
+    return BenchRun(
+        fields.source,
+        "serve",
+        (performance.seconds("avg_request_latency_ms") / 1e3,),
+        tool="trtllm-bench",
+        model=engine.text("model"),
+        mean_concurrency=requests.amount("avg_num_concurrent_requests"),
+        requests=requests.count("num_requests"),
+        input_tokens=requests.amount("avg_input_length"),
+        output_tokens=requests.amount("avg_output_length"),
+        duration_s=performance.seconds("total_latency_ms") / 1e3,
+        request_s=performance.time("avg_request_latency_ms"),
+        ttft_s=streaming.time("avg_ttft_ms"),
+        tpot_s=streaming.time("avg_tpot_ms"),
+        engine="trtllm",
+        gpu=fields.part("machine").text("name"),
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype="fp8" if engine.text("kv_cache_dtype") == "FP8" else "",
+        devices=world.count("world_size") if world.has("world_size") else 0,
+        note=note,
+    )
+
+
+def genai_perf(fields: Fields) -> BenchRun:
+    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP.
+
+    The mean time of a request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
+    request per further token, a TPOT.
+    """
+    tool = "AIPerf" if "aiperf_version" in fields.data or "was_cancelled" in fields.data else "genai-perf"
+    given = fields.part("input_config")
+    if fields.data.get("was_cancelled"):
+        raise InputError(f"{fields.place('was_cancelled')}: expected false, got true")
+    errors = fields.data.get("error_summary") or []
+    failed = sum(one.count("count") if one.has("count") else 1 for one in fields.rows("error_summary")) if errors else 0
+    check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
+    many, requests = _in_flight(given), round(fields.average("request_count"))
+    throughput, request = fields.part("request_throughput"), fields.average("request_latency")
+    rate = throughput.seconds("avg")  # positive
+    enough = ENOUGH_ROUNDS * many
+    few = f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count {enough}"
+    return BenchRun(
+        fields.source,
+        "serve",
+        (many / rate if many else request,),
+        tool=tool,
+        model=_model(given),
+        concurrency=many,
+        mean_concurrency=request * rate,
+        requests=requests,
+        input_tokens=fields.average("input_sequence_length"),
+        output_tokens=fields.average("output_sequence_length"),
+        duration_s=fields.average("benchmark_duration"),
+        request_s=request,
+        ttft_s=fields.average("time_to_first_token"),
+        tpot_s=fields.average("inter_token_latency"),
+        note=few if 0 < requests < enough else "",
+    )
+
+
+def _in_flight(given: Fields) -> int:
+    """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the stimulus or arguments
+    (genai-perf); 0 if the export does not state them. InputError for any other load."""
+    phases = [p for p in given.rows("phases") if not _excluded(p)]
+    if phases:
+        types = [phase.text("type") for phase in phases]
+        if types != ["concurrency"]:
+            place = given.place("phases")
+            raise InputError(f"{place}: expected one phase of type concurrency, got {', '.join(types)}")
+        return phases[0].count("concurrency") if phases[0].has("concurrency") else 1  # the default of a phase
+    stimulus = given.part("perf_analyzer").part("stimulus")
+    if stimulus.data:
+        if set(stimulus.data) != {"concurrency"}:
+            name = given.place("perf_analyzer.stimulus")
+            raise InputError(f"{name}: expected concurrency, got {', '.join(map(str, stimulus.data))}")
+        return stimulus.count("concurrency")
+    load = given.part("loadgen") if given.has("loadgen") else given
+    check_closed_loop(load)
+    return load.count("concurrency") if load.has("concurrency") else 0
+
+
+def _excluded(phase: Fields) -> bool:
+    """Return whether AIPerf excludes a phase from its results."""
+    return bool(phase.data.get("exclude_from_results")) or "warmup" in (phase.data.get("name"), phase.data.get("kind"))
+
+
+def _model(given: Fields) -> str:
+    """Return the first model that was requested."""
+    arguments, endpoint = given.data, given.part("endpoint").data
+    listed: Any = arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
+    if given.has("models"):
+        listed = [one.text("name") for one in given.part("models").rows("items")]
+    first = listed[0] if isinstance(listed, list) and listed else listed or ""
+    if not isinstance(first, str):
+        raise InputError(f"{given.place('model_names')}: expected names, got {shown(listed)}")
+    return one_line(first, 200)
+
+
+def read_bench(path: str | os.PathLike[str]) -> BenchRun:
+    """Read a file with one result; InputError names file and key if it is another file or not of a closed loop."""
+    found = read_benches(path)
+    if len(found) > 1:
+        why = "is not JSON (several results, as of --append-result; expected one)"
+        raise InputError(f"{found[1].source}:1: {why}")
+    return found[0]
+
+
+def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
+    """Read all results in a file: one, or one per line (SGLang, ``--append-result`` of vLLM)."""
+    source = os.fspath(path)
+    try:
+        text = read_bounded(source, MAX_FILE_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: is not UTF-8 text; expected a JSON file of {TOOLS}") from None
+    try:
+        objects = {source: _parsed(source, text)}
+    except json.JSONDecodeError as error:
+        lines = {f"{source}:{at}": line for at, line in enumerate(text.splitlines(), start=1) if line.strip()}
+        if error.msg != "Extra data" or len(lines) < 2:
+            raise InputError(f"{source}:{error.lineno}:{error.colno}: is not JSON ({error.msg})") from None
+        objects = {}
+        for place, line in lines.items():
+            try:
+                objects[place] = _parsed(place, line)
+            except json.JSONDecodeError as wrong:
+                raise InputError(f"{place}:{wrong.colno}: is not JSON ({wrong.msg})") from None
+    return [_read(place, data) for place, data in objects.items()]
+
+
+def _parsed(place: str, text: str) -> Any:
+    try:
+        return parse_json(text, place)
+    except RecursionError:
+        raise InputError(f"{place}: is not JSON (too many levels); expected a file of {TOOLS}") from None
+
+
+def _read(source: str, data: Any) -> BenchRun:
+    if not isinstance(data, dict):
+        raise InputError(f"{source}: expected a JSON object of {TOOLS}, got {shown(data)}")
+    reader = _reader(data)
+    if reader is None:
+        raise InputError(f"{source}: expected a result of {TOOLS}, got {', '.join(sorted(data)[:8]) or 'no key'}")
+    return reader(Fields(source, data))
+
+
+def _reader(data: Mapping[str, Any]) -> Callable[[Fields], BenchRun] | None:
+    """Return the reader of a result, found by keys that only its tool writes."""
+    if "avg_latency" in data:
+        return vllm_latency
+    if "elapsed_time" in data and "num_requests" in data:
+        return vllm_throughput
+    if "performance" in data and "request_info" in data:
+        return trtllm_report
+    if "input_config" in data:
+        return genai_perf
+    if "median_e2e_latency_ms" in data:
+        return sglang_serve
+    return vllm_serve if "request_throughput" in data else None

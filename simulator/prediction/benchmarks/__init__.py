@@ -1,1 +1,0 @@
-"""Readers of result files of serving benchmarks: :func:`simulator.prediction.benchmarks.read.read_bench`."""
