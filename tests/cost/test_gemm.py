@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cost.base import Machine
+from simulator.cost.gemm import alignment_halvings
 from simulator.cost.gemm_model import ReadyModel, analytical_time, ready_model
 from simulator.cost.gemm_shapes import CHUNK
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
@@ -105,6 +106,12 @@ def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
         gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum() for w in (11468, 11472)
     )
     assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
+
+
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
 
 
 @pytest.mark.parametrize(
