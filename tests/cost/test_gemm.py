@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cost.base import Machine
+from simulator.cost.gemm import alignment_halvings
 from simulator.cost.gemm_model import ReadyModel, analytical_time, ready_model
 from simulator.cost.gemm_shapes import CHUNK
 from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
@@ -107,6 +108,12 @@ def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
     assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
 
 
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
+
+
 @pytest.mark.parametrize(
     ("gpu", "options", "decode", "prefill"),
     [(gpu, {"kernel": "sparse24"}, (1.03, 16 / 9), (1.1, 2.0)) for gpu in GPUS]
@@ -175,10 +182,12 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
 
 
 def test_whole_waves_are_whole() -> None:
-    """108 tiles on 108 SMs are one wave, at any precision."""
+    """108 tiles on 108 SMs are one wave, at any precision; one row more begins another wave, and more rows fill it."""
     for sm in (56, 84, 108, 114, 128, 132, 142, 188):
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
         for dtype in (np.float64, np.float32):
-            m, n, k = (np.full(1, v, dtype=dtype) for v in (128 * sm, 256, 64))
-            model = ready_model(machine, defaults("ampere"), dtype)
-            assert analytical_time(m, n, k, model).total_us < analytical_time(m + dtype(1), n, k, model).total_us
+            m = np.array([128 * sm, 128 * sm + 1, 128 * sm + 1024], dtype=dtype)
+            n, k = np.full(3, 256, dtype=dtype), np.full(3, 8192, dtype=dtype)
+            whole, begun, filled = analytical_time(m, n, k, ready_model(machine, defaults("ampere"), dtype)).total_us
+            assert begun > 1.3 * whole
+            assert filled < 1.1 * begun

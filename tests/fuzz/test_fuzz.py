@@ -159,7 +159,7 @@ VALUES: list[Any] = [
 ]
 WORDS = [*re.split(r"\s+", """0 -1 1 2 64 0.5 25% -0.0 1e-320 1e18 1e400 nan .inf 0x10 010 1_0 5. 1/2 1:30 true null ~
 [] {a:1} &a *a !!str !!python/object/apply:os.system | > << @x - -- + , = % mlp=0.3 heads=20% heds=1 layers=3-1 depth
-layers=0-99999999 {from:1,to:1e9,times:1.0000001} align=0 inner=9 kernel=ideal pcie bridge 3.35TB bf16 /etc/passwd"""),
+layers=0-99999999 {from:1,to:1e9,times:1.0000001} align=0 inner=9 kernel=ideal pcie bridge 3.35TB bf16"""),
     "", " ", "\x00", "\x1b[31m", "\u0663", "\u2028", "9" * 400, "x" * 3000, "'", '"', "[" * 300, "\n---\n",
 ]
 BYTES = [b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r", b'"', b"[" * 100_000, b"%YAML 1.1\n"]
@@ -201,8 +201,8 @@ def texts(draw: Any, text: str) -> str:
     """Draw a text near this one: words and lines dropped, replaced or doubled."""
     for _ in range(draw(st.integers(1, 3))):
         parts = re.split(draw(st.sampled_from((r"([\s,:=+{}\[\]\"-]+)", "(\n)"))), text)
-        at = draw(st.integers(0, len(parts) - 1))
-        new = draw(st.sampled_from([[], [parts[at]] * 2, *([word] for word in WORDS)]))
+        at, other = draw(st.integers(0, len(parts) - 1)), draw(st.integers(0, len(parts) - 1))
+        new = draw(st.sampled_from([[], [parts[at]] * 2, [parts[other]], [draw(st.sampled_from(WORDS))]]))
         text = "".join((*parts[:at], *new, *parts[at + 1 :]))
     return text
 

@@ -209,6 +209,7 @@ def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
         out |= {f"{at}self_attn.{name}_proj.weight": F16(4096, hidden) for name in "qkv"}
         out |= {f"{at}mlp.{name}_proj.weight": F16(11008, hidden) for name in ("gate", "up")}
         out |= {at + "self_attn.o_proj.weight": F16(hidden, 4096), at + "mlp.down_proj.weight": F16(after, 11008)}
+        out |= {at + "attn_shortcut_Q": F16(hidden, hidden), at + "mlp_shortcut_Q": F16(hidden, after)}
     return out
 
 

@@ -163,3 +163,6 @@ def test_a_shared_prefix_is_stored_once() -> None:
     assert shared[1].pruned_largest_batch == pytest.approx(
         alone[1].pruned_largest_batch, rel=0.02
     )  # evicted: not shared
+    held = [serve(n, 4096, 128, cached_prefix=2048) for n in (8, 9)]
+    eight, nine = (float(cache_bytes(WorkloadBatch.of([w]))[0]) for w in held)
+    assert eight - 8 * (nine - eight) == 2048 * 2 * 2 * 8 * 64 * 16  # keys and values of 8 heads in 16 layers

@@ -300,6 +300,23 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     assert only_prefill.overhead.sum() == 3
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
+def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
+    more = {} if phase == "decode" else {"new_tokens": 16}
+    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
+    pruned = simulator.prune(dense, family, 0.5)
+
+    def copied(w: simulator.Workload) -> float:
+        rows = w.is_role("cache_write") & (w.kv_len > 0)
+        return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
+
+    kept = copied(pruned) / copied(dense)
+    assert 0.45 < kept < 0.56
+    paged = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
+    assert copied(paged) == 0.0
+
+
 @pytest.mark.parametrize("phase", ["decode", "generate"])
 @pytest.mark.parametrize(
     ("text", "heads", "kv_heads"),
