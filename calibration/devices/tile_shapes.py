@@ -67,7 +67,7 @@ def tokens_per_tile(tokens: int) -> int:
 
 
 def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, gated: bool) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes columns, in groups of ``width``; ``gated`` tiles have two halves."""
+    """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; ``gated``: two halves."""
     form = tokens, element_bytes, aligned
     most = _columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
     return TileShape(tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _features(*form))

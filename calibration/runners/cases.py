@@ -228,7 +228,7 @@ def _check_heads(w: Workload) -> None:
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """Return the first ``layers`` layers of a model, for little memory or time; the whole model if ``layers`` is None."""
+    """Return the first ``layers`` layers of a model, or the whole model if ``layers`` is None."""
     if layers is None:
         return config
     if not 1 <= layers <= config.layers:

@@ -126,7 +126,7 @@ def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_
 
 
 def wrapped(title: str, room_in: float) -> str:
-    """Return the title of a panel with lines that fit into a width (inches): first broken after commas, then at blanks."""
+    """Return a panel's title with lines that fit a width in inches, broken after commas, then at blanks."""
     most, lines = max(8, int(room_in / 0.075)), list[str]()
     for line in title.split("\n"):
         parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")

@@ -83,7 +83,7 @@ def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
 
 
 def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
-    """Return measured GEMMs from named columns; see the module. Messages begin with ``label``, by default the source."""
+    """Return measured GEMMs from named columns. Messages begin with ``label``, by default the source."""
     label = label or source
     time = next((name for name in TIMES if name in columns), None)
     missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])

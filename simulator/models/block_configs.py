@@ -34,7 +34,7 @@ _UNSUPPORTED = {
 
 
 def read_block(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return a layer of ``block_configs`` (an object ``attention`` and ``ffn``): the layer ``dense`` with other sizes."""
+    """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other sizes."""
     _check_supported(of)
     return _read_mlp(of.part("ffn"), _read_attention(of.part("attention"), dense), hidden)
 

@@ -48,7 +48,7 @@ class Entry:
 
 
 def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entry]:
-    """Yield the variants in Puzzle's library with their scores and times; their names round widths, so the sizes count."""
+    """Yield the variants in Puzzle's library with scores and times; names round widths, so the sizes count."""
     root = parse_bounded(content, label, MOST_BYTES)
     names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
     if not names or None in names.values():

@@ -44,7 +44,7 @@ _CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNCo
 
 
 def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
-    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family of pruning has."""
+    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family has."""
     texts = [_text(old, new) for old, new in zip(dense.layout, pruned.layout)]
     lines = ["layers:"]
     for text, some in groupby(range(len(texts)), key=lambda i: texts[i]):

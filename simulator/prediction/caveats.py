@@ -46,7 +46,7 @@ _ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
-    """Return a note if GEMMs with a share of the time are far outside the sizes that the profile was fitted on, or ""."""
+    """Return a note if GEMMs with a notable share of the time lie far outside the fitted sizes, or ""."""
     engine = load_engine(w.meta.engine)
     served = hw.serving(engine.stacks)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):

@@ -30,7 +30,7 @@ _ROWS = 128  # queries per block; keys after the last query of a block are not c
 
 
 def at_least_one(share: float, of: int) -> int:
-    """Return a share of ``of``, rounded as in the simulator's families, without NumPy because decode steps are short."""
+    """Return a share of ``of``, rounded as in the simulator's families, without NumPy: decode steps are short."""
     return max(math.floor(share * of + 0.5), 1)
 
 
