@@ -1,63 +1,65 @@
-"""Read every YAML file of this project by one reader: a schema is data.
+"""Read and write YAML by dataclasses, whose annotations declare the check, unit and message of each value::
 
-A field type reads one node of the tree. :class:`TextField`, :class:`NumberField`, :class:`QuantityField` and
-:class:`BoolField` read scalars, :class:`CheckedField` a scalar with a further rule. :class:`ListField` reads a list,
-:class:`MapField` a mapping with free keys, :class:`ObjectField` a mapping with known keys. :func:`field_of` derives the
-field type of a frozen dataclass from its annotations.
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
 
-Each problem is noted with its place, and reading continues, so one run reports all problems. A scalar with a problem is
-None; lists and mappings hold the values without problems.
+:func:`read` finds all problems of a tree at once, by pydantic. The scalars :class:`Text`, :class:`Number`,
+:class:`Quantity`, :class:`Truth` and :class:`Checked` convert the text of a node. :func:`lines_of` writes the same
+dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, is_dataclass
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from simulator.errors import InputError
-from simulator.files.yaml import Node, Problems, join
+from simulator.files.yaml import Node, Problems, path_of, shown
 from simulator.units import EXAMPLES, format_quantity, parse_quantity
+
+T = TypeVar("T")
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")
+_NO_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 
 
-class FieldType(Protocol):
-    """A reader of one node; ``key`` is the path of the node in messages."""
-
-    def read(self, node: Node, key: str, problems: Problems) -> Any: ...
-
-
-class ScalarField:
-    """A field type of scalars; ``value`` raises ValueError with the reason."""
+class Scalar:
+    """A type of scalars: ``value`` converts a node or raises ValueError with the reason, ``text`` writes the value."""
 
     def value(self, node: Node) -> Any:
         raise NotImplementedError
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        try:
-            return self.value(node)
-        except ValueError as error:
-            problems.add(node, key, str(error))
-            return None
+    def text(self, value: Any) -> str:
+        return str(value)
+
+    def read(self, given: Any, info: Any) -> Any:
+        """Return the value of a part of a tree; ``info.context`` has what :func:`read` was given."""
+        if not isinstance(given, Node):
+            given = Node("mapping" if isinstance(given, dict) else "list")
+        return self.value(given)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import with_info_plain_validator_function
+
+        return with_info_plain_validator_function(self.read)
 
 
 @dataclass(frozen=True)
-class TextField(ScalarField):
-    """Text of 1 to 2000 printable characters: one of ``choices``, or text that matches ``pattern``.
-
-    ``right`` describes the pattern in words.
-    """
+class Text(Scalar):
+    """Text of 1 to 2000 printable characters: one of ``choices``, or of a ``pattern``, which ``right`` describes."""
 
     choices: tuple[str, ...] = ()
     pattern: str = ""
     right: str = ""
+    quote: bool = False  # whether it is always written in quotes
 
     def value(self, node: Node) -> str:
         text = node.text.strip()
@@ -73,9 +75,24 @@ class TextField(ScalarField):
             raise ValueError(f"expected {self.right}, got {shown(node)}")
         return text
 
+    def text(self, value: str) -> str:
+        return quoted(value) if self.quote else plain_text(value)
+
+
+class Source(Text):
+    """The short name of a source that the file lists."""
+
+    def read(self, given: Any, info: Any) -> str:
+        short: str = super().read(given, info)
+        listed = info.context["sources"]
+        if short not in listed:
+            hint = did_you_mean(short, listed, 0.3) or "add it there with a title and an address"
+            raise ValueError(f"{short!r} is not listed under sources; {hint}")
+        return short
+
 
 @dataclass(frozen=True)
-class NumberField(ScalarField):
+class Number(Scalar):
     """A finite number without a unit, from ``low`` to ``high``; an int if ``whole``."""
 
     low: float
@@ -106,9 +123,14 @@ class NumberField(ScalarField):
             return f"YAML reads it as a truth value; write {self.example}"
         return f"write {self.example}"
 
+    def text(self, value: float) -> str:
+        """Return the shortest text that reads back to the same number; whole numbers have no point."""
+        whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
+        return str(int(value)) if whole else repr(float(value))
+
 
 @dataclass(frozen=True)
-class QuantityField(ScalarField):
+class Quantity(Scalar):
     """Text with a unit, such as "3.35 TB/s", as a number in SI units."""
 
     unit: str
@@ -124,8 +146,11 @@ class QuantityField(ScalarField):
             raise ValueError(f"expected {low} to {high}, got {shown(node)}")
         return value
 
+    def text(self, value: float) -> str:
+        return format_quantity(value, self.unit)
 
-class BoolField(ScalarField):
+
+class Truth(Scalar):
     """``true`` or ``false``; no other spelling is accepted."""
 
     def value(self, node: Node) -> bool:
@@ -135,10 +160,10 @@ class BoolField(ScalarField):
 
 
 @dataclass(frozen=True)
-class CheckedField(ScalarField):
-    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError with the reason."""
+class Checked(Scalar):
+    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError."""
 
-    scalar: ScalarField
+    scalar: Scalar
     rule: Callable[[Any], Any]
 
     def value(self, node: Node) -> Any:
@@ -146,105 +171,182 @@ class CheckedField(ScalarField):
 
 
 @dataclass(frozen=True)
-class ListField:
-    """A list whose items have one field type, as a tuple."""
+class Keys:
+    """The keys of a mapping are names of a ``kind``; the mapping becomes read-only."""
 
-    item: FieldType
+    kind: str = ""
+    names: tuple[str, ...] = ()
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind != "list":
-            problems.add(node, key, f"expected a list, got {shown(node)}")
-        return tuple(self.item.read(item, join(key, str(i)), problems) for i, item in enumerate(node.items))
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        schema = handler(source)
+        if self.names:
+            schema["keys_schema"] = core_schema.no_info_plain_validator_function(self._known)
+        return core_schema.no_info_after_validator_function(MappingProxyType, schema)
+
+    def _known(self, key: str) -> str:
+        if key not in self.names:
+            raise ValueError(f"unknown {self.kind}; expected one of {', '.join(self.names)}")
+        return key
 
 
-@dataclass(frozen=True)
-class MapField:
-    """A mapping with free keys whose values have one field type.
+String = Annotated[str, Text()]
+Quoted = Annotated[str, Text(quote=True)]
+Strings = tuple[String, ...]
+SourceName = Annotated[str, Source()]
+Flag = Annotated[bool, Truth()]
+Map = Annotated[Mapping[str, T], Keys()]
 
-    ``wrong_key`` returns the reason against a key, or "".
+
+def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
+    """Return the dataclass of a tree, or None with all problems.
+
+    ``context`` is what scalars need besides their node, such as the names of ``sources``.
     """
+    from pydantic import ValidationError
 
-    member: FieldType
-    wrong_key: Callable[[str], str] | None = None
-
-    def read(self, node: Node, key: str, problems: Problems) -> Mapping[str, Any]:
-        if node.kind != "mapping":
-            problems.add(node, key, f"expected a mapping of key: value, got {shown(node)}")
-        found = {}
-        for name, (key_node, value) in node.entries.items():
-            if reason := self.wrong_key(name) if self.wrong_key else "":
-                problems.add(key_node, join(key, name), reason)
-            else:
-                found[name] = self.member.read(value, join(key, name), problems)
-        return MappingProxyType(found)
+    try:
+        return _adapter(cls).validate_python(_plain(root), context=context)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        for one in error.errors(include_url=False, include_input=False):
+            problems.add(*_problem(cls, root, one))
+    return None
 
 
-@dataclass(frozen=True)
-class ObjectField:
-    """A mapping with known keys: returns what ``make`` builds from the values, or the values by key without ``make``.
+@lru_cache(maxsize=64)
+def _adapter(cls: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
 
-    ``make`` is called only if no value has a problem; else the result is None.
-    """
+    before = os.environ.get(_NO_PLUGINS)
+    os.environ[_NO_PLUGINS] = "__all__"  # else it reads the entry points of every installed package, which takes 10 ms
+    try:
+        return TypeAdapter(cls | None, config=ConfigDict(extra="forbid"))
+    finally:
+        os.environ.pop(_NO_PLUGINS) if before is None else os.environ.update({_NO_PLUGINS: before})
 
-    required: Mapping[str, FieldType]
-    optional: Mapping[str, FieldType] = field(default_factory=dict)
-    make: Callable[..., Any] | None = None
-    expected: str = "a mapping of key: value"
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        before = len(problems)
-        nodes = self.members(node, key, problems)
-        fields = {**self.required, **self.optional}
-        values = {name: fields[name].read(nodes[name], join(key, name), problems) for name in fields if name in nodes}
-        if self.make is None:
-            return MappingProxyType({name: values[name] for name in nodes})  # in the order of the file
-        try:
-            return self.make(**values) if len(problems) == before else None
-        except InputError as error:
-            problems.add(node, key, str(error))
-            return None
+def _plain(node: Node) -> Any:
+    """Return a tree as dicts and lists, in which scalars are nodes."""
+    if node.kind == "mapping":
+        return {key: _plain(value) for key, (_, value) in node.entries.items()}
+    return [_plain(item) for item in node.items] if node.kind == "list" else node
 
-    def members(self, node: Node, key: str, problems: Problems) -> dict[str, Node]:
-        """Return the nodes by key; note missing keys, and unknown keys with the closest known key."""
-        if node.kind != "mapping":
-            problems.add(node, key, f"expected {self.expected}, got {shown(node)}")
-            return {}
-        known = (*self.required, *self.optional)
-        for name, (key_node, _) in node.entries.items():
-            if name not in known:
-                hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
-                problems.add(key_node, join(key, name), f"unknown key; {hint}")
-        for name in self.required:
-            if name not in node.entries:
-                problems.add(node, join(key, name), "is missing")
-        return {name: value for name, (_, value) in node.entries.items() if name in known}
+
+def _problem(cls: Any, root: Node, error: Mapping[str, Any]) -> tuple[Node, str, str]:
+    """Return the node, key and reason of an error of pydantic."""
+    kind, node, path = error["type"], root, list(error["loc"])
+    at_key = kind == "unexpected_keyword_argument" or path[-1:] == ["[key]"]
+    path = path[:-1] if path[-1:] == ["[key]"] else path
+    for i, key in enumerate(path):
+        if node.kind == "list":
+            node = node.items[key]
+        elif key in node.entries:
+            node = node.entries[key][0 if at_key and i == len(path) - 1 else 1]
+        else:  # a missing key, or one value instead of a list
+            path = path if kind == "missing" else path[:i]
+            break
+    if found := error.get("ctx", {}).get("error"):
+        reason = str(found)
+    elif kind == "missing":
+        reason = "is missing"
+    elif kind == "unexpected_keyword_argument":
+        reason = unknown_key(path[-1], _members(_type_at(cls, path[:-1])))
+    else:
+        reason = f"expected {_expected(kind, cls, path)}, got {shown(node)}"
+    return node, path_of(path), reason
+
+
+def _expected(kind: str, cls: Any, path: Iterable[Any]) -> str:
+    if kind == "tuple_type":
+        return "a list"
+    if kind == "dataclass_type":
+        required = [key for key, (_, _, default) in _members(_type_at(cls, path)).items() if default is MISSING]
+        if "source" in required:
+            return f"{{{', '.join(f'{name}: ...' for name in required)}}}"
+    return "a mapping of key: value"
+
+
+def _type_at(hint: Any, path: Iterable[Any]) -> Any:
+    for key in path:
+        hint = _members(hint)[key][1] if is_dataclass(get_origin(hint) or hint) else _item(hint)
+        hint = _bare(hint)
+    return hint
+
+
+def _bare(hint: Any) -> Any:
+    """Return a type without its annotation and without None."""
+    if get_origin(hint) is Annotated:
+        return _bare(get_args(hint)[0])
+    if NoneType in get_args(hint):
+        return _bare(next(each for each in get_args(hint) if each is not NoneType))
+    return hint
+
+
+def _item(hint: Any) -> Any:
+    """Return the type of the values of a mapping or the items of a tuple."""
+    arguments = get_args(_bare(hint))
+    return arguments[0] if arguments[-1] is ... else arguments[-1]
 
 
 @lru_cache(maxsize=256)
-def field_of(cls: type) -> ObjectField:
-    """Return the field type of a dataclass, from its annotations; ``str`` and ``bool`` need no field type.
-
-    A field without a default is required. The dataclass is made only if none of its values has a problem::
-
-        rows: Annotated[int, NumberField(0, 1e12, "400", whole=True)] = 0
-    """
-    hints = {name: _annotated(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    optional = [f.name for f in dataclasses.fields(cls) if f.name not in required]
-    return ObjectField({name: hints[name] for name in required}, {name: hints[name] for name in optional}, cls)
-
-
-def _annotated(hint: Any) -> FieldType:
-    if get_origin(hint) is Annotated:
-        found: FieldType = get_args(hint)[1]
-        return found
-    plain: dict[Any, FieldType] = {str: TextField(), bool: BoolField()}
-    return plain[hint]
+def _members(hint: Any) -> dict[str, tuple[str, Any, Any]]:
+    """Return attribute, type and default of a dataclass by the key in a file."""
+    cls, found = get_origin(hint) or hint, {}
+    hints = get_type_hints(cls, include_extras=True)
+    for one in dataclasses.fields(cls):
+        kind = get_args(hint)[0] if isinstance(hints[one.name], TypeVar) else hints[one.name]
+        alias = next((more.alias for more in get_args(kind) if hasattr(more, "alias")), one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        found[alias] = one.name, kind, default
+    return found
 
 
-def shown(node: Node) -> str:
-    """Return a node as a message quotes it."""
-    return "nothing" if node.kind == "scalar" and not node.text and not node.quoted else str(node)
+def lines_of(value: Any, hint: Any, indent: str = "") -> Iterator[str]:
+    """Yield the lines of YAML of a dataclass; defaults and empty texts are omitted."""
+    for key, (name, kind, default) in _members(hint).items():
+        part = getattr(value, name)
+        if part is not None and part != "" and (part or part != default):
+            yield from _entry(key, part, kind, indent)
+
+
+def _entry(key: str, value: Any, hint: Any, indent: str) -> Iterator[str]:
+    text = _flow(value, hint)
+    yield f"{indent}{key}:" if text is None else f"{indent}{key}: {text}"
+    if text is None and isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _entry(plain_text(name), one, _item(hint), indent + "  ")
+    elif text is None:
+        yield from lines_of(value, _bare(hint), indent + "  ")
+
+
+def _flow(value: Any, hint: Any) -> str | None:
+    """Return a value as one line: a scalar, a list, an empty mapping, or an object with a member ``value``."""
+    if scalar := next((each for each in get_args(hint) if isinstance(each, Scalar)), None):
+        return scalar.text(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(str(_flow(item, _item(hint))) for item in value)}]"
+    if hasattr(value, "value"):
+        members = _members(_bare(hint)).items()
+        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in members)
+        return f"{{{', '.join(f'{k}: {_flow(v, h)}' for k, v, h in parts if v is not None and v != '')}}}"
+    return "{}" if isinstance(value, Mapping) and not value else None
+
+
+def quoted(value: str) -> str:
+    """Return double-quoted YAML: JSON's escapes are a subset of YAML's."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def plain_text(value: str) -> str:
+    """Return YAML of a text, in quotes where YAML would read another value."""
+    return value if _PLAIN.fullmatch(value) and value.lower() not in (*_TRUTHS, "null", "y", "n") else quoted(value)
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the reason against a key, with the closest known one."""
+    hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
+    return f"unknown key; {hint}"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

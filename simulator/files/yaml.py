@@ -11,33 +11,54 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from simulator.errors import InputError, one_line
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass takes three times as long to make
+class Node:
     """A part of a YAML file, and its place, counted from 1."""
 
-    kind: str  # "scalar", "list" or "mapping"
-    line: int
-    column: int
-    text: str = ""
-    quoted: bool = False  # distinguishes "132" from 132
-    items: tuple[Node, ...] = ()
-    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})  # node of each key and node of its value
+    __slots__ = ("column", "entries", "items", "kind", "line", "quoted", "text")
+
+    def __init__(
+        self,
+        kind: str,  # "scalar", "list" or "mapping"
+        line: int = 1,
+        column: int = 1,
+        text: str = "",
+        quoted: bool = False,  # distinguishes "132" from 132
+        items: tuple[Node, ...] = (),
+        entries: Mapping[str, tuple[Node, Node]] = _NONE,  # node of each key and node of its value
+    ) -> None:
+        self.kind, self.line, self.column, self.text, self.quoted = kind, line, column, text, quoted
+        self.items, self.entries = items, entries
 
     def __str__(self) -> str:
         if self.kind != "scalar":
             return f"a {self.kind}"
         shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
         return repr(shown) if self.quoted or shown.split() != [shown] else shown
+
+    def at(self, *keys: str) -> Node:
+        """Return the node at a path of keys, or an empty node."""
+        node = self
+        for key in keys:
+            node = node.entries[key][1] if key in node.entries else Node("scalar")
+        return node
+
+
+def shown(node: Node) -> str:
+    """Return a node as a message quotes it."""
+    return "nothing" if node.kind == "scalar" and not node.text and not node.quoted else str(node)
 
 
 class Problems:
@@ -83,6 +104,11 @@ def join(path: str, key: str) -> str:
     return f"{path}.{short}" if path else short
 
 
+def path_of(keys: Iterable[Any]) -> str:
+    """Return the path of a node from its keys and positions."""
+    return reduce(join, map(str, keys), "")
+
+
 def read_text(path: Path, problems: Problems) -> str | None:
     """Return the text of a file, or None with a problem: missing, not a file, too large, or not UTF-8."""
     place, raw = None, b""
@@ -122,8 +148,8 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     try:
         return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
     except _Refused as refused:
-        mark, key, reason = refused.args
-        problems.add(_place(mark), key, reason)
+        mark, path, reason = refused.args
+        problems.add(_place(mark), path_of(path), reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = str(error.problem or error.context or "cannot be read")
@@ -141,7 +167,7 @@ def _place(mark: Any) -> Node:
 
 
 class _Refused(Exception):
-    """A reason to stop parsing: mark, key and reason."""
+    """A reason to stop parsing: mark, path and reason."""
 
 
 class _Parser:
@@ -154,36 +180,36 @@ class _Parser:
         root = None
         for event in self.events:
             if isinstance(event, self.yaml.NodeEvent):
-                root = self.node(event, "", 0)
+                root = self.node(event, ())
             elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
-                raise _Refused(event.start_mark, "", "holds more than one YAML document; expected one")
+                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
         return root
 
-    def node(self, event: Any, path: str, depth: int, is_key: bool = False) -> Node:
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+    def node(self, event: Any, path: tuple[Any, ...], is_key: bool = False) -> Node:
+        mark = event.start_mark
+        line, column = mark.line + 1, mark.column + 1
         if event.anchor is not None:
             hint = "write the value out, or quote it if it is text"
-            raise _Refused(event.start_mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
+            raise _Refused(mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
         if event.tag is not None:
-            reason = f"tags are not allowed, got {str(event.tag)[:60]}; write plain values"
-            raise _Refused(event.start_mark, path, reason)
+            raise _Refused(mark, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
         if isinstance(event, self.yaml.ScalarEvent):
-            return Node("scalar", line, column, text=event.value, quoted=bool(event.style))
-        if depth >= MAX_DEPTH:
-            raise _Refused(event.start_mark, path, f"is nested deeper than {MAX_DEPTH} levels")
+            return Node("scalar", line, column, event.value, bool(event.style))
+        if len(path) >= MAX_DEPTH:
+            raise _Refused(mark, path, f"is nested deeper than {MAX_DEPTH} levels")
         if is_key:
-            raise _Refused(event.start_mark, path, "a key must be plain text, got a list or mapping")
+            raise _Refused(mark, path, "a key must be plain text, got a list or mapping")
         if isinstance(event, self.yaml.SequenceStartEvent):
             items: list[Node] = []
             while not isinstance(inner := next(self.events), self.yaml.SequenceEndEvent):
-                items.append(self.node(inner, join(path, str(len(items))), depth + 1))
+                items.append(self.node(inner, (*path, len(items))))
             return Node("list", line, column, items=tuple(items))
         entries: dict[str, tuple[Node, Node]] = {}
         while not isinstance(inner := next(self.events), self.yaml.MappingEndEvent):
-            key = self.node(inner, path, depth + 1, is_key=True)
-            at = join(path, key.text)
-            value = self.node(next(self.events), at, depth + 1)
+            key = self.node(inner, path, is_key=True)
+            at = (*path, key.text)
+            value = self.node(next(self.events), at)
             first = entries.setdefault(key.text, (key, value))[0]
             if first is not key:
-                self.problems.add(key, at, f"is given twice, first on line {first.line}; keep one")
+                self.problems.add(key, path_of(at), f"is given twice, first on line {first.line}; keep one")
         return Node("mapping", line, column, entries=entries)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
-from simulator.files.fields import NumberField
+from simulator.files.fields import Number, Quoted, Text
 from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.constants import CONSTANTS
 
@@ -28,30 +28,31 @@ ACCURACY_RANGE = (-1e9, 1e9)
 MOST_STD_ERROR = 1e30
 """Largest standard error of a constant."""
 
-RowCount = Annotated[int, NumberField(0, 1e12, "400", whole=True)]
+NUMBER = Number(-1e300, 1e300, "0.81")
+"""Value of any constant; :data:`simulator.hardware.constants.CONSTANTS` has the range of each."""
 
 
 @dataclass(frozen=True)
 class Fitted:
     """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
 
-    value: float
-    std_error: float | None = None
-    status: str = "fitted"
+    value: Annotated[float, NUMBER]
+    std_error: Annotated[float | None, Number(0, MOST_STD_ERROR, "0.01")] = None
+    status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Data that a section was fitted on."""
 
-    source: str
-    digest: str
-    date: str
-    software: str
-    device: str
-    protocol: str
-    rows: RowCount
-    inherited_from: str = ""
+    source: Quoted
+    digest: Quoted
+    date: Quoted
+    software: Quoted
+    device: Quoted
+    protocol: Quoted
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)]
+    inherited_from: Quoted = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
