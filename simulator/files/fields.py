@@ -31,6 +31,14 @@ _NO_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 
 
+class At(ValueError):
+    """A problem of a part of a value: the reason, and the keys from the value to the part."""
+
+    def __init__(self, reason: str, *keys: Any) -> None:
+        super().__init__(reason)
+        self.keys = keys
+
+
 class Scalar:
     """A type of scalars: ``value`` converts a node or raises ValueError with the reason, ``text`` writes the value."""
 
@@ -207,11 +215,16 @@ def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | No
     from pydantic import ValidationError
 
     try:
-        return _adapter(cls).validate_python(_plain(root), context=context)  # type: ignore[no-any-return]
+        return parse(cls, _plain(root), context)  # type: ignore[no-any-return]
     except ValidationError as error:
         for one in error.errors(include_url=False, include_input=False):
             problems.add(*_problem(cls, root, one))
     return None
+
+
+def parse(hint: Any, given: Any, context: Any) -> Any:
+    """Return the value of a part of a tree, inside a scalar's ``read``; other types raise the errors of pydantic."""
+    return _adapter(hint).validate_python(given, context=context)
 
 
 @lru_cache(maxsize=64)
@@ -235,18 +248,20 @@ def _plain(node: Node) -> Any:
 
 def _problem(cls: Any, root: Node, error: Mapping[str, Any]) -> tuple[Node, str, str]:
     """Return the node, key and reason of an error of pydantic."""
-    kind, node, path = error["type"], root, list(error["loc"])
-    at_key = kind == "unexpected_keyword_argument" or path[-1:] == ["[key]"]
-    path = path[:-1] if path[-1:] == ["[key]"] else path
-    for i, key in enumerate(path):
-        if node.kind == "list":
-            node = node.items[key]
-        elif key in node.entries:
-            node = node.entries[key][0 if at_key and i == len(path) - 1 else 1]
-        else:  # a missing key, or one value instead of a list
-            path = path if kind == "missing" else path[:i]
+    kind, node, found = error["type"], root, error.get("ctx", {}).get("error")
+    loc = (*error["loc"], *getattr(found, "keys", ()))
+    at_key = kind == "unexpected_keyword_argument" or loc[-1:] == ("[key]",)
+    path: list[Any] = []
+    for i, key in enumerate(loc):
+        if node.kind == "list" or key in node.entries:
+            path.append(key)
+            last = i == len(loc) - 1 or loc[i + 1] == "[key]"
+            node = node.items[key] if node.kind == "list" else node.entries[key][0 if at_key and last else 1]
+        elif kind == "missing":
+            path.append(key)
+        elif not isinstance(key, int):  # a number is of one value instead of a list
             break
-    if found := error.get("ctx", {}).get("error"):
+    if found:
         reason = str(found)
     elif kind == "missing":
         reason = "is missing"
@@ -269,15 +284,18 @@ def _expected(kind: str, cls: Any, path: Iterable[Any]) -> str:
 
 def _type_at(hint: Any, path: Iterable[Any]) -> Any:
     for key in path:
-        hint = _members(hint)[key][1] if is_dataclass(get_origin(hint) or hint) else _item(hint)
-        hint = _bare(hint)
+        if not is_dataclass(get_origin(hint) or hint):
+            hint = _bare(_item(hint))
+        elif not isinstance(key, int):
+            hint = _bare(_members(hint)[key][1])
     return hint
 
 
 def _bare(hint: Any) -> Any:
-    """Return a type without its annotation and without None."""
+    """Return a type without its annotation and without None; ``mapping`` of an annotation replaces the type."""
     if get_origin(hint) is Annotated:
-        return _bare(get_args(hint)[0])
+        mappings = (each.mapping for each in get_args(hint) if getattr(each, "mapping", None))
+        return _bare(next(mappings, get_args(hint)[0]))
     if NoneType in get_args(hint):
         return _bare(next(each for each in get_args(hint) if each is not NoneType))
     return hint

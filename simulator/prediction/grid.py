@@ -7,17 +7,19 @@ file are ``file:line:column: key: reason, expected value``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field
 
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
-from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
+from simulator.files.fields import At, Checked, Flag, Keys, Map, Number, Scalar, Text, parse, read, unknown_key
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import reference
 from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
@@ -37,11 +39,16 @@ from simulator.prediction.scenario import (
 )
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
+from simulator.units import parse_value
 from simulator.workload import DTYPES, PHASES
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 MOST_POINTS = 100_000
 """Most values of a progression; more indicate a wrong step."""
 
+_TOKENS = Number(1, MAX_TOKENS, "64", whole=True)
 _SMALL = "llama-3.2-1b"
 """Model with which options of families are checked."""
 
@@ -54,165 +61,121 @@ AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "
 class Formats:
     """Number formats of a run; None: the format follows from ``dtype``."""
 
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    kv_dtype: str | None = None
+    dtype: Annotated[str, Text(DTYPES)] = "bf16"
+    weight_dtype: Annotated[str | None, Text(DTYPES)] = None
+    kv_dtype: Annotated[str | None, Text(DTYPES)] = None
+
+
+class _Axis(Scalar):
+    """A list or one value; repeated values are dropped. ``mapping`` is a dataclass for values that are mappings."""
+
+    def __init__(self, item: Any, mapping: Any = None) -> None:
+        self.item, self.mapping = item, mapping
+
+    def read(self, given: Any, info: Any) -> tuple[Any, ...]:
+        if given == [] and info.field_name not in info.context["optional"]:
+            raise ValueError("is an empty list; expected at least one value")
+        found = parse(tuple[self.item, ...], given if isinstance(given, list) else [given], info.context)
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """A list or one value; repeated values are dropped."""
+class _Progression(Generic[T, S]):
+    """Numbers from a start to an end, both included."""
 
-    kind: FieldType
+    start: Annotated[T, Field(alias="from")]
+    to: T
+    step: S | None = None
+    times: Annotated[float | None, Number(1 + 1e-6, 1e9, "2")] = None
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind != "list":
-            found: Sequence[Any] = [self.kind.read(node, key, problems)]
-        else:
-            found = ListField(self.kind).read(node, key, problems)
-            if not node.items:
-                problems.add(node, key, "is an empty list; expected at least one value")
-        return tuple(dict.fromkeys(value for value in found if value is not None))
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
-
-    number: NumberField
-    rule: Callable[[float], Any] = float
-
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind == "mapping":
-            values = tuple(dict.fromkeys(self.progression(node, key, problems)))
-        else:
-            values = _Axis(self.number).read(node, key, problems)
-        for value in values:
-            try:
-                self.rule(value)
-            except InputError as error:
-                place = next((item for item in node.items if _number_of(item) == value), node)
-                problems.add(place, key, str(error))
-        return values
-
-    def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
-        whole, example = self.number.whole, "2" if self.number.whole else "0.1"
-        by_step, by_times = NumberField(1 if whole else 1e-6, 1e9, example, whole), NumberField(1 + 1e-6, 1e9, example)
-        kinds = {"from": self.number, "to": self.number, "step": by_step, "times": by_times}
-        nodes = ObjectField(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
-
-        def wrong(name: str, reason: str) -> list[float]:
-            problems.add(nodes[name], join(key, name), reason)
-            return []
-
-        if "from" not in nodes or "to" not in nodes:
-            return []
-        if ("step" in nodes) == ("times" in nodes):
-            problems.add(node, key, "expected either step or times with from and to")
-            return []
-        how = "step" if "step" in nodes else "times"
-        start, end, by = (kinds[name].read(nodes[name], join(key, name), problems) for name in ("from", "to", how))
-        if start is None or end is None or by is None:
-            return []
+    def values(self, whole: bool) -> list[float]:
+        start, end, by = float(self.start), float(self.to), float(self.step or self.times or 1.0)  # type: ignore[arg-type]
+        if (self.step is None) == (self.times is None):
+            raise At("expected either step or times with from and to")
         if end < start:
-            return wrong("to", f"expected at least the start {start:g}, got {end:g}")
-        if how == "times" and start <= 0:
-            return wrong("from", f"expected a start above 0 to multiply, got {start:g}")
-        many = (math.log(end / start) / math.log(by) if how == "times" else (end - start) / by) + 1e-9
+            raise At(f"expected at least the start {start:g}, got {end:g}", "to")
+        if self.times and start <= 0:
+            raise At(f"expected a start above 0 to multiply, got {start:g}", "from")
+        many = (math.log(end / start) / math.log(by) if self.times else (end - start) / by) + 1e-9
         if many >= MOST_POINTS:
-            return wrong(how, f"makes more than {MOST_POINTS} values; take a larger one")
-        values = (start * by**i if how == "times" else start + i * by for i in range(int(many) + 1))
+            raise At(f"makes more than {MOST_POINTS} values; take a larger one", "times" if self.times else "step")
+        values = (start * by**i if self.times else start + i * by for i in range(int(many) + 1))
         return [round(v) if whole else round(v, 9) for v in values]
 
 
-class _Family:
+class _Numbers(_Axis):
+    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}``."""
+
+    def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
+        self.number, self.rule = number, rule
+        step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
+        checked = Annotated[float, Checked(number, lambda value: (self.rule(value), value)[1])]
+        super().__init__(checked, _Progression[Annotated[float, number], Annotated[float, step]])
+
+    def read(self, given: Any, info: Any) -> tuple[Any, ...]:
+        if not isinstance(given, dict):
+            return super().read(given, info)
+        values = parse(self.mapping, given, info.context).values(self.number.whole)
+        for value in values:
+            self.rule(value)
+        return tuple(dict.fromkeys(values))
+
+
+class _Family(Scalar):
     """A family's name, "all", or a mapping of names to options."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
-        if node.kind != "mapping":
-            text = TextField((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(Pruning.of(name) for name in (general_families() if text == "all" else [text]) if name)
-        found = []
-        for name, (key_node, value) in node.entries.items():
-            family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
-            if family:
-                found.append(Pruning.of(family, options=self.options(value, join(key, name), family, problems)))
-        return tuple(found)
+    def read(self, given: Any, info: Any) -> tuple[Pruning, ...]:
+        if not isinstance(given, dict):
+            name = parse(Annotated[str, Text((*FAMILIES, "all"))], given, info.context)
+            return tuple(map(Pruning.of, general_families() if name == "all" else [name]))
+        options = parse(
+            Annotated[Mapping[str, Map[Annotated[Any, _Option()]]], Keys("family", tuple(FAMILIES))], given, {}
+        )
+        return tuple(Pruning.of(family, options=self.checked(family, dict(own))) for family, own in options.items())
 
-    def options(self, node: Node, key: str, family: str, problems: Problems) -> dict[str, Any]:
-        known = dict.fromkeys(FAMILIES[family].options, _Option())
-        options = dict(sorted(ObjectField({}, known).read(node, key, problems).items()))
-        if not len(problems):
-            try:
-                prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
-            except InputError as error:
-                problems.add(node, key, str(error))
-        return options
+    def checked(self, family: str, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if name not in FAMILIES[family].options:
+                raise At(unknown_key(name, FAMILIES[family].options), family, name)
+        try:
+            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
+        except InputError as error:
+            raise At(str(error), family) from None
+        return dict(sorted(options.items()))
 
 
-class _Families:
+class _Families(_Axis):
     """An axis of families."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
-        groups = _Axis(_Family()).read(node, key, problems)
-        return tuple(dict.fromkeys(choice for group in groups for choice in group))
+    def read(self, given: Any, info: Any) -> tuple[Pruning, ...]:
+        return tuple(dict.fromkeys(choice for group in super().read(given, info) for choice in group))
 
 
-class _Option:
+class _Option(Scalar):
     """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        if node.kind == "list":
-            return ListField(self).read(node, key, problems)
+    def read(self, given: Any, info: Any) -> Any:
+        return tuple(self.read(one, info) for one in given) if isinstance(given, list) else super().read(given, info)
+
+    def value(self, node: Node) -> Any:
         if node.kind == "mapping":
-            problems.add(node, key, "expected a value, got a mapping")
-            return None
-        if node.text in ("true", "false") and not node.quoted:
-            return node.text == "true"
-        value = math.nan if node.quoted else _number_of(node)
-        if math.isnan(value):
-            return TextField().read(node, key, problems)
-        return int(value) if value.is_integer() and "." not in node.text and "e" not in node.text.lower() else value
+            raise ValueError("expected a value, got a mapping")
+        value = Text().value(node) if node.quoted else parse_value(node.text)
+        return Text().value(node) if isinstance(value, str) else value
 
 
-class _Formats:
+class _Format(Scalar):
     """A dtype, or a mapping with a dtype and optionally the two other formats."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
-        dtype = TextField(DTYPES)
-        if node.kind != "mapping":
-            text = dtype.read(node, key, problems)
-            return Formats(text) if text else None
-        keys = ObjectField({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
-        formats: Formats | None = keys.read(node, key, problems)
-        return formats
+    def read(self, given: Any, info: Any) -> Formats:
+        if isinstance(given, dict):
+            return parse(Formats, given, info.context)  # type: ignore[no-any-return]
+        return Formats(parse(Annotated[str, Text(DTYPES)], given, info.context))
 
 
-def _number_of(node: Node) -> float:
-    try:
-        return float(node.text)
-    except ValueError:
-        return math.nan
-
-
-def _model(text: str) -> str:
-    load_model(text)
-    return text
-
-
-def _method(text: str) -> str:
-    load_method(text)
-    return text
-
-
-def _text(text: str) -> str:
-    Pruning.read(text)
-    return text
-
-
-def _engine(text: str) -> str:
-    load_engine(text)
-    return text
+def _loads(load: Callable[[str], Any]) -> Checked:
+    """Return a text that a function loads without an error."""
+    return Checked(Text(), lambda text: (load(text), text)[1])
 
 
 @dataclass(frozen=True)
@@ -225,31 +188,30 @@ class Grid:
     True
     """
 
-    # names, paths or loaded models
-    models: Annotated[tuple[str | ModelConfig, ...], _Axis(CheckedField(TextField(), _model))]
-    # names, aliases, paths or loaded profiles
-    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(CheckedField(TextField(), reference))]
-    sparsities: Annotated[tuple[float, ...], _Numbers(NumberField(-1e9, 1e9, "0.25"), check_fraction)]
-    phases: Annotated[tuple[str, ...], _Axis(TextField(PHASES))]
-    batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
-    # tokens (prefill) or cached positions (decode) of each sequence
-    seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(Annotated[Any, _loads(load_model)])]  # or paths
+    hardware: Annotated[
+        tuple[str | HardwareProfile, ...], _Axis(Annotated[Any, Checked(Text(), reference)])
+    ]  # or paths
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(Annotated[str, Text(PHASES)])]
+    batches: Annotated[tuple[int, ...], _Numbers(_TOKENS)]
+    seqs: Annotated[tuple[int, ...], _Numbers(_TOKENS)]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
-    families: Annotated[tuple[Pruning, ...], _Families()] = ()
-    dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
-    engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
-    devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()
+    families: Annotated[tuple[Pruning, ...], _Families(Annotated[Any, _Family()])] = ()
+    dtypes: Annotated[tuple[Formats, ...], _Axis(Annotated[Any, _Format()], Formats)] = (Formats(),)
+    engines: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_engine)])] = (DEFAULT_ENGINE,)  # or paths
+    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    methods: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_method)])] = ()
     # texts of --prune and paths of plans, without an axis of sparsities
-    prune: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _text))] = ()
+    prune: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(Pruning.read)])] = ()
     # as in a scenario, for the whole grid
-    parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
-    link: Annotated[str | None, CheckedField(TextField(), _link)] = None
-    new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
-    cached_prefix: Annotated[float, NumberField(0, MAX_TOKENS, "512")] = 0.0
-    token_budget: Annotated[int | None, NumberField(1, MAX_TOKENS, "8192", whole=True)] = None
-    ideal: bool = False
-    level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
+    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
+    link: Annotated[str | None, Checked(Text(), _link)] = None
+    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
+    cached_prefix: Annotated[float, Number(0, MAX_TOKENS, "512")] = 0.0
+    token_budget: Annotated[int | None, Number(1, MAX_TOKENS, "8192", whole=True)] = None
+    ideal: Flag = False
+    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
         families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
@@ -326,26 +288,21 @@ def read_grid(path: str | Path) -> Grid:
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
-        known = replace(field_of(Grid), make=None)
-        if "prune" in root.entries and not {"families", "methods"} & root.entries.keys():
-            required = dict(known.required)
-            optional = {**known.optional, "sparsities": required.pop("sparsities")}
-            known = replace(known, required=required, optional=optional)
-        axes = known.read(root, "", problems)
-        if not len(problems):
-            grid = Grid(**{"sparsities": (), **axes})
-            if set(grid.phases) == {"decode"}:
-                return grid
+        pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
+        if pruned and "sparsities" not in root.entries:
+            root.entries = {**root.entries, "sparsities": (root, Node("list"))}
+        grid = read(Grid, root, problems, optional=("sparsities",) if pruned else ())
+        if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq > MAX_TOKENS:
                 reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-                problems.add(root.entries["seqs"][1], "seqs", reason)
+                problems.add(root.at("seqs"), "seqs", reason)
             try:
                 cached_tokens(grid.cached_prefix, min(grid.seqs))
             except InputError as error:
                 key = "cached_prefix"
-                problems.add(root.entries[key][1], key, str(error).removeprefix(f"{key}: "))
-            if not len(problems):
-                return grid
+                problems.add(root.at(key), key, str(error).removeprefix(f"{key}: "))
+        if grid and not len(problems):
+            return grid
     # an unknown key is reported before the missing key that it may stand for
     raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))
