@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from simulator.arguments import shown
 from simulator.display import Displayed
@@ -93,10 +92,10 @@ class Correlation:
 class Host:
     """Block ``host`` of a file; its attributes are those of :class:`Behaviour`."""
 
-    each_pass: Annotated[HostTime | None, Field(alias="pass")] = None
-    each_sequence: Annotated[HostTime | None, Field(alias="sequence")] = None
+    each_pass: HostTime | None = field(default=None, metadata={"key": "pass"})
+    each_sequence: HostTime | None = field(default=None, metadata={"key": "sequence"})
     gap: HostTime | None = None
-    host_correlation: Annotated[Correlation | None, Field(alias="correlation")] = None
+    host_correlation: Correlation | None = field(default=None, metadata={"key": "correlation"})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
@@ -27,7 +26,6 @@ T = TypeVar("T")
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")
-_NO_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 
 
@@ -53,11 +51,6 @@ class Scalar:
         if not isinstance(given, Node):
             given = Node("mapping" if isinstance(given, dict) else "list")
         return self.value(given)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core.core_schema import with_info_plain_validator_function
-
-        return with_info_plain_validator_function(self.read)
 
 
 @dataclass(frozen=True)
@@ -185,15 +178,7 @@ class Keys:
     kind: str = ""
     names: tuple[str, ...] = ()
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
-        schema = handler(source)
-        if self.names:
-            schema["keys_schema"] = core_schema.no_info_plain_validator_function(self._known)
-        return core_schema.no_info_after_validator_function(MappingProxyType, schema)
-
-    def _known(self, key: str) -> str:
+    def known(self, key: str) -> str:
         if key not in self.names:
             raise ValueError(f"unknown {self.kind}; expected one of {', '.join(self.names)}")
         return key
@@ -212,7 +197,7 @@ def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | No
 
     ``context`` is what scalars need besides their node, such as the names of ``sources``.
     """
-    from pydantic import ValidationError
+    from pydantic_core import ValidationError
 
     try:
         return parse(cls, _plain(root), context)  # type: ignore[no-any-return]
@@ -224,19 +209,40 @@ def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | No
 
 def parse(hint: Any, given: Any, context: Any) -> Any:
     """Return the value of a part of a tree, inside a scalar's ``read``; other types raise the errors of pydantic."""
-    return _adapter(hint).validate_python(given, context=context)
+    return _validator(hint).validate_python(given, context=context)
 
 
-@lru_cache(maxsize=64)
-def _adapter(cls: Any) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
+@lru_cache(maxsize=256)
+def _validator(hint: Any) -> Any:
+    from pydantic_core import SchemaValidator
 
-    before = os.environ.get(_NO_PLUGINS)
-    os.environ[_NO_PLUGINS] = "__all__"  # else it reads the entry points of every installed package, which takes 10 ms
-    try:
-        return TypeAdapter(cls | None, config=ConfigDict(extra="forbid"))
-    finally:
-        os.environ.pop(_NO_PLUGINS) if before is None else os.environ.update({_NO_PLUGINS: before})
+    return SchemaValidator(_schema(hint))
+
+
+def _schema(hint: Any) -> Any:
+    """Return the schema of pydantic for a type: its own derivation from annotations takes 50 ms at every start."""
+    from pydantic_core import core_schema as schemas
+
+    for each in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
+        if isinstance(each, Scalar):
+            return schemas.with_info_plain_validator_function(each.read)
+        if isinstance(each, Keys):
+            keys = schemas.no_info_plain_validator_function(each.known) if each.names else None
+            found = schemas.dict_schema(keys, _schema(_item(hint)))
+            return schemas.no_info_after_validator_function(MappingProxyType, found)
+    bare = _bare(hint)
+    if get_origin(bare) is tuple:
+        return schemas.tuple_schema([_schema(_item(bare))], variadic_item_index=0)
+    members = []
+    for key, (name, kind, default) in _members(bare).items():
+        schema = _schema(kind)
+        if default is not MISSING:
+            schema = schemas.with_default_schema(schema, default=default)
+        members.append(schemas.dataclass_field(name, schema, validation_alias=key))
+    cls = get_origin(bare) or bare
+    arguments = schemas.dataclass_args_schema(cls.__name__, members, extra_behavior="forbid")
+    post_init = hasattr(cls, "__post_init__")
+    return schemas.dataclass_schema(cls, arguments, [field["name"] for field in members], post_init=post_init)
 
 
 def _plain(node: Node) -> Any:
@@ -313,8 +319,10 @@ def _members(hint: Any) -> dict[str, tuple[str, Any, Any]]:
     cls, found = get_origin(hint) or hint, {}
     hints = get_type_hints(cls, include_extras=True)
     for one in dataclasses.fields(cls):
-        kind = get_args(hint)[0] if isinstance(hints[one.name], TypeVar) else hints[one.name]
-        alias = next((more.alias for more in get_args(kind) if hasattr(more, "alias")), one.name)
+        kind = hints[one.name]
+        if isinstance(bare := _bare(kind), TypeVar):
+            kind = get_args(hint)[cls.__parameters__.index(bare)]
+        alias = one.metadata.get("key", one.name)
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         found[alias] = one.name, kind, default
     return found

@@ -87,7 +87,7 @@ class _Retired(Scalar):
         raise ValueError("is a key of an older version; make the file again with prunesim calibrate or prunesim fit")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Fact(Generic[T]):
     """A value of a datasheet."""
 
@@ -96,7 +96,7 @@ class Fact(Generic[T]):
     note: Quoted = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class RateFact:
     """A rate of a datasheet, with the format of its sums and the gain of 2:4 sparsity."""
 
@@ -112,7 +112,7 @@ Latency = Fact[Annotated[float, Quantity("s", 1e-9, 1.0)]]
 Connection = Fact[Annotated[str, Text(tuple(name for name in CONNECTIONS if name != "bridge"))]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class LinkFacts:
     kind: String
     connection: Connection | None = None
@@ -121,14 +121,14 @@ class LinkFacts:
     latency: Latency
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class BridgeFacts:
     kind: String
     bandwidth: Bandwidth
     latency: Latency
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Datasheet:
     sm_count: Fact[Annotated[int, Number(1, 100_000, "132", whole=True)]]
     boost_clock: Fact[Annotated[float, _CLOCK]]
@@ -148,7 +148,7 @@ class Datasheet:
             yield from ((group + name, fact) for name, fact in members.items() if isinstance(fact, Fact | RateFact))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class ArraysEntry:
     """Arrays of a section, by the file that has them and its digest."""
 
@@ -157,7 +157,7 @@ class ArraysEntry:
     names: tuple[Annotated[str, _ARRAY], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class SectionEntry:
     status: Annotated[str, Text(("calibrated", "inherited"))] = ""
     stack: Annotated[str, Text(STACKS)] = ""
@@ -173,14 +173,14 @@ Calibrated = Map[Map[SectionEntry]]
 """Operator -> number format -> section."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class UpdateEntry:
     provenance: Provenance
     factors: tuple[Annotated[str, _FACTOR], ...]
     arrays: ArraysEntry
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class ProfileFile:
     """A profile as its file states it."""
 
@@ -199,7 +199,7 @@ class ProfileFile:
     anchor: Annotated[None, _Retired()] = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class StackFile:
     """Sections of one stack; facts of the device are in its profile."""
 

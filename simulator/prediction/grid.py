@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
-
-from pydantic import Field
 
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
@@ -73,7 +71,7 @@ class _Axis(Scalar):
         self.item, self.mapping = item, mapping
 
     def read(self, given: Any, info: Any) -> tuple[Any, ...]:
-        if given == [] and info.field_name not in info.context["optional"]:
+        if given == [] and not info.context["pruned"]:
             raise ValueError("is an empty list; expected at least one value")
         found = parse(tuple[self.item, ...], given if isinstance(given, list) else [given], info.context)
         return tuple(dict.fromkeys(found))
@@ -83,7 +81,7 @@ class _Axis(Scalar):
 class _Progression(Generic[T, S]):
     """Numbers from a start to an end, both included."""
 
-    start: Annotated[T, Field(alias="from")]
+    start: T = field(metadata={"key": "from"})
     to: T
     step: S | None = None
     times: Annotated[float | None, Number(1 + 1e-6, 1e9, "2")] = None
@@ -289,9 +287,9 @@ def read_grid(path: str | Path) -> Grid:
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
         pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
-        if pruned and "sparsities" not in root.entries:
+        if pruned := pruned and "sparsities" not in root.entries:
             root.entries = {**root.entries, "sparsities": (root, Node("list"))}
-        grid = read(Grid, root, problems, optional=("sparsities",) if pruned else ())
+        grid = read(Grid, root, problems, pruned=pruned)
         if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq > MAX_TOKENS:
