@@ -1,8 +1,7 @@
 """Write profiles to files.
 
-:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack. Order and layout
-are those of the declarations in :mod:`simulator.hardware.schema`, so equal profiles give equal bytes and a changed value
-gives a small diff.
+:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack, by the declarations
+in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes.
 """
 
 from __future__ import annotations

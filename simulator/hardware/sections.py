@@ -19,14 +19,9 @@ from simulator.hardware.constants import CONSTANTS
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
-SCALE_RANGE = (0.01, 10.0)
-"""Range of a section scale."""
-
-ACCURACY_RANGE = (-1e9, 1e9)
-"""Range of an error on held-out shapes."""
-
-MOST_STD_ERROR = 1e30
-"""Largest standard error of a constant."""
+SCALE_RANGE = (0.01, 10.0)  # of a section scale
+ACCURACY_RANGE = (-1e9, 1e9)  # of an error on held-out shapes
+MOST_STD_ERROR = 1e30  # of a constant
 
 NUMBER = Number(-1e300, 1e300, "0.81")
 """Value of any constant; :data:`simulator.hardware.constants.CONSTANTS` has the range of each."""
@@ -116,14 +111,7 @@ def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[
 
 
 def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
-    """Return the error factors that a section has because nothing was fitted.
-
-    These are "default" for a section of defaults, and also "generic" if no GPU of its architecture was ever fitted.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> [unfitted("gemm", load_hardware(n).section("gemm", "fp16"), n) for n in ("h100", "t4")]
-    [(), ('default', 'generic')]
-    """
+    """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
     if section.status != "default":
         return ()
     known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())
