@@ -134,7 +134,7 @@ class Schedule:
 NOTHING = HostTime(0.0, 0.0, "")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Behaviour:
     """What a file states for all releases of an engine, or for one generation of them."""
 
@@ -170,7 +170,7 @@ class Behaviour:
     notes: Strings = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class _Release(Behaviour):
     """A generation as its file states it."""
 
@@ -181,7 +181,7 @@ class _Release(Behaviour):
     host: Host = Host()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class _File(Behaviour):
     """An engine as its file states it."""
 
