@@ -8,8 +8,6 @@ the fitted sections of these stacks (``HardwareProfile.serving``). Releases that
 The annotations of the dataclasses are the schema of the file.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -378,7 +376,7 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
             start = f"an engine that starts with schema_version: {SCHEMA_VERSION}"
             problems.add(None, "file", f"is empty; expected {start}")
         return None, problems
-    file = read(_File, root, problems, sources=root.at("sources").entries)
+    file = read(_File, root, problems)
     if file is None:
         return None, problems
     named = {name: getattr(file, name) for name in ("name", "title", "short_title", "aliases", "stacks", "sources")}

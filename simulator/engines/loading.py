@@ -4,8 +4,6 @@
 They are parts of the YAML file of an engine. :data:`FEATURES` names what a checkpoint can have beyond a dense model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

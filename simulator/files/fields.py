@@ -2,7 +2,7 @@
 
     rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
 
-:func:`read` finds all problems of a tree at once, by pydantic. The scalars :class:`Text`, :class:`Number`,
+:func:`read` finds all problems of a tree at once. The scalars :class:`Text`, :class:`Number`,
 :class:`Quantity`, :class:`Truth` and :class:`Checked` convert the text of a node. :func:`lines_of` writes the same
 dataclass.
 """
@@ -19,22 +19,20 @@ from functools import lru_cache
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from simulator.errors import InputError
 from simulator.files.yaml import Node, Problems, path_of, shown
 from simulator.units import EXAMPLES, format_quantity, parse_quantity
 
 T = TypeVar("T")
+Keyed = tuple[Any, ...]
+"""Keys and positions from the root of a tree to a node."""
+
+BAD = object()
+"""Value of a node with a problem."""
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
-
-
-class At(ValueError):
-    """A problem of a part of a value: the reason, and the keys from the value to the part."""
-
-    def __init__(self, reason: str, *keys: Any) -> None:
-        super().__init__(reason)
-        self.keys = keys
 
 
 class Scalar:
@@ -46,11 +44,12 @@ class Scalar:
     def text(self, value: Any) -> str:
         return str(value)
 
-    def read(self, given: Any, info: Any) -> Any:
-        """Return the value of a part of a tree; ``info.context`` has what :func:`read` was given."""
-        if not isinstance(given, Node):
-            given = Node("mapping" if isinstance(given, dict) else "list")
-        return self.value(given)
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        """Return the value of a node, or BAD with problems."""
+        try:
+            return self.value(node)
+        except ValueError as error:
+            return reader.wrong(node, path, str(error))
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,11 @@ class Text(Scalar):
 class Source(Text):
     """The short name of a source that the file lists."""
 
-    def read(self, given: Any, info: Any) -> str:
-        short: str = super().read(given, info)
-        listed = info.context["sources"]
-        if short not in listed:
-            hint = did_you_mean(short, listed, 0.3) or "add it there with a title and an address"
-            raise ValueError(f"{short!r} is not listed under sources; {hint}")
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        short = super().read(node, path, reader)
+        if short is not BAD and short not in reader.sources:
+            hint = did_you_mean(short, reader.sources, 0.3) or "add it there with a title and an address"
+            return reader.wrong(node, path, f"{short!r} is not listed under sources; {hint}")
         return short
 
 
@@ -173,15 +171,10 @@ class Checked(Scalar):
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a mapping are names of a ``kind``; the mapping becomes read-only."""
+    """The keys of a mapping are names of a ``kind``."""
 
-    kind: str = ""
-    names: tuple[str, ...] = ()
-
-    def known(self, key: str) -> str:
-        if key not in self.names:
-            raise ValueError(f"unknown {self.kind}; expected one of {', '.join(self.names)}")
-        return key
+    kind: str
+    names: tuple[str, ...]
 
 
 String = Annotated[str, Text()]
@@ -189,128 +182,85 @@ Quoted = Annotated[str, Text(quote=True)]
 Strings = tuple[String, ...]
 SourceName = Annotated[str, Source()]
 Flag = Annotated[bool, Truth()]
-Map = Annotated[Mapping[str, T], Keys()]
+Map = Mapping[str, T]
 
 
-def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
-    """Return the dataclass of a tree, or None with all problems.
-
-    ``context`` is what scalars need besides their node, such as the names of ``sources``.
-    """
-    from pydantic_core import ValidationError
-
-    try:
-        return parse(cls, _plain(root), context)  # type: ignore[no-any-return]
-    except ValidationError as error:
-        for one in error.errors(include_url=False, include_input=False):
-            problems.add(*_problem(cls, root, one))
-    return None
+def read(cls: type[T], root: Node, problems: Problems) -> T | None:
+    """Return the dataclass of a tree, or None with all problems."""
+    found = Reader(problems, tuple(root.at("sources").entries)).read(cls, root, ())
+    return None if found is BAD else found
 
 
-def parse(hint: Any, given: Any, context: Any) -> Any:
-    """Return the value of a part of a tree, inside a scalar's ``read``; other types raise the errors of pydantic."""
-    return _validator(hint).validate_python(given, context=context)
+class Reader:
+    """Reads the parts of a tree by their types; ``sources`` are the sources that the file lists."""
 
+    def __init__(self, problems: Problems, sources: tuple[str, ...] = ()) -> None:
+        self.problems, self.sources = problems, sources
 
-@lru_cache(maxsize=256)
-def _validator(hint: Any) -> Any:
-    from pydantic_core import SchemaValidator
+    def wrong(self, node: Node, path: Keyed, reason: str) -> Any:
+        self.problems.add(node, path_of(path), reason)
+        return BAD
 
-    return SchemaValidator(_schema(hint))
+    def read(self, hint: Any, node: Node, path: Keyed) -> Any:
+        """Return the value of a node, or BAD with problems; reading continues, to find all of them."""
+        about = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        for each in about:
+            if isinstance(each, Scalar):
+                return each.read(node, path, self)
+        kind = _bare(hint)
+        if get_origin(kind) is tuple:
+            if node.kind != "list":
+                return self.wrong(node, path, f"expected a list, got {shown(node)}")
+            items = tuple(self.read(get_args(kind)[0], item, (*path, i)) for i, item in enumerate(node.items))
+            return BAD if BAD in items else items
+        if not is_dataclass(get_origin(kind) or kind):
+            return self._mapping(get_args(kind)[1], node, path, *about)
+        return self._object(kind, node, path)
 
+    def _mapping(self, hint: Any, node: Node, path: Keyed, keys: Keys | None = None) -> Any:
+        if node.kind != "mapping":
+            return self.wrong(node, path, f"expected a mapping of key: value, got {shown(node)}")
+        found = {}
+        for key, (at, value) in node.entries.items():
+            if keys and key not in keys.names:
+                found[key] = self.wrong(
+                    at, (*path, key), f"unknown {keys.kind}; expected one of {', '.join(keys.names)}"
+                )
+            else:
+                found[key] = self.read(hint, value, (*path, key))
+        return BAD if BAD in found.values() else MappingProxyType(found)
 
-def _schema(hint: Any) -> Any:
-    """Return the schema of pydantic for a type: its own derivation from annotations takes 50 ms at every start."""
-    from pydantic_core import core_schema as schemas
-
-    for each in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
-        if isinstance(each, Scalar):
-            return schemas.with_info_plain_validator_function(each.read)
-        if isinstance(each, Keys):
-            keys = schemas.no_info_plain_validator_function(each.known) if each.names else None
-            found = schemas.dict_schema(keys, _schema(_item(hint)))
-            return schemas.no_info_after_validator_function(MappingProxyType, found)
-    bare = _bare(hint)
-    if get_origin(bare) is tuple:
-        return schemas.tuple_schema([_schema(_item(bare))], variadic_item_index=0)
-    members = []
-    for key, (name, kind, default) in _members(bare).items():
-        schema = _schema(kind)
-        if default is not MISSING:
-            schema = schemas.with_default_schema(schema, default=default)
-        members.append(schemas.dataclass_field(name, schema, validation_alias=key))
-    cls = get_origin(bare) or bare
-    arguments = schemas.dataclass_args_schema(cls.__name__, members, extra_behavior="forbid")
-    post_init = hasattr(cls, "__post_init__")
-    return schemas.dataclass_schema(cls, arguments, [field["name"] for field in members], post_init=post_init)
-
-
-def _plain(node: Node) -> Any:
-    """Return a tree as dicts and lists, in which scalars are nodes."""
-    if node.kind == "mapping":
-        return {key: _plain(value) for key, (_, value) in node.entries.items()}
-    return [_plain(item) for item in node.items] if node.kind == "list" else node
-
-
-def _problem(cls: Any, root: Node, error: Mapping[str, Any]) -> tuple[Node, str, str]:
-    """Return the node, key and reason of an error of pydantic."""
-    kind, node, found = error["type"], root, error.get("ctx", {}).get("error")
-    loc = (*error["loc"], *getattr(found, "keys", ()))
-    at_key = kind == "unexpected_keyword_argument" or loc[-1:] == ("[key]",)
-    path: list[Any] = []
-    for i, key in enumerate(loc):
-        if node.kind == "list" or key in node.entries:
-            path.append(key)
-            last = i == len(loc) - 1 or loc[i + 1] == "[key]"
-            node = node.items[key] if node.kind == "list" else node.entries[key][0 if at_key and last else 1]
-        elif kind == "missing":
-            path.append(key)
-        elif not isinstance(key, int):  # a number is of one value instead of a list
-            break
-    if found:
-        reason = str(found)
-    elif kind == "missing":
-        reason = "is missing"
-    elif kind == "unexpected_keyword_argument":
-        reason = unknown_key(path[-1], _members(_type_at(cls, path[:-1])))
-    else:
-        reason = f"expected {_expected(kind, cls, path)}, got {shown(node)}"
-    return node, path_of(path), reason
-
-
-def _expected(kind: str, cls: Any, path: Iterable[Any]) -> str:
-    if kind == "tuple_type":
-        return "a list"
-    if kind == "dataclass_type":
-        required = [key for key, (_, _, default) in _members(_type_at(cls, path)).items() if default is MISSING]
-        if "source" in required:
-            return f"{{{', '.join(f'{name}: ...' for name in required)}}}"
-    return "a mapping of key: value"
-
-
-def _type_at(hint: Any, path: Iterable[Any]) -> Any:
-    for key in path:
-        if not is_dataclass(get_origin(hint) or hint):
-            hint = _bare(_item(hint))
-        elif not isinstance(key, int):
-            hint = _bare(_members(hint)[key][1])
-    return hint
+    def _object(self, cls: Any, node: Node, path: Keyed) -> Any:
+        members = _members(cls)
+        if node.kind != "mapping":
+            required = [key for key, (_, _, default) in members.items() if default is MISSING]
+            shape = f"{{{', '.join(f'{name}: ...' for name in required)}}}"
+            shape = shape if "source" in required else "a mapping of key: value"
+            return self.wrong(node, path, f"expected {shape}, got {shown(node)}")
+        found = {}
+        for key, (at, value) in node.entries.items():
+            if key in members:
+                found[members[key][0]] = self.read(members[key][1], value, (*path, key))
+            else:
+                found[key] = self.wrong(at, (*path, key), unknown_key(key, members))
+        for key, (_, _, default) in members.items():
+            if default is MISSING and key not in node.entries:
+                found[key] = self.wrong(node, (*path, key), "is missing")
+        if BAD in found.values():
+            return BAD
+        try:
+            return (get_origin(cls) or cls)(**found)
+        except InputError as error:
+            return self.wrong(node, path, str(error))
 
 
 def _bare(hint: Any) -> Any:
-    """Return a type without its annotation and without None; ``mapping`` of an annotation replaces the type."""
+    """Return a type without its annotation and without None."""
     if get_origin(hint) is Annotated:
-        mappings = (each.mapping for each in get_args(hint) if getattr(each, "mapping", None))
-        return _bare(next(mappings, get_args(hint)[0]))
+        return _bare(get_args(hint)[0])
     if NoneType in get_args(hint):
         return _bare(next(each for each in get_args(hint) if each is not NoneType))
     return hint
-
-
-def _item(hint: Any) -> Any:
-    """Return the type of the values of a mapping or the items of a tuple."""
-    arguments = get_args(_bare(hint))
-    return arguments[0] if arguments[-1] is ... else arguments[-1]
 
 
 @lru_cache(maxsize=256)
@@ -341,7 +291,7 @@ def _entry(key: str, value: Any, hint: Any, indent: str) -> Iterator[str]:
     yield f"{indent}{key}:" if text is None else f"{indent}{key}: {text}"
     if text is None and isinstance(value, Mapping):
         for name, one in value.items():
-            yield from _entry(plain_text(name), one, _item(hint), indent + "  ")
+            yield from _entry(plain_text(name), one, get_args(_bare(hint))[1], indent + "  ")
     elif text is None:
         yield from lines_of(value, _bare(hint), indent + "  ")
 
@@ -351,7 +301,7 @@ def _flow(value: Any, hint: Any) -> str | None:
     if scalar := next((each for each in get_args(hint) if isinstance(each, Scalar)), None):
         return scalar.text(value)
     if isinstance(value, tuple):
-        return f"[{', '.join(str(_flow(item, _item(hint))) for item in value)}]"
+        return f"[{', '.join(str(_flow(item, get_args(_bare(hint))[0])) for item in value)}]"
     if hasattr(value, "value"):
         members = _members(_bare(hint)).items()
         parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in members)

@@ -206,7 +206,7 @@ def _load(stamps: tuple[tuple[str, int, int], ...]) -> HardwareProfile:
 
 
 def _read(path: Path, stacks: Mapping[str, str] | None = None) -> tuple[HardwareProfile | None, list[Problems]]:
-    """Return the profile of a file and its stack files, None if it has problems itself, and the problems of each file."""
+    """Return the profile of a file with its stack files, None if it has problems, and the problems of each file."""
     found = [Problems(str(path))]
     archive = lru_cache(read_archive)
 

@@ -3,8 +3,6 @@
 The results are a :class:`HardwareProfile` or its sections, or a list of all problems.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -233,7 +231,7 @@ def profile_from_text(
         reason = f"expected a profile, got the sections of one stack; load {name}@STACK"
         problems.add(root.entries["stack"][0], "stack", reason)
         return None
-    top = read(ProfileFile, root, problems, sources=tuple(root.at("sources").entries))
+    top = read(ProfileFile, root, problems)
     _check_facts(root, taken, problems)
     rates = tuple(dtype for dtype in root.at("datasheet", "rates").entries if dtype in DTYPES)
     arrays = _check_calibrated(root, rates, path, problems, fetch)

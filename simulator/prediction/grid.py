@@ -7,7 +7,7 @@ file are ``file:line:column: key: reason, expected value``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import At, Checked, Flag, Keys, Map, Number, Scalar, Text, parse, read, unknown_key
+from simulator.files.fields import BAD, Checked, Flag, Keyed, Map, Number, Reader, Scalar, Text, read, unknown_key
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import reference
 from simulator.hardware.link import check as _link
@@ -65,16 +65,19 @@ class Formats:
 
 
 class _Axis(Scalar):
-    """A list or one value; repeated values are dropped. ``mapping`` is a dataclass for values that are mappings."""
+    """A list or one value of a type; repeated values are dropped."""
 
-    def __init__(self, item: Any, mapping: Any = None) -> None:
-        self.item, self.mapping = item, mapping
+    def __init__(self, item: Any) -> None:
+        self.item = item
 
-    def read(self, given: Any, info: Any) -> tuple[Any, ...]:
-        if given == [] and not info.context["pruned"]:
-            raise ValueError("is an empty list; expected at least one value")
-        found = parse(tuple[self.item, ...], given if isinstance(given, list) else [given], info.context)
-        return tuple(dict.fromkeys(found))
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind != "list":
+            found = [reader.read(self.item, node, path)]
+        else:
+            found = [reader.read(self.item, item, (*path, i)) for i, item in enumerate(node.items)]
+            if not node.items:
+                return reader.wrong(node, path, "is an empty list; expected at least one value")
+        return BAD if BAD in found else tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -86,89 +89,101 @@ class _Progression(Generic[T, S]):
     step: S | None = None
     times: Annotated[float | None, Number(1 + 1e-6, 1e9, "2")] = None
 
-    def values(self, whole: bool) -> list[float]:
-        start, end, by = float(self.start), float(self.to), float(self.step or self.times or 1.0)  # type: ignore[arg-type]
-        if (self.step is None) == (self.times is None):
-            raise At("expected either step or times with from and to")
-        if end < start:
-            raise At(f"expected at least the start {start:g}, got {end:g}", "to")
-        if self.times and start <= 0:
-            raise At(f"expected a start above 0 to multiply, got {start:g}", "from")
-        many = (math.log(end / start) / math.log(by) if self.times else (end - start) / by) + 1e-9
-        if many >= MOST_POINTS:
-            raise At(f"makes more than {MOST_POINTS} values; take a larger one", "times" if self.times else "step")
-        values = (start * by**i if self.times else start + i * by for i in range(int(many) + 1))
-        return [round(v) if whole else round(v, 9) for v in values]
-
 
 class _Numbers(_Axis):
-    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}``."""
+    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
 
     def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
-        self.number, self.rule = number, rule
         step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
-        checked = Annotated[float, Checked(number, lambda value: (self.rule(value), value)[1])]
-        super().__init__(checked, _Progression[Annotated[float, number], Annotated[float, step]])
+        self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
+        super().__init__(Annotated[float, Checked(number, lambda value: (rule(value), value)[1])])
 
-    def read(self, given: Any, info: Any) -> tuple[Any, ...]:
-        if not isinstance(given, dict):
-            return super().read(given, info)
-        values = parse(self.mapping, given, info.context).values(self.number.whole)
-        for value in values:
-            self.rule(value)
-        return tuple(dict.fromkeys(values))
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind != "mapping":
+            return super().read(node, path, reader)
+        found = reader.read(self.progression, node, path)
+        if found is BAD:
+            return BAD
+        start, end, by = found.start, found.to, found.step or found.times or 0.0
 
+        def wrong(reason: str, *keys: str) -> Any:
+            return reader.wrong(node.at(*keys), (*path, *keys), reason)
 
-class _Family(Scalar):
-    """A family's name, "all", or a mapping of names to options."""
-
-    def read(self, given: Any, info: Any) -> tuple[Pruning, ...]:
-        if not isinstance(given, dict):
-            name = parse(Annotated[str, Text((*FAMILIES, "all"))], given, info.context)
-            return tuple(map(Pruning.of, general_families() if name == "all" else [name]))
-        options = parse(
-            Annotated[Mapping[str, Map[Annotated[Any, _Option()]]], Keys("family", tuple(FAMILIES))], given, {}
-        )
-        return tuple(Pruning.of(family, options=self.checked(family, dict(own))) for family, own in options.items())
-
-    def checked(self, family: str, options: dict[str, Any]) -> dict[str, Any]:
-        for name in options:
-            if name not in FAMILIES[family].options:
-                raise At(unknown_key(name, FAMILIES[family].options), family, name)
-        try:
-            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
-        except InputError as error:
-            raise At(str(error), family) from None
-        return dict(sorted(options.items()))
+        if (found.step is None) == (found.times is None):
+            return wrong("expected either step or times with from and to")
+        if end < start:
+            return wrong(f"expected at least the start {start:g}, got {end:g}", "to")
+        if found.times and start <= 0:
+            return wrong(f"expected a start above 0 to multiply, got {start:g}", "from")
+        many = (math.log(end / start) / math.log(by) if found.times else (end - start) / by) + 1e-9
+        if many >= MOST_POINTS:
+            reason = f"makes more than {MOST_POINTS} values; take a larger one"
+            return wrong(reason, "times" if found.times else "step")
+        values = (start * by**i if found.times else start + i * by for i in range(int(many) + 1))
+        nodes = (Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}") for v in values)
+        return super().read(Node("list", items=tuple(nodes)), path, reader)
 
 
 class _Families(_Axis):
-    """An axis of families."""
+    """An axis of families: a name, "all", or a mapping of names to options."""
 
-    def read(self, given: Any, info: Any) -> tuple[Pruning, ...]:
-        return tuple(dict.fromkeys(choice for group in super().read(given, info) for choice in group))
+    def __init__(self) -> None:
+        super().__init__(Annotated[Any, _Family()])
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        groups = super().read(node, path, reader)
+        return BAD if groups is BAD else tuple(dict.fromkeys(choice for group in groups for choice in group))
+
+
+class _Family(Scalar):
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind != "mapping":
+            name = Text((*FAMILIES, "all")).read(node, path, reader)
+            names = general_families() if name == "all" else () if name is BAD else (name,)
+            return tuple(map(Pruning.of, names)) if names else BAD
+        found = [self.choice(key, value, (*path, key.text), reader) for key, value in node.entries.values()]
+        return BAD if BAD in found else tuple(found)
+
+    def choice(self, key: Node, node: Node, path: Keyed, reader: Reader) -> Any:
+        family = Text(tuple(FAMILIES)).read(key, path, reader)
+        given = BAD if family is BAD else reader.read(Map[Annotated[Any, _Option()]], node, path)
+        if given is BAD:
+            return BAD
+        known = FAMILIES[family].options
+        for name in given:
+            if name not in known:
+                return reader.wrong(node.entries[name][0], (*path, name), unknown_key(name, known))
+        options = dict(sorted(given.items()))
+        try:
+            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
+        except InputError as error:
+            return reader.wrong(node, path, str(error))
+        return Pruning.of(family, options=options)
 
 
 class _Option(Scalar):
     """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
 
-    def read(self, given: Any, info: Any) -> Any:
-        return tuple(self.read(one, info) for one in given) if isinstance(given, list) else super().read(given, info)
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind == "list":
+            return reader.read(tuple[Annotated[Any, self], ...], node, path)
+        return super().read(node, path, reader)
 
     def value(self, node: Node) -> Any:
         if node.kind == "mapping":
             raise ValueError("expected a value, got a mapping")
-        value = Text().value(node) if node.quoted else parse_value(node.text)
+        value = node.text if node.quoted else parse_value(node.text)
         return Text().value(node) if isinstance(value, str) else value
 
 
 class _Format(Scalar):
     """A dtype, or a mapping with a dtype and optionally the two other formats."""
 
-    def read(self, given: Any, info: Any) -> Formats:
-        if isinstance(given, dict):
-            return parse(Formats, given, info.context)  # type: ignore[no-any-return]
-        return Formats(parse(Annotated[str, Text(DTYPES)], given, info.context))
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind == "mapping":
+            return reader.read(Formats, node, path)
+        dtype = Text(DTYPES).read(node, path, reader)
+        return BAD if dtype is BAD else Formats(dtype)
 
 
 def _loads(load: Callable[[str], Any]) -> Checked:
@@ -195,8 +210,8 @@ class Grid:
     batches: Annotated[tuple[int, ...], _Numbers(_TOKENS)]
     seqs: Annotated[tuple[int, ...], _Numbers(_TOKENS)]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
-    families: Annotated[tuple[Pruning, ...], _Families(Annotated[Any, _Family()])] = ()
-    dtypes: Annotated[tuple[Formats, ...], _Axis(Annotated[Any, _Format()], Formats)] = (Formats(),)
+    families: Annotated[tuple[Pruning, ...], _Families()] = ()
+    dtypes: Annotated[tuple[Formats, ...], _Axis(Annotated[Any, _Format()])] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_engine)])] = (DEFAULT_ENGINE,)  # or paths
     devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
     methods: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_method)])] = ()
@@ -272,6 +287,13 @@ class Grid:
         return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pruned(Grid):
+    """A grid of texts alone, which needs no sparsities."""
+
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)] = ()
+
+
 def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``.
 
@@ -287,9 +309,7 @@ def read_grid(path: str | Path) -> Grid:
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
         pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
-        if pruned := pruned and "sparsities" not in root.entries:
-            root.entries = {**root.entries, "sparsities": (root, Node("list"))}
-        grid = read(Grid, root, problems, pruned=pruned)
+        grid = read(_Pruned if pruned else Grid, root, problems)
         if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq > MAX_TOKENS:
