@@ -14,7 +14,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, is_dataclass
+from dataclasses import MISSING, dataclass
 from functools import lru_cache
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -191,122 +191,138 @@ def read(cls: type[T], root: Node, problems: Problems) -> T | None:
     return None if found is BAD else found
 
 
-class Reader:
-    """Reads the parts of a tree by their types; ``sources`` are the sources that the file lists."""
+def lines_of(value: Any) -> Iterator[str]:
+    """Yield the lines of YAML of a dataclass; empty texts and defaults that are empty are omitted."""
+    return kind_of(type(value)).lines(value, "")
 
-    def __init__(self, problems: Problems, sources: tuple[str, ...] = ()) -> None:
-        self.problems, self.sources = problems, sources
+
+@dataclass(frozen=True)
+class Reader:
+    """Problems and known sources of the file that is read."""
+
+    problems: Problems
+    sources: tuple[str, ...] = ()
+
+    def read(self, hint: Any, node: Node, path: Keyed) -> Any:
+        """Return the value of a type at a node, or BAD with problems."""
+        return kind_of(hint).read(node, path, self)
 
     def wrong(self, node: Node, path: Keyed, reason: str) -> Any:
         self.problems.add(node, path_of(path), reason)
         return BAD
 
-    def read(self, hint: Any, node: Node, path: Keyed) -> Any:
-        """Return the value of a node, or BAD with problems; reading continues, to find all of them."""
-        about = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-        for each in about:
-            if isinstance(each, Scalar):
-                return each.read(node, path, self)
-        kind = _bare(hint)
-        if get_origin(kind) is tuple:
-            if node.kind != "list":
-                return self.wrong(node, path, f"expected a list, got {shown(node)}")
-            items = tuple(self.read(get_args(kind)[0], item, (*path, i)) for i, item in enumerate(node.items))
-            return BAD if BAD in items else items
-        if not is_dataclass(get_origin(kind) or kind):
-            return self._mapping(get_args(kind)[1], node, path, *about)
-        return self._object(kind, node, path)
 
-    def _mapping(self, hint: Any, node: Node, path: Keyed, keys: Keys | None = None) -> Any:
+@lru_cache(maxsize=256)
+def kind_of(hint: Any) -> Any:
+    """Return the reader and writer of a type."""
+    keys = None
+    if get_origin(hint) is Annotated:
+        hint, *about = get_args(hint)
+        if scalar := next((each for each in about if isinstance(each, Scalar)), None):
+            return scalar
+        keys = about[0]
+    if NoneType in get_args(hint):
+        return kind_of(next(each for each in get_args(hint) if each is not NoneType))
+    if get_origin(hint) is tuple:
+        return _List(kind_of(get_args(hint)[0]))
+    return (
+        _Object(hint) if dataclasses.is_dataclass(get_origin(hint) or hint) else _Map(kind_of(get_args(hint)[1]), keys)
+    )
+
+
+@dataclass(frozen=True)
+class _List:
+    item: Any
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        if node.kind != "list":
+            return reader.wrong(node, path, f"expected a list, got {shown(node)}")
+        items = tuple(self.item.read(item, (*path, i), reader) for i, item in enumerate(node.items))
+        return BAD if BAD in items else items
+
+    def text(self, value: Any) -> str:
+        return f"[{', '.join(map(self.item.text, value))}]"
+
+
+@dataclass(frozen=True)
+class _Map:
+    item: Any
+    keys: Keys | None
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
-            return self.wrong(node, path, f"expected a mapping of key: value, got {shown(node)}")
+            return reader.wrong(node, path, f"expected a mapping of key: value, got {shown(node)}")
         found = {}
         for key, (at, value) in node.entries.items():
-            if keys and key not in keys.names:
-                found[key] = self.wrong(
-                    at, (*path, key), f"unknown {keys.kind}; expected one of {', '.join(keys.names)}"
-                )
+            if self.keys and key not in self.keys.names:
+                reason = f"unknown {self.keys.kind}; expected one of {', '.join(self.keys.names)}"
+                found[key] = reader.wrong(at, (*path, key), reason)
             else:
-                found[key] = self.read(hint, value, (*path, key))
+                found[key] = self.item.read(value, (*path, key), reader)
         return BAD if BAD in found.values() else MappingProxyType(found)
 
-    def _object(self, cls: Any, node: Node, path: Keyed) -> Any:
-        members = _members(cls)
+    def text(self, value: Any) -> str:
+        return "" if value else "{}"
+
+    def lines(self, value: Any, indent: str) -> Iterator[str]:
+        for key, one in value.items():
+            yield from _entry(plain_text(key), one, self.item, indent)
+
+
+class _Object:
+    def __init__(self, hint: Any) -> None:
+        self.cls = get_origin(hint) or hint
+        self.members: dict[str, tuple[str, Any, Any]] = {}  # attribute, kind and default by the key in a file
+        hints = get_type_hints(self.cls, include_extras=True)
+        for one in dataclasses.fields(self.cls):
+            kind = hints[one.name]
+            for parameter, argument in zip(getattr(self.cls, "__parameters__", ()), get_args(hint)):
+                kind = argument if kind in (parameter, parameter | None) else kind
+            default = one.default_factory() if one.default_factory is not MISSING else one.default
+            self.members[one.metadata.get("key", one.name)] = one.name, kind_of(kind), default
+        self.required = [key for key, (_, _, default) in self.members.items() if default is MISSING]
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
-            required = [key for key, (_, _, default) in members.items() if default is MISSING]
-            shape = f"{{{', '.join(f'{name}: ...' for name in required)}}}"
-            shape = shape if "source" in required else "a mapping of key: value"
-            return self.wrong(node, path, f"expected {shape}, got {shown(node)}")
+            shape = f"{{{', '.join(f'{name}: ...' for name in self.required)}}}"
+            shape = shape if "source" in self.required else "a mapping of key: value"
+            return reader.wrong(node, path, f"expected {shape}, got {shown(node)}")
         found = {}
         for key, (at, value) in node.entries.items():
-            if key in members:
-                found[members[key][0]] = self.read(members[key][1], value, (*path, key))
+            if member := self.members.get(key):
+                found[member[0]] = member[1].read(value, (*path, key), reader)
             else:
-                found[key] = self.wrong(at, (*path, key), unknown_key(key, members))
-        for key, (_, _, default) in members.items():
-            if default is MISSING and key not in node.entries:
-                found[key] = self.wrong(node, (*path, key), "is missing")
+                found[key] = reader.wrong(at, (*path, key), unknown_key(key, self.members))
+        for key in self.required:
+            if key not in node.entries:
+                found[key] = reader.wrong(node, (*path, key), "is missing")
         if BAD in found.values():
             return BAD
         try:
-            return (get_origin(cls) or cls)(**found)
+            return self.cls(**found)
         except InputError as error:
-            return self.wrong(node, path, str(error))
+            return reader.wrong(node, path, str(error))
+
+    def text(self, value: Any) -> str:
+        """Return an object with a member ``value`` as one line."""
+        if "value" not in self.members:
+            return ""
+        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())
+        return f"{{{', '.join(f'{k}: {kind.text(v)}' for k, v, kind in parts if v is not None and v != '')}}}"
+
+    def lines(self, value: Any, indent: str) -> Iterator[str]:
+        for key, (name, kind, default) in self.members.items():
+            part = getattr(value, name)
+            if part is not None and part != "" and (part or part != default):
+                yield from _entry(key, part, kind, indent)
 
 
-def _bare(hint: Any) -> Any:
-    """Return a type without its annotation and without None."""
-    if get_origin(hint) is Annotated:
-        return _bare(get_args(hint)[0])
-    if NoneType in get_args(hint):
-        return _bare(next(each for each in get_args(hint) if each is not NoneType))
-    return hint
-
-
-@lru_cache(maxsize=256)
-def _members(hint: Any) -> dict[str, tuple[str, Any, Any]]:
-    """Return attribute, type and default of a dataclass by the key in a file."""
-    cls, found = get_origin(hint) or hint, {}
-    hints = get_type_hints(cls, include_extras=True)
-    for one in dataclasses.fields(cls):
-        kind = hints[one.name]
-        if isinstance(bare := _bare(kind), TypeVar):
-            kind = get_args(hint)[cls.__parameters__.index(bare)]
-        alias = one.metadata.get("key", one.name)
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        found[alias] = one.name, kind, default
-    return found
-
-
-def lines_of(value: Any, hint: Any, indent: str = "") -> Iterator[str]:
-    """Yield the lines of YAML of a dataclass; defaults and empty texts are omitted."""
-    for key, (name, kind, default) in _members(hint).items():
-        part = getattr(value, name)
-        if part is not None and part != "" and (part or part != default):
-            yield from _entry(key, part, kind, indent)
-
-
-def _entry(key: str, value: Any, hint: Any, indent: str) -> Iterator[str]:
-    text = _flow(value, hint)
-    yield f"{indent}{key}:" if text is None else f"{indent}{key}: {text}"
-    if text is None and isinstance(value, Mapping):
-        for name, one in value.items():
-            yield from _entry(plain_text(name), one, get_args(_bare(hint))[1], indent + "  ")
-    elif text is None:
-        yield from lines_of(value, _bare(hint), indent + "  ")
-
-
-def _flow(value: Any, hint: Any) -> str | None:
-    """Return a value as one line: a scalar, a list, an empty mapping, or an object with a member ``value``."""
-    if scalar := next((each for each in get_args(hint) if isinstance(each, Scalar)), None):
-        return scalar.text(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(str(_flow(item, get_args(_bare(hint))[0])) for item in value)}]"
-    if hasattr(value, "value"):
-        members = _members(_bare(hint)).items()
-        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in members)
-        return f"{{{', '.join(f'{k}: {_flow(v, h)}' for k, v, h in parts if v is not None and v != '')}}}"
-    return "{}" if isinstance(value, Mapping) and not value else None
+def _entry(key: str, value: Any, kind: Any, indent: str) -> Iterator[str]:
+    if text := kind.text(value):
+        yield f"{indent}{key}: {text}"
+    else:
+        yield f"{indent}{key}:"
+        yield from kind.lines(value, indent + "  ")
 
 
 def quoted(value: str) -> str:

@@ -80,7 +80,7 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
     whole = replace(_facts(profile), calibrated=calibrated, local_update=entry)
-    text = "\n".join([head, *lines_of(whole, ProfileFile)]) + "\n"
+    text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
@@ -102,7 +102,7 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
     head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
     whole = StackFile(schema_version=SCHEMA_VERSION, hardware=profile.name, stack=stack, calibrated=calibrated)
-    text = "\n".join([head, *lines_of(whole, StackFile)]) + "\n"
+    text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     stack_from_text(text, path, problems, _no_arrays, profile, stack)
     _write(path, text, problems, file, packed)

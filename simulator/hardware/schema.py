@@ -78,13 +78,6 @@ _FACTOR = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters,
 Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
 
 
-class _Retired(Scalar):
-    """A key of an older version, whose values this version does not use."""
-
-    def value(self, node: Node) -> None:
-        raise ValueError("is a key of an older version; make the file again with prunesim calibrate or prunesim fit")
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class Fact(Generic[T]):
     """A value of a datasheet."""
@@ -164,7 +157,6 @@ class SectionEntry:
     arrays: ArraysEntry | None = None
     section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # 1
     accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
-    spread: Annotated[None, _Retired()] = None
 
 
 Calibrated = Map[Map[SectionEntry]]
@@ -194,7 +186,6 @@ class ProfileFile:
     datasheet: Datasheet
     calibrated: Calibrated = field(default_factory=dict)
     local_update: UpdateEntry | None = None
-    anchor: Annotated[None, _Retired()] = None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
