@@ -169,12 +169,12 @@ class Checked(Scalar):
         return self.rule(self.scalar.value(node))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Keys:
-    """The keys of a mapping are names of a ``kind``."""
+    """Annotation of a mapping whose keys are names of a ``kind``."""
 
     kind: str
-    names: tuple[str, ...]
+    names: Iterable[str]
 
 
 String = Annotated[str, Text()]
@@ -185,10 +185,10 @@ Flag = Annotated[bool, Truth()]
 Map = Mapping[str, T]
 
 
-def read(cls: type[T], root: Node, problems: Problems) -> T | None:
-    """Return the dataclass of a tree, or None with all problems."""
-    found = Reader(problems, tuple(root.at("sources").entries)).read(cls, root, ())
-    return None if found is BAD else found
+def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
+    """Return the dataclass of a tree, or None with all problems; ``context`` is for kinds that need more."""
+    found = Reader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
+    return None if len(problems) else found
 
 
 def lines_of(value: Any) -> Iterator[str]:
@@ -201,7 +201,8 @@ class Reader:
     """Problems and known sources of the file that is read."""
 
     problems: Problems
-    sources: tuple[str, ...] = ()
+    sources: tuple[str, ...]
+    context: Mapping[str, Any]
 
     def read(self, hint: Any, node: Node, path: Keyed) -> Any:
         """Return the value of a type at a node, or BAD with problems."""
@@ -214,24 +215,22 @@ class Reader:
 
 @lru_cache(maxsize=256)
 def kind_of(hint: Any) -> Any:
-    """Return the reader and writer of a type."""
+    """Return what reads and writes a type: its annotation, or a list, mapping or object of such."""
     keys = None
     if get_origin(hint) is Annotated:
         hint, *about = get_args(hint)
-        if scalar := next((each for each in about if isinstance(each, Scalar)), None):
-            return scalar
         keys = about[0]
+        if not isinstance(keys, Keys):
+            return keys
     if NoneType in get_args(hint):
         return kind_of(next(each for each in get_args(hint) if each is not NoneType))
     if get_origin(hint) is tuple:
-        return _List(kind_of(get_args(hint)[0]))
-    return (
-        _Object(hint) if dataclasses.is_dataclass(get_origin(hint) or hint) else _Map(kind_of(get_args(hint)[1]), keys)
-    )
+        return ListOf(kind_of(get_args(hint)[0]))
+    return Object(hint) if dataclasses.is_dataclass(get_origin(hint) or hint) else MapOf(get_args(hint)[1], keys)
 
 
 @dataclass(frozen=True)
-class _List:
+class ListOf:
     item: Any
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
@@ -244,22 +243,28 @@ class _List:
         return f"[{', '.join(map(self.item.text, value))}]"
 
 
-@dataclass(frozen=True)
-class _Map:
-    item: Any
-    keys: Keys | None
+class MapOf:
+    """Mappings with free keys, or with those of ``keys``."""
+
+    def __init__(self, item: Any, keys: Keys | None = None) -> None:
+        self.item, self.keys = kind_of(item), keys
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
             return reader.wrong(node, path, f"expected a mapping of key: value, got {shown(node)}")
         found = {}
         for key, (at, value) in node.entries.items():
-            if self.keys and key not in self.keys.names:
-                reason = f"unknown {self.keys.kind}; expected one of {', '.join(self.keys.names)}"
+            if reason := self.wrong_key(key, path, reader):
                 found[key] = reader.wrong(at, (*path, key), reason)
             else:
                 found[key] = self.item.read(value, (*path, key), reader)
         return BAD if BAD in found.values() else MappingProxyType(found)
+
+    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+        if self.keys is None or key in self.keys.names:
+            return ""
+        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names)}"
+        return f"unknown {self.keys.kind}; {hint.strip()}"
 
     def text(self, value: Any) -> str:
         return "" if value else "{}"
@@ -269,7 +274,7 @@ class _Map:
             yield from _entry(plain_text(key), one, self.item, indent)
 
 
-class _Object:
+class Object:
     def __init__(self, hint: Any) -> None:
         self.cls = get_origin(hint) or hint
         self.members: dict[str, tuple[str, Any, Any]] = {}  # attribute, kind and default by the key in a file

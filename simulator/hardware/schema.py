@@ -11,16 +11,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
+from simulator.errors import InputError
 from simulator.files.fields import (
+    BAD,
+    Keyed,
+    Keys,
     Map,
+    MapOf,
     Number,
+    Object,
     Quantity,
     Quoted,
+    Reader,
     Scalar,
     SourceName,
     String,
     Text,
-    did_you_mean,
     read,
     unknown_key,
 )
@@ -34,7 +40,6 @@ from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
     ANY_DTYPE,
-    NUMBER,
     SCALE_RANGE,
     Fitted,
     LocalUpdate,
@@ -128,7 +133,7 @@ class Datasheet:
     bandwidth: Fact[Annotated[float, QUANTITIES["bandwidth"][1]]]
     l2_cache: Fact[Annotated[float, QUANTITIES["l2_cache"][1]]]
     power: Fact[Annotated[float, QUANTITIES["power"][1]]]
-    rates: Map[RateFact]
+    rates: Annotated[Mapping[str, RateFact], Keys("dtype", DTYPES)]
     link: LinkFacts | None = None
     bridge: BridgeFacts | None = None
 
@@ -148,26 +153,64 @@ class ArraysEntry:
     names: tuple[Annotated[str, _ARRAY], ...]
 
 
+class _Arrays(Object):
+    """Arrays of a section or of the local update, which are fetched from their file."""
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        entry = super().read(node, path, reader)
+        if entry is BAD:
+            return BAD
+        folder, fetch = reader.context["folder"], reader.context["fetch"]
+        try:
+            return fetch(
+                folder / entry.file, entry.sha256, ".".join(path[:-1]).removeprefix("calibrated."), entry.names
+            )
+        except ValueError as error:
+            return reader.wrong(node.at("file"), (*path, "file"), str(error))
+
+
+class _Constants(MapOf):
+    """Constants of the operator at a path."""
+
+    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+        return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
+
+
+class _Formats(MapOf):
+    """Sections of an operator by number format, of which the device has a rate."""
+
+    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+        known = ("*",) if path[1] in ANY_DTYPE else formats.labels(reader.context["rates"])
+        return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class SectionEntry:
     status: Annotated[str, Text(("calibrated", "inherited"))] = ""
     stack: Annotated[str, Text(STACKS)] = ""
     provenance: Provenance
-    constants: Map[Fitted]  # the operator's names and ranges are checked by _check_calibrated
-    arrays: ArraysEntry | None = None
+    constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
+    arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
     section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # 1
     accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
 
 
-Calibrated = Map[Map[SectionEntry]]
-"""Operator -> number format -> section."""
+Calibrated = Annotated[
+    Mapping[str, Annotated[Mapping[str, SectionEntry], _Formats(SectionEntry)]], Keys("operator", CONSTANTS)
+]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class UpdateEntry:
     provenance: Provenance
     factors: tuple[Annotated[str, _FACTOR], ...]
-    arrays: ArraysEntry
+    arrays: Annotated[Any, _Arrays(ArraysEntry)]
+
+    def __post_init__(self) -> None:
+        systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
+        if systematic is not None and systematic.shape[1] != len(self.factors):
+            expected = f"expected {systematic.shape[1]} names, one per column of the array systematic"
+            raise InputError(f"factors: {expected}, got {len(self.factors)}")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -222,18 +265,10 @@ def profile_from_text(
         reason = f"expected a profile, got the sections of one stack; load {name}@STACK"
         problems.add(root.entries["stack"][0], "stack", reason)
         return None
-    top = read(ProfileFile, root, problems)
-    _check_facts(root, taken, problems)
     rates = tuple(dtype for dtype in root.at("datasheet", "rates").entries if dtype in DTYPES)
-    arrays = _check_calibrated(root, rates, path, problems, fetch)
-    update = root.at("local_update")
-    arrays |= _fetched(update, "local_update", path, problems, fetch)
-    if top is None or len(problems):
-        return None
-    if top.local_update and (reason := _wrong_factors(top.local_update.factors, arrays["local_update"])):
-        problems.add(update, "local_update", reason)
-        return None
-    return _profile(top, path, arrays)
+    top = read(ProfileFile, root, problems, rates=rates, folder=path.parent, fetch=fetch)
+    _check_facts(root, taken, problems)
+    return None if top is None or len(problems) else _profile(top, path)
 
 
 def stack_from_text(
@@ -243,12 +278,11 @@ def stack_from_text(
     root = _root(text, problems)
     if root is None:
         return None
-    top = read(StackFile, root, problems)
+    top = read(StackFile, root, problems, rates=tuple(profile.rates), folder=path.parent, fetch=fetch)
     for key, right in (("hardware", profile.name), ("stack", stack)):
         if key in root.entries and root.at(key).text != right:
             problems.add(root.at(key), key, f"unknown value {shown(root.at(key))}; expected {right}")
-    arrays = _check_calibrated(root, tuple(profile.rates), path, problems, fetch)
-    return None if top is None or len(problems) else _sections(top.calibrated, arrays, stack)
+    return None if top is None or len(problems) else _sections(top.calibrated, stack)
 
 
 def _root(text: str, problems: Problems) -> Node | None:
@@ -273,7 +307,7 @@ def _root(text: str, problems: Problems) -> Node | None:
 
 
 def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> None:
-    """Check keys of sources and rates, and what several keys must satisfy together."""
+    """Check the keys of sources, and what several keys must satisfy together."""
     for short, (node, _) in root.at("sources").entries.items():
         if not _SHORT.fullmatch(short):
             right = "a short name of letters, digits, _ - and . as key"
@@ -281,10 +315,6 @@ def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> No
     rates = root.at("datasheet", "rates")
     if rates.kind == "mapping" and not rates.entries:
         problems.add(rates, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")
-    for dtype, (node, _) in rates.entries.items():
-        if dtype not in DTYPES:
-            hint = did_you_mean(dtype[:40].lower(), DTYPES) or f"known are {', '.join(DTYPES)}"
-            problems.add(node, f"datasheet.rates.{dtype}", f"unknown dtype; {hint}")
     clocks = [root.at("datasheet", key, "value") for key in ("boost_clock", "max_clock")]
     boost, highest = (_value(_CLOCK, node) for node in clocks)
     if highest < boost:
@@ -312,59 +342,7 @@ def _value(scalar: Scalar, node: Node) -> float:
         return math.nan
 
 
-def _check_calibrated(
-    root: Node, rates: tuple[str, ...], path: Path, problems: Problems, fetch: Fetch
-) -> dict[str, Mapping[str, Any]]:
-    """Check operators, number formats and constants, for a device with ``rates``; return arrays by section."""
-    arrays: dict[str, Mapping[str, Any]] = {}
-    for operator, (node, by_dtype) in root.at("calibrated").entries.items():
-        if operator not in CONSTANTS:
-            problems.add(node, f"calibrated.{operator}", unknown_key(operator, CONSTANTS))
-            continue
-        known = ("*",) if operator in ANY_DTYPE else formats.labels(rates)
-        for dtype, (node, section) in by_dtype.entries.items():
-            key = f"calibrated.{operator}.{dtype}"
-            if dtype not in known:
-                one = f"expected one this device has a rate for: {', '.join(known)}"
-                problems.add(node, key, f"unknown dtype; {one}")
-                continue
-            for name, (node, constant) in section.at("constants").entries.items():
-                if name not in CONSTANTS[operator]:
-                    problems.add(node, f"{key}.constants.{name}", unknown_key(name, CONSTANTS[operator]))
-                    continue
-                low, high, value = CONSTANTS[operator][name].low, CONSTANTS[operator][name].high, constant.at("value")
-                number = _value(NUMBER, value)
-                if number < low or number > high:
-                    reason = f"expected a number from {low:g} to {high:g}, got {shown(value)}"
-                    problems.add(value, f"{key}.constants.{name}.value", reason)
-            arrays |= _fetched(section, key, path, problems, fetch)
-    return arrays
-
-
-def _fetched(section: Node, key: str, path: Path, problems: Problems, fetch: Fetch) -> dict[str, Mapping[str, Any]]:
-    """Return the arrays of a section by its prefix in the file that the section names."""
-    node = section.at("arrays")
-    entry = read(ArraysEntry, node, Problems("")) if node.kind == "mapping" else None
-    if entry is None:
-        return {}
-    prefix = key.removeprefix("calibrated.")
-    try:
-        return {prefix: fetch(path.parent / entry.file, entry.sha256, prefix, entry.names)}
-    except ValueError as error:
-        problems.add(node.at("file"), f"{key}.arrays.file", str(error))
-        return {}
-
-
-def _wrong_factors(factors: tuple[str, ...], arrays: Mapping[str, Any]) -> str:
-    """Return the reason against the names of a local update's error factors, or ""."""
-    systematic = arrays.get("systematic")
-    if systematic is None or systematic.shape[1] == len(factors):
-        return ""
-    expected = f"expected {systematic.shape[1]} names, one per column of the array systematic"
-    return f"factors: {expected}, got {len(factors)}"
-
-
-def _profile(top: ProfileFile, path: Path, arrays: Mapping[str, Mapping[str, Any]]) -> HardwareProfile:
+def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
     sheet, facts, update = top.datasheet, dict(top.datasheet.facts()), top.local_update
     values = {attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts}
     values.setdefault("max_clock_hz", values["boost_clock_hz"])
@@ -390,22 +368,22 @@ def _profile(top: ProfileFile, path: Path, arrays: Mapping[str, Mapping[str, Any
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
         stacks_of=top.stacks_of,
-        local_update=update and LocalUpdate(update.provenance, update.factors, arrays["local_update"]),
+        local_update=update and LocalUpdate(update.provenance, update.factors, update.arrays),
         path=path,
     )
-    sections = _sections(top.calibrated, arrays)
+    sections = _sections(top.calibrated)
     own = not top.own_stack and any(not section.stack for section in sections.values())
     return replace(profile.calibrated(sections, top.own_stack), same_stack=own) if sections else profile
 
 
-def _sections(calibrated: Calibrated, arrays: Mapping[str, Mapping[str, Any]], stack: str = "") -> Sections:
+def _sections(calibrated: Calibrated, stack: str = "") -> Sections:
     """Return sections by operator and number format, marked with the stack of their file."""
     found = {}
     for operator, by_dtype in calibrated.items():
         for dtype, entry in by_dtype.items():
             found[operator, dtype] = Section(
                 entry.constants,
-                arrays.get(f"{operator}.{dtype}", {}),
+                entry.arrays or {},
                 entry.section_scale or 1.0,
                 entry.accuracy,
                 entry.provenance,

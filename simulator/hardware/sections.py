@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
-from simulator.files.fields import Number, Quoted, Text
+from simulator.files.fields import BAD, Keyed, Number, Quoted, Reader, Text
+from simulator.files.yaml import Node, shown
 from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.constants import CONSTANTS
 
@@ -23,15 +24,22 @@ SCALE_RANGE = (0.01, 10.0)  # of a section scale
 ACCURACY_RANGE = (-1e9, 1e9)  # of an error on held-out shapes
 MOST_STD_ERROR = 1e30  # of a constant
 
-NUMBER = Number(-1e300, 1e300, "0.81")
-"""Value of any constant; :data:`simulator.hardware.constants.CONSTANTS` has the range of each."""
+
+class _InRange(Number):
+    """The value of a constant of an operator, which the path names."""
+
+    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+        found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
+        if found is BAD or known.low <= found <= known.high:
+            return found
+        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {shown(node)}")
 
 
 @dataclass(frozen=True)
 class Fitted:
     """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
 
-    value: Annotated[float, NUMBER]
+    value: Annotated[float, _InRange(-1e300, 1e300, "0.81")]
     std_error: Annotated[float | None, Number(0, MOST_STD_ERROR, "0.01")] = None
     status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
 
