@@ -20,7 +20,7 @@ from types import MappingProxyType, NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from simulator.errors import InputError
-from simulator.files.yaml import Node, Problems, path_of, shown
+from simulator.files.yaml import Node, Problems, path_of
 from simulator.units import EXAMPLES, format_quantity, parse_quantity
 
 T = TypeVar("T")
@@ -65,14 +65,14 @@ class Text(Scalar):
         text = node.text.strip()
         if node.kind != "scalar" or (not node.quoted and _means_another(node.text)):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
-            raise ValueError(f"expected text, got {shown(node)}{hint}")
+            raise ValueError(f"expected text, got {node}{hint}")
         if not text or not text.isprintable() or len(text) > 2000:
-            raise ValueError(f"expected 1 to 2000 printable characters, got {shown(node)}")
+            raise ValueError(f"expected 1 to 2000 printable characters, got {node}")
         if self.choices and text not in self.choices:
             hint = f"{did_you_mean(text.lower(), self.choices)} Known: {', '.join(self.choices)}"
-            raise ValueError(f"unknown value {shown(node)}; {hint.strip()}")
+            raise ValueError(f"unknown value {node}; {hint.strip()}")
         if self.pattern and not re.fullmatch(self.pattern, text):
-            raise ValueError(f"expected {self.right}, got {shown(node)}")
+            raise ValueError(f"expected {self.right}, got {node}")
         return text
 
     def text(self, value: str) -> str:
@@ -102,10 +102,10 @@ class Number(Scalar):
     def value(self, node: Node) -> float:
         expected = "expected a whole number" if self.whole else "expected a number"
         if reason := self._problem(node):
-            raise ValueError(f"{expected}, got {shown(node)}: {reason}")
+            raise ValueError(f"{expected}, got {node}: {reason}")
         value = float(node.text)
         if not self.low <= value <= self.high:
-            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {shown(node)}")
+            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {node}")
         return int(value) if self.whole else value
 
     def _problem(self, node: Node) -> str:
@@ -142,7 +142,7 @@ class Quantity(Scalar):
         value = parse_quantity(node.text, self.unit)
         if not self.low <= value <= self.high:
             low, high = (format_quantity(end, self.unit) for end in (self.low, self.high))
-            raise ValueError(f"expected {low} to {high}, got {shown(node)}")
+            raise ValueError(f"expected {low} to {high}, got {node}")
         return value
 
     def text(self, value: float) -> str:
@@ -235,7 +235,7 @@ class ListOf:
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "list":
-            return reader.wrong(node, path, f"expected a list, got {shown(node)}")
+            return reader.wrong(node, path, f"expected a list, got {node}")
         items = tuple(self.item.read(item, (*path, i), reader) for i, item in enumerate(node.items))
         return BAD if BAD in items else items
 
@@ -251,7 +251,7 @@ class MapOf:
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
-            return reader.wrong(node, path, f"expected a mapping of key: value, got {shown(node)}")
+            return reader.wrong(node, path, f"expected a mapping of key: value, got {node}")
         found = {}
         for key, (at, value) in node.entries.items():
             if reason := self.wrong_key(key, path, reader):
@@ -291,7 +291,7 @@ class Object:
         if node.kind != "mapping":
             shape = f"{{{', '.join(f'{name}: ...' for name in self.required)}}}"
             shape = shape if "source" in self.required else "a mapping of key: value"
-            return reader.wrong(node, path, f"expected {shape}, got {shown(node)}")
+            return reader.wrong(node, path, f"expected {shape}, got {node}")
         found = {}
         for key, (at, value) in node.entries.items():
             if member := self.members.get(key):

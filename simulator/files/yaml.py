@@ -1,9 +1,8 @@
 """Parse YAML text to a tree of nodes with their places, without guessing types.
 
-PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True, ``3.35e12``
-stays text, and the second of two equal keys wins silently. Here a scalar stays text, and :mod:`simulator.files.fields`
-converts it. Anchors, aliases, tags, several documents and duplicate keys are rejected. Depth and size are limited, so a
-file from an untrusted source can neither run code nor fill the memory.
+PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True. Here a scalar
+stays text, and :mod:`simulator.files.fields` converts it. Anchors, tags, several documents and duplicate keys are
+rejected; depth and size are limited, so a file can neither run code nor fill the memory.
 """
 
 from __future__ import annotations
@@ -15,38 +14,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
-_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-class Node:
+class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass takes three times as long to make
     """A part of a YAML file, and its place, counted from 1."""
 
-    __slots__ = ("column", "entries", "items", "kind", "line", "quoted", "text")
-
-    def __init__(
-        self,
-        kind: str,  # "scalar", "list" or "mapping"
-        line: int = 1,
-        column: int = 1,
-        text: str = "",
-        quoted: bool = False,  # distinguishes "132" from 132
-        items: tuple[Node, ...] = (),
-        entries: Mapping[str, tuple[Node, Node]] = _NONE,  # node of each key and node of its value
-    ) -> None:
-        self.kind, self.line, self.column, self.text, self.quoted = kind, line, column, text, quoted
-        self.items, self.entries = items, entries
+    kind: str  # "scalar", "list" or "mapping"
+    line: int = 1
+    column: int = 1
+    text: str = ""
+    quoted: bool = False  # distinguishes "132" from 132
+    items: tuple[Node, ...] = ()
+    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})  # node of each key and node of its value
 
     def __str__(self) -> str:
         if self.kind != "scalar":
             return f"a {self.kind}"
-        shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return repr(shown) if self.quoted or shown.split() != [shown] else shown
+        text = self.text if len(self.text) <= 40 else self.text[:40] + "..."
+        return (repr(text) if self.quoted or text.split() != [text] else text) if text or self.quoted else "nothing"
 
     def at(self, *keys: str) -> Node:
         """Return the node at a path of keys, or an empty node."""
@@ -54,11 +45,6 @@ class Node:
         for key in keys:
             node = node.entries[key][1] if key in node.entries else Node("scalar")
         return node
-
-
-def shown(node: Node) -> str:
-    """Return a node as a message quotes it."""
-    return "nothing" if node.kind == "scalar" and not node.text and not node.quoted else str(node)
 
 
 class Problems:
@@ -88,11 +74,7 @@ class Problems:
 
 
 def first_of(lines: Sequence[str], way: str = "") -> InputError:
-    """Return the first problem, with the number of further ones; ``way`` states how to list them.
-
-    >>> str(first_of(["a.yaml:1:1: x: is missing", "a.yaml:1:1: y: is missing"]))
-    'a.yaml:1:1: x: is missing (and 1 more)'
-    """
+    """Return the first problem, with the number of further ones; ``way`` states how to list them."""
     first, *rest = lines
     return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
@@ -171,8 +153,6 @@ class _Refused(Exception):
 
 
 class _Parser:
-    """Converter of PyYAML's events to nodes."""
-
     def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
         self.yaml, self.events, self.problems = yaml, events, problems
 

@@ -30,7 +30,7 @@ from simulator.files.fields import (
     read,
     unknown_key,
 )
-from simulator.files.yaml import Node, Problems, parse_yaml, shown
+from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.constants import CONSTANTS
@@ -281,7 +281,7 @@ def stack_from_text(
     top = read(StackFile, root, problems, rates=tuple(profile.rates), folder=path.parent, fetch=fetch)
     for key, right in (("hardware", profile.name), ("stack", stack)):
         if key in root.entries and root.at(key).text != right:
-            problems.add(root.at(key), key, f"unknown value {shown(root.at(key))}; expected {right}")
+            problems.add(root.at(key), key, f"unknown value {root.at(key)}; expected {right}")
     return None if top is None or len(problems) else _sections(top.calibrated, stack)
 
 
@@ -295,12 +295,12 @@ def _root(text: str, problems: Problems) -> Node | None:
         problems.add(None, "file", f"is empty; expected a profile {start}")
         return None
     if root.kind != "mapping":
-        problems.add(root, "file", f"expected a mapping {start}, got {shown(root)}")
+        problems.add(root, "file", f"expected a mapping {start}, got {root}")
         return None
     version = root.at("schema_version")
     if "schema_version" in root.entries and (version.quoted or version.text != str(SCHEMA_VERSION)):
         # the only problem reported: another version may have other keys
-        reason = f"expected {SCHEMA_VERSION}, got {shown(version)}; this prunesim reads no other version"
+        reason = f"expected {SCHEMA_VERSION}, got {version}; this prunesim reads no other version"
         problems.add(version, "schema_version", reason)
         return None
     return root
@@ -311,7 +311,7 @@ def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> No
     for short, (node, _) in root.at("sources").entries.items():
         if not _SHORT.fullmatch(short):
             right = "a short name of letters, digits, _ - and . as key"
-            problems.add(node, "sources", f"expected {right}, got {shown(node)}")
+            problems.add(node, "sources", f"expected {right}, got {node}")
     rates = root.at("datasheet", "rates")
     if rates.kind == "mapping" and not rates.entries:
         problems.add(rates, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")

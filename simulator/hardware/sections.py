@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
 from simulator.files.fields import BAD, Keyed, Number, Quoted, Reader, Text
-from simulator.files.yaml import Node, shown
+from simulator.files.yaml import Node
 from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.constants import CONSTANTS
 
@@ -32,7 +32,7 @@ class _InRange(Number):
         found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
         if found is BAD or known.low <= found <= known.high:
             return found
-        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {shown(node)}")
+        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}")
 
 
 @dataclass(frozen=True)
