@@ -1,13 +1,10 @@
-"""Define the grid of a sweep, in Python or in a YAML file.
-
-Use :func:`read_grid` for a file, :class:`Grid` in Python. Both reject invalid input before any work starts; errors of a
-file are ``file:line:column: key: reason, expected value``.
-"""
+"""Define the grid of a sweep, in Python (:class:`Grid`) or in a YAML file (:func:`read_grid`)."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -43,12 +40,9 @@ from simulator.workload import DTYPES, PHASES
 T = TypeVar("T")
 S = TypeVar("S")
 
-MOST_POINTS = 100_000
-"""Most values of a progression; more indicate a wrong step."""
-
+MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
 _TOKENS = Number(1, MAX_TOKENS, "64", whole=True)
-_SMALL = "llama-3.2-1b"
-"""Model with which options of families are checked."""
+_SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
 AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
@@ -65,19 +59,20 @@ class Formats:
 
 
 class _Axis(Scalar):
-    """A list or one value of a type; repeated values are dropped."""
+    """A list or one value; repeated values are dropped."""
 
-    def __init__(self, item: Any) -> None:
+    def __init__(self, item: Scalar) -> None:
         self.item = item
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
-        if node.kind != "list":
-            found = [reader.read(self.item, node, path)]
-        else:
-            found = [reader.read(self.item, item, (*path, i)) for i, item in enumerate(node.items)]
-            if not node.items:
-                return reader.wrong(node, path, "is an empty list; expected at least one value")
-        return BAD if BAD in found else tuple(dict.fromkeys(found))
+        if node.kind == "list" and not node.items:
+            return reader.wrong(node, path, "is an empty list; expected at least one value")
+        listed = [(one, (*path, i)) for i, one in enumerate(node.items)] or [(node, path)]
+        found = [self.item.read(one, at, reader) for one, at in listed]
+        return BAD if BAD in found else once(self.flat(found))
+
+    def flat(self, found: list[Any]) -> Iterable[Any]:
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class _Numbers(_Axis):
     def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
         step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
         self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
-        super().__init__(Annotated[float, Checked(number, lambda value: (rule(value), value)[1])])
+        super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
 
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
@@ -125,17 +120,15 @@ class _Numbers(_Axis):
 
 
 class _Families(_Axis):
-    """An axis of families: a name, "all", or a mapping of names to options."""
+    """An axis of families, whose "all" are several."""
 
-    def __init__(self) -> None:
-        super().__init__(Annotated[Any, _Family()])
-
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
-        groups = super().read(node, path, reader)
-        return BAD if groups is BAD else tuple(dict.fromkeys(choice for group in groups for choice in group))
+    def flat(self, found: list[Any]) -> Iterable[Any]:
+        return itertools.chain(*found)
 
 
 class _Family(Scalar):
+    """A family's name, "all", or a mapping of names to options."""
+
     def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
         if node.kind != "mapping":
             name = Text((*FAMILIES, "all")).read(node, path, reader)
@@ -201,22 +194,21 @@ class Grid:
     True
     """
 
-    models: Annotated[tuple[str | ModelConfig, ...], _Axis(Annotated[Any, _loads(load_model)])]  # or paths
-    hardware: Annotated[
-        tuple[str | HardwareProfile, ...], _Axis(Annotated[Any, Checked(Text(), reference)])
-    ]  # or paths
+    # names, paths, or loaded ones
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(_loads(load_model))]
+    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
-    phases: Annotated[tuple[str, ...], _Axis(Annotated[str, Text(PHASES)])]
+    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
     batches: Annotated[tuple[int, ...], _Numbers(_TOKENS)]
     seqs: Annotated[tuple[int, ...], _Numbers(_TOKENS)]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
-    families: Annotated[tuple[Pruning, ...], _Families()] = ()
-    dtypes: Annotated[tuple[Formats, ...], _Axis(Annotated[Any, _Format()])] = (Formats(),)
-    engines: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_engine)])] = (DEFAULT_ENGINE,)  # or paths
+    families: Annotated[tuple[Pruning, ...], _Families(_Family())] = ()
+    dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
+    engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (DEFAULT_ENGINE,)  # or paths
     devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(load_method)])] = ()
+    methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
     # texts of --prune and paths of plans, without an axis of sparsities
-    prune: Annotated[tuple[str, ...], _Axis(Annotated[str, _loads(Pruning.read)])] = ()
+    prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
     # as in a scenario, for the whole grid
     parallel: Annotated[str, Text(PARALLEL)] = "tensor"
     link: Annotated[str | None, Checked(Text(), _link)] = None
@@ -260,23 +252,9 @@ class Grid:
         shapes: tuple[tuple[int, int], ...],
     ) -> Scenario:
         """Return a scenario of the grid with some shapes."""
-        return Scenario(
-            model=model,
-            phase=phase,
-            shapes=shapes,
-            new_tokens=self.new_tokens,
-            cached_prefix=self.cached_prefix,
-            token_budget=self.token_budget,
-            engine=engine,
-            dtype=formats.dtype,
-            weight_dtype=formats.weight_dtype,
-            kv_dtype=formats.kv_dtype,
-            devices=devices,
-            parallel=self.parallel,
-            link=self.link,
-            ideal=self.ideal,
-            level=self.level,
-        )
+        whole = ("new_tokens", "cached_prefix", "token_budget", "parallel", "link", "ideal", "level")
+        own = {name: getattr(self, name) for name in whole} | vars(formats)
+        return Scenario(model=model, phase=phase, shapes=shapes, engine=engine, devices=devices, **own)
 
     def facts(self) -> dict[str, Any]:
         """Return the axes as plain values, for digests and manifests."""
