@@ -193,7 +193,7 @@ def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | No
 
 def lines_of(value: Any) -> Iterator[str]:
     """Yield the lines of YAML of a dataclass; empty texts and defaults that are empty are omitted."""
-    return kind_of(type(value)).lines(value, "")
+    yield from kind_of(type(value)).lines(value, "")  # type: ignore[arg-type] # mypy takes no class as hashable
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
 from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.link import Link
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import (
     QUANTITIES,
@@ -72,11 +73,10 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     50.0
     """
     path = _target(path)
-    update = profile.local_update
+    update, entry = profile.local_update, None
     file, packed, calibrated = _calibrated(path, profile.sections, update.arrays if update else None)
-    entry = update and UpdateEntry(
-        provenance=update.provenance, factors=update.factors, arrays=_entry(update.arrays, file, packed)
-    )
+    if update:
+        entry = UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
     whole = replace(_facts(profile), calibrated=calibrated, local_update=entry)
@@ -101,7 +101,7 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
     file, packed, calibrated = _calibrated(path, {key: replace(section, stack="") for key, section in own.items()})
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
     head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
-    whole = StackFile(schema_version=SCHEMA_VERSION, hardware=profile.name, stack=stack, calibrated=calibrated)
+    whole = StackFile(SCHEMA_VERSION, profile.name, stack, calibrated)
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     stack_from_text(text, path, problems, _no_arrays, profile, stack)
@@ -153,7 +153,7 @@ def _calibrated(
 
 
 def _entry(arrays: Arrays, file: str, packed: bytes) -> ArraysEntry:
-    return ArraysEntry(file=file, sha256=hashlib.sha256(packed).hexdigest(), names=tuple(sorted(arrays)))
+    return ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
 
 
 def _stem(path: Path) -> str:
@@ -193,50 +193,28 @@ def _facts(profile: HardwareProfile) -> ProfileFile:
         return {"source": short.get(profile.sources.get(key, ""), ""), "note": profile.notes.get(key, "")}
 
     def fact(key: str, value: Any) -> Fact[Any]:
-        return Fact(value=value, **about(key))
+        return Fact(value, **about(key))
+
+    def speed(key: str, one: Link) -> tuple[Fact[float], Fact[float]]:
+        return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(f"{key}.latency", one.latency_s)
 
     facts = {key: fact(key, getattr(profile, attribute)) for key, (attribute, _) in QUANTITIES.items()}
     if "max_clock" not in profile.sources and profile.max_clock_hz == profile.boost_clock_hz:
         del facts["max_clock"]
-    speeds = {
-        name: {
-            "kind": one.kind,
-            "bandwidth": fact(f"{name}.bandwidth", one.bandwidth_bytes_per_s),
-            "latency": fact(f"{name}.latency", one.latency_s),
-        }
-        for name, one in (("link", profile.link), ("bridge", profile.bridge))
-        if one
-    }
-    key = "link.connection"
-    link = profile.link and LinkFacts(
-        **speeds["link"],
-        connection=fact(key, profile.link.connection) if key in profile.sources else None,
-        max_devices=profile.link.max_devices,
-    )
-    rates = {
-        dtype: RateFact(
-            value=rate.flop_per_s,
-            accumulate=rate.accumulate,
-            sparse_factor=rate.sparse_factor,
-            **about(f"rates.{dtype}"),
+    link = bridge = None
+    if one := profile.link:
+        connection = fact("link.connection", one.connection) if "link.connection" in profile.sources else None
+        bandwidth, latency = speed("link", one)
+        link = LinkFacts(
+            kind=one.kind, connection=connection, max_devices=one.max_devices, bandwidth=bandwidth, latency=latency
         )
+    if pair := profile.bridge:
+        bridge = BridgeFacts(pair.kind, *speed("bridge", pair))
+    rates = {
+        dtype: RateFact(rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}"))
         for dtype, rate in profile.rates.items()
     }
-    return ProfileFile(
-        schema_version=SCHEMA_VERSION,
-        name=profile.name,
-        title=profile.title,
-        vendor=profile.vendor,
-        architecture=profile.architecture,
-        aliases=profile.aliases,
-        stacks_of=profile.stacks_of,
-        own_stack=profile.own_stack,
-        sources=references,
-        datasheet=Datasheet(
-            sm_count=fact("sm_count", profile.sm_count),
-            **facts,
-            rates=rates,
-            link=link,
-            bridge=BridgeFacts(**speeds["bridge"]) if profile.bridge else None,
-        ),
-    )
+    sheet = Datasheet(sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge)
+    same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack")
+    own = {name: getattr(profile, name) for name in same}
+    return ProfileFile(schema_version=SCHEMA_VERSION, sources=references, datasheet=sheet, **own)

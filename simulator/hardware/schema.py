@@ -83,7 +83,7 @@ _FACTOR = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters,
 Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Fact(Generic[T]):
     """A value of a datasheet."""
 
@@ -92,7 +92,7 @@ class Fact(Generic[T]):
     note: Quoted = ""
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class RateFact:
     """A rate of a datasheet, with the format of its sums and the gain of 2:4 sparsity."""
 
@@ -117,7 +117,7 @@ class LinkFacts:
     latency: Latency
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class BridgeFacts:
     kind: String
     bandwidth: Bandwidth
@@ -144,7 +144,7 @@ class Datasheet:
             yield from ((group + name, fact) for name, fact in members.items() if isinstance(fact, Fact | RateFact))
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class ArraysEntry:
     """Arrays of a section, by the file that has them and its digest."""
 
@@ -200,7 +200,7 @@ Calibrated = Annotated[
 ]
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class UpdateEntry:
     provenance: Provenance
     factors: tuple[Annotated[str, _FACTOR], ...]
@@ -231,7 +231,7 @@ class ProfileFile:
     local_update: UpdateEntry | None = None
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class StackFile:
     """Sections of one stack; facts of the device are in its profile."""
 
@@ -343,7 +343,7 @@ def _value(scalar: Scalar, node: Node) -> float:
 
 
 def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
-    sheet, facts, update = top.datasheet, dict(top.datasheet.facts()), top.local_update
+    sheet, facts, entry = top.datasheet, dict(top.datasheet.facts()), top.local_update
     values = {attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts}
     values.setdefault("max_clock_hz", values["boost_clock_hz"])
     rates = {dtype: Rate(rate.value, rate.accumulate, rate.sparse_factor) for dtype, rate in sheet.rates.items()}
@@ -353,11 +353,9 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         link = Link(found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection)
     if pair := sheet.bridge:
         bridge = Link(pair.kind, pair.bandwidth.value, pair.latency.value, 2, "bridge")
+    same = ("name", "title", "vendor", "architecture", "stacks_of")
     profile = HardwareProfile(
-        name=top.name,
-        title=top.title,
-        vendor=top.vendor,
-        architecture=top.architecture,
+        **{name: getattr(top, name) for name in same},
         aliases=top.aliases or (),
         rates=MappingProxyType(rates),
         sm_count=sheet.sm_count.value,
@@ -367,8 +365,7 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         sources=MappingProxyType({key: top.sources[fact.source] for key, fact in facts.items()}),
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
-        stacks_of=top.stacks_of,
-        local_update=update and LocalUpdate(update.provenance, update.factors, update.arrays),
+        local_update=LocalUpdate(entry.provenance, entry.factors, entry.arrays) if entry else None,
         path=path,
     )
     sections = _sections(top.calibrated)
