@@ -10,20 +10,23 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from simulator.errors import InputError, one_line
+from simulator.files.json import parse_json
 from simulator.hardware.library import hardware_from_text
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import ModelConfig
-from simulator.models.headers import MAX_FILES, MAX_TENSORS, Tensor, check_there, checked, indexed, join_headers
+from simulator.models.headers import BITS, MAX_ELEMENTS, MAX_FILES, MAX_HEADERS_BYTES, MAX_NAME, MAX_TENSORS, Tensor
 from simulator.models.huggingface import MAX_FILE_BYTES, from_file, parse_config
 
 PREFIX = "dropped:"
@@ -309,3 +312,108 @@ def _tensors(rows: Rows) -> dict[str, Tensor]:
 def _numbers(runs: Iterable[Sequence[int]]) -> list[int]:
     every = itertools.chain.from_iterable(range(first, last + 1) for first, last in runs)
     return list(itertools.islice(every, 1000))
+
+
+MAX_MARKS = 600_000
+
+
+def join_headers(folder: Path, files: Iterable[tuple[Path, bytes, int]]) -> dict[str, Tensor]:
+    """Return the tensors of files by name; a file is its path, its header, and the number of bytes after the header."""
+    found: dict[str, Tensor] = {}
+    room = MAX_HEADERS_BYTES
+    for file, content, data in files:
+        if (room := room - len(content)) < 0:
+            raise InputError(f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together")
+        for name, tensor in _header_tensors(content, data, file):
+            if name in found:
+                raise InputError(f"{file}: tensor {_quoted_name(name)} is in another file too")
+            found[name] = tensor
+        if len(found) > MAX_TENSORS:
+            raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
+    return found
+
+
+def indexed(content: bytes, index: Path) -> list[str]:
+    """Return the names of the files in an index."""
+    parsed = _parsed(content, index)
+    entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{index}: weight_map: expected a file name for each tensor")
+    values = entries.values()
+    if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+        raise InputError(f"{index}: weight_map: expected names of files in this folder")
+    return sorted(set(values))
+
+
+def check_there(folder: Path, names: Sequence[str], there: Iterable[str]) -> None:
+    """Raise InputError if a file of the index is missing."""
+    if missing := sorted({*names} - {*there}):
+        many = f"{len(missing)} of {len(names)} are missing"
+        raise InputError(f"{folder}: {_quoted_name(missing[0])} is missing ({many})")
+            f"{folder}: {_quoted_name(missing[0])} is missing ({len(missing)} of {len(names)} are missing)"
+        )
+
+
+def _header_tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the checked tensors of one file. Their bytes fill the file without overlaps and gaps, as the format
+    requires."""
+    content = _parsed(header, path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a safetensors file: its header is not a JSON object")
+    content.pop("__metadata__", None)
+    end = 0
+    entries = [(name, *_entry(path, name, value, room)) for name, value in content.items()]
+    for name, tensor, start, stop in sorted(entries, key=lambda entry: entry[2:]):
+        if start < end:
+            raise InputError(f"{path}: tensor {_quoted_name(name)}: its bytes overlap those of another tensor")
+        if start > end:
+            place = f"{path}: tensor {_quoted_name(name)}"
+            raise InputError(f"{place}: expected its bytes to start at {end:,}, after those before it, got {start:,}")
+        end = stop
+        yield name, tensor
+    if end < room:
+        raise InputError(f"{path}: expected tensors of all {room:,} bytes after the header, got tensors of {end:,}")
+
+
+def _entry(path: Path, name: str, value: Any, room: int) -> tuple[Tensor, int, int]:
+    """Return a tensor, and start and end of its bytes."""
+    where = f"{path}: tensor {_quoted_name(name)}"
+    if len(name) > MAX_NAME:
+        raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected dtype, shape and data_offsets")
+    tensor, offsets = checked(value.get("dtype"), value.get("shape"), where), value.get("data_offsets")
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+        raise InputError(f"{where}: its bytes would lie outside the file")
+    if (offsets[1] - offsets[0]) * 8 != tensor.elements * BITS[tensor.dtype]:
+        raise InputError(f"{where}: its number of bytes does not match its shape and dtype")
+    return tensor, offsets[0], offsets[1]
+
+
+def checked(dtype: Any, shape: Any, where: str) -> Tensor:
+    """Return the tensor of the dtype and shape in a file."""
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InputError(f"{where}: dtype {one_line(repr(dtype), 40)} is unknown")
+    if not _counts(shape) or len(shape) > 8 or math.prod(shape) > MAX_ELEMENTS:
+        raise InputError(f"{where}: expected a shape of up to 8 sizes, got {one_line(repr(shape), 40)}")
+    return Tensor(dtype, tuple(shape))
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    """Return whether a value is a list of whole numbers from 0 to MAX_ELEMENTS."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_ELEMENTS for v in value)
+
+
+def _parsed(content: bytes, path: Path) -> Any:
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_MARKS:
+        raise InputError(f"{path}: expected the JSON of a header or an index, got too many values")
+    try:
+        return parse_json(content, str(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({one_line(str(error), 60)})") from None
+
+
+def _quoted_name(name: str) -> str:
+    return one_line(repr(name), 80)
