@@ -87,7 +87,7 @@ class Correlation:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostBlock:
     """Block ``host`` of a file; its attributes are those of :class:`Behaviour`."""
 
     each_pass: HostTime | None = field(default=None, metadata={"key": "pass"})
@@ -176,7 +176,7 @@ class _Release(Behaviour):
     since: Annotated[str, Text((), SINCE, 'a version in quotes, such as "0.14"')]
     title: String
     source: SourceName
-    host: Host = Host()
+    host: HostBlock = HostBlock()
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -190,7 +190,7 @@ class _File(Behaviour):
     aliases: Strings = ()
     stacks: tuple[Annotated[str, Text(STACKS)], ...]
     sources: Map[String]
-    host: Host = Host()
+    host: HostBlock = HostBlock()
     generations: tuple[_Release, ...] = ()
 
 

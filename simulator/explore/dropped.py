@@ -350,8 +350,6 @@ def check_there(folder: Path, names: Sequence[str], there: Iterable[str]) -> Non
     if missing := sorted({*names} - {*there}):
         many = f"{len(missing)} of {len(names)} are missing"
         raise InputError(f"{folder}: {_quoted_name(missing[0])} is missing ({many})")
-            f"{folder}: {_quoted_name(missing[0])} is missing ({len(missing)} of {len(names)} are missing)"
-        )
 
 
 def _header_tensors(header: bytes, room: int, path: Path) -> Iterator[tuple[str, Tensor]]:

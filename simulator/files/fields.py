@@ -44,7 +44,7 @@ class Scalar:
     def text(self, value: Any) -> str:
         return str(value)
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         """Return the value of a node, or BAD with problems."""
         try:
             return self.value(node)
@@ -79,10 +79,10 @@ class Text(Scalar):
         return quoted(value) if self.quote else plain_text(value)
 
 
-class Source(Text):
+class ListedSource(Text):
     """The short name of a source that the file lists."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         short = super().read(node, path, reader)
         if short is not BAD and short not in reader.sources:
             hint = did_you_mean(short, reader.sources, 0.3) or "add it there with a title and an address"
@@ -180,14 +180,14 @@ class Keys:
 String = Annotated[str, Text()]
 Quoted = Annotated[str, Text(quote=True)]
 Strings = tuple[String, ...]
-SourceName = Annotated[str, Source()]
+SourceName = Annotated[str, ListedSource()]
 Flag = Annotated[bool, Truth()]
 Map = Mapping[str, T]
 
 
 def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
     """Return the dataclass of a tree, or None with all problems; ``context`` is for kinds that need more."""
-    found = Reader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
+    found = TreeReader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
     return None if len(problems) else found
 
 
@@ -197,7 +197,7 @@ def lines_of(value: Any) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Reader:
+class TreeReader:
     """Problems and known sources of the file that is read."""
 
     problems: Problems
@@ -233,7 +233,7 @@ def kind_of(hint: Any) -> Any:
 class ListOf:
     item: Any
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "list":
             return reader.wrong(node, path, f"expected a list, got {node}")
         items = tuple(self.item.read(item, (*path, i), reader) for i, item in enumerate(node.items))
@@ -249,7 +249,7 @@ class MapOf:
     def __init__(self, item: Any, keys: Keys | None = None) -> None:
         self.item, self.keys = kind_of(item), keys
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "mapping":
             return reader.wrong(node, path, f"expected a mapping of key: value, got {node}")
         found = {}
@@ -260,7 +260,7 @@ class MapOf:
                 found[key] = self.item.read(value, (*path, key), reader)
         return BAD if BAD in found.values() else MappingProxyType(found)
 
-    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         if self.keys is None or key in self.keys.names:
             return ""
         hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names)}"
@@ -287,7 +287,7 @@ class Object:
             self.members[one.metadata.get("key", one.name)] = one.name, kind_of(kind), default
         self.required = [key for key, (_, _, default) in self.members.items() if default is MISSING]
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "mapping":
             shape = f"{{{', '.join(f'{name}: ...' for name in self.required)}}}"
             shape = shape if "source" in self.required else "a mapping of key: value"

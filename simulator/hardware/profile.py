@@ -231,13 +231,13 @@ class HardwareProfile(Displayed):
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Return the datasheet rate of a number format; InputError if the device has no such arithmetic."""
+        """Return the datasheet rate of the number format ``dtype``; InputError if the device has no such arithmetic."""
         if dtype not in self.rates:
             raise InputError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}")
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Return the datasheet rate at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
+        """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
 
         This rate times ``clock_headroom`` is a physical limit.
         """
@@ -249,7 +249,7 @@ class HardwareProfile(Displayed):
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Return the fitted values of one operator in a number format; constants without a fit have their defaults.
+        """Return the fitted values of one ``operator`` in the number format ``dtype``, else defaults.
 
         Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel with visible tiles
         (``tile_rows``) is not used for an engine whose kernel is known to differ (:data:`DECODE_KERNELS`).

@@ -22,11 +22,11 @@ from simulator.files.fields import (
     Object,
     Quantity,
     Quoted,
-    Reader,
     Scalar,
     SourceName,
     String,
     Text,
+    TreeReader,
     read,
     unknown_key,
 )
@@ -156,7 +156,7 @@ class ArraysEntry:
 class _Arrays(Object):
     """Arrays of a section or of the local update, which are fetched from their file."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         entry = super().read(node, path, reader)
         if entry is BAD:
             return BAD
@@ -172,14 +172,14 @@ class _Arrays(Object):
 class _Constants(MapOf):
     """Constants of the operator at a path."""
 
-    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
 
 
 class _Formats(MapOf):
     """Sections of an operator by number format, of which the device has a rate."""
 
-    def wrong_key(self, key: str, path: Keyed, reader: Reader) -> str:
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         known = ("*",) if path[1] in ANY_DTYPE else formats.labels(reader.context["rates"])
         return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
 

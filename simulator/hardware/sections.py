@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
-from simulator.files.fields import BAD, Keyed, Number, Quoted, Reader, Text
+from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
 from simulator.files.yaml import Node
 from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.constants import CONSTANTS
@@ -28,7 +28,7 @@ MOST_STD_ERROR = 1e30  # of a constant
 class _InRange(Number):
     """The value of a constant of an operator, which the path names."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
         if found is BAD or known.low <= found <= known.high:
             return found

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import BAD, Checked, Flag, Keyed, Map, Number, Reader, Scalar, Text, read, unknown_key
+from simulator.files.fields import BAD, Checked, Flag, Keyed, Map, Number, Scalar, Text, TreeReader, read, unknown_key
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import reference
 from simulator.hardware.link import check as _link
@@ -64,7 +64,7 @@ class _Axis(Scalar):
     def __init__(self, item: Scalar) -> None:
         self.item = item
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "list" and not node.items:
             return reader.wrong(node, path, "is an empty list; expected at least one value")
         listed = [(one, (*path, i)) for i, one in enumerate(node.items)] or [(node, path)]
@@ -93,7 +93,7 @@ class _Numbers(_Axis):
         self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
         super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "mapping":
             return super().read(node, path, reader)
         found = reader.read(self.progression, node, path)
@@ -129,7 +129,7 @@ class _Families(_Axis):
 class _Family(Scalar):
     """A family's name, "all", or a mapping of names to options."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "mapping":
             name = Text((*FAMILIES, "all")).read(node, path, reader)
             names = general_families() if name == "all" else () if name is BAD else (name,)
@@ -137,7 +137,7 @@ class _Family(Scalar):
         found = [self.choice(key, value, (*path, key.text), reader) for key, value in node.entries.values()]
         return BAD if BAD in found else tuple(found)
 
-    def choice(self, key: Node, node: Node, path: Keyed, reader: Reader) -> Any:
+    def choice(self, key: Node, node: Node, path: Keyed, reader: TreeReader) -> Any:
         family = Text(tuple(FAMILIES)).read(key, path, reader)
         given = BAD if family is BAD else reader.read(Map[Annotated[Any, _Option()]], node, path)
         if given is BAD:
@@ -157,7 +157,7 @@ class _Family(Scalar):
 class _Option(Scalar):
     """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "list":
             return reader.read(tuple[Annotated[Any, self], ...], node, path)
         return super().read(node, path, reader)
@@ -172,7 +172,7 @@ class _Option(Scalar):
 class _Format(Scalar):
     """A dtype, or a mapping with a dtype and optionally the two other formats."""
 
-    def read(self, node: Node, path: Keyed, reader: Reader) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "mapping":
             return reader.read(Formats, node, path)
         dtype = Text(DTYPES).read(node, path, reader)
