@@ -59,7 +59,8 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
                     found[name] = _tensor(name, part.get_dtype(), part.get_shape(), path)
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
-            raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 200)}") from None
+            again = "download it or save it again"
+            raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}") from None
         if len(found) > MAX_TENSORS:
             raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
     return found
