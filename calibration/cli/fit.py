@@ -13,10 +13,10 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.evidence.verdict import Judgement
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
-    from calibration.validation.verdict import Judgement
 
 # fmt: off
 Output = Annotated[
@@ -50,10 +50,10 @@ def command(
     fitted: the rows, of any operators, shift all predictions together and narrow their intervals. Prints their effects
     on this machine.
     """
+    from calibration.evidence.validate import validate
+    from calibration.evidence.verdict import disturbed_share, of_fit, of_update
     from calibration.fit.profile import fit_profile
     from calibration.records.exact_shapes import without_exact
-    from calibration.validation.validate import validate
-    from calibration.validation.verdict import disturbed_share, of_fit, of_update
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,39 +20,42 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 def load_rows(
-    names: Sequence[str], hw: HardwareProfile | None = None, screened: bool = True
+    paths: Sequence[str],
+    hw: HardwareProfile | None = None,
+    *,
+    column_map: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    device: str = "",
+    screened: bool = True,
 ) -> tuple[Records, tuple[str, ...]]:
     """Return the records of files, run folders and shipped measurements, one after the other, with notes.
 
-    Parameters
-    ----------
-    names : sequence of str
-        A file (:func:`calibration.records.importers.import_table`), a folder with ``records.jsonl``, or a shipped
-        ``device/operator/stack``.
-    hw : HardwareProfile, optional
-        Profile whose datasheet limits the times of rows.
-    screened : bool
-        Exclude rows that are faster than the datasheet allows.
+    Other arguments than ``paths`` are those of :func:`calibration.records.importers.import_table`; ``dtype`` keeps one
+    number format, by default all. The notes state the refused rows of each file by reason.
     """
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
     from calibration.records.timing_table import Records
 
     parts, notes = [], []
-    for name in names:
+    for name in paths:
         path = Path(name)
         if path.is_dir():
             path = path / "records.jsonl"
         if not path.exists() and name in list_measurements():
-            parts.append(load_measurements(name))
+            shipped = load_measurements(name)
+            parts.append(shipped.of_dtype(dtype) if dtype else shipped)
             continue
         if not path.exists() and not path.suffix:
             known = ", ".join(list_measurements())
             missing = "no file, folder or shipped measurement has this name"
             raise InputError(f"records {name!r}: {missing}; shipped measurements: {known}")
-        imported = import_table(path, hw=hw, dtype="all", screened=screened)
-        parts.append(imported.records)
-        notes += [f"{path}: {line}" for line in (*imported.refusals.lines(), *imported.notes)]
+        found = import_table(path, hw=hw, dtype=dtype or "all", column_map=column_map, device=device, screened=screened)
+        parts.append(found.records)
+        if found.refusals:
+            counts = f"{len(found.records):,} rows kept, {found.refusals.total:,} refused"
+            notes.append(f"{path}: {counts}: {'; '.join(found.refusals.lines())}")
+        notes += [f"{path}: {line}" for line in found.notes]
     return Records.concat(parts), tuple(notes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -41,6 +41,18 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("report", "report:command"),
 )
 """Commands of the simulator in the order of ``--help``, and their places in this package."""
+
+REMOVED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            f"validate --{name}"
+            for name in ("protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure")
+        ),
+        "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks",
+    ),
+    "validate --html": "use --markdown FILE",
+}
+"""Replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them."""
 
 
 def program(only: str = "") -> typer.Typer:
@@ -99,6 +111,8 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
     try:
+        if arguments and arguments[0] in REMOVED:
+            raise InputError(f"{arguments[0]}: no longer a command; {REMOVED[arguments[0]]}")
         app = program(arguments[0] if arguments else "")
         words = list(arguments) or ["--help"]
         code = typer.main.get_command(app).main(words, prog_name="prunesim", standalone_mode=False)
@@ -127,7 +141,10 @@ def run(arguments: Sequence[str]) -> int:
         # usage errors of the option parser: their class is not public in every version of typer, this method is
         if hasattr(error, "format_message"):
             context = getattr(error, "ctx", None)
-            return _fail(f"{error.format_message()} See '{context.command_path if context else 'prunesim'} --help'", 2)
+            path, option = context.command_path if context else "prunesim", getattr(error, "option_name", "")
+            if instead := REMOVED.get(f"{path.removeprefix('prunesim ')} {option}"):
+                return _fail(f"{option}: no longer an option; {instead}", 2)
+            return _fail(f"{error.format_message()} See '{path} --help'", 2)
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(

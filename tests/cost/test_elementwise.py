@@ -9,9 +9,10 @@ import pytest
 from operator_times import elementwise_time
 
 from calibration.build_profiles import rtx_tables
+from calibration.evidence.measured import MeasuredRows
+from calibration.evidence.scoring import Predictions, score
 from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.section import fit_section
-from calibration.validation.protocol import score_elementwise
 from simulator.cost.elementwise import Moves, class_code, class_residual
 from simulator.errors import InputError
 from simulator.hardware.constants import CLASSES
@@ -108,8 +109,15 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
     r = rtx_tables(shared_data, hw)
     r = r.select(r.is_operator("elementwise"))
     moves = Moves(r.read_bytes + r.write_bytes, class_code(r.role), hw.l2_bytes, hw.bandwidth_bytes_per_s, "ada")
-    scores = [score_elementwise(ElementwiseFit(moves, r.seconds), hw, 400, seed) for seed in (0, 1, 2)]
+    scores = []
+    for seed in (0, 1, 2):
+        train, test = (part.data for part in MeasuredRows(ElementwiseFit(moves, r.seconds), hw).train_test(400, seed))
+        own = hw.calibrated({("elementwise", "bf16"): fit_section(train, seed=seed).section})
+        t = elementwise_time(test.calls.bytes_, 0.0, own, role=np.array(CLASSES)[test.calls.code])
+        long = test.seconds > 1e-5
+        over_10us = score(Predictions(test.seconds[long], t.seconds[long]))["mape"]
+        scores.append(score(Predictions(test.seconds, t.seconds, t.lower, t.upper)) | {"mape over 10us": over_10us})
     # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
-    assert np.mean([s["mape"] for s in scores]) < 6.0
-    assert np.mean([s["mape over 10us"] for s in scores]) < 7.5
-    assert 87 <= np.mean([s["coverage"] for s in scores]) <= 95
+    assert np.mean([s["mape"] for s in scores]) < 0.06
+    assert np.mean([s["mape over 10us"] for s in scores]) < 0.075
+    assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from operator_times import decode_time
 
+from calibration.evidence.measured import evaluate_table
+from calibration.evidence.sets import TableChoice
 from calibration.fit.attention import AttentionFit, fit_attention
-from calibration.validation.accuracy import TableChoice
-from calibration.validation.protocol import evaluate_table
 from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
 from simulator.cost.base import Machine
@@ -44,8 +44,8 @@ def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float
     assert np.abs(t.seconds / c.seconds - 1.0).mean() < 0.02
 
 
-@pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 7.5), ("mla_decode", 5.0)])
+@pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 0.075), ("mla_decode", 0.05)])
 def test_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
     result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
     assert result["mape"] < mape
-    assert result["coverage"] > 85.0
+    assert result["coverage"] > 0.85

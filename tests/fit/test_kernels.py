@@ -11,6 +11,8 @@ from operator_times import elementwise_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
+from calibration.evidence.report import markdown
+from calibration.evidence.validate import validate
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
@@ -18,8 +20,6 @@ from calibration.measure.run import run
 from calibration.records.store import Header
 from calibration.records.stored_timings import records_of, shape_of
 from calibration.records.timing_table import Records, Source
-from calibration.validation.report import markdown
-from calibration.validation.validate import validate
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile

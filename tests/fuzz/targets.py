@@ -27,11 +27,11 @@ from mutate import PART_EDITS, TEXTS, Edit, edit_bytes, edit_parts, pq, seldom
 
 import simulator
 from calibration.devices.replay import open_named
+from calibration.evidence.runs import Conditions, evaluate
 from calibration.records.importers import import_table
 from calibration.records.parquet import read_records, write_records
 from calibration.records.store import read_store
 from calibration.records.stored_timings import content_records, untimed
-from calibration.validation.runs import Conditions, evaluate
 from simulator.engines import engine as engines
 from simulator.errors import InputError
 from simulator.explore.address import read_query, strict_query, to_query
@@ -491,7 +491,7 @@ def _make_bench(rng: random.Random) -> bytes:
 
 _SHAPE = "--batch 8 --seq 1024 --new-tokens 128 --json"
 _DENSE = f"speedup llama-3.1-8b --hardware h100 --family depth --sparsity 0.25 --phase generate {_SHAPE}"
-_RUNS = f"validate --end-to-end --runs . --hardware h100 --model llama-3.1-8b --engine vllm {_SHAPE}"
+_RUNS = f"validate --runs . --hardware h100 --model llama-3.1-8b --engine vllm {_SHAPE}"
 _GIVEN = Conditions(model="llama-3.1-8b", hardware="h100", engine="vllm", batch=8, seq=1024, new_tokens=128)
 
 

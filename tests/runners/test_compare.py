@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from calibration.cli.compare import comparison_figure  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
+from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
@@ -32,7 +33,6 @@ from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.run import decode, prefill  # noqa: E402
 from calibration.runners.decoder.timing import time_pair  # noqa: E402
 from calibration.runners.pairs import PairTimes  # noqa: E402
-from calibration.validation.scores import spearman  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.engines.engine import check_engine, load_engine  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
