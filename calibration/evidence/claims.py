@@ -1,9 +1,5 @@
 """The two claims of "Beyond FLOPs" (arXiv 2606.09080), tested with its model and its quality on any device and engine.
 
-(a) *bound*: in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical
-bound; (b) *order*: along the prefill frontier of speed and quality come static depth, then dynamic depth, then static
-width.
-
 A claim consists of comparisons of two pruned models. Each has a *margin*: a difference divided by the half-width of its
 interval on the side towards 0. From 1 up the difference is positive with the whole interval, from -1 down negative.
 The interval is that of the difference: what two models have in common cancels. Where all of several differences must be
@@ -47,12 +43,9 @@ CLAIMS: Mapping[str, str] = {
 }
 QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
 BATCH, SEQ = 1, 2048
-SPARSITIES: tuple[float, ...] = (0.125, 0.25, 0.5)
-"""Fractions removed at which (a) is tested: whole layers of models with a multiple of eight of them."""
-GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}
-"""Families that (b) orders, and their place in the claimed order."""
-LAST_LOSS: tuple[int, ...] = (4, 16, 26)
-"""Largest loss of accuracy, whole per cent, at which (b) places each group on the frontier."""
+SPARSITIES = (0.125, 0.25, 0.5)  # tested for (a): whole layers of models with a multiple of eight of them
+GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # places in the order of (b)
+LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, at which (b) places each group on the frontier
 LEAST_GAIN = 0.05  # a family whose roofline bound is a smaller gain is not compared: a share of it would mean little
 TOLERANCE = 0.005  # speedups and shares that differ by less count as equal: papers print two digits
 
@@ -159,8 +152,10 @@ def bound_outcome(
     measure, at = (int(i) for i in np.unravel_index(margin.argmin(), margin.shape))
     other, bottleneck = c.models[at], "/".join(dict.fromkeys(s.bottleneck for s in depth))
     verdict = decided(float(margin[measure, at])) if bottleneck == "memory" else NOT_APPLICABLE
-    values = " and ".join(map(_share if measure else _speed, (c.models[c.own[at]], other)))
-    unit = " of the bound's gain" if measure else ""
+    both = (c.models[c.own[at]], other)
+    values = " and ".join(f"{m.speedup.speedup:.2f}x ({m.speedup.lower:.2f}-{m.speedup.upper:.2f})" for m in both)
+    if measure:
+        values = " and ".join(f"{100 * min(m.share, 1.0):.0f} %" for m in both) + " of the bound's gain"
     difference, width = float(c.difference[measure, at]) + TOLERANCE, float(c.half_width[measure, at])
     lacking, share = uncalibrated_of(depth)
     return ClaimOutcome(
@@ -172,7 +167,7 @@ def bound_outcome(
         uncalibrated_share=share,
         margins=tuple(part for part in parts if math.isfinite(part[1])),
         bottleneck=bottleneck,
-        decided_by=f"depth against {other.family} at {percent(other.sparsity)}: {values}{unit}",
+        decided_by=f"depth against {other.family} at {percent(other.sparsity)}: {values}",
         needed=_needed(difference, width, shares=measure == 1) if verdict == UNDECIDED else "",
         details=_details(c),
     )
@@ -180,10 +175,10 @@ def bound_outcome(
 
 def _needed(difference: float, half_width: float, shares: bool = False) -> str:
     """Return the end of the interval of a difference beyond 0, and how well the difference must be known to decide."""
-    unit, end = "points" if shares else "%", difference - math.copysign(half_width, difference)
-    end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (end, abs(difference)))
-    reach = f"the interval of the difference reaches {end:+.2g} {unit}"
-    return f"{reach}; measure both models within {enough:.2g} {unit} to decide"
+    unit, reach = "points" if shares else "%", difference - math.copysign(half_width, difference)
+    end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (reach, abs(difference)))
+    within = f"measure both models within {enough:.2g} {unit} to decide"
+    return f"the interval of the difference reaches {end:+.2g} {unit}; {within}"
 
 
 def _details(c: Comparisons) -> str:
@@ -195,15 +190,6 @@ def _details(c: Comparisons) -> str:
         between.setdefault(c.models[i].family, []).append(f"{100 * c.models[i].sparsity:g}")
     undecided = "; ".join(f"{family} at {', '.join(at)} %" for family, at in between.items())
     return f"depth in {len(margin)} comparisons: {told}" + (f" ({undecided})" if undecided else "")
-
-
-def _speed(model: PrunedModel) -> str:
-    s = model.speedup
-    return f"{s.speedup:.2f}x ({s.lower:.2f}-{s.upper:.2f})"
-
-
-def _share(model: PrunedModel) -> str:
-    return f"{100 * min(model.share, 1.0):.0f} %"
 
 
 def order_outcome(front: Front) -> ClaimOutcome:

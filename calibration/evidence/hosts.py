@@ -1,13 +1,10 @@
-"""Fit the host times of serving engines to serving runs, and predict the runs of held-out models.
+"""Fit the host times of serving engines (``simulator/engines/*.yaml``) to serving runs, and predict held-out models.
 
 A request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c): P is the time of the prefills of all c
 requests, of which those that arrive during one decode step share a pass, and o are the decode steps. h0 and hs are
 fitted to E, which does not depend on how the load generator spaces requests; then phi, the share of the other requests'
-prefills before the first token, is fitted to the time per output token. A common error of a group of runs (a model on a
-GPU) is attributed to its kernels, not to the host: each group has an offset.
-
-:func:`fit_hosts` returns the values of ``simulator/engines/*.yaml``, :func:`held_out_models` their errors on held-out
-models; ``python -m calibration.evidence hosts`` prints both.
+prefills before the first token, is fitted to the time per output token. Each group of runs (a model on a GPU) has an
+offset, because a common error is attributed to its kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -30,21 +27,13 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Phase
 from simulator.workload_batch import WorkloadBatch
 
-PRIOR: tuple[float, float] = (5e-4, 3e-5)
-"""Prior of h0 and hs, s: a scheduler in Python."""
-PRIOR_LOG_SD = 0.5
-OFFSET_LOG_SD, NOISE_LOG_SD, INDEPENDENT_ROWS = 0.08, 0.06, 20.0
-"""Log standard deviations of a group's offset and of one run; rows of a group that count as independent."""
-NO_HOST: tuple[str, ...] = ("trtllm",)
-"""Engines with a compiled step, whose host time is hidden: 0, not fitted."""
+PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # of h0 and hs, s: a scheduler in Python
+OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
+INDEPENDENT_ROWS, FEWEST = 20.0, 10  # rows of a group that count as independent, and that it needs
+NO_HOST = ("trtllm",)  # engines with a compiled step, whose host time is hidden: 0, not fitted
 PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
 """Engines that compute all waiting prompts before they resume decoding: requests that arrive together wait for half of
 the prompts on average. Not fitted."""
-FEWEST = 10
-"""Runs that a group needs."""
-
-Key = tuple[str, str, str, str, str]
-"""Engine, version, model, hardware, format of the weights."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,7 @@ class Group:
         return np.asarray(self.step_s + h0 + hs * self.concurrency + waits)
 
 
-@dataclass(frozen=True)
-class HostParameters:
+class HostParameters(NamedTuple):
     """Host time per pass and per sequence in it, s, and the share of other prefills before a request's first token."""
 
     each_pass_s: float
@@ -109,9 +97,10 @@ def ratio_scores(groups: Sequence[HeldOut]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=1)
-def groups() -> Mapping[Key, Group]:
-    """Return the serving runs that fit their memory, by group, with the predicted device times."""
-    runs: dict[Key, list[tuple[float, ...]]] = {}
+def groups() -> Mapping[tuple[str, ...], Group]:
+    """Return the serving runs that fit their memory by engine, version, model, hardware and format of the weights, with
+    the predicted device times."""
+    runs: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
     for row in published("serving"):
         served = None if row["left_out"] else serving_workload(row)
         if served is None:
@@ -167,9 +156,7 @@ def held_out_models() -> tuple[HeldOut, ...]:
         if (engine, model) not in hosts:
             hosts[engine, model] = fit_engine(engine, without=model)
         p = hosts[engine, model]
-        tpot = group.tpot(p.each_pass_s, p.each_sequence_s, p.prefill_wait)
-        request = group.request(p.each_pass_s, p.each_sequence_s)
-        out.append(HeldOut(engine, model, hardware, dtype, group, tpot, request))
+        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p), group.request(*p[:2])))
     return tuple(out)
 
 

@@ -40,11 +40,9 @@ class Judgement:
 
     @property
     def status(self) -> int:
-        """Exit status of a command that ends in this judgement."""
         return int(self.verdict == DO_NOT_USE)
 
     def as_row(self) -> dict[str, Any]:
-        """Return the fields of ``--json``."""
         return {"verdict": self.verdict, "reasons": list(self.reasons)}
 
 
@@ -63,7 +61,6 @@ class Verdict:
 
     @property
     def better(self) -> bool:
-        """Whether median and mean error are below those of a datasheet roofline."""
         return self.median < self.roofline_median and self.mean < self.roofline_mean
 
     @property
@@ -74,7 +71,6 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the predictions are better than a roofline and their intervals hold."""
         return self.better and self.covered
 
     @property
@@ -86,7 +82,6 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """Errors and coverage in words."""
         target = "" if self.covered else f", target {COVERAGE[0]:.0f} %"
         return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(self.level)} interval{target}"
 

@@ -61,17 +61,8 @@ def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(fo
     compared = stated["trtllm_throughput.json"].compared
     assert compared is not None
     assert compared.gpu == "h100_sxm"
-    w = simulator.lower(
-        "llama-3.1-8b",
-        phase="serve",
-        batch=8,
-        seq=1024,
-        new_tokens=127,
-        dtype="fp8",
-        weight_dtype="fp8",
-        kv_dtype="fp8",
-        engine="trtllm",
-    )
+    formats = {"dtype": "fp8", "weight_dtype": "fp8", "kv_dtype": "fp8", "engine": "trtllm"}
+    w = simulator.lower("llama-3.1-8b", phase="serve", batch=8, seq=1024, new_tokens=127, **formats)
     s = simulator.speedup(w, w, "h100")
     assert (compared.predicted, compared.lower, compared.upper) == (s.dense_s, s.dense_lower, s.dense_upper)
     assert compared.measured == pytest.approx(0.70)

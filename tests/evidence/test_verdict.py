@@ -23,7 +23,6 @@ from calibration.evidence.verdict import (
 )
 from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.records.timing_table import PURPOSES, Flag, Records, Source
-from calibration.runners.agreement import conclusions
 
 pytestmark = pytest.mark.quick
 
@@ -45,48 +44,26 @@ def update(before: float, after: float) -> Any:
     return Mock(spec=Updated, fits=(fit,), rows=30)
 
 
-@pytest.mark.parametrize(
-    ("parts", "verdict", "begins", "has"),
-    [
-        (
-            [part("gemm", 0.05, 0.4)],
-            USE,
-            "Use run/profile.yaml as --hardware: on 40 held-out shapes, ",
-            "5 % (datasheet r",
-        ),
-        (
-            [part("gemm", 0.45, 0.4, half=0.9)],
-            DO_NOT_USE,
-            "Do not use run/profile.yaml: ",
-            "errs more than a datasheet roofline, ",
-        ),
-        (
-            [part("gemm", 0.3, 0.4, half=0.1)],
-            PARTLY,
-            "Use run/profile.yaml as --hardware, but do not rely on its intervals",
-            "0 % in their 90 % interval, t",
-        ),
-        (
-            [part("gemm", 0.05, 0.4), part("grouped_gemm", 80.0, 0.4, rows=2)],
-            PARTLY,
-            "Use run/profile.yaml as --hardware, but not for passes that spend most time in grouped_gemm bf16: on 40",
-            "grouped_gemm bf16: median error 8000 %",
-        ),
-        (
-            [part("gemm", 0.1, 0.4), part("elementwise", 0.5, 0.4, half=0.9)],
-            PARTLY,
-            "Use run/profile.yaml as --hardware, but not for passes that spend most time in elementwise bf16",
-            "elementwise bf16: median error 50 % (datasheet roofline 40 %)",
-        ),
-        ([part("gemm", 0.5, 0.4, half=0.9), part("elementwise", 0.5, 0.4, half=0.9)], DO_NOT_USE, "Do not", "--budget"),
-        (
-            [part("gemm", 0.05, 0.4, rows=9)],
-            DO_NOT_USE,
-            "Do not rely on run/profile.yaml yet: on 9 held",
-            "fewer than 10",
-        ),
-    ],
-)
+PROFILE, AS = "run/profile.yaml", "Use run/profile.yaml as --hardware"
+OTHERS = f"{AS}, but not for passes that spend most time in"
+CASES = [
+    ([part("gemm", 0.05, 0.4)], USE, f"{AS}: on 40 held-out shapes, ", "5 % (datasheet r"),
+    ([part("gemm", 0.45, 0.4, 0.9)], DO_NOT_USE, f"Do not use {PROFILE}: ", "errs more than a datasheet roofline, "),
+    ([part("gemm", 0.3, 0.4, 0.1)], PARTLY, f"{AS}, but do not rely on its intervals", "0 % in their 90 % interval, t"),
+    (
+        [part("gemm", 0.05, 0.4), part("grouped_gemm", 80.0, 0.4, rows=2)],
+        *(PARTLY, f"{OTHERS} grouped_gemm bf16: on 40", "grouped_gemm bf16: median error 8000 %"),
+    ),
+    (
+        [part("gemm", 0.1, 0.4), part("elementwise", 0.5, 0.4, 0.9)],
+        *(PARTLY, f"{OTHERS} elementwise bf16", "elementwise bf16: median error 50 % (datasheet roofline 40 %)"),
+    ),
+    ([part("gemm", 0.5, 0.4, 0.9), part("elementwise", 0.5, 0.4, 0.9)], DO_NOT_USE, "Do not", "--budget"),
+    ([part("gemm", 0.05, 0.4, rows=9)], DO_NOT_USE, f"Do not rely on {PROFILE} yet: on 9 held", "fewer than 10"),
+]
+
+
+@pytest.mark.parametrize(("parts", "verdict", "begins", "has"), CASES)
 def test_a_calibration_is_for_use_only_if_it_beats_a_datasheet_roofline(
     parts: list[ReportPart], verdict: str, begins: str, has: str
 ) -> None:
@@ -112,11 +89,8 @@ def test_a_few_large_errors_count_too() -> None:
 def test_a_run_without_held_out_shapes_is_not_for_use_and_an_update_is_if_it_helps() -> None:
     (text,) = of_calibration(None, None, "run", "planted").sentences
     assert text.startswith("Do not rely on run/profile.yaml yet: no shapes were held out")
-    helps = of_calibration(None, update(0.3, 0.05), "run", "h100_sxm")
-    (text,), useless = (
-        helps.sentences,
-        of_calibration(report(part("gemm", 0.05, 0.4)), update(0.1, 0.2), "run", "h100_sxm"),
-    )
+    helps, own = of_calibration(None, update(0.3, 0.05), "run", "h100_sxm"), report(part("gemm", 0.05, 0.4))
+    (text,), useless = helps.sentences, of_calibration(own, update(0.1, 0.2), "run", "h100_sxm")
     assert text.startswith("Use run/profile.yaml as --hardware: mean error 5 %, before 30 % of 30 rows")
     (text,) = useless.sentences
     assert text.startswith("Do not use run/profile.yaml: the rows do not improve h100_sxm")
@@ -195,25 +169,3 @@ def test_a_validation_names_what_does_not_hold_and_the_worst() -> None:
     assert (failed.verdict, failed.status) == (DO_NOT_USE, 1)
     few = of_validation(report(part("gemm", 0.05, 0.4, rows=4)))
     assert (few.verdict, few.reasons) == (PARTLY, ("few rows: 4, expected at least 10",))
-
-
-def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> None:
-    def row(family: str, measured: float, predicted: float) -> Any:
-        ends = {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted}
-        about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "phase": "decode"}
-        error = predicted / measured - 1.0
-        return Mock(
-            family=family,
-            pruning=f"{family} at 50 %",
-            measured=measured,
-            predicted=predicted,
-            roofline_bound=2.0,
-            error=error,
-            **ends,
-            **about,
-        )
-
-    first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
-    assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
-    assert worst == "Worst: width at 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
-    assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
