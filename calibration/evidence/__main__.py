@@ -14,7 +14,7 @@ from pathlib import Path
 
 from calibration.evidence import hosts, pages
 from calibration.evidence.report import table
-from calibration.evidence.sets import SETS, Options, evaluate_sets
+from calibration.evidence.sets import SETS, SetOptions, evaluate_sets
 from simulator.cli import parsing
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
@@ -30,7 +30,7 @@ def text_of(given: argparse.Namespace) -> str:
     if name == "engines":
         return pages.filled("engines", pages.engine_tables())
     sizes = [None if size == "all" else parsing.integers("--sizes", size)[0] for size in given.sizes.split(",")]
-    options = Options(tuple(parsing.integers("--seeds", given.seeds)), tuple(sizes), given.wheel)
+    options = SetOptions(tuple(parsing.integers("--seeds", given.seeds)), tuple(sizes), given.wheel)
     rows = evaluate_sets(
         () if name == "accuracy" else given.names,
         options,

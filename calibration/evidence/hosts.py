@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from calibration.evidence.published import serving_workload
-from calibration.evidence.scoring import Predictions, score
+from calibration.evidence.scoring import ScoredRows, score
 from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.models.library import load_model
@@ -93,7 +93,7 @@ class HeldOut:
 def ratio_scores(groups: Sequence[HeldOut]) -> dict[str, float]:
     """Return the scores of the times per token of all runs of some groups."""
     ratio = np.concatenate([x.ratio for x in groups])
-    return score(Predictions(np.ones(len(ratio)), ratio))
+    return score(ScoredRows(np.ones(len(ratio)), ratio))
 
 
 @lru_cache(maxsize=1)
@@ -169,7 +169,7 @@ def host_lines() -> Iterator[str]:
         error = ratio_scores([x for x in held_out if not x.experts])["median"]
         yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %"
         for x in held_out:
-            tpot, request = ratio_scores([x]), score(Predictions(x.group.request_s, x.request_s))
+            tpot, request = ratio_scores([x]), score(ScoredRows(x.group.request_s, x.request_s))
             errors = f"TPOT {100 * tpot['median']:.1f} % (bias {100 * tpot['median bias']:+.1f})"
             runs = f"{x.model} {x.dtype} on {x.hardware}, {len(x.ratio)} runs"
             yield f"  {runs}: {errors}, request {100 * request['median']:.1f} %"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from calibration.evidence.scoring import Predictions, score
+from calibration.evidence.scoring import ScoredRows, score
 from calibration.evidence.validate import SIMPLE_FLOOR_S, SIMPLE_SHARE
 from calibration.fit.attention import SHAPE, AttentionFit, fit_attention
 from calibration.fit.errors import LEVEL, neighbours, pairs_along
@@ -115,12 +115,12 @@ class MeasuredRows:
         """Return the device with one section, for use on the stack of the fit or (``same_stack`` false) another."""
         return replace(self.hw.calibrated({(self.data.calls.operator, self.dtype): section}), same_stack=same_stack)
 
-    def timed(self, seconds: FloatArray, pairs: IndexArray) -> Predictions:
+    def timed(self, seconds: FloatArray, pairs: IndexArray) -> ScoredRows:
         """Return the rows next to predicted times without intervals."""
         c = self.data.calls
-        return Predictions(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
+        return ScoredRows(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
 
-    def predictions(self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False) -> Predictions:
+    def predictions(self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False) -> ScoredRows:
         """Return the rows next to times by a profile, under the rows' protocol (warm or cold weights); ``ratios``: with
         intervals of the ratios of pairs."""
         found, half = predict(self.records(), hw), None

@@ -22,7 +22,7 @@ from calibration.evidence.published import (
     compare_speedups,
 )
 from calibration.evidence.report import table
-from calibration.evidence.scoring import Comparison, Predictions, score, score_of
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.sets import WHOLE, against_targets, means
 from calibration.measurements import published
 from simulator.engines.engine import list_engines, load_engine
@@ -177,8 +177,8 @@ def engine_tables() -> list[str]:
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
     """Return the scores of groups: rows are their names and a comparison."""
     groups: dict[tuple[str, ...], list[Comparison]] = {}
-    for *key, c in rows:
-        groups.setdefault(tuple(key), []).append(c)
+    for each in rows:
+        groups.setdefault(each[:-1], []).append(each[-1])
     order, cells = list(KINDS), []
     for key in sorted(groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]):
         s = score_of(groups[key])
@@ -206,7 +206,7 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
     for engine in dict.fromkeys(x.engine for x in groups):
         members = [x for x in groups if x.engine == engine]
         for x in members:
-            request = score(Predictions(x.group.request_s, x.request_s))["median"]
+            request = score(ScoredRows(x.group.request_s, x.request_s))["median"]
             cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * request:.1f} %"])
         cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
     header = [
@@ -225,7 +225,7 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
     """Return number, median absolute error and bias of the times per token of some rows of groups (default: all)."""
     ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
-    s = score(Predictions(np.ones(len(ratio)), ratio))
+    s = score(ScoredRows(np.ones(len(ratio)), ratio))
     return str(len(ratio)), f"{100 * s['median']:.1f} %", _signed(s["median bias"])
 
 

@@ -91,8 +91,8 @@ def table_2(
     for key, results in found.items():
         results.sort(key=lambda r: r.batch)
         ends = np.array([(r.speedup, r.speedup_lower, r.speedup_upper) for r in results]).mean(axis=0).tolist()
-        value = known[key[2:]] if key[:2] == own else float("nan")
-        out.append(Cell(*key, value, *ends, tuple(r.speedup for r in results)))
+        values: list[Any] = [known[key[2:]] if key[:2] == own else float("nan"), *ends]
+        out.append(Cell(*key, *values, tuple(r.speedup for r in results)))  # type: ignore[call-arg]
     return out
 
 
@@ -169,8 +169,8 @@ def figure_2() -> list[FigurePart]:
         parts = [r for r in rows if r["phase"] == phase]
         (total,) = (float(r["value"]) for r in parts if r["metric"] == "seconds")
         shares, first = {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"}, parts[0]
-        shape = {"batch": int(first["batch"]), "seq": int(first["seq"])}
-        w = lower(load_model(first["model"]), phase=phase, **shape, engine="reference")
+        batch, seq = int(first["batch"]), int(first["seq"])
+        w = lower(load_model(first["model"]), phase=phase, batch=batch, seq=seq, engine="reference")
         p = forward_passes(WorkloadBatch.of([w]), load_hardware(first["hardware"]))
         role = np.array(ROLES)[w.role]
         predicted = {name: float(p.row_s[np.isin(role, roles)].sum()) for name, roles in PARTS.items()}

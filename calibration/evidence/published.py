@@ -72,12 +72,12 @@ def compare_gemms(what: str = "2:4") -> list[Comparison]:
     return [_gemm_ratio(row) for row in published("gemm_ratios") if row["what"] == what]
 
 
-def _comparison(row: Mapping[str, str], what: str, where: str, *values: float) -> Comparison:
+def _comparison(row: Mapping[str, str], what: str, where: str, *values: Any) -> Comparison:
     """Return a comparison with the facts of a published row; ``values``: measured, predicted, lower, upper."""
-    facts = {"source": row["source"], "assumed": row.get("assumed", ""), "reason": row.get("reason", "")}
-    facts |= {"engine": split(row["engine"])[0] if "engine" in row else "", "gpu": row["hardware"]}
-    own_code = row.get("own_code") == "true"
-    return Comparison(what, where, *values, **facts, split=row.get("split") or "fit", own_code=own_code)
+    about: dict[str, Any] = {name: row.get(name, "") for name in ("source", "assumed", "reason")}
+    about |= {"engine": split(row["engine"])[0] if "engine" in row else "", "gpu": row["hardware"]}
+    about |= {"split": row.get("split") or "fit", "own_code": row.get("own_code") == "true"}
+    return Comparison(what, where, *values, **about)
 
 
 def _workload(row: Mapping[str, str], engine: str) -> Workload:

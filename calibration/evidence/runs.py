@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calibration.evidence.scoring import Comparison, score_of
 from simulator.display import few
@@ -137,9 +138,9 @@ def evaluated(run: BenchRun, given: Conditions) -> RunResult:
     )
     found, hw, (dense,) = measured_of(run, scenario), load_hardware(given.hardware or run.gpu), scenario.workloads
     s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
-    values = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
-    facts = {"source": run.source, "engine": scenario.engine_name, "gpu": hw.label}
-    compared = Comparison(name, f"{hw.label}, {phase}", *values, **facts, split="judge")
+    times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
+    about: dict[str, Any] = {"source": run.source, "engine": scenario.engine_name, "gpu": hw.label, "split": "judge"}
+    compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
     new_tokens = steps if phase != "prefill" else 0
     return RunResult(run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes)
 

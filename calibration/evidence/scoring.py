@@ -1,6 +1,6 @@
 """The scorer of every set: errors, speedups of pairs, coverage of intervals. Scores are fractions.
 
-Use :func:`score` with :class:`Predictions`, or :func:`score_of` with :class:`Comparison` rows.
+Use :func:`score` with :class:`ScoredRows`, or :func:`score_of` with :class:`Comparison` rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ M_RANGES: tuple[tuple[str, str, float, float], ...] = (
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class ScoredRows:
     """Measured values, predicted values and their intervals, one per row."""
 
     measured: FloatArray
@@ -95,13 +95,13 @@ def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> 
     return {"pairs": len(pairs), **ends, "spearman": spearman(found, true)}
 
 
-def score(p: Predictions) -> dict[str, float]:
+def score(p: ScoredRows) -> dict[str, float]:
     """Return every score that the rows allow.
 
     ``width`` is the median distance of the upper end from the prediction, ``half-width`` the geometric half-width.
 
     >>> one = np.ones(2)
-    >>> found = score(Predictions(one, np.array([1.25, 0.75]), 0.9 * one, 1.1 * one))
+    >>> found = score(ScoredRows(one, np.array([1.25, 0.75]), 0.9 * one, 1.1 * one))
     >>> found["mape"], found["bias"], found["coverage"]
     (0.25, 0.0, 1.0)
     """
@@ -128,4 +128,4 @@ def score(p: Predictions) -> dict[str, float]:
 def score_of(rows: Sequence[Comparison]) -> dict[str, float]:
     """Return :func:`score` of some comparisons."""
     values = np.array([(c.measured, c.predicted, c.lower, c.upper) for c in rows]).T
-    return score(Predictions(*values))
+    return score(ScoredRows(*values))

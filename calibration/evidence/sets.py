@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from calibration.evidence.measured import (
     row,
 )
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
-from calibration.evidence.scoring import Comparison, Predictions, score, score_of
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.verdict import COVERAGE
 from calibration.fit.attention import calls_of
 from calibration.fit.experts import layers_of
@@ -48,7 +48,7 @@ from simulator.workload import ROLES, STACKS
 
 
 @dataclass(frozen=True)
-class Options:
+class SetOptions:
     """Seeds of the splits, numbers of training rows of GEMMs (None: all), and the wheel of the tables."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -61,12 +61,12 @@ class EvidenceSet:
     """Rows to predict: ``rows`` loads, predicts and scores them."""
 
     held_out: str  # what no fit saw
-    rows: Callable[[Options], Iterable[Row]]
+    rows: Callable[[SetOptions], Iterable[Row]]
     seeded: bool = True
 
 
 @dataclass(frozen=True)
-class Target:
+class AccuracyTarget:
     """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only reported."""
 
     kind: str
@@ -87,7 +87,10 @@ class Criterion(NamedTuple):
 
 
 def evaluate_sets(
-    names: Sequence[str] = (), options: Options = Options(), jobs: int = 1, progress: Callable[[str], None] = print
+    names: Sequence[str] = (),
+    options: SetOptions = SetOptions(),
+    jobs: int = 1,
+    progress: Callable[[str], None] = print,
 ) -> list[Row]:
     """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
     stack: none), "trained_on", "seed", and those of :func:`calibration.evidence.scoring.score`."""
@@ -107,7 +110,7 @@ def evaluate_sets(
     return out
 
 
-def _evaluate(name: str, options: Options) -> list[Row]:
+def _evaluate(name: str, options: SetOptions) -> list[Row]:
     return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(options)]
 
 
@@ -134,7 +137,8 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
             if r["kind"].startswith(t.kind) and t.score in r:
                 groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
         for name, values in groups.items():
-            one = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}[t.of](values)
+            of: Mapping[str, Any] = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}
+            one = float(of[t.of](values))
             last, high = max(values) if t.of == "ends" else one, t.high
             if isinstance(high, Mapping):
                 high = next((v for key, v in high.items() if name.startswith(key)), None)
@@ -268,7 +272,7 @@ def by_datasheet(name: str) -> HardwareProfile:
     return hw if kin - {name} else replace(hw, architecture="cdna3")
 
 
-def _gemm(name: str, o: Options) -> Iterator[Row]:
+def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
         rows = [evaluate_table(data, size, seed)]
@@ -282,12 +286,12 @@ def _gemm(name: str, o: Options) -> Iterator[Row]:
             yield {**r, "table": name, "rows": size or 0, "kind": kind if own else ""}
 
 
-def _h200(o: Options) -> Iterator[Row]:
+def _h200(o: SetOptions) -> Iterator[Row]:
     scores = evaluate(GEMMS["h100"].fitted(), GEMMS["h200"].load())
     yield row("H100's section on the H200's datasheet", 0, 0, scores, table="h200_from_h100")
 
 
-def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: Options) -> Iterator[Row]:
+def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
     """Yield the scores of held-out stacks, as shipped and after a local update."""
     for table, source in pairs:
         device, operator, stack = table.parts
@@ -299,7 +303,7 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: Options) -> Ite
             yield from ({**r, **names} for r in rows)
 
 
-def _unlisted(o: Options) -> Iterator[Row]:
+def _unlisted(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
     for table, others in unlisted_tables(o.wheel):
         (device, operator, stack), hw = table.parts, by_datasheet(SOURCES[table.measurement].hardware)
@@ -311,7 +315,7 @@ def _unlisted(o: Options) -> Iterator[Row]:
                 yield {**r, **names, "held_out": f"{device} {stack}", **({"method": "posterior"} if others_ else {})}
 
 
-def _attention(operators: Sequence[str], o: Options, wheel: Path | None = None) -> Iterator[Row]:
+def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = None) -> Iterator[Row]:
     for table, by in ((t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
@@ -320,12 +324,12 @@ def _attention(operators: Sequence[str], o: Options, wheel: Path | None = None) 
             yield from ({**evaluate_table(data, None, s, by, fold_by=(by,)), **names} for s in o.seeds)
 
 
-def _mla(o: Options) -> Iterator[Row]:
+def _mla(o: SetOptions) -> Iterator[Row]:
     yield from _stacks(stack_pairs(o.wheel, LATENT), o)
     yield from _attention(LATENT, o, o.wheel)
 
 
-def _experts(o: Options) -> Iterator[Row]:
+def _experts(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of held-out models, then of held-out stacks, for every format of a table."""
     for table in _tables("experts", o.wheel):
         device, _, stack = table.parts
@@ -353,7 +357,7 @@ link, else of the same family."""
 LEAST_BYTES = 1.6e7  # of published rows: below, the overhead of a call, about 40 us, is more than a third of a time
 
 
-def _links(o: Options) -> Iterator[Row]:
+def _links(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of systems with tables, and of NVSwitch and A100 joined in pairs, whose rows another laboratory
     published; the defaults, which none of these rows set, predict the latter."""
     tables: dict[str, tuple[HardwareProfile, list[Records]]] = {}
@@ -376,7 +380,7 @@ def _links(o: Options) -> Iterator[Row]:
         times = [predict(r, hw).time for r in rows]
         columns_ = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
         measured = np.concatenate([r.seconds for r in rows])
-        scores = score(Predictions(measured, *columns_))
+        scores = score(ScoredRows(measured, *columns_))
         yield row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
 
 
@@ -395,7 +399,7 @@ def _mean_section(names: Sequence[str]) -> Section:
     return Section(out)
 
 
-def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: Options) -> Iterator[Row]:
+def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOptions) -> Iterator[Row]:
     """Yield the scores of the rows that nothing was fitted to: of all, and of each engine; without custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
@@ -403,7 +407,7 @@ def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: Optio
         yield row(engine or "all", 0, 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
 
 
-def _serving(o: Options) -> Iterator[Row]:
+def _serving(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
     for engine in ("vllm", "sglang", "trtllm"):
         some = [x for x in held_out_models() if x.engine == engine and not x.experts]
@@ -419,28 +423,28 @@ ERRORS = {  # median or mean errors, %
 }  # fmt: skip
 LOW, HIGH = COVERAGE
 TARGETS = (
-    Target("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
-    Target("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
-    Target("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
-    Target("gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW),
-    Target("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m<=16", 10.0),
-    Target("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m<=16", HIGH, LOW),
-    Target("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
-    Target("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
-    Target("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
-    Target("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
-    Target("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
-    Target("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
-    Target("models", "experts, models unseen: coverage, mean", "coverage", HIGH, LOW),
-    Target("models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW),
-    Target("all", "{table} ({rows}): median error", "median", ERRORS),
-    Target("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
-    Target("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
-    Target("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
-    Target(
+    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
+    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
+    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
+    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m<=16", 10.0),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m<=16", HIGH, LOW),
+    AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
+    AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
+    AccuracyTarget("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
+    AccuracyTarget("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
+    AccuracyTarget("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
+    AccuracyTarget("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
+    AccuracyTarget("models", "experts, models unseen: coverage, mean", "coverage", HIGH, LOW),
+    AccuracyTarget("models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW),
+    AccuracyTarget("all", "{table} ({rows}): median error", "median", ERRORS),
+    AccuracyTarget("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
+    AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
+    AccuracyTarget("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
+    AccuracyTarget(
         "serving", "serving, {method} ({rows}), held-out dense model: time per token, median error", "median", ERRORS
     ),
-    Target("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
+    AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
 )
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},

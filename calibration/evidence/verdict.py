@@ -104,7 +104,8 @@ def verdict_of(
 
 def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
     columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    return verdict_of(name, *(np.concatenate([getattr(part, c) for part in parts]) for c in columns), level=level)
+    values = {column[:-2]: np.concatenate([getattr(part, column) for part in parts]) for column in columns}
+    return verdict_of(name, **values, level=level)
 
 
 def verdicts(report: Report) -> list[Verdict]:

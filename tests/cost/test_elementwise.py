@@ -10,7 +10,7 @@ from operator_times import elementwise_time
 
 from calibration.build_profiles import rtx_tables
 from calibration.evidence.measured import MeasuredRows
-from calibration.evidence.scoring import Predictions, score
+from calibration.evidence.scoring import ScoredRows, score
 from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.section import fit_section
 from simulator.cost.elementwise import Moves, class_code, class_residual
@@ -115,8 +115,8 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
         own = hw.calibrated({("elementwise", "bf16"): fit_section(train, seed=seed).section})
         t = elementwise_time(test.calls.bytes_, 0.0, own, role=np.array(CLASSES)[test.calls.code])
         long = test.seconds > 1e-5
-        over_10us = score(Predictions(test.seconds[long], t.seconds[long]))["mape"]
-        scores.append(score(Predictions(test.seconds, t.seconds, t.lower, t.upper)) | {"mape over 10us": over_10us})
+        over_10us = score(ScoredRows(test.seconds[long], t.seconds[long]))["mape"]
+        scores.append(score(ScoredRows(test.seconds, t.seconds, t.lower, t.upper)) | {"mape over 10us": over_10us})
     # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
     assert np.mean([s["mape"] for s in scores]) < 0.06
     assert np.mean([s["mape over 10us"] for s in scores]) < 0.075

@@ -12,11 +12,11 @@ import pytest
 from calibration.evidence.__main__ import main
 from calibration.evidence.measured import MeasuredRows, evaluate, evaluate_baselines, evaluate_table, evaluate_updates
 from calibration.evidence.pages import accuracy_page, columns_of_table, filled
-from calibration.evidence.scoring import Comparison, Predictions, score, score_of
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.sets import (
     ATTENTION,
     GEMMS,
-    Options,
+    SetOptions,
     TableChoice,
     against_targets,
     evaluate_sets,
@@ -91,7 +91,7 @@ def test_scores_by_hand() -> None:
     measured, predicted = np.array([1.0, 2.0, 300.0]), np.array([1.0, 1.0, 300.0])
     ends = {"lower": 0.8 * predicted, "upper": 1.25 * predicted, "m": measured}
     pairs = {"pairs": np.array([[0, 1], [0, 2]]), "half_width": np.array([0.5, 0.5])}
-    found = score(Predictions(measured, predicted, **ends, **pairs))
+    found = score(ScoredRows(measured, predicted, **ends, **pairs))
     assert (found["coverage"], found["lowest coverage"]) == (pytest.approx(2 / 3), 0.5)
     assert found["width"] == found["half-width"] == pytest.approx(0.25)
     assert (found["ratio coverage"], found["ratio width"]) == (0.5, pytest.approx(np.expm1(0.5)))
@@ -230,7 +230,7 @@ def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> 
 
 @pytest.mark.slow
 def test_a_fit_is_better_than_rooflines_and_a_prior_helps_few_rows() -> None:
-    rows = evaluate_sets(("a100",), Options(seeds=(0,), sizes=(400,)), progress=silent)
+    rows = evaluate_sets(("a100",), SetOptions(seeds=(0,), sizes=(400,)), progress=silent)
     mape = {r["method"]: r["mape"] for r in rows}
     assert mape["prunesim + prior"] < mape["prunesim"] < mape["two efficiencies (GenZ-style)"]
     assert mape["two efficiencies (GenZ-style)"] < mape["datasheet roofline"]
@@ -238,7 +238,7 @@ def test_a_fit_is_better_than_rooflines_and_a_prior_helps_few_rows() -> None:
 
 def test_experts_are_judged_on_held_out_models() -> None:
     """The table that ships: a line a format, errors and coverage of times, and of ratios of narrower experts."""
-    rows = evaluate_sets(["experts"], Options(seeds=(0, 1)), progress=silent)
+    rows = evaluate_sets(["experts"], SetOptions(seeds=(0, 1)), progress=silent)
     title = "experts h100_sxm, held-out models"
     (found,) = means(rows, title)
     assert (found["method"], found["seeds"]) == ("trtllm bf16", 2)
