@@ -199,7 +199,7 @@ def order_outcome(front: Front) -> ClaimOutcome:
     points = [front.points[i] for i in own]
     below = np.array(front.below or independent(front.points))[np.ix_(own, own)]
     up, down = np.log([(p.speedup_upper / p.speedup, p.speedup / p.speedup_lower) for p in points]).T
-    margin, at, other_, difference, half_width = in_order(
+    margin, at, competitor, difference, half_width = in_order(
         [0.0, *(p.loss for p in points)],  # the dense model first
         [-1, *(GROUPS[p.family] for p in points)],
         [1.0, *(p.speedup for p in points)],
@@ -221,7 +221,7 @@ def order_outcome(front: Front) -> ClaimOutcome:
         calibrated=front.calibrated,
         uncalibrated=front.uncalibrated,
         uncalibrated_share=front.uncalibrated_share,
-        decided_by=f"{names[at]} against {names[other_]}: {math.exp(difference):.3f} times as fast",
+        decided_by=f"{names[at]} against {names[competitor]}: {math.exp(difference):.3f} times as fast",
         needed=_needed(difference, half_width) if verdict == UNDECIDED else "",
         elsewhere=tuple(f"{named(p)} ({percent(p.loss)} loss)" for p in others),
     )
@@ -309,9 +309,9 @@ def in_order(
     x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)
     over_each = np.where(no_more, margins(speedup, below), np.inf)
-    other_, on = over_each.argmin(axis=1), over_each.min(axis=1)
+    competitor, on = over_each.argmin(axis=1), over_each.min(axis=1)
     best = [max(np.flatnonzero(g == one), key=lambda i: on[i]) for one in np.unique(g[g >= 0])]
     wrong = np.argwhere((g[:, None] > g) & (g >= 0) & (x[:, None] < x))
     margin, i = min([(on[i], i) for i in best] + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong])
-    j, width, difference = other_[i], np.asarray(below, dtype=float), float(log[i] - log[other_[i]])
+    j, width, difference = competitor[i], np.asarray(below, dtype=float), float(log[i] - log[competitor[i]])
     return float(margin), int(i), int(j), difference, float(width[i, j] if difference >= 0.0 else width[j, i])

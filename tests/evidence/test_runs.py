@@ -16,7 +16,6 @@ import pytest
 import simulator
 from calibration.evidence.runs import Conditions, evaluate, of_runs
 from simulator.cli import run
-from simulator.errors import InputError
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
 H100 = Conditions(hardware="h100", batch=8, seq=1024, new_tokens=128)
@@ -69,12 +68,6 @@ def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(fo
     assert stated["inner/vllm_serve.json"].reason.startswith("hardware: expected --hardware")
 
 
-def test_lengths_of_a_throughput_run_are_completed(folder: Path) -> None:
-    given = replace(H100, model="llama-3.1-8b", seq=512, new_tokens=63)
-    (found,) = (r for r in evaluate(folder, given) if r.source == "vllm_throughput.json")
-    assert (found.phase, found.batch, found.seq, found.new_tokens) == ("generate", 32, 512, 63)
-
-
 def test_the_conclusion_states_error_bias_and_coverage(folder: Path) -> None:
     results = evaluate(folder, replace(H100, model="llama-3.1-8b", engine="vllm"))
     compared = [r.compared for r in results if r.compared]
@@ -121,8 +114,3 @@ def test_refusals(
     assert run(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
-
-
-def test_a_file_is_not_a_folder(folder: Path) -> None:
-    with pytest.raises(InputError, match="expected a folder"):
-        evaluate(folder / "other.json", H100)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from planted_rows import HW, SOURCE, check_golden, gemms, golden_records
 
+from calibration.evidence.validate import validate
 from calibration.fit.profile import fit_profile
 from calibration.records.timing_table import Records
 from simulator.errors import InputError
@@ -62,3 +63,13 @@ def test_golden_fit_report() -> None:
         lines.append(f"{name} {c.value:.2g} {c.status} {part.fixed.get(name, '')}".rstrip())
     lines += [f"{name} {value:.2f}" for name, value in part.section.accuracy.items()]
     check_golden("fit.txt", "\n".join(lines) + "\n")
+
+
+def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -> None:
+    rows = gemms(factor=1.2, noise=0.01, rows=400)
+    held = rows.n == 2048
+    fit = fit_profile(HW, rows.replace(purpose=np.where(held, 2, 1)))
+    assert fit.parts[0].rows == int((~held).sum())
+    before, after = (np.abs(validate(p, rows.select(held)).parts[0].error).mean() for p in (HW, fit.profile))
+    assert after < 0.05 < before
+    assert any("held out" in note for note in fit.notes)
