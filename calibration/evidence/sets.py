@@ -90,7 +90,7 @@ def evaluate_sets(
     names: Sequence[str] = (),
     options: SetOptions = SetOptions(),
     jobs: int = 1,
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
     stack: none), "trained_on", "seed", and those of :func:`calibration.evidence.scoring.score`."""

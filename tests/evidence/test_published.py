@@ -66,7 +66,7 @@ def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
 
 
 def test_whole_models_reach_the_targets_that_the_page_names_as_met() -> None:
-    rows = evaluate_sets(("dense", "speedups", "serving"), progress=lambda text: None)
+    rows = evaluate_sets(("dense", "speedups", "serving"))
     missed = {c.criterion for c in against_targets(rows) if c.met is False}
     assert missed == {
         "published dense times, hf (2): bias, either way",
