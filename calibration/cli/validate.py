@@ -93,6 +93,7 @@ def command(
     if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")
+    from calibration.evidence.report import write_markdown
     from calibration.evidence.validate import summary, validate
     from calibration.evidence.verdict import of_validation
     from calibration.fit.base_profile import thread_notes
@@ -107,8 +108,6 @@ def command(
     report = validate(hw, rows, dtype=dtype)
     notes = (*thread_notes(hw, report.device), *notes)
     if markdown:
-        from calibration.evidence.report import write_markdown
-
         write_markdown(report, markdown)
     judged = of_validation(report)
     if render.Output(json).write([judged.as_row() | summary(report)]):

@@ -105,11 +105,7 @@ class Comparisons:
 
 
 def decided(margin: float) -> str:
-    """Return the verdict on a claim of a margin.
-
-    >>> decided(1.2), decided(0.4), decided(-3.0)
-    ('holds', 'undecided', 'does not hold')
-    """
+    """Return the verdict on a claim of a margin."""
     return HOLDS if margin >= 1.0 else FAILS if margin <= -1.0 else UNDECIDED
 
 
@@ -118,11 +114,7 @@ def claim_outcomes(
     engine: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ClaimOutcome]:
-    """Test both claims on every device in every engine: (a) in prefill and decode, then (b).
-
-    >>> [(o.claim, o.phase, o.verdict) for o in claim_outcomes(["h100"], ["reference"])][:2]
-    [('bound', 'prefill', 'does not apply'), ('bound', 'decode', 'undecided')]
-    """
+    """Test both claims on every device in every engine: (a) in prefill and decode, then (b)."""
     devices, quality = profiles(hardware), load_quality(QUALITY).of_model(MODEL)
     axis, places, out = choose_axis(quality), list(itertools.product(engine, ("prefill", "decode"))), []
     for done, (name, phase) in enumerate(places, start=1):
@@ -231,14 +223,7 @@ def compare_family(
     family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile, level: float = 0.9
 ) -> Comparisons:
     """Compare a family with every other at the same sparsity: ``pruned`` are workloads with their family and sparsity,
-    of which those that the device cannot run are excluded.
-
-    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
-    >>> pruned = [(name, 0.25, simulator.prune(dense, name, 0.25)) for name in ("depth", "width")]
-    >>> found = compare_family("depth", dense, pruned, simulator.load_hardware("h100"))
-    >>> found.competes.tolist(), bool(found.difference[0, 1] > 0)
-    ([False, True], True)
-    """
+    of which those that the device cannot run are excluded."""
     try:
         found = simulator.speedups(dense, [w for _, _, w in pruned], hw, level)
     except InputError:
@@ -301,10 +286,6 @@ def in_order(
     ``loss`` (n,) of quality; ``group`` (n,) place in the claimed order, -1 for a point that only competes; ``speedup``
     (n,) and ``below`` (n, n) as of :func:`simulator.prediction.pareto.margins`. A point is on the frontier where it is
     faster than all others at no more loss; of two points whose groups come in the wrong order, one must not be on it.
-
-    >>> loss, speedup, below = [0.02, 0.1, 0.2], [1.1, 1.3, 1.6], np.full((3, 3), 0.05)
-    >>> in_order(loss, [0, 1, 2], speedup, below)[0] > 1, in_order(loss, [2, 1, 0], speedup, below)[0] < -1
-    (True, True)
     """
     x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)

@@ -80,18 +80,11 @@ def _comparison(row: Mapping[str, str], what: str, where: str, *values: Any) -> 
     return Comparison(what, where, *values, **about)
 
 
-def _workload(row: Mapping[str, str], engine: str) -> Workload:
-    return lower(
-        load_model(row["model"]),
-        phase=row["phase"],
-        batch=int(row["batch"]),
-        seq=int(row["seq"]),
-        new_tokens=int(row["new_tokens"] or 0),
-        devices=int(row["devices"] or 1),
-        engine=engine,
-        dtype=row.get("dtype") or "bf16",
-        weight_dtype=row.get("weight_dtype") or None,
-    )
+def _workload(row: Mapping[str, str], engine: str, **others: Any) -> Workload:
+    defaults = {"batch": 1, "seq": 1, "new_tokens": 0, "devices": 1}
+    others |= {name: int(row[name] or value) for name, value in defaults.items()}
+    others |= {"dtype": row.get("dtype") or "bf16", "weight_dtype": row.get("weight_dtype") or None}
+    return lower(load_model(row["model"]), phase=row["phase"], engine=engine, **others)
 
 
 def _where(row: Mapping[str, str], scope: str = "") -> str:
@@ -168,19 +161,12 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
     """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
     weight, hw, engine = row["weight_dtype"], load_hardware(row["hardware"]), load_engine(row["engine"])
     limit, version = engine.limit(hw.memory_bytes, hw.name), row["version"] or NO_VERSION.get(row["engine"], "")
-    w = lower(
-        load_model(row["model"]),
-        phase="serve",
-        batch=int(row["concurrency"]),
-        devices=int(row["devices"]),
+    w = _workload(
+        {**row, "phase": "serve", "batch": row["concurrency"], "dtype": "fp8" if weight == "fp8_block" else weight},
+        f"{row['engine']}@{version}" if version and engine.generations else row["engine"],
         parallel=row["parallel"],
-        seq=int(row["seq"]),
-        new_tokens=int(row["new_tokens"]),
         token_budget=None if limit is None else limit.tokens,
-        dtype="fp8" if weight == "fp8_block" else weight,
-        weight_dtype=weight,
         kv_dtype=row["kv_dtype"] or None,
-        engine=f"{row['engine']}@{version}" if version and engine.generations else row["engine"],
     )
     return (w, hw) if memory(w, hw, share=1.0).fits else None
 

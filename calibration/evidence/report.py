@@ -16,22 +16,12 @@ ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """Return a fraction in percent for a table; a dash for none.
-
-    >>> percent(0.0423), percent(None)
-    ('4.2', '-')
-    """
+    """Return a fraction in percent for a table; a dash for none."""
     return "-" if value is None or value != value else f"{100 * value:.{digits}f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Return a Markdown table; the columns ``left`` align left, the others right.
-
-    >>> print(table(["a", "b"], [["x", "1"]]))
-    | a | b |
-    | --- | ---: |
-    | x | 1 |
-    """
+    """Return a Markdown table; the columns ``left`` align left, the others right."""
     rule = ["---" if i in left else "---:" for i in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 

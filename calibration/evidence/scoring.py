@@ -98,13 +98,7 @@ def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> 
 def score(p: ScoredRows) -> dict[str, float]:
     """Return every score that the rows allow.
 
-    ``width`` is the median distance of the upper end from the prediction, ``half-width`` the geometric half-width.
-
-    >>> one = np.ones(2)
-    >>> found = score(ScoredRows(one, np.array([1.25, 0.75]), 0.9 * one, 1.1 * one))
-    >>> found["mape"], found["bias"], found["coverage"]
-    (0.25, 0.0, 1.0)
-    """
+    ``width`` is the median distance of the upper end from the prediction, ``half-width`` the geometric half-width."""
     error = p.predicted / p.measured - 1.0
     ranges = [] if p.m is None else [(f" {key}", rows) for _, key, rows in m_ranges(p.m)]
     out = {**accuracy_of(error), "median bias": np.median(error)}

@@ -20,7 +20,6 @@ from calibration.evidence.measured import (
     GROUPINGS,
     MeasuredRows,
     Row,
-    evaluate,
     evaluate_baselines,
     evaluate_table,
     evaluate_updates,
@@ -286,11 +285,6 @@ def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
             yield {**r, "table": name, "rows": size or 0, "kind": kind if own else ""}
 
 
-def _h200(o: SetOptions) -> Iterator[Row]:
-    scores = evaluate(GEMMS["h100"].fitted(), GEMMS["h200"].load())
-    yield row("H100's section on the H200's datasheet", 0, 0, scores, table="h200_from_h100")
-
-
 def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
     """Yield the scores of held-out stacks, as shipped and after a local update."""
     for table, source in pairs:
@@ -449,7 +443,6 @@ TARGETS = (
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
     "stacks": EvidenceSet("a software stack", lambda o: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), o)),
-    "h200_from_h100": EvidenceSet("a GPU with the same chip", _h200, seeded=False),
     "attention": EvidenceSet("heads, lengths", partial(_attention, ATTENTION)),
     "unlisted": EvidenceSet("all fits of a GPU", _unlisted),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),

@@ -89,12 +89,7 @@ class Verdict:
 def verdict_of(
     name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any, level: float = 0.9
 ) -> Verdict:
-    """Return the verdict on predictions with intervals; all arrays have the shape of ``measured``.
-
-    >>> v = verdict_of("gemm bf16", [1.0, 2.0], [1.1, 2.0], [0.9, 1.8], [1.3, 2.2], [0.5, 1.8])
-    >>> v.text, v.holds
-    ('median error 5 % (datasheet roofline 30 %), 100 % in their 90 % interval', True)
-    """
+    """Return the verdict on predictions with intervals; all arrays have the shape of ``measured``."""
     true = np.asarray(measured, dtype=np.float64)
     error, baseline = (np.abs(np.asarray(x, dtype=np.float64) / true - 1.0) for x in (predicted, roofline))
     inside = (np.asarray(lower) <= true) & (true <= np.asarray(upper))

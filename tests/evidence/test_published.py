@@ -104,10 +104,7 @@ def test_a_planted_host_is_found() -> None:
 def test_the_page_of_engines_is_current() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "generated" / "engines.md").read_text(encoding="utf-8")
     assert filled("engines", engine_tables()) == page
-    cells = [line.strip("|").split("|") for line in loads_table().splitlines()]
-    by_engine = {name.strip(): [row[i].strip() for row in cells[2:]] for i, name in enumerate(cells[0]) if i}
-    assert by_engine["hf"][:3] == ["yes", f"{len(load_engine('hf').loads['heads'].model_types)} model types", "no"]
-    assert by_engine["trtllm"][4] == "llama, nemotron-nas; multiples of 256"
+    assert "| llama, nemotron-nas; multiples of 256 |" in loads_table()
 
 
 def test_errors_of_gemms_stay_within_the_aim_and_every_miss_has_a_reason() -> None:

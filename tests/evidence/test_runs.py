@@ -9,12 +9,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 
 import simulator
-from calibration.evidence.runs import Conditions, evaluate, of_runs
+from calibration.evidence.runs import Conditions, evaluate
 from simulator.cli import run
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
@@ -68,17 +67,6 @@ def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(fo
     assert stated["inner/vllm_serve.json"].reason.startswith("hardware: expected --hardware")
 
 
-def test_the_conclusion_states_error_bias_and_coverage(folder: Path) -> None:
-    results = evaluate(folder, replace(H100, model="llama-3.1-8b", engine="vllm"))
-    compared = [r.compared for r in results if r.compared]
-    text = " ".join(of_runs(results, "runs"))
-    errors = [c.error for c in compared]
-    assert f"median error {100 * median(map(abs, errors)):.1f}".removesuffix(".0") in text
-    assert f"bias {100 * median(errors):+.1f} %" in text
-    assert f"{sum(c.inside for c in compared)} of {len(compared)} in their 90 % interval" in text
-    assert "2 results were skipped" in text
-
-
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder.parent)
     words = "validate runs --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
@@ -87,6 +75,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert out.startswith(
         "Predicted times of 7 runs in runs (vllm on h100_sxm, sglang on h100_sxm, trtllm on h100_sxm)"
     )
+    assert "results were skipped." in out
     assert "sglang.jsonl:3" in out
     assert "note: aiperf.json, genai_perf.json: skipped: engine: expected --engine" in err
     assert run([*words.split(), "--json"]) == 0

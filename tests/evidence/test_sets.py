@@ -13,16 +13,7 @@ from calibration.evidence.__main__ import main
 from calibration.evidence.measured import MeasuredRows, evaluate, evaluate_baselines, evaluate_table, evaluate_updates
 from calibration.evidence.pages import accuracy_page, columns_of_table, filled
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.sets import (
-    ATTENTION,
-    GEMMS,
-    SetOptions,
-    TableChoice,
-    against_targets,
-    evaluate_sets,
-    means,
-    stack_pairs,
-)
+from calibration.evidence.sets import ATTENTION, GEMMS, SetOptions, against_targets, evaluate_sets, means, stack_pairs
 from calibration.fit.attention import AttentionFit
 from calibration.fit.gemm import GemmFit, products
 from calibration.measurements.wheel import datasheet
@@ -170,12 +161,6 @@ def test_every_stack_with_another_is_held_out() -> None:
     latent = {table.measurement for table, _ in stack_pairs(Path("the.whl"), LATENT)}  # its tables are in the wheel
     assert {name for name in latent if "prefill" in name} == {f"b200_sxm/mla_prefill/{s}" for s in ("sglang", "trtllm")}
     assert {name.split("/")[0] for name in latent} == {"h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"}
-    unseen = TableChoice("a100_sxm/mla_decode/trtllm").load()
-    ratio = unseen.data.calls.geometry.heads[unseen.pairs("heads")]
-    assert len(ratio) > 1000
-    assert set(np.unique(ratio[:, 0] / ratio[:, 1])) == {0.25, 0.5}
-    again = unseen.records()
-    assert (set(again.n), set(again.kv_heads), again.is_operator("mla_decode").all()) == ({512}, {1}, True)
 
 
 @pytest.mark.quick
@@ -255,7 +240,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| stacks | a software stack |" in capsys.readouterr().out
     for words, reason in (
         (["a10"], "did you mean"),
-        (["a100", "--sizes", "many"], "--sizes: expected"),
+        (["a100", "--sizes", "many"], "--sizes 'many': expected"),
         (["list", "-o", str(tmp_path / "none" / "c.md")], "none"),
         (["stacks", "--wheel", "no.whl"], "no.whl"),
     ):

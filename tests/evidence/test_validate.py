@@ -123,9 +123,6 @@ def test_a_device_with_markup_in_its_name_is_text() -> None:
     assert all(line.startswith("|") for line in text.splitlines() if "|" in line)
 
 
-# verdicts: a profile is for use only where it errs less than a datasheet roofline and its intervals hold
-
-
 def part(operator: str, error: float, roofline: float, half: float = 0.2, rows: int = 40) -> ReportPart:
     """Measurements of 1 s, predicted too long by an error, next to a roofline that is too short by another."""
     one = np.ones(rows)
