@@ -75,7 +75,7 @@ def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
 
 
 RIDGE = ("e_tc", "exp_per_s")
-"""Constants of prefill attention whose logarithms correlate by +1.00 (docs/generated/constants.md): where on their
+"""Constants of prefill attention whose logarithms correlate by +1.00: where on their
 ridge a fit ends depends on the rounding of a machine's linear algebra (0.7 % between two processors), and no time
 does."""
 

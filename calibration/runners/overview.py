@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibration.evidence.paper import table_2
+from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.runners.recorded import recorded_rows
-from calibration.validation.paper import table_2
-from calibration.validation.published import compare_dense, compare_serving, compare_speedups
 from simulator.figures.layout import fixed_ticks
 from simulator.figures.save import save_figure
 from simulator.figures.scatter import time_text

@@ -11,14 +11,14 @@ from operator_times import elementwise_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
+from calibration.evidence.report import markdown
+from calibration.evidence.validate import validate
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
-from calibration.validation.report import markdown
-from calibration.validation.validate import validate
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted

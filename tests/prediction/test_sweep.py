@@ -373,7 +373,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("families", "[widht]", r"families\.0: .*did you mean width"),
         ("families", "[{width: {algin: 1}}]", r"algin: unknown key; did you mean align"),
         ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
-        ("sparsities", "[25]", r":4:14: sparsities: sparsity 25: expected a fraction.*write 0\.25"),
+        ("sparsities", "[25]", r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25"),
         ("batches", "[two]", r"batches\.0: expected a whole number, got two"),
         ("batches", "[0]", r"batches\.0: expected a whole number from 1"),
         ("batches", "{from: 8, to: 1, times: 2}", r"batches\.to: expected at least the start"),
