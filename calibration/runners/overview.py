@@ -27,11 +27,11 @@ Groups = Mapping[str, list[tuple[float, float]]]  # measured and predicted value
 def speedups() -> Groups:
     """Return speedups of pruned models."""
     published = compare_speedups()
-    decoders = list(csv.DictReader((DOCS / "cpu" / "comparison.csv").open(encoding="utf-8")))
-    plans = list(csv.DictReader((DOCS / "cpu" / "plans.csv").open(encoding="utf-8")))
+    files = [DOCS / "cpu" / "comparison.csv", DOCS / "cpu" / "plans.csv"]
+    decoders = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
     return {
         "executed, Transformers": [(r.compared.measured, r.compared.predicted) for r in recorded_rows()],
-        "executed, our decoder and plans": [(float(r["measured"]), float(r["predicted"])) for r in decoders + plans],
+        "executed, our decoder and plans": [(float(r["measured"]), float(r["predicted"])) for r in decoders],
         "published, taxonomy paper": [(c.published, c.predicted) for c in table_2()],
         "published, other": [(c.measured, c.predicted) for c in published if not c.own_code],
         "published, custom code": [(c.measured, c.predicted) for c in published if c.own_code],
@@ -43,11 +43,10 @@ def overview() -> Figure:
     names = {"hf": "Transformers", "compile": "torch.compile", "vllm": "vLLM", "sglang": "SGLang"}
     names |= {"trtllm": "TensorRT-LLM", "reference": "taxonomy paper's bench"}
     panels = {"speedups of pruned models": ("speedup", speedups())}
-    times = {"times of dense models": ("time of a pass or request", compare_dense())}
-    times |= {"runs of servers": ("time per output token", compare_serving())}
-    for what, (label, rows) in times.items():
-        engines = {key: [(c.measured, c.predicted) for c in rows if c.engine == key] for key in names}
-        panels[what] = label, {names[key]: found for key, found in engines.items() if found}
+    dense = ("times of dense models", "time of a pass or request", compare_dense())
+    for what, label, times in (dense, ("runs of servers", "time per output token", compare_serving())):
+        engines = {names[key]: [(c.measured, c.predicted) for c in times if c.engine == key] for key in names}
+        panels[what] = label, {name: found for name, found in engines.items() if found}
     with paper_style():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained", dpi=200)
         for ax, (what, (label, groups)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
