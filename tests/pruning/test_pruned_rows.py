@@ -246,6 +246,24 @@ def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere(
 
 
 @pytest.mark.quick
+def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
+    w = workload(MHA, "prefill", 2)
+    tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
+    assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
+    assert set(tiles.kernel[tiles.is_role("down")]) == {Kernel.GROUPS_K}
+    assert set(tiles.block[tiles.is_role("up")]) == {384 // 32}
+    assert not tiles.is_role("gather", "scatter").any()
+    for role in ("gather", "scatter"):
+        assert moved(looped, role) == pytest.approx(moved(gathered, role))
+    count = {
+        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
+    }
+    assert count["l"] == pytest.approx(32 * count["g"])
+    sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
+    assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
+
+
+@pytest.mark.quick
 def test_vectors_alone_gain_from_scattered_zeros() -> None:
     alone = prune(workload(GQA, "decode", 1), "unstructured", 0.5, kernel="spmv")
     assert set(alone.kernel[alone.is_role("q", "down")]) == {Kernel.SPMV}
