@@ -303,10 +303,14 @@ class Object:
                 found[key] = reader.wrong(node, (*path, key), "is missing")
         if BAD in found.values():
             return BAD
+        made = object.__new__(self.cls)  # without __init__, which is slow, as a file has hundreds of objects
+        made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
         try:
-            return self.cls(**found)
+            if hasattr(made, "__post_init__"):
+                made.__post_init__()
         except InputError as error:
             return reader.wrong(node, path, str(error))
+        return made
 
     def text(self, value: Any) -> str:
         """Return an object with a member ``value`` as one line."""
