@@ -263,7 +263,7 @@ class MapOf:
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         if self.keys is None or key in self.keys.names:
             return ""
-        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names)}"
+        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names) or 'none'}"
         return f"unknown {self.keys.kind}; {hint.strip()}"
 
     def text(self, value: Any) -> str:
