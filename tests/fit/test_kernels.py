@@ -91,6 +91,16 @@ def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:
     assert fit.parts[0].fixed["block_step"] == "not identified by these rows"
 
 
+def test_few_rows_leave_the_default_and_say_so() -> None:
+    few = Records.concat([timed(rows(kind, 5), planted(kind, 0.5)) for kind in OF])
+    enough = timed(rows("gather_gemm", 20), planted("gather_gemm", 0.7))
+    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few; a fit needs 6"):
+        fit_profile(HW, few)
+    fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
+    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6; measure longer" in fit.notes
+    assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
+
+
 def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:
     one = rows("gather_gemm", 10)
     three = one.replace(fused=np.zeros(10, dtype=bool))
