@@ -19,6 +19,7 @@ from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
+from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted
