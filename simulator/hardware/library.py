@@ -12,7 +12,6 @@ from string import Template
 from types import MappingProxyType
 
 from simulator.errors import InputError, unknown
-from simulator.files.write import write_whole
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
 from simulator.hardware.formats import labels
@@ -244,6 +243,8 @@ def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
 
     Raises InputError if the name is invalid or a shipped GPU's, or if the file exists.
     """
+    from simulator.files.write import write_whole  # late: loading a profile writes nothing
+
     named = plain_name(name)
     if not re.fullmatch(NAME.pattern, named):
         raise InputError(f"hardware name {name!r}: expected {NAME.right}")
