@@ -157,7 +157,7 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
 def test_json_is_written_in_one_place() -> None:
     files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
     writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
-    assert writers == {"render.py", "pages.py"}  # the latter keeps what it measured in a file, and prints none
+    assert writers == {"render.py"}
 
 
 def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> None:
