@@ -34,8 +34,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_stack
 from simulator.hardware.sections import Fitted, Section
 
-DATE = "2026-11-25"
-"""Date of the fits; the tables have no date."""
+DATE = "2026-11-25"  # date of the fits; the tables have no date
 
 RTX_FILES: Mapping[str, tuple[str, ...]] = {
     "rtx4090_gemm.csv": ("gemm",),
@@ -60,9 +59,9 @@ class Recipe:
         return any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
 
 
+# stacks without NCCL's rows: their all-reduce was timed on a machine with peer access between GPUs (20 GB/s each, any
+# number), NCCL on one without (1.3 GB/s each among eight)
 _OTHER_HOST = ("l40s.sglang",)
-"""Stacks without NCCL's rows: their all-reduce was timed on a machine with peer access between GPUs (20 GB/s each, any
-number), NCCL on one without (1.3 GB/s each among eight)."""
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -79,8 +78,7 @@ def _recipes() -> dict[str, Recipe]:
     return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
 
 
-RECIPES: Mapping[str, Recipe] = _recipes()
-"""Name of the file without its extension (``h100_sxm.sglang``) -> recipe."""
+RECIPES: Mapping[str, Recipe] = _recipes()  # name of the file without its extension (h100_sxm.sglang) -> recipe
 
 
 def shared_folder(folder: str | None = None) -> Path | None:

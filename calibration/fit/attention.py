@@ -32,48 +32,45 @@ from simulator.hardware.sections import Provenance, Section
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 from simulator.workload import DTYPE_BYTES, DTYPES
 
+# operators of records and sections that are fitted here
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
-"""Operators of records and sections that are fitted here."""
 
+# constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry
 _STRUCTURE = {
     "prefill": ("packs", "pads", "sparse_block"),
     "decode": ("rows", "units_per_sm", "split_keys", "tile_rows"),
 }
-"""Constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry."""
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
+# structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
+# cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
 }
-"""Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
-cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
 
+# rows of the tiles of plain decode to compare where products show: on a device with little compute for its bandwidth
 TILE_ROWS: Sequence[Mapping[str, float]] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
-"""Rows of the tiles of plain decode to compare where products show: on a device with little compute for its
-bandwidth."""
-SEEN = 0.25
-"""Least share of the products in the smallest tiles, over the time of reading the cache, of the median row."""
+SEEN = 0.25  # least share of the products in the smallest tiles, over the time of reading the cache, of the median row
 
+# Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
+# heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted
+# better with such tiles: there the products of fewer heads hide.
 LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
-"""Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
-heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted better
-with such tiles: there the products of fewer heads hide."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
 INFORMING_ROWS = 8  # rows that a constant must move to be fitted at all
 SIMPLER = 0.9  # of the error with a term of the sequences: below it the form without is taken
 
+# constants by phase that rows of a single head configuration do not identify; they keep the architecture's value
 _LONE = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
-"""Constants by phase that rows of a single head configuration do not identify; they keep the architecture's value."""
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
-SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-"""Columns of a shape."""
+SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")  # columns of a shape
 
 
 @dataclass(frozen=True)

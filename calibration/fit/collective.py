@@ -20,16 +20,13 @@ from simulator.cost.collective import COLLECTIVES, Messages
 from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
 
-PRIOR = 1.5
-"""Log standard deviation of the constants around their defaults."""
+PRIOR = 1.5  # log standard deviation of the constants around their defaults
 OCTAVES = 2.0  # between nodes along log2 bytes: 1 is worse on held-out sizes
+# points between two nodes at which the analytical model is evaluated: no time falls by over 1e-5 with its payload
 WITHIN = 32
-"""Points between two nodes at which the analytical model is evaluated: no time falls by over 1e-5 with its payload."""
-OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)
-"""Payloads to compare as the end of an engine's all-reduce."""
+OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)  # payloads to compare as the end of an engine's all-reduce
 OWN = tuple(name for name in CONSTANTS if name.startswith("own_"))
-ADDED = 1.0
-"""Minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale."""
+ADDED = 1.0  # minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale
 
 
 @dataclass(frozen=True)

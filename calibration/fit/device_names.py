@@ -13,6 +13,7 @@ from types import MappingProxyType
 from calibration.devices.protocol import Gpu
 from simulator.hardware.library import load_hardware
 
+# name without vendor and brand -> profile with its datasheet
 NAMES: Mapping[str, str] = MappingProxyType(
     {
         "A10": "a10",
@@ -41,14 +42,14 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "V100-SXM2-32GB": "v100",
     }
 )
-"""Name without vendor and brand -> profile with its datasheet."""
 
+# relative difference between reported and datasheet memory: units, error correction, memory of the driver
 MEMORY_TOLERANCE = 0.1
-"""Relative difference between reported and datasheet memory: units, error correction, memory of the driver."""
 
 _BRANDS = re.compile(r"^(?:NVIDIA |GeForce |Tesla )*")
 _SMS = re.compile(r" ?\((\d+) SM\)$")
 
+# compute capability from which -> architecture; GPUs before Volta count as Volta
 _ARCHITECTURES: tuple[tuple[tuple[int, int], str], ...] = (
     ((12, 0), "blackwell"),
     ((10, 0), "blackwell_sm100"),
@@ -58,7 +59,6 @@ _ARCHITECTURES: tuple[tuple[tuple[int, int], str], ...] = (
     ((7, 5), "turing"),
     ((0, 0), "volta"),
 )
-"""Compute capability from which -> architecture; GPUs before Volta count as Volta."""
 
 
 def architecture_of(capability: tuple[int, int]) -> str:

@@ -24,10 +24,8 @@ from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import CLASSES
 from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
 
-PRIOR = 0.7
-"""Log standard deviation of a class's constants around those of all classes."""
-FACTORS = ("t0", "e", "l2", "l2_share")
-"""Kinds of constants, by the beginning of their names."""
+PRIOR = 0.7  # log standard deviation of a class's constants around those of all classes
+FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning of their names
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,10 @@ from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.workload import ROLES
 
-PRIOR = 1.5
-"""Log standard deviation of the constants around their defaults."""
-ROWS = 4000
-"""Rows that the constants are fitted on; more do not change them."""
-OCTAVES = (1.0, 2.0, 2.0)
-"""Octaves between the nodes of the residual."""
-PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])
-"""Role of a record by index into :data:`simulator.cost.experts.PARTS`."""
+PRIOR = 1.5  # log standard deviation of the constants around their defaults
+ROWS = 4000  # rows that the constants are fitted on; more do not change them
+OCTAVES = (1.0, 2.0, 2.0)  # octaves between the nodes of the residual
+PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])  # role of a record by index into PARTS
 
 
 @dataclass(frozen=True)

@@ -31,24 +31,18 @@ from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Provenance, Section
 
-ROWS = 6000
-"""Rows that the constants are fitted on; more do not change them."""
+ROWS = 6000  # rows that the constants are fitted on; more do not change them
+# rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used
 PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
-"""Rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used."""
-STARTS = 3
-"""Additional random starts of the search."""
+STARTS = 3  # additional random starts of the search
+# log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another stack
 WEAK, CLOSE = 1.0, 0.15
-"""Log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another
-stack."""
-FEW_FOLDS = 10
-"""Folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits."""
-REFIT_ROWS = 200
-"""Rows up to which the constants are fitted again for each fold: on more they hardly change."""
+FEW_FOLDS = 10  # folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits
+REFIT_ROWS = 200  # rows up to which the constants are fitted again for each fold: on more they hardly change
+# rows up to which several sets of constants are evaluated at once: more leave the processor's caches
 TOGETHER_ROWS = REFIT_ROWS
-"""Rows up to which several sets of constants are evaluated at once: more leave the processor's caches."""
 FIT_ROWS, PRIOR_ROWS = 20, 10
-STEP = 0.1
-"""Log time by which more tokens may be faster where a residual comes from another table."""
+STEP = 0.1  # log time by which more tokens may be faster where a residual comes from another table
 
 
 @dataclass(frozen=True)

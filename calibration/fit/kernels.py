@@ -23,24 +23,23 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
 from simulator.uncertainty.operators import gemm_time
 
-ENOUGH_RATIOS = 5
-"""Published ratios that one constant needs."""
+ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
+# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
+# the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate
+# constant.
 KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
-"""Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
-the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
 STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
+# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense
+# ones
 LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
-"""Values of ``sparse_step`` and ``sparse_load`` that :func:`fit_sparse24` tries; compressed weights do not arrive
-faster than dense ones."""
-FEW_TOKENS = 64
-"""Tokens up to which the bytes of weights are most of the time, so that a ratio tells ``sparse_load``."""
+FEW_TOKENS = 64  # tokens up to which the bytes of weights are most of the time, so that a ratio tells sparse_load
+# Edge of the blocks of keys. The search uses their cost instead of sparse_block, which may be 0, without a log.
 EDGE = 64.0
-"""Edge of the blocks of keys. The search uses their cost instead of ``sparse_block``, which may be 0, without a log."""
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:

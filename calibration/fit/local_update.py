@@ -32,16 +32,15 @@ from simulator.hardware.sections import LocalUpdate
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 
+# rows that a local update needs, rows that it should have, rows that it stores at most
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
-"""Rows that a local update needs, rows that it should have, rows that it stores at most."""
 
+# median factor between measured and predicted times, also of a row against the others, that no stack explains; factor
+# of a single row that no measurement explains; share of rows faster than physics allows above which all are rejected;
+# effect or error, in standard deviations, that is flagged; most rows that notes name
 MOST_FACTOR, MOST_ROW_FACTOR, MOST_TOO_FAST, MOST_SDS, MOST_NAMED = 2.5, 100.0, 0.1, 4.0, 3
-"""Median factor between measured and predicted times, also of a row against the others, that no stack explains; factor
-of a single row that no measurement explains; share of rows faster than physics allows above which all are rejected;
-effect or error, in standard deviations, that is flagged; most rows that notes name."""
 
-REPORTED = 0.2
-"""An effect is reported if its mean or its standard deviation has changed by this share of the prior sd."""
+REPORTED = 0.2  # an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
 
 
 @dataclass(frozen=True)

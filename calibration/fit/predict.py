@@ -35,10 +35,10 @@ from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
 
 UNTIMED = "the time is not positive and finite"
 
+# Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
+# from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
+# take as long as the framework. The last two are assumed.
 LAYER_OWN, LAYER_COMMON, LAYER_WITHOUT_GPU = 0.03, 0.10, 0.50
-"""Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
-from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
-take as long as the framework. The last two are assumed."""
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,7 @@ def _layer(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     return Predicted(time, {"kv_len": r.kv_len}, uncertainty)
 
 
+# section of a profile that predicts each operator of a record
 SECTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gemm": "gemm",
@@ -341,7 +342,6 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
         "layer_eager": "runtime",
     }
 )
-"""Section of a profile that predicts each operator of a record."""
 
 _PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
     {

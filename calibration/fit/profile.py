@@ -148,6 +148,7 @@ def _formats(records: Records) -> NDArray[np.str_]:
     return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
 
 
+# flag -> what to do
 REMEDIES: Mapping[Flag, str] = MappingProxyType(
     {
         Flag.NOISY: "measure longer, on an idle machine",
@@ -157,7 +158,6 @@ REMEDIES: Mapping[Flag, str] = MappingProxyType(
         Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
     }
 )
-"""Flag -> what to do."""
 
 
 def _usable(records: Records, notes: list[str], left_out: list[str]) -> Records:

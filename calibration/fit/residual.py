@@ -21,10 +21,9 @@ from simulator.arrays import FloatArray
 from simulator.cost.gemm_kernel import EDGE
 from simulator.cost.residual_grid import ResidualGrid
 
+# start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))
-"""Start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves."""
-FEW_ROWS = 1500
-"""Rows up to which the problem is solved by row instead of by node, if there are more nodes."""
+FEW_ROWS = 1500  # rows up to which the problem is solved by row instead of by node, if there are more nodes
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,9 @@ class Regularisation:
     size: float
 
 
-ALONE = Regularisation(0.02, 0.06, 0.01)
-"""Regularisation of the residual of GEMMs."""
-BY_ROWS = Regularisation(0.1, 0.3, 0.1)
-"""Regularisation of a CPU's residual by the number of rows."""
-CORRECTION = Regularisation(0.3, 1.0, 0.1)
-"""Regularisation of a correction to another profile's residual."""
+ALONE = Regularisation(0.02, 0.06, 0.01)  # regularisation of the residual of GEMMs
+BY_ROWS = Regularisation(0.1, 0.3, 0.1)  # regularisation of a CPU's residual by the number of rows
+CORRECTION = Regularisation(0.3, 1.0, 0.1)  # regularisation of a correction to another profile's residual
 
 
 @lru_cache(maxsize=256)

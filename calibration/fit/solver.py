@@ -18,21 +18,19 @@ from scipy.optimize import least_squares
 from simulator.arrays import FloatArray
 from simulator.hardware.sections import Fitted, Section
 
+# log of predicted over measured time of each row, from all constants by name
 LogResidual = Callable[[Mapping[str, float]], FloatArray]
-"""Log of predicted over measured time of each row, from all constants by name."""
 
+# the same from several sets of constants at once, (sets, rows)
 LogResiduals = Callable[[Sequence[Mapping[str, float]]], FloatArray]
-"""The same from several sets of constants at once, (sets, rows)."""
 
+# covariance of the logs of the free constants at a minimum, and the residual sd that it assumes
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
-"""Covariance of the logs of the free constants at a minimum, and the residual sd that it assumes."""
 
-HUBER = 0.05
-"""Log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %."""
-ON_BOUND = 1e-2
-"""Log distance to an end of its range below which a constant is on its bound."""
+HUBER = 0.05  # log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
+ON_BOUND = 1e-2  # log distance to an end of its range below which a constant is on its bound
+# step of derivatives over the logarithm of a constant, or over 1 if that is larger
 ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)
-"""Step of derivatives over the logarithm of a constant, or over 1 if that is larger."""
 ABSENT = "no rows of its class"
 
 

@@ -28,6 +28,7 @@ FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
 HOLDOUT_SHARE = 0.2  # held-out share of the (n, k) groups of a base plan, and of the items without such a group
 DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
+# Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds.
 SHARES: Mapping[str, float] = {
     "gemm": 0.56,
     "gemm_2to4": 0.06,
@@ -37,9 +38,8 @@ SHARES: Mapping[str, float] = {
     "pruned": 0.04,
     "runtime": 0.02,
 }
-"""Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds."""
+# part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short
 SPARE = 0.5
-"""Part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short."""
 
 
 @dataclass(frozen=True)

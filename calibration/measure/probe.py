@@ -8,8 +8,8 @@ from calibration.devices.protocol import Description, Device, Operator, OutOfMem
 from calibration.measure.plan import Rates, check_budget
 from calibration.measure.timing import Protocol, measure
 
+# time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU
 FLEX_COMPILE_S = 15.0
-"""Time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU."""
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:

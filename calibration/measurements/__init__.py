@@ -24,6 +24,8 @@ from simulator.errors import InputError, unknown
 FOLDER = Path(__file__).resolve().parent
 INDEX = "PROVENANCE.yaml"
 
+# files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
+# collectives
 PUBLISHED: Mapping[str, str] = {
     "dense": "published_dense.csv",
     "speedups": "published_speedups.csv",
@@ -32,8 +34,6 @@ PUBLISHED: Mapping[str, str] = {
     "paper": "published_paper.csv",
     "serving": "serving.csv",
 }
-"""Files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
-collectives."""
 
 
 def file_name(name: str) -> str:

@@ -35,10 +35,9 @@ COPYRIGHT = (
 )
 DEVICE = "NVIDIA H20"
 
+# a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are its time
 CALL_S = 40e-6
-"""A call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are its time."""
-STALL = 1.15
-"""A row with this many times the time of a row of more work was disturbed: 2 of 375."""
+STALL = 1.15  # a row with this many times the time of a row of more work was disturbed: 2 of 375
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def _tables() -> dict[str, SelectedTable]:
 
 TABLES: Mapping[str, SelectedTable] = _tables()
 # fmt: on
+# every table that profiles are fitted on, by device/operator/stack
 SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
-"""Every table that profiles are fitted on, by ``device/operator/stack``."""
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:

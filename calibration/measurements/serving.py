@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 MEMBER = "aiconfigurator_core/systems/silicon_sample.csv"
+# SI units; devices share every layer, concurrency requests are in flight
 COLUMNS: tuple[str, ...] = (
     *("engine", "version", "model", "hardware", "devices", "parallel", "weight_dtype", "kv_dtype"),
     *("concurrency", "seq", "new_tokens", "ttft_s", "tpot_s", "left_out", "assumed", "source"),
 )
-"""SI units; ``devices`` share every layer, ``concurrency`` requests are in flight."""
 
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",

@@ -23,12 +23,12 @@ T = TypeVar("T", bound="Records")
 
 _MLA = {name.replace("attention", "mla"): (*KINDS[name], "n") for name in ("attention_prefill", "attention_decode")}
 _IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
+# Required dimensions of each operator. Collectives (the role is their kind), routed experts and latent attention
+# (mla_: a prompt has separate keys and values, a decode has the latent as both) are imported, never measured here.
 NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
-"""Required dimensions of each operator. Collectives (the role is their kind), routed experts and latent attention
-(``mla_``: a prompt has separate keys and values, a decode has the latent as both) are imported, never measured here."""
 _LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
+# names of timed operators; the index is the code in the operator column and in files, so new names come last
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
-"""Names of timed operators; the index is the code in the ``operator`` column and in files, so new names come last."""
 # how the launch counts in a time: not in kernel times of a profiler, as a gap in a graph, as host time
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
 PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # of a measurement; unknown in imports
@@ -234,11 +234,11 @@ class Records(Table):
         return sha.hexdigest()
 
 
+# columns that are omitted from files and digests if they are all zero, so older tables keep their digests
 LATER = ("experts", "active", "skew", "fused")
-"""Columns that are omitted from files and digests if they are all zero, so older tables keep their digests."""
 
+# columns of what was timed and how: equal in two timings of one shape
 SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
-"""Columns of what was timed and how: equal in two timings of one shape."""
 
+# columns of SHAPE that are dimensions: whole numbers
 COUNTS: tuple[str, ...] = tuple(name for name in SHAPE if Records.SCHEMA[name][0] is np.int64)
-"""Columns of :data:`SHAPE` that are dimensions: whole numbers."""
