@@ -1,13 +1,10 @@
-"""Calibration of collectives: start, hops, ramp, share of the link, and the engine's all-reduce.
-
-Use :func:`calibration.fit.section.fit_section` with :class:`CollectiveFit`. Constants that the rows do not identify
-keep the default of the link's kind.
-"""
+"""Calibration of collectives: start, hops, ramp, share of the link, and the engine's all-reduce."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +46,7 @@ class CollectiveFit(Fit):
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))
 
     def _variants(self) -> Iterator[dict[str, float]]:
-        """Yield where the engine's all-reduce applies: nowhere; else to two devices over PCIe or all over NVLink, by
-        size."""
+        """Yield where the engine's all-reduce applies: nowhere, or by size to two devices on PCIe or all on NVLink."""
         yield {"own_devices": 0.0}
         if (self.calls.code == 0).any():
             most = float(self.calls.link.max_devices) if self.calls.link.family == "nvlink" else 2.0
@@ -82,16 +78,8 @@ class CollectiveFit(Fit):
             loss = float(np.sum(np.sqrt(1.0 + (found.rows / solver.HUBER) ** 2) - 1.0))
             if loss < least - ADDED:
                 best, least = variant, loss
-        return solver.fit_logs(
-            self.log_residual,
-            {**default, **best},
-            CONSTANTS,
-            self.covariance(PRIOR),
-            fixed=self._fixed(best),
-            prior=PRIOR,
-            center=default,
-            max_nfev=100,
-        )
+        search: dict[str, Any] = {"fixed": self._fixed(best), "prior": PRIOR, "center": default, "max_nfev": 100}
+        return solver.fit_logs(self.log_residual, {**default, **best}, CONSTANTS, self.covariance(PRIOR), **search)
 
     def blank(self) -> ResidualGrid:
         """Return a grid over log2 bytes and log2 devices, of each kind."""
@@ -101,8 +89,7 @@ class CollectiveFit(Fit):
         return ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the nearest grid to the fitted one with times that never fall with bytes: a node lies below the
-        previous one by at most the smallest rise of the analytical time between them."""
+        """Return the nearest grid to the fitted one with times that never fall with bytes."""
         grid = super().residual(values)
         kinds, devices, nodes = grid.values.shape
         fine = grid.start[2] + OCTAVES * np.linspace(0.0, nodes - 1.0, (nodes - 1) * WITHIN + 1)

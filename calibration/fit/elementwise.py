@@ -1,8 +1,4 @@
-"""Calibration of elementwise operators: floor, bandwidth share and L2 gain by class, and the L2 share.
-
-Use :func:`calibration.fit.section.fit_section` with :class:`ElementwiseFit`. A class without rows keeps its default and
-is marked so.
-"""
+"""Calibration of elementwise operators: floor, bandwidth share and L2 gain by class, and the L2 share."""
 
 from __future__ import annotations
 
@@ -64,17 +60,10 @@ class ElementwiseFit(Fit):
         center = {**default, **scaled(common.values)}
         known = [name for i, name in enumerate(CLASSES) if np.any(self.calls.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
+        fixed = {n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
         # the common factors are a prior with the weight of one row: a class of three rows must not move far
-        return solver.fit_logs(
-            self.log_residual,
-            center,
-            CONSTANTS,
-            self.covariance(PRIOR),
-            fixed={n: solver.ABSENT for n in CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}},
-            prior=PRIOR,
-            center=center,
-            max_nfev=100,
-        )
+        search: dict[str, Any] = {"fixed": fixed, "prior": PRIOR, "center": center, "max_nfev": 100}
+        return solver.fit_logs(self.log_residual, center, CONSTANTS, self.covariance(PRIOR), **search)
 
     def blank(self) -> ResidualGrid:
         """Return a grid over log2 bytes by class, nodes an octave apart."""

@@ -1,8 +1,7 @@
 """Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
 
-Use :func:`fit_grid` for one grid, :func:`gemm_blocks` and :func:`solve` for the residual of GEMMs. Several grids are
-fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on few rows, all at
-once in the dual form of the problem.
+Several grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on
+few rows, all at once in the dual form of the problem.
 """
 
 from __future__ import annotations
@@ -66,20 +65,16 @@ class ResidualBlock:
 
     @staticmethod
     def of(grid: ResidualGrid, coordinates: Any, regularisation: Regularisation) -> ResidualBlock:
-        """Return the block of rows at coordinates."""
         return ResidualBlock(grid, regularisation, *grid.cells(coordinates))
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
         """Nodes and weights of first and second differences of each coordinate."""
         shape = self.grid.values.shape
-        weights = (
-            np.broadcast_to(w, len(shape)).tolist() for w in (self.regularisation.first, self.regularisation.second)
-        )
-        return list(zip(shape, *weights, strict=True))
+        both = self.regularisation.first, self.regularisation.second
+        return list(zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True))
 
     def take(self, rows: Any) -> ResidualBlock:
-        """Return the block of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
 
     @cached_property
@@ -106,11 +101,9 @@ class ResidualBlock:
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, (rows, nodes), and
-        the scale.
+        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, and the scale.
 
-        The penalty is a sum over coordinates. Its eigenvectors are therefore products of the eigenvectors of each
-        coordinate, and a row is a product of rows.
+        The penalty is a sum over coordinates, so its eigenvectors are products of those of each coordinate.
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
@@ -156,8 +149,7 @@ class ResidualBlock:
 
 
 def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
-    """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per
-    measured m."""
+    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
     out = [ResidualBlock.of(grid, position, regularisation)]
@@ -173,8 +165,8 @@ def solve(
 ) -> list[FloatArray]:
     """Return node values of every grid, fitted to a log target of ``rows`` or all.
 
-    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them. The default is 8
-    sweeps over all grids, with weights renewed before the first (from the target), second and fourth.
+    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them; by default 8
+    sweeps over all grids, with weights renewed before the first, second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
@@ -201,8 +193,7 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The ridge problem with one unknown per row instead of one per node: exact, and faster with fewer rows than
-    nodes."""
+    """The ridge problem with one unknown per row instead of per node: exact, and faster with fewer rows than nodes."""
 
     parts: tuple[ResidualBlock, ...]
     common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties
@@ -210,7 +201,6 @@ class FewRows:
 
     @staticmethod
     def of(parts: Sequence[ResidualBlock]) -> FewRows:
-        """Return the problem of some grids."""
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
@@ -226,7 +216,6 @@ class FewRows:
         return np.asarray(dual)
 
     def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
-        """Return node values of every grid."""
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
@@ -234,12 +223,9 @@ class FewRows:
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
-def evaluate(
-    parts: Sequence[ResidualBlock], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None
-) -> FloatArray:
+def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> FloatArray:
     """Return the log factors of rows."""
-    taken = parts if rows is None else [b.take(rows) for b in parts]
-    return np.asarray(sum(b.matrix @ v for b, v in zip(taken, values, strict=True)))
+    return np.asarray(sum(b.matrix @ v for b, v in zip(parts, values, strict=True)))
 
 
 def fit_grid(
