@@ -260,9 +260,7 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     used = [records.sources[i] for i in np.unique(records.source)]
     origins = [(s, f" [{s.licence}]" if s.licence else "") for s in used]
     return Provenance(
-        source=joined(
-            s.origin + f" [{s.licence}]" * bool(s.licence) if s.origin else f"measured here, run {s.run}" for s in used
-        ),
+        source=joined(f"{s.origin}{licence}" if s.origin else f"measured here, run {s.run}" for s, licence in origins),
         digest=records.tidy().digest(),
         date=date or max((s.date for s in used), default="") or "unknown",
         software=joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used),
