@@ -114,7 +114,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
         digest=hashlib.sha256(b"".join(contents)).hexdigest(),
         licence="Apache-2.0",
     )
-    found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"), dtype="all")
+    found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"))
     r, left = exclude(found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0})
     r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS, *_EXPERTS)]))
     r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()

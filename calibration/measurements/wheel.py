@@ -214,7 +214,7 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
     reason."""
     hw = datasheet(choice.hardware)
     content = archive.read(choice.member)
-    result = import_table(choice.member, content=content, hw=hw, dtype="all")
+    result = import_table(choice.member, content=content, hw=hw)
     records, left = choose(result.records, choice)
     attention = ("heads", "kv_heads", "head_dim", "window")
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *attention, "role", "experts", "active", "skew")

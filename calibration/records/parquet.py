@@ -22,11 +22,8 @@ _KEY = b"prunesim.records"
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
-    """Return a table as the bytes of a Parquet file.
-
-    ``extra`` is JSON-ready metadata. ``single`` stores times as float32, for shipped tables: its rounding of 6e-8 is
-    far below the noise of any clock.
-    """
+    """Return a table as the bytes of a Parquet file; ``extra`` is JSON-ready metadata, ``single`` stores times as
+    float32, whose rounding of 6e-8 is far below the noise of any clock."""
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -43,22 +40,15 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
     head = {"schema": SCHEMA_VERSION, "constant": constant, "sources": sources, "extra": dict(extra or {})}
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
+    how: dict[str, Any] = {"row_group_size": 1 << 20, "compression": "zstd", "compression_level": 19}
+    how |= {"write_statistics": False, "use_byte_stream_split": floats or False}
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        row_group_size=1 << 20,
-        use_dictionary=[name for name in arrays if name not in floats],
-        write_statistics=False,
-        use_byte_stream_split=floats or False,
-        compression="zstd",
-        compression_level=19,
-    )
+    pq.write_table(table, buffer, use_dictionary=[name for name in arrays if name not in floats], **how)
     return buffer.getvalue()
 
 
 def read_records(path: str | Path | bytes, label: str = "table") -> Records:
-    """Read a table of :func:`write_records` from a path, or from bytes that ``label`` names; InputError otherwise."""
+    """Read a table of :func:`write_records` from a path, or from bytes that ``label`` names."""
     label = label if isinstance(path, bytes) else str(path)
     table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
     head = _head(table.schema.metadata, label)

@@ -1,9 +1,7 @@
 """Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
-The measuring process opens a :class:`Store`; :func:`read_store` reads its file at any time, :func:`content_records`
-converts it to a table. The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An
-incomplete last line is dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error,
-because a kill alone does not cause it.
+The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
+dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error: no kill causes it.
 """
 
 from __future__ import annotations
@@ -83,7 +81,6 @@ class Header:
             raise InputError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the first line of a store."""
         head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
         return {**head, "stack": dict(self.stack), "extra": dict(self.extra)}
 
@@ -190,8 +187,7 @@ def read_store(path: str | Path) -> Content:
 
 class Store:
     """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
-    holds records of another device, software or number format.
-    """
+    holds records of another device, software or number format."""
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -202,11 +198,9 @@ class Store:
             self._end = found.end if found else 0
             if found is None:
                 self._put(encode_line(header.as_dict()))
-                folder = os.open(self.path.parent, os.O_RDONLY)  # its fsync writes the name of a new file
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                folder = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(folder)  # writes the name of a new file
+                os.close(folder)
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
@@ -223,10 +217,8 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk (``fsync``).
-
-        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
-        """
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
+        earlier records stay valid, and the store can be used again."""
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
             theirs = operator.get("dtype", mine)  # copies and launches have none
@@ -316,12 +308,9 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags; ``header`` is the header of their store.
-
-    The fastest of several visits counts. Lines without a time (skipped, unsupported, refused, failed) are excluded.
-    Rows around a drift check that differs get ``DRIFT``: from the first one of the run, or from the fastest quarter if
-    operators were visited several times.
-    """
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time; of
+    several visits the fastest counts. Rows around a drift check that differs from the first one of the run (from the
+    fastest quarter if operators were visited several times) get ``DRIFT``."""
     rows = list(rows)
     drifted = _drifted(rows)
     capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
@@ -349,10 +338,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest.
-
-    A run at the power limit throughout is not flagged: its clocks are those of the device under load.
-    """
+    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -443,14 +429,14 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
         shape["read_bytes"] = shape["write_bytes"] = float(operator["n"])
     shape = {name: value for name, value in shape.items() if value is not None}
     for name, value in shape.items():
-        known, right = True, ""
-        if name == "dtype":
-            known, right = isinstance(value, str) and value in DTYPES, "one of " + ", ".join(DTYPES)
-        elif name == "density":
-            known, right = isinstance(value, (int, float)) and 0.0 < value <= 1.0, "a share above 0, up to 1"
-        elif name in COUNTS:
-            known, right = type(value) is int and 0 <= value <= _MOST, f"a whole number from 0 to {_MOST}"
-        if not known:
+        right = ""
+        if name == "dtype" and not (isinstance(value, str) and value in DTYPES):
+            right = "one of " + ", ".join(DTYPES)
+        elif name == "density" and not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
+            right = "a share above 0, up to 1"
+        elif name in COUNTS and not (type(value) is int and 0 <= value <= _MOST):
+            right = f"a whole number from 0 to {_MOST}"
+        if right:
             raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
     if kind not in OPERATORS:
         raise unknown("operator", kind, OPERATORS)

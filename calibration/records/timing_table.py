@@ -1,5 +1,4 @@
-"""Measured times as a table: one row per timing, columns of equal length, and the sources of the rows, which hold the
-facts that many rows share. ``parquet`` and ``store`` read and write files."""
+"""Measured times as a table: one row per timing, and the sources of the rows, which hold the facts they share."""
 
 from __future__ import annotations
 
@@ -62,7 +61,6 @@ class Source:
 
     @property
     def software(self) -> str:
-        """The stack on one line: ``torch 2.9, CUDA 13.0``."""
         return ", ".join(f"{name} {version}" for name, version in self.stack.items())
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +69,6 @@ class Source:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Source:
-        """Return a source from :meth:`as_dict`, checked."""
         names = {f.name for f in fields(cls) if f.compare}
         if extra := sorted(set(data) - names):
             raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
@@ -184,12 +181,10 @@ class Records(Table):
     select = Table.take
 
     def tidy(self) -> Records:
-        """Return the same rows without unused sources."""
         used, source = np.unique(self.source, return_inverse=True)
         return self.replace(source=source.reshape(-1), sources=tuple(self.sources[i] for i in used))
 
     def is_operator(self, *names: str) -> Array:
-        """Mask of the rows of these operators."""
         return np.isin(self.operator, self.coerced("operator", names))
 
     @property
@@ -211,7 +206,6 @@ class Records(Table):
         return np.asarray(np.where(mixed, (names + suffix)[self.weight_dtype], names[self.dtype]))
 
     def of_dtype(self, label: str) -> Records:
-        """Return the rows of one number format, named as in :meth:`labels`."""
         labels = self.labels()
         if label not in labels:
             raise unknown("dtype", label, np.unique(labels).tolist())
