@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,15 +105,12 @@ def command(
 def part_row(part: FittedPart) -> dict[str, Any]:
     """Return a fitted section as plain data."""
     s = part.section
-    constants = {
-        name: {"value": c.value, "std_error": c.std_error, "status": c.status} for name, c in s.constants.items()
-    }
     return {
         "operator": part.operator,
         "dtype": part.dtype,
         "rows": part.rows,
         "status": s.status,
-        "constants": constants,
+        "constants": {name: asdict(constant) for name, constant in s.constants.items()},
         "fixed": dict(part.fixed),
         "accuracy": {name: float(value) for name, value in s.accuracy.items()},
         "correlations": {f"{a} {b}": value for (a, b), value in part.correlations.items()},
