@@ -173,8 +173,8 @@ def _choices() -> dict[str, SelectedTable]:
             inside = f"{system}/mla/{stack}/{version}/{file}_mla"
             own = ("bf16", "fp8_wo") if stack == "trtllm" or device == "b200_sxm" else ("bf16",)
             if len(own) == 2 or operator == "mla_decode":
-                ships = ("bf16", "fp8_wo") if device[0] == "a" else ()
-                out[f"{device}/{operator}/{stack}"] = SelectedTable(hardware, stack, inside, own, ships=ships)
+                shipped = own if device[0] == "a" else ()
+                out[f"{device}/{operator}/{stack}"] = SelectedTable(hardware, stack, inside, own, ships=shipped)
     return out
 
 
