@@ -46,8 +46,6 @@ _GEMM = ("gemm", "bf16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sources of one stack file."""
-
     hardware: str
     stack: str
     tables: tuple[str, ...] = ()  # measurements to fit; none: the folder of the RTX 4090
@@ -88,7 +86,6 @@ def shared_folder(folder: str | None = None) -> Path | None:
 
 
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
-    """Return the rows of a recipe, from the wheel or from the shipped tables."""
     parts = []
     for name in recipe.tables:
         if wheel is not None and name in CHOICES:
@@ -209,7 +206,6 @@ def _make_all(names: Sequence[str], **how: Any) -> list[str]:
 
 
 def _report_lines(name: str, fit: ProfileFit) -> Iterator[str]:
-    """Yield one line per section and note of a fit."""
     for (operator, dtype), section in fit.profile.sections.items():
         error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
         rows = section.provenance.rows if section.provenance else 0
@@ -218,7 +214,6 @@ def _report_lines(name: str, fit: ProfileFit) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
-    """Run the command of the module's docstring and return the exit status."""
     about = "Build the fitted part of the shipped profiles from the measurements."
     parser = argparse.ArgumentParser(prog="python -m calibration.build_profiles", description=about)
     every = "files to build (default: all whose tables are available)"

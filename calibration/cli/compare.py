@@ -171,7 +171,6 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
 
 def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]) -> None:
-    """Write the table as Markdown, and the figure."""
     from calibration.runners.compare import file_name
     from calibration.validation.report import table
     from simulator.display import markdown_text

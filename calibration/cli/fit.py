@@ -103,7 +103,6 @@ def command(
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
-    """Return a fitted section as plain data."""
     s = part.section
     return {
         "operator": part.operator,
@@ -118,8 +117,6 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and their errors."""
-
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
 
@@ -145,8 +142,6 @@ def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
 
 
 def show_update(done: Updated) -> None:
-    """Print the effects of the rows on this machine's profile, and their errors."""
-
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 

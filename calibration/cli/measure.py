@@ -55,7 +55,6 @@ def measured(
 
 
 def describe(outcome: Outcome) -> str:
-    """Return the counts of a run on one line."""
     c = outcome.counts
     parts = [f"{c.timed + c.resumed} operators timed", f"{c.resumed} of them earlier" if c.resumed else ""]
     for name in ("noisy", "throttled", "skipped", "unsupported", "refused", "failed", "left"):
@@ -65,7 +64,6 @@ def describe(outcome: Outcome) -> str:
 
 
 def outcome_row(found: MeasuredRun) -> dict[str, Any]:
-    """Return the outcome of a run as plain data."""
     outcome = found.outcome
     row = {"planned": len(found.plan.items), "elapsed_s": outcome.elapsed_s, "stopped": outcome.stopped}
     return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}

@@ -166,7 +166,6 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    """Test both claims on the paper's own GPU, then on others."""
     from calibration.validation.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
     from calibration.validation.paper import HARDWARE, MODEL
     from simulator.prediction.caveats import uncalibrated
@@ -189,7 +188,6 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
 
 
 def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
-    """Return in how many settings a claim holds, does not hold and is undecided."""
     from calibration.validation.claims import NOT_APPLICABLE, UNDECIDED
 
     counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)

@@ -190,12 +190,10 @@ def show_bounds(rows: list[Bound]) -> None:
 
 
 def several_shapes(rows: Sequence[Any]) -> bool:
-    """Whether rows differ in batch or length."""
     return len({(r.batch, r.seq) for r in rows}) > 1
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
-    """Return the columns that identify the case of a row."""
     shape: tuple[str, Callable[[Any], object]] = "batch\nx seq", lambda r: f"{r.batch} x {r.seq}"
     known = [shape] if several_shapes(rows) else []
     return [("<pruning", lambda r: one_line(r.pruning, 40)), ("<phase", lambda r: r.phase), *known]

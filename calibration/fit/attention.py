@@ -178,7 +178,6 @@ class AttentionFit(Fit):
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
 
     def predict(self, values: Mapping[str, float], grid: ResidualGrid | None) -> FloatArray:
-        """Return the predicted time of each row, warm or cold as measured."""
         e = self.calls.estimate(values)
         return np.asarray(e.time if grid is None else e.time * np.exp(grid(e.position)))
 
@@ -257,8 +256,6 @@ def fit_attention(
 
 @dataclass(frozen=True)
 class _KernelFit:
-    """The fit of one kernel."""
-
     constants: ConstantsFit
     grid: ResidualGrid | None
     held_out: FloatArray  # log predicted over measured of each row by a fit without it, by each size in turn

@@ -76,7 +76,6 @@ _ARCHITECTURES = (  # first compute capability, architecture; GPUs before Volta 
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """Return the architecture of a compute capability."""
     return next(name for first, name in _ARCHITECTURES if capability >= first)
 
 
@@ -168,7 +167,6 @@ def _within(quantity: QuantityField, value: float) -> float:
 
 
 def _plausible(key: str, reading: Reading) -> float:
-    """Return a reading that a profile accepts, else 0."""
     quantity = QUANTITIES[key][1]
     known = isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high
     return reading if known and isinstance(reading, float) else 0.0

@@ -28,8 +28,6 @@ ADDED = 1.0  # minimum gain in loss of a variant with an engine's all-reduce, in
 
 @dataclass(frozen=True)
 class CollectiveFit(Fit):
-    """Measured collectives over one link."""
-
     calls: Messages
 
     # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out sizes and numbers of
@@ -53,7 +51,6 @@ class CollectiveFit(Fit):
             yield from ({"own_devices": most, "own_bytes": size} for size in OWN_BYTES)
 
     def _fixed(self, variant: Mapping[str, float]) -> dict[str, str]:
-        """Return the constants that are not fitted, and why."""
         out = dict.fromkeys(("own_devices", "own_bytes"), "chosen among a few")
         if not variant["own_devices"]:
             out = dict.fromkeys(OWN, "these rows have only the library's all-reduce")
@@ -82,7 +79,6 @@ class CollectiveFit(Fit):
         return solver.fit_logs(self.log_residual, {**default, **best}, CONSTANTS, self.covariance(PRIOR), **search)
 
     def blank(self) -> ResidualGrid:
-        """Return a grid over log2 bytes and log2 devices, of each kind."""
         size, devices = np.log2(np.maximum(self.calls.payload, 1.0)), np.log2(self.calls.devices)
         first = OCTAVES * float(np.floor(size.min() / OCTAVES))
         shape = len(COLLECTIVES), int(np.ceil(devices.max())) + 1, int(np.ceil((size.max() - first) / OCTAVES)) + 1

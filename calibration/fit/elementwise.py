@@ -26,8 +26,6 @@ FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning 
 
 @dataclass(frozen=True)
 class ElementwiseFit(Fit):
-    """Measured elementwise operators of one device."""
-
     calls: Moves
 
     # along (class, log2 bytes); classes are independent; chosen on seeds 10-19 of the protocol
@@ -47,7 +45,6 @@ class ElementwiseFit(Fit):
         default = {name: constant.default(self.calls.architecture) for name, constant in CONSTANTS.items()}
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
-            """Return the constants of all classes, each kind times one factor."""
             moved = {}
             for name in CONSTANTS:
                 kind = name if name in FACTORS else name.split("_")[0]

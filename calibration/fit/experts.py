@@ -73,7 +73,6 @@ class ExpertsFit(Fit):
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
-    """Return the fit of expert records (an object with columns of these names)."""
     names = ("m", "n", "k", "experts", "active", "skew", "seconds")
     m, n, k, experts, active, skew, seconds = (np.asarray(getattr(records, x), dtype=np.float64) for x in names)
     layers = Layers(machine, m, n, k, experts, active, skew, warm=~np.asarray(records.cold), part=experts_part(records))

@@ -54,7 +54,6 @@ class GemmFit(Fit):
     REGULARISATION = ridge.ALONE
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the (n, k) pair of each row."""
         return numbered(self.calls.n, self.calls.k)
 
     def blank(self) -> ResidualGrid:
@@ -160,7 +159,6 @@ class GemmFit(Fit):
         return replace(grid, values=np.minimum(time, later + STEP) - analytical)
 
     def section(self, provenance: Provenance | None = None) -> FittedPart:
-        """Return the section of the measured shapes."""
         constants = self.constants()
         blocks, target = self._blocks(), self.target(constants.values)
         nodes = ridge.solve(blocks, target)
@@ -185,7 +183,6 @@ class GemmFit(Fit):
 
 
 def _weights_s(c: Products) -> FloatArray:
-    """Return bytes of the weights over the datasheet bandwidth, s."""
     return np.asarray(c.n * c.k * c.machine.weight_bytes / c.machine.bandwidth_bytes_per_s)
 
 
@@ -204,7 +201,6 @@ def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any
 
 
 def products_of(records: Records, machine: Machine) -> GemmFit:
-    """Return the fit of the GEMMs among records."""
     r = records.select(records.is_operator("gemm"))
     return products(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
 

@@ -85,7 +85,6 @@ def _searched(constants: Mapping[str, float]) -> dict[str, float]:
 
 
 def _known(searched: Mapping[str, float]) -> dict[str, float]:
-    """Return the constants from the values of :func:`_searched`."""
     return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
 
 

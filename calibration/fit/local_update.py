@@ -67,8 +67,6 @@ class UpdateErrors:
 
 @dataclass(frozen=True)
 class Updated:
-    """A profile with a local update, the effects of its rows, and notes."""
-
     profile: HardwareProfile
     rows: int
     effects: tuple[Effect, ...]
@@ -131,7 +129,6 @@ def _section(part: str) -> tuple[str, str]:
 
 
 def _usable(records: Records, left_out: list[str]) -> Records:
-    """Return the rows for the update; excluded rows are counted in ``left_out``."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
     reasons = {UNTIMED: ~records.timed, "measured under throttling": throttled, "held out, or drift checks": apart}
@@ -249,7 +246,6 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 def _fit(
     name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior
 ) -> UpdateErrors:
-    """Return the errors of the rows ``at`` before and after the update."""
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
     half_after = after * posterior.coverage_factors[posterior.kind[at]]
@@ -307,7 +303,6 @@ _OPERATORS["mla_decode"] = "latent decode"
 
 
 def meaning(name: str, mean: float, sd: float) -> str:
-    """Return a sentence that describes an effect."""
     operator, _, cause = name.partition(" ")
     first, *size = (cause or name).split()
     text, longer, shorter = _WORDS.get(name) or _WORDS.get(first, ("{operator}: {cause} costs {}", "more", "less"))
@@ -321,7 +316,6 @@ def meaning(name: str, mean: float, sd: float) -> str:
 
 
 def as_row(done: Updated) -> dict[str, Any]:
-    """Return the result as plain data."""
     return {
         "rows": done.rows,
         "effects": [vars(effect) for effect in done.effects],

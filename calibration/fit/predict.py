@@ -89,12 +89,10 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
 
 
 def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    """Return the times of several calls, one after the other."""
     return _each(lambda name: np.concatenate([getattr(t, name) for t in times]))
 
 
 def _each(array: Callable[[str], Any]) -> OperatorTimes:
-    """Return operator times from a function of the name of each array."""
     return OperatorTimes(*map(array, ("seconds", "lower", "upper", "roofline_s", "bottleneck")))
 
 
@@ -117,7 +115,6 @@ def _gemm(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
 
 
 def _pair(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    """Predict the two products of a low-rank pair, k -> rank -> n."""
     options = Options(formats.dtype, formats.weight, copies=weight_copies(r))
     shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
     time = _summed([gemm_predicted(*shape, hw, options, formats.level)[0] for shape in shapes])

@@ -48,8 +48,6 @@ _BLOCKS = "attention_block_sparse"
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """A calibrated profile, its fitted parts, and notes."""
-
     profile: HardwareProfile
     parts: tuple[FittedPart, ...]
     notes: tuple[str, ...] = ()

@@ -49,7 +49,6 @@ def _penalty(size: int, first: float, second: float) -> FloatArray:
 
 @lru_cache(maxsize=256)
 def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
-    """Return the eigenvalues and eigenvectors of :func:`_penalty`."""
     values, vectors = np.linalg.eigh(_penalty(size, first, second))
     return np.maximum(values, 0.0), vectors
 
@@ -135,13 +134,11 @@ class ResidualBlock:
         return np.asarray(linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False))
 
     def solved(self, factor: FloatArray, target: FloatArray) -> FloatArray:
-        """Return the node values that solve factored normal equations."""
         values = np.empty(len(target))
         values[self.order] = linalg.cho_solve_banded((factor, True), target[self.order], check_finite=False)
         return values
 
     def nodes(self, coefficients: FloatArray) -> FloatArray:
-        """Return node values from coefficients of the eigenvectors."""
         grid = coefficients.reshape(self.grid.values.shape)
         for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
@@ -219,12 +216,10 @@ class FewRows:
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
-        """Return the log factors of ``others`` by the fit to ``rows``."""
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
 def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> FloatArray:
-    """Return the log factors of rows."""
     return np.asarray(sum(b.matrix @ v for b, v in zip(parts, values, strict=True)))
 
 

@@ -44,7 +44,6 @@ class Fit(ABC):
         return len(self.seconds)
 
     def take(self: FitT, rows: NDArray[Any]) -> FitT:
-        """Return rows by mask or index."""
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     @abstractmethod
@@ -87,7 +86,6 @@ class Fit(ABC):
         return residual.arrays()
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
-        """Return scores from log predicted over measured of held-out rows."""
         return accuracy_of(np.expm1(errors))
 
     def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:

@@ -56,7 +56,6 @@ class ConstantsFit:
     residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
-        """Return the constants of a section of a profile."""
         kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
         status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
         return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
@@ -64,8 +63,6 @@ class ConstantsFit:
 
 @dataclass(frozen=True)
 class FittedPart:
-    """A fitted section of a profile, with facts for its report."""
-
     section: Section
     constants: ConstantsFit
     rows: int  # in the fit
@@ -208,7 +205,6 @@ def fit_logs(
 
 
 def soft_l1(log_residual: FloatArray) -> FloatArray:
-    """Return residuals whose square is the soft-L1 loss."""
     z = (log_residual / HUBER) ** 2
     return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 

@@ -84,8 +84,6 @@ def compilation(op: Operator) -> tuple[Any, ...] | None:
 
 @dataclass(frozen=True)
 class Item:
-    """One operator to measure, its purpose and its expected cost."""
-
     operator: Operator
     purpose: str = FIT
     cost_s: float = 0.0
@@ -113,7 +111,6 @@ class MeasurementPlan:
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
-        """Count the items by kind of operator and purpose: ``{"gemm fit": 40, ...}``."""
         return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
 
 

@@ -127,8 +127,6 @@ class Counts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a run."""
-
     counts: Counts
     elapsed_s: float  # on the device's clock
     stopped: str  # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
@@ -254,7 +252,6 @@ class _Run:
         return status
 
     def check_drift(self, op: Operator) -> None:
-        """Measure the drift check and compare it with the first one of the run."""
         record = self.record(Item(op, DRIFT_CHECK), self.protocol)
         if self.lost is not None:
             raise self.lost

@@ -131,7 +131,6 @@ def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
 
 
 def host_operators(dtype: str) -> list[Operator]:
-    """Return the operators that measure the host time."""
     return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
 
 

@@ -203,12 +203,10 @@ def _order(row: Mapping[str, str]) -> tuple[object, ...]:
 
 
 def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
-    """Count the excluded rows by reason."""
     return Counter(row["left_out"] for row in rows if row["left_out"])
 
 
 def serving_csv(rows: list[dict[str, str]]) -> bytes:
-    """Return the bytes of the file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -217,7 +215,6 @@ def serving_csv(rows: list[dict[str, str]]) -> bytes:
 
 
 def main() -> None:
-    """Run the command of the module's docstring."""
     about = f"Make the shipped measurement tables from the wheel of {PACKAGE} and the files of {infersim.REPOSITORY}"
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("wheel", type=Path)

@@ -38,8 +38,6 @@ STALL = 1.15  # a row with this many times the time of a row of more work was di
 
 @dataclass(frozen=True)
 class TimingMethod:
-    """How the rows of a file were measured."""
-
     files: tuple[str, ...]
     kernel: str
     library: str

@@ -216,7 +216,6 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
 
 
 def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
-    """Return the rows of a choice, and the number of excluded rows by reason."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
     labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
     widths = ", ".join(map(str, HEAD_DIMS))

@@ -69,7 +69,6 @@ def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
 
 
 def without_exact(profile: HardwareProfile) -> HardwareProfile:
-    """Return the profile without measured shapes: the cost model alone."""
     sections = dict(profile.sections)
     for key, section in sections.items():
         if "exact_m" in section.arrays:

@@ -27,8 +27,6 @@ FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 
 @dataclass(frozen=True)
 class ImportResult:
-    """Result of an import: usable rows, refused rows by reason, and notes."""
-
     records: Records
     refusals: Refusals = field(default_factory=Refusals)
     notes: tuple[str, ...] = ()

@@ -65,7 +65,6 @@ def read_records(path: str | Path | bytes, label: str = "table") -> Records:
 
 
 def is_records(content: bytes) -> bool:
-    """Whether a Parquet file was written by :func:`write_records`."""
     pa, pq = load_pyarrow()
     try:
         return _KEY in (pq.read_schema(io.BytesIO(content)).metadata or {})

@@ -36,7 +36,6 @@ class Draft:
 
 
 def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
-    """Return the draft of a table that this program wrote."""
     columns = {name: getattr(records, name) for name in records.SCHEMA}
     columns["operator"] = np.array(OPERATORS, dtype=object)[records.operator]
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
@@ -414,7 +413,6 @@ def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str
 
 
 def _texts(column: Array) -> Array:
-    """Return a column as texts of one line."""
     return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
 
 

@@ -64,7 +64,6 @@ class Screen:
             self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
-        """Refuse the rows of a mask over the kept rows."""
         full = np.zeros_like(self.kept)
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)

@@ -108,7 +108,6 @@ class Header:
             raise InputError(f"{label}:1: {error}") from None
 
     def refuse_other(self, other: Header, label: str) -> None:
-        """Raise InputError unless both headers have the same device, software and number format."""
         pairs = {"device": (self.device, other.device), "dtype": (self.dtype, other.dtype)}
         for name in [*self.stack, *other.stack]:
             pairs[name] = (self.stack.get(name, "none"), other.stack.get(name, "none"))
@@ -117,15 +116,12 @@ class Header:
                 raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
 
     def source(self, run: str = "") -> Source:
-        """Return the source of the records of a run (default: the header's)."""
         method = str(self.extra.get("method", ""))
         return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
 
 
 @dataclass(frozen=True)
 class Content:
-    """Content of a store's file."""
-
     header: Header
     rows: tuple[dict[str, Any], ...]  # records in the order of writing, without checksums
     dropped: int = 0  # 1 if the last line was incomplete and was dropped
@@ -229,7 +225,6 @@ class Store:
         self._rows.append(row)
 
     def close(self) -> None:
-        """Close the file and release its lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -300,7 +295,6 @@ _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measureme
 
 
 def content_records(content: Content) -> Records:
-    """Return the timings of a store; each run is a source."""
     try:
         return records_of(content.rows, content.header)
     except InputError as error:
