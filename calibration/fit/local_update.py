@@ -298,8 +298,8 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "idle": ("idle SMs of {cause} waves cost {}", "more", "less"),
     "default": ("{operator} is {} than the defaults", "slower", "faster"),
 }
-_OPERATORS = {"gemm": "GEMM", "prefill": "prefill attention", "decode": "decode attention"}
-_OPERATORS["mla_decode"] = "latent decode"
+_ATTENTION = {"prefill": "prefill attention", "decode": "decode attention", "mla_decode": "latent decode"}
+_OPERATORS = {"gemm": "GEMM", **_ATTENTION}
 
 
 def meaning(name: str, mean: float, sd: float) -> str:

@@ -67,11 +67,9 @@ _AIC_MLA = ("batch_size", "isl", "num_heads", "mla_dtype", "kv_cache_dtype", "st
 # features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
 _AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
 # fmt: on
-# device, framework and version of decode times above the memory's bandwidth, its bytes/s and L2 bytes (datasheet)
-_AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
-_AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
-# of the same collection, formats whose times are those of TensorRT's profiler of layers, and the time that it adds: the
-# smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+# device, framework and version of a collection, its formats whose times are those of TensorRT's profiler of layers, and
+# the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+_AIC_PROFILED_BY = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
 _AIC_PROFILED, _AIC_PROFILER_S = ("int8_wo", "int4_wo"), 4.7e-6
 # the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py: outside_loop_count)
 _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
@@ -142,10 +140,8 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
     framework = np.where(kernel == "NCCL", "NCCL", _texts(table["framework"]))
     keys = np.stack([_texts(table["device"]), framework, _texts(table["version"]), kernel], axis=1)
 
-    if kind == "attention_decode":
-        _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
     if gemm:
-        profiled = (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1) & np.isin(_texts(formats[0]), _AIC_PROFILED)
+        profiled = (keys[:, :3] == _AIC_PROFILED_BY).all(axis=1) & np.isin(_texts(formats[0]), _AIC_PROFILED)
         columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
         _without_conversion(screen, columns)
     if "beam_width" in table:
@@ -291,15 +287,6 @@ def _mapped(text: Array, names: Mapping[str, str]) -> Array:
     """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
     values, inverse = np.unique(text, return_inverse=True)
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
-
-
-def _refuse_above_peak(screen: Screen, columns: RawColumns, known: Array) -> None:
-    """Refuse decode rows of a known collection whose cache exceeds L2 and is read faster than the memory allows."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
-        fast = cache / columns["seconds"] > _AIC_PEAK_BYTES_PER_S
-    reason = f"decode faster than the memory's {_AIC_PEAK_BYTES_PER_S / 1e12:g} TB/s, known of this collection"
-    screen.refuse(known & (cache > _AIC_L2_BYTES) & fast, reason)
 
 
 MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table

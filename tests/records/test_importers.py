@@ -357,17 +357,6 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     assert context.is_operator("attention_prefill").all()
 
 
-def test_decode_rows_above_the_memory_peak_are_dropped_for_the_collection_known_for_it(tmp_path: Path) -> None:
-    # 64 sequences of 4096 positions: 1.07 GB of cache, 527 us at 2.039 TB/s
-    columns = attention_columns(2, latency=[0.5, 0.6], batch_size=[64, 64], step=[4095, 4095])
-    path = aic(tmp_path / "t.parquet", columns, "TRTLLM", "generation_attention")
-    result = import_table(path)  # the rule needs no profile
-    assert dict(result.refusals) == {"decode faster than the memory's 2.039 TB/s, known of this collection": 1}
-    small = attention_columns(2, latency=[0.002, 0.006])  # 4 MB, which the L2 holds
-    assert len(import_table(aic(tmp_path / "u.parquet", small, "TRTLLM", "generation_attention")).records) == 1
-    assert import_table(tmp_path / "u.parquet").notes[-1].startswith("only 1 usable rows")
-
-
 def test_the_real_collections(wheel_tables: Path) -> None:
     def rows(table: str, hardware: str, dtype: str = "all") -> ImportResult:
         return import_table(wheel_tables / table, hw=datasheet(hardware), dtype=dtype)
@@ -378,8 +367,6 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         result = rows(f"{system}/gemm/trtllm/1.3.0rc20/gemm_perf.parquet", system, "bf16")
         assert len(result.records) == 35700
         assert result.refusals["dtype fp8_block, not bf16"] == 29268
-    decode = rows("a100_sxm/attention/trtllm/1.0.0/generation_attention_perf.parquet", "a100_sxm_80gb")
-    assert (len(decode.results), decode.refusals.total) == (4675, 351)
     vllm = rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm", "bf16")
     assert vllm.refusals["compute-bound, on operands that were not random numbers"] > 10000
 
