@@ -19,7 +19,7 @@ from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
 from simulator.errors import InputError
-from simulator.files.fields import QuantityField
+from simulator.files.fields import Quantity
 from simulator.hardware.formats import Rate
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -162,7 +162,7 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     )
 
 
-def _within(quantity: QuantityField, value: float) -> float:
+def _within(quantity: Quantity, value: float) -> float:
     return min(max(value, quantity.low), quantity.high)
 
 
