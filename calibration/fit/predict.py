@@ -88,10 +88,6 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
     return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, formats)
 
 
-def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    return _each(lambda name: np.concatenate([getattr(t, name) for t in times]))
-
-
 def _each(array: Callable[[str], Any]) -> OperatorTimes:
     return OperatorTimes(*map(array, ("seconds", "lower", "upper", "roofline_s", "bottleneck")))
 
@@ -190,8 +186,8 @@ def _by(
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
     found = [predicted(call(r.select(rows)), hw, level) for rows in groups]
     order = np.argsort(np.concatenate(groups))
-    whole = joined([time for time, _ in found])
-    return _each(lambda name: getattr(whole, name)[order]), Uncertainty.joined([error for _, error in found], order)
+    times = _each(lambda name: np.concatenate([getattr(time, name) for time, _ in found])[order])
+    return times, Uncertainty.joined([error for _, error in found], order)
 
 
 def _collective(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
 from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
 from calibration.fit.attention import OPERATORS as ATTENTION
-from calibration.fit.collective import CollectiveFit
-from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
+from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
