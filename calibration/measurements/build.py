@@ -88,11 +88,7 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
                 "left_out": left,
                 "refused": dict(refusals),
-                "path": path,
-                "licence": LICENCE,
-                "copyright": owner,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
+                **_origin_of(content, path, owner),
             }
         served = serving_table(archive)
     head = {
@@ -108,25 +104,21 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
     }
     content = serving_csv(served)
     write_whole(folder / PUBLISHED["serving"], content)
-    serving = {
-        "file": PUBLISHED["serving"],
-        "rows": len(served),
-        "left_out": dict(why_left_out(served)),
-        "path": MEMBER,
-        "licence": LICENCE,
-        "copyright": COPYRIGHT,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    serving = {"file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served))}
+    serving |= _origin_of(content, MEMBER, COPYRIGHT)
+    selected = "rows selected as said under each table; microseconds to seconds in float32; column names and order"
     second = {"package": infersim.REPOSITORY, "url": infersim.URL, "protocol": "as said in each table's source"}
     second["unknown"] = "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle"
-    second["changes"] = (
-        "rows selected as said under each table; microseconds to seconds in float32; column names and order"
-    )
+    second["changes"] = selected
     index = {**head, "serving": serving, "infersim": second, "tables": tables}
     text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)
     write_whole(folder / INDEX, text.encode())
     return tables
+
+
+def _origin_of(content: bytes, path: str, owner: str) -> dict[str, Any]:
+    about = {"path": path, "licence": LICENCE, "copyright": owner, "bytes": len(content)}
+    return {**about, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
