@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from calibration.records.parquet import read_records
-from calibration.records.timing_table import Records
+from calibration.records.timing_table import Records, read_records
 from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent

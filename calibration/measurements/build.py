@@ -26,7 +26,7 @@ import yaml
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, file_name, infersim
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, PACKAGE, WHEEL_SHA256, open_wheel, read_choice, shipped_part
-from calibration.records.parquet import write_records
+from calibration.records.timing_table import write_records
 from simulator.files.write import write_whole
 
 LICENCE = "Apache-2.0"

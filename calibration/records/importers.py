@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.records.parquet import is_records, read_records
 from calibration.records.readers import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, content_records, parse, untimed
-from calibration.records.timing_table import COUNTS, NEEDED, Records
+from calibration.records.timing_table import COUNTS, NEEDED, Records, is_records, read_records
 from simulator.arrays import Array
 from simulator.cost.experts import POWER
 from simulator.errors import InputError

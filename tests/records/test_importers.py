@@ -14,10 +14,9 @@ import pytest
 
 from calibration.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
-from calibration.records.parquet import write_records
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
 from calibration.records.store import Header, Store
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
 from simulator.errors import InputError
 from simulator.workload import DTYPES, ROLES
 
