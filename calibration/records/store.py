@@ -187,7 +187,7 @@ class Store:
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
-        self._fd = open_locked(self.path)
+        self._fd = _open_locked(self.path)
         try:
             size = os.fstat(self._fd).st_size
             found = parse(os.pread(self._fd, size, 0), str(self.path))
@@ -262,7 +262,7 @@ class Store:
         return OSError(error.errno, f"cannot be written: {error.strerror}{more}", str(self.path))
 
 
-def open_locked(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     """Open a file and lock it; InputError at once if another process holds the lock."""
     import fcntl  # missing on Windows, where nothing else here needs it
 
@@ -342,16 +342,11 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    runs: dict[str, list[int]] = {}
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
         if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
-            runs.setdefault(str(row.get("run", "")), []).append(number)
-    return {
-        number
-        for numbers in runs.values()
-        for number, slow in zip(numbers, power_capped([rows[i - 1]["after"] for i in numbers]), strict=True)
-        if slow
-    }
+            runs.setdefault(str(row.get("run", "")), {})[number] = row["after"]
+    return {n for own in runs.values() for n, slow in zip(own, power_capped([*own.values()]), strict=True) if slow}
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
@@ -386,25 +381,20 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
     lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
-    spread = math.nan
-    if lower is not None and upper is not None:
-        spread = (float(upper) - float(lower)) / 2.0 / seconds
+    spread = math.nan if lower is None or upper is None else (float(upper) - float(lower)) / 2.0 / seconds
+    launch = "graph" if method.startswith("events around a graph") else "eager"
+    if method in ("", "replayed"):
+        launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
         "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
-        "launch": _launch_of(method),
+        "launch": launch,
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",
     }
-
-
-def _launch_of(method: str) -> str:
-    if method in ("", "replayed"):
-        return LAUNCHES[0]
-    return "graph" if method.startswith("events around a graph") else "eager"
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
