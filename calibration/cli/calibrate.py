@@ -120,7 +120,6 @@ def command(
 
 
 def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
-    """Print the judgement on a run without a profile, and exit with its status."""
     from calibration.evidence.verdict import DO_NOT_USE, Judgement
 
     text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."

@@ -113,7 +113,6 @@ def command(
 def _per_layer(
     folder: str, choices: str | None, file: str, text: str | None, windows: int, length: int, output: render.Output
 ) -> None:
-    """Score the variants of each layer into a file."""
     from calibration.runners import per_layer as scores
     from calibration.runners import quality
     from simulator.models.library import load_model

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.measure.interrupt import Interrupt
-from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
+from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup

@@ -18,10 +18,9 @@ from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
-from calibration.measure.interrupt import Interrupted
-from calibration.records.parquet import read_records, write_records
+from calibration.measure.run import Interrupted
 from calibration.records.store import read_store
-from calibration.records.timing_table import Records, Source
+from calibration.records.timing_table import Records, Source, read_records, write_records
 from calibration.runners.runs import DATASHEET, keep_apart
 from calibration.runners.targets import target_operators, target_workloads
 from simulator.cli.program import REMOVED
