@@ -1,4 +1,4 @@
-"""Devices to measure: one file per device, opened by its name. Only these files need torch or NVML."""
+"""Devices to measure: one file per device, opened by its name."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def open_device(name: str, threads: int | None = None, **options: Any) -> Device
         if name != "cpu":
             raise InputError(f"threads: expected device cpu with a number of threads, got {name}")
         options["threads"] = threads
+    if name == "host":
+        try:
+            return open_device("cuda", **options)
+        except InputError:  # no GPU, or no torch; the CPU reports missing torch
+            return open_device("cpu", **options)
     kind, _, rest = name.partition(":")
     if not kind.isidentifier() or find_spec(f"{__name__}.{kind}") is None:
         raise unknown_device(name)

@@ -47,10 +47,9 @@ import torch  # noqa: E402
 if _BOUND:  # OpenMP has bound this thread to the first CPU; undo that, since it is a side effect of an import
     _set_affinity(_ALLOWED)
 
-from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
+from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory  # noqa: E402
 from calibration.devices.protocol import HOST_KINDS, Operator, OutOfMemory, unknown_device  # noqa: E402
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
-from calibration.devices.torch_device import TorchDevice, host_loop  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -134,7 +133,6 @@ class CpuDevice(TorchDevice):
         super().__init__("cpu", cache_bytes, limit_bytes)
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
-        """Return CPU model, threads, pinning and libraries of torch."""
         try:
             model = cpuinfo(_read_text("/proc/cpuinfo"), self.cpus[0])["model name"]
         except KeyError:
@@ -150,11 +148,9 @@ class CpuDevice(TorchDevice):
         }
 
     def dtypes(self) -> tuple[str, ...]:
-        """Return fp32, bf16, fp16 (slow emulation on a CPU without them) and int8."""
-        return ("fp32", "bf16", "fp16", "int8")
+        return ("fp32", "bf16", "fp16", "int8")  # without instructions for them, bf16 and fp16 are emulated slowly
 
     def refuses(self, operator: Operator) -> str:
-        """Return the reason why the CPU cannot run an operator, or ""."""
         if operator.kind == "gemm_2to4":
             return "gemm_2to4 needs sparse tensor cores; a CPU has none"
         if operator.kind == "launch_graph":
@@ -175,7 +171,6 @@ class CpuDevice(TorchDevice):
         return OutOfMemory(str(error)) if is_out_of_memory(error) else None
 
     def snapshot(self) -> Snapshot:
-        """Return clock, temperature, load and thermal events of the used CPUs, as far as Linux reports them."""
         return self._reader.snapshot()
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 A graph excludes host time. The rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
 lines almost at random, and of twice L2 a fifth would still be found there. If a kind of operator cannot be captured,
-which a child process finds out (:mod:`calibration.devices.capture_probe`), every launch is timed alone between two
+which a child process finds out, every launch is timed alone between two
 events, after a buffer of four times L2 was overwritten and while the device waits for the host to prepare the launch
 (2:4 launches take the host longer than the device). The record names the method, the attention backend and the kernels.
 :mod:`calibration.devices.cuda_timing` times under load.
@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import torch
 
-from calibration.devices import attention_libraries
-from calibration.devices.capture_probe import CaptureProbe, Probed, kernel_names
-from calibration.devices.cuda_timing import GpuTimer
-from calibration.devices.operators import build, is_out_of_memory
+from calibration.devices.attention import PAGES, find_library
+from calibration.devices.cuda_timing import CaptureProbe, GpuTimer, Probed, kernel_names
+from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory
 from calibration.devices.protocol import (
     HOST_KINDS,
     CaptureFailed,
@@ -34,7 +33,6 @@ from calibration.devices.protocol import (
     Unsupported,
 )
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
-from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
 
 PROTOCOL = "2"
@@ -114,13 +112,12 @@ class CudaDevice(TorchDevice):
         self._reader = NvmlReader(nvml, uuid, index)
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
-        self._library = attention_libraries.find(attention)
+        self._library = find_library(attention)
         child = None if backend is not None else CaptureProbe.of_gpu(index, attention)  # a child has no such backend
         self._probe = child if probe == "child" else probe
         self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
 
     def identity(self) -> tuple[str, Mapping[str, str]]:
-        """Return GPU name, driver, CUDA, libraries of torch, power limit and timing method."""
         sparse = getattr(torch.backends, "cusparselt", None)
         limit = self._reader.power_limit_w()
         return f"{self._properties.name} ({self._properties.multi_processor_count} SM)", {
@@ -159,7 +156,6 @@ class CudaDevice(TorchDevice):
         return super().refuses(op)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
-        """Make operands on the GPU and, if possible, record a graph of launches."""
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
         host, timer = operator.kind in HOST_KINDS, self._timer
         probed = Probed() if host or not self._graphs else self._capturable(operator)
@@ -214,7 +210,6 @@ class CudaDevice(TorchDevice):
         return known
 
     def kernels(self, operator: Operator) -> tuple[str, ...]:
-        """Return the names of the kernels of an operator as far as the profiler reports them."""
         launches = build(operator, self._torch_device, self._arena, self._library)
         return kernel_names(lambda: launches.launch(0), self._cuda.synchronize)
 
@@ -226,7 +221,6 @@ class CudaDevice(TorchDevice):
         return known
 
     def _responds(self) -> bool:
-        """Whether a trivial kernel runs."""
         try:
             torch.zeros(1, device=self._torch_device).add_(1.0)
             self._cuda.synchronize()
@@ -235,11 +229,9 @@ class CudaDevice(TorchDevice):
         return True
 
     def snapshot(self) -> Snapshot:
-        """Return the NVML readings since the last call, taken while launches ran, or else the current ones."""
         return self._timer.snapshot()
 
     def describe(self) -> Description:
-        """Return hardware and software, with the facts that distinguish GPUs of similar names."""
         p, reader = self._properties, self._reader
         gpu = Gpu(
             sm_count=int(p.multi_processor_count),
@@ -252,7 +244,6 @@ class CudaDevice(TorchDevice):
         return replace(super().describe(), gpu=gpu)
 
     def close(self) -> None:
-        """Free memory and end the child process."""
         super().close()
         self._timer.clear()
         if isinstance(self._probe, CaptureProbe):
@@ -265,9 +256,9 @@ def open_named(rest: str, **options: Any) -> CudaDevice:
     """Open the device ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
     parts = rest.split(":") if rest else []
     index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
-    if parts and parts[0] in attention_libraries.PAGES:
+    if parts and parts[0] in PAGES:
         options["attention"] = parts.pop(0)
     if parts:
-        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(attention_libraries.PAGES)}"
+        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(PAGES)}"
         raise InputError(f"device: {right} for their attention, got 'cuda:{rest}'")
     return CudaDevice(index, **options)

@@ -84,11 +84,9 @@ class ReplayDevice:
         self._rng = np.random.default_rng(self.seed)
 
     def describe(self) -> Description:
-        """Return the given description."""
         return self.description
 
     def dtypes(self) -> tuple[str, ...]:
-        """Return the given formats."""
         return self.formats
 
     def refuses(self, operator: Operator) -> str:
@@ -130,7 +128,6 @@ class ReplayDevice:
         return math.nan if number in f.nan and sample == 3 else value
 
     def snapshot(self) -> Snapshot:
-        """Return planted telemetry."""
         if not self.faults.nvml:
             return Snapshot()
         if len(self.prepared) - 1 in self.faults.throttle:
@@ -138,11 +135,9 @@ class ReplayDevice:
         return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
 
     def clock(self) -> float:
-        """Return simulated seconds."""
         return self._now
 
     def rest(self, seconds: float) -> None:
-        """Advance the clock."""
         self._now += seconds
 
     def close(self) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.devices.operators import TORCH_DTYPE
+from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Unsupported
-from calibration.devices.sparse import sparse_weight
 from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.changes import changed_keys

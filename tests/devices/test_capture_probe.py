@@ -11,8 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from calibration.devices.capture_probe import CaptureProbe, Probed, serve  # noqa: E402
-from calibration.devices.cuda_timing import NotCapturable  # noqa: E402
+from calibration.devices.cuda_timing import CaptureProbe, NotCapturable, Probed, serve  # noqa: E402
 from calibration.devices.protocol import CaptureFailed, Operator, OutOfMemory, Unsupported  # noqa: E402
 
 GEMM = Operator("gemm", m=4, n=128, k=64)

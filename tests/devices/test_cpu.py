@@ -17,8 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import attention as att  # noqa: E402
 from calibration.devices.cpu import CpuDevice, available_memory_bytes, default_threads, last_level_cache_bytes  # noqa: E402
-from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa: E402
-from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402  # noqa: E402
+    HEAD_DIM,
+    HIDDEN,
+    Arena,
+    EagerLayer,
+    build,
+    is_out_of_memory,
+    random_tensor,
+    rotary,
+    rotary_tables,
+)
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
 from calibration.runners.decoder.routed import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402

@@ -18,9 +18,8 @@ from test_telemetry import FakeNvml  # noqa: E402
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices import cuda_timing as timing  # noqa: E402
-from calibration.devices.capture_probe import Probed  # noqa: E402
 from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
-from calibration.devices.cuda_timing import PREHEAT_S  # noqa: E402
+from calibration.devices.cuda_timing import PREHEAT_S, Probed  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402

@@ -352,7 +352,7 @@ def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
     monkeypatch.setattr("calibration.runners.decoder.model.kernels", lambda: Launched)
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
-    monkeypatch.setattr("calibration.devices.flex._attend", lambda q, *_, **__: torch.empty_like(q))
+    monkeypatch.setattr("calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q))
     made = random_decoder(CONFIG, dtype="fp32")
     pruned = prune_decoder(made, family, 0.5) if family else made
     assert pruned.rule is None or not pruned.rule.on_host(META)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from calibration.devices.operators import sparse_weight
 from calibration.devices.protocol import Unsupported
-from calibration.devices.sparse import sparse_weight
 from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Tensor
 from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenDropping, TokenRouting, best
 from calibration.runners.decoder.run import Rule

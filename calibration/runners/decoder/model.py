@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.devices.operators import TORCH_DTYPE
+from calibration.devices.operators import TORCH_DTYPE, linear
 from calibration.devices.skipping import kernels
-from calibration.devices.sparse import linear
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibration.devices import flex, skipping
+from calibration.devices import attention, skipping
 from calibration.devices.attention import block_sparse_attention, decode_attention, masked_attention
 from calibration.devices.operators import gated
 from calibration.runners.decoder.model import Attention, Mlp, Tensor
@@ -76,7 +76,7 @@ class TokenRouting(Rule):
         if self._in_place(s):
             index, count, runs = self._drawn(s, "attention", a.router, x)
             q = s.turned(split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm)
-            out = flex.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
+            out = attention.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
             return a.o.of_rows(joined(out)[:, 0], index, count, x[:, 0])[:, None]
         rows, positions = self._chosen(s, "attention", a.router, x)
         if not len(rows):
@@ -84,7 +84,9 @@ class TokenRouting(Rule):
         if not s.decoding:
             some = h.flatten(0, 1).index_select(0, rows).view(len(x), -1, x.shape[2])
             q = s.queries(a, some, s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1))
-            out = (flex.at_positions if skipping.in_triton(s.decoder.device) else routed_attention)(q, k, v, positions)
+            out = (attention.at_positions if skipping.in_triton(s.decoder.device) else routed_attention)(
+                q, k, v, positions
+            )
         elif len(rows) == len(x):
             out = decode_attention(s.queries(a, h), k, v)
         else:  # each sequence reads its cache in place, without a copy
@@ -160,7 +162,7 @@ class BlockAttention(Rule):
         table, q_len = self._table(q, k), q.shape[2]
         s.kept["means", s.layer] = block_means(k, self.block)
         s.note("attention", table)
-        by_blocks = flex.block_sparse if skipping.in_triton(s.decoder.device) else block_sparse_attention
+        by_blocks = attention.fused_block_sparse if skipping.in_triton(s.decoder.device) else block_sparse_attention
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:

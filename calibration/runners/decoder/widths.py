@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from calibration.devices import flex, skipping
+from calibration.devices import attention, skipping
 from calibration.devices.attention import decode_attention
 from calibration.devices.operators import gated
 from calibration.runners.decoder.model import Attention, Blocks, Mlp, Sublayer, Tensor
@@ -130,7 +130,7 @@ def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values:
     tiles = kernels.tiles_of(mask)
     q = kernels.grouped_columns(h.flatten(0, 1), blocks.inner, tiles, a.q.bias)
     q = s.turned(split_heads(q.view(batch, tokens, -1), a.heads), a.q_norm)
-    out = flex.running(q, keys, values, mask) if s.decoding else _chosen_attention(q, keys, values, mask)
+    out = attention.running(q, keys, values, mask) if s.decoding else _chosen_attention(q, keys, values, mask)
     return kernels.grouped_features(joined(out).flatten(0, 1), blocks.outer, tiles)
 
 
@@ -145,7 +145,7 @@ def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     grouped = q.reshape(batch * groups, heads // groups, tokens, -1)
     wide = order[:, None, :, None].expand_as(grouped)
     k, v = (t.flatten(0, 1).unsqueeze(1) for t in (keys, values))
-    out = flex.at_positions(grouped.gather(2, wide), k, v, order.where(there, -1))
+    out = attention.at_positions(grouped.gather(2, wide), k, v, order.where(there, -1))
     return torch.zeros_like(grouped).scatter_(2, wide, out.masked_fill(~there[:, None, :, None], 0.0)).view_as(q)
 
 
