@@ -68,8 +68,7 @@ def command(
     updates --hardware.
     """
     from calibration.fit.local_update import Updated
-    from calibration.runners.runs import fit_run, measure_into
-    from calibration.runners.targets import TargetModels, target_workloads
+    from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
     from calibration.validation.verdict import of_calibration
 
     budget_s = seconds("--budget", budget)

@@ -1,25 +1,26 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
-``prunesim calibrate`` uses it. The folder holds ``datasheet.yaml`` (the base profile),
-``records.jsonl``, ``profile.yaml`` with its arrays, and ``report.md`` with figures. :func:`measure_into` writes the
-first two and resumes an earlier call; :func:`fit_run` writes the others.
+The folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and
+``report.md`` with figures. :func:`measure_into` writes the first two and resumes an earlier call; :func:`fit_run`
+writes the others. :func:`target_operators` selects what to measure for a given model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order
+from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order, next_rows
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
@@ -28,12 +29,20 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
-from calibration.runners.targets import TargetModels, target_operators
 from calibration.validation.validate import Report, validate
 from calibration.validation.verdict import disturbed_share
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.models.library import load_model
+from simulator.prediction.scenario import Scenario
+from simulator.pruning import prune
+from simulator.uncertainty import factors
+from simulator.uncertainty.forward import forward_passes
+from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
+from simulator.workload_batch import WorkloadBatch
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
@@ -45,8 +54,11 @@ QUICK_SHARES: Mapping[str, float] = {
 }
 """Shares of the time of a quick run: the operators that re-anchoring uses."""
 
-HOST_BUDGET_S = 20.0
-"""Maximum time for the operators that measure the host."""
+HOST_BUDGET_S = 20.0  # at most, for the operators that measure the host
+MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
+
+TargetModels = Sequence[Sequence[Workload]]
+"""Dense workloads, each followed by its pruned workloads."""
 
 REPORTS = {
     "holdout": (REPORT, "shapes held out before the fit"),
@@ -149,21 +161,10 @@ def measure_into(
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
-    Parameters
-    ----------
-    device : Device
-        Open device; it stays open.
-    hardware : str
-        Profile with the datasheet. Default: found by the device's name, or measured.
-    targets : sequence of sequences of Workload
-        Dense and pruned models whose GEMMs (``quick``: all operators) are measured exactly and first, in the order of
-        how much they narrow the speedups. The rest of the budget is for the fit.
-    quick : bool
-        Measure for re-anchoring instead of a fit.
-    progress : callable, optional
-        Called with the seconds that have passed and the expected total.
-    note : callable
-        Called with a description of the machine and of the plan.
+    The device stays open. ``hardware`` is the profile with the datasheet (default: found by the device's name, or
+    measured). The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured
+    exactly and first, in the order of how much they narrow the speedups; the rest of the budget is for the fit.
+    ``progress`` is called with the seconds that have passed and the expected total, ``note`` with a description.
     """
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -294,3 +295,72 @@ def fit_run(
         if report := reports[purpose]:
             write_markdown(report, path / name, title=f"{title}: {subject}")
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
+
+
+# -- operators of a model
+
+
+def target_workloads(
+    model: str,
+    *,
+    phases: Sequence[str] = ("prefill", "decode"),
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    dtype: str = "bf16",
+    families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
+    sparsities: Sequence[float] = (0.25, 0.5),
+    engine: str = DEFAULT_ENGINE,
+) -> TargetModels:
+    """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
+    template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
+    out = []
+    for phase, b, s in product(phases, batch, seq):
+        (dense,) = replace(template, phase=phase, shapes=((b, s),)).workloads
+        out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
+    return out
+
+
+def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = True) -> list[Operator]:
+    """Return the measurable operators of workloads, each once, best first (``next_rows``).
+
+    They are dense GEMMs; with ``every`` also attention and elementwise operators.
+    """
+    batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
+    lengths = np.array([len(workloads) for workloads in targets])
+    dense = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    p = forward_passes(batch, hw)
+    shapes, _ = batch.shapes
+    found: dict[Operator, int] = {}
+    for row in range(len(shapes)):
+        op = operator_of(shapes, row)
+        if op is not None and (every or op.kind == "gemm"):
+            found.setdefault(op, row)
+    at, operators = np.array(list(found.values()), dtype=np.intp), list(found)
+    rows, kind = factors.in_order(p.errors, len(shapes)).take(at), shapes.kind[at].astype(np.intp)
+    covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
+    order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
+    return [operators[i] for i in (*order, *sorted(set(range(len(at))) - set(order)))]
+
+
+def operator_of(w: Workload, row: int) -> Operator | None:
+    """Return the operator that times a row of a workload; None if no operator does."""
+    kind, dtype, role = int(w.kind[row]), DTYPES[int(w.dtype[row])], ROLES[int(w.role[row])]
+    plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
+    if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:
+        return Operator("gemm", dtype, m=max(round(float(w.m[row])), 1), n=int(w.n[row]), k=int(w.k[row]))
+    if kind == Kind.ELEMENTWISE and role in ELEMENTWISE_ROLES:
+        return Operator("elementwise", dtype, m=max(int(w.m[row]), 1), n=int(w.n[row]), role=role, cold=False)
+    if kind in (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION) and plain and w.density[row] == 1.0:
+        decode = kind == Kind.DECODE_ATTENTION
+        return Operator(
+            "attention_decode" if decode else "attention_prefill",
+            dtype,
+            batch=int(w.batch[row]),
+            q_len=int(w.q_len[row]),
+            kv_len=int(w.kv_len[row]),
+            heads=int(w.heads[row]),
+            kv_heads=int(w.kv_heads[row]),
+            head_dim=int(w.head_dim[row]),
+            cold=decode,
+        )
+    return None

@@ -29,7 +29,7 @@ from calibration.devices.operators import (  # noqa: E402  # noqa: E402
     rotary_tables,
 )
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
-from calibration.runners.decoder.routed import routed_attention  # noqa: E402
+from calibration.runners.decoder.rules import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 

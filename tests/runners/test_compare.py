@@ -21,9 +21,8 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
-from calibration.runners.agreement import by_phase, repeatability, summary  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of  # noqa: E402
+from calibration.runners.compare import ComparedCases, ComparedSpeedup, by_phase, repeatability, rows_of, summary  # noqa: E402  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.timing import time_pair  # noqa: E402

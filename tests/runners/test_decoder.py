@@ -28,9 +28,8 @@ from calibration.runners.decoder.families import (  # noqa: E402
     prune_decoder,
     two_of_four,
 )
-from calibration.runners.decoder.model import Decoder, from_weights, random_decoder  # noqa: E402
-from calibration.runners.decoder.routed import TokenRouting  # noqa: E402
-from calibration.runners.decoder.run import PassState, Rule, decode, prefill  # noqa: E402
+from calibration.runners.decoder.model import Decoder, PassState, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402  # noqa: E402
+from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.block import Block, Latent  # noqa: E402
@@ -350,7 +349,6 @@ class OnDevice(TorchDispatchMode):  # type: ignore[misc]
 def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph holds may not depend on data: here there is none."""
     monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
-    monkeypatch.setattr("calibration.runners.decoder.model.kernels", lambda: Launched)
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
     monkeypatch.setattr("calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q))
     made = random_decoder(CONFIG, dtype="fp32")

@@ -12,7 +12,7 @@ if find_spec("transformers") is None:  # not imported, which takes time
     pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.hf_model import build, check  # noqa: E402
+from calibration.runners.hf import build, check  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402

@@ -17,9 +17,9 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
-from calibration.runners import hf_runner  # noqa: E402
+from calibration.runners import hf  # noqa: E402
 from calibration.runners.cases import Case, settings_of  # noqa: E402
-from calibration.runners.hf_runner import HfRunner  # noqa: E402
+from calibration.runners.hf import HfRunner  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
@@ -84,10 +84,10 @@ def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was()
 
     layer.forward = noted
     with torch.inference_mode():
-        sample = hf_runner.eager_sampler(runner.kept["dense"], case)
+        sample = hf.eager_sampler(runner.kept["dense"], case)
         sample(2)
     prompt, *steps = lengths
-    once = hf_runner.TOKENS + 1  # the first token warms up, then come those that are timed
+    once = hf.TOKENS + 1  # the first token warms up, then come those that are timed
     assert prompt == 0
     assert steps == [*range(16, 16 + once)] * 2
 

@@ -16,11 +16,9 @@ torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 from decoder_reference import CONFIG as USUAL  # noqa: E402
 from tiny_checkpoint import TEXT, write_checkpoint  # noqa: E402
 
-from calibration.runners import per_layer  # noqa: E402
-from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder  # noqa: E402
-from calibration.runners.decoder.run import window_logits  # noqa: E402
-from calibration.runners.per_layer import DENSE, changes_of, fewer_heads, measure_layers  # noqa: E402
-from calibration.runners.quality import score  # noqa: E402
+from calibration.runners import quality  # noqa: E402
+from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
+from calibration.runners.quality import DENSE, changes_of, fewer_heads, measure_layers, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
@@ -60,7 +58,7 @@ def _at(decoder: Decoder, number: int, layer: Layer) -> Decoder:
 @pytest.mark.quick
 @pytest.mark.parametrize("keep", [True, False])
 def test_scores_are_those_of_whole_passes(decoder: Decoder, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_layer, "MOST_LOGIT_BYTES", 2e9 if keep else 0)
+    monkeypatch.setattr(quality, "MOST_LOGIT_BYTES", 2e9 if keep else 0)
     found = _measured(decoder, attention=["kv=2", "none"], mlp=["none"])
     assert list(found)[:4] == [DENSE, ("0", "kv=2", "dense"), ("0", "none", "dense"), ("0", "dense", "none")]
     assert found[DENSE] == pytest.approx(0.0, abs=1e-6)
@@ -181,7 +179,7 @@ def test_a_killed_run_is_resumed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(command("-o", str(tmp_path / "whole.csv"))) == 0
-    scored, passes = per_layer._Dense.score, list[Any]()
+    scored, passes = quality._Dense.score, list[Any]()
 
     def counted(self: Any, last: Any) -> Any:
         if len(passes) == 6:
@@ -189,7 +187,7 @@ def test_a_killed_run_is_resumed(
         passes.append(last)
         return scored(self, last)
 
-    monkeypatch.setattr(per_layer._Dense, "score", counted)
+    monkeypatch.setattr(quality._Dense, "score", counted)
     assert run(command()) == 130
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 6
     passes.clear()

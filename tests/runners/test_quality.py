@@ -18,8 +18,7 @@ from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
-from calibration.runners.decoder.model import Decoder, random_decoder  # noqa: E402
-from calibration.runners.decoder.run import window_logits  # noqa: E402
+from calibration.runners.decoder.model import Decoder, random_decoder, window_logits  # noqa: E402
 from calibration.runners.quality import decoder_of, logits_of, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402

@@ -12,8 +12,7 @@ import pytest
 from fake_vllm import FILE
 
 from calibration.runners.cases import Case
-from calibration.runners.compare import name_of, rows_of
-from calibration.runners.vllm_bench import bench_record
+from calibration.runners.compare import bench_record, name_of, rows_of
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.prediction.benchmarks import BenchRun, read_bench

@@ -22,9 +22,7 @@ from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.runners.cases import Case
 from calibration.runners.vllm import runner as running
-from calibration.runners.vllm.models import CLASSES, Models
-from calibration.runners.vllm.process import RELEASES, environment
-from calibration.runners.vllm.runner import VllmRunner
+from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig

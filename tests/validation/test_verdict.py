@@ -10,7 +10,7 @@ import pytest
 
 from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.records.timing_table import PURPOSES, Flag, Records, Source
-from calibration.runners.agreement import conclusions
+from calibration.runners.compare import conclusions
 from calibration.validation.validate import Report, ReportPart
 from calibration.validation.verdict import (
     DO_NOT_USE,

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 
 from calibration.devices.operators import sparse_weight
 from calibration.devices.protocol import Unsupported
-from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Tensor
-from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenDropping, TokenRouting, best
-from calibration.runners.decoder.run import Rule
-from calibration.runners.decoder.widths import GroupRouting
+from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Rule, Tensor
+from calibration.runners.decoder.rules import BlockAttention, CacheCut, GroupRouting, TokenDropping, TokenRouting, best
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
 from simulator.prediction.scenario import one_of

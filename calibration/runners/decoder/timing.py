@@ -16,8 +16,7 @@ from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.runners.cases import Case
 from calibration.runners.decoder.families import check_steps, prune_by_steps
-from calibration.runners.decoder.model import Decoder, check_model, random_decoder
-from calibration.runners.decoder.run import decode, prefill
+from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
 from calibration.runners.pairs import PairRunner, PairTimes, alternate, looped
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
