@@ -46,9 +46,8 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention with a boolean mask (..., queries, keys) that all heads share.
 
-    The query heads of a key/value head become its query rows. The flash kernel does not support a mask with shared
-    heads, and the memory-efficient kernel supports it only in new versions of torch (``can_use_flash_attention``,
-    ``can_use_mem_efficient_attention`` in ATen's ``sdp_utils.cpp``); otherwise nothing would be fused.
+    The query heads of a key/value head become its query rows, because fused kernels do not support a mask with shared
+    heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``).
     """
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
@@ -75,10 +74,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], Tensor]]:
-    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only.
-
-    Without it, torch would choose by version and shape.
-    """
+    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -104,10 +100,7 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return the computed key blocks of each query block, booleans (query blocks, key blocks).
-
-    They are the diagonal block and evenly spread earlier blocks: a ``density`` share of the causal blocks, rounded up.
-    """
+    """Return the key blocks of each query block, booleans: the diagonal and evenly spread earlier ones, by density."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):
@@ -120,12 +113,9 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
 def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -> Attend:
     """Return causal attention over the blocks of a layout, in plain torch; the host reads the table.
 
-    For each block of queries, it gathers the key and value blocks and attends to them densely; the gather is part of
-    the work. ``kv_len - q_len`` must be a multiple of ``block``, so the diagonal falls on a block.
+    For each block of queries, it gathers the key and value blocks and attends to them densely. ``kv_len - q_len`` is a
+    multiple of ``block``, so the diagonal falls on a block.
     """
-    if (kv_len - q_len) % block:
-        got = f"kv_len - q_len = {kv_len - q_len}"
-        raise ValueError(f"block-sparse attention: expected a multiple of the block {block}, got {got}")
     rows = []  # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
     for number, kept in enumerate(table):
         last = (kv_len - q_len) // block + number
@@ -154,10 +144,7 @@ def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -
 
 @lru_cache(maxsize=2)
 def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
-    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per shape.
-
-    Beyond its limit of recompilations torch would silently use the unfused function; ``fullgraph`` raises an error.
-    """
+    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     config = torch._dynamo.config
@@ -197,10 +184,7 @@ def _mask(
 
 
 def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Attend:
-    """Return causal attention over the blocks of a layout as a fused kernel; the table stays on the device.
-
-    ``kv_len - q_len`` is a multiple of ``edge``. Every block of queries sees its diagonal block.
-    """
+    """Return causal attention over the blocks of a layout as a fused kernel; the table stays on the device."""
     options = tile_options(edge)
     rows, columns = table.shape
     diagonal = (kv_len - q_len) // edge + torch.arange(rows, device=table.device)[:, None]
@@ -265,8 +249,7 @@ class AttentionLibrary:
     """An installed attention library. Queries have the shape (batch, positions, heads, head_dim).
 
     A decode reads a paged cache whose pages are in random order, as after some time of serving. Signatures:
-    docs.flashinfer.ai (``BatchDecodeWithPagedKVCacheWrapper``, ``BatchPrefillWithRaggedKVCacheWrapper``) and
-    ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2.
+    docs.flashinfer.ai, and ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2.
     """
 
     name: str
@@ -281,7 +264,6 @@ class AttentionLibrary:
         return self.version + (f", pages of {self.page} in random order" if op.kind == "attention_decode" else "")
 
     def cache_shape(self, op: Operator) -> tuple[int, ...]:
-        """Return the shape of the tensor of keys and values: whole pages for a decode, else sequences."""
         if op.kind == "attention_decode":
             return 2, op.batch * math.ceil(op.kv_len / self.page), self.page, op.kv_heads, op.head_dim
         return 2, op.batch, op.kv_len, op.kv_heads, op.head_dim
@@ -306,7 +288,6 @@ def find_library(name: str) -> AttentionLibrary | None:
 
 
 def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
-    """Return the pages of each sequence (batch, pages), in random order."""
     pages = op.batch * math.ceil(op.kv_len / library.page)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(op.kv_len))
     return order.to(torch.int32).view(op.batch, -1).to(device)

@@ -77,7 +77,6 @@ class GpuTimer:
         return under_load(readings) if readings else self._read()
 
     def clear(self) -> None:
-        """Free memory."""
         self._flush = None
 
     def preheat(self, run: Callable[[int], float]) -> None:
@@ -92,10 +91,7 @@ class GpuTimer:
             busy_s += each * loops
 
     def capture(self, launches: Launches) -> Graph:
-        """Capture a graph that is long enough to hide the gap between replays, with whole rounds over the copies.
-
-        NotCapturable: the operator cannot be captured. CaptureFailed: nothing can be captured here any more.
-        """
+        """Capture a graph that is long enough to hide the gap between replays, with whole rounds over the copies."""
         once = self.single(launches, 3, flush=False)
         fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
         wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
@@ -125,7 +121,6 @@ class GpuTimer:
         return Graph(graph.replay, length, length * once)
 
     def _captures(self) -> bool:
-        """Whether this process can capture a trivial kernel."""
         try:
             value = torch.zeros(1, device=self._device).add_(1.0)
             with self._cuda.graph(self._cuda.CUDAGraph()):
@@ -136,7 +131,6 @@ class GpuTimer:
         return True
 
     def replays(self, graph: Graph, loops: int) -> float:
-        """Return the seconds per launch in enough replays for ``loops`` launches."""
         replays = math.ceil(loops / graph.length)
         start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
         if graph.span_s < _LONGEST_LEAD_S:
@@ -206,7 +200,7 @@ class Probed:
 
 
 class CaptureProbe:
-    """Answers for operators on one GPU; ``command`` is the command line of the child."""
+    """Answers for operators on one GPU by the child that ``command`` starts."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
         self._command, self._limit_s = tuple(command), limit_s
@@ -215,7 +209,6 @@ class CaptureProbe:
 
     @classmethod
     def of_gpu(cls, index: int, attention: str) -> CaptureProbe:
-        """Return the probe of a GPU by torch's number."""
         child = f"from {__name__} import main; main()"
         return cls((sys.executable, "-c", child, str(index), attention))
 
@@ -267,7 +260,6 @@ class CaptureProbe:
         return self._child
 
     def _line(self, child: subprocess.Popen[str]) -> dict[str, Any] | None:
-        """Return the next line of the child; None if it ends or the time is up."""
         assert child.stdout is not None
         ready, _, _ = select.select([child.stdout], [], [], self._limit_s)
         line = child.stdout.readline() if ready else ""
@@ -294,22 +286,19 @@ def kernel_names(launch: Callable[[], Any], synchronize: Callable[[], Any]) -> t
     return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
 
 
-def answer(device: Any, operator: Operator) -> Probed:
-    """Return the answer of a device of this process."""
-    try:
-        device.prepare(operator)
-    except (CaptureFailed, NotCapturable) as error:
-        return Probed(False, str(error))
-    except Exception:  # the process that asks will have the same error
-        return Probed()
-    return Probed(True, kernels=device.kernels(operator))
-
-
 def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
     """Answer lines with operators until they end or a capture fails."""
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in requests:
-        found = answer(device, Operator.from_record(json.loads(line)))
+        operator = Operator.from_record(json.loads(line))
+        try:
+            device.prepare(operator)
+        except (CaptureFailed, NotCapturable) as error:
+            found = Probed(False, str(error))
+        except Exception:  # the process that asks will have the same error
+            found = Probed()
+        else:
+            found = Probed(True, kernels=device.kernels(operator))
         print(json.dumps(asdict(found)), file=answers, flush=True)
         if found.captured is False:
             return

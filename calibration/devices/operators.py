@@ -23,7 +23,7 @@ from torch import nn
 
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
-from calibration.devices.protocol import NORMS, Description, Operator, OutOfMemory, Unsupported, selected
+from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
 from calibration.devices.skipping import MOST_FEATURES, grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
 from simulator.workload import DTYPE_BYTES, dtype_code
 
@@ -56,10 +56,7 @@ class Launches:
 
 
 class Arena:
-    """Random data for rotated operands: a round over them exceeds the last-level cache ``rotation`` times.
-
-    A round takes at most ``limit_bytes``; a larger single operand is out of memory.
-    """
+    """Random data for rotated operands: a round over them exceeds the cache ``rotation`` times, if memory allows."""
 
     def __init__(self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0) -> None:
         self.device = device
@@ -113,12 +110,10 @@ def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Root-mean-square norm over the last axis."""
     return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
     return F.silu(gate).mul_(up)
 
 
@@ -138,10 +133,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32.
-
-    fp8 sums in the tensor core's reduced precision (``use_fast_accum``), as vLLM, SGLang and TensorRT-LLM do.
-    """
+    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
     if dtype == "fp8":
         return torch._scaled_mm(
             x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -159,17 +151,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-# -- 2:4 weights
-
-
 @dataclass(frozen=True)
 class SparseWeight:
     """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores.
 
     torch's own tensor class always uses algorithm 0 of cuSPARSELt and adds its dispatcher to every call. This class
-    calls torch's functions of cuSPARSELt, with the fastest algorithm per number of rows; ``searched=False`` uses
-    algorithm 0, as engines built on torch do. The library times its algorithms at the first call with a number of rows,
-    before a CUDA graph is recorded, since the search waits for the device.
+    uses the fastest algorithm, which the library searches at the first call with a number of rows; the search waits
+    for the device, so it must precede the capture of a CUDA graph.
     """
 
     packed: Tensor
@@ -178,7 +166,6 @@ class SparseWeight:
     algorithms: dict[int, Algorithm] = field(default_factory=dict)  # by rows of activations; equal shapes share it
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x weight^T + bias of x (..., k)."""
         flat = x.reshape(-1, self.shape[1])
         rows = len(flat)
         if rows % _ROWS:
@@ -211,11 +198,7 @@ def _fastest(packed: Tensor, dense: Tensor, bias: Tensor | None) -> Algorithm:
 
 
 def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-    """Return x weight^T + bias of a dense or a sparse weight."""
     return weight.linear(x, bias) if isinstance(weight, SparseWeight) else F.linear(x, weight, bias)
-
-
-# -- a layer that times the host
 
 
 class EagerNorm(nn.Module):  # type: ignore[misc]
@@ -255,14 +238,11 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """Repeat each KV head of (1, heads, positions, head_dim) ``times`` times."""
     batch, heads, positions, width = x.shape
     return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, heads * times, positions, width)
 
 
 class EagerAttention(nn.Module):  # type: ignore[misc]
-    """Separate projections, rotation, cache, repeated KV heads, scaled dot product."""
-
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
         self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False, **options)
@@ -286,8 +266,6 @@ class EagerAttention(nn.Module):  # type: ignore[misc]
 
 
 class EagerMlp(nn.Module):  # type: ignore[misc]
-    """Gate, up, silu, product, down."""
-
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **options)
@@ -319,14 +297,8 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
         return residual + self.mlp(self.post_attention_layernorm(hidden))
 
 
-# -- operators with their operands
-
-
 def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
-    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit.
-
-    ``library`` computes prefill and decode attention, by default torch.
-    """
+    """Bind an operator to operands; ``library`` computes prefill and decode attention, by default torch."""
     if library is not None and op.kind in ("attention_prefill", "attention_decode"):
         return _library_attention(op, device, arena, library)
     return _BUILDERS[op.kind](op, device, arena)
@@ -391,10 +363,7 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def group_masks(op: Operator) -> Tensor:
-    """Return the groups that each token of a grouped GEMM uses, booleans (m, groups).
-
-    Each token has one of :data:`PATTERNS` masks, because a trained router chooses similarly for similar tokens.
-    """
+    """Return the groups of each token of a grouped GEMM; a trained router chooses similarly for similar tokens."""
     generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
     used = max(1, round(op.density * groups))
     choices = torch.rand(PATTERNS, groups, generator=generator).topk(used, dim=1).indices
@@ -533,9 +502,6 @@ _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
 # fmt: on
 
 
-# -- their device
-
-
 @dataclass(frozen=True)
 class Timed:
     """A ``Prepared`` whose launches are timed by ``run``; its device translates torch's errors."""
@@ -569,7 +535,7 @@ def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None)
 
 
 class TorchDevice:
-    """A device of torch; subclasses define its identity, unsupported operators and the timing of launches."""
+    """A device of torch; subclasses describe it and time launches."""
 
     name: str
     rotation = 2.0  # multiple of the last-level cache that a round over rotated operands exceeds
@@ -579,19 +545,9 @@ class TorchDevice:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
         self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
 
-    def identity(self) -> tuple[str, Mapping[str, str]]:
-        """Return the hardware as it names itself, and the software except torch."""
-        raise NotImplementedError
-
-    def describe(self) -> Description:
-        hardware, stack = self.identity()
-        return Description(
-            name=self.name,
-            device=hardware,
-            stack={"torch": torch.__version__, **stack},
-            memory_bytes=self.memory_limit_bytes,
-            cache_bytes=self.cache_bytes,
-        )
+    def description(self, hardware: str, stack: Mapping[str, str], gpu: Gpu | None = None) -> Description:
+        stack = {"torch": torch.__version__, **stack}
+        return Description(self.name, hardware, stack, self.memory_limit_bytes, self.cache_bytes, gpu)
 
     def refuses(self, operator: Operator) -> str:
         if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:
@@ -627,7 +583,6 @@ class TorchDevice:
         raise NotImplementedError
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
-        """Return torch's error as an error that the runner handles, or None."""
         raise NotImplementedError
 
     def clock(self) -> float:

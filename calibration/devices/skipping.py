@@ -41,7 +41,6 @@ def in_triton(device: str) -> bool:
 
 
 def kernels() -> Any:
-    """Return the module of the Triton kernels, which needs Triton."""
     return import_module("calibration.devices.triton_kernels")
 
 
@@ -61,11 +60,7 @@ def kernel_count(launch: Callable[[int], Any]) -> int:
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
-    """Return a function of a weight: x (m, k) times the groups that each token uses, by a gather, a GEMM and a scatter.
-
-    The groups are rows of the weight: output features (n, k) if ``outer``, else input features (k, n). The host reads
-    the mask once, here.
-    """
+    """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a scatter."""
     rows = [used.nonzero().squeeze(1) for used in mask.t()]
     groups = len(rows)
 
@@ -82,9 +77,6 @@ def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[
         return y
 
     return columns if outer else features
-
-
-# -- tile shapes of the Triton kernels
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,6 @@ def gathered(rows: int, element_bytes: int, aligned: str) -> TileShape:
 
 
 def tokens_per_tile(tokens: int) -> int:
-    """Return the tokens per tile of a grouped GEMM."""
     return FEW_ROWS if tokens <= FEW_ROWS else MOST_TOKENS
 
 

@@ -80,8 +80,6 @@ def gather_gemm(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens per group, and tiles of tokens sorted by their masks with the groups that each tile uses."""
-
     users: Tensor  # (groups, tokens): tokens that use the group come first
     many: Tensor  # (groups,): number of tokens that use the group
     order: Tensor  # (tokens,): tokens with equal masks are neighbours
