@@ -38,8 +38,6 @@ SPARSITIES: tuple[float, ...] = (0.25, 0.5)
 
 @dataclass(frozen=True)
 class CaseRow:
-    """First columns of the tables of both commands, in their order."""
-
     model: str
     device: str
     hardware: str
@@ -54,7 +52,6 @@ class CaseRow:
 
     @property
     def simple(self) -> bool:
-        """Whether the pruning is a family at a fraction."""
         return self.prune == f"{self.family} {self.sparsity:.9g}"
 
     @property
@@ -100,7 +97,6 @@ class Case:
 
     @property
     def family(self) -> str:
-        """Families of the pruning, joined by "+"."""
         return self.pruning.family
 
     @property
@@ -110,12 +106,10 @@ class Case:
 
     @property
     def phase(self) -> str:
-        """Phase of both workloads."""
         return self.dense.meta.phase
 
     @property
     def batch(self) -> int:
-        """Sequences of both workloads."""
         return self.dense.meta.batch
 
     @property
@@ -134,7 +128,6 @@ class Case:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model, and the fields that identify the case among others of the model."""
         names = ("prune", "family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
@@ -144,7 +137,6 @@ class Case:
         return replace(self, dense=dense, pruned=pruned)
 
     def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
-        """Return the columns of the case and its prediction that both tables contain."""
         return {
             **self.identity,
             "realised_sparsity": 1.0 - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
@@ -255,11 +247,7 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
 
 
 def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the profile for predictions of a device: the named one, else the folder's, else the shipped one.
-
-    For other devices, the facts are measured and kept in the folder; constants are defaults, so predictions are
-    uncalibrated.
-    """
+    """Return the named profile, else the folder's, else the shipped one, else measured facts with default constants."""
     path = check_folder(folder)
     kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
     if hardware or kept:

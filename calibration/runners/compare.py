@@ -51,8 +51,6 @@ COMPILED = str(resources.files(__package__) / "compiled.yaml")
 
 @dataclass(frozen=True)
 class RunEngine:
-    """What runs the models of a comparison."""
-
     title: str
     lowered: str  # engine of the predicted workloads; "": bare kernels
     phases: tuple[str, ...]
@@ -80,8 +78,6 @@ def kernels_on(device: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ComparedCases:
-    """Result of :func:`compare`."""
-
     records: tuple[dict[str, Any], ...]  # records of the cases in the folder
     left: int  # number of cases that were not reached in time
     notes: tuple[str, ...]  # reasons of cases without a time
@@ -181,10 +177,7 @@ def file_name(name: str, engine: str) -> str:
 
 
 def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case.
-
-    InputError: another number of files, or files that measured something else.
-    """
+    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case."""
     if len(files) != len(cases) + 1:
         expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
         raise InputError(f"--bench: expected {expected}, got {len(files)}")
@@ -236,7 +229,6 @@ def runner_of(
     seed: int,
     python: str = sys.executable,
 ) -> Runner:
-    """Return the runner of an engine; InputError if its library is not installed or cannot run the model."""
     if engine == "reference":
         from calibration.runners.decoder.timing import Executor
 
@@ -254,7 +246,6 @@ def runner_of(
 
 
 def versions(engine: str) -> dict[str, str]:
-    """Return the version of the library of an engine; vLLM, of another environment, states its own in each record."""
     package = ENGINES[engine].package
     return {package: metadata.version(package)} if package and engine != "vllm" else {}
 
@@ -366,7 +357,6 @@ def rows_of(
 
 
 def _as_of(case: Case, record: Mapping[str, Any]) -> Case:
-    """Return a case in the generation of its engine that ran it; the newest if its record states no version."""
     engine = load_engine(case.dense.meta.engine)
     version = str(record.get("versions", {}).get(engine.name, ""))
     return case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
@@ -424,10 +414,7 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
 
 
 def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """Return the scatter of a repeated speedup: median |ratio of the medians of two halves of its passes - 1|.
-
-    NaN if no case has six passes.
-    """
+    """Return the scatter of a repeated speedup, from the medians of two halves of its passes; NaN if there are few."""
     off: list[float] = []
     for r in records:
         if r.get("status") == OK and len(r["dense_s"]) >= 6:

@@ -48,8 +48,6 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of a decoder: its hidden size, and each layer."""
-
     hidden: int
     layers: tuple[Block, ...]
 
@@ -63,10 +61,7 @@ class Layout:
 
 
 def layout_of(w: Workload) -> Layout:
-    """Return the shapes of the decoder of a workload on one device.
-
-    InputError: it has operators that no static model of Transformers has (routers, scattered tokens, gathers).
-    """
+    """Return the shapes of the decoder of a workload; InputError if it decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
@@ -87,10 +82,7 @@ def layout_of(w: Workload) -> Layout:
 
 
 def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the library's configuration of the model that is patched to it.
-
-    InputError: Transformers cannot build the model, with the reason.
-    """
+    """Return the layout of a workload, and the library's configuration of the model that is patched to it."""
     from transformers import AutoConfig
 
     layout = layout_of(w)
@@ -128,8 +120,6 @@ def _routed(block: Block) -> tuple[int, float, int]:
 
 @dataclass(frozen=True)
 class HfModel:
-    """A causal language model of Transformers."""
-
     model: Any
     patched: str  # what the library does not build by itself; "" for nothing
 
@@ -226,8 +216,6 @@ def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> An
 
 
 def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
-    """Return a projection of other shapes, or two factors, with random weights."""
-
     def linear(rows: int, columns: int, bias: bool) -> nn.Linear:
         new = nn.Linear(columns, rows, bias=bias, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.normal_(new.weight, std=1.0 / math.sqrt(columns))
@@ -312,7 +300,6 @@ class HfRunner(PairRunner):
 
 
 def _prompt(built: HfModel, case: Case) -> Any:
-    """Return random tokens (batch, seq)."""
     vocabulary = built.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
     return tokens.to(built.model.device)
@@ -336,7 +323,6 @@ class _Stamps:
 
 
 def eager_sampler(built: HfModel, case: Case) -> Sampler:
-    """Return the sampler of a phase of an eager model."""
     from transformers import DynamicCache, LogitsProcessorList
 
     model, tokens, wait = built.model, _prompt(built, case), _wait(built)

@@ -71,7 +71,6 @@ class Score:
     realised_sparsity: float = math.nan  # share of the weights of all projections that is gone; NaN for a checkpoint
 
     def row(self, model: str, protocol: str, source: str) -> QualityRow:
-        """The row of a quality table."""
         return QualityRow(
             method="checkpoint" if math.isnan(self.realised_sparsity) else "largest weights",
             family=self.family,
@@ -106,11 +105,7 @@ def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
 def measure_quality(
     model: str | Path, windows: Sequence[Tensor], cases: Sequence[tuple[str, float]], pruned: str | Path | None = None
 ) -> Iterator[Score]:
-    """Score a model of a Hugging Face folder pruned in every case of family and fraction, one after the other.
-
-    The smallest weights are removed (of depth: the last layers but one), as :func:`prune_decoder` does by default. With
-    ``pruned``, the folder of a pruned checkpoint, the only case states what was removed from it.
-    """
+    """Score a model pruned in every case of family and fraction, or next to a pruned checkpoint of it (one case)."""
     for family, sparsity in cases:
         one_of("family", family, FAMILIES)
         if not 0.0 < sparsity < 1.0:
@@ -130,13 +125,11 @@ def measure_quality(
 
 
 def _weights(decoder: Decoder) -> int:
-    """Weights of the projections that are not zero."""
     return sum(int(factor.count_nonzero()) for _, _, p in decoder.projections() for factor in p.factors)
 
 
 def load_model(folder: str | Path) -> Any:
-    """Return the model of a Hugging Face folder in float32, by the package transformers; nothing is downloaded and no
-    code of the folder runs."""
+    """Return the model of a Hugging Face folder in float32; nothing is downloaded and no code of the folder runs."""
     return _from_folder("AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
@@ -154,7 +147,6 @@ def load_windows(folder: str | Path, text: str, windows: int, length: int) -> li
 
 
 def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
-    """A class of transformers, loaded from a local folder."""
     try:
         import transformers
     except ImportError as error:
@@ -172,8 +164,6 @@ def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
 
 
 def logits_of(model: Any) -> Logits:
-    """Logits of a transformers model by its own code."""
-
     def logits(ids: Tensor) -> Tensor:
         with torch.no_grad():
             return model(ids[None]).logits[0]
@@ -182,10 +172,7 @@ def logits_of(model: Any) -> Logits:
 
 
 def decoder_of(model: Any, name: str) -> Decoder:
-    """Return the decoder with the weights of a transformers model.
-
-    InputError: it is not a plain Llama-style decoder, because it lacks a weight or its own code gives another loss.
-    """
+    """Return the decoder with the weights of a transformers model; InputError if its own code gives another loss."""
     try:
         config, rotary = model.config, model.model.rotary_emb
         decoder = from_weights(
@@ -230,8 +217,6 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Change:
-    """A variant of one sublayer of a layer."""
-
     layer: int
     sublayer: str  # "attention" or "mlp"
     text: str
@@ -405,7 +390,6 @@ def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
 
 
 def weights_digest(decoder: Decoder) -> str:
-    """Return a digest of the weights of a decoder."""
     found = hashlib.sha256()
     weights = [decoder.embedding, decoder.head, decoder.final_norm]
     weights += [factor for _, _, p in decoder.projections() for factor in p.factors]
@@ -415,7 +399,6 @@ def weights_digest(decoder: Decoder) -> str:
 
 
 def write_scores(path: str | Path, rows: Sequence[LayerScore], protocol: str, source: str) -> None:
-    """Write scores as a library (CSV), with the protocol and the source in each row."""
     table = [{**asdict(row), "protocol": protocol, "source": source} for row in rows]
     write_whole(path, csv_text(table).encode())
 

@@ -43,12 +43,10 @@ class RecordedRow:
 
     @property
     def inside(self) -> bool:
-        """Whether the measured speedup is inside the predicted interval."""
         return self.compared.predicted_lower <= self.compared.measured <= self.compared.predicted_upper
 
     @property
     def given_inside(self) -> bool:
-        """Whether it is inside the interval that the measured dense time gives."""
         return self.given_lower <= self.compared.measured <= self.given_upper
 
     @property
@@ -58,7 +56,6 @@ class RecordedRow:
 
 
 def recorded_rows() -> list[RecordedRow]:
-    """Return every recorded speedup with its prediction."""
     out = []
     for file in sorted(FOLDER.glob("*.jsonl")):
         dtype, threads, *_, engine = file.name.removesuffix(".jsonl").split(".")

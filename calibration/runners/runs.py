@@ -69,8 +69,6 @@ REPORTS = {
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """Result of a measuring run: its plan, its outcome and the records in its folder."""
-
     plan: MeasurementPlan
     outcome: Outcome
     records: Records
@@ -95,11 +93,7 @@ def begin(
     software: Mapping[str, str] = MappingProxyType({}),
     **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header; ``software`` are versions next to those of the device.
-
-    InputError: the budget is not positive, the device lacks the number format, or the folder holds records of another
-    device or software.
-    """
+    """Return the file of a run's records and its header; ``software`` are versions next to those of the device."""
     file = check_folder(folder) / name
     check_budget(budget_s)
     if dtype not in device.dtypes():
@@ -115,7 +109,6 @@ def begin(
 
 
 def is_new(file: Path) -> bool:
-    """Whether a file of records is missing or empty."""
     return not file.exists() or not file.stat().st_size
 
 
@@ -178,7 +171,6 @@ def measure_into(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        """Plan exact shapes first and spread the remaining time over other shapes; visits share the budget."""
         visits = default_visits(description)
         left, plan = budget_s / visits, None
         if targets:
@@ -218,10 +210,7 @@ def measure_host(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Measure the host time of this machine in a few seconds; see :func:`measure_into` for the parameters.
-
-    ``hardware`` is the profile to update: of this device or, on a machine without a GPU, of any device.
-    """
+    """Measure the host time of this machine in a few seconds, to update the profile ``hardware``."""
     budget_s = min(check_budget(budget_s), HOST_BUDGET_S)
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -235,7 +224,6 @@ def measure_host(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        """Plan the host operators; the longest layer is the drift check."""
         plan = in_order(host_operators(dtype), rates, protocol=protocol, budget_s=budget_s, seed=seed)
         return replace(plan, drift_check=plan.items[-1].operator, visits=default_visits(description)), protocol
 
@@ -255,8 +243,7 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted or re-anchored run: the profile, reports on held-out and on exact shapes (None: no rows), and the share
-    of disturbed times."""
+    """A fitted or re-anchored run, reports on held-out and on exact shapes, and the share of disturbed times."""
 
     fit: ProfileFit | Updated
     held_out: Report | None
@@ -267,11 +254,7 @@ class Calibrated:
 def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
-    """Fit the records of a run folder, validate the fit on held-out rows, and write profile and report.
-
-    ``anchor``: re-anchor the datasheet's profile instead of a fit. ``progress`` is called with (fits done, all fits).
-    InputError: the folder has no records, or too few for a fit.
-    """
+    """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write profile and report."""
     from calibration.validation.report import write_markdown
 
     path = Path(folder)

@@ -49,8 +49,6 @@ Shape = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Bound(CaseRow):
-    """Measured upper bound of a case, other bounds and the prediction, in the order of the columns."""
-
     dense_kernels_s: float  # GEMMs and attention
     pruned_kernels_s: float
     measured_bound: float  # NaN if shapes have no time
@@ -105,7 +103,6 @@ def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) 
 
 
 def operator_of(shape: Shape, dtype: str) -> Operator:
-    """Return the operator that times a shape."""
     kind, sizes = shape
     named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
     if kind == "attention_decode":
@@ -114,10 +111,7 @@ def operator_of(shape: Shape, dtype: str) -> Operator:
 
 
 def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
-    """Return every shape of some cases once, case by case in random order.
-
-    If the time runs out, some cases are complete; otherwise all cases would be incomplete.
-    """
+    """Return every shape of some cases once, case by case in random order, so that some cases are complete."""
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
@@ -137,11 +131,7 @@ def measure_bounds(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Time the plain kernels of some cases into a new run folder or the folder of an earlier run of the same device.
-
-    The shapes share the budget; the next run measures the shapes that remain. See
-    :func:`calibration.runners.runs.measure_into` for the other arguments and errors.
-    """
+    """Time the plain kernels of some cases into a run folder, new or of an earlier run of the same device."""
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
@@ -158,10 +148,7 @@ def measure_bounds(
 
 
 def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
-    """Return the time limit per shape: at most twice the protocol's limit, at least enough for a few samples.
-
-    A third of the time is reserved for drift checks and for repeats after disturbances by other processes.
-    """
+    """Return the time limit per shape; a third of the time is reserved for drift checks and for repeats."""
     each = 0.65 * budget_s / max(shapes, 1) - rates.setup_s
     return min(max(each, 0.05), 2.0 * longest_s)
 
@@ -185,11 +172,7 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
-    """Return the measured bounds of cases, in their order, with other bounds and predictions of the whole pass.
-
-    A case has no measured bound if ``records`` lacks some of its kernels. Predictions are NaN if the profile cannot
-    predict the case (2:4 without sparse tensor cores).
-    """
+    """Return the measured bounds of cases, NaN where kernels have no time, with other bounds and predictions."""
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
@@ -226,10 +209,7 @@ def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16"
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Return median relative errors of the bounds from the profile (``predicted``) and its cost model (``model``).
-
-    If the profile holds measured times of the same shapes, the first is the repeatability of the device.
-    """
+    """Return median relative errors of the bounds from the profile and from its cost model alone."""
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
         return {}
@@ -238,8 +218,7 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
-    """Return the time of a workload's plain kernels (NaN if some have none), its relative half-width, and the number of
-    kernels without a time."""
+    """Return the time of a workload's plain kernels, its relative half-width, and the number of missing kernels."""
     kernels = plain_kernels(w)
     if missing := sum(shape not in times for shape in kernels):
         return math.nan, math.nan, missing
@@ -257,7 +236,6 @@ _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    """Return the predicted time of a workload's plain kernels, s."""
     kernels, total = plain_kernels(w), 0.0
     for kind, time in _PREDICT.items():
         counts = np.array([count for (own, _), count in kernels.items() if own == kind])

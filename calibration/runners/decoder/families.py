@@ -57,12 +57,7 @@ class Removed:
 def prune_decoder(
     decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
 ) -> Decoder:
-    """Prune a decoder by a family; families compose, and a dynamic family is the last except for depth.
-
-    ``sparsity`` and ``layers`` are those of :func:`simulator.prune`: a fraction in [0, 1), one per layer, or fractions
-    by part. ``options`` are parameters of the family's function, or fields of its rule. InputError: unknown family or
-    option, or a pruning that cannot run. Unsupported: the device has no kernel (2:4 needs a CUDA GPU).
-    """
+    """Prune a decoder by a family; its arguments are those of :func:`simulator.prune`, or fields of its rule."""
     check_family(family, sparsity, layers, options)
     options = _different(family, options)
     if sparsity is None and layers is None:
@@ -83,14 +78,13 @@ def prune_decoder(
 
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
-    """Prune a decoder by steps of families, in their order (:attr:`calibration.runners.cases.Case.steps`)."""
+    """Prune a decoder by steps of families, in their order."""
     for step in steps:
         decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
     return decoder
 
 
 def check_steps(steps: Sequence[PruningStep]) -> None:
-    """Raise InputError, with its step, if a decoder cannot run some steps of families."""
     dynamic = ""
     for step in steps:
         if dynamic and step.name != "depth":
@@ -103,7 +97,6 @@ def check_steps(steps: Sequence[PruningStep]) -> None:
 
 
 def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, options: Mapping[str, Any]) -> None:
-    """Raise InputError if a decoder cannot run a family so."""
     known = {**STATIC, **DYNAMIC}
     if family not in known:
         raise unknown("pruning family", family, known)
@@ -117,10 +110,7 @@ def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, optio
 
 
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a family has here, or that differ from their defaults in the simulator.
-
-    The device determines the kernel of a dynamic family; :meth:`calibration.runners.cases.Case.of` checks it.
-    """
+    """Return the options that a family has here, or that differ from their defaults in the simulator."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
     dropped = {name for name, value in usual.items() if name not in own and options.get(name) == value}
     dropped |= {"kernel"} if family in DYNAMIC else set()
@@ -147,12 +137,10 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
 
 
 def whole_share(share: float, of: int) -> int:
-    """Return ``share`` of ``of`` rounded to the nearest whole number, halves up."""
     return int(_edits.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    """Return ``keep`` of ``width`` rounded up to a multiple of ``align``, at most ``width``."""
     return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
@@ -206,8 +194,7 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
 
 
 def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float) -> Attention:
-    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone; ``size`` is that
-    of every feature of the heads."""
+    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is that of every feature."""
 
     def left(many: int, share: float) -> int:
         return max(whole_share(1.0 - share, many), 1) if share else many

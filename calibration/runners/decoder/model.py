@@ -59,12 +59,10 @@ class Projection:
         return self.factors[0]
 
     def rows(self, index: Tensor) -> Projection:
-        """Return the projection to some of its output features."""
         bias = None if self.bias is None else self.bias.index_select(0, index)
         return Projection((self.weight.index_select(0, index).contiguous(),), bias)
 
     def columns(self, index: Tensor) -> Projection:
-        """Return the projection of some of its input features."""
         return Projection((self.weight.index_select(1, index).contiguous(),), self.bias)
 
 
@@ -81,7 +79,6 @@ class Blocks:
         return len(self.outer) // self.groups
 
     def weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inner and outer weights of each group."""
         return zip(self.inner.chunk(self.groups), self.outer.chunk(self.groups), strict=True)
 
 
@@ -116,8 +113,6 @@ class Mlp(Sublayer):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer; a removed sublayer is None."""
-
     attention: Attention | None
     mlp: Mlp | None
 
@@ -144,14 +139,12 @@ class Decoder:
         return int(self.embedding.shape[1])
 
     def projections(self) -> Iterator[tuple[int, str, Projection]]:
-        """Yield the layer number, the role and the projection of each."""
         for number, layer in enumerate(self.layers):
             for sublayer in (layer.attention, layer.mlp):
                 for role in sublayer.roles if sublayer is not None else ():
                     yield number, role, getattr(sublayer, role)
 
     def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
-        """Apply a function of (layer number, sublayer) to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
             parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
@@ -186,11 +179,7 @@ def check_model(config: ModelConfig) -> None:
 def random_decoder(
     config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", layers: int | None = None, seed: int = 0
 ) -> Decoder:
-    """Return a decoder with the shape of a model and random weights that keep activations near one.
-
-    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer or more than the model has. Layers may differ in their
-    widths, or lack a sublayer. InputError: not a Llama-style model.
-    """
+    """Return a decoder with the shape of a model and random weights that keep activations near one."""
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -316,7 +305,6 @@ class PassState:
             self.trace[self.layer, what] = value
 
     def mark(self) -> tuple[int, dict[int, int]]:
-        """Return the lengths of the caches, for :meth:`rewind`."""
         return self.position, {layer: cache.length for layer, cache in self.caches.items()}
 
     def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
@@ -334,7 +322,6 @@ class PassState:
         return rotary(heads, *(tables or (self.cos, self.sin)))
 
     def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
-        """Return the rotated query heads of normalised tokens."""
         return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,11 +352,9 @@ class Rule:
         return self.skips and not skipping.in_triton(device)
 
     def enter(self, s: PassState, x: Tensor) -> Tensor:
-        """Return the residual stream before a layer."""
         return x
 
     def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
-        """Return the residual stream after an attention sublayer."""
         h = s.norm(x, a.norm)
         k, v = s.keys_values(a, h)
         out = joined(self.attend(s, s.queries(a, h), k, v))
@@ -380,7 +365,6 @@ class Rule:
         return decode_attention(q, k, v) if s.decoding else prefill_attention(q, k, v)
 
     def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
-        """Return the residual stream after an MLP."""
         h = s.norm(x, m.norm)
         return x + m.down(gated(m.gate(h), m.up(h)))
 
@@ -394,7 +378,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def joined(x: Tensor) -> Tensor:
-    """Map (batch, heads, tokens, d) to (batch, tokens, heads * d)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -415,7 +398,6 @@ def decode(decoder: Decoder, token: Tensor, state: PassState) -> Tensor:
 
 
 def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    """Logits (n, vocab) after every token of a window (n,)."""
     with torch.no_grad():
         return logits_after(decoder, _through(PassState(decoder, len(ids)), ids[None])[0])
 
@@ -443,12 +425,10 @@ def through_layer(s: PassState, number: int, layer: Layer, x: Tensor) -> Tensor:
 
 
 def logits_after(decoder: Decoder, last: Tensor) -> Tensor:
-    """Return the logits of tokens from the residual stream after all layers."""
     return F.linear(rms_norm(last, decoder.final_norm, decoder.epsilon), decoder.head)
 
 
 def _through(s: PassState, tokens: Tensor) -> Tensor:
-    """Return the residual stream after all layers."""
     x = embedded(s, tokens)
     for number, layer in enumerate(s.decoder.layers):
         x = through_layer(s, number, layer, x)

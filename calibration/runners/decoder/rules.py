@@ -47,7 +47,6 @@ def at_least_one(share: float, of: int) -> int:
 
 
 def best(scores: Tensor, many: int) -> Tensor:
-    """Return the indices of the largest scores along the last axis, ascending."""
     return scores.topk(many, dim=-1).indices.sort(dim=-1).values
 
 
@@ -147,13 +146,11 @@ class TokenRouting(Rule):
 
 
 def _votes(x: Tensor, router: Tensor) -> Tensor:
-    """Return the score of each token from a router of two outputs."""
     votes = F.linear(x, router).float()
     return votes[..., 1] - votes[..., 0]
 
 
 def _scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
-    """Add the outputs of some tokens to x, in place."""
     x.view(-1, x.shape[-1]).index_add_(0, rows, y)
     return x
 
@@ -177,10 +174,7 @@ class BlockAttention(Rule):
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return which blocks of keys each block of queries sees, for all heads and sequences.
-
-        The diagonal block is included; :func:`calibration.devices.attention.block_layout` keeps as many blocks.
-        """
+        """Return which blocks of keys each block of queries sees, for all heads and sequences."""
         mean_q, mean_k = (block_means(x, self.block).float().mean((0, 1)) for x in (q, k))
         scores, rows = mean_q @ mean_k.t(), -(-q.shape[2] // self.block)
         whole = len(scores)
@@ -211,17 +205,13 @@ class BlockAttention(Rule):
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
-    """Return the mean of each whole block of positions, (batch, heads, blocks, d)."""
     whole = x.shape[2] // block
     return x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3)
 
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """Token pruning: from layer ``start`` on, keep the prompt tokens with most attention of the last token.
-
-    At layer 0 the kept tokens are evenly spread.
-    """
+    """From layer ``start`` on, keep the prompt tokens that the last token attends to most (layer 0: evenly spread)."""
 
     family: ClassVar[str] = "token"
     keep: float
@@ -369,11 +359,9 @@ class GroupRouting(Rule):
         return index, counts
 
     def _turn(self, s: PassState) -> int:
-        """Return the start of a pass's tokens in the cycle of :func:`group_counts`."""
         return s.layer + max(s.position, s.prompt)
 
     def _mask(self, s: PassState, index: Tensor, counts: NDArray[np.int64], groups: int) -> Tensor:
-        """Return the groups that each token uses, booleans (tokens, groups)."""
         first, (tokens, most), device = self._turn(s), index.shape, index.device
         mask = torch.zeros(tokens, groups, dtype=torch.bool, device=device)
         if (counts == most).all():
@@ -385,7 +373,6 @@ class GroupRouting(Rule):
 
 
 def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Compute query, attention and output of the KV groups in a mask (tokens, groups)."""
     kernels, blocks, (batch, tokens) = skipping.kernels(), a.blocks, h.shape[:2]
     assert blocks is not None
     tiles = kernels.tiles_of(mask)
@@ -396,8 +383,7 @@ def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values:
 
 
 def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention of the queries (batch, heads, tokens, d) in a mask (batch * tokens, kv_heads), gathered by
-    group; 0 for other queries."""
+    """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group; 0 for other queries."""
     batch, heads, tokens, _ = q.shape
     groups = mask.shape[1]
     chosen = mask.view(batch, tokens, groups).transpose(1, 2).flatten(0, 1)  # (batch * groups, tokens)
@@ -411,7 +397,6 @@ def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
 
 
 def _heads_of_one(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """Compute query, attention and output of the chosen KV groups, for one token."""
     blocks, spans, share = a.blocks, _spans(chosen.tolist()), a.heads // a.kv_heads
     assert blocks is not None
     q = _sliced(h.flatten(), blocks.inner, spans, blocks.width)
@@ -455,7 +440,6 @@ def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, 
 
 
 def _channels(h: Tensor, blocks: Blocks, mask: Tensor) -> Tensor:
-    """Compute each group of channels for the tokens (tokens, hidden) of a mask (tokens, groups)."""
     y = torch.zeros_like(h)
     for group, (inner, outer) in enumerate(blocks.weights()):
         rows = mask[:, group].nonzero().squeeze(1)

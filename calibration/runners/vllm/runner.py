@@ -34,10 +34,11 @@ from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
-from calibration.measure.timing import OK, InvalidTiming, median_interval
+from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import Case
-from calibration.runners.pairs import ENOUGH, LEAST, PRECISION, Runner
+from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
+from simulator.engines.generations import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
@@ -64,8 +65,6 @@ _SHARE = 0.92  # of the memory, as vLLM's default
 
 @dataclass(frozen=True)
 class LargestRequest:
-    """Largest request that engines must accept."""
-
     sequences: int = 1
     tokens: int = 0  # of one sequence, new ones included
     batched: int = _BATCHED  # tokens of one pass
@@ -90,7 +89,6 @@ class Samples:
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
-        """Return the samples of parts in their order, rounded to ns."""
         return cls(
             [round(s, 9) for part in parts for s in part.seconds],
             [round(s, 9) for part in parts for s in part.first_token_s],
@@ -101,7 +99,6 @@ Started = tuple[ModelConfig, LargestRequest]
 
 
 def lengths(case: Case) -> tuple[int, int]:
-    """Return the prompt and new tokens of each request of a case."""
     if case.phase == "prefill":
         return case.seq, 1
     if case.phase == "decode":
@@ -126,10 +123,6 @@ class VllmRunner(Runner):
         python: str = sys.executable,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype: expected one of {', '.join(DTYPES)} in vLLM, got {dtype}")
-        if not device.name.startswith(("cpu", "cuda")):
-            raise InputError(f"device: expected cpu or cuda, which run vLLM, got {device.name!r}")
         self.models = Models(config, content)
         check_installed(python)
         super().__init__(device)
@@ -138,9 +131,6 @@ class VllmRunner(Runner):
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Started, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the models, made with the first
-
-    def prepare(self, case: Case) -> None:
-        """Do nothing: the engines start with the first record."""
 
     def close(self) -> None:
         self._keep(())
@@ -176,7 +166,12 @@ class VllmRunner(Runner):
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
-            found = self._alternating(case, [self._engine(model) for model in pair], limit)
+            engines = [self._engine(model) for model in pair]
+            for engine in engines * (1 if case.phase == "serve" else WARM):
+                self._sample(case, engine)
+            found = in_turns(
+                lambda i: self._sample(case, engines[i]), lambda x: x.seconds, limit, self.device.clock, MOST
+            )
         else:
             found = self._in_turn(case, pair, limit)
         dense, pruned = map(Samples.join, found)
@@ -193,28 +188,6 @@ class VllmRunner(Runner):
             "versions": versions,
             "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
         }
-
-    def _alternating(
-        self, case: Case, engines: Sequence[EngineProcess], limit: float
-    ) -> tuple[list[Samples], list[Samples]]:
-        """Return samples of both models in alternation, until their ratio is precise or the time is over."""
-        for _ in range(1 if case.phase == "serve" else WARM):
-            for engine in engines:
-                self._sample(case, engine)
-        found: tuple[list[Samples], list[Samples]] = ([], [])
-        start = self.device.clock()
-        for pair in range(1, MOST + 1):
-            for i in (0, 1) if pair % 2 else (1, 0):
-                found[i].append(self._sample(case, engines[i]))
-            spent = self.device.clock() - start
-            if spent >= limit and pair >= LEAST:
-                break
-            if pair >= ENOUGH:
-                ratios = [a / b for x, y in zip(*found) for a, b in zip(x.seconds, y.seconds)]
-                middle, low, high = median_interval(ratios)
-                if high - low <= 2.0 * PRECISION * middle:
-                    break
-        return found
 
     def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
         """Return samples of one model, then of the other: only one fits in the memory."""
@@ -247,7 +220,6 @@ class VllmRunner(Runner):
         return Samples([seconds])
 
     def _keep(self, models: Sequence[ModelConfig]) -> None:
-        """End all other processes, and too small ones, before further ones need their memory."""
         wanted = [(model, self.sizes) for model in models]
         for started in [one for one in self.engines if one not in wanted]:
             self.engines.pop(started).close()
@@ -292,25 +264,16 @@ class VllmRunner(Runner):
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
 
     def _bytes(self, model: ModelConfig) -> float:
-        """Return the memory of a process: weights, cache, activations and its own."""
         w = WorkloadBatch.of([lower(model, phase="prefill", seq=self.sizes.batched, dtype=self.dtype)])
         return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(model) + _OWN_BYTES
 
 
 def release_note(version: str) -> str:
     """Return a note for a release of vLLM whose interface was not compared; "" for others."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        with contextlib.suppress(ValueError):
-            return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
-        return ()
-
-    first, last = map(numbers, RELEASES)
-    known = first <= numbers(version) <= last
+    first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
+    known = first <= own <= last
     return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
 
-
-# -- one model in a child process
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -345,7 +308,6 @@ def environment(device: str) -> dict[str, str]:
 
 
 def check_installed(python: str) -> None:
-    """Raise InputError if an interpreter has no vLLM."""
     code = "import importlib.util; print(importlib.util.find_spec('vllm') is not None)"
     try:
         found = subprocess.run([python, "-c", code], env=environment("cpu"), capture_output=True, text=True, timeout=60)
@@ -391,11 +353,9 @@ class EngineProcess:
     def ask(self, what: str, **request: Any) -> dict[str, Any]:
         """Send a request of the worker's table ``TIMED`` and return its answer."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # the process has ended; its output has the reason
             self.process.stdin.write(json.dumps({"what": what, **request}).encode() + b"\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # the process has ended; its output has the reason
         return self._answer()
 
     def close(self) -> None:
@@ -419,7 +379,9 @@ class EngineProcess:
             part = os.read(self._answers, 1 << 16) if ready else b""
             self._rest += part
             if not part and (ready or over):
-                raise self._failure(f"the vLLM process ended with status {self._status()}")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5.0)
+                raise self._failure(f"the vLLM process ended with status {self.process.returncode or 0}")
             if not part and time.monotonic() > end:
                 self._kill()
                 raise EngineFailed(f"no answer of vLLM within {self.patience_s:g} s")
@@ -428,11 +390,6 @@ class EngineProcess:
         if "error" in found:
             raise self._failure(str(found["error"]))
         return found
-
-    def _status(self) -> int:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5.0)
-        return self.process.returncode if self.process.returncode is not None else 0
 
     def _kill(self) -> None:
         """End all processes of the child's session, also those that outlive it."""
@@ -466,36 +423,27 @@ def cause(output: str) -> str:
     return one_line(lines[-1], 300) if lines else ""
 
 
-# -- the models
-
+# fmt: off
 CLASSES: Mapping[str, str] = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "nemotron": "NemotronForCausalLM",
-    "opt": "OPTForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM", "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM", "nemotron": "NemotronForCausalLM",
+    "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
+# fmt: on
 """Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
 """Keys of code, of stored formats and of parts that are not timed."""
 
-ModelShape = tuple[str, str, int, int, int, int, int, int]
+ModelShape = tuple[str | int, ...]  # kind, role, n, k, heads, KV heads, experts, window
 
 
 @dataclass(frozen=True)
@@ -516,10 +464,6 @@ class Models:
         self.config_of(self.dense)
 
     def config_of(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the content of the ``config.json`` of the dense model with other layers, widths or experts.
-
-        InputError: the keys of this architecture cannot state the shapes.
-        """
         text = self.content.get("text_config")
         own = {**self.content, **(text if isinstance(text, Mapping) else {})}
         own = {key: value for key, value in own.items() if key not in _DROPPED and not key.startswith("_")}
@@ -540,15 +484,8 @@ class Models:
             raise InputError(answer.sentence.removeprefix("No: ").rstrip("."))
         model = shapes_of(self.dense, case.pruned)
         self.config_of(model)
-        built = lower(
-            model,
-            phase=meta.phase,
-            batch=meta.batch,
-            seq=meta.seq,
-            new_tokens=meta.new_tokens,
-            dtype=meta.dtype,
-            engine=meta.engine,
-        )
+        same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
+        built = lower(model, **{name: getattr(meta, name) for name in same})
         expected, found = shapes(case.pruned), shapes(built)
         if different := sorted((expected - found) + (found - expected)):
             _, role, n, k, heads, *_ = different[0]
@@ -558,19 +495,11 @@ class Models:
 
 
 def shapes(w: Workload) -> Counter[ModelShape]:
-    """Return how often each operator shape of projections, experts and attention occurs in a workload."""
     timed = w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
+    names = ("n", "k", "heads", "kv_heads", "experts", "window")
     out = Counter[ModelShape]()
-    for kind, role, n, k, heads, kv_heads, experts, window, count in zip(
-        timed.kind.tolist(),
-        timed.role.tolist(),
-        timed.n.tolist(),
-        timed.k.tolist(),
-        timed.heads.tolist(),
-        timed.kv_heads.tolist(),
-        timed.experts.tolist(),
-        timed.window.tolist(),
-        timed.count.tolist(),
+    for kind, role, count, *sizes in zip(
+        timed.kind, timed.role, timed.count, *(getattr(timed, name).tolist() for name in names)
     ):
-        out[Kind(kind).name, ROLES[role], n, k, heads, kv_heads, experts, window] += round(count)
+        out[(Kind(kind).name, ROLES[role], *sizes)] += round(count)
     return out
