@@ -1,5 +1,4 @@
-"""Cases of :mod:`calibration.runners.compare` and :mod:`calibration.runners.upper_bound`, their predicted speedups, and
-the profile of the device."""
+"""Cases of a comparison or of upper bounds, their predicted speedups, and the profile of the device."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ from simulator.pruning._steps import PruningStep, in_order
 from simulator.units import percent
 from simulator.workload import PHASES, Workload
 
-SPARSITIES: tuple[float, ...] = (0.25, 0.5)
-"""Default fractions of families."""
+SPARSITIES: tuple[float, ...] = (0.25, 0.5)  # default fractions of families
 
 
 @dataclass(frozen=True)
@@ -167,8 +165,7 @@ def settings_of(
     """Return every combination as a case, and a line for each that cannot run.
 
     The prunings are texts of ``--prune``, existing pruned models, then families (None: all, or none next to others) at
-    fractions (None: :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can
-    run. InputError: unknown name, value out of range, or no case.
+    fractions. ``kernels`` are those of the device by family, ``known_phases`` those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
     template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
@@ -238,11 +235,7 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
             speedup(case.dense, case.dense, hw),
             flop_bound=float(batch.flop_bound[1]),
             byte_bound=float(batch.byte_bound[1]),
-            roofline_bound=math.nan,
-            pruned_s=math.nan,
-            speedup=math.nan,
-            speedup_lower=math.nan,
-            speedup_upper=math.nan,
+            **dict.fromkeys(("roofline_bound", "pruned_s", "speedup", "speedup_lower", "speedup_upper"), math.nan),
         )
 
 

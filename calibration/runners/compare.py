@@ -43,10 +43,8 @@ from simulator.prediction.measured import pass_seconds
 from simulator.units import ratio
 from simulator.workload import PHASES
 
-EXECUTED = str(resources.files(__package__) / "executed.yaml")
-"""The engine of our decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
-COMPILED = str(resources.files(__package__) / "compiled.yaml")
-"""Transformers under torch.compile, which joins no projections."""
+# engines of our decoder in plain PyTorch, and of Transformers under torch.compile
+EXECUTED, COMPILED = (str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml"))
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,6 @@ ENGINES: Mapping[str, RunEngine] = {
     "compile": RunEngine("Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"),
     "vllm": RunEngine("vLLM", "vllm", PHASES, "vllm"),
 }
-"""Engines that :func:`compare` runs."""
-
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
@@ -105,9 +101,8 @@ def compare(
 ) -> ComparedCases:
     """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
 
-    The device stays open. The cases were lowered from ``config`` and share the budget equally; the next run measures
-    the cases that remain. Engines of a library need ``content``, that of the model's ``config.json``. ``python`` is the
-    interpreter of vLLM. ``seed`` determines the weights and the order of the cases.
+    The cases share the budget equally; the next run measures those that remain. Engines of a library need ``content``,
+    that of the model's ``config.json``; ``python`` has vLLM. ``seed`` determines weights and the order of the cases.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
@@ -125,15 +120,8 @@ def compare(
     refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
         raise InputError(next(iter(refused), "expected at least one case"))
-    file, header = begin(
-        folder,
-        device,
-        dtype,
-        budget_s,
-        file_name("decoder.jsonl", engine),
-        software=versions(engine),
-        model=config.name,
-    )
+    name, software = file_name("decoder.jsonl", engine), versions(engine)
+    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
@@ -212,12 +200,11 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
         "loops": 1,
         "dense_s": list(dense.samples_s[:count]),
         "pruned_s": list(pruned.samples_s[:count]),
-        "settings": {"dense": _described(dense), "pruned": _described(pruned)},
+        "settings": {
+            name: {"file": os.path.basename(run.source), "model": run.model, "percentiles_s": dict(run.percentiles_s)}
+            for name, run in (("dense", dense), ("pruned", pruned))
+        },
     }
-
-
-def _described(run: BenchRun) -> dict[str, Any]:
-    return {"file": os.path.basename(run.source), "model": run.model, "percentiles_s": dict(run.percentiles_s)}
 
 
 def runner_of(
@@ -282,9 +269,8 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 class ComparedSpeedup(CaseRow):
     """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
 
-    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the
-    median ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the
-    95 % interval of the median, or the smallest and largest ratio if there are too few for an interval.
+    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to the pair of alternating passes with the median
+    ratio; ``measured_lower`` and ``measured_upper`` are its 95 % interval, or of few pairs the extremes.
     """
 
     runtime: str
@@ -327,8 +313,7 @@ def rows_of(
         record = found.get(name_of(case, dtype, engine))
         if record is None:
             continue
-        lowered = _as_of(case, record) if case.dense.meta.engine else _of_our_decoder(case, record, hw)
-        s = predicted_speedup(lowered, hw)
+        s = predicted_speedup(_as_executed(case, record, hw), hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
@@ -356,26 +341,18 @@ def rows_of(
     return out
 
 
-def _as_of(case: Case, record: Mapping[str, Any]) -> Case:
+def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
+    if not case.dense.meta.engine:
+        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        return case.run_in("hf" if host_bound else EXECUTED)
     engine = load_engine(case.dense.meta.engine)
     version = str(record.get("versions", {}).get(engine.name, ""))
     return case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
 
 
-def _of_our_decoder(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
-    host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
-    return case.run_in("hf" if host_bound else EXECUTED)
-
-
-# -- agreement
-
-
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
-    """Return the agreement of predicted and measured speedups; InputError if there is no row.
-
-    Keys: "count", "spearman", those of :func:`~calibration.validation.scores.errors` ("median", "p95"), "bias" (median
-    of predicted / measured - 1), "inside" (coverage of the predicted intervals) and "dense_time" (median error of the
-    dense times).
+    """Return the agreement of speedups: "count", "spearman", "median" and "p95" of the errors, "bias" (median of
+    predicted / measured - 1), "inside" (coverage of the intervals), "dense_time" (median error of the dense times).
     """
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")

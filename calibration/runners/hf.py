@@ -1,8 +1,7 @@
 """Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with random weights.
 
-The library makes the model from a ``config.json`` where that states the shapes: fewer layers, narrower MLPs, fewer
-heads or experts, a smaller hidden size. Layers that differ, low-rank factors and missing sublayers are patched into the
-modules of the library; :attr:`HfModel.patched` states this.
+The library makes the model from a ``config.json`` where that states the shapes. Layers that differ, low-rank factors
+and missing sublayers are patched into the modules of the library.
 
 A prefill is a forward pass over the prompt that fills the keys and values and computes the last logits. Eager decode is
 the time per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A
@@ -34,14 +33,13 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import ROLES, Kernel, Kind, Workload
 
+# role of a projection -> its module in a decoder layer of Llama and the models derived from it
 PROJECTIONS: Mapping[str, str] = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
     **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
 }
-"""Role of a projection -> its module in a decoder layer of Llama and the models derived from it."""
-
+# special tokens may lie outside the vocabulary of a small model; passes here need none
 _NEUTRAL: Mapping[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-"""Special tokens, which may lie outside the vocabulary of a small model; passes here need none."""
 _SHARED = "shared_expert_intermediate_size"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -102,20 +100,16 @@ def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[
     if not content or replace(from_hf_config(whole), name=new.name, blocks=()) != new:
         named = ", ".join(key for key in keys if key not in _NEUTRAL) or "its shapes"
         raise InputError(f"a config.json of {model.name} cannot state {named} together")
-    if any(_routed(b) != _routed(usual) for b in layout.layers if b.experts):
+    routed = {(b.experts, b.active, b.expert_inner) for b in (usual, *(b for b in layout.layers if b.experts))}
+    if len(routed) > 1:
         raise InputError("its experts differ by layer; Transformers runs equally many in all layers")
     try:
         config = AutoConfig.for_model(**whole)
     except Exception as error:  # the library's checks have no public base class
-        raise InputError(
-            f"Transformers refuses its config.json: {str(error).splitlines()[-1].strip().removeprefix('ValueError: ')}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise InputError(f"Transformers refuses its config.json: {reason}") from None
     config.head_dim = model.head_dim
     return layout, config
-
-
-def _routed(block: Block) -> tuple[int, float, int]:
-    return block.experts, block.active, block.expert_inner
 
 
 @dataclass(frozen=True)
@@ -261,8 +255,6 @@ def _check_weights(made: Any, w: Workload) -> None:
         raise InputError(f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted")
 
 
-# -- passes
-
 TOKENS = 4  # decode steps of a sample of eager decode
 MOST_COMPILED = 1024  # passes of one process
 
@@ -350,10 +342,8 @@ def compiled_sampler(built: HfModel, case: Case) -> Sampler:
     from transformers import StaticCache
 
     # every model and phase has an entry of its own; beyond the limit torch would stop to compile
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
-    torch._dynamo.config.accumulated_recompile_limit = max(
-        torch._dynamo.config.accumulated_recompile_limit, MOST_COMPILED
-    )
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
     model, tokens, wait = built.model, _prompt(built, case), _wait(built)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     compiled = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)

@@ -46,17 +46,12 @@ from simulator.plans.variants import SUBLAYERS, has, text_of
 from simulator.prediction.quality import QualityRow
 from simulator.prediction.scenario import one_of
 
-Logits = Callable[[Tensor], Tensor]
-"""From the tokens (n,) of a window to the logits (n, vocabulary) after each of them."""
-
+Logits = Callable[[Tensor], Tensor]  # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
 FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
 """Families that change weights, except 2:4, which needs a GPU; the others need a trained router or predictor."""
 
-MOST_LOGIT_BYTES = 2_000_000_000
-"""Largest logits of the dense model that stay in memory; larger ones are computed again for each variant."""
-
-MATCH_TOLERANCE = 2e-3
-"""Relative difference of a loss from that of the model's own code; a larger one means another architecture."""
+MOST_LOGIT_BYTES = 2_000_000_000  # logits of the dense model in memory; more are computed again for each variant
+MATCH_TOLERANCE = 2e-3  # of a loss relative to that of the model's own code; more means another architecture
 
 
 @dataclass(frozen=True)
@@ -212,9 +207,6 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-# -- variants of single layers
-
-
 @dataclass(frozen=True)
 class Change:
     layer: int
@@ -271,14 +263,10 @@ def measure_layers(
 ) -> Iterator[LayerScore]:
     """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer.
 
-    - Fewer KV heads: the mean of the keys and of the values of the heads that are joined (arXiv 2305.13245), which is
-      how Puzzle initialises such a layer. Query heads stay, or those with the largest output weights.
-    - A narrower MLP: the channels with the largest mean activation times the norm of its output weights, on windows of
-      text that are not scored (``calibration``).
-    - None: the sublayer is removed, with its norm.
-
-    A pass continues from the state before the changed sublayer, so only the later layers are computed. All windows are
-    equally long. Rows with the keys ``done`` exist and are not measured again.
+    Fewer KV heads are means of the heads that are joined (arXiv 2305.13245), as Puzzle initialises such a layer. A
+    narrower MLP keeps the channels with the largest mean activation times the norm of its output weights, on windows of
+    ``calibration``. A pass continues from the state before the changed sublayer, so only the later layers are computed.
+    All windows are equally long. Rows with the keys ``done`` exist and are not measured again.
     """
     todo: dict[tuple[int, str], list[Change]] = {}
     for change in changes:

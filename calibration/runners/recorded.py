@@ -17,9 +17,8 @@ import numpy as np
 
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, fewer_layers, settings_of
-from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of
+from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary
 from calibration.validation.report import table
-from calibration.validation.scores import spearman
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.scenario import Scenario
@@ -119,18 +118,11 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
 
 def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
     """Return the agreement of some rows: medians of errors and half-widths, coverage and Spearman's correlation."""
-    compared = [r.compared for r in rows]
-    measured, predicted = (np.array([getattr(c, name) for c in compared]) for name in ("measured", "predicted"))
-    dense, dense_s = (np.array([getattr(c, name) for c in compared]) for name in ("predicted_dense_s", "dense_s"))
-    given = np.array([r.given for r in rows])
     return {
-        "median": float(np.median(np.abs(predicted / measured - 1.0))),
-        "inside": float(np.mean([r.inside for r in rows])),
+        **summary([r.compared for r in rows]),
         "half_width": float(np.median([r.half_width for r in rows])),
-        "spearman": spearman(predicted, measured),
-        "given": float(np.median(np.abs(given / measured - 1.0))),
+        "given": float(np.median([abs(r.given / r.compared.measured - 1.0) for r in rows])),
         "given_inside": float(np.mean([r.given_inside for r in rows])),
-        "dense": float(np.median(np.abs(dense / dense_s - 1.0))),
     }
 
 
@@ -144,7 +136,7 @@ def _cells(rows: Sequence[RecordedRow]) -> list[str]:
         f"{s['spearman']:.3f}",
         percent(s["given"]),
         percent(s["given_inside"]),
-        percent(s["dense"]),
+        percent(s["dense_time"]),
     ]
 
 

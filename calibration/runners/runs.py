@@ -97,9 +97,8 @@ def begin(
     file = check_folder(folder) / name
     check_budget(budget_s)
     if dtype not in device.dtypes():
-        raise InputError(
-            f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
-        )
+        known = ", ".join(device.dtypes())
+        raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
     description = device.describe()
     stack = {**description.stack, **software}
     header = Header(description.device, stack, dtype, extra={"opened": device.name, **extra})
@@ -122,10 +121,7 @@ def measure_plan(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> MeasuredRun:
-    """Run a plan and write its records to a file.
-
-    ``planned`` makes the plan from the device's rates (probed for a new file), the protocol and the seed of the run.
-    """
+    """Run a plan, made by ``planned`` from rates, protocol and seed of the run, and write its records to a file."""
     protocol = default_protocol(device.describe(), budget_s)
     if is_new(file):
         file.parent.mkdir(exist_ok=True)
@@ -154,10 +150,9 @@ def measure_into(
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
-    The device stays open. ``hardware`` is the profile with the datasheet (default: found by the device's name, or
-    measured). The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured
-    exactly and first, in the order of how much they narrow the speedups; the rest of the budget is for the fit.
-    ``progress`` is called with the seconds that have passed and the expected total, ``note`` with a description.
+    ``hardware`` is the profile with the datasheet (default: found by the device's name, or measured). The GEMMs of
+    ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and first, in the
+    order of how much they narrow the speedups. ``progress`` gets the seconds that have passed and the expected total.
     """
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -280,9 +275,6 @@ def fit_run(
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
 
 
-# -- operators of a model
-
-
 def target_workloads(
     model: str,
     *,
@@ -304,10 +296,7 @@ def target_workloads(
 
 
 def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = True) -> list[Operator]:
-    """Return the measurable operators of workloads, each once, best first (``next_rows``).
-
-    They are dense GEMMs; with ``every`` also attention and elementwise operators.
-    """
+    """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best first."""
     batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
     lengths = np.array([len(workloads) for workloads in targets])
     dense = np.repeat(np.cumsum(lengths) - lengths, lengths)

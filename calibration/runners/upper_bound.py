@@ -1,9 +1,7 @@
 """Measured upper bound of pruning: times of GEMMs and attention at a model's dense and pruned shapes.
 
 ``measured_bound`` is the time of the dense model's GEMMs and attention over the time of dense kernels at the pruned
-shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers. Use :func:`measure_bounds`
-to time some cases (:func:`calibration.runners.cases.settings_of`) into a run folder, and :func:`bounds` to compute
-bounds from records.
+shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers.
 """
 
 from __future__ import annotations
@@ -32,19 +30,15 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Kind, Workload
 
-ALIGN = 16
-"""Features that remain after unstructured pruning are rounded to a multiple of this, as in structured families."""
+ALIGN = 16  # features that remain after unstructured pruning are rounded to a multiple, as in structured families
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
     "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
 }
 """Plain kernels and the dimensions of their shapes."""
-HOT = ("attention_prefill",)
-"""Kernels whose operands are in the cache, since the previous kernel wrote them; weights and K/V caches are not."""
-
-Shape = tuple[str, tuple[int, ...]]
-"""A plain kernel of :data:`DIMENSIONS`, and its sizes."""
+HOT = ("attention_prefill",)  # its operands are in the cache, since the previous kernel wrote them
+Shape = tuple[str, tuple[int, ...]]  # a plain kernel and its sizes
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,11 @@ from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer,
 from calibration.runners.decoder.rules import BlockAttention, CacheCut, GroupRouting, TokenDropping, TokenRouting, best
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
-from simulator.prediction.scenario import one_of
-from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
+from simulator.pruning import FAMILIES, _edits, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
-ALIGN = 16
-"""Widths and ranks are rounded up to a multiple of this by default, as in the simulator's families."""
+ALIGN = 16  # widths and ranks are rounded up to a multiple of this by default, as in the simulator's families
 
 DYNAMIC: Mapping[str, Callable[..., Rule]] = {
     rule.family: rule for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
@@ -67,13 +65,7 @@ def prune_decoder(
         return decoder
     with torch.no_grad():
         if family in STATIC:
-            if decoder.rule is not None and family != "depth":
-                raise InputError(
-                    f"decoder: expected {family} before {decoder.rule.family}, which decides during a pass"
-                )
             return STATIC[family](decoder, removed, **options)
-        if decoder.rule is not None:
-            raise InputError(f"decoder: expected one dynamic family, got {decoder.rule.family} and {family}")
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
@@ -125,12 +117,7 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
         return Removed(dict.fromkeys(SUBLAYERS, np.ones(many)), layers=tuple(listed.tolist()))
     table = {}
     for name, fractions in (sparsity if by_part else dict.fromkeys(SUBLAYERS, sparsity)).items():
-        if by_part and name not in FAMILIES[family].targets:
-            raise unknown(f"part (for family {family})", name, FAMILIES[family].targets)
-        each = fractions if np.ndim(fractions) else [fractions] * many
-        if len(each) != many:
-            raise InputError(f"sparsity by layer: expected {many} fractions, got {len(each)}")
-        table[name] = np.array([check_fraction(fraction) for fraction in each])
+        table[name] = np.broadcast_to(np.asarray(fractions, dtype=np.float64), many).copy()
         if listed is not None and not from_list:
             table[name][~np.isin(np.arange(many), listed)] = 0.0
     return Removed(table, by_part, tuple(listed.tolist()) if from_list and listed is not None else None)
@@ -144,17 +131,8 @@ def aligned(width: int, keep: float, align: int = ALIGN) -> int:
     return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
-def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
-    """Return the rank at which two factors of a weight (n, k) have the remaining share of its parameters."""
-    exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)
-    return min(max(math.ceil(exact / align), 1) * align, n, k)
-
-
 def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:
-    """Remove ``round(s L)`` layers, or sublayers of one or both kinds: the deepest except the last, which stays unless
-    tokens exit early. Of listed layers, a fraction removes some, deepest first.
-    """
-    one_of("option unit", unit, ("layer", "both", "attention", "mlp"))
+    """Remove layers or sublayers: the deepest except the last, which stays unless tokens exit early."""
     kinds = [("attention", "mlp")] if unit == "layer" and not removed.by_part else [("attention",), ("mlp",)]
     layers = list(decoder.layers)
     for kind in kinds if unit in ("layer", "both") else [(unit,)]:
@@ -173,9 +151,7 @@ def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit
 
 
 def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None) -> Decoder:
-    """Remove KV groups with their query heads (attention), query heads alone (heads), KV heads alone (kv), MLP channels
-    (mlp) and hidden features (hidden). ``inner`` is the width of all MLPs that are pruned.
-    """
+    """Remove heads, MLP channels and hidden features. ``inner`` is the width of all MLPs that are pruned."""
 
     def change(number: int, part: Any) -> Any:
         size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
@@ -256,7 +232,9 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
             return p
         weight = p.weight.float()
         n, k = weight.shape
-        sample = torch.randn(n, rank_left(sparsity, n, k, align), generator=generator)
+        exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
+        rank = min(max(math.ceil(exact / align), 1) * align, n, k)
+        sample = torch.randn(n, rank, generator=generator)
         basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
@@ -330,17 +308,15 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
             if part is None or isinstance(rule, TokenRouting):
                 yield part and replace(part, router=router(2, generator))
                 continue
-            blocks = _head_blocks(part) if isinstance(part, Attention) else _channel_blocks(part, rule.channel_groups)
+            if isinstance(part, Attention):  # by KV group; the rows of q have this order already
+                blocks = Blocks(part.q.weight, part.o.weight.t().contiguous(), part.kv_heads)
+            else:
+                blocks = _channel_blocks(part, rule.channel_groups)
             yield replace(part, router=router(blocks.groups, generator), blocks=blocks)
 
     if isinstance(rule, TokenRouting | GroupRouting):
         decoder = replace(decoder, layers=tuple(Layer(*routed(layer)) for layer in decoder.layers))
     return replace(decoder, rule=rule)
-
-
-def _head_blocks(a: Attention) -> Blocks:
-    """Return query and output weights by KV group; the rows of q have this order already."""
-    return Blocks(a.q.weight, a.o.weight.t().contiguous(), a.kv_heads)
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:

@@ -272,9 +272,6 @@ def from_weights(
     )
 
 
-# -- the forward pass
-
-
 @dataclass
 class LayerCache:
     """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, with ``length`` filled positions."""

@@ -1,12 +1,8 @@
-"""Rules that skip work: routed tokens, groups of heads and channels per token, skipped blocks of keys, dropped tokens,
-shortened caches.
+"""Rules that skip work: routed tokens, groups of heads and channels per token, blocks of keys, tokens, cache positions.
 
 The data determines every choice. Nothing is computed and then masked, except within the blocks of queries of
-:func:`routed_attention`. In a decode step of dynamic depth, the number of active tokens is drawn (binomial) and the
-router ranks them, because random weights have no threshold for a given share.
-
-On a GPU with Triton everything stays on the device: kernels read the choices there, and shapes do not depend on data,
-so CUDA graphs can hold prefill and decode. On other devices the host reads the choices and launches the remaining work.
+:func:`routed_attention`. On a GPU with Triton, kernels read the choices on the device, and shapes do not depend on
+data, so CUDA graphs can hold prefill and decode. On other devices the host reads the choices.
 """
 
 from __future__ import annotations
@@ -74,7 +70,10 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer, except k and v."""
+    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer, except k and v.
+
+    In a decode step, the number of active tokens is drawn, because random weights have no threshold for a given share.
+    """
 
     family: ClassVar[str] = "dynamic_depth"
     skips: ClassVar[bool] = True
@@ -268,14 +267,10 @@ class CacheCut(Rule):
         cache.length = many
 
 
-# -- dynamic width
-
-
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
     """Return the number of groups per token: the two whole numbers around ``keep * groups`` in an exact cycle.
 
-    ``first`` is the start of the tokens in the cycle, which differs by layer and position. With a share below one
-    group, some tokens use none.
+    ``first`` is the start of the tokens in the cycle, which differs by layer and position.
     """
     edges = np.floor(keep * groups * np.arange(first, first + tokens + 1, dtype=np.float64) + 1e-6)
     return np.diff(edges).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Time cases in vLLM: :class:`VllmRunner`, an executor of :mod:`calibration.runners.compare`.
+"""Time cases in vLLM.
 
 Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, greedy sampling, no end of
 sequence, no prefix cache.
@@ -8,10 +8,10 @@ sequence, no prefix cache.
 - generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make one token more.
 - serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one request.
 
-vLLM keeps the memory that it reserved until its process ends, so each model has a child process. If both fit, dense and
-pruned samples alternate; the idle process uses no GPU time. Else the dense model is timed first, then the pruned one,
-and slow changes of the machine affect the ratio. The dense process serves all cases, that of a pruned model all cases
-of this pruning. Their caches hold the largest case that was checked, so check all cases before the first record.
+vLLM keeps the memory that it reserved until its process ends, so each model has a child process for all its cases. If
+both fit, dense and pruned samples alternate; the idle process uses no GPU time. Else the dense model is timed first,
+then the pruned one, and slow changes of the machine affect the ratio. The caches hold the largest case that was
+checked, so check all cases before the first record.
 """
 
 from __future__ import annotations
