@@ -235,7 +235,11 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
             speedup(case.dense, case.dense, hw),
             flop_bound=float(batch.flop_bound[1]),
             byte_bound=float(batch.byte_bound[1]),
-            **dict.fromkeys(("roofline_bound", "pruned_s", "speedup", "speedup_lower", "speedup_upper"), math.nan),
+            roofline_bound=math.nan,
+            pruned_s=math.nan,
+            speedup=math.nan,
+            speedup_lower=math.nan,
+            speedup_upper=math.nan,
         )
 
 

@@ -120,7 +120,8 @@ def compare(
     refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
         raise InputError(next(iter(refused), "expected at least one case"))
-    name, software = file_name("decoder.jsonl", engine), versions(engine)
+    package = "" if engine == "vllm" else ENGINES[engine].package  # vLLM states its version in each record
+    name, software = file_name("decoder.jsonl", engine), {package: metadata.version(package)} if package else {}
     file, header = begin(folder, device, dtype, budget_s, name, software=software, model=config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
@@ -178,10 +179,9 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
 
 
 def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any]:
-    """Return the record of a case from the files of its dense and its pruned model.
+    """Return the record of a case from the files of its dense and its pruned model, without pairs in time.
 
-    Samples of two files are not pairs in time: slow changes of the machine between the runs affect the ratio. The
-    longer series loses its last samples. InputError: the files differ in what they measured, or from the case.
+    The longer series loses its last samples.
     """
     for what in ("tool", "concurrency"):
         a, b = getattr(dense, what), getattr(pruned, what)
@@ -230,11 +230,6 @@ def runner_of(
     from calibration.runners.hf import HfRunner
 
     return HfRunner(device, config, content, dtype, compiled=engine == "compile", seed=seed)
-
-
-def versions(engine: str) -> dict[str, str]:
-    package = ENGINES[engine].package
-    return {package: metadata.version(package)} if package and engine != "vllm" else {}
 
 
 def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:

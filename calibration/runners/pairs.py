@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +40,8 @@ def alternate(
     for sample in samplers if loops > 1 else ():
         sample(loops)
     found = in_turns(lambda i: [samplers[i](loops)], list, time_limit_s, clock)
-    return PairTimes(*(list(itertools.chain(*samples)) for samples in found), loops)
+    first_s, second_s = ([one for (one,) in samples] for samples in found)
+    return PairTimes(first_s, second_s, loops)
 
 
 def in_turns(

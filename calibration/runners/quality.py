@@ -279,23 +279,26 @@ def measure_layers(
         scored = embedded(state, torch.stack(list(windows)))
         dense = _Dense(decoder, windows, _rest(state, 0, scored))
         if DENSE not in done:
-            yield _row(DENSE, dense.score(dense.last))
+            yield dense.score(DENSE, dense.last)
         both = embedded(state, torch.stack([*windows, *calibration]))
         many = len(windows)
         for number, layer in enumerate(decoder.layers):
             if not any(at >= number for at, _ in todo):
                 return
             for change in todo.get((number, "attention"), ()):
-                narrow = replace(layer, attention=_attention(layer.attention, change.block, decoder.head_dim))
-                changed = through_layer(state, number, narrow, both[:many])
-                yield _row(change.key, dense.score(_rest(state, number + 1, changed)))
+                a, block = layer.attention, change.block
+                if a is not None:
+                    stays = has("attention", block)
+                    a = fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim) if stays else None
+                changed = through_layer(state, number, replace(layer, attention=a), both[:many])
+                yield dense.score(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, mlp=None), both)
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
                 narrow = Layer(None, _mlp(layer.mlp, change.block, importance))
                 changed = through_layer(state, number, narrow, both[:many])
-                yield _row(change.key, dense.score(_rest(state, number + 1, changed)))
+                yield dense.score(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)
 
 
@@ -306,10 +309,6 @@ def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
     return x
 
 
-def _row(key: tuple[str, str, str], found: Score) -> LayerScore:
-    return LayerScore(*key, found.kl_nats, found.perplexity)
-
-
 class _Dense:
     """The dense model's predictions of some windows."""
 
@@ -318,24 +317,16 @@ class _Dense:
         size = 4 * last.shape[0] * last.shape[1] * len(decoder.head)
         self.kept = [logits_after(decoder, x) for x in last] if size <= MOST_LOGIT_BYTES else None
 
-    def score(self, last: Tensor) -> Score:
+    def score(self, key: tuple[str, str, str], last: Tensor) -> LayerScore:
         before = self.kept or (logits_after(self.decoder, x) for x in self.last)
         after = (logits_after(self.decoder, x) for x in last)
-        return score_logits(zip(before, after, self.windows))
-
-
-def _attention(a: Attention | None, block: Block, head_dim: int) -> Attention | None:
-    if a is None or not has("attention", block):
-        return None
-    return fewer_heads(a, block.heads, block.kv_heads, head_dim)
+        found = score_logits(zip(before, after, self.windows))
+        return LayerScore(*key, found.kl_nats, found.perplexity)
 
 
 def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
-    """Return attention with fewer query heads, and fewer KV heads that are means of those of their query heads.
-
-    The query heads with the largest output weights stay: whole groups if their size stays, else equally many of each
-    group if this is possible.
-    """
+    """Return attention with the query heads of the largest output weights (whole groups if their size stays, else
+    equally many of each if possible) and with means of their KV heads."""
     ratio = a.heads // a.kv_heads
     size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
     number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)
@@ -372,9 +363,6 @@ def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
         return None
     h = state.norm(x, m.norm)
     return gated(m.gate(h), m.up(h)).abs().mean((0, 1)) * m.down.weight.norm(dim=0)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def weights_digest(decoder: Decoder) -> str:

@@ -336,11 +336,11 @@ def test_a_killed_run_is_resumed(
     assert run(command("-o", str(tmp_path / "whole.csv"))) == 0
     scored, passes = quality._Dense.score, list[Any]()
 
-    def counted(self: Any, last: Any) -> Any:
+    def counted(self: Any, key: Any, last: Any) -> Any:
         if len(passes) == 6:
             raise KeyboardInterrupt
         passes.append(last)
-        return scored(self, last)
+        return scored(self, key, last)
 
     monkeypatch.setattr(quality._Dense, "score", counted)
     assert run(command()) == 130

@@ -23,7 +23,6 @@ from calibration.devices.operators import gated
 from calibration.runners.decoder.model import (
     Attention,
     Blocks,
-    LayerCache,
     Mlp,
     PassState,
     Rule,
@@ -250,12 +249,9 @@ class CacheCut(Rule):
 
     def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = super().attend(s, q, k, v)
-        if not s.decoding:
-            self.cut(s, s.caches[s.layer], q, k, v)
-        return out
-
-    def cut(self, s: PassState, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> None:
-        seq = k.shape[2]
+        if s.decoding:
+            return out
+        seq, cache = k.shape[2], s.caches[s.layer]
         some, many = min(self.observed, seq), at_least_one(self.keep, seq)
         seen = torch.ones(some, seq, dtype=torch.bool, device=q.device).tril(seq - some)
         scores = shared_scores(q[:, :, -some:], k).masked_fill_(~seen, -torch.inf)
@@ -265,6 +261,7 @@ class CacheCut(Rule):
         cache.k[:, :, :many] = k.gather(2, wide)
         cache.v[:, :, :many] = v.gather(2, wide)
         cache.length = many
+        return out
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:

@@ -501,5 +501,6 @@ def shapes(w: Workload) -> Counter[ModelShape]:
     for kind, role, count, *sizes in zip(
         timed.kind, timed.role, timed.count, *(getattr(timed, name).tolist() for name in names)
     ):
-        out[(Kind(kind).name, ROLES[role], *sizes)] += round(count)
+        shape = (Kind(kind).name, ROLES[role], *sizes)
+        out[shape] += round(count)
     return out
