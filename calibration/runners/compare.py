@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device
+from calibration.evidence.scoring import errors, spearman
+from calibration.evidence.verdict import verdict_of
 from calibration.measure.interrupt import Interrupt
 from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
@@ -29,8 +31,6 @@ from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
-from calibration.validation.scores import errors, spearman
-from calibration.validation.verdict import verdict_of
 from simulator.display import few
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers

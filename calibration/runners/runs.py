@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
+from calibration.evidence.validate import Report, validate
+from calibration.evidence.verdict import disturbed_share
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
@@ -29,8 +31,6 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
-from calibration.validation.validate import Report, validate
-from calibration.validation.verdict import disturbed_share
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -250,7 +250,7 @@ def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
     """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write profile and report."""
-    from calibration.validation.report import write_markdown
+    from calibration.evidence.report import write_markdown
 
     path = Path(folder)
     content = read_store(path / RECORDS)

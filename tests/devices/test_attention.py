@@ -340,3 +340,10 @@ def test_the_first_backend_that_runs_is_pinned() -> None:
 
     with pytest.raises(RuntimeError, match="planted"):
         with_backend(broken)
+
+
+def test_attention_on_a_gpu_names_its_backend() -> None:
+    for kind, q_len in (("attention_prefill", 64), ("attention_decode", 1)):
+        op = Operator(kind, "fp32", q_len=q_len, kv_len=64, **SHAPE)
+        assert build(op, CPU, Arena("cpu", 1e5, 1e8)).how.startswith(", SDPA backend ")
+        assert build(op, "cpu", Arena("cpu", 1e5, 1e8)).how == ""

@@ -22,7 +22,7 @@ from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, 
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices import cuda_timing as timing  # noqa: E402
 from calibration.devices.cuda import CudaDevice  # noqa: E402
-from calibration.devices.cuda_timing import PREHEAT_S, CaptureProbe, NotCapturable, Probed, serve  # noqa: E402
+from calibration.devices.cuda_timing import PREHEAT_S, CaptureProbe, NotCapturable, Probed, kernel_names, serve  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS, CaptureFailed  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402
@@ -215,6 +215,25 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fak
     assert [(op.kind, op.dtype) for op in asked[1:]] == [("low_rank", "bf16"), ("gemm", "fp16")]
     assert low_rank.method.startswith("events around a graph")
     assert low_rank.method.endswith("; kernels of the first low_rank: a, b")
+
+
+def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(fake: FakeCuda) -> None:
+    answers: Any = iter([Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")])
+
+    def probe(op: Operator) -> Probed:
+        answer = next(answers)
+        if isinstance(answer, Unsupported):
+            raise answer
+        return answer
+
+    device = _device(fake, probe=probe)
+    assert "graph" in device.prepare(GEMM).method
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="status -11"):
+            device.prepare(GEMM)
+    for _ in range(2):  # of a kind that nothing can be known of, once
+        assert "graph" in device.prepare(Operator("copy", n=4096)).method
+    assert next(answers, None) is None
 
 
 def test_a_failed_capture_ends_the_run_and_the_next_process_goes_on_without_its_operator(fake: FakeCuda) -> None:
@@ -538,6 +557,26 @@ def test_the_child_answers_for_its_device_and_ends_when_a_capture_fails() -> Non
         assert found[0]["kernels"] == ["kernel of gemm"]
         assert found[2]["reason"] == "not capturable: planted"
         assert device.closed == 2  # nothing is kept between two questions
+
+
+def test_names_of_kernels_are_those_of_the_device_once_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.autograd import DeviceType
+
+    class Profile:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[Any]:
+            on = [("a" * 200, DeviceType.CUDA), ("aten::mm", DeviceType.CPU), ("b", DeviceType.CUDA)]
+            return [type("Event", (), {"name": name, "device_type": kind}) for name, kind in on * 2]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    calls: list[str] = []
+    names = kernel_names(lambda: calls.append("launch"), lambda: calls.append("wait"))
+    assert names == ("a" * 80, "b")
+    assert calls == ["launch", "wait"]
 
 
 @needs_gpu
