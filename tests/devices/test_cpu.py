@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import attention as att  # noqa: E402
 from calibration.devices.cpu import CpuDevice, available_memory_bytes, default_threads, last_level_cache_bytes  # noqa: E402
-from calibration.devices.operators import (  # noqa: E402  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402
     HEAD_DIM,
     HIDDEN,
     Arena,

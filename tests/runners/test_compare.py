@@ -27,7 +27,15 @@ from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import ComparedCases, ComparedSpeedup, by_phase, repeatability, rows_of, summary  # noqa: E402  # noqa: E402
+from calibration.runners.compare import (  # noqa: E402
+    ComparedCases,
+    ComparedSpeedup,
+    by_phase,
+    conclusions,
+    repeatability,
+    rows_of,
+    summary,
+)
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402

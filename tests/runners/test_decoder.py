@@ -28,7 +28,7 @@ from calibration.runners.decoder.families import (  # noqa: E402
     prune_decoder,
     two_of_four,
 )
-from calibration.runners.decoder.model import Decoder, PassState, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402  # noqa: E402
+from calibration.runners.decoder.model import Decoder, PassState, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402
 from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
