@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,10 +40,6 @@ class RecordedRow:
     given: float
     given_lower: float
     given_upper: float
-
-    @property
-    def inside(self) -> bool:
-        return self.compared.predicted_lower <= self.compared.measured <= self.compared.predicted_upper
 
     @property
     def given_inside(self) -> bool:
@@ -115,7 +110,13 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
         groups.setdefault(key(row), []).append(row)
     header = ["speedups", "median error", "in their interval", "half-width", "Spearman"]
     header += ["given the dense time: error", "in their interval", "dense times: error"]
-    return table([title, *header], [[name, *_cells(some)] for name, some in [*groups.items(), ("all", list(rows))]])
+    lines = []
+    for name, some in [*groups.items(), ("all", list(rows))]:
+        s = scores(some)
+        first = [percent(s[key]) for key in ("median", "inside", "half_width")]
+        last = [percent(s[key]) for key in ("given", "given_inside", "dense_time")]
+        lines.append([name, str(len(some)), *first, f"{s['spearman']:.3f}", *last])
+    return table([title, *header], lines)
 
 
 def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
@@ -126,20 +127,6 @@ def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
         "given": float(np.median([abs(r.given / r.compared.measured - 1.0) for r in rows])),
         "given_inside": float(np.mean([r.given_inside for r in rows])),
     }
-
-
-def _cells(rows: Sequence[RecordedRow]) -> list[str]:
-    s: dict[str, Any] = scores(rows)
-    return [
-        str(len(rows)),
-        percent(s["median"]),
-        percent(s["inside"]),
-        percent(s["half_width"]),
-        f"{s['spearman']:.3f}",
-        percent(s["given"]),
-        percent(s["given_inside"]),
-        percent(s["dense_time"]),
-    ]
 
 
 def _worst(rows: Sequence[RecordedRow]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+F = torch.nn.functional
 
 import torch.nn.attention.flex_attention as torch_flex  # noqa: E402
 from decoder_reference import layout_mask  # noqa: E402
@@ -20,6 +21,7 @@ from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import decode_attention, find_library, prefill_attention, with_backend  # noqa: E402
 from calibration.devices.cuda import open_named  # noqa: E402
 from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
+from calibration.runners.decoder.rules import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -47,8 +49,12 @@ def _tensors(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: 
     return q, k, v
 
 
-def _dense(q: Any, k: Any, v: Any, mask: Any) -> Any:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+def _reference(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Softmax attention written out, in float64."""
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).float()
 
 
 def _close(value: Any, reference: Any) -> None:
@@ -58,8 +64,9 @@ def _close(value: Any, reference: Any) -> None:
 def _check_blocks(q_len: int, kv_len: int, block: int, density: float) -> None:
     q, k, v = _tensors(q_len, kv_len)
     table = attention.block_layout(q_len, kv_len, block, density)
-    reference = _dense(q, k, v, layout_mask(table, q_len, kv_len, block))
-    _close(attention.fused_block_sparse(table, q_len, kv_len, block)(q, k, v), reference)
+    reference = _reference(q, k, v, layout_mask(table, q_len, kv_len, block))
+    for made in (attention.fused_block_sparse, attention.block_sparse_attention):
+        _close(made(table, q_len, kv_len, block)(q, k, v), reference)
 
 
 def _check_places() -> None:
@@ -68,7 +75,7 @@ def _check_places() -> None:
     places = torch.stack([torch.randperm(500, generator=generator)[:300].sort().values for _ in range(2)])
     places[1, 140:] = -1
     out = attention.at_positions(q, k, v, places)
-    reference = _dense(q, k, v, (torch.arange(500) <= places[..., None])[:, None])
+    reference = _reference(q, k, v, (torch.arange(500) <= places[..., None])[:, None])
     _close(out[0], reference[0])
     _close(out[1, :, :140], reference[1, :, :140])
     assert torch.isfinite(out).all()
@@ -80,8 +87,54 @@ def _check_running() -> None:
     _close(attention.running(q, k, v, runs), decode_attention(q, k, v) * runs.repeat_interleave(2, 1)[..., None, None])
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(16, 16), (5, 21), (1, 9)])
+def test_prefill_attention(q_len: int, kv_len: int) -> None:
+    q, k, v = _tensors(q_len, kv_len)
+    mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+    _close(prefill_attention(q, k, v, attention.causal_mask(q_len, kv_len, "cpu")), _reference(q, k, v, mask))
+
+
+def test_decode_attention() -> None:
+    for heads in ((4, 2), (6, 1), (4, 4)):
+        q, k, v = _tensors(1, 37, *heads)
+        _close(decode_attention(q, k, v), _reference(q, k, v, torch.ones(1, 37, dtype=torch.bool)))
+
+
+def test_a_mask_never_goes_with_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they leave a GPU the unfused kernel alone."""
+    given, seen = F.scaled_dot_product_attention, []
+
+    def noted(*tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any) -> Any:
+        seen.append(attn_mask is not None)
+        assert not (enable_gqa and attn_mask is not None)
+        assert tensors[0].shape[1] == tensors[1].shape[1] or enable_gqa
+        return given(*tensors, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = _tensors(32, 96)
+    prefill_attention(q, k, v, attention.causal_mask(32, 96, "cpu"))
+    attention.block_sparse_attention(attention.block_layout(32, 96, 16, 0.5), 32, 96, 16)(q, k, v)
+    places = torch.arange(0, 96, 3).expand(2, 32)
+    out = routed_attention(q, k, v, places)
+    assert all(seen)
+    monkeypatch.undo()
+    mask = torch.arange(96)[None] <= places[0][:, None]
+    _close(out, _reference(q, k, v, mask))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
+def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
+    layout = attention.block_layout(4096, 4096, 64, density)
+    causal = 64 * 65 / 2
+    assert density * causal <= int(layout.sum()) <= density * causal + 64
+    assert bool(layout.diagonal().all())
+    assert not layout.triu(1).any()
+
+
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize(("q_len", "kv_len", "block"), [(64, 64, 16), (50, 50, 16), (32, 96, 16), (200, 200, 64)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "block"), [(64, 64, 16), (50, 50, 16), (32, 96, 16), (64, 64, 64), (200, 200, 64)]
+)
 def test_blocks_of_a_table(q_len: int, kv_len: int, block: int, density: float) -> None:
     _check_blocks(q_len, kv_len, block, density)
 

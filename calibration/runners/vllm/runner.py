@@ -80,21 +80,7 @@ class LargestRequest:
         )
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Samples of a model, s per pass (per request in serve)."""
-
-    seconds: Sequence[float]
-    first_token_s: Sequence[float] = ()  # waits for first tokens in serve
-
-    @classmethod
-    def join(cls, parts: Sequence[Samples]) -> Samples:
-        return cls(
-            [round(s, 9) for part in parts for s in part.seconds],
-            [round(s, 9) for part in parts for s in part.first_token_s],
-        )
-
-
+Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
 Started = tuple[ModelConfig, LargestRequest]
 
 
@@ -169,21 +155,20 @@ class VllmRunner(Runner):
             engines = [self._engine(model) for model in pair]
             for engine in engines * (1 if case.phase == "serve" else WARM):
                 self._sample(case, engine)
-            found = in_turns(
-                lambda i: self._sample(case, engines[i]), lambda x: x.seconds, limit, self.device.clock, MOST
-            )
+            found = in_turns(lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, self.device.clock, MOST)
         else:
             found = self._in_turn(case, pair, limit)
-        dense, pruned = map(Samples.join, found)
-        count = min(len(dense.seconds), len(pruned.seconds))
-        waits = {"dense_first_token_s": dense.first_token_s, "pruned_first_token_s": pruned.first_token_s}
+        dense_s, pruned_s = ([round(s, 9) for seconds, _ in samples for s in seconds] for samples in found)
+        count = min(len(dense_s), len(pruned_s))
+        first = ([round(s, 9) for _, waits in samples for s in waits] for samples in found)
+        waits = dict(zip(("dense_first_token_s", "pruned_first_token_s"), first))
         versions = next(iter(self.engines.values())).versions
         return {
             "reason": release_note(versions["vllm"]),
             "runtime": "vllm",
             "loops": STEPS if case.phase == "decode" else 1,
-            "dense_s": dense.seconds[:count],
-            "pruned_s": pruned.seconds[:count],
+            "dense_s": dense_s[:count],
+            "pruned_s": pruned_s[:count],
             **(waits if case.phase == "serve" else {}),
             "versions": versions,
             "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
@@ -208,7 +193,7 @@ class VllmRunner(Runner):
         vocab, batch = self.models.dense.vocab, case.batch
         if case.phase == "serve":
             found = engine.ask("serve", concurrency=batch, tokens=tokens, output=output, vocab=vocab, windows=WINDOWS)
-            return Samples(found["seconds"], found["first_token_s"])
+            return found["seconds"], found["first_token_s"]
 
         def latency(output: int) -> float:
             found = engine.ask("latency", batch=batch, tokens=tokens, output=output, vocab=vocab)
@@ -217,7 +202,7 @@ class VllmRunner(Runner):
         seconds = (latency(output) - latency(1)) / STEPS if case.phase == "decode" else latency(output)
         if not seconds > 0.0:
             raise InvalidTiming(f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps")
-        return Samples([seconds])
+        return [seconds], []
 
     def _keep(self, models: Sequence[ModelConfig]) -> None:
         wanted = [(model, self.sizes) for model in models]
