@@ -430,7 +430,6 @@ def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_
         ("deepth", 0.5, {}, "did you mean depth"),
         ("depth", 0.5, {"align": 8}, "align"),
         ("token", 0.5, {"block": 8}, "no option 'block'"),
-        ("semi_structured", 0.3, {}, "expected sparsity 0.5"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -226,10 +226,7 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
     """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
-    def factorise(number: int, role: str, p: Projection) -> Projection:
-        sparsity = removed.of_projection(number, role)
-        if not sparsity:
-            return p
+    def factorise(p: Projection, sparsity: float) -> Projection:
         weight = p.weight.float()
         n, k = weight.shape
         exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
@@ -238,39 +235,31 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
         basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
-    return each_projection(decoder, factorise)
+    return _each_pruned(decoder, removed, factorise)
 
 
 def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
     """Make projections 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
-    for fraction in np.unique(np.concatenate([*removed.table.values()])).tolist():
-        if fraction not in (0.0, 0.5):
-            raise InputError(f"semi_structured (2:4): expected sparsity 0.5, got {fraction:g}")
     if not decoder.device.startswith("cuda"):
         raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
     algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
 
-    def pack(number: int, role: str, p: Projection) -> Projection:
-        if not removed.of_projection(number, role):
-            return p
+    def pack(p: Projection, sparsity: float) -> Projection:
         found = algorithms.setdefault(tuple(p.weight.shape), {})
         return Projection((sparse_weight(two_of_four(p.weight), found),), p.bias)
 
-    return each_projection(decoder, pack)
+    return _each_pruned(decoder, removed, pack)
 
 
 def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
     """Set the smallest weights of projections to zero; dense kernels still compute them."""
 
-    def zero(number: int, role: str, p: Projection) -> Projection:
-        sparsity = removed.of_projection(number, role)
-        if not sparsity:
-            return p
+    def zero(p: Projection, sparsity: float) -> Projection:
         flat = p.weight.flatten()
         small = flat.abs().float().topk(whole_share(sparsity, len(flat)), largest=False).indices
         return Projection((flat.scatter(0, small, 0.0).view_as(p.weight),), p.bias)
 
-    return each_projection(decoder, zero)
+    return _each_pruned(decoder, removed, zero)
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -287,6 +276,14 @@ def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], P
     return decoder.changed(
         lambda i, part: replace(part, **{role: change(i, role, getattr(part, role)) for role in part.roles})
     )
+
+
+def _each_pruned(decoder: Decoder, removed: Removed, change: Callable[[Projection, float], Projection]) -> Decoder:
+    def changed(number: int, role: str, p: Projection) -> Projection:
+        sparsity = removed.of_projection(number, role)
+        return change(p, sparsity) if sparsity else p
+
+    return each_projection(decoder, changed)
 
 
 STATIC: Mapping[str, Callable[..., Decoder]] = {
