@@ -167,8 +167,8 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
     """Change one layer to a block; return what was changed."""
     out = []
     for role, where in PROJECTIONS.items():
-        there = block.heads if where.startswith("self_attn") else block.inner
-        if not there or (where.startswith("mlp") and not usual.inner):
+        size = block.heads if where.startswith("self_attn") else block.inner
+        if not size or (where.startswith("mlp") and not usual.inner):
             continue
         old = _module(layer, role)
         n, k, rank = old.out_features, old.in_features, block.rank(role)
@@ -182,7 +182,8 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
             out.append("low rank" if rank else narrower)
     if block.heads and (block.heads, block.kv_heads) != (usual.heads, usual.kv_heads):
         layer.self_attn.num_key_value_groups = block.heads // max(block.kv_heads, 1)
-    if missing := [name for name, there in _sublayers(block).items() if not there]:
+    there = {"self_attn": block.heads, "mlp": block.inner or block.experts}
+    if missing := [name for name, size in there.items() if not size]:
         for name in missing:
             layer.set_submodule(name, nn.Identity())
         layer.forward = partial(_without, layer, missing[0])
@@ -196,10 +197,6 @@ def _module(layer: nn.Module, role: str) -> Any:
         return layer.get_submodule(PROJECTIONS[role])
     except AttributeError:
         raise InputError(f"{type(layer).__name__} of Transformers has no {PROJECTIONS[role]} to patch") from None
-
-
-def _sublayers(block: Block) -> dict[str, bool]:
-    return {"self_attn": bool(block.heads), "mlp": bool(block.inner or block.experts)}
 
 
 def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> Any:
@@ -291,14 +288,12 @@ class HfRunner(PairRunner):
         return times, {"runtime": "compiled" if self.compiled else "eager", "patched": pruned.patched}
 
 
-def _prompt(built: HfModel, case: Case) -> Any:
-    vocabulary = built.model.config.get_text_config().vocab_size
+def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:
+    """Return random tokens for a model, and a function that waits for its device."""
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
-    return tokens.to(built.model.device)
-
-
-def _wait(built: HfModel) -> Callable[[], Any]:
-    return torch.cuda.synchronize if built.model.device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    return tokens.to(model.device), wait
 
 
 class _Stamps:
@@ -317,7 +312,8 @@ class _Stamps:
 def eager_sampler(built: HfModel, case: Case) -> Sampler:
     from transformers import DynamicCache, LogitsProcessorList
 
-    model, tokens, wait = built.model, _prompt(built, case), _wait(built)
+    model = built.model
+    tokens, wait = _prompt(model, case)
     if case.phase == "prefill":
         return looped(lambda: model(tokens, use_cache=True, logits_to_keep=1), wait)
     if case.phase == "generate":
@@ -344,7 +340,8 @@ def compiled_sampler(built: HfModel, case: Case) -> Sampler:
     # every model and phase has an entry of its own; beyond the limit torch would stop to compile
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
-    model, tokens, wait = built.model, _prompt(built, case), _wait(built)
+    model = built.model
+    tokens, wait = _prompt(model, case)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     compiled = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
     cache = StaticCache(config=model.config, max_cache_len=case.seq + max(case.dense.meta.new_tokens, 1))

@@ -131,20 +131,15 @@ def measure_bounds(
 
     def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[MeasurementPlan, Protocol]:
         left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
-        limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
-        protocol = replace(protocol, time_limit_s=limit)
+        # a third of the time is reserved for drift checks and for repeats
+        each = 0.65 * (left / visits) / max(len(shapes), 1) - rates.setup_s
+        protocol = replace(protocol, time_limit_s=min(max(each, 0.05), 2.0 * protocol.time_limit_s))
         operators = [operator_of(shape, dtype) for shape in shapes]
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
-
-
-def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
-    """Return the time limit per shape; a third of the time is reserved for drift checks and for repeats."""
-    each = 0.65 * budget_s / max(shapes, 1) - rates.setup_s
-    return min(max(each, 0.05), 2.0 * longest_s)
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
