@@ -69,8 +69,7 @@ def command(
     """
     from calibration.evidence.verdict import of_calibration
     from calibration.fit.local_update import Updated
-    from calibration.runners.runs import fit_run, measure_into
-    from calibration.runners.targets import TargetModels, target_workloads
+    from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
     budget_s = seconds("--budget", budget)
     if measure_only and (quick or device == "host"):

@@ -59,8 +59,7 @@ def command(
     --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
     and comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
-    from calibration.runners.agreement import conclusions
-    from calibration.runners.compare import ENGINES, compare, file_name, kernels_on, rows_of
+    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -154,7 +153,7 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
     """Return the agreement of predictions and measurements, one line per phase."""
-    from calibration.runners.agreement import by_phase, repeatability
+    from calibration.runners.compare import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():

@@ -21,8 +21,7 @@ from calibration.fit.profile import fit_profile
 from calibration.measure.run import Interrupted
 from calibration.records.store import read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
-from calibration.runners.runs import DATASHEET, keep_apart
-from calibration.runners.targets import target_operators, target_workloads
+from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
 from simulator.cli.program import REMOVED
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -308,7 +307,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
         asked.append({ROLES[role] for role in target_workloads(*args, **options)[0][0].role})
         raise InputError("enough")
 
-    monkeypatch.setattr("calibration.runners.targets.target_workloads", wanted)
+    monkeypatch.setattr("calibration.runners.runs.target_workloads", wanted)
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]
