@@ -191,7 +191,7 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list
     from calibration.runners.compare import file_name
     from calibration.validation.report import table
     from simulator.display import markdown_text
-    from simulator.figures.save import save_figure
+    from simulator.figures.style import save_figure
     from simulator.files.write import write_whole
 
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
@@ -206,7 +206,7 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
     """Measured speedups next to predicted ones: a panel per phase and sparsity, or with texts of --prune per phase."""
-    from simulator.figures.published import Beside, published_figure
+    from simulator.figures.measured import Beside, published_figure
 
     simple = all(r.simple for r in rows)
     names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}

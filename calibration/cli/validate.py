@@ -224,7 +224,7 @@ def _end_to_end(output: render.Output, figure: str | None) -> None:
         print("split: fit, engine parameters were fitted on this source; judge, on other sources")
         print("rows whose pruned model needed custom modelling code are only in docs/generated/engines.md")
     if figure:
-        from simulator.figures.save import save_figure
+        from simulator.figures.style import save_figure
 
         save_figure(scatter(comparisons), figure)
 

@@ -269,8 +269,8 @@ def _comparison_table(rows: Iterable[Comparison], text: Callable[[float], str] =
 
 def scatter(comparisons: Mapping[str, Sequence[Comparison]]) -> Figure:
     """Draw predicted against measured dense times and times per token, one panel per engine."""
-    from simulator.figures.scatter import Cloud, scatter_figure
-    from simulator.figures.titles import engine_title
+    from simulator.figures.measured import Cloud, scatter_figure
+    from simulator.figures.style import engine_title
 
     rows = [*comparisons["dense"], *comparisons["serve"]]
     clouds = []

@@ -89,12 +89,12 @@ def explain(
             _print(together)
         render.notes([*requested.notes, *skipped, *_notes(found)], verbose)
     if figure or roofline:
-        from simulator.cli.drawing import draw_rooflines, draw_waterfalls
+        from simulator.figures.panels import rooflines_of, save_figure, waterfalls_of
 
         if figure:
-            draw_waterfalls(found, figure)
+            save_figure(waterfalls_of(found), figure)
         if roofline:
-            draw_rooflines(found, roofline)
+            save_figure(rooflines_of(found), roofline)
 
 
 def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:

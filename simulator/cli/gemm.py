@@ -65,9 +65,9 @@ def gemm(
             print()
             _print_steps(row)
     if figure:
-        from simulator.cli.drawing import draw_gemms
+        from simulator.figures.panels import gemms_of, save_figure
 
-        draw_gemms(rows, figure)
+        save_figure(gemms_of(rows), figure)
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:

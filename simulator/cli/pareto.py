@@ -84,9 +84,9 @@ def pareto(
         else:
             _show_trades(found)
     if figure:
-        from simulator.cli.drawing import draw_fronts
+        from simulator.figures.panels import fronts_of, save_figure
 
-        draw_fronts(found, figure)
+        save_figure(fronts_of(found), figure)
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")

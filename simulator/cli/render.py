@@ -208,7 +208,7 @@ class Output:
         if self.json and self.csv:
             raise InputError("--json and --csv: expected one of them")
         for path in filter(None, self.figures):
-            from simulator.figures.save import check_figure
+            from simulator.figures.style import check_figure
 
             check_figure(path)
         if self.csv and self.csv != "-":

@@ -82,9 +82,10 @@ def command(
 
         lines += write_plan(plan, model, write)
     if figure:
-        from simulator.cli.drawing import draw_plan
+        from simulator.figures.plan import plan_figure
+        from simulator.figures.style import save_figure
 
-        draw_plan(plan, figure)
+        save_figure(plan_figure(plan), figure)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.caveats import uncalibrated

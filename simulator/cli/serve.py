@@ -109,9 +109,9 @@ def command(
     if output.write([point.to_dict() for point in (*found.points, *curves)]):
         _print(found.services, verbose)
     if figure:
-        from simulator.cli.drawing import draw_services
+        from simulator.figures.panels import save_figure, services_of
 
-        draw_services(found.services, figure)
+        save_figure(services_of(found.services), figure)
     render.notes((*requested.notes, *found.notes), verbose)
 
 

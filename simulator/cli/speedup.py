@@ -96,9 +96,9 @@ def speedup(
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
         _print(found, answers, memory, verbose)
     if figure:
-        from simulator.cli.drawing import draw_speedups
+        from simulator.figures.panels import save_figure, speedups_of
 
-        draw_speedups([replace(r, family=r.name) for r in found], figure)
+        save_figure(speedups_of([replace(r, family=r.name) for r in found]), figure)
     render.notes(
         (*requested.notes, *uncalibrated(found, requested.scenario.dense_s is not None), *found.notes), verbose
     )

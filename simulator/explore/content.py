@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator.engines.engine import load_engine
 from simulator.figures.panels import rooflines_of, speedups_of, waterfalls_of
-from simulator.figures.save import svg_text
-from simulator.figures.titles import device_title, engine_title, model_title
+from simulator.figures.style import device_title, engine_title, svg_text
+from simulator.models.library import model_title
 from simulator.prediction.breakeven import break_even
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.conclusions import of_speedups

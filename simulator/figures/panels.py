@@ -1,42 +1,37 @@
 """Turn predictions into figures and panels, for the paper's figures, the command line and the page.
 
-:func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.prediction.explain.Explanation`,
-:func:`speedups_of` draws results, :func:`fronts_of` frontiers, :func:`services_of` services. :func:`placed` returns the
-panel of each result.
+:func:`steps_of` and :func:`roof_of` return panels of an :class:`~simulator.prediction.explain.Explanation`; functions
+that end in ``s_of`` draw results, frontiers, services, explanations and single GEMMs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from simulator.figures.roofline import Roof
-from simulator.figures.style import COLORS, DENSE, STYLES, Style, label, style_of
-from simulator.figures.throughput import Curve, Throughput
-from simulator.figures.titles import device_title, engine_title, model_title
-from simulator.figures.waterfall import Steps
-from simulator.prediction.gemms import gemm_points
-from simulator.prediction.operating import LIMITS
+from simulator.figures.pareto import pareto_figure
+from simulator.figures.roofline import Roof, roofline_figure
+from simulator.figures.speedup import speedup_figure
+from simulator.figures.style import COLORS, DENSE, STYLES, Style, device_title, engine_title, label, style_of
+from simulator.figures.style import save_figure as save_figure
+from simulator.figures.throughput import Curve, Throughput, throughput_figure
+from simulator.figures.waterfall import Steps, waterfall_figure
+from simulator.models.library import model_title
+from simulator.prediction.explain import Explanation
+from simulator.prediction.gemms import GemmRecord, gemm_points
+from simulator.prediction.operating import LIMITS, OperatingPoint, Service
+from simulator.prediction.pareto import Front
+from simulator.prediction.result import Result
 from simulator.prediction.scenario import batch_name
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from simulator.prediction.explain import Explanation
-    from simulator.prediction.operating import OperatingPoint, Service
-    from simulator.prediction.pareto import Front
-    from simulator.prediction.result import Result
-
+# columns of figures that show speedups, and the attributes of a result
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
-"""Columns of figures that show speedups, and the attributes of a result."""
 
-MOST_VALUES = 5
-"""Maximum number of values of a field other than the axis: each has a row of panels."""
-
-MOST_ACROSS = 3
-"""Maximum number of columns that are named by device and engine; more names would overlap."""
+MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
+MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 
 
 def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
@@ -80,34 +75,30 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
 def speedups_of(results: Sequence[Result]) -> Figure:
     """Draw speedups over the field that varies: batch, length or sparsity, the one with the most values if several vary
     (each setting of the others has panels of its own)."""
-    from simulator.figures.speedup import speedup_figure
-
     axis = varying(results)
     panels = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
     results, omitted = _of_few_settings(results, [field for field in panels if field != axis])
     models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
     note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
-    found = columns(results, at=axis, **SPEEDUP) | placed(
-        results, [_setting(r, results, axis, panels) for r in results]
-    )
-    found["candidate"] = names = _candidates(results, axis, panels)
+    names = _candidates(results, axis, panels)
+    found = columns(results, at=axis, **SPEEDUP) | {"candidate": names}
+    found |= placed(results, [_setting(r, results, axis, panels) for r in results])
     bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
     serves = axis == "batch" and all(r.phase == "serve" for r in results)
     return speedup_figure(
-        bounds=bounds,
+        found | bounds,
+        list(bounds),
         axis=axis,
         looks=styles_of(dict(zip(names, (r.family for r in results)))),
         interval=interval(results[0].level),
         x_label=batch_name("serve") if serves else "",
         note=note,
-        **found,
     )
 
 
 def varying(results: Sequence[Result]) -> str:
     """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
-    pruning differ most; sparsity if they differ in none.
-    """
+    pruning differ most; sparsity if they differ in none."""
     counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
     most = max(counts.values())
     return "sparsity" if most == 1 else next(axis for axis, count in counts.items() if count == most)
@@ -177,8 +168,7 @@ def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[
 
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
     """Return styles of candidates, given their families: the first of a family has the family's style, others have
-    colours and markers that no candidate has.
-    """
+    colours and markers that no candidate has."""
     first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
     used = {(style.color, style.marker) for style in styles.values()}
@@ -190,8 +180,6 @@ def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
 
 def services_of(services: Sequence[Service]) -> Figure:
     """Draw the throughput of services over their time per token, one panel each."""
-    from simulator.figures.throughput import throughput_figure
-
     engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
     first = services[0].points[0]
     model = "" if len(services) > 1 else f"{model_title(first.model)}, "
@@ -206,44 +194,40 @@ def throughput_of(service: Service, title: str) -> Throughput:
     for point in service.curve:
         groups.setdefault(point.name, []).append(point)
     styles = {DENSE.label: DENSE, **styles_of({p.name: p.family for (p, *_) in groups.values() if p.pruning})}
-    within = {p.name: (p.tpot_s, p.tokens_per_s) for p in service.kinds.get(LIMITS, ()) if p.concurrency}
+    within = {p.name: (1e3 * p.tpot_s, p.tokens_per_s) for p in service.kinds.get(LIMITS, ()) if p.concurrency}
     curves = []
     for name, points in groups.items():
-        tpot, rate = (
-            np.array([[getattr(p, key) for p in points] for key in keys], dtype=float)
-            for keys in (
-                ("tpot_s", "tpot_lower", "tpot_upper"),
-                ("tokens_per_s", "tokens_per_s_lower", "tokens_per_s_upper"),
-            )
-        )
-        curves.append(Curve(name, styles[name], tpot, rate, points[-1].concurrency, within.get(name)))
-    return Throughput(title, curves, service.limits.tpot_s)
+        tpot = np.array([[getattr(p, f"tpot_{end}") for p in points] for end in ("s", "lower", "upper")], dtype=float)
+        rates = [[getattr(p, f"tokens_per_s{end}") for p in points] for end in ("", "_lower", "_upper")]
+        rate = np.array(rates, dtype=float)
+        curves.append(Curve(name, styles[name], 1e3 * tpot, rate, points[-1].concurrency, within.get(name)))
+    limit = service.limits.tpot_s
+    return Throughput(title, curves, None if limit is None else 1e3 * limit)
 
 
-def fronts_of(fronts: Sequence[Front], rows: Sequence[str]) -> Figure:
-    """Draw speedup against quality loss; ``rows`` has one label per frontier."""
-    from simulator.figures.pareto import pareto_figure
-
+def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
+    """Draw speedup against quality loss; ``rows`` has one label per frontier, by default phase, batch and length."""
+    lengths = len({f.seq for f in fronts}) > 1
+    rows = rows or [
+        f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in fronts
+    ]
     points = [p for f in fronts for p in f.points]
     found = columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **SPEEDUP)
     for name, labels in placed(fronts, rows).items():
         found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
     axis, level = fronts[0].axis, fronts[0].level
-    return pareto_figure(**found, axis=axis.metric, protocol=axis.protocol, interval=interval(level))
+    return pareto_figure(found, axis=axis.metric, protocol=axis.protocol, interval=interval(level))
 
 
 def steps_of(e: Explanation, title: str) -> Steps:
     """Return the loss waterfall of an explanation as a panel."""
     (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
-    notes = [s.note for s in steps]
-    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper, notes)
+    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
 
 def waterfalls_of(found: Sequence[Explanation]) -> Figure:
     """Draw the waterfalls of explanations, one panel each."""
-    from simulator.figures.waterfall import waterfall_figure
-
     lengths = len({e.result.seq for e in found}) > 1
     panels = [steps_of(e, f"{title}{f', seq {e.result.seq}' if lengths else ''}") for e, title in _titled(found)]
     return waterfall_figure(panels, columns=_side_by_side(found))
@@ -251,8 +235,6 @@ def waterfalls_of(found: Sequence[Explanation]) -> Figure:
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:
     """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
-    from simulator.figures.roofline import roofline_figure
-
     return roofline_figure([roof_of(e, title) for e, title in _titled(found)], columns=_side_by_side(found))
 
 
@@ -277,3 +259,16 @@ def roof_of(e: Explanation, title: str) -> Roof:
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
     peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s
     return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)
+
+
+def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
+    """Draw single GEMMs on the roofline, one panel per device."""
+    roofs = []
+    for name in dict.fromkeys(r.hardware for r in rows):
+        own = [r for r in rows if r.hardware == name]
+        names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
+        points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
+        peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
+        roofs.append(Roof(device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
+    warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
+    return roofline_figure(roofs, names=f"M × N × K{warm}")

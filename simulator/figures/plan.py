@@ -7,25 +7,24 @@ lower panel has speedup against quality loss in the first setting of the search,
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from simulator.figures import layout
 from simulator.figures.panels import device, interval
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
-from simulator.figures.titles import model_title
 from simulator.models.block import Block
+from simulator.models.library import model_title
+from simulator.plans.search import AlternativePlan, Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
 from simulator.prediction.scenario import batch_name
 from simulator.units import ratio
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from simulator.plans.search import AlternativePlan, Plan, PlanPoint
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
 
@@ -45,8 +44,6 @@ _TARGET: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8}
 
 def plan_figure(plan: Plan) -> Figure:
     """Draw a plan on the width of a page: its layers above, its frontier below."""
-    from matplotlib.figure import Figure
-
     with paper_style():
         figure = Figure(figsize=(PAGE_IN, 4.8), layout="constrained")
         engine: Any = figure.get_layout_engine()
@@ -128,9 +125,6 @@ def _losses(ax: Axes, plan: Plan) -> None:
 
 
 def _legend_of_layers(ax: Axes) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     handles = [
         Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
         Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),

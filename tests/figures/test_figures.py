@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from simulator.figures.save import check_figure, save_figure
 
 from calibration.cli.figures import shipped_gemms
 from simulator.errors import InputError
 from simulator.figures.measured import read_measured_gemms
 from simulator.figures.roofline import Roof, roofline_figure
-from simulator.figures.save import check_figure, save_figure
 from simulator.figures.speedup import speedup_figure
 from simulator.figures.style import COLUMN_IN, PAGE_IN, STYLES, in_order, style_of
 from simulator.figures.waterfall import Steps, waterfall_figure

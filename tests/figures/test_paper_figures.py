@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from simulator.figures.efficiency import efficiency_figure, number
+from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
+from simulator.figures.scatter import MOST_DOTS
+from simulator.figures.subject import Paper, paper
+from simulator.figures.titles import device_title
 from test_figures import check_print
 
 import simulator
 from simulator.cli import run
 from simulator.errors import InputError
-from simulator.figures.efficiency import efficiency_figure, number
-from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
 from simulator.figures.measured import MeasuredGemms, from_columns, read_measured_gemms
 from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, OPERATORS, draw
-from simulator.figures.scatter import MOST_DOTS
 from simulator.figures.style import style_of
-from simulator.figures.subject import Paper, paper
-from simulator.figures.titles import device_title
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.prediction.scenario import Scenario

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from simulator.figures.titles import device_title, engine_title, model_title
 
 from simulator.engines.engine import list_engines
 from simulator.figures.style import STYLES, label
-from simulator.figures.titles import device_title, engine_title, model_title
 from simulator.hardware.library import list_hardware
 from simulator.models.library import list_models, load_model
 from simulator.pruning import FAMILIES

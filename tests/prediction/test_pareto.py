@@ -16,7 +16,7 @@ from planted_points import point, row
 from simulator.cli import run
 from simulator.errors import InputError
 from simulator.figures.pareto import pareto_figure
-from simulator.figures.save import save_figure
+from simulator.figures.style import save_figure
 from simulator.prediction.pareto import bands, frontier, fronts, margins, marked, read_measured
 from simulator.prediction.quality import QualityTable, choose_axis, load_quality
 
