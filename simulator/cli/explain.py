@@ -89,7 +89,9 @@ def explain(
             _print(together)
         render.notes([*requested.notes, *skipped, *_notes(found)], verbose)
     if figure or roofline:
-        from simulator.figures.panels import rooflines_of, save_figure, waterfalls_of
+        from simulator.figures.gemms import rooflines_of
+        from simulator.figures.style import save_figure
+        from simulator.figures.waterfall import waterfalls_of
 
         if figure:
             save_figure(waterfalls_of(found), figure)

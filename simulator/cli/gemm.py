@@ -65,7 +65,8 @@ def gemm(
             print()
             _print_steps(row)
     if figure:
-        from simulator.figures.panels import gemms_of, save_figure
+        from simulator.figures.gemms import gemms_of
+        from simulator.figures.style import save_figure
 
         save_figure(gemms_of(rows), figure)
 

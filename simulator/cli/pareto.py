@@ -84,7 +84,8 @@ def pareto(
         else:
             _show_trades(found)
     if figure:
-        from simulator.figures.panels import fronts_of, save_figure
+        from simulator.figures.pareto import fronts_of
+        from simulator.figures.style import save_figure
 
         save_figure(fronts_of(found), figure)
     lines = []

@@ -96,7 +96,8 @@ def speedup(
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
         _print(found, answers, memory, verbose)
     if figure:
-        from simulator.figures.panels import save_figure, speedups_of
+        from simulator.figures.speedup import speedups_of
+        from simulator.figures.style import save_figure
 
         save_figure(speedups_of([replace(r, family=r.name) for r in found]), figure)
     render.notes(

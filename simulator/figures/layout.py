@@ -18,10 +18,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import BoolArray, FloatArray
-from simulator.figures.style import BLACK, COLUMN_IN, GREY, PAGE_IN
+from simulator.figures.style import BLACK, COLUMN_IN, GREY, PAGE_IN, device_title, engine_title
+from simulator.prediction.scenario import batch_name
 
 FigurePoints = Mapping[str, NDArray[Any]]  # points of a figure: arrays of one length by name
 Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column
+
+# columns of figures that show speedups, and the attributes of a result
+SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 
 # fmt: off
 _MANTISSAS: tuple[tuple[float, ...], ...] = (
@@ -35,6 +39,8 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
     (1,),
 )
 # fmt: on
+
+MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
 GAP_PT = 2.0  # horizontal room between two names, points
@@ -204,6 +210,55 @@ def laid_out(figure: Figure, y_label: str = "") -> Figure:
         places = [ax.get_position() for ax in figure.axes]
         text.set_y(0.5 * (min(p.y0 for p in places) + max(p.y1 for p in places)))
     return figure
+
+
+def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
+    """Return attributes of some rows, one list each, under the figure's names for them."""
+    found = list(rows)
+    return {column: [getattr(row, name) for row in found] for column, name in names.items()}
+
+
+def interval(level: float) -> str:
+    """Return the label of bars and bands."""
+    return f"{100 * level:.4g} % interval"
+
+
+def device(r: Any) -> str:
+    """Return the titles of the device and engine of a result or a frontier."""
+    return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
+
+
+def setting_label(r: Any) -> str:
+    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
+    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
+
+
+def across(devices: int, engines: int = 1) -> int | None:
+    """Return the number of panels per row: the devices, or the engines of one device, if they are two or three."""
+    panels = devices if devices > 1 else engines
+    return panels if panels in (2, 3) else None
+
+
+def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
+    """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
+    else the more numerous of devices and engines are columns, the others rows."""
+    if len({device(r) for r in found}) <= MOST_ACROSS:
+        return {"row": list(rows), "column": [device(r) for r in found]}
+    devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
+    column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
+    return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
+
+
+def titled(found: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Return explanations with the titles of their panels: device and engine, and what varies of the request."""
+    several = len({(e.result.phase, e.result.batch, e.result.seq) for e in found}) > 1
+    return [(e, device(e.result) + (f"\n{setting_label(e.result)}" if several else "")) for e in found]
+
+
+def side_by_side(found: Sequence[Any]) -> int | None:
+    """Return the number of panels per row of explanations, as :func:`across`."""
+    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
+    return across(devices, engines)
 
 
 def write_labels(

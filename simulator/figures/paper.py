@@ -19,24 +19,14 @@ from simulator.arrays import FloatArray
 from simulator.cost.base import ELEMENT_BYTES
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
-from simulator.figures.cells import crossover_figure, efficiency_figure
+from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
+from simulator.figures.layout import across, columns, device, interval, placed
 from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_figure
-from simulator.figures.panels import (
-    across,
-    columns,
-    device,
-    fronts_of,
-    interval,
-    placed,
-    roof_of,
-    speedups_of,
-    steps_of,
-)
-from simulator.figures.roofline import roofline_figure
-from simulator.figures.staircase import Stairs, staircase_figure
+from simulator.figures.pareto import fronts_of
+from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, label, model_title
-from simulator.figures.taxonomy import SKIPPED_PAIRS, kept_axes, taxonomy_figure
-from simulator.figures.waterfall import waterfall_figure
+from simulator.figures.tables import SKIPPED_PAIRS, crossover_figure, efficiency_figure, kept_axes, taxonomy_figure
+from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model

@@ -8,7 +8,7 @@ is dynamic.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,30 +20,35 @@ from matplotlib.patches import Patch
 from simulator.arrays import FloatArray
 from simulator.figures import layout
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
-from simulator.prediction.pareto import frontier
+from simulator.prediction.pareto import Front, frontier
+from simulator.prediction.scenario import batch_name
 
 LINEAR_UP_TO = 0.6  # losses up to this value have a linear axis; a perplexity can rise by several times
 BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic
 STRIP = 0.045  # height of the strip of fastest families, as a share of a panel's height
 
 
-def pareto_figure(points: Mapping[str, Any], *, axis: str, protocol: str, interval: str) -> Figure:
-    """Draw speedup against quality loss with its frontier.
-
-    Columns of the points: ``row`` and ``column`` (labels of the setting and the device), ``family``, ``method``,
-    ``sparsity``, ``loss`` (a fraction; all on the metric ``axis`` under one ``protocol``), ``speedup``, ``lower`` and
-    ``upper``.
-    """
-    data = layout.arrays(points)
+def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
+    """Draw speedup against quality loss with its frontier, all on one metric under one protocol; ``rows`` has one label
+    per frontier, by default phase, batch and length."""
+    lengths = len({f.seq for f in fronts}) > 1
+    rows = rows or [
+        f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in fronts
+    ]
+    points = [p for f in fronts for p in f.points]
+    found = layout.columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP)
+    for name, labels in layout.placed(fronts, rows).items():
+        found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
+    data, axis = layout.arrays(found), fronts[0].axis
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
     only = {f: next(iter(m)) if len(m) == 1 else "" for f, m in methods.items()}
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
-        handles = _handles(only, interval)
+        handles = _handles(only, layout.interval(fronts[0].level))
         bends = float(data["loss"].max()) > LINEAR_UP_TO
         scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-        title = f"quality loss (%): {axis}{scale}\n{textwrap.fill(protocol, int(PAGE_IN / 0.058))}".rstrip()
+        title = f"quality loss (%): {axis.metric}{scale}\n{textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))}".rstrip()
         look: dict[str, Any] = {"handles": handles, "legend": title, "sharex": True, "sharey": True}
         figure, panels = layout.panel_grid(data, 1.9, 0.66, **look)
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))

@@ -16,7 +16,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from simulator.figures import layout
-from simulator.figures.panels import device, interval
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
 from simulator.models.block import Block
 from simulator.models.library import model_title
@@ -157,7 +156,7 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     reached = f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
     handles.insert(0, drawn([chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
     first = plan.results[0]
-    handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=interval(first.level))
+    handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level))
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
     sure = (
         f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
@@ -174,7 +173,7 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
     many = f"{first.devices} × " if first.devices > 1 else ""
-    title = f"{many}{device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
+    title = f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
     ax.set_title(textwrap.fill(title, 52) + several, pad=5)
     ax.set_xlabel(textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2)

@@ -32,9 +32,12 @@ from simulator.figures.style import (
     in_order,
     label,
     paper_style,
-    style_of,
+    styles_of,
 )
+from simulator.models.library import model_title
 from simulator.prediction.breakeven import GAIN
+from simulator.prediction.result import Result
+from simulator.prediction.scenario import batch_name
 
 MOST_CURVES, MOST_BOUNDED = 4, 2  # most candidates drawn as curves with bands (more become dots), and with bounds
 
@@ -44,6 +47,7 @@ AXES: Mapping[str, str] = MappingProxyType({"batch": "batch", "seq": "sequence (
 PAYS = "pays from here (interval above 1)"  # label of the rings
 PAGE_HEIGHT_IN = 9.0  # height of a page's text, inches
 MOST_ACROSS = 4  # panels of dots per row
+MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
 
 # minimum height of a line of text and of a dot, inches; on a page with less, dots become curves without bands
 LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
@@ -54,27 +58,22 @@ _BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "linestyle": "none"}
 
 
-def speedup_figure(
-    points: Mapping[str, Any],
-    bounds: Sequence[str] = (),
-    *,
-    axis: str = "sparsity",
-    looks: Mapping[str, Style] | None = None,
-    interval: str = "90 % interval",
-    x_label: str = "",
-    note: str = "",
-) -> Figure:
-    """Draw speedup over a field: the key ``axis`` of :data:`AXES`.
-
-    Columns of the points: ``row``, ``column`` and ``candidate`` (labels of the setting, the device, and a family or
-    another name), ``at`` (the value of the field; the removed fraction for ``sparsity``), ``speedup``, ``lower``,
-    ``upper``, and up to three upper bounds, named by ``bounds``. ``looks`` are the styles of candidates (default: those
-    of families). ``interval`` is the label of bars and bands, ``x_label`` that of the axis (default: in :data:`AXES`),
-    and ``note`` is written next to it. The figure is one column wide for one panel, else a page.
-    """
-    data = layout.arrays(points)
+def speedups_of(results: Sequence[Result]) -> Figure:
+    """Draw speedups over the field that varies: batch, length or sparsity, the one with the most values if several vary
+    (each setting of the others has panels of its own)."""
+    axis = varying(results)
+    panels = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
+    results, omitted = _of_few_settings(results, [field for field in panels if field != axis])
+    models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
+    note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
+    titles = _candidates(results, axis, panels)
+    found = layout.columns(results, at=axis, **layout.SPEEDUP) | {"candidate": titles}
+    found |= layout.placed(results, [_setting(r, results, axis, panels) for r in results])
+    bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
+    data, label_of_bars = layout.arrays(found | bounds), layout.interval(results[0].level)
     names, (settings, devices) = in_order(data["candidate"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
-    styles = {name: (looks or {}).get(name) or style_of(name, i) for i, name in enumerate(names)}
+    looks = styles_of(dict(zip(titles, (r.family for r in results))))
+    styles = {name: looks[name] for name in names}
     pairs = [(n, v) for n in names for v in np.unique(data["at"][data["candidate"] == n]).tolist()]
     down = -(-len(settings) // MOST_ACROSS)  # rows of panels
     line = (PAGE_HEIGHT_IN - 0.8 - 0.4 * down) / (down * len(pairs))
@@ -83,8 +82,81 @@ def speedup_figure(
         if dots or len(pairs) == len(names):
             line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
             texts = [_line(pairs, i, axis) for i in range(len(pairs))]
-            return _dots(data, bounds, pairs, texts, line, interval, f"speedup (log scale){note and f'; {note}'}")
-        return _curves(data, bounds, styles, axis, interval, f"{x_label or AXES[axis]}{note and f'; {note}'}")
+            x_label = f"speedup (log scale){note and f'; {note}'}"
+            return _dots(data, list(bounds), pairs, texts, line, label_of_bars, x_label)
+        serves = axis == "batch" and all(r.phase == "serve" for r in results)
+        x_label = f"{batch_name('serve') if serves else AXES[axis]}{note and f'; {note}'}"
+        return _curves(data, list(bounds), styles, axis, label_of_bars, x_label)
+
+
+def varying(results: Sequence[Result]) -> str:
+    """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
+    pruning differ most; sparsity if they differ in none."""
+    counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
+    most = max(counts.values())
+    return "sparsity" if most == 1 else next(axis for axis, count in counts.items() if count == most)
+
+
+def _values(results: Sequence[Result], axis: str) -> list[float]:
+    """Return the values of a field over which a pruning varies, if any does; else one value."""
+    of_name: dict[str, dict[float, None]] = {}
+    for r in results:
+        of_name.setdefault(_name(r), {})[getattr(r, axis)] = None
+    several = [values for values in of_name.values() if len(values) > 1] or list(of_name.values())[:1]
+    return sorted({value for values in several for value in values})
+
+
+def _name(r: Result) -> str:
+    """Return the title of a pruning without its sparsity."""
+    return r.pruned or r.method or f"{label(r.family)}{r.options and f' ({r.options})'}"
+
+
+def _several_sparsities(results: Sequence[Result]) -> bool:
+    """Return whether a pruning has several sparsities in one scenario, each of which is another candidate: that of a
+    budget follows from the length, and prunings as texts have one each."""
+    found: dict[tuple[object, ...], set[float]] = {}
+    for r in results:
+        place = (r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
+        found.setdefault((_name(r), *place), set()).add(r.sparsity)
+    return any(len(sparsities) > 1 for sparsities in found.values())
+
+
+def _candidates(results: Sequence[Result], axis: str, panels: Sequence[str]) -> list[str]:
+    """Return the titles of curves, with the sparsity unless that is the axis, names the panel, or varies."""
+    names = [_name(r) for r in results]
+    if axis == "sparsity" or ("sparsity" in panels and len(_values(results, "sparsity")) > 1):
+        return names
+    found: dict[str, set[float]] = {}
+    for name, r in zip(names, results):
+        found.setdefault(name, set()).add(r.sparsity)
+    return [f"{n}, {100 * r.sparsity:.3g} %" if len(found[n]) == 1 else n for n, r in zip(names, results)]
+
+
+def _setting(r: Result, results: Sequence[Result], axis: str, panels: Sequence[str]) -> str:
+    """Return the label of a row of panels: the phase, and fields other than the axis that vary."""
+    parts = [model_title(r.model)] if len({one.model for one in results}) > 1 else []
+    parts.append(f"{r.phase} {r.new_tokens}" if r.new_tokens else r.phase)
+    if axis != "batch":
+        parts.append(f"{batch_name(r.phase)} {r.batch}")
+    if axis != "seq" and len({one.seq for one in results}) > 1:
+        parts.append(f"seq {r.seq}")
+    if axis != "sparsity" and "sparsity" in panels and len(_values(results, "sparsity")) > 1:
+        parts.append(f"{100 * r.sparsity:.3g} % removed")
+    return ", ".join(parts)
+
+
+def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[Sequence[Result], str]:
+    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, the first, the last and some
+    between, and a note on omitted values."""
+    notes = []
+    for other in others:
+        values = _values(results, other)
+        if len(values) <= MOST_VALUES:
+            continue
+        few = {values[round(i * (len(values) - 1) / (MOST_VALUES - 1))] for i in range(MOST_VALUES)}
+        results = [r for r in results if getattr(r, other) in few]
+        notes.append(f"{MOST_VALUES} of {len(values)} values of {other} drawn")
+    return results, ", ".join(notes)
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +95,18 @@ def in_order(names: Any) -> list[str]:
     """Return names without repeats: families in the order of legends, then the other names in the given order."""
     once, known = list(dict.fromkeys(names)), list(STYLES)
     return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))
+
+
+def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
+    """Return styles of candidates, given their families: the first of a family has the family's style, others have
+    colours and markers that no candidate has."""
+    first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
+    styles = {name: STYLES[family] for family, name in first.items()}
+    used = {(style.color, style.marker) for style in styles.values()}
+    colors = {color for color, _ in used}
+    free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
+    free.sort(key=lambda style: style.color in colors)
+    return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}
 
 
 @lru_cache(maxsize=256)

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, wrapped
+from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, side_by_side, titled, wrapped
 from simulator.figures.style import BLUE, COLUMN_IN, GREEN, INK, PAGE_IN, VERMILLION, paper_style
+from simulator.prediction.explain import Explanation
 
 NEGLIGIBLE = 0.0005  # a factor this close to 1 has no effect: its step has a line but no bar
 FOLDED = 0.01  # factors this close to 1 are folded into one step
@@ -54,6 +55,20 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
         )
 
     return [fold(p) for p in panels]
+
+
+def steps_of(e: Explanation, title: str) -> Steps:
+    """Return the loss waterfall of an explanation as a panel."""
+    (nominal, *steps), r = e.steps, e.result
+    names, factors = [s.name for s in steps], [s.factor for s in steps]
+    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
+
+
+def waterfalls_of(found: Sequence[Explanation]) -> Figure:
+    """Draw the waterfalls of explanations, one panel each."""
+    lengths = len({e.result.seq for e in found}) > 1
+    panels = [steps_of(e, f"{title}{f', seq {e.result.seq}' if lengths else ''}") for e, title in titled(found)]
+    return waterfall_figure(panels, columns=side_by_side(found))
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:

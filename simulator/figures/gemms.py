@@ -1,4 +1,6 @@
-"""Draw GEMMs on the roofline: the device's limit at their arithmetic intensity, and the predicted rate."""
+"""Draw GEMMs on the roofline, the device's limit at their arithmetic intensity, and staircases: the time of a GEMM
+rises in steps of tiles and waves.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,35 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, wrapped, write_labels
-from simulator.figures.style import BLACK, BLUE, COLUMN_IN, GREY, PAGE_IN, VERMILLION, paper_style
+from simulator.figures.layout import (
+    in_a_row,
+    laid_out,
+    log_axis,
+    panel_grid,
+    panel_list,
+    side_by_side,
+    titled,
+    wrapped,
+    write_labels,
+)
+from simulator.figures.style import (
+    BLACK,
+    BLUE,
+    COLUMN_IN,
+    GREY,
+    PAGE_IN,
+    PALE_INK,
+    VERMILLION,
+    device_title,
+    paper_style,
+)
+from simulator.prediction.explain import Explanation
+from simulator.prediction.gemms import GemmRecord, gemm_points
 
 SAME = 1.01  # points closer than this factor in both directions are one point with a joint label
 
@@ -27,6 +53,12 @@ DENSE: dict[str, Any] = {"marker": "o", "color": BLUE, "markerfacecolor": "none"
 PRUNED: dict[str, Any] = {"marker": "s", "color": VERMILLION, "markersize": 2.6, "linestyle": "none"}
 
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
+
+_IDEAL: dict[str, Any] = {"color": PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
+_HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
+_BAND: dict[str, Any] = {"color": BLUE, "alpha": 0.18, "linewidth": 0}
+_POINT: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 2.4, "linestyle": "none"}
+_POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
 
@@ -124,7 +156,7 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
         low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
         limits = min(low), max(high), min(bottom), max(top)
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
-            _draw(ax, roof, limits)
+            _draw_roof(ax, roof, limits)
             ax.set_title(title, pad=5)
             ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(roofs))
             ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
@@ -136,7 +168,7 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
     return figure
 
 
-def _draw(ax: Axes, roof: Roof, limits: Limits) -> None:
+def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
     (x, y, pruned), (low, high, bottom, top) = roof.columns(), limits
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     highest = roof.bend(low, high, roof.headroom)
@@ -173,3 +205,96 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
     roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
     above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
     write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
+
+
+def rooflines_of(found: Sequence[Explanation]) -> Figure:
+    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
+    return roofline_figure([roof_of(e, title) for e, title in titled(found)], columns=side_by_side(found))
+
+
+def roof_of(e: Explanation, title: str) -> Roof:
+    """Return the dense and pruned GEMMs of an explanation's layers on its device's roofline, as a panel. The head is
+    omitted: it computes one position of a prompt, far from the other points."""
+    models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
+    points = [gemm_points(w, e.hardware) for w in models]
+    names = [name.replace("_", " ") for p in points for name in p.role]
+    intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
+    pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
+    peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s
+    return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)
+
+
+def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
+    """Draw single GEMMs on the roofline, one panel per device."""
+    roofs = []
+    for name in dict.fromkeys(r.hardware for r in rows):
+        own = [r for r in rows if r.hardware == name]
+        names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
+        points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
+        peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
+        roofs.append(Roof(device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
+    warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
+    return roofline_figure(roofs, names=f"M × N × K{warm}")
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """One panel."""
+
+    row: str  # kind of staircase
+    column: str  # the device
+    x_label: str
+    y_label: str
+    x: ArrayLike  # sizes; the next four are as long
+    predicted: ArrayLike
+    lower: ArrayLike
+    upper: ArrayLike
+    ideal: ArrayLike  # the datasheet roofline
+    measured_x: ArrayLike = ()
+    measured: ArrayLike = ()
+    highest: ArrayLike = ()  # the roofline at the highest clock, if above the datasheet's
+    note: str = ""  # fixed sizes, written into the panel
+
+
+def staircase_figure(panels: Sequence[Stairs], *, interval: str = "90 % interval") -> Figure:
+    """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
+    where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
+    width = COLUMN_IN if len(set(where["column"])) == 1 else PAGE_IN
+    with paper_style():
+        handles: list[Any] = [
+            Line2D([], [], color=BLUE, linewidth=1.0, label="predicted"),
+            Patch(**_BAND, label=interval),
+            Line2D([], [], **_IDEAL, label="datasheet roofline"),
+        ]
+        if any(np.size(p.highest) for p in panels):
+            handles.append(Line2D([], [], **_HIGHEST, label="at the highest clock"))
+        if any(np.size(p.measured) for p in panels):
+            handles.append(Line2D([], [], **_POINT, label="measured"))
+        figure, axes = panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
+        for p in panels:
+            ax = axes[p.row, p.column]
+            _draw_stairs(ax, p)
+            ax.set_xlabel(p.x_label, labelpad=2)
+            ax.set_ylabel(p.y_label if p.column == panels[0].column else "")
+        figure.align_ylabels()
+        return laid_out(figure)
+
+
+def _draw_stairs(ax: Axes, p: Stairs) -> None:
+    x = np.asarray(p.x, dtype=float)
+    predicted, lower, upper, ideal = (np.asarray(v, dtype=float) for v in (p.predicted, p.lower, p.upper, p.ideal))
+    seen_x, seen = np.asarray(p.measured_x, dtype=float), np.asarray(p.measured, dtype=float)
+    top = max(float(np.max(v)) for v in (upper, ideal, p.highest, seen) if np.size(v)) * 1.05
+    ax.fill_between(x, lower, upper, **_BAND, zorder=2)
+    ax.plot(x, ideal, **_IDEAL, zorder=2.5)
+    if np.size(p.highest):
+        ax.plot(x, np.asarray(p.highest, dtype=float), **_HIGHEST, zorder=2.5)
+    ax.plot(x, predicted, color=BLUE, linewidth=0.9, zorder=3)
+    if len(seen):
+        ax.plot(seen_x, seen, **_POINT, zorder=4)
+    ax.set(xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02), ylim=(0.0, top))
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    if p.note:
+        where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
+        ax.text(0.97, 0.05, p.note, fontsize=6, color=PALE_INK, **where)
