@@ -14,33 +14,28 @@ from simulator.cli.options import opt
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
 
+
 # fmt: off
-Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")]
-QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Use the quality rows of this model instead.")]
-Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
-Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
-Measured = Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")]
-MaxLoss = Annotated[str | None, opt("--max-loss", "FRACTION", "Name the fastest model with at most this loss.")]
-Csv = Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")]
-# fmt: on
-
-
 @options.expanded("weight_dtype", "kv_dtype")
 def pareto(
     model: options.Model,
     hardware: options.Hardware,
-    quality: Quality = None,
-    metric: Metric = "",
-    protocol: Protocol = "",
-    quality_model: QualityModel = None,
-    measured: Measured = None,
-    max_loss: MaxLoss = None,
+    quality: Annotated[str | None, opt(
+        "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None,
+    metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = "",
+    protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = "",
+    quality_model: Annotated[str | None, opt(
+        "--quality-model", "NAME", "Use the quality rows of this model instead.")] = None,
+    measured: Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")] = None,
+    max_loss: Annotated[str | None, opt(
+        "--max-loss", "FRACTION", "Name the fastest model with at most this loss.")] = None,
     run: options.Run = options.RUN,
     json: options.Json = False,
-    csv: Csv = None,
+    csv: Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")] = None,
     figure: options.Figure = None,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Show the frontier of speed and quality.
 
     No other model beats those on the frontier in both. Begins with them and the best trade, the most speedup per loss,
@@ -61,19 +56,7 @@ def pareto(
     known = read_measured(measured) if measured else ()
     most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
     with render.progress("predicting") as report:
-        found, notes = fronts(
-            config,
-            devices,
-            table,
-            axis,
-            requested.phase,
-            requested.batch,
-            requested.seq,
-            engine=requested.engine,
-            scenario=requested.scenario,
-            measured=known,
-            progress=report,
-        )
+        found, notes = fronts(config, devices, table, axis, **requested.axes, measured=known, progress=report)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
