@@ -4,7 +4,7 @@ rises in steps of tiles and waves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,19 +244,15 @@ class Stairs:
     row: str  # kind of staircase
     column: str  # the device
     x_label: str
+    note: str  # fixed sizes, written into the panel
     y_label: str
-    x: ArrayLike  # sizes; the next four are as long
-    predicted: ArrayLike
-    lower: ArrayLike
-    upper: ArrayLike
-    ideal: ArrayLike  # the datasheet roofline
+    x: ArrayLike  # sizes
+    values: Mapping[str, FloatArray]  # predicted, lower, upper, ideal (datasheet roofline), highest (clock, if above)
     measured_x: ArrayLike = ()
     measured: ArrayLike = ()
-    highest: ArrayLike = ()  # the roofline at the highest clock, if above the datasheet's
-    note: str = ""  # fixed sizes, written into the panel
 
 
-def staircase_figure(panels: Sequence[Stairs], *, interval: str = "90 % interval") -> Figure:
+def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
     """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
     where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
     width = COLUMN_IN if len(set(where["column"])) == 1 else PAGE_IN
@@ -266,7 +262,7 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str = "90 % interval
             Patch(**_BAND, label=interval),
             Line2D([], [], **_IDEAL, label="datasheet roofline"),
         ]
-        if any(np.size(p.highest) for p in panels):
+        if any("highest" in p.values for p in panels):
             handles.append(Line2D([], [], **_HIGHEST, label="at the highest clock"))
         if any(np.size(p.measured) for p in panels):
             handles.append(Line2D([], [], **_POINT, label="measured"))
@@ -281,20 +277,18 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str = "90 % interval
 
 
 def _draw_stairs(ax: Axes, p: Stairs) -> None:
-    x = np.asarray(p.x, dtype=float)
-    predicted, lower, upper, ideal = (np.asarray(v, dtype=float) for v in (p.predicted, p.lower, p.upper, p.ideal))
-    seen_x, seen = np.asarray(p.measured_x, dtype=float), np.asarray(p.measured, dtype=float)
-    top = max(float(np.max(v)) for v in (upper, ideal, p.highest, seen) if np.size(v)) * 1.05
-    ax.fill_between(x, lower, upper, **_BAND, zorder=2)
-    ax.plot(x, ideal, **_IDEAL, zorder=2.5)
-    if np.size(p.highest):
-        ax.plot(x, np.asarray(p.highest, dtype=float), **_HIGHEST, zorder=2.5)
-    ax.plot(x, predicted, color=BLUE, linewidth=0.9, zorder=3)
-    if len(seen):
-        ax.plot(seen_x, seen, **_POINT, zorder=4)
+    x, values = np.asarray(p.x, dtype=float), p.values
+    every = [*(values[name] for name in values if name not in ("predicted", "lower")), np.asarray(p.measured)]
+    top = max(float(np.max(v)) for v in every if np.size(v)) * 1.05
+    ax.fill_between(x, values["lower"], values["upper"], **_BAND, zorder=2)
+    ax.plot(x, values["ideal"], **_IDEAL, zorder=2.5)
+    if "highest" in values:
+        ax.plot(x, values["highest"], **_HIGHEST, zorder=2.5)
+    ax.plot(x, values["predicted"], color=BLUE, linewidth=0.9, zorder=3)
+    if np.size(p.measured):
+        ax.plot(p.measured_x, p.measured, **_POINT, zorder=4)
     ax.set(xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02), ylim=(0.0, top))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(4))
-    if p.note:
-        where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
-        ax.text(0.97, 0.05, p.note, fontsize=6, color=PALE_INK, **where)
+    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
+    ax.text(0.97, 0.05, p.note, fontsize=6, color=PALE_INK, **where)

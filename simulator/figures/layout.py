@@ -113,12 +113,11 @@ def panel_grid(
     names: Mapping[str, str] | None = None,
     **axes: Any,
 ) -> tuple[Figure, Panels]:
-    """Return a figure with a panel per value of the columns ``row`` and ``column`` of its points, in the order in which
-    they first occur, with names of the columns above the first row, and names of the rows right of the last column.
+    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order in which they first
+    occur, and with the names of columns and rows above and right of the panels.
 
     ``panel_in`` is the height of a panel, ``around_in`` the height above and below the panels without the legend
-    (inches). The legend has the entries ``handles`` and the title ``legend``. ``names`` are other names of rows;
-    ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
+    (inches). The legend has the entries ``handles`` and the title ``legend``. ``names`` are other names of rows.
     """
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, handles, legend, axes)
@@ -193,7 +192,7 @@ def legend_lines(handles: Sequence[Any], width_in: float) -> int:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
-    """Draw one legend for the whole figure below its panels; its title is the label that the x axes share."""
+    """Draw one legend for the figure below its panels; its title is the label that the x axes share."""
     across = -(-len(handles) // lines)
     legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
     legend.set_title(x_label or None, {"size": 7})
@@ -286,7 +285,14 @@ def write_labels(
     style |= {"ha": "center", "va": "center"}
     names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
     inside = ax.get_window_extent().extents
-    for group in _together(places, 2 * MARKER_PT * scale):
+    groups: list[list[int]] = []  # points within a distance of the first of their group, from the top down
+    for i in np.argsort(-places[:, 1], kind="stable").tolist():
+        near = (g for g in groups if np.hypot(*(places[i] - places[g[0]])) < 2 * MARKER_PT * scale)
+        if (group := next(near, None)) is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    for group in groups:
         own_names = list(dict.fromkeys(texts[i] for i in group))
         text = (", " if sum(map(len, own_names)) < LONG else "\n").join(own_names)
         point = places[group].mean(axis=0)
@@ -321,22 +327,7 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
     return np.asarray((boxes[:, :2] < box[2:]).all(axis=1) & (boxes[:, 2:] > box[:2]).all(axis=1))
 
 
-def _together(places: FloatArray, distance: float) -> list[list[int]]:
-    """Return groups of points, each within a distance of the first of its group, from the top down."""
-    groups: list[list[int]] = []
-    for i in np.argsort(-places[:, 1], kind="stable").tolist():
-        for group in groups:
-            if np.hypot(*(places[i] - places[group[0]])) < distance:
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return groups
-
-
-def _candidates(
-    point: FloatArray, size: FloatArray, scale: float, reach_pt: float
-) -> Iterator[tuple[FloatArray, bool, bool]]:
+def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
     """Yield centres of a text around a point, the nearest first, whether it needs a line to the point, and whether the
     line must not cross names: at first it must not."""
     for strict in (True, False):

@@ -136,24 +136,12 @@ class Cloud:
     what: str = "GEMMs"  # kind of times
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of predictions with measurements: relative errors as fractions."""
-
-    count: int
-    mean: float
-    median: float
-    p95: float
-    bias: float
-
-
-def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> Agreement:
+def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, float, float, float]:
     """Return the mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error
     as bias."""
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
-    mean, median, p95 = float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95))
-    return Agreement(len(error), mean, median, p95, float(np.median(error)))
+    return float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
 
 
 def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
@@ -195,9 +183,9 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     first.tick_params(labelbottom=False)
     second.set_yticks([0.7, 0.9, 1.1, 1.4], ["0.7", "0.9", "1.1", "1.4"])
     second.minorticks_off()
-    a = agreement(cloud.measured_s, cloud.predicted_s)
-    lines = [f"{a.count:,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * a.mean:.1f} %"]
-    lines += [f"median {100 * a.median:.1f} %", f"95th percentile {100 * a.p95:.0f} %"]
+    mean, median, p95, _ = agreement(x, y)
+    lines = [f"{len(x):,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * mean:.1f} %"]
+    lines += [f"median {100 * median:.1f} %", f"95th percentile {100 * p95:.0f} %"]
     where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
 

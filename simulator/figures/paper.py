@@ -24,12 +24,12 @@ from simulator.figures.layout import across, columns, device, interval, placed
 from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_figure
 from simulator.figures.pareto import fronts_of
 from simulator.figures.speedup import speedups_of
-from simulator.figures.style import device_title, engine_title, label, model_title
+from simulator.figures.style import device_title, engine_title, label
 from simulator.figures.tables import SKIPPED_PAIRS, crossover_figure, efficiency_figure, kept_axes, taxonomy_figure
 from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
-from simulator.models.library import load_model
+from simulator.models.library import load_model, model_title
 from simulator.prediction.crossover import winners
 from simulator.prediction.explain import explanations
 from simulator.prediction.pareto import fronts
@@ -39,7 +39,7 @@ from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, profiles
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
-from simulator.uncertainty.operators import OperatorTimes, gemm_time
+from simulator.uncertainty.operators import gemm_time
 from simulator.workload import ROLES, Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
@@ -109,12 +109,10 @@ def paper(
     *,
     scenario: Scenario | None = None,
     seq: int = 2048,
-    measured: Mapping[str, MeasuredGemms] | None = None,
 ) -> Paper:
     """Return a paper about a model on some devices, with names resolved."""
-    devices = tuple(profiles(hardware))
     config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, devices, scenario or Scenario(), seq, measured or {})
+    return Paper(config, tuple(profiles(hardware)), scenario or Scenario(), seq)
 
 
 @dataclass(frozen=True)
@@ -293,70 +291,52 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many; weights are as warm as in
     the measurements, if there are any."""
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
-    tokens = TOKENS if row == "tiles" else MORE_TOKENS
-    copies, seen_m, seen_s = None, np.zeros(0), np.zeros(0)
-    seen = p.measured.get(hw.label)
-    if seen is not None:
+    tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
+    seen_m, seen_s = np.zeros(0), np.zeros(0)
+    if (seen := p.measured.get(hw.label)) is not None:
         rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
-    t = gemm_time(tokens, n, k, hw, dtype=p.scenario.dtype, copies=copies, level=p.scenario.level)
-    highest_s = _at_the_highest_clock(p, hw, tokens, n, k)
-    names = {"row": row, "column": device_title(hw.label), "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
+    times = _times(p, hw, tokens, n, k, copies)
+    device, names = device_title(hw.label), ("M (tokens)", f"N {n}, K {k}")
     if row == "tiles":
-        seen_y, columns = 1e6 * seen_s, _microseconds(t, highest_s)
-    else:
-        work = 2e-12 * tokens * n * k
-        seen_y = 2e-12 * seen_m * n * k / seen_s
-        columns = {"predicted": work / t.seconds, "lower": work / t.upper, "upper": work / t.lower}
-        columns |= {"ideal": work / t.roofline_s, "highest": work / highest_s if highest_s.size else ()}
-    y_label = "time (µs)" if row == "tiles" else "TFLOP/s"
-    return Stairs(**names, y_label=y_label, x=tokens, measured_x=seen_m, measured=seen_y, **columns)
+        columns = {name: 1e6 * seconds for name, seconds in times.items()}
+        return Stairs(row, device, *names, "time (µs)", tokens, columns, seen_m, 1e6 * seen_s)
+    columns = {name: 2e-12 * tokens * n * k / seconds for name, seconds in times.items()}
+    columns["lower"], columns["upper"] = columns["upper"], columns["lower"]
+    return Stairs(row, device, *names, "TFLOP/s", tokens, columns, seen_m, 2e-12 * seen_m * n * k / seen_s)
 
 
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    t = gemm_time(p.seq, widths, k, hw, dtype=p.scenario.dtype, level=p.scenario.level)
-    highest_s = _at_the_highest_clock(p, hw, p.seq, widths, k)
-    names = {
-        "row": "pruned width",
-        "column": device_title(hw.label),
-        "x_label": "N (inner width kept)",
-        "note": f"M {p.seq}, K {k}",
-    }
-    return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t, highest_s))
+    columns = {name: 1e6 * seconds for name, seconds in _times(p, hw, p.seq, widths, k).items()}
+    names = "N (inner width kept)", f"M {p.seq}, K {k}"
+    return Stairs("pruned width", device_title(hw.label), *names, "time (µs)", widths, columns)
 
 
-def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int) -> FloatArray:
-    """Return the roofline at a device's highest clock, s; empty if the datasheet's clock is the highest."""
-    if hw.clock_headroom <= 1.0:
-        return np.zeros(0)
+def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None) -> dict[str, FloatArray]:
+    """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
     dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
+    t = gemm_time(m, n, k, hw, dtype=dtype, copies=copies, level=p.scenario.level)
     compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
     moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
-    return np.asarray(np.maximum(compute_s, moved_s))
-
-
-def _microseconds(t: OperatorTimes, highest_s: FloatArray) -> dict[str, Any]:
-    """Return columns of a staircase from times."""
-    times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s, "highest": highest_s}
-    return {name: 1e6 * seconds for name, seconds in times.items()}
+    times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
+    return times | ({"highest": np.maximum(compute_s, moved_s)} if hw.clock_headroom > 1.0 else {})
 
 
 def _scatter(p: Paper) -> Made:
     """Draw every measured GEMM of each device against its prediction."""
     clouds, errors = [], []
     for hw in p.devices:
-        seen = p.measured.get(hw.label)
-        if seen is None:
+        if (seen := p.measured.get(hw.label)) is None:
             continue
         predicted = seen.predict(hw, p.scenario.dtype)
         title = device_title(hw.label)
         clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
-        a = agreement(seen.seconds, predicted)
-        errors.append(f"{title}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
+        _, median, _, bias = agreement(seen.seconds, predicted)
+        errors.append(f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %")
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")

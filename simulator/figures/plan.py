@@ -19,7 +19,7 @@ from simulator.figures import layout
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
 from simulator.models.block import Block
 from simulator.models.library import model_title
-from simulator.plans.search import AlternativePlan, Plan, PlanPoint
+from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
 from simulator.prediction.scenario import batch_name
@@ -55,7 +55,14 @@ def plan_figure(plan: Plan) -> Figure:
         changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
         title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
         axes["attention"].set_title(layout.wrapped(title, PAGE_IN - 0.6), loc="left", pad=14)
-        _legend_of_layers(axes["attention"])
+        layers = [
+            Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
+            Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),
+            Patch(**_LINEAR, label="replaced by a linear layer"),
+            Line2D([], [], **_REMOVED, markersize=4, label="removed"),
+        ]
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+        axes["attention"].legend(handles=layers, ncols=4, handlelength=1.2, columnspacing=1.0, borderpad=0.0, **place)
         _losses(axes["loss"], plan)
         handles = _frontier(axes["frontier"], plan)
         axes["legend"].axis("off")
@@ -66,8 +73,8 @@ def plan_figure(plan: Plan) -> Figure:
 
 
 def kept(sublayer: str, block: Block, dense: Block) -> float:
-    """Return the share of a sublayer that stays: the width of an MLP, number times width of experts, and the smaller
-    share of the heads and the KV heads of attention."""
+    """Return the share of a sublayer that stays: width of an MLP or of all experts, else the smaller share of the heads
+    and the KV heads."""
     if sublayer == "attention":
         return min(block.heads / dense.heads, block.kv_heads / dense.kv_heads)
     if dense.experts:
@@ -123,17 +130,6 @@ def _losses(ax: Axes, plan: Plan) -> None:
     ax.text(1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color=PALE_INK)
 
 
-def _legend_of_layers(ax: Axes) -> None:
-    handles = [
-        Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
-        Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),
-        Patch(**_LINEAR, label="replaced by a linear layer"),
-        Line2D([], [], **_REMOVED, markersize=4, label="removed"),
-    ]
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "borderpad": 0.0}
-    ax.legend(handles=handles, ncols=4, handlelength=1.2, columnspacing=1.0, **place)
-
-
 def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the entries of a legend."""
     chosen = next(point for point in plan.frontier if point.chosen)
@@ -152,24 +148,25 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
 
     ax.set_yscale("log")
     handles = [drawn(near, f"plans of least loss{more if hidden else ''}", 3, **_FRONTIER)]
-    handles += [drawn([a.point], name, 4, **_look(a)) for name, a in others.items()]
+    for name, a in others.items():
+        style = RULES[a.chosen_by]
+        face = "white" if a.budget == "same" else style.color
+        look = style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)
+        handles.append(drawn([a.point], name, 4, **look))
     reached = f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
     handles.insert(0, drawn([chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
     first = plan.results[0]
     handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level))
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
-    sure = (
-        f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
-        if plan.confidence > 0.5
-        else ""
-    )
+    chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
+    sure = chance if plan.confidence > 0.5 else ""
     styles = iter(["--", "-.", ":"])
     for t in plan.targets:
         if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             label = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}{sure}"
-            style = {**_TARGET, "linestyle": next(styles), "label": textwrap.fill(label, _WIDE)}
-            handles.append(ax.axhline(chosen.speedup * share, **style, zorder=1.6))
+            line = {**_TARGET, "linestyle": next(styles), "label": textwrap.fill(label, _WIDE)}
+            handles.append(ax.axhline(chosen.speedup * share, **line, zorder=1.6))
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
     many = f"{first.devices} × " if first.devices > 1 else ""
@@ -179,9 +176,3 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     ax.set_xlabel(textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2)
     ax.set_ylabel("speedup (log scale)")
     return handles
-
-
-def _look(a: AlternativePlan) -> dict[str, Any]:
-    style = RULES[a.chosen_by]
-    face = "white" if a.budget == "same" else style.color
-    return style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)

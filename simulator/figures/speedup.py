@@ -27,7 +27,6 @@ from simulator.figures.style import (
     GREY,
     INK,
     PAGE_IN,
-    PALE_INK,
     Style,
     in_order,
     label,
@@ -52,8 +51,8 @@ MOST_VALUES = 5  # values of a field other than the axis: each has a row of pane
 # minimum height of a line of text and of a dot, inches; on a page with less, dots become curves without bands
 LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
 
-_BOUND_LINES = ((0, (1, 1)), (0, (5, 1.5)), (0, (3, 1, 1, 1)))
-_BOUND_COLORS = (GREY, BLACK, PALE_INK)
+# upper bounds: attribute of a result, line of curves, colour of ticks
+BOUNDS = {"FLOP bound": ("flop_bound", (0, (1, 1)), GREY), "roofline bound": ("roofline_bound", (0, (5, 1.5)), BLACK)}
 _BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "linestyle": "none"}
 
@@ -69,8 +68,8 @@ def speedups_of(results: Sequence[Result]) -> Figure:
     titles = _candidates(results, axis, panels)
     found = layout.columns(results, at=axis, **layout.SPEEDUP) | {"candidate": titles}
     found |= layout.placed(results, [_setting(r, results, axis, panels) for r in results])
-    bounds = {"FLOP bound": [r.flop_bound for r in results], "roofline bound": [r.roofline_bound for r in results]}
-    data, label_of_bars = layout.arrays(found | bounds), layout.interval(results[0].level)
+    found |= layout.columns(results, **{name: attribute for name, (attribute, *_) in BOUNDS.items()})
+    data, interval = layout.arrays(found), layout.interval(results[0].level)
     names, (settings, devices) = in_order(data["candidate"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
     looks = styles_of(dict(zip(titles, (r.family for r in results))))
     styles = {name: looks[name] for name in names}
@@ -82,11 +81,10 @@ def speedups_of(results: Sequence[Result]) -> Figure:
         if dots or len(pairs) == len(names):
             line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
             texts = [_line(pairs, i, axis) for i in range(len(pairs))]
-            x_label = f"speedup (log scale){note and f'; {note}'}"
-            return _dots(data, list(bounds), pairs, texts, line, label_of_bars, x_label)
+            return _dots(data, pairs, texts, line, interval, f"speedup (log scale){note and f'; {note}'}")
         serves = axis == "batch" and all(r.phase == "serve" for r in results)
         x_label = f"{batch_name('serve') if serves else AXES[axis]}{note and f'; {note}'}"
-        return _curves(data, list(bounds), styles, axis, label_of_bars, x_label)
+        return _curves(data, styles, axis, interval, x_label)
 
 
 def varying(results: Sequence[Result]) -> str:
@@ -196,7 +194,6 @@ def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, floa
 
 def _dots(
     data: layout.FigurePoints,
-    bounds: Sequence[str],
     pairs: Sequence[tuple[str, float]],
     names: Sequence[str],
     line: float,
@@ -209,7 +206,7 @@ def _dots(
     tick: dict[str, Any] = {"marker": "|", "linestyle": "none", "markersize": 6, "markeredgewidth": 1.1}
     handles = [Line2D([], [], **style.marks(linestyle="none"), label=name) for name, style in zip(devices, looks)]
     handles.append(Line2D([], [], color=INK, linewidth=0.8, label=interval))
-    handles += [Line2D([], [], color=color, **tick, label=name) for name, color in zip(bounds, _BOUND_COLORS)]
+    handles += [Line2D([], [], color=color, **tick, label=name) for name, (*_, color) in BOUNDS.items()]
     down = -(-len(settings) // MOST_ACROSS)
     across = -(-len(settings) // down)
     width = COLUMN_IN if len(settings) == 1 else PAGE_IN
@@ -219,7 +216,7 @@ def _dots(
     height = max(len(pairs) * line, 0.3) + 0.2 + above
     look: dict[str, Any] = {"handles": handles, "legend": x_label, "sharex": True, "sharey": True}
     figure, panels, _ = layout.panel_list(len(settings), height, 0.42, across, **look)
-    low, high = _range(data, ["speedup", "lower", "upper", *bounds])
+    low, high = _range(data, ["speedup", "lower", "upper", *BOUNDS])
     slot = 0.8 / len(devices)
     size = float(np.clip(72 * line * slot * 0.75, 2.2, 3.4))
     shaded = list(dict.fromkeys(name for name, _ in pairs))[::2]
@@ -238,7 +235,7 @@ def _dots(
             own = np.flatnonzero((data["row"] == setting) & (data["column"] == name))
             y = np.array([pairs.index(p) for p in zip(data["candidate"][own], data["at"][own])], dtype=float)
             y += (k - 0.5 * (len(devices) - 1)) * slot
-            for bound, color in zip(bounds, _BOUND_COLORS):
+            for bound, (*_, color) in BOUNDS.items():
                 ax.vlines(data[bound][own], y - 0.5 * slot, y + 0.5 * slot, color=color, linewidth=0.9, zorder=2)
             ax.hlines(y, data["lower"][own], data["upper"][own], color=style.color, linewidth=0.8, zorder=3)
             ax.plot(data["speedup"][own], y, **style.marks(linestyle="none", markersize=size, zorder=4))
@@ -247,24 +244,17 @@ def _dots(
     return layout.laid_out(figure)
 
 
-def _curves(
-    data: layout.FigurePoints,
-    bounds: Sequence[str],
-    styles: Mapping[str, Style],
-    axis: str,
-    interval: str,
-    x_label: str,
-) -> Figure:
+def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str) -> Figure:
     """Draw few candidates as curves with bands and rings, very few with bounds, many as curves only."""
     few = len(styles) <= MOST_CURVES
-    bounds = bounds if len(styles) <= MOST_BOUNDED else []
+    bounds = BOUNDS if len(styles) <= MOST_BOUNDED else {}
     rings = few and any(
         pays_from(data["at"][own], data["lower"][own]) is not None
         for r, c, name in set(zip(data["row"], data["column"], data["candidate"]))
         if len(own := _own(data, r, c, name)) > 1
     )
     handles: list[Any] = [Line2D([], [], **style.marks(), label=label(name)) for name, style in styles.items()]
-    for name, line in zip(bounds, _BOUND_LINES):
+    for name, (_, line, _) in bounds.items():
         handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
     if few:
         handles.append(Patch(color=INK, **_BAND, label=interval))
@@ -286,7 +276,7 @@ def _curves(
             x, speedup, lower, upper = (data[column][own] for column in ("at", "speedup", "lower", "upper"))
             if few:
                 ax.fill_between(x, lower, upper, color=style.color, **_BAND, zorder=2)
-                for bound, line in zip(bounds, _BOUND_LINES):
+                for bound, (_, line, _) in bounds.items():
                     ax.plot(x, data[bound][own], color=style.color, linestyle=line, linewidth=0.8, zorder=2.5)
                 if len(own) == 1:  # neither a band nor a line
                     ax.vlines(x, lower, upper, color=style.color, alpha=0.5, linewidth=1.5)

@@ -22,7 +22,6 @@ from simulator.engines.generations import split
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import list_hardware, load_hardware
-from simulator.models.library import model_title as model_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
-"""Draw tables of families: the taxonomy (the shares of M, N and K of every GEMM that each family keeps, and the
-operators that it adds), the fastest family over batch and sequence, and the share of the roofline bound's gain that each
-family achieves at each batch.
-"""
+"""Draw tables of families: the taxonomy (what each family keeps and adds), the fastest family over batch and sequence,
+and the share of the roofline bound's gain that each family achieves at each batch."""
 
 from __future__ import annotations
 
@@ -65,7 +63,16 @@ def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
     shown = data["fits"].astype(bool)
     with paper_style():
-        handles = _handles(in_order(data["winner"][shown]), not data["certain"][shown].all(), not shown.all())
+        families = in_order(data["winner"][shown])
+        looks = [(style_of(n).marks(linestyle="none"), label(n)) for n in families if n]
+        handles: list[Any] = [Line2D([], [], **look, label=name) for look, name in looks]
+        blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
+        if "" in families:
+            handles.append(Patch(**blank, hatch="////", label="no speedup"))
+        if not data["certain"][shown].all():
+            handles.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain"))
+        if not shown.all():
+            handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
         figure, panels = panel_grid(data, _CELL_IN * len(lengths), 0.66, handles=handles, legend="batch")
         for place, ax in panels.items():
             _draw_winners(ax, of_panel(data, *place), batches, lengths)
@@ -86,7 +93,11 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **style))
 
-    colors = [to_rgba(style_of(n).color, _opacity(n, c)) for n, c in zip(winner[gains], data["certain"][gains])]
+    colors = []
+    for name, certain in zip(winner[gains], data["certain"][gains]):
+        color, opacity = style_of(name).color, CERTAIN if certain else PALE
+        # black families are paler, so that the numbers in their cells are readable
+        colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
     draw(gains, facecolors=colors, edgecolors="white", linewidths=0.6)
     draw(~gains, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
     for name in in_order(winner[gains]):
@@ -94,23 +105,6 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
         ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
     for i in np.flatnonzero(gains):
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **_NUMBER)
-
-
-def _opacity(name: str, certain: bool) -> float:
-    """Return the opacity of a cell; black families have less, so that the numbers in their cells are readable."""
-    return (CERTAIN if certain else PALE) * (0.6 if style_of(name).color == BLACK else 1.0)
-
-
-def _handles(families: list[str], uncertain: bool, unfit: bool) -> list[Any]:
-    out: list[Any] = [Line2D([], [], **style_of(n).marks(linestyle="none"), label=label(n)) for n in families if n]
-    blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
-    if "" in families:
-        out.append(Patch(**blank, hatch="////", label="no speedup"))
-    if uncertain:
-        out.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain"))
-    if unfit:
-        out.append(Patch(**blank, label="blank: dense model exceeds memory"))
-    return out
 
 
 def efficiency_figure(points: Mapping[str, Any]) -> Figure:
@@ -123,13 +117,20 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
         figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
-        for place, ax in panels.items():
-            table, own = np.full((len(families), len(batches)), np.nan), of_panel(data, *place)
+        for panel, ax in panels.items():
+            table, own = np.full((len(families), len(batches)), np.nan), of_panel(data, *panel)
             for name, size, value in zip(own["family"], own["batch"], own["efficiency"]):
                 table[families.index(name), batches.index(int(size))] = value
             _draw_table(ax, table)
         as_table(panels, [str(b) for b in batches], [label(f) for f in families])
-        _key(figure, list(panels.values()))
+        # a scale of the colours below the panels
+        shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
+        place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
+        bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=list(panels.values()), **place)
+        bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
+        bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # label of the x axes of the panels
+        bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
+        bar.outline.set_visible(False)
         return laid_out(figure)
 
 
@@ -164,17 +165,6 @@ def _color(value: float) -> tuple[tuple[float, ...], str]:
     base = np.array(to_rgb(BLUE if value >= 0 else VERMILLION))
     mixed = tuple(float(v) for v in 1.0 - (0.06 + 0.94 * depth) * (1.0 - base))
     return mixed, "white" if np.dot((0.2126, 0.7152, 0.0722), mixed) < 0.52 else "black"  # by its luminance
-
-
-def _key(figure: Figure, axes: list[Axes]) -> None:
-    """Draw a scale of the colours below the panels."""
-    shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
-    place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
-    bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=axes, **place)
-    bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
-    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # label of the x axes of the panels
-    bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
-    bar.outline.set_visible(False)
 
 
 def kept_axes(
@@ -225,7 +215,6 @@ def taxonomy_figure(
     ``operators`` name the columns. ``kept`` (families, operators, 3) is the kept share of the logical M, N and K, NaN
     for an operator that the model lacks.
     """
-
     values = np.asarray(kept, dtype=float)
     left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
     with paper_style():
