@@ -17,47 +17,27 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import (
-    in_a_row,
-    laid_out,
-    log_axis,
-    panel_grid,
-    panel_list,
-    side_by_side,
-    titled,
-    wrapped,
-    write_labels,
-)
-from simulator.figures.style import (
-    BLACK,
-    BLUE,
-    COLUMN_IN,
-    GREY,
-    PAGE_IN,
-    PALE_INK,
-    VERMILLION,
-    device_title,
-    paper_style,
-)
+from simulator.figures import layout, style
 from simulator.prediction.explain import Explanation
 from simulator.prediction.gemms import GemmRecord, gemm_points
 
 SAME = 1.01  # points closer than this factor in both directions are one point with a joint label
 
 # the roof at the datasheet's rate, and at the highest clock, which devices with a boost reach
-DATASHEET: dict[str, Any] = {"color": BLACK, "linewidth": 1.1}
-HIGHEST: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
+DATASHEET: dict[str, Any] = {"color": style.BLACK, "linewidth": 1.1}
+HIGHEST: dict[str, Any] = {"color": style.BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
 
 # markers of the GEMMs of the two models; where they coincide, the square is in the circle
-DENSE: dict[str, Any] = {"marker": "o", "color": BLUE, "markerfacecolor": "none", "markersize": 5, "linestyle": "none"}
-PRUNED: dict[str, Any] = {"marker": "s", "color": VERMILLION, "markersize": 2.6, "linestyle": "none"}
+DENSE: dict[str, Any] = {"marker": "o", "color": style.BLUE, "markersize": 5, "linestyle": "none"}
+DENSE |= {"markerfacecolor": "none"}
+PRUNED: dict[str, Any] = {"marker": "s", "color": style.VERMILLION, "markersize": 2.6, "linestyle": "none"}
 
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
 
-_IDEAL: dict[str, Any] = {"color": PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
+_IDEAL: dict[str, Any] = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
 _HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
-_BAND: dict[str, Any] = {"color": BLUE, "alpha": 0.18, "linewidth": 0}
-_POINT: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 2.4, "linestyle": "none"}
+_BAND: dict[str, Any] = {"color": style.BLUE, "alpha": 0.18, "linewidth": 0}
+_POINT: dict[str, Any] = {"color": style.VERMILLION, "marker": "o", "markersize": 2.4, "linestyle": "none"}
 _POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
@@ -142,17 +122,17 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
     ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
     else a page. Names for which there is no room are omitted.
     """
-    columns = columns or in_a_row(len(roofs))
-    width = COLUMN_IN if columns == 1 else PAGE_IN
-    with paper_style():
+    columns = columns or layout.in_a_row(len(roofs))
+    width = style.COLUMN_IN if columns == 1 else style.PAGE_IN
+    with style.paper_style():
         handles = [Line2D([], [], **DATASHEET, label="datasheet")]
         if any(np.any(r.pruned) for r in roofs):
             handles = [Line2D([], [], **DENSE, label="dense"), Line2D([], [], **PRUNED, label="pruned"), *handles]
         if any(r.headroom > 1.0 for r in roofs):
             handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
-        titles = [wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
+        titles = [layout.wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
         panel_in = 1.9 + 0.13 * max(title.count("\n") + 1 for title in titles)
-        figure, axes, _ = panel_list(len(roofs), panel_in, 0.3, columns, handles=handles, legend=names)
+        figure, axes, _ = layout.panel_list(len(roofs), panel_in, 0.3, columns, handles=handles, legend=names)
         low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
         limits = min(low), max(high), min(bottom), max(top)
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
@@ -162,7 +142,7 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
             ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
-        laid_out(figure)  # places of names, and the slope of a roof on the page, are known only now
+        layout.laid_out(figure)  # places of names, and the slope of a roof on the page, are known only now
         for ax, roof in zip(axes, roofs):
             _name(ax, roof, limits)
     return figure
@@ -178,10 +158,10 @@ def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
         ax.plot(*highest, **HIGHEST, zorder=1.9)
     for _, i, origin in roof.drawn():
         if origin is not None:
-            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=GREY, linewidth=0.6, zorder=3)
+            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=style.GREY, linewidth=0.6, zorder=3)
         ax.plot([x[i]], [y[i]], **(PRUNED if pruned[i] else DENSE), zorder=5 if pruned[i] else 4)
-    log_axis(ax.xaxis, low, high, 5)
-    log_axis(ax.yaxis, bottom, top, 6)
+    layout.log_axis(ax.xaxis, low, high, 5)
+    layout.log_axis(ax.yaxis, bottom, top, 6)
 
 
 def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
@@ -204,12 +184,12 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
     along = np.geomspace(low, high, 100)
     roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
     above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
-    write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
+    layout.write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
 
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:
     """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
-    return roofline_figure([roof_of(e, title) for e, title in titled(found)], columns=side_by_side(found))
+    return roofline_figure([roof_of(e, title) for e, title in layout.titled(found)], columns=layout.side_by_side(found))
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
@@ -232,7 +212,7 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
         names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
         points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
         peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
-        roofs.append(Roof(device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
+        roofs.append(Roof(style.device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
     warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
     return roofline_figure(roofs, names=f"M × N × K{warm}")
 
@@ -255,10 +235,10 @@ class Stairs:
 def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
     """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
     where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
-    width = COLUMN_IN if len(set(where["column"])) == 1 else PAGE_IN
-    with paper_style():
+    width = style.COLUMN_IN if len(set(where["column"])) == 1 else style.PAGE_IN
+    with style.paper_style():
         handles: list[Any] = [
-            Line2D([], [], color=BLUE, linewidth=1.0, label="predicted"),
+            Line2D([], [], color=style.BLUE, linewidth=1.0, label="predicted"),
             Patch(**_BAND, label=interval),
             Line2D([], [], **_IDEAL, label="datasheet roofline"),
         ]
@@ -266,14 +246,14 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
             handles.append(Line2D([], [], **_HIGHEST, label="at the highest clock"))
         if any(np.size(p.measured) for p in panels):
             handles.append(Line2D([], [], **_POINT, label="measured"))
-        figure, axes = panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
+        figure, axes = layout.panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
         for p in panels:
             ax = axes[p.row, p.column]
             _draw_stairs(ax, p)
             ax.set_xlabel(p.x_label, labelpad=2)
             ax.set_ylabel(p.y_label if p.column == panels[0].column else "")
         figure.align_ylabels()
-        return laid_out(figure)
+        return layout.laid_out(figure)
 
 
 def _draw_stairs(ax: Axes, p: Stairs) -> None:
@@ -284,11 +264,11 @@ def _draw_stairs(ax: Axes, p: Stairs) -> None:
     ax.plot(x, values["ideal"], **_IDEAL, zorder=2.5)
     if "highest" in values:
         ax.plot(x, values["highest"], **_HIGHEST, zorder=2.5)
-    ax.plot(x, values["predicted"], color=BLUE, linewidth=0.9, zorder=3)
+    ax.plot(x, values["predicted"], color=style.BLUE, linewidth=0.9, zorder=3)
     if np.size(p.measured):
         ax.plot(p.measured_x, p.measured, **_POINT, zorder=4)
     ax.set(xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02), ylim=(0.0, top))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(4))
     where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
-    ax.text(0.97, 0.05, p.note, fontsize=6, color=PALE_INK, **where)
+    ax.text(0.97, 0.05, p.note, fontsize=6, color=style.PALE_INK, **where)
