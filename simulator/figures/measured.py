@@ -211,14 +211,15 @@ def _time_axis(axis: Any, low: float, high: float) -> None:
     powers; at most four, each with a suitable unit."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
+    fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
 
-    def text(microseconds: float, _: object) -> str:
-        for unit, size in (("s", 1e6), ("ms", 1e3)):
-            if microseconds >= 0.999 * size:
-                return f"{microseconds / size:.3g} {unit}"
-        return f"{microseconds:.3g} µs"
 
-    fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), text)
+def time_text(microseconds: float) -> str:
+    """Format a round time in few characters."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= 0.999 * size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds:.3g} µs"
 
 
 def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:

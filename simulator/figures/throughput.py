@@ -35,6 +35,7 @@ def services_of(services: Sequence[Service]) -> Figure:
     first = services[0].points[0]
     model = "" if len(services) > 1 else f"{model_title(first.model)}, "
     many = f"{first.devices} × " if first.devices > 1 else ""
+    curves = [_curves(service) for service in services]
     with paper_style():
         most: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK, "markersize": 5.5}
         handles: list[Any] = [Line2D([], [], **most, label="as many as fit (number)")]
@@ -43,7 +44,6 @@ def services_of(services: Sequence[Service]) -> Figure:
         handles.append(Patch(color=INK, alpha=_ALPHA, linewidth=0, label=interval(first.level)))
         look: dict[str, Any] = {"handles": handles, "sharex": True, "sharey": True}
         figure, axes, columns = panel_list(len(services), 2.3, 0.35, across(devices, engines), **look)
-        curves = [_curves(service) for service in services]
         every = [np.concatenate([curve[i].ravel() for some in curves for curve in some.values()]) for i in (0, 1)]
         pads = [float(values.max() / values.min()) ** 0.05 for values in every]
         ranges = [(float(v.min()) / pad, float(v.max()) * pad) for v, pad in zip(every, pads)]

@@ -69,6 +69,16 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
     assert PAYS in legend(figure)
 
 
+def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
+    lengths = speedups_of(table("depth", hardware=["h100"], batch=[1, 8], seq=[512, 2048, 8192]))
+    assert [ax.texts[0].get_text() for ax in lengths.axes] == ["decode, batch 1", "decode, batch 8"]
+    assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
+    assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
+    removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
+    assert [ax.texts[0].get_text() for ax in removed.axes] == ["decode, 25 % removed", "decode, 50 % removed"]
+    assert legend(removed)[0] == "Depth"
+
+
 @pytest.mark.quick
 def test_styles_of_candidates_differ() -> None:
     many = styles_of({f"width {i}": "width" for i in range(12)} | {"depth": "depth"})
@@ -94,11 +104,16 @@ def test_curves_are_the_points_of_the_service() -> None:
     )
     figure = services_of(found.services)
     check_print(figure)
+    assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, vLLM", "H100 SXM, SGLang"]
+    assert services_of(found.services[:1]).axes[0].get_title() == "Llama-3.1-8B, H100 SXM, vLLM"
     service, ax = found.services[0], figure.axes[0]
     full, kept = service.kinds["equal memory"], service.kinds["within limits"]
-    assert {t.get_text() for t in ax.texts} >= {f"{p.name} ({p.concurrency:,})" for p in full}
+    assert {t.get_text() for t in ax.texts} == {"limit 20 ms", *(f"{p.name} ({p.concurrency:,})" for p in full)}
     curves = [line for line in ax.lines if line.get_markersize() == 2.6]
     rings = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 8]
+    assert len({(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves}) == len(
+        curves
+    )
     assert len(curves) == len(full) == len(prune) + 1
     for curve, point in zip(curves, full, strict=True):
         assert (np.diff(curve.get_xdata()) > 0).all()
