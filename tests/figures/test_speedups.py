@@ -111,10 +111,8 @@ def test_curves_are_the_points_of_the_service() -> None:
     assert {t.get_text() for t in ax.texts} == {"limit 20 ms", *(f"{p.name} ({p.concurrency:,})" for p in full)}
     curves = [line for line in ax.lines if line.get_markersize() == 2.6]
     rings = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 8]
-    assert len({(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves}) == len(
-        curves
-    )
-    assert len(curves) == len(full) == len(prune) + 1
+    looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves}
+    assert len(looks) == len(curves) == len(full) == len(prune) + 1
     for curve, point in zip(curves, full, strict=True):
         assert (np.diff(curve.get_xdata()) > 0).all()
         assert curve.get_xydata()[-1] == pytest.approx([1e3 * point.tpot_s, point.tokens_per_s])
