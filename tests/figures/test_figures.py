@@ -81,7 +81,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "dots, one point": lambda: speedups(["depth"], [0.3], GPUS[:1]),
     "dots, long label": lambda: speedups(FOUR, [0.3], GPUS, "generate", batch=64),
     "dots, two rows": lambda: speedups(FOUR, [0.3], GPUS, ["prefill", "decode", "generate"], batch=[1, 64]),
-    "curves, four": lambda: speedups(FOUR, [0.1, 0.25, 0.5], GPUS[:2]),
     "curves": lambda: speedups(FOUR[:2], [0.1, 0.25, 0.5], GPUS, batch=[1, 64]),
     "curves, one device": lambda: speedups(FOUR[:2], SIX, GPUS[:1]),
     "curves, all": lambda: speedups(["all"], SIX, GPUS[:2], ["prefill", "decode", "generate"], batch=[1, 8, 64]),
@@ -282,7 +281,8 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
         titles = [title(name) for name in names]
         assert len(set(titles)) == len(titles)
         assert not any("_" in t for t in titles if "Nemotron" not in t)
-    assert set(FAMILIES) <= set(STYLES)
+    for name in list_models():
+        assert load_model(model_title(name)).name == name or name.startswith("llama-2")  # published as "...-hf"
 
 
 @pytest.mark.quick
@@ -290,10 +290,7 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
     ("name", "title"),
     [
         ("a100_sxm_80gb", "A100 80GB SXM"),
-        ("a100_pcie_80gb", "A100 80GB PCIe"),
-        ("h100_sxm", "H100 SXM"),
         ("rtx_4090", "RTX 4090"),
-        ("mi300x", "MI300X"),
         ("rtx_4090@vllm", "RTX 4090 (vLLM kernels)"),
         ("rtx_4090 (anchored)", "RTX 4090 (anchored)"),
         ("gpu of mine", "gpu of mine"),
@@ -301,9 +298,3 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
 )
 def test_a_device_has_the_words_that_people_say(name: str, title: str) -> None:
     assert device_title(name) == title
-
-
-@pytest.mark.quick
-def test_the_title_of_a_model_is_a_name_by_which_it_is_found() -> None:
-    for name in list_models():
-        assert load_model(model_title(name)).name == name or name.startswith("llama-2")  # published as "...-hf"

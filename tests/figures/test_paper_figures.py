@@ -47,12 +47,8 @@ def measured(hw: HardwareProfile, rows: int, noise: float = 0.03) -> MeasuredGem
 @pytest.fixture(scope="module")
 def about() -> Paper:
     whole = paper("llama-3.1-8b", GPUS)
-    return replace(
-        whole,
-        measured={
-            hw.name: measured(hw, rows) for hw, rows in zip(whole.devices, (2 * MOST_DOTS, 4000, 100), strict=True)
-        },
-    )
+    rows = zip(whole.devices, (2 * MOST_DOTS, 4000, 100), strict=True)
+    return replace(whole, measured={hw.name: measured(hw, count) for hw, count in rows})
 
 
 @pytest.fixture(scope="module")
@@ -70,33 +66,22 @@ def drawn(about: Paper, one: Paper) -> dict[str, Drawn]:
 NAMES = [name for name in (*FIGURES, *(f"{name}, one device" for name in FIGURES)) if name != "crossover"]
 
 
-# -- print -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_print_without_clashes(name: str, drawn: dict[str, Drawn]) -> None:
     check_print(drawn[name].figure)
-    sizes = [
-        a.get_fontsize() for a in drawn[name].figure.findobj(lambda a: hasattr(a, "get_fontsize") and a.get_text())
-    ]
-    assert min(sizes) >= 6
+    found = drawn[name].figure.findobj(lambda a: hasattr(a, "get_fontsize") and a.get_text())
+    assert min(a.get_fontsize() for a in found) >= 6
 
 
-def test_what_an_engine_refuses_is_left_out_or_shown_in_another_and_the_caption_says_so(
-    drawn: dict[str, Drawn],
-) -> None:
+def test_captions_state_what_an_engine_cannot_run(drawn: dict[str, Drawn]) -> None:
     for name in ("speedup", "efficiency"):
         assert drawn[name].caption.endswith("2:4 is excluded: vLLM has no kernels for it."), name
     assert "2:4" not in drawn["pareto"].caption  # no method of it has quality on the axis that was drawn
     assert drawn["waterfall"].caption.endswith("2:4 is shown in torch.compile: vLLM has no kernels for it.")
     titles = [ax.get_title().replace(",\n", ", ") for ax in drawn["waterfall"].figure.axes]
-    assert [t.split("\n")[0] for t in titles] == [
-        f"{device_title(g)}, {e}" for e in ("vLLM", "torch.compile", "vLLM") for g in GPUS
-    ]
+    expected = [f"{device_title(g)}, {e}" for e in ("vLLM", "torch.compile", "vLLM") for g in GPUS]
+    assert [t.split("\n")[0] for t in titles] == expected
     assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)  # reference has it
-
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", general_families())
@@ -200,9 +185,6 @@ def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
     assert steps == [["b", "other (4 steps)"], ["c", "other (4 steps)"]]
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
 FIGURES_OF = ["figures", "llama-3.1-8b"]
 
 
@@ -222,13 +204,10 @@ def test_one_command_writes_figures_and_captions(
     )
     out = tmp_path / "new" / "out"
     chosen = "taxonomy,scatter"
-    assert (
-        prunesim([*FIGURES_OF, "-o", str(out), "--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"])
-        == 0
-    )
-    assert {p.name for p in out.iterdir()} == {f"{n}{s}" for n in chosen.split(",") for s in (".pdf", ".png")} | {
-        "captions.md"
-    }
+    options = ["--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"]
+    assert prunesim([*FIGURES_OF, "-o", str(out), *options]) == 0
+    files = {f"{name}{suffix}" for name in chosen.split(",") for suffix in (".pdf", ".png")}
+    assert {p.name for p in out.iterdir()} == {*files, "captions.md"}
     captions = (out / "captions.md").read_text()
     assert re.findall(r"^## (.+)$", captions, re.MULTILINE) == ["taxonomy", "scatter"]
     assert f"`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured 4090={table}`" in captions
