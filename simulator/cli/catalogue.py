@@ -111,10 +111,6 @@ def _show_devices(
         of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
         print(f"not calibrated: {of} and wide intervals")
         return
-
-    def accuracy(values: dict[str, float]) -> str:
-        return ", ".join(f"{100.0 * values[name]:.2g} %" for name in ("mape", "p95") if name in values)
-
     columns = render.columns(
         sections,
         ("<fitted part", lambda s: s["operator"]),
@@ -122,7 +118,10 @@ def _show_devices(
         ("<stack", lambda s: s["stack"] or "own"),
         ("<status", lambda s: s["status"]),
         ("rows", lambda s: s["rows"] or ""),
-        ("error, p95", lambda s: accuracy(s["accuracy"])),
+        (
+            "error, p95",
+            lambda s: ", ".join(f"{100 * s['accuracy'][k]:.2g} %" for k in ("mape", "p95") if k in s["accuracy"]),
+        ),
         ("section scale", lambda s: f"{s['section_scale']:.2g}"),
     )
     room = max(render.width() - render.table_width(columns) - 2, 12)

@@ -106,62 +106,51 @@ def panel_grid(
     data: Mapping[str, Iterable[str]],
     panel_in: float,
     around_in: float,
-    *,
     width_in: float = PAGE_IN,
-    handles: Sequence[Any] = (),
-    legend: str = "",
     names: Mapping[str, str] | None = None,
-    **axes: Any,
+    **look: Any,
 ) -> tuple[Figure, Panels]:
     """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order in which they first
-    occur, and with the names of columns and rows above and right of the panels.
+    occur, and with the names of columns and rows above and right of the panels; ``names`` are other names of rows.
 
     ``panel_in`` is the height of a panel, ``around_in`` the height above and below the panels without the legend
-    (inches). The legend has the entries ``handles`` and the title ``legend``. ``names`` are other names of rows.
+    (inches); ``look`` as for :func:`_subplots`.
     """
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
-    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, handles, legend, axes)
+    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+    where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
     for (r, c), ax in panels.items():
         if r == rows[0]:
             ax.set_title(wrapped(c, (width_in - 0.9) / len(columns)), pad=5)
         if c == columns[-1]:
-            where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
             ax.annotate((names or {}).get(r, r), (1, 0.5), rotation=270, va="center", fontsize=7, **where)
     return figure, panels
 
 
 def panel_list(
-    count: int,
-    panel_in: float,
-    around_in: float,
-    columns: int | None = None,
-    *,
-    handles: Sequence[Any] = (),
-    legend: str = "",
-    **axes: Any,
+    count: int, panel_in: float, around_in: float, columns: int | None = None, **look: Any
 ) -> tuple[Figure, list[Axes], int]:
     """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
     columns = columns or in_a_row(count)
     width_in = COLUMN_IN if columns == 1 else PAGE_IN
-    rows = -(-count // columns)
-    figure, grid = _subplots(rows, columns, panel_in, around_in, width_in, handles, legend, axes)
+    figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, **look)
     for unused in grid.flat[count:]:
         unused.remove()
     return figure, list(grid.flat[:count]), columns
 
 
-def _subplots(
-    rows: int, columns: int, panel_in: float, around_in: float, width_in: float, handles: Any, legend: str, axes: Any
-) -> Any:
+def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any) -> Any:
+    """Return a figure and its axes, with a legend of the entries ``handles`` under the title ``legend``; other options
+    are those of :meth:`matplotlib.figure.Figure.subplots`."""
+    handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
-    height_in = around_in + 0.14 * lines + rows * panel_in
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    figure = Figure(figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
     if handles:
         legend_below(figure, handles, lines, legend)
-    return figure, figure.subplots(rows, columns, squeeze=False, **axes)
+    return figure, figure.subplots(rows, columns, squeeze=False, **look)
 
 
 def wrapped(title: str, room_in: float) -> str:

@@ -61,13 +61,14 @@ def speedups_of(results: Sequence[Result]) -> Figure:
     """Draw speedups over the field that varies: batch, length or sparsity, the one with the most values if several vary
     (each setting of the others has panels of its own)."""
     axis = varying(results)
-    panels = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
-    results, omitted = _of_few_settings(results, [field for field in panels if field != axis])
+    fields = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
+    results, omitted = _of_few_settings(results, [field for field in fields if field != axis])
+    removed = "sparsity" in fields and len(_values(results, "sparsity")) > 1  # each sparsity has a row of panels
     models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
     note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
-    titles = _candidates(results, axis, panels)
+    titles = _names(results, axis, removed)
     found = layout.columns(results, at=axis, **layout.SPEEDUP) | {"candidate": titles}
-    found |= layout.placed(results, [_setting(r, results, axis, panels) for r in results])
+    found |= layout.placed(results, [_setting(r, results, axis, removed) for r in results])
     found |= layout.columns(results, **{name: attribute for name, (attribute, *_) in BOUNDS.items()})
     data, interval = layout.arrays(found), layout.interval(results[0].level)
     names, (settings, devices) = in_order(data["candidate"]), (list(dict.fromkeys(data[n])) for n in ("row", "column"))
@@ -119,10 +120,10 @@ def _several_sparsities(results: Sequence[Result]) -> bool:
     return any(len(sparsities) > 1 for sparsities in found.values())
 
 
-def _candidates(results: Sequence[Result], axis: str, panels: Sequence[str]) -> list[str]:
+def _names(results: Sequence[Result], axis: str, removed: bool) -> list[str]:
     """Return the titles of curves, with the sparsity unless that is the axis, names the panel, or varies."""
     names = [_name(r) for r in results]
-    if axis == "sparsity" or ("sparsity" in panels and len(_values(results, "sparsity")) > 1):
+    if axis == "sparsity" or removed:
         return names
     found: dict[str, set[float]] = {}
     for name, r in zip(names, results):
@@ -130,7 +131,7 @@ def _candidates(results: Sequence[Result], axis: str, panels: Sequence[str]) -> 
     return [f"{n}, {100 * r.sparsity:.3g} %" if len(found[n]) == 1 else n for n, r in zip(names, results)]
 
 
-def _setting(r: Result, results: Sequence[Result], axis: str, panels: Sequence[str]) -> str:
+def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> str:
     """Return the label of a row of panels: the phase, and fields other than the axis that vary."""
     parts = [model_title(r.model)] if len({one.model for one in results}) > 1 else []
     parts.append(f"{r.phase} {r.new_tokens}" if r.new_tokens else r.phase)
@@ -138,7 +139,7 @@ def _setting(r: Result, results: Sequence[Result], axis: str, panels: Sequence[s
         parts.append(f"{batch_name(r.phase)} {r.batch}")
     if axis != "seq" and len({one.seq for one in results}) > 1:
         parts.append(f"seq {r.seq}")
-    if axis != "sparsity" and "sparsity" in panels and len(_values(results, "sparsity")) > 1:
+    if axis != "sparsity" and removed:
         parts.append(f"{100 * r.sparsity:.3g} % removed")
     return ", ".join(parts)
 

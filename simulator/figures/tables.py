@@ -196,14 +196,16 @@ def kept_axes(
 def _tokens_outputs(w: Workload) -> tuple[float, float]:
     """Return tokens of GEMMs in a pass, and outputs per token; a low-rank pair's second factor makes the output."""
     out = w.stage != 1
-    rows = (w.m * w.count)[out]
-    return float(rows.sum()), float((rows * w.n[out]).sum() / rows.sum()) if rows.sum() else 0.0
+    return _mean((w.m * w.count)[out], w.n[out])
 
 
 def _queries_features(w: Workload) -> tuple[float, float]:
     """Return queries of attention in a pass, and features per query over all heads."""
-    queries = w.batch * w.q_len * w.count
-    return float(queries.sum()), float((queries * w.heads * w.head_dim).sum() / queries.sum()) if queries.sum() else 0.0
+    return _mean(w.batch * w.q_len * w.count, w.heads * w.head_dim)
+
+
+def _mean(rows: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
+    return float(rows.sum()), float((rows * values).sum() / rows.sum()) if rows.sum() else 0.0
 
 
 def taxonomy_figure(
