@@ -62,7 +62,7 @@ def pareto(
         render.conclude(*of_fronts(found, most))
         if verbose or len(found) <= MOST_FRONTS:
             for front in found:
-                print(front_text(front), end="\n\n")
+                print(_front_text(front), end="\n\n")
             print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
         else:
             _show_trades(found)
@@ -104,26 +104,20 @@ def _show_trades(found: Sequence[Front]) -> None:
     render.show(columns, f"best trade by {found[0].axis}")
 
 
-def front_title(front: Front) -> str:
-    """Return the title of a frontier."""
-    return f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
-
-
-def front_text(front: Front) -> str:
+def _front_text(front: Front) -> str:
     """Return a frontier as text: points by rising loss, then bands."""
     columns = render.first_fitting(_layouts(front), render.width())
-    table = render.table_text(columns, f"{front_title(front)}\n{front.axis}", color=render.colored())
-    sentences = "; ".join(band_text(b) for b in front.bands)
-    cited = (
-        ""
-        if any(c.title == "source" for c in columns)
-        else "\n" + textwrap.fill(f"source: {'; '.join(dict.fromkeys(p.source for p in front.points))}", render.width())
-    )
+    where = f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
+    table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())
+    sentences = "; ".join(_band_text(b) for b in front.bands)
+    sources = "; ".join(dict.fromkeys(p.source for p in front.points))
+    named = any(c.title == "source" for c in columns)
+    cited = "" if named else "\n" + textwrap.fill(f"source: {sources}", render.width())
     bands = textwrap.fill(f"fastest family by quality budget: {sentences}", render.width(), break_on_hyphens=False)
     return f"{table}{cited}\n\n{bands}"
 
 
-def band_text(band: Band) -> str:
+def _band_text(band: Band) -> str:
     """Return a band as text, as in the paper."""
     low, high = f"{100 * band.low:.3g}", f"{100 * band.high:.3g}"
     budget = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"

@@ -161,6 +161,7 @@ def _print_rows(services: Sequence[Service]) -> None:
 
 def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
     """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
+    from simulator.prediction.conclusions import probability_text
     from simulator.prediction.operating import OperatingPoint
     from simulator.prediction.service import money
 
@@ -183,8 +184,9 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
             yield column("time of\na request", lambda p: _time(p, "request", detail))
         yield column("time to\nfirst token", lambda p: _time(p, "ttft", 2 if detail else 0))
         yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
-        if not all(math.isnan(p.probability) for p in points):
-            yield column("limits\nhold", _chance)
+        chances = {id(p): probability_text(p.probability) for p in points if not math.isnan(p.probability)}
+        if chances:
+            yield column("limits\nhold", lambda p: chances.get(id(p), "-"))
         if not all(math.isnan(p.cost_output) for p in points):
             yield column("cost/M\noutput", cost("cost_output"))
             yield column("cost/M\nall", cost("cost_all"))
@@ -215,9 +217,3 @@ def _time(p: OperatingPoint, name: str, detail: int) -> str:
         return "-"
     value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
     return render.seconds_between(value, lower, upper, short=detail == 1) if detail else render.seconds(value)
-
-
-def _chance(p: OperatingPoint) -> str:
-    from simulator.prediction.conclusions import probability_text
-
-    return "-" if math.isnan(p.probability) else probability_text(p.probability)
