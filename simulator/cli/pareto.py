@@ -79,10 +79,8 @@ def pareto(
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
     if others and verbose and not json and csv != "-":
-        more = " ..." if len(others) > 4 else ""
-        lines.append(
-            f"other axes of {table.models[0]}, chosen by --metric and --protocol: {'; '.join(others[:4])}{more}"
-        )
+        shown = "; ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+        lines.append(f"other axes of {table.models[0]}, chosen by --metric and --protocol: {shown}")
     render.notes(lines, verbose)
 
 

@@ -173,6 +173,9 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
     def cost(name: str) -> Callable[[OperatingPoint], str]:
         return lambda p: money(getattr(p, name)) if p.concurrency else "-"
 
+    def chance(p: OperatingPoint) -> str:
+        return "-" if math.isnan(p.probability) else probability_text(p.probability)
+
     def layout(request: bool, detail: int) -> Iterator[render.Column]:
         names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]
         yield render.Column("model", names, right=False)
@@ -184,9 +187,8 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
             yield column("time of\na request", lambda p: _time(p, "request", detail))
         yield column("time to\nfirst token", lambda p: _time(p, "ttft", 2 if detail else 0))
         yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
-        chances = {id(p): probability_text(p.probability) for p in points if not math.isnan(p.probability)}
-        if chances:
-            yield column("limits\nhold", lambda p: chances.get(id(p), "-"))
+        if not all(math.isnan(p.probability) for p in points):
+            yield column("limits\nhold", chance)
         if not all(math.isnan(p.cost_output) for p in points):
             yield column("cost/M\noutput", cost("cost_output"))
             yield column("cost/M\nall", cost("cost_all"))
