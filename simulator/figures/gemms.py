@@ -1,6 +1,4 @@
-"""Draw GEMMs on the roofline, the device's limit at their arithmetic intensity, and staircases: the time of a GEMM
-rises in steps of tiles and waves.
-"""
+"""Draw GEMMs: their rates on the roofline of a device, and staircases: their time rises in steps of tiles and waves."""
 
 from __future__ import annotations
 
@@ -87,10 +85,7 @@ class Roof:
 
     def drawn(self) -> list[tuple[str, int, int | None]]:
         """Return, for every drawn point, its name, its index, and the index of the dense point that a pruned point came
-        from: the nearest in intensity (a generate has one point of the prefill, one of decode).
-
-        GEMMs whose points coincide, dense and pruned, have one point with a joint name.
-        """
+        from: the nearest in intensity. GEMMs whose points coincide, dense and pruned, have one with a joint name."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
@@ -117,13 +112,9 @@ class Roof:
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
     """Draw devices side by side on common axes: circles for the dense model, squares for the pruned model, names next
-    to the points; ``names`` is the legend's title.
-
-    ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one device,
-    else a page. Names for which there is no room are omitted.
-    """
+    to the points where there is room; ``columns`` is the number of panels per row, ``names`` the legend's title."""
     columns = columns or layout.in_a_row(len(roofs))
-    width = style.COLUMN_IN if columns == 1 else style.PAGE_IN
+    width = layout.width_of(columns)
     with style.paper_style():
         handles = [Line2D([], [], **DATASHEET, label="datasheet")]
         if any(np.any(r.pruned) for r in roofs):
@@ -235,7 +226,7 @@ class Stairs:
 def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
     """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
     where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
-    width = style.COLUMN_IN if len(set(where["column"])) == 1 else style.PAGE_IN
+    width = layout.width_of(len(set(where["column"])))
     with style.paper_style():
         handles: list[Any] = [
             Line2D([], [], color=style.BLUE, linewidth=1.0, label="predicted"),

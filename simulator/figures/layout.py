@@ -102,6 +102,11 @@ def in_a_row(panels: int) -> int:
     return 2 if panels == 4 else min(panels, 3)
 
 
+def width_of(panels: int) -> float:
+    """Return the width of a figure, inches: one column for one panel (in a row), else a page."""
+    return COLUMN_IN if panels == 1 else PAGE_IN
+
+
 def panel_grid(
     data: Mapping[str, Iterable[str]],
     panel_in: float,
@@ -112,10 +117,7 @@ def panel_grid(
 ) -> tuple[Figure, Panels]:
     """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order in which they first
     occur, and with the names of columns and rows above and right of the panels; ``names`` are other names of rows.
-
-    ``panel_in`` is the height of a panel, ``around_in`` the height above and below the panels without the legend
-    (inches); ``look`` as for :func:`_subplots`.
-    """
+    ``around_in`` is the height above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
@@ -133,8 +135,8 @@ def panel_list(
 ) -> tuple[Figure, list[Axes], int]:
     """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
     columns = columns or in_a_row(count)
-    width_in = COLUMN_IN if columns == 1 else PAGE_IN
-    figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, **look)
+    rows = -(-count // columns)
+    figure, grid = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
     for unused in grid.flat[count:]:
         unused.remove()
     return figure, list(grid.flat[:count]), columns
@@ -260,10 +262,9 @@ def write_labels(
     color: str = BLACK,
 ) -> None:
     """Write a name next to each point, as near as there is room, at most ``reach_pt`` typographic points away, with a
-    line to the point if it is far. Names without room are omitted.
+    line to the point if it is far; points whose markers overlap have a joint name.
 
-    Points whose markers overlap have a joint name, the highest first. Names cover neither the texts of the axes nor
-    ``clear_of``: points (x, y) of other markers, lines and areas. The layout of the figure must be final.
+    Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout must be final.
     """
     figure: Any = ax.figure
     scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point

@@ -1,10 +1,8 @@
-"""Draw predictions next to measurements: read measured GEMM times, draw predicted against measured times, and predicted
-next to published or measured speedups.
+"""Draw predictions next to measurements: times of GEMMs that are read from a file, and speedups.
 
-The simulator ships no measurements (package ``calibration`` does); the caller passes them in. A file has columns ``m``,
-``n``, ``k`` and one of :data:`TIMES`; optional are ``copies`` (number of rotated weights; without it they are cold),
-``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workload.DTYPES`; without them bf16) and
-``predicted_s`` (a held-out prediction of the row). Further columns are ignored.
+A file has columns ``m``, ``n``, ``k`` and one of :data:`TIMES`; optional are ``copies`` (number of rotated weights;
+without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workload.DTYPES`; without
+them bf16) and ``predicted_s`` (a held-out prediction of the row). Further columns are ignored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Draw speedup against quality loss: small multiples with the frontier as a staircase.
 
-Points on the frontier are full, others faint. The fraction removed is next to each point on the frontier, and next to
-others where there is room. A strip below each panel shows the fastest family within each quality budget, hatched if it
-is dynamic.
+Points on the frontier are full, others faint; the fraction removed is next to them where there is room. A strip below
+each panel shows the fastest family within each quality budget, hatched if it is dynamic.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Draw speedup over batch, length or sparsity in small multiples that print on one page.
 
 A few candidates are curves with interval bands, and with bounds if they are one or two: a row of panels per setting, a
-column per device and engine. A ring is at the first value from which a candidate pays. More curves would hide each
-other: they become dots, with a panel per setting, a line of text per candidate and value (no legend to look up), and on
-it a dot per device with its interval and bounds. A single value makes no curve and becomes dots too.
+column per device and engine, and a ring at the first value from which a candidate pays. More candidates, or single
+values, are dots: a panel per setting, a line of text per candidate and value, and on it a dot per device.
 """
 
 from __future__ import annotations
@@ -20,19 +19,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.figures import layout
-from simulator.figures.style import (
-    BLACK,
-    COLORS,
-    COLUMN_IN,
-    GREY,
-    INK,
-    PAGE_IN,
-    Style,
-    in_order,
-    label,
-    paper_style,
-    styles_of,
-)
+from simulator.figures.style import BLACK, COLORS, GREY, INK, Style, in_order, label, paper_style, styles_of
 from simulator.models.library import model_title
 from simulator.prediction.breakeven import GAIN
 from simulator.prediction.result import Result
@@ -159,10 +146,8 @@ def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.prediction.breakeven`.
-
-    There and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
-    """
+    """Return the index of the first value at which, and at every larger one, the whole interval is above 1; None if it
+    is not at the largest value."""
     x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
     pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
@@ -210,8 +195,7 @@ def _dots(
     handles += [Line2D([], [], color=color, **tick, label=name) for name, (*_, color) in BOUNDS.items()]
     down = -(-len(settings) // MOST_ACROSS)
     across = -(-len(settings) // down)
-    width = COLUMN_IN if len(settings) == 1 else PAGE_IN
-    room = (width - 0.058 * max(map(len, names))) / across  # per panel, inches
+    room = (layout.width_of(len(settings)) - 0.058 * max(map(len, names))) / across  # per panel, inches
     titles = [layout.wrapped(s, room) for s in settings]
     above = 0.13 * max(t.count("\n") + 1 for t in titles)
     height = max(len(pairs) * line, 0.3) + 0.2 + above
@@ -263,7 +247,7 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
         handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
     low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
     rows, across = (len(set(data[name])) for name in ("row", "column"))
-    width = COLUMN_IN if rows * across == 1 else PAGE_IN
+    width = layout.width_of(rows * across)
     room = PAGE_HEIGHT_IN - 0.5 - 0.14 * layout.legend_lines(handles, width)
     panel_in = float(np.clip(room / rows, 0.7, 1.6))
     titles = {r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in data["row"]}  # fit the height of a panel

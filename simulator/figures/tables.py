@@ -54,10 +54,9 @@ _NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 
 def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     """Draw the fastest family with its colour, marker and speedup in each cell.
 
-    Columns of the cells: ``row`` and ``column`` (labels of the phase and the device), ``batch``, ``seq``, ``winner``
-    (the fastest family, empty if none is faster than the dense model) and its ``speedup``, ``certain`` (whether it is
-    certain to be the fastest; else the cell is pale), and ``fits`` (whether the dense model fits the device's memory;
-    else the cell is blank).
+    Columns: ``row`` and ``column`` (labels of the phase and the device), ``batch``, ``seq``, ``winner`` (empty if no
+    family is faster than the dense model) and its ``speedup``, ``certain`` (else the cell is pale), and ``fits``
+    (whether the dense model fits the device's memory; else the cell is blank).
     """
     data = arrays(cells)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
@@ -108,11 +107,8 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
 
 
 def efficiency_figure(points: Mapping[str, Any]) -> Figure:
-    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase.
-
-    Columns of the points: ``row`` and ``column`` (labels of the setting and the device), ``family``, ``batch`` and
-    ``efficiency``: NaN if the bound allows no gain; such cells are white with a dash.
-    """
+    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with NaN have a dash.
+    Columns: ``row`` and ``column`` (labels of the setting and the device), ``family``, ``batch``, ``efficiency``."""
     data = arrays(points)
     families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
@@ -211,11 +207,10 @@ def _mean(rows: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
 def taxonomy_figure(
     family: Sequence[str], axis: Sequence[str], operators: Sequence[str], kept: ArrayLike, adds: Sequence[str]
 ) -> Figure:
-    """Draw the shares of M, N and K that families keep.
+    """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
+    lacks; a row is a family with the axis that it changes and the operators that it adds.
 
-    One entry per row: names of families, the axis that they change ("static M"), and the operators that they add;
-    ``operators`` name the columns. ``kept`` (families, operators, 3) is the kept share of the logical M, N and K, NaN
-    for an operator that the model lacks.
+    A cell has three bars. Unchanged axes are grey lines, so reductions are easy to see.
     """
     values = np.asarray(kept, dtype=float)
     left, right, top, bottom = 1.38, 1.04, 0.30, 0.05

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import across, device, interval, laid_out, log_axis, panel_list, wrapped
-from simulator.figures.style import COLUMN_IN, DENSE, GREY, INK, PAGE_IN, PALE_INK, paper_style, styles_of
+from simulator.figures.layout import across, device, interval, laid_out, log_axis, panel_list, width_of, wrapped
+from simulator.figures.style import DENSE, GREY, INK, PALE_INK, paper_style, styles_of
 from simulator.models.library import model_title
 from simulator.prediction.operating import LIMITS, OperatingPoint, Service
 
@@ -27,9 +27,8 @@ _RING |= {"linestyle": "none"}
 def services_of(services: Sequence[Service]) -> Figure:
     """Draw the throughput of services over their time per output token, one panel each.
 
-    A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states; a
-    model that does not fit has none. A slower pass moves a point right and down, so the band of a curve joins the ends
-    of both intervals.
+    A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states. A
+    slower pass moves a point right and down, so the band of a curve joins the ends of both intervals.
     """
     engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
     first = services[0].points[0]
@@ -47,7 +46,7 @@ def services_of(services: Sequence[Service]) -> Figure:
         every = [np.concatenate([curve[i].ravel() for some in curves for curve in some.values()]) for i in (0, 1)]
         pads = [float(values.max() / values.min()) ** 0.05 for values in every]
         ranges = [(float(v.min()) / pad, float(v.max()) * pad) for v, pad in zip(every, pads)]
-        room_in = (COLUMN_IN if len(services) == 1 else PAGE_IN) / columns - 0.4
+        room_in = width_of(len(services)) / columns - 0.4
         for i, (ax, service, some) in enumerate(zip(axes, services, curves)):
             ax.set(xscale="log", yscale="log", xlim=ranges[0], ylim=ranges[1])
             ax.set_title(wrapped(f"{model}{many}{device(service.points[0])}", room_in), pad=5)

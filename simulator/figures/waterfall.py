@@ -1,7 +1,4 @@
-"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step.
-
-Steps that hardly matter are folded into one (:func:`folded`), whose factor is their product.
-"""
+"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, side_by_side, titled, wrapped
-from simulator.figures.style import BLUE, COLUMN_IN, GREEN, INK, PAGE_IN, VERMILLION, paper_style
+from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, side_by_side, titled, width_of, wrapped
+from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
 from simulator.prediction.explain import Explanation
 
 NEGLIGIBLE = 0.0005  # a factor this close to 1 has no effect: its step has a line but no bar
@@ -72,13 +69,10 @@ def waterfalls_of(found: Sequence[Explanation]) -> Figure:
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
-    """Draw waterfalls side by side, steps of a row on common lines; each row is :func:`folded`.
-
-    ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
-    else a page. All panels have the same steps.
-    """
+    """Draw waterfalls with the same steps side by side; each row is :func:`folded` and has its steps on common lines.
+    ``columns`` is the number of panels per row."""
     columns = columns or in_a_row(len(panels))
-    room_in = ((COLUMN_IN if columns == 1 else PAGE_IN) - 1.3) / columns  # next to the names of the steps
+    room_in = (width_of(columns) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
     rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
     panels = [p for row in rows for p in row]
