@@ -173,7 +173,7 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, a
     from calibration.evidence.report import table
     from calibration.runners.compare import file_name
     from simulator.display import markdown_text
-    from simulator.figures.save import save_figure
+    from simulator.figures.style import save_figure
     from simulator.files.write import write_whole
 
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
@@ -188,7 +188,7 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, a
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
     """Draw measured next to predicted speedups: a panel per phase and sparsity; with texts of --prune, per phase."""
-    from simulator.figures.published import Beside, published_figure
+    from simulator.figures.measured import Beside, published_figure
 
     simple = all(r.simple for r in rows)
     names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}

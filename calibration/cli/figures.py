@@ -17,8 +17,7 @@ from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms
-    from simulator.figures.paper import Drawn
-    from simulator.figures.subject import Paper
+    from simulator.figures.paper import Drawn, Paper
     from simulator.hardware.profile import HardwareProfile
 
 HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
@@ -53,9 +52,8 @@ def command(
     Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
     (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
     """
-    from simulator.figures.paper import FIGURES, MEASURED, draw
-    from simulator.figures.save import SUFFIXES, save_figure
-    from simulator.figures.subject import NothingToDraw, paper
+    from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
+    from simulator.figures.style import SUFFIXES, save_figure
     from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]

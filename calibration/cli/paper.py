@@ -233,8 +233,8 @@ def _claim_text(o: ClaimOutcome) -> str:
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:
-    from simulator.figures.published import Beside, published_figure
-    from simulator.figures.save import save_figure
+    from simulator.figures.measured import Beside, published_figure
+    from simulator.figures.style import save_figure
 
     panels = []
     for phase in ("prefill", "decode"):
