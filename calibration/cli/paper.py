@@ -195,7 +195,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
     """Test both claims on the paper's own GPU, then on others."""
     from calibration.validation.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
     from calibration.validation.paper import HARDWARE, MODEL
-    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
+from simulator.prediction.serving import prefill_passes
 
 from calibration.measurements import published
 from calibration.validation.published import serving_workload
 from simulator.arrays import FloatArray
 from simulator.models.library import load_model
-from simulator.prediction.compare import prefill_passes
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Phase
 from simulator.workload_batch import WorkloadBatch

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from simulator.plans.search import Plan
     from simulator.prediction.explain import Explanation
     from simulator.prediction.gemms import GemmRecord
-    from simulator.prediction.operating import Service
     from simulator.prediction.pareto import Front
     from simulator.prediction.result import Result
+    from simulator.prediction.service import Service
 
 
 def draw_speedups(results: Sequence[Result], path: str) -> None:

@@ -12,8 +12,7 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.prediction.explain import Explanation
-    from simulator.prediction.waterfall import Step
+    from simulator.prediction.explain import Explanation, Step
 
 Roofline = Annotated[
     str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
@@ -50,8 +49,9 @@ def explain(
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.prediction.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.prediction.explain import explanations
     from simulator.prediction.prunings import readable
+    from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
     requested = run.requests(known, model=model, ideal=ideal)
     existing, skipped = readable([] if pruned is None else parsing.names("--pruned", pruned))
@@ -78,7 +78,7 @@ def explain(
     ]
     if output.write(rows):
         render.conclude(*conclusions(found))
-        many = len(found) > MOST_CONCLUSIONS
+        many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
@@ -108,8 +108,13 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
     """Return notes on a measured time, calibration, assumptions and pruned checkpoints."""
-    from simulator.prediction.caveats import assumed_link, experts_assumed, inferred_line, uncalibrated
-    from simulator.prediction.prunings import difference_lines
+    from simulator.prediction.sentences import (
+        assumed_link,
+        difference_lines,
+        experts_assumed,
+        inferred_line,
+        uncalibrated,
+    )
 
     lines = []
     for e in found:
@@ -152,7 +157,7 @@ def _print(together: Sequence[Explanation]) -> None:
 
 
 def _styles(steps: Sequence[Step]) -> list[str]:
-    from simulator.prediction.explain import NOTABLE
+    from simulator.prediction.sentences import NOTABLE
 
     return ["", *("red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in steps[1:])]
 

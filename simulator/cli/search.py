@@ -87,7 +87,7 @@ def command(
         draw_plan(plan, figure)
     if not output.write([plan.to_dict()]):
         return
-    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.sentences import uncalibrated
 
     render.conclude(*_conclusion(plan))
     _layers(plan)
@@ -100,7 +100,7 @@ def command(
 
 def _conclusion(plan: Plan) -> list[str]:
     """Return the conclusion: the plan, then what a plan by parameters loses."""
-    from simulator.prediction.conclusions import speedup_text
+    from simulator.prediction.sentences import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
@@ -138,7 +138,7 @@ def _layers(plan: Plan) -> None:
 
 def _targets(plan: Plan) -> None:
     from simulator.plans.solve import NAMES, target_text
-    from simulator.prediction.conclusions import probability_text
+    from simulator.prediction.sentences import probability_text
 
     columns = render.columns(
         plan.targets,

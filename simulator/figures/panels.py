@@ -18,16 +18,16 @@ from simulator.figures.throughput import Curve, Throughput
 from simulator.figures.titles import device_title, engine_title, model_title
 from simulator.figures.waterfall import Steps
 from simulator.prediction.gemms import gemm_points
-from simulator.prediction.operating import LIMITS
 from simulator.prediction.scenario import batch_name
+from simulator.prediction.sentences import LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from simulator.prediction.explain import Explanation
-    from simulator.prediction.operating import OperatingPoint, Service
     from simulator.prediction.pareto import Front
     from simulator.prediction.result import Result
+    from simulator.prediction.service import OperatingPoint, Service
 
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 """Columns of figures that show speedups, and the attributes of a result."""

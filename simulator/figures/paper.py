@@ -208,7 +208,7 @@ def _waterfall(p: Paper) -> Made:
 
 def _crossover(p: Paper) -> Made:
     from simulator.figures.crossover import crossover_figure
-    from simulator.prediction.crossover import winners
+    from simulator.prediction.pareto import winners
     from simulator.prediction.prunings import Pruning, families
 
     shapes = tuple(itertools.product(BATCHES, LENGTHS))

@@ -31,7 +31,7 @@ from simulator.figures.style import (
     paper_style,
     style_of,
 )
-from simulator.prediction.breakeven import GAIN
+from simulator.prediction.sentences import GAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def speedup_figure(
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.prediction.breakeven`.
+    """Return the index of the first value from which a candidate pays, as in :mod:`simulator.prediction.sentences`.
 
     There and at every larger value the whole interval is above 1; None if it does not pay at the largest value.
     """

@@ -26,8 +26,9 @@ from simulator.models.library import load_model
 from simulator.plans.library import Library, generated_library, read_library
 from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import compare, memory_columns
+from simulator.prediction.compare import compare
 from simulator.prediction.scenario import Scenario, profiles, scenarios, setting
+from simulator.prediction.serving import memory_columns
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals

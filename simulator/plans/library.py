@@ -273,7 +273,7 @@ def _layers(text: str, many: int) -> range:
 
 def _harness(folder: Path, name: str) -> dict[str, float]:
     """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
-    from simulator.prediction.harness import read_results
+    from simulator.prediction.quality import read_results
 
     _, found = read_results(folder, name)
     return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}

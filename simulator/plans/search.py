@@ -25,10 +25,10 @@ from simulator.plans.library import Library, combined, groups_of, importance, me
 from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import scenario_results
-from simulator.prediction.operating import probability_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
+from simulator.prediction.service import probability_of
 from simulator.units import ratio
 
 if TYPE_CHECKING:

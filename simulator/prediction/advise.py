@@ -21,7 +21,6 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import compare, results_of
-from simulator.prediction.operating import check_probability, probability_of
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import HasResult, Result, Results
 from simulator.prediction.scenario import (
@@ -33,6 +32,7 @@ from simulator.prediction.scenario import (
     profiles,
     scenarios,
 )
+from simulator.prediction.service import check_probability, probability_of
 from simulator.units import ratio, seconds
 from simulator.workload_batch import WorkloadBatch
 
@@ -50,9 +50,6 @@ BOTH = "depth+width"
 """Depth and width at the same sparsity each."""
 
 Point = tuple[str, float]  # a family or BOTH, and a sparsity
-
-STATED = ("depth", "width", "width_cross", BOTH)
-"""Families whose result is a model that a ``config.json`` can state."""
 
 
 @dataclass(frozen=True)

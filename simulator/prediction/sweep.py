@@ -32,9 +32,8 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.grid import Grid, Piece, read_grid
-from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Excluded, exclude, excluded_lines
-from simulator.prediction.result import COLUMNS, Results
+from simulator.prediction.result import COLUMNS, Results, plain
 
 if TYPE_CHECKING:
     import pandas

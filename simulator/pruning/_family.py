@@ -67,7 +67,13 @@ class Family(Displayed):
 
     name: str = field(init=False)
     axis: str  # logical GEMM dimension that it changes
-    dynamic: bool = False  # whether it decides per token at inference
+    # what an engine needs to run it: "config" (config.json states its shapes), "checkpoint" (tensors of other forms),
+    # or "kernels" (the pruning happens at inference: a dynamic family)
+    loading: str
+    # part of a request ("": a fraction without parts) -> sizes of which it is the requested share; None: sizes depend
+    # on the tokens of a request
+    parts: Mapping[str, tuple[str, ...]] | None
+    narrows: bool  # whether it makes kernels smaller without removing one
     summary: str
     cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
@@ -88,6 +94,11 @@ class Family(Displayed):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.function.__name__)
         object.__setattr__(self, "options", dict(self.function.__kwdefaults__ or {}))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the family decides per token at inference."""
+        return self.loading == "kernels"
 
     def _title(self) -> str:
         return f"{self.name}: {self.summary}"

@@ -67,6 +67,9 @@ def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | No
 FAMILY = Family(
     function=depth,
     axis="static M",
+    loading="config",
+    parts={"": ("layers",), "attention": ("attention layers",), "mlp": ("MLP layers",)},
+    narrows=False,
     order=1,
     summary="removes layers, or attention or MLP sublayers, with norm, residual and cache",
     cost="nothing",

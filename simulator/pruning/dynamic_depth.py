@@ -161,7 +161,9 @@ def _copies(w: Workload, ends: Array, last: Array, first: Array) -> Inserted:
 FAMILY = Family(
     function=dynamic_depth,
     axis="dynamic M",
-    dynamic=True,
+    loading="kernels",
+    parts=None,
+    narrows=False,
     order=7,
     summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "

@@ -118,7 +118,9 @@ def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loop
 FAMILY = Family(
     function=dynamic_width,
     axis="dynamic N, K",
-    dynamic=True,
+    loading="kernels",
+    parts=None,
+    narrows=False,
     order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask per sublayer; kernels slower than cuBLAS, more so for narrow groups (or "

@@ -68,6 +68,9 @@ def _selecting(w: Workload, out: Workload, pruned: Array) -> Workload:
 FAMILY = Family(
     function=experts,
     axis="static or dynamic N of experts",
+    loading="checkpoint",
+    parts={"": ("experts",)},
+    narrows=False,
     order=12,
     needs="experts",
     summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",

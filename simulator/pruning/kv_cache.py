@@ -70,7 +70,9 @@ def kv_cache(
 FAMILY = Family(
     function=kv_cache,
     axis="K of decode attention",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=11,
     together="equal length",
     summary="keeps a share of the prompt's cache, or a budget of positions",

@@ -57,7 +57,9 @@ def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
 FAMILY = Family(
     function=sparse_attention,
     axis="dynamic N, K of attention",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=9,
     summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
     "share of the cache's blocks",

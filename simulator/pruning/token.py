@@ -102,7 +102,9 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
 FAMILY = Family(
     function=token,
     axis="static or dynamic M",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=10,
     together="equal length",
     summary="drops prompt tokens from some layer on, also from the cache",

@@ -27,6 +27,9 @@ def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "den
 FAMILY = Family(
     function=unstructured,
     axis="static K",
+    loading="checkpoint",
+    parts={},
+    narrows=False,
     order=6,
     summary="sets weights of all projections to zero, without structure",
     cost="no speedup, as dense kernels compute zeros; bounds count them (kernel=spmv: a kernel for one token)",

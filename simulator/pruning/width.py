@@ -130,6 +130,16 @@ def _experts(w: Workload, s: Array, align: int) -> Workload:
 FAMILY = Family(
     function=width,
     axis="static N -> K",
+    loading="config",
+    parts={
+        "": ("KV heads", "inner width", "expert width"),
+        "attention": ("KV heads",),
+        "heads": ("heads",),
+        "kv": ("KV heads",),
+        "mlp": ("inner width", "expert width"),
+        "hidden": ("hidden size",),
+    },
+    narrows=True,
     order=2,
     summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
     cost="alignment and tile effects of the narrower shapes",

@@ -60,6 +60,9 @@ def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
 FAMILY = Family(
     function=width_cross,
     axis="static N, K across layers",
+    loading="config",
+    parts={"": ("hidden size",)},
+    narrows=True,
     order=3,
     summary="reduces the hidden size everywhere: embedding, norms, projections, residual stream, head",
     cost="optional residual projections H'xH', two per layer (residual_projections=True)",

@@ -11,7 +11,7 @@ from test_figures import check_print
 import simulator
 from simulator.figures.panels import speedups_of, styles_of, varying
 from simulator.figures.speedup import PAYS, pays_from
-from simulator.prediction.breakeven import GAIN, break_even
+from simulator.prediction.sentences import GAIN, break_even
 
 MODEL = "llama-3.1-8b"
 

@@ -11,8 +11,8 @@ import pytest
 import simulator
 from simulator.errors import InputError
 from simulator.prediction.advise import BOTH, COARSE, FINE, LARGEST_SPARSITY, Advised, Target, advise
-from simulator.prediction.operating import probability_of
 from simulator.prediction.scenario import Scenario
+from simulator.prediction.service import probability_of
 from simulator.pruning import general_families
 
 MODEL, HARDWARE = "llama-3.1-8b", "a100_sxm_80gb"

@@ -15,13 +15,12 @@ from simulator.capacity import memory
 from simulator.engines.engine import list_engines, load_engine
 from simulator.errors import InputError
 from simulator.prediction.advise import advise
-from simulator.prediction.explain import explanations
+from simulator.prediction.explain import explanations, waterfall
 from simulator.prediction.grid import Grid
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, dense_seconds
-from simulator.prediction.speedup import speedup
 from simulator.prediction.sweep import sweep_results
-from simulator.prediction.waterfall import waterfall
+from simulator.prediction.table import speedup
 from simulator.pruning import prune
 
 FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.errors import InputError
+from simulator.prediction.explain import waterfall
 from simulator.prediction.result import Result
-from simulator.prediction.speedup import speedup, speedups
-from simulator.prediction.waterfall import waterfall
+from simulator.prediction.table import speedup, speedups
 from simulator.pruning import general_families, prune
 from simulator.workload import DTYPES, PHASES, Kernel, Kind, Workload
 

@@ -26,9 +26,8 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.prediction.grid import Formats, Grid, read_grid
-from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import COLUMNS, Result
+from simulator.prediction.result import COLUMNS, Result, plain
 from simulator.prediction.sweep import Summary, sweep_results, write_sweep
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")

@@ -8,7 +8,7 @@ import pytest
 from calibration.measurements import published
 from calibration.validation.published import serving_workload
 from simulator.models.library import load_model
-from simulator.prediction.operating import NO_LIMITS, ServePasses
+from simulator.prediction.service import NO_LIMITS, ServePasses
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload_batch import WorkloadBatch
 
