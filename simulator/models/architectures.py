@@ -16,8 +16,7 @@ from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.block_configs import read_block
 from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
-ConfigFields = dict[str, Any]
-"""Fields of :class:`simulator.ModelConfig`."""
+ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,7 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with experts or an MLP, in chunks of positions or over all of them without rotary positions.
 
-    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond.
-    """
+    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond."""
     layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
 
     def right(value: Any) -> bool:
@@ -199,8 +197,7 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], Confi
 def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear.
 
-    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else.
-    """
+    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else."""
     layers = values["layers"]
     if values.get("latent") or values.get("delta"):
         raise read.fail("block_configs", "expected none: latent attention and delta nets per layer are not supported")

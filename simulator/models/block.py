@@ -40,8 +40,7 @@ class Block:
     def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
         """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``.
 
-        An engine that ``fuses`` projections leaves those that are stored as factors as they are.
-        """
+        An engine that ``fuses`` projections leaves those that are stored as factors as they are."""
         stored = {role for role, _ in self.ranks}
         if fused in stored or (fuses and not stored & parts.keys()):
             return {fused: sum(parts.values())}

@@ -21,9 +21,7 @@ from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 from simulator.models.keys import Reader
 
-ROUNDING = 256
-"""DeciLM rounds the widths of MLPs up to multiples of this number."""
-
+ROUNDING = 256  # deciLM rounds the widths of MLPs up to multiples of this number
 _MOE = {"experts": "num_local_experts", "active": "num_experts_per_tok", "expert_inner": "expert_intermediate_dim"}
 _UNSUPPORTED = {
     "mamba": "state-space layers are not supported",

@@ -27,7 +27,6 @@ from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_c
 from simulator.models.library import FOLDER, list_models, load_model
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-
 DECI = "nemotron-nas"
 DECI_SOURCES: tuple[str, ...] = ("llama", "mistral", "ministral", DECI)
 """Architectures that compute the same as DeciLM, where their configuration states the same shapes."""
@@ -37,8 +36,7 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
 
     ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
-    the model ``new``: some architectures cannot state all shapes.
-    """
+    the model ``new``: some architectures cannot state all shapes."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
@@ -137,8 +135,7 @@ def content_of(
     """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
 
     A named model has only its shape keys, a model made in Python has no content. ``model`` is the loaded source, if
-    known.
-    """
+    known."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source

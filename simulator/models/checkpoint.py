@@ -35,7 +35,6 @@ from simulator.models.tensors import (
 )
 
 MAX_WIDTH = 10_000_000
-
 SHORTCUTS = {"attention": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
 """Sublayer -> name of the matrix with which SliceGPT rotates its residual."""
 _MXFP4 = ("mxfp4", False)  # only of routed experts
@@ -122,8 +121,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
 
     :attr:`ModelConfig.found` reports the differences. Raises InputError, one line, if the tensors and their number of
-    parameters cannot be explained exactly.
-    """
+    parameters cannot be explained exactly."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -350,8 +348,7 @@ def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
 def _check(model: ModelConfig, layers: list[_Part]) -> None:
     """Raise InputError if layers have other parameters than their shapes require.
 
-    The error names a tensor that distinguishes the layer from the most similar correct layer.
-    """
+    The error names a tensor that distinguishes the layer from the most similar correct layer."""
     made = [model.block_parameters(block) for block in model.layout]
     names = [{*part.modules, *(f"{module}.bias" for module in part.biases)} for part in layers]
     wrong = [i for i, part in enumerate(layers) if part.parameters != made[i]]

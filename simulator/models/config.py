@@ -16,7 +16,6 @@ from simulator.models.block import Block, DeltaNet, Latent
 from simulator.workload import DTYPES
 
 MOST_WIDTH = 2**31 - 1
-
 _POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")
 _COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts")
 """Fields that are whole numbers; those of _POSITIVE are at least 1."""

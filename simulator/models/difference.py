@@ -22,8 +22,7 @@ _WIDTHS = {
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
 
-    Layers are matched by the numbers in a checkpoint, else in order.
-    """
+    Layers are matched by the numbers in a checkpoint, else in order."""
     found, last = [], dense
     numbers = pruned.numbers or tuple(range(pruned.layers))
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}

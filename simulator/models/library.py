@@ -15,9 +15,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config, read_config
 
 FOLDER = resources.files(__package__)
-
-_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-"""A Hugging Face id, owner/name."""
+_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # a Hugging Face id, owner/name
 
 _VARIANT = re.compile(
     r"[-_](?:instruct|chat|it|hf|base|dynamic|block|static|awq|nvfp4|fp4|fp8|bf16|quantized|gptq(?:-int[48])?|w\d+a\d+)$",
@@ -78,8 +76,7 @@ def model_title(name: str) -> str:
 
 def shipped_model(name: str) -> ModelConfig | None:
     """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version; None for a path or
-    an unknown name. No other file is read.
-    """
+    an unknown name. No other file is read."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
     last = name.rsplit("/", 1)[-1]

@@ -47,8 +47,7 @@ def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits
 
     ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
     contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors. Raises ValueError
-    for an unknown layout.
-    """
+    for an unknown layout."""
     name = next((name for name in WEIGHTS if name in parts), "")
     if not name:
         raise ValueError("has no weight")

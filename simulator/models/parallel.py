@@ -23,8 +23,7 @@ from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.config import ModelConfig
 
-PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
-"""Names of the ways to split a model."""
+PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")  # names of the ways to split a model
 
 
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:

@@ -85,8 +85,7 @@ _ROLES = {
 def factor_of(module: str) -> tuple[str, str, bool]:
     """Return the projection that a factor belongs to, its role, and whether the factor makes its outputs.
 
-    The role of a module that is not a factor is "".
-    """
+    The role of a module that is not a factor is ""."""
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:
         return module, "", False

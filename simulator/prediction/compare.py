@@ -35,8 +35,7 @@ from simulator.workload_batch import WorkloadBatch, sums
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-SAME_SHAPE = 0.99
-"""Correlation of the errors of equal operators in two workloads; the kernels around them differ."""
+SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
 
 # fmt: off
 PARTS: Mapping[str, str] = MappingProxyType({
@@ -51,8 +50,7 @@ PARTS: Mapping[str, str] = MappingProxyType({
 SMALL_SHARE = 0.05
 """Share of the time below which operators with default constants do not count: results are calibrated."""
 
-NAMED_SHARE = 0.01
-"""Share of the time from which operators with default constants are named."""
+NAMED_SHARE = 0.01  # share of the time from which operators with default constants are named
 
 
 def compare(
@@ -63,8 +61,7 @@ def compare(
     inferred from a measured time.
 
     ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
-    workload that cannot run.
-    """
+    workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
     if dense_s is not None:
         number("dense_s", dense_s, SECONDS)

@@ -230,8 +230,7 @@ def explanations(
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
     ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
-    :func:`simulator.table`.
-    """
+    :func:`simulator.table`."""
     config, devices = load_model(model), profiles(hardware)
     if not (pruned or prune) and family is None and method is None:
         raise InputError("prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model")

@@ -28,6 +28,7 @@ from simulator.models.library import load_model
 from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.quality import number_of
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, by_budget, profiles, scenarios
 from simulator.prediction.sentences import uncalibrated_of
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
     from simulator.workload_batch import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
-
-DENSE = "dense"
-"""Family of the dense model's point: no loss, speedup 1."""
+DENSE = "dense"  # family of the dense model's point: no loss, speedup 1
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ class Front:
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
-    Equal points do not beat each other. Raises InputError without points or for a value that is not finite.
-    """
+    Equal points do not beat each other. Raises InputError without points or for a value that is not finite."""
     x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise InputError(f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}")
@@ -130,8 +128,7 @@ def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
     half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
 
-    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it.
-    """
+    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
     return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
@@ -147,8 +144,7 @@ def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, .
     """Return the family that is fastest at each quality budget among marked points, or the dense model.
 
     Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
-    is that of :func:`marked`.
-    """
+    is that of :func:`marked`."""
     best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
     ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
@@ -187,8 +183,7 @@ def fronts(
 
     Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
     another model of its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if
-    the model and the devices support no row. ``progress`` is called with frontiers done and their number.
-    """
+    the model and the devices support no row. ``progress`` is called with frontiers done and their number."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
@@ -279,12 +274,8 @@ def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup])
     shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
-        shared |= {
-            "speedup": known.speedup,
-            "speedup_lower": known.lower,
-            "speedup_upper": known.upper,
-            "bottleneck": "",
-        }
+        shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper}
+        shared["bottleneck"] = ""
     shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
 
@@ -292,8 +283,7 @@ def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup])
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
 """Optional columns of measured speedups; values that are not empty must equal those of the point."""
 
-SAME_SPARSITY = 5e-4
-"""Largest difference of equal fractions: tables print three digits."""
+SAME_SPARSITY = 5e-4  # largest difference of equal fractions: tables print three digits
 
 
 @dataclass(frozen=True)
@@ -316,32 +306,21 @@ def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
     """Read measured speedups from a CSV file, to replace predictions.
 
     Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
-    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format.
-    """
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
 def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     if cells["family"] not in FAMILIES:
         raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
-    sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
+    sparsity, speedup = number_of(cells, "sparsity"), number_of(cells, "speedup")
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
-    lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    lower, upper = (number_of(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
     if not 0.0 < lower <= speedup <= upper:
         got = f"{lower:g}, {speedup:g}, {upper:g}"
         raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
     return MeasuredSpeedup({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
-
-
-def _number(cells: Mapping[str, str], column: str) -> float:
-    try:
-        value = float(cells[column])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{column}: expected a number, got {cells[column]!r}")
-    return value
 
 
 OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory

@@ -31,14 +31,11 @@ from simulator.workload import Kind, Workload
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
-SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)
-"""Default sparsities."""
-
+SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
 ALIKE = ("engine", "phase", "batch", "seq", "new_tokens", "cached", "budget", "dtype", "devices", "parallel", "link")
 """Fields of ``Meta`` that a pruned and a dense workload must share."""
 
-Excluded = dict[str, list[float]]
-"""Reason -> excluded sparsities."""
+Excluded = dict[str, list[float]]  # reason -> excluded sparsities
 
 
 @dataclass(frozen=True)
@@ -215,8 +212,7 @@ def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tu
     none, or if two have one name.
 
     Checkpoints often keep the name of the model that they were pruned from: several of one name are named after their
-    folders.
-    """
+    folders."""
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:
@@ -343,8 +339,7 @@ def sizes(w: Workload) -> dict[str, float]:
 
 def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Workload) -> str:
     """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
-    ``dense`` has the sizes of the dense workload.
-    """
+    ``dense`` has the sizes of the dense workload."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
     before, after, asked = dict(dense), sizes(pruned), _requested(steps)

@@ -1,9 +1,11 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
 Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
-is checked against the two values. A CSV with the column ``results`` lists results of lm-evaluation-harness
-(:mod:`simulator.prediction.quality`). Numbers are comparable only on one axis: the same metric under the same protocol,
-hence with the same dense value.
+is checked against the two values. Numbers are comparable only on one axis: the same metric under the same protocol, hence with the same dense value.
+
+A CSV with the columns ``results,family,sparsity`` lists a model per row, one of family ``dense``. ``results`` is a file
+that ``lm_eval --output_path`` of EleutherAI's lm-evaluation-harness writes, or its folder. Every metric that the dense
+and the pruned model share becomes a row, and so does the mean of ``acc`` over their tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-
 LOSS_TOLERANCE = 5e-4  # of a stated relative loss, absolute or relative: tables print few digits
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -108,8 +109,7 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all.
 
     A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
-    ``strict`` this is an InputError.
-    """
+    ``strict`` this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]
@@ -164,7 +164,7 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
             raise InputError(f"{column}: is empty")
     if cells["family"] not in FAMILIES:
         raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
-    sparsity, dense, pruned = (_number(cells, c) for c in ("sparsity", "dense", "pruned"))
+    sparsity, dense, pruned = (number_of(cells, c) for c in ("sparsity", "dense", "pruned"))
     if not 0.0 <= sparsity < 1.0:
         hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}{hint}")
@@ -182,13 +182,14 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     if not math.isfinite(row.relative_loss):
         raise InputError(f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}")
     if cells.get("relative_loss"):
-        written, given = _number(cells, "relative_loss"), row.relative_loss
+        written, given = number_of(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
             raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
     return row
 
 
-def _number(cells: Mapping[str, str], column: str) -> float:
+def number_of(cells: Mapping[str, str], column: str) -> float:
+    """Return the finite number of a cell."""
     try:
         value = float(cells[column])
     except ValueError:

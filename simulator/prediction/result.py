@@ -41,8 +41,7 @@ class Labels:
         return np.array(self.texts, dtype=object)[self.codes]
 
 
-Columns = Mapping[str, Any]
-"""Columns of results: float64, int64 and bool arrays, and :class:`Labels`; NaN for None."""
+Columns = Mapping[str, Any]  # columns of results: float64, int64 and bool arrays, and Labels; NaN for None
 
 
 def plain(column: Array | Labels) -> Array:
@@ -270,10 +269,7 @@ class Result(Displayed):
 
 
 _KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
-
-COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
-"""Field of a result -> type."""
-
+COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}  # field of a result -> type
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
 
 

@@ -37,9 +37,7 @@ from simulator.pruning._rows import covering, layer_count
 from simulator.workload import DTYPES, Kernel, Kind, Part, Workload
 from simulator.workload_batch import WorkloadBatch
 
-DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)
-"""Numbers of devices for which :attr:`Runnable.tensor_parallel` is evaluated."""
-
+DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of devices for which Runnable.tensor_parallel is evaluated
 _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("MLP width", "query width")}
 """Widths that devices share."""
 
@@ -84,8 +82,7 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     predicted on ``hw``.
 
     Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
-    model that the devices cannot divide is judged on one device.
-    """
+    model that the devices cannot divide is judged on one device."""
     alone = replace(scenario, devices=1)
     whole = pruning.apply(alone.workloads[0], alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -134,8 +131,7 @@ def will_run(
     """Return whether the stock engine of a workload on one device runs its model.
 
     ``config`` is the configuration of an existing checkpoint (default: that of the dense model), ``share`` the share of
-    each of several devices, ``divisible_reason`` why they cannot divide the model.
-    """
+    each of several devices, ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
     own, parts = pruned if share is None else share, blocks(pruned)
@@ -239,8 +235,7 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
 
 def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
     """Return whether the stock engine loads the checkpoint of a model (None: its file does not state it), and how, or
-    why not. ``config`` is the configuration of the checkpoint, or of the dense model.
-    """
+    why not. ``config`` is the configuration of the checkpoint, or of the dense model."""
     present = tuple(features(w))
     how = {name: engine.loads[name].how for name in present if name in engine.loads}
     missing: dict[str, list[str]] = {}  # reason -> features

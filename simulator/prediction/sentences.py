@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +43,10 @@ if TYPE_CHECKING:
     from simulator.uncertainty.intervals import Inferred
 
 T = TypeVar("T", bound="HasResult")
-
 NAMED = 4  # settings or models that a sentence names; of more it states the number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
 GAIN = 1.005  # speedup that is shown as more than 1.00
 NOTABLE = 0.985  # steps of a waterfall with a factor below it, or above its inverse, are mentioned
-
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
@@ -621,8 +619,7 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     generations run routed experts differently, or "".
 
     A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A
-    fit of decode attention that is unused, as the engine has another kernel, is named.
-    """
+    fit of decode attention that is unused, as the engine has another kernel, is named."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
     if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
@@ -684,8 +681,7 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     return "" for other speedups.
 
     Such a gain is due to a step of one stack's kernels at the dense shape, not to the removed work. If no operator
-    gains, the removed work was farther from its roofline than the rest (such as the head).
-    """
+    gains, the removed work was farther from its roofline than the rest (such as the head)."""
     if speedup <= BETTER * bound:
         return ""
     (time_d, roof_d), (time_p, roof_p) = (_by_role(w, hw) for w in (dense, pruned))
@@ -709,29 +705,19 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
     return f"{better} {kernels} run {what} at {at} of the roofline"
 
 
-class HasShare(Protocol):
-    """A prediction on a device that names its operators with default constants and their share of the time."""
-
-    @property
-    def hardware(self) -> str: ...
-    @property
-    def uncalibrated(self) -> str: ...
-    @property
-    def uncalibrated_share(self) -> float: ...
-
-
-def uncalibrated_of(found: Iterable[HasShare]) -> tuple[str, float]:
-    """Return the operators with default constants of some predictions together, and the largest share of the time."""
-    all_found = list(found)
-    parts = {part for r in all_found for part in r.uncalibrated.split("+")}
-    share = max((r.uncalibrated_share for r in all_found), default=0.0)
+def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
+    """Return the operators with default constants of some predictions (results or frontiers) together, and the largest
+    share of the time."""
+    every = list(found)
+    parts = {part for r in every for part in r.uncalibrated.split("+")}
+    share = max((r.uncalibrated_share for r in every), default=0.0)
     return "+".join(part for part in PARTS if part in parts), share
 
 
-def uncalibrated(found: Iterable[HasShare], measured: bool = False) -> tuple[str, ...]:
+def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
     at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given."""
-    mine: dict[str, list[HasShare]] = {}
+    mine: dict[str, list[Any]] = {}
     for r in found:
         if r.uncalibrated_share >= SMALL_SHARE:
             mine.setdefault(r.hardware, []).append(r)

@@ -1,16 +1,16 @@
-"""Define the operating points of a service and its limits, and find the points of the dense and the pruned models.
+"""Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at what cost.
 
-Use :func:`operating_points`. It predicts the steady state of continuous batching (phase ``serve``) over a grid of
-concurrencies in one batch, then over a second grid around the answer. A model fits up to the concurrency at which its
-weights and caches fill the memory, or up to the sequences that the engine admits.
+:func:`serve` does so for engines and devices; :func:`operating_points` for one. It predicts the steady state of
+continuous batching (phase ``serve``) over a grid of concurrencies in one batch, then over a second grid around the
+answer. A model fits up to the concurrency at which its weights and caches fill the memory, or up to the sequences that
+the engine admits. W: workloads, models at concurrencies.
 
-The time to first token and the time per output token (:func:`simulator.prediction.compare.serving`) follow the time of
-a request. Limits of both hold together with at most the smaller of the two probabilities, which is used: both times
-follow the same pass, so their errors move together.
+Limits of the time to the first token and per output token hold together with at most the smaller of the two
+probabilities, which is used: both times follow the same pass, so their errors move together.
 
 The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
 (``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
-and of decode steps in that time (``cost_prompt``, ``cost_new``). W: workloads, models at concurrencies.
+and of decode steps in that time (``cost_prompt``, ``cost_new``).
 """
 
 from __future__ import annotations
@@ -50,19 +50,14 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-REFINED = 16
-"""Concurrencies of the second grid, for each model."""
-
-ROUNDS = 4
-"""Rounds in which the largest concurrencies are found; they hardly change after the second."""
-
+REFINED = 16  # concurrencies of the second grid, for each model
+ROUNDS = 4  # rounds in which the largest concurrencies are found; they hardly change after the second
 PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
 
 def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
     """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
-    with the standard deviation that follows from that end of the interval.
-    """
+    with the standard deviation that follows from that end of the interval."""
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
     deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
@@ -186,9 +181,7 @@ class Service(Displayed):
 
 
 NO_LIMITS = Limits()
-
-Triple = tuple[FloatArray, FloatArray, FloatArray]
-"""Values, and the lower and the upper ends of their intervals."""
+Triple = tuple[FloatArray, FloatArray, FloatArray]  # values, and the lower and the upper ends of their intervals
 
 
 @dataclass(frozen=True)
@@ -250,25 +243,15 @@ class ServePasses:
             out[name] = np.array(found)
         return out
 
+    @cached_property
+    def bytes_held(self) -> tuple[FloatArray, FloatArray]:
+        """Bytes of the weights, and of the cache of one request, on the fullest device."""
+        return weights_bytes(self.batch), cache_parts(self.batch)[0]
+
     def last_within(self, model: int, among: Iterable[int]) -> int:
         """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
         holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
         return max((c for c in among if holds[self.place(model, c)]), default=0)
-
-    @cached_property
-    def weights_bytes(self) -> FloatArray:
-        """Bytes of the weights on the fullest device."""
-        return weights_bytes(self.batch)
-
-    @cached_property
-    def cache_bytes(self) -> FloatArray:
-        """Bytes of the cache of one request on the fullest device."""
-        return cache_parts(self.batch)[0]
-
-    @property
-    def prefill_share(self) -> FloatArray:
-        """Share of prefills in the time of a request."""
-        return np.asarray(self.p.phase_s[:, 0] / self.p.total_s)
 
 
 def operating_points(
@@ -285,8 +268,7 @@ def operating_points(
 
     ``scenario`` has one shape, whose batch is ignored; ``prunings`` run on the device, and ``names`` are their names.
     Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
-    the smallest of the largest that fit the pruned models. InputError if no model fits.
-    """
+    the smallest of the largest that fit the pruned models. InputError if no model fits."""
     scenario, models = scenario.on(hw), range(1 + len(prunings))
     largest = _largest(scenario, hw, prunings)
     if concurrency is None:
@@ -297,7 +279,8 @@ def operating_points(
     kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
     if limits.named:
         firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
-        finer = [_between(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
+        ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
+        finer = [sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends]
         found = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
         kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
     points = _Points(hw, names, prunings, largest, price)
@@ -313,11 +296,6 @@ def steps(last: int) -> list[int]:
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 
 
-def _between(first: int, last: int) -> list[int]:
-    """Return the second grid between two concurrencies of the first one, with both."""
-    return sorted({round(c) for c in np.linspace(first, last, REFINED + 2).tolist()})
-
-
 def _batch(scenario: Scenario, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
     """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
     shapes = tuple((c, scenario.shapes[0][1]) for c in sorted({*at} - {0}))
@@ -329,8 +307,7 @@ def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning
     engine's limit. InputError if no model fits.
 
     The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
-    that follows from a request at the largest.
-    """
+    that follows from a request at the largest."""
     found = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
         batch = _batch(scenario, prunings, found)
@@ -407,8 +384,8 @@ class _Points:
             **self.costs(found, i, concurrency),
             largest_concurrency=most,
             limited_by="engine" if limit is not None and most == limit.sequences else "memory",
-            weights_bytes=float(found.weights_bytes[i]),
-            cache_bytes=float(found.cache_bytes[i]),
+            weights_bytes=float(found.bytes_held[0][i]),
+            cache_bytes=float(found.bytes_held[1][i]),
             level=found.level,
         )
 
@@ -416,13 +393,12 @@ class _Points:
         """Return the costs of a million tokens of one workload."""
         if self.price is None or not concurrency:
             return {}
-        meta, prefill = found.batch.rows.meta, float(found.prefill_share[i])
+        meta, prefill = found.batch.rows.meta, float(found.p.phase_s[i, 0] / found.p.total_s[i])
         million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
-        prompt = meta.new_tokens / meta.seq
         return {
             "cost_output": million,
             "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
-            "cost_prompt": million * prefill * prompt,
+            "cost_prompt": million * prefill * (meta.new_tokens / meta.seq),
             "cost_new": million * (1.0 - prefill),
         }
 

@@ -79,8 +79,7 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
     In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
     The share depends on how requests arrive; on either side, its deviation, at most to none or all of the prompts, and
     the relative error of the whole time are combined as a root of sum of squares. Measured times to the first token
-    deviate more, as they include queues of requests that start together.
-    """
+    deviate more, as they include queues of requests that start together."""
     meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
     sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
     ends = {"s": seconds, "lower": found.lower, "upper": found.upper}

@@ -49,8 +49,7 @@ class _Families(Mapping[str, Family]):
         return len(self._modules)
 
 
-FAMILIES: Mapping[str, Family] = _Families()
-"""Pruning families by name, in the order of tables."""
+FAMILIES: Mapping[str, Family] = _Families()  # pruning families by name, in the order of tables
 
 
 def general_families() -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from simulator.pruning._rows import covering, projections, readers
 from simulator.pruning.width_cross import with_hidden
 from simulator.workload import Kind, Workload
 
-FIXED: tuple[str, ...] = ("query width",)
-"""Widths that :func:`aligned_up` does not change: heads times the head dimension."""
+FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
 
 
 def widths(w: Workload) -> Mapping[str, Array]:

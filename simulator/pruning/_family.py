@@ -24,8 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
 """Parts of the family width whose removal leaves a share of what other parts leave."""
-ONE_SIZE: tuple[str, ...] = ("hidden",)
-"""Parts that have one size in all layers."""
+ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WHOLE: tuple[str, ...] = (
     *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
@@ -36,11 +35,8 @@ them."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
 """Names in a sparsity per part of families that prune single weights."""
 
-SCORE_BYTES = 4.0
-"""Bytes of a score or an index: fp32 or int32."""
-
-Pruned = tuple[Workload, float]
-"""The pruned workload, and its realised sparsity."""
+SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
+Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsity
 
 
 @dataclass(frozen=True)

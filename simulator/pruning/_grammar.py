@@ -28,11 +28,8 @@ from simulator.pruning._steps import PruningStep
 from simulator.units import parse_fraction, parse_value
 
 MOST_CHARACTERS = 2000
-PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")
-"""Endings of plans."""
-
-MOST_LAYERS = 10_000
-"""Largest accepted layer number; models have fewer layers."""
+PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")  # endings of plans
+MOST_LAYERS = 10_000  # largest accepted layer number; models have fewer layers
 
 _TOKEN = re.compile(
     r"(?P<name>[^\s+=%]+)\s*=\s*(?P<value>[^\s+=%]+(?:\s*%)?)|(?P<word>[^\s+=%]+(?:\s*%)?)|(?P<plus>\+)|(?P<wrong>[=%])"

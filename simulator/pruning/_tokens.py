@@ -13,14 +13,11 @@ from simulator.pruning._edits import changed, doubled
 from simulator.pruning._rows import covering, layer_count
 from simulator.workload import Kind, Workload, role_code
 
-EXACT_TOKENS = 16
-"""Up to this number of tokens, every outcome of the binomial distribution has its own row."""
-
+EXACT_TOKENS = 16  # up to this number of tokens, every outcome of the binomial distribution has its own row
 CAPACITY_TOKENS = 512
 """From this number of tokens, the computed number is the mean, as in capacity-based routers; its sd is below 5 %."""
 
-BINS = 5
-"""Number of equally likely bins that approximate the binomial distribution between these two numbers."""
+BINS = 5  # number of equally likely bins that approximate the binomial distribution between these two numbers
 
 
 @lru_cache(maxsize=4096)
@@ -29,8 +26,7 @@ def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float
 
     The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
     it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
-    :data:`CAPACITY_TOKENS` it is the mean alone.
-    """
+    :data:`CAPACITY_TOKENS` it is the mean alone."""
     if tokens <= 0 or keep >= 1.0:
         return (tokens,), (1.0,)
     if tokens <= EXACT_TOKENS:
@@ -70,8 +66,7 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
     """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability.
 
     Tokens are ``m``, in decode attention ``batch``. Bytes of elementwise and collective rows scale with them.
-    Parameters are conserved.
-    """
+    Parameters are conserved."""
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w

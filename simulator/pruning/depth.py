@@ -19,8 +19,7 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", earl
     ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
     "attention" or "mlp". The deepest layers except the last are removed, from the listed layers if there is a list;
     with ``early_exit`` also the last: all tokens exit after the layers that stay. The choice matters only if layers
-    differ (alternating windows, widths per layer).
-    """
+    differ (alternating windows, widths per layer)."""
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     flag("option early_exit", early_exit)
     if unit in SUBLAYERS and choice.form == "part":

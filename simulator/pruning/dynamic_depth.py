@@ -70,8 +70,7 @@ def dynamic_depth(
     github.com/EIT-NLP/LLM-Pruning, PruningInferSim) the mask is selected and, for several tokens, sorted.
     GEMMs skip tiles and do not use cuBLAS; each writes zeros for skipped tokens (``fill``). Norms, rotary and the
     product of gate and up process all tokens. With "gathered", tokens are gathered before a sublayer and scattered
-    after it, and everything between processes fewer tokens; a single token needs no copies.
-    """
+    after it, and everything between processes fewer tokens; a single token needs no copies."""
     dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"

@@ -21,8 +21,7 @@ SORT = 3
 """Kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
 benchmark at 1024^3 on an RTX 5090."""
 
-ALIGN = 16
-"""Width of a tensor instruction, to which the expected width of the groups in use is rounded up."""
+ALIGN = 16  # width of a tensor instruction, to which the expected width of the groups in use is rounded up
 
 
 def dynamic_width(
@@ -40,8 +39,7 @@ def dynamic_width(
     that skip tiles ("reference") are less efficient than dense GEMMs, more so for narrow groups. Without such kernels
     ("gathered", "looped") the hidden state of a token is copied for each of its groups (``gather``), and partial
     outputs are read, added and written (``scatter``). "looped" has no grouped GEMM: each group in use is selected,
-    gathered, multiplied and scattered separately. A single token needs none of this. Parameters are conserved.
-    """
+    gathered, multiplied and scattered separately. A single token needs none of this. Parameters are conserved."""
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = split_fused_qkv(w, choice.rows)

@@ -24,8 +24,7 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
     With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at least one. With "average"
     each token decides by the weights of its experts how many it uses (``select``): ``(1-s) A`` on average, at least
     one. With expert parallel, these are numbers over all devices. A model, or listed layers, without routed experts are
-    rejected.
-    """
+    rejected."""
     one_of("fewer", fewer, ("experts", "active", "average"))
     if flag("option merged", merged) and fewer != "experts":
         raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")

@@ -28,8 +28,7 @@ def kv_cache(
     reads K, writes and reads the scores), each KV head selects positions (``select``), and the cache is compacted
     (``gather``: it reads and writes the kept positions). With ``observed`` 0 their place alone decides, without scores.
     A decode workload excludes this work. The realised sparsity is the share of evicted prompt positions, averaged over
-    layers.
-    """
+    layers."""
     observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)

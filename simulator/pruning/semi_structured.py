@@ -12,8 +12,7 @@ from simulator.workload import Kernel, Workload
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
     """Make the projections 2:4 sparse: density 0.5 on sparse tensor cores. The kernel pads ``m`` to a multiple of 8.
 
-    A sparsity per part or per layer of 0.5 and 0 selects some of the projections.
-    """
+    A sparsity per part or per layer of 0.5 and 0 selects some of the projections."""
     wrong = choice.rows[projections(w) & (choice.rows > 0) & (choice.rows != 0.5)]
     if len(wrong):
         expected = "expected 0.5, as 2:4 removes half (0 keeps a projection dense)"

@@ -22,8 +22,7 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
 
     Cost per attention: prefill pools queries and keys by block and scores them (``mask``: it reads Q and K, and writes
     one score per block pair and head); decode scores two bounds of the keys in every cached block. Then blocks are
-    selected (``select``). Cache and parameters do not change.
-    """
+    selected (``select``). Cache and parameters do not change."""
     one_of("block", block, (16, 64, 128))
     s, realised = (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
     rows = w.is_attention & (s > 0)

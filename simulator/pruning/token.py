@@ -15,9 +15,7 @@ from simulator.pruning._rows import layer_count, removed, shorter_copies
 from simulator.pruning._tokens import prompt_of
 from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
 
-START = 2
-"""Default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most."""
-
+START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
 _LAST = "lm_head", "all_gather", "softcap"
 """Operators of the head that compute all positions, or only the last of each prompt."""
 
@@ -29,8 +27,7 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
     logits of all positions are requested, only remaining tokens have some. In decode only the cache is shorter. Cost
     per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
     gathers the rest; "static" (tokens chosen before inference: pooling, stop words) only gathers. The realised sparsity
-    is that of the last layer, or for a sparsity per layer the mean over layers.
-    """
+    is that of the last layer, or for a sparsity per layer the mean over layers."""
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer

@@ -7,16 +7,14 @@ from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import projections
 from simulator.workload import Kernel, Workload
 
-KERNELS = ("dense", "spmv")
-"""Dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token."""
+KERNELS = ("dense", "spmv")  # dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token
 
 
 def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "dense") -> Pruned:
     """Set the density of the projections to ``1-s``: bounds count the zeros, times are those of dense kernels.
 
     With ``kernel`` "spmv" GEMMs of one token (decode at batch 1) read only nonzero values, each with four bits for its
-    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25.
-    """
+    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25."""
     one_of("kernel", kernel, KERNELS)
     out, realised = zeroed(w, choice, Kernel.UNSTRUCTURED, "unstructured")
     if kernel == "spmv":

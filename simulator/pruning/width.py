@@ -32,8 +32,7 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Heads are rounded to the nearest whole number.
     On tensor-parallel devices all apply to the share of each device, so devices stay balanced. ``inner`` sets the
     inner width of the whole model, for an existing pruned checkpoint. ``align=1`` gives the odd widths of channel
-    pruners.
-    """
+    pruners."""
     align, mlp = whole("align", align), choice.of("mlp")
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _experts(_mlp(attended, mlp, align, inner), mlp, align)
@@ -90,8 +89,7 @@ def _copied(
 ) -> dict[str, Array]:
     """Return bytes in which a copied cache is repeated as often as query heads now share a KV head.
 
-    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`.
-    """
+    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`."""
     rows = np.flatnonzero(w.is_role("cache_write") & (w.kv_len > 0))
     if not len(rows):
         return bytes_

@@ -26,8 +26,7 @@ def width_cross(
     """Reduce the hidden size H to H' = ``(1-s) H``, rounded up to ``align``, in embedding, norms, projections and head.
 
     ``residual_projections`` adds the two H'xH' GEMMs per layer with which SliceGPT changes the basis of the residual
-    stream.
-    """
+    stream."""
     align = whole("align", align)
     rotates = flag("option residual_projections", residual_projections)
     ends = sublayer_ends(w)
