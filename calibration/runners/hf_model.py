@@ -22,9 +22,8 @@ from calibration.devices.operators import TORCH_DTYPE
 from calibration.devices.protocol import Unsupported
 from calibration.devices.sparse import sparse_weight
 from simulator.errors import InputError
-from simulator.models.block import Block
 from simulator.models.changes import changed_keys
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import ROLES, Kernel, Kind, Workload
 

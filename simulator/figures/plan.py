@@ -15,7 +15,7 @@ from simulator.figures import layout
 from simulator.figures.panels import device, interval
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
 from simulator.figures.titles import model_title
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
 from simulator.prediction.scenario import batch_name

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.block_configs import read_block
+from simulator.models.config import Block, DeltaNet, Latent
 from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
 ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig

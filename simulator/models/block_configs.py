@@ -17,8 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.keys import Reader
 
 ROUNDING = 256  # deciLM rounds the widths of MLPs up to multiples of this number

@@ -20,9 +20,8 @@ from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES
-from simulator.models.block import Block
 from simulator.models.block_configs import block_configs_of, deci_config
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_config
 from simulator.models.library import FOLDER, list_models, load_model
 

@@ -2,7 +2,7 @@
 
 The axes of each named tensor are widths of its layer. Tensors must agree on each width, and the resulting model must
 have exactly the number of parameters in the headers. :mod:`simulator.models.tensors` has the axes of names,
-:mod:`simulator.models.packed` reads packed formats.
+:mod:`simulator.models.tensors` reads packed formats.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from simulator.errors import InputError, one_line
-from simulator.models.block import Block, Latent
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.difference import difference, runs
 from simulator.models.headers import Tensor
-from simulator.models.packed import FLOATS, WEIGHTS, Weight, logical
 from simulator.models.tensors import (
     ATTENTION,
     BUFFER,
     EXPERT,
     EXPERTS,
+    FLOATS,
     LAYER,
     MLP,
     NAME,
     OUTSIDE,
     ROUTED,
+    WEIGHTS,
     WIDE,
+    Weight,
     axes_of,
     factor_of,
+    logical,
 )
 
 MAX_WIDTH = 10_000_000

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.engines.engine import sparse24_engines
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 
 _WIDTHS = {
     "heads": "{} heads",

@@ -43,10 +43,9 @@ from simulator.arrays import Array
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
-from simulator.models.config import ModelConfig
+from simulator.models.config import ModelConfig, shard
 from simulator.models.forward import PassRows, Request
 from simulator.models.library import load_model
-from simulator.models.parallel import shard
 from simulator.request import Meta
 from simulator.routing import EXPERT_SKEW
 from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Phase, Workload, dtype_code
@@ -112,7 +111,7 @@ def lower(
     devices : int
         Number of devices, at least 1.
     parallel : {"tensor", "expert", "pipeline"}
-        How devices share the model, see :mod:`simulator.models.parallel`.
+        How devices share the model, see :mod:`simulator.models.config`.
     link : str, optional
         What joins the devices, of :data:`simulator.hardware.link.CONNECTIONS`. Default: the hardware's usual
         connection.

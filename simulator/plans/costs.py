@@ -20,8 +20,7 @@ from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.capacity import cache_bytes, weights_bytes
 from simulator.display import Displayed
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
 from simulator.plans.library import Library, generated_library, read_library
 from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without

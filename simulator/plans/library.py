@@ -31,8 +31,7 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.difference import runs
 from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without

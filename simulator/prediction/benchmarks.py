@@ -365,8 +365,8 @@ def trtllm_report(fields: Fields) -> BenchRun:
 
 def genai_perf(fields: Fields) -> BenchRun:
     """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP
-    (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07; github.com/ai-dynamo/aiperf,
-    metrics_json_exporter.py, 047d59d).
+    (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07;
+    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d).
 
     The mean time of a request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
     request per further token, a TPOT."""

@@ -1,7 +1,8 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
 Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
-is checked against the two values. Numbers are comparable only on one axis: the same metric under the same protocol, hence with the same dense value.
+is checked against the two values. Numbers are comparable only on one axis: the same metric under the same protocol,
+hence with the same dense value.
 
 A CSV with the columns ``results,family,sparsity`` lists a model per row, one of family ``dense``. ``results`` is a file
 that ``lm_eval --output_path`` of EleutherAI's lm-evaluation-harness writes, or its folder. Every metric that the dense

@@ -20,20 +20,17 @@ from simulator.engines.engine import Engine, load_engine
 from simulator.engines.loading import FEATURES, Loading
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.block import Block
 from simulator.models.changes import changed_keys, content_of
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.models.parallel import indivisible
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import ZEROS, will_it_run
 from simulator.prediction.table import speedup
 from simulator.pruning import FAMILIES, prune
-from simulator.pruning._aligned import FIXED, aligned_up, widths
-from simulator.pruning._rows import covering, layer_count
+from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, widths
 from simulator.workload import DTYPES, Kernel, Kind, Part, Workload
 from simulator.workload_batch import WorkloadBatch
 

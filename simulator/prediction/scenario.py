@@ -20,9 +20,9 @@ from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.link import check as check_link
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import PARALLEL as PARALLEL
 from simulator.models.library import load_model
 from simulator.models.lower import SKEW, lower
-from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.pruning import check_fraction as check_fraction
 from simulator.routing import EXPERT_SKEW
 from simulator.workload import DTYPES, PHASES

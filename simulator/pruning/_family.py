@@ -1,7 +1,7 @@
 """Define a pruning family, the sparsity of each row, and checks of options.
 
-A family is one file of this package with a constant ``FAMILY``; no list names it. The modules ``_rows`` (find rows),
-``_edits`` (change rows), ``_added`` (add rows) and ``_tokens`` (reduce tokens) serve all families.
+A family is one file of this package with a constant ``FAMILY``; no list names it. The module ``_rows`` serves all
+families.
 """
 
 from __future__ import annotations

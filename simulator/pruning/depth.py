@@ -7,9 +7,8 @@ import numpy as np
 from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import changed, merge_runs, whole_share
 from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import removed, weighted, weights
+from simulator.pruning._rows import changed, merge_runs, removed, weighted, weights, whole_share
 from simulator.workload import Part, Workload
 
 

@@ -7,21 +7,25 @@ import numpy as np
 from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._added import (
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import (
     Inserted,
     before_sublayer,
+    changed,
     hidden_at,
     insert,
     insertion,
+    layer_count,
+    moved,
     overhead_gemm,
     overheads,
+    query_share,
+    split_fused_qkv,
+    split_tokens,
     stream_bytes,
     sublayer_ends,
+    whole_share,
 )
-from simulator.pruning._edits import changed, moved, whole_share
-from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import layer_count
-from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Kernel, Kind, Part, Workload, role_code
 
 KEYS = (

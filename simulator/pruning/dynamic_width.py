@@ -6,11 +6,24 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
-from simulator.pruning._edits import aligned, changed, moved
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import covering, readers, writers
-from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
+from simulator.pruning._rows import (
+    aligned,
+    before_sublayer,
+    changed,
+    covering,
+    insert,
+    moved,
+    overhead_gemm,
+    overheads,
+    query_share,
+    readers,
+    split_fused_qkv,
+    stream_bytes,
+    sublayer_ends,
+    tokens_of,
+    writers,
+)
 from simulator.workload import Kernel, Part, Workload
 
 KERNELS = ("reference", "gathered", "looped", "ideal")

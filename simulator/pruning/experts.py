@@ -7,10 +7,8 @@ import numpy as np
 from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import resized, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import covering, removed
+from simulator.pruning._rows import covering, insert, overheads, removed, resized, whole_share
 from simulator.workload import Kind, Workload
 
 

@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import flag
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
-from simulator.pruning._rows import removed, shorter_copies
-from simulator.pruning._tokens import prompt_of
+from simulator.pruning._rows import changed, insert, overheads, prompt_of, removed, shorter_copies, whole_share
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 
 

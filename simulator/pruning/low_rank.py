@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._edits import changed, doubled
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import biases, parameters_removed, projections, zeros
+from simulator.pruning._rows import biases, changed, doubled, parameters_removed, projections, zeros
 from simulator.workload import Workload
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from simulator.errors import InputError
-from simulator.pruning._edits import zeroed
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned
-from simulator.pruning._rows import projections
+from simulator.pruning._rows import projections, zeroed
 from simulator.workload import Kernel, Workload
 
 

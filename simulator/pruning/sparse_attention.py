@@ -8,9 +8,8 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.counts import attention_pairs
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import changed
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import changed, insert, overheads
 from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
 
 

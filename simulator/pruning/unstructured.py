@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from simulator.pruning._edits import changed, zeroed
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import projections
+from simulator.pruning._rows import changed, projections, zeroed
 from simulator.workload import Kernel, Workload
 
 KERNELS = ("dense", "spmv")  # dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token

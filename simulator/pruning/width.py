@@ -12,9 +12,19 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.errors import InputError
-from simulator.pruning._edits import aligned, moved, resized, whole_share, with_expert_width, with_inner
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import covering, parameters_removed, readers, writers
+from simulator.pruning._rows import (
+    aligned,
+    covering,
+    moved,
+    parameters_removed,
+    readers,
+    resized,
+    whole_share,
+    with_expert_width,
+    with_inner,
+    writers,
+)
 from simulator.pruning.width_cross import width_cross
 from simulator.workload import DTYPE_BYTES, Kind, Workload
 

@@ -148,7 +148,7 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
         ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
         ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
         ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
-        ("family,sparsity,speedup\ndepth,0.1,nan\n", ":2: speedup: expected a number, got 'nan'"),
+        ("family,sparsity,speedup\ndepth,0.1,nan\n", ":2: speedup: expected a finite number, got nan"),
         ("family,sparsity,speedup\ndepth,0.1,0\n", ":2: speedup"),
         ("family,sparsity,speedup\ndepth,0.1\n", ":2: expected 3 cells"),
     ],

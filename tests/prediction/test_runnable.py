@@ -16,14 +16,13 @@ from simulator.engines import engine as engines
 from simulator.engines.loading import FEATURES
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.runnable import Runnable, features, runnable, runnables, will_run
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import runs_clause
 from simulator.pruning import FAMILIES
-from simulator.pruning._aligned import aligned_up
+from simulator.pruning._rows import aligned_up
 
 pytestmark = pytest.mark.quick
 

@@ -25,7 +25,7 @@ from calibration.runners.decoder.widths import GroupRouting
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
 from simulator.prediction.scenario import one_of
-from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
+from simulator.pruning import FAMILIES, _rows, check_fraction, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
@@ -150,12 +150,12 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
 
 def whole_share(share: float, of: int) -> int:
     """Return ``share`` of ``of`` rounded to the nearest whole number, halves up."""
-    return int(_edits.whole_share(share, of))
+    return int(_rows.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
     """Return ``keep`` of ``width`` rounded up to a multiple of ``align``, at most ``width``."""
-    return int(_edits.aligned(np.array(width), np.array(keep), align))
+    return int(_rows.aligned(np.array(width), np.array(keep), align))
 
 
 def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
