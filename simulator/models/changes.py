@@ -61,27 +61,8 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
 
     The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
     multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in the dense model's architecture.
-    If all layers are equal and complete, the content needs no ``block_configs`` and has none.
-
-    Parameters
-    ----------
-    dense_content : mapping
-        Content of the dense model's ``config.json`` (:func:`content_of`).
-    dense : ModelConfig
-        Dense model.
-    pruned : ModelConfig
-        Model with other widths, or without sublayers, per layer.
-
-    Returns
-    -------
-    dict
-        Content that :func:`simulator.load_model` reads as the same shapes as ``pruned``.
-
-    Raises
-    ------
-    InputError
-        One line, if no content states these shapes.
-    """
+    If all layers are equal and complete, the content needs no ``block_configs`` and has none. ``dense_content`` is the
+    dense model's ``config.json`` (:func:`content_of`). InputError if no content states these shapes."""
     if not dense_content:
         raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
     if pruned.layers != dense.layers:

@@ -429,8 +429,8 @@ PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")  # names of the way
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
     """Return the model that one of ``devices`` computes; in a pipeline the whole model.
 
-    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than layers.
-    """
+    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than
+    layers."""
     if parallel not in PARALLEL:
         raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
     where = f"devices {devices}: {model.name} has"

@@ -239,8 +239,8 @@ def vllm_serve(fields: Fields) -> BenchRun:
     (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0).
 
     The mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a
-    request per further token, ``median_itl_ms`` the median time between chunks of all streams.
-    ``--percentile-metrics`` omits ``mean_e2el_ms``, the time of a request, by default."""
+    request per further token, ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics``
+    omits ``mean_e2el_ms``, the time of a request, by default."""
     check_closed_loop(fields)
     many, completed = fields.count("max_concurrency"), fields.count("completed")
     failed = fields.count("failed", 0) if "failed" in fields.data else fields.count("num_prompts") - completed

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import SECONDS, number
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.cost.base import BOTTLENECKS
 from simulator.cost.forward import ForwardPass, by_kind, section_of
@@ -63,8 +62,6 @@ def compare(
     ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
     workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
-    if dense_s is not None:
-        number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
     served = serving(p, found, level)
     code, share = p.bottleneck

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.arguments import SECONDS, number
 from simulator.arrays import FloatArray
 from simulator.cost.elementwise import elementwise
 from simulator.cost.forward import ForwardPass, by_formats, section_of
@@ -128,6 +129,8 @@ def waterfall(
     >>> min(steps, key=lambda step: step.factor).name
     'host time'
     """
+    if dense_s is not None:
+        number("dense_s", dense_s, SECONDS)
     batch = batch_with(dense, [pruned])
     _, requested, realised = applied(dense, pruned)
     hw = load_hardware(hw)

@@ -228,8 +228,8 @@ def _below(
     order: Sequence[int],
     level: float,
 ) -> Halves:
-    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have
-    only their intervals."""
+    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have only
+    their intervals."""
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
     pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points

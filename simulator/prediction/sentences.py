@@ -348,7 +348,7 @@ def conclusion(e: Explanation) -> str:
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
     share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
     nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
-    parts = [f"{nominal}, predicted {_two_digits(r)} on {setting(r)}, {r.bottleneck}-bound"]
+    parts = [f"{nominal}, predicted {speedup_text(r)} on {setting(r)}, {r.bottleneck}-bound"]
     if losses:
         parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
     elif r.speedup > 1:
@@ -371,13 +371,8 @@ def conclusions(found: Sequence[Explanation]) -> list[str]:
     ends = [pick(found, key=lambda e: e.result.speedup).result for pick in (min, max)]
     first, settings = found[0].result, len({setting(e.result) for e in found})
     several = f" and {len(found) // settings - 1} more" if len(found) > settings else ""
-    both = " to ".join(f"{_two_digits(r)} on {setting(r)}" for r in ends)
+    both = " to ".join(f"{speedup_text(r)} on {setting(r)}" for r in ends)
     return [f"{first.pruning}{several} of {first.model}, {settings} settings: predicted {both}."]
-
-
-def _two_digits(r: Result) -> str:
-    """Return a speedup with its interval, rounded as in the waterfall."""
-    return f"{r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
 
 
 def _host_bound(e: Explanation) -> str:
@@ -618,8 +613,8 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
     generations run routed experts differently, or "".
 
-    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A
-    fit of decode attention that is unused, as the engine has another kernel, is named."""
+    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A fit
+    of decode attention that is unused, as the engine has another kernel, is named."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
     if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):

@@ -37,23 +37,9 @@ _TOKEN = re.compile(
 
 
 def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
-
-    Parameters
-    ----------
-    text : str
-        Such as ``"width mlp=0.3 heads=0.2 + depth 0.25"``, or a path that ends in .yaml, .yml or .json.
-
-    Returns
-    -------
-    tuple of PruningStep
-        At least one step.
-
-    Raises
-    ------
-    InputError
-        With the place of the first mistake: the column in the text, or line and column in the file.
-    """
+    """Return the steps of a text such as ``"width mlp=0.3 + depth 0.25"``, or of a plan if the text is the path of a
+    YAML or JSON file. Errors have the place of the first mistake: the column in the text, or line and column in the
+    file."""
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
     if is_plan(text):

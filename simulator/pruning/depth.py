@@ -15,10 +15,8 @@ from simulator.workload import Part, Workload
 def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
-    ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
-    "attention" or "mlp". The deepest layers except the last are removed, from the listed layers if there is a list;
-    with ``early_exit`` also the last: all tokens exit after the layers that stay. The choice matters only if layers
-    differ (alternating windows, widths per layer)."""
+    ``unit`` is "layer", "both" (equal numbers of both kinds), "attention" or "mlp". The deepest layers except the last
+    are removed, from the listed layers if there is a list; with ``early_exit`` also the last."""
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     flag("option early_exit", early_exit)
     if unit in SUBLAYERS and choice.form == "part":

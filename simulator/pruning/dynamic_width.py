@@ -42,17 +42,13 @@ def dynamic_width(
 ) -> Pruned:
     """Compute each (token, group) tile of q, attention, o, gate, up and down with probability ``1-s``; keep k and v.
 
-    A GEMM over M tokens is sorted by the mask. A group is in use if any token chose it, with probability
-    ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens on average. The row becomes that number of tokens (rounded up)
-    times ``u`` of the width (rounded up to 16), block-sparse, with the density that preserves the FLOPs of the tiles. A
-    prefill therefore has fewer rows and reads all weights; a decode at batch 1 keeps its row and reads ``1-s`` of them.
-    Attention computes (in decode: reads) a share ``1-s`` of its head groups.
+    A group is in use if any of M tokens chose it, with probability ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens
+    on average. The row becomes that number of tokens (rounded up) times ``u`` of the width (rounded up to 16), with the
+    density that preserves the FLOPs of the tiles. Attention computes (in decode: reads) a share ``1-s`` of its groups.
 
-    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Kernels
-    that skip tiles ("reference") are less efficient than dense GEMMs, more so for narrow groups. Without such kernels
-    ("gathered", "looped") the hidden state of a token is copied for each of its groups (``gather``), and partial
-    outputs are read, added and written (``scatter``). "looped" has no grouped GEMM: each group in use is selected,
-    gathered, multiplied and scattered separately. A single token needs none of this. Parameters are conserved."""
+    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Without
+    kernels that skip tiles ("gathered", "looped") the hidden state of a token is copied for each of its groups
+    (``gather``), and partial outputs are added (``scatter``); "looped" runs each group in use separately."""
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = split_fused_qkv(w, choice.rows)

@@ -17,15 +17,11 @@ def kv_cache(
 ) -> Pruned:
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
-    With ``budget``, keep at most that many prompt positions: the sparsity is ``1 - budget / S``, and a shorter prompt
-    stays whole. With ``rolling``, a generated position replaces an older one: the cache never holds more positions than
-    it keeps of the prompt (or than ``budget``), the newest included.
+    With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position replaces an older
+    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``), the newest included.
 
-    The prefill saves nothing and adds work in every layer: the last ``observed`` queries score all keys (``mask``: it
-    reads K, writes and reads the scores), each KV head selects positions (``select``), and the cache is compacted
-    (``gather``: it reads and writes the kept positions). With ``observed`` 0 their place alone decides, without scores.
-    A decode workload excludes this work. The realised sparsity is the share of evicted prompt positions, averaged over
-    layers."""
+    The prefill adds work in every layer: the last ``observed`` queries score all keys (``mask``), each KV head selects
+    positions (``select``), and the cache is compacted (``gather``). With ``observed`` 0 their place alone decides."""
     observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)

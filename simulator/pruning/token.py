@@ -35,11 +35,10 @@ _LAST = "lm_head", "all_gather", "softcap"
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
-    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. If
-    logits of all positions are requested, only remaining tokens have some. In decode only the cache is shorter. Cost
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. Cost
     per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
-    gathers the rest; "static" (tokens chosen before inference: pooling, stop words) only gathers. The realised sparsity
-    is that of the last layer, or for a sparsity per layer the mean over layers."""
+    gathers the rest; "static" only gathers. The realised sparsity is that of the last layer, or the mean over
+    layers."""
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer

@@ -39,10 +39,8 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
 
     Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads alone; the cache stays),
-    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Heads are rounded to the nearest whole number.
-    On tensor-parallel devices all apply to the share of each device, so devices stay balanced. ``inner`` sets the
-    inner width of the whole model, for an existing pruned checkpoint. ``align=1`` gives the odd widths of channel
-    pruners."""
+    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Tensor-parallel devices prune their own shares.
+    ``inner`` sets the inner width of the whole model, for an existing pruned checkpoint."""
     align, mlp = whole("align", align), choice.of("mlp")
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _experts(_mlp(attended, mlp, align, inner), mlp, align)

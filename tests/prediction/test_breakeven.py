@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from simulator.prediction.result import Result
-from simulator.prediction.sentences import BreakEven, break_even, of_speedups
-from simulator.prediction.table import predict, table
+from simulator.prediction.sentences import break_even, of_speedups
+from simulator.prediction.table import predict
 
 
 def results(*speedups: tuple[float, float, float], axis: str = "batch", first: int = 1) -> list[Result]:
@@ -59,13 +59,6 @@ def test_lengths_and_places() -> None:
     assert break_even(serve)[0].verdict.startswith("pays from concurrency 2")
 
 
-def test_a_real_model_pays_in_vllm_and_not_in_eager_transformers() -> None:
-    found = table("llama-3.1-8b", "h100", prune="width mlp=0.3", phase="decode", batch=[1, 2, 4], engine=["vllm", "hf"])
-    vllm, hf = break_even(found.rows)
-    assert vllm.verdict.startswith("pays at every batch from 1 to 4")
-    assert hf.verdict.startswith("has no certain gain at any batch")
-
-
 def test_conclusions_of_many_and_few() -> None:
     one, two = results(GAIN, LOSS)
     assert of_speedups([one]) == [
@@ -84,13 +77,6 @@ def test_conclusions_of_many_and_few() -> None:
     assert text.startswith(
         "Of 10 settings, the fastest is depth at 25 % on a in vllm (decode, batch 1, seq 2048): 1.20x"
     )
-
-
-def test_a_break_even_is_of_one_axis() -> None:
-    (found,) = break_even(results(GAIN, GAIN))
-    assert isinstance(found, BreakEven)
-    assert found.values == (1, 2)
-    assert found.pays == (True, True)
 
 
 def test_batches_that_do_not_fit_are_named_and_do_not_count() -> None:

@@ -16,7 +16,6 @@ from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import sweep_results
-from simulator.workload import Kind
 
 pytestmark = pytest.mark.quick
 
@@ -47,12 +46,6 @@ def test_an_assumed_pcie_link_of_four_devices_is_uncertain_and_nvswitch_is_not(p
     bridged = dense("h100_pcie", 4, "bridge", phase)
     assert pcie.dense_lower < bridged.dense_s < pcie.dense_upper
     assert pcie.dense_lower < host.dense_s < pcie.dense_upper
-
-
-def test_one_device_has_no_link() -> None:
-    alone = lower(load_model("llama-3.1-8b"), link="pcie")
-    assert alone.meta.link == ""
-    assert not (alone.kind == Kind.COLLECTIVE).any()
 
 
 def test_a_note_names_an_assumed_link_where_it_matters() -> None:
@@ -90,8 +83,3 @@ def test_a_grid_has_a_link(tmp_path: Path) -> None:
     path.write_text(f"{axes}link: nvswich\n")
     with pytest.raises(InputError, match=r"grid.yaml:7:7: link: .*did you mean nvswitch"):
         read_grid(path)
-
-
-def test_a_scenario_rejects_an_unknown_link() -> None:
-    with pytest.raises(InputError, match="link 'nvlink' is unknown"):
-        Scenario(devices=2, link="nvlink")

@@ -152,14 +152,6 @@ def test_both_limits_hold_together_and_confidence_costs_requests() -> None:
     assert equal[0] > equal[-1]
 
 
-def test_the_answer_within_limits_is_the_largest_that_holds() -> None:
-    point = at(one("depth 0.25", tpot_s=0.02), LIMITS)
-    step = max(1, round(0.04 * point.concurrency))
-    for c, holds in ((point.concurrency, True), (point.concurrency + step, False)):
-        beside = at(one("depth 0.25", tpot_s=0.02, concurrency=c), EQUAL)
-        assert (beside.probability >= 0.5) is holds
-
-
 def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> None:
     service = one("depth 0.5", ttft_s=10.0, tpot_s=0.005)
     dense, pruned = service.kinds[LIMITS]

@@ -76,15 +76,6 @@ def test_options_are_a_column_and_change_the_result() -> None:
     assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
 
 
-def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (Pruning.of("depth"),), (Formats("fp8"),)
-    grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
-    found = sweep_results(grid)
-    (note,) = found.notes
-    assert [r.hardware for r in found] == ["h100_sxm"]
-    assert "a100_sxm_80gb has no fp8" in note
-
-
 def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
     grid = replace(
         ONE, models=("llama-3.2-1b", "llama-3.1-8b"), sparsities=tuple(i / 1000 for i in range(1, 900)),
