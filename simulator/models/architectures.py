@@ -87,8 +87,7 @@ def _layers(blocks: Sequence[Block]) -> ConfigFields:
 
 def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
     """Return each layer of the fields that :func:`_layers` returns."""
-    every: tuple[Block, ...] = fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
-    return every
+    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
 
 
 def _routed(

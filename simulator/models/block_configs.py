@@ -81,11 +81,8 @@ def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
         return replace(dense, inner=of.integer("intermediate_size"), linear=other)
     if of.data.get("ffn_mult") is None:
         raise of.fail("ffn_mult", "missing; expected a number, here or in intermediate_size")
-    return replace(dense, inner=_rounded(of.number("ffn_mult", None, high=1000), hidden), linear=other)
-
-
-def _rounded(multiple: float, hidden: int) -> int:
-    return -int(2 * multiple * hidden / 3) // ROUNDING * -ROUNDING
+    exact = int(2 * of.number("ffn_mult", None, high=1000) * hidden / 3)
+    return replace(dense, inner=-exact // ROUNDING * -ROUNDING, linear=other)
 
 
 def _read_experts(of: Reader, dense: Block) -> Block:

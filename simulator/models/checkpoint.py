@@ -316,6 +316,7 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
 
     up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
     norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+    unit = model.qk_norm if model.qk_norm == "unit" else ""  # a norm without weights
     return replace(
         model,
         qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
@@ -326,15 +327,10 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         expert_bias=some(EXPERTS + ".*_bias", modules),
         shared_gate=some("mlp.shared_expert_gate", modules),
         sinks=some(ATTENTION + "sinks", modules),
-        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else _unit(model),
+        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else unit,
         norm="none" if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules) else model.norm,
         gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
-
-
-def _unit(model: ModelConfig) -> str:
-    """Return the norm of queries and keys that has no weights, if the model has it."""
-    return model.qk_norm if model.qk_norm == "unit" else ""
 
 
 def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:

@@ -324,16 +324,6 @@ class ModelConfig(Displayed):
         return self.with_usual(change(self.usual), tuple(map(change, self.blocks)))
 
     @property
-    def q_width(self) -> int:
-        """Output features of the query projection."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Output features of the key (and of the value) projection."""
-        return self.kv_heads * self.head_dim
-
-    @property
     def norm_parameters(self) -> int:
         """Parameters of one norm over the hidden size."""
         return self.hidden * self._norm_vectors

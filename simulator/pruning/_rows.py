@@ -29,14 +29,12 @@ def layer_count(w: Workload) -> int:
 
 def projections(w: Workload, *names: str) -> Array:
     """Return a mask of projections in the layers; without names, of all seven."""
-    mask: Array = w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
-    return mask
+    return w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
 
 
 def weighted(w: Workload) -> Array:
     """Return a mask of all weights in the layers: projections, latent attention, linear sublayers, experts."""
-    mask: Array = w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
-    return mask
+    return w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
 
 
 def zeros(w: Workload) -> Array:
@@ -89,8 +87,7 @@ def biases(w: Workload) -> Array:
 
 def weights(w: Workload) -> Array:
     """Return the parameters of all executions of each row, without biases."""
-    owned: Array = (w.params - biases(w)) * w.count
-    return owned
+    return (w.params - biases(w)) * w.count
 
 
 def removed(before: float, after: float) -> float:
@@ -203,16 +200,14 @@ def sublayer_ends(w: Workload) -> Array:
 
 def hidden_at(w: Workload, at: Array) -> Array:
     """Return the hidden size at sublayer ends."""
-    hidden: Array = np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
-    return hidden
+    return np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
 
 
 def before_sublayer(w: Workload, rows: Array) -> Array:
     """Return the positions (see :func:`insert`) before the sublayers of some rows."""
     change = np.zeros(len(w), dtype=bool)
     change[1:] = (w.part[1:] != w.part[:-1]) | (w.phase[1:] != w.phase[:-1])
-    begin: Array = np.maximum.accumulate(np.where(change, np.arange(len(w)), 0))[rows] - 0.5
-    return begin
+    return np.maximum.accumulate(np.where(change, np.arange(len(w)), 0))[rows] - 0.5
 
 
 def _stream(w: Workload, at: Array) -> Array:
@@ -377,8 +372,7 @@ def prompt_of(w: Workload) -> Array:
         # the first decode step, or the last chunk of the prompt
         out[run] = np.minimum(out[run], lengths.min() if decodes else lengths.max())
     out[out == none] = 0
-    prompt: Array = np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
-    return prompt
+    return np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
 
 
 FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
@@ -413,8 +407,7 @@ def aligned_up(w: Workload, unit: Array) -> Workload:
     """Return the workload with its widths rounded up to multiples of ``unit``, one per row, except :data:`FIXED`."""
 
     def up(width: Array) -> Array:
-        rounded: Array = -(-width // unit) * unit
-        return rounded
+        return -(-width // unit) * unit
 
     out = with_inner(w, covering(w, readers(w, "down"), up(w.k)))
     out = with_expert_width(out, up(out.n))

@@ -31,8 +31,7 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", earl
 
 
 def _rows(w: Workload, parts: list[Part]) -> Array:
-    mask: Array = np.isin(w.part, parts) & (w.layer >= 0)
-    return mask
+    return np.isin(w.part, parts) & (w.layer >= 0)
 
 
 def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
