@@ -4,7 +4,7 @@ Triton lowers a kernel to a cubin without a GPU; its wheel brings ptxas and cuob
 the functions of :mod:`calibration.devices.tile_shapes` return. :func:`figures` compiles cases in a child process,
 because tests interpret kernels in theirs, and caches results by kernel source, Triton's version and case.
 
-``python tests/compiled_kernels.py -o docs/generated/kernels.md`` compiles all cases and writes the page.
+``python tests/compiled_kernels.py`` compiles all cases and prints their figures.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ TITLES = {"_gathered": "gather_gemm", "_columns": "grouped_columns", "_features"
 HEADER = """# Compiled kernels
 
 Each Triton kernel of the measuring side, compiled for six GPUs by Triton {triton} and the ptxas in its wheel, without a
-GPU. No kernel has been timed here. Made by `python tests/compiled_kernels.py -o docs/generated/kernels.md`; the tests
-of `tests/devices/test_compiled_kernels.py` assert the limits.
+GPU. No kernel has been timed here. The tests of
+ `tests/devices/test_compiled_kernels.py` assert the limits.
 
 {missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/tile_shapes.py`), in bf16, fp16,
 fp32 and tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of
@@ -256,7 +256,7 @@ def _child(cache: Path, asked: Iterable[Any]) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and write the page of their figures.")
-    parser.add_argument("-o", dest="output", type=Path, help="the page, docs/generated/kernels.md")
+    parser.add_argument("-o", dest="output", type=Path, help="write the figures to this Markdown file")
     parser.add_argument("--cache", type=Path, default=ROOT / ".pytest_cache" / "d" / "compiled_kernels")
     parser.add_argument("--cached", action="store_true", help="compile nothing: only what the cache holds")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -274,6 +274,8 @@ def _main() -> None:
     if options.output:
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(page(done), encoding="utf-8")
+    else:
+        print(page(done))
 
 
 if __name__ == "__main__":

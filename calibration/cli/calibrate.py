@@ -67,10 +67,10 @@ def command(
     it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
     updates --hardware.
     """
+    from calibration.evidence.verdict import of_calibration
     from calibration.fit.local_update import Updated
     from calibration.runners.runs import fit_run, measure_into
     from calibration.runners.targets import TargetModels, target_workloads
-    from calibration.validation.verdict import of_calibration
 
     budget_s = seconds("--budget", budget)
     if measure_only and (quick or device == "host"):
@@ -121,7 +121,7 @@ def command(
 
 def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
     """Print the judgement on a run without a profile, and exit with its status."""
-    from calibration.validation.verdict import DO_NOT_USE, Judgement
+    from calibration.evidence.verdict import DO_NOT_USE, Judgement
 
     text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
     judged = Judgement(DO_NOT_USE, (text,), (str(error),))
@@ -135,9 +135,9 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
+    from calibration.evidence.verdict import USE, Judgement, with_disturbed
     from calibration.fit.predict import LaunchTime
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
-    from calibration.validation.verdict import USE, Judgement, with_disturbed
     from simulator.hardware.library import load_hardware
 
     how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
@@ -179,8 +179,8 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
 
 
 def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+    from calibration.evidence.validate import summary
     from calibration.fit.local_update import Updated, as_row
-    from calibration.validation.scores import summary
 
     fit = done.fit
     return {

@@ -188,8 +188,8 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
 def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
     """Write the table as Markdown, and the figure."""
+    from calibration.evidence.report import table
     from calibration.runners.compare import file_name
-    from calibration.validation.report import table
     from simulator.display import markdown_text
     from simulator.figures.save import save_figure
     from simulator.files.write import write_whole

@@ -57,11 +57,11 @@ def command(
     Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is fitted: the rows, of any
     operators, shift all predictions together and narrow their intervals. Prints their effects on this machine.
     """
+    from calibration.evidence.validate import validate
+    from calibration.evidence.verdict import disturbed_share, of_fit, of_update
     from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.exact_shapes import without_exact
-    from calibration.validation.validate import validate
-    from calibration.validation.verdict import disturbed_share, of_fit, of_update
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware

@@ -17,8 +17,8 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.validation.claims import ClaimOutcome
-    from calibration.validation.paper import Cell
+    from calibration.evidence.claims import ClaimOutcome
+    from calibration.evidence.paper import Cell
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -52,7 +52,7 @@ def command(
     With --claims: (a) in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier
     come static depth, dynamic depth, static width.
     """
-    from calibration.validation import paper
+    from calibration.evidence import paper
 
     devices, engines = parsing.names("--hardware", hardware), parsing.names("--engine", engine)
     if claims:
@@ -193,8 +193,8 @@ def _both(at: Cells, row: TableRow) -> str:
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
     """Test both claims on the paper's own GPU, then on others."""
-    from calibration.validation.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
-    from calibration.validation.paper import HARDWARE, MODEL
+    from calibration.evidence.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
+    from calibration.evidence.paper import HARDWARE, MODEL
     from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
@@ -218,7 +218,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
 
 def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
     """Return in how many settings a claim holds, does not hold and is undecided."""
-    from calibration.validation.claims import NOT_APPLICABLE, UNDECIDED
+    from calibration.evidence.claims import NOT_APPLICABLE, UNDECIDED
 
     counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
     verbs = {UNDECIDED: "is undecided"}
@@ -230,7 +230,7 @@ def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
 
 
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
-    from calibration.validation.claims import NOT_APPLICABLE
+    from calibration.evidence.claims import NOT_APPLICABLE
 
     def margin(o: ClaimOutcome, value: float | None) -> str:
         return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
@@ -252,7 +252,7 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 def _claim_text(o: ClaimOutcome) -> str:
     """The verdict at each sparsity, the comparison that decides, and the details."""
-    from calibration.validation.claims import decided
+    from calibration.evidence.claims import decided
 
     at: dict[str, list[str]] = {}
     for sparsity, margin in o.margins:

@@ -1,8 +1,8 @@
-"""``prunesim validate``: evaluate a profile on records, or run the accuracy protocol on the shipped measurements."""
+"""``prunesim validate``: a profile next to measurements, or predictions next to result files of serving benchmarks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,26 +14,23 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.validation.runs import RunResult
-    from calibration.validation.validate import Report
+    from calibration.evidence.runs import RunResult
+    from calibration.evidence.validate import Report
 
 # fmt: off
-Profile = Annotated[str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate.")]
-MaybeRecords = Annotated[list[str] | None, arg("RECORDS...", "Files, run folders, or names of shipped measurements.")]
+Profile = Annotated[
+    str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.")
+]
+Tables = Annotated[list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")]
+Map = Annotated[
+    list[str] | None,
+    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
+]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")]
 Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")]
-Html = Annotated[str | None, opt("--html", "FILE", "Write a report that contains its plots.")]
-Protocol = Annotated[
-    bool, opt("--protocol", None, "Fit and evaluate on splits of the shipped measurements, next to baselines.")
-]
-Wheel = Annotated[str | None, opt("--wheel", "FILE", "With --protocol: wheel of the tables, for more stacks.")]
-Jobs = Annotated[int, opt("--jobs", "N", "With --protocol: number of processes.")]
-EndToEnd = Annotated[
-    bool, opt("--end-to-end", None, "Evaluate whole models on published measurements, by engine and GPU.")
-]
 Runs = Annotated[
     str | None,
-    opt("--runs", "FOLDER", "With --end-to-end: your results of vllm bench, SGLang, trtllm-bench, genai-perf, AIPerf."),
+    opt("--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of PROFILE."),
 ]
 ModelOf = Annotated[str, opt("--model", "MODEL", "With --runs: model of files that do not name a known one.")]
 HardwareOf = Annotated[str, opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file.")]
@@ -46,17 +43,12 @@ SeqOf = Annotated[int | None, opt("--seq", "N", "With --runs: prompt tokens of f
 NewOf = Annotated[
     int | None, opt("--new-tokens", "N", "With --runs: decode steps of files that do not state them; 0 is a prefill.")
 ]
-Tables = Annotated[
-    str, opt("--table", "LIST", "With --protocol: tables to evaluate, such as a100,stacks,attention; or all.")
-]
-Seeds = Annotated[str, opt("--seeds", "LIST", "With --protocol: seeds of the splits; means are printed.")]
-RowCounts = Annotated[str, opt("--rows", "LIST", "With --protocol: numbers of training rows, or all.")]
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Given:
-    """Conditions of result files (:class:`calibration.validation.runs.Conditions`)."""
+    """Conditions of result files (:class:`calibration.evidence.runs.Conditions`)."""
 
     model: ModelOf = ""
     hardware: HardwareOf = ""
@@ -72,87 +64,57 @@ class Given:
 @options.expanded()
 def command(
     profile: Profile = None,
-    records: MaybeRecords = None,
+    tables: Tables = None,
+    column_map: Map = None,
     dtype: DtypeOnly = None,
     markdown: Markdown = None,
-    html: Html = None,
-    protocol: Protocol = False,
-    table: Tables = "all",
-    seeds: Seeds = "0,1,2",
-    rows: RowCounts = "400,all",
-    wheel: Wheel = None,
-    jobs: Jobs = 2,
-    end_to_end: EndToEnd = False,
     runs: Runs = None,
     given: Given = Given(),
     json: options.Json = False,
-    figure: options.Figure = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Evaluate a profile on measurements.
 
     Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
     status is 1 if it holds for no operator.
-    Predicts every record and prints the errors of times and of speedups, the errors of two rooflines without a fit,
-    and the coverage of the intervals. --protocol needs no profile: each shipped table is split, fitted on some rows
-    and evaluated on held-out shapes; every software stack is held out and predicted from another stack, as shipped
-    and after a local update with 20 to 400 of its rows; and the targets are printed next to the measured accuracy.
-    --end-to-end predicts the published times and speedups of whole models, each in its engine; with --runs your own
-    result files of serving benchmarks, each under its own conditions.
+    Predicts every row of the tables and prints the errors of times and of speedups, the errors of two rooflines without
+    a fit, and the coverage of the intervals. With a folder of result files of serving benchmarks instead, predicts each
+    result under its own conditions; the other options state what files do not.
     """
-    if runs is None and given != Given():
-        raise InputError("--model, --hardware, --engine and other conditions: expected --end-to-end --runs with them")
-    if runs is not None and (not end_to_end or figure):
-        raise InputError("--runs: expected --end-to-end with it, and no --figure")
-    if figure and not end_to_end:
-        raise InputError("--figure: expected --end-to-end with it")
-    if end_to_end:
-        if profile or records or markdown or html or protocol:
-            raise InputError(
-                "--end-to-end: evaluates the published rows; expected no PROFILE, RECORDS or --protocol with it"
-            )
-        if runs is not None:
-            _runs(runs, given, dtype or "", json, verbose)
-            return
-        _end_to_end(render.Output(json, figures=[figure]), figure)
+    if runs is None and profile and not tables and Path(profile).is_dir():
+        profile, runs = None, profile
+    if runs is not None:
+        if profile or tables or column_map or markdown:
+            raise InputError("--runs: evaluates result files; expected no PROFILE, TABLE, --map or --markdown with it")
+        _runs(runs, given, dtype or "", json, verbose)
         return
-    if protocol:
-        if profile or records or markdown or html:
-            unwanted = "PROFILE, RECORDS, --markdown or --html"
-            raise InputError(f"--protocol: evaluates the shipped measurements; expected no {unwanted} with it")
-        _protocol(table, seeds, rows, Path(wheel) if wheel else None, jobs, json)
-        return
-    if not profile or not records:
+    if given != Given():
+        raise InputError("--model, --hardware, --engine and other conditions: expected --runs FOLDER with them")
+    if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
-        raise InputError(f"expected a PROFILE and RECORDS, or --protocol, such as: {example}")
+        raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")
+    from calibration.evidence.report import write_markdown
+    from calibration.evidence.validate import summary, validate
+    from calibration.evidence.verdict import of_validation
     from calibration.fit.base_profile import thread_notes
-    from calibration.validation.scores import summary
-    from calibration.validation.validate import validate
-    from calibration.validation.verdict import of_validation
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 
-    for path in filter(None, (markdown, html)):
-        check_target(path)
-    hw = load_hardware(profile)
-    rows_, notes = load_rows(records, hw)
-    report = validate(hw, rows_, dtype=dtype)
-    notes = (*thread_notes(hw, report.device), *notes)
-    written = []
     if markdown:
-        from calibration.validation.report import write_markdown
-
-        written += [str(path) for path in write_markdown(report, markdown)[-1:]]
-    if html:
-        from calibration.validation.report import write_html
-
-        written.append(str(write_html(report, html)))
+        check_target(markdown)
+    hw = load_hardware(profile)
+    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
+    rows, notes = load_rows(tables, hw, column_map=mapping, device="")
+    report = validate(hw, rows, dtype=dtype)
+    notes = (*thread_notes(hw, report.device), *notes)
+    if markdown:
+        write_markdown(report, markdown)
     judged = of_validation(report)
     if render.Output(json).write([judged.as_row() | summary(report)]):
         render.conclude(*judged.sentences)
         show_report(report)
-        for path in written:
-            print(f"\n{path}")
+        if markdown:
+            print(f"\n{markdown}")
         notes = (*notes, *skipped_notes(report))
     render.notes(notes, verbose)
     if judged.status:
@@ -166,7 +128,7 @@ def skipped_notes(report: Report) -> tuple[str, ...]:
 
 def show_report(report: Report, title: str = "") -> None:
     """Print the accuracy of every part; a star marks rows of the profile's fit."""
-    from calibration.validation.scores import part_summary
+    from calibration.evidence.validate import part_summary
 
     parts = [part_summary(part) for part in report.parts]
 
@@ -198,42 +160,9 @@ def show_report(report: Report, title: str = "") -> None:
                 print(f"  {name}: {', '.join(shown)} %")
 
 
-def _end_to_end(output: render.Output, figure: str | None) -> None:
-    from dataclasses import asdict
-
-    from calibration.validation.engines import KINDS, end_to_end, of_end_to_end, scatter, summaries
-
-    comparisons = end_to_end()
-    lines = summaries(comparisons)
-    if output.write([asdict(line) for line in lines]):
-        render.conclude(*of_end_to_end(comparisons))
-        for kind in comparisons:
-            columns = render.columns(
-                sorted((line for line in lines if line.kind == kind), key=lambda s: (s.engine, s.gpu, s.split)),
-                ("<engine", lambda s: s.engine),
-                ("<GPU", lambda s: s.gpu),
-                ("<split", lambda s: s.split),
-                ("rows", lambda s: s.rows),
-                ("median error", lambda s: render.percent(s.median)),
-                ("bias", lambda s: f"{100 * s.bias:+.1f} %"),
-                ("coverage", lambda s: render.percent(s.coverage)),
-                ("half-width", lambda s: render.percent(s.half_width)),
-            )
-            render.show(columns, KINDS[kind])
-            print()
-        print("split: fit, engine parameters were fitted on this source; judge, on other sources")
-        print("rows whose pruned model needed custom modelling code are only in docs/generated/engines.md")
-    if figure:
-        from simulator.figures.save import save_figure
-
-        save_figure(scatter(comparisons), figure)
-
-
 def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> None:
     """Evaluate a folder of result files and print conclusion, one row per result, and notes."""
-    from dataclasses import asdict
-
-    from calibration.validation.runs import Conditions, evaluate, of_runs
+    from calibration.evidence.runs import Conditions, evaluate, of_runs
 
     results = evaluate(folder, Conditions(**asdict(given), dtype=dtype))
     skipped = [f"{r.source}: skipped: {r.reason}" for r in results if r.compared is None]
@@ -241,16 +170,14 @@ def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> N
         raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
     if render.Output(json).write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
-        render.show(
-            render.narrowed(_run_columns(results), 6), "Measured and predicted times per pass (serve: per request)"
-        )
+        shown = render.narrowed(_run_columns(results), 6)
+        render.show(shown, "Measured and predicted times per pass (serve: per request)")
     render.notes([*skipped, *(note for r in results for note in r.notes)], verbose)
 
 
 def _run_columns(results: list[RunResult]) -> list[render.Column]:
-    shown = [(r, r.compared) for r in results if r.compared is not None]
     return render.columns(
-        shown,
+        [(r, r.compared) for r in results if r.compared is not None],
         ("<file", lambda rc: rc[0].source),
         ("<model", lambda rc: rc[0].model),
         ("<GPU", lambda rc: rc[1].gpu),
@@ -261,37 +188,3 @@ def _run_columns(results: list[RunResult]) -> list[render.Column]:
         ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
         ("inside", lambda rc: "yes" if rc[1].inside else "no"),
     )
-
-
-def _protocol(table: str, seeds: str, rows: str, wheel: Path | None, jobs: int, json: bool) -> None:
-    from calibration.validation.acceptance import against_targets, of_targets
-    from calibration.validation.accuracy import run_protocol
-    from calibration.validation.accuracy_tables import columns_of_table, titles
-
-    sizes = [None if text == "all" else text for text in parsing.names("--rows", rows)]
-    counts = [None if size is None else parsing.integers("--rows", size)[0] for size in sizes]
-    if jobs < 1:
-        raise InputError(f"--jobs: expected at least 1, got {jobs}")
-    with render.progress("fitting and evaluating") as report:
-        tables, splits = parsing.names("--table", table), parsing.integers("--seeds", seeds)
-        scores = run_protocol(tables, seeds=splits, sizes=counts, wheel=wheel, jobs=jobs, progress=report)
-    criteria = against_targets(scores, published=table == "all")
-    if not render.Output(json).write([*scores, *({"table": "targets", **vars(c)} for c in criteria)]):
-        return
-    render.conclude(of_targets(criteria))
-    for title in titles(scores):
-        columns = [
-            render.Column(name.replace("ratio ", "ratio\n"), cells, right=name not in ("method", "held out"))
-            for name, cells in columns_of_table(scores, title)
-        ]
-        render.show(render.narrowed(columns, 6), title)
-        print()
-    marks = {None: "", True: "met", False: "NOT MET"}
-    columns = render.columns(
-        criteria,
-        ("<criterion", lambda c: c.criterion),
-        ("target", lambda c: c.target),
-        ("measured", lambda c: c.measured),
-        ("<", lambda c: marks[c.met]),
-    )
-    render.show(columns, "Acceptance targets and measured accuracy, %")

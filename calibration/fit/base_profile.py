@@ -18,7 +18,7 @@ from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
 from simulator.errors import InputError
-from simulator.files.fields import QuantityField
+from simulator.files.fields import Quantity
 from simulator.hardware.formats import Rate
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -111,7 +111,7 @@ def _architecture(device: Device, description: Description) -> str:
     return "cpu" if device.name == "cpu" or "threads" in description.stack else "ampere"
 
 
-def _within(quantity: QuantityField, value: float) -> float:
+def _within(quantity: Quantity, value: float) -> float:
     """Return a measured value within the range of its quantity in a profile."""
     return min(max(value, quantity.low), quantity.high)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from calibration.evidence.scoring import errors, spearman
+from calibration.evidence.verdict import verdict_of
 from calibration.measure.timing import OK
 from calibration.runners.compare import ComparedSpeedup
-from calibration.validation.scores import errors, spearman
-from calibration.validation.verdict import verdict_of
 from simulator.errors import InputError
 from simulator.units import ratio
 
@@ -23,7 +23,7 @@ from simulator.units import ratio
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
     """Return the agreement of predicted and measured speedups; InputError if there is no row.
 
-    Keys: "count", "spearman", those of :func:`~calibration.validation.scores.errors` ("median", "p95"), "bias" (median
+    Keys: "count", "spearman", those of :func:`~calibration.evidence.scoring.errors` ("median", "p95"), "bias" (median
     of predicted / measured - 1), "inside" (coverage of the predicted intervals) and "dense_time" (median error of the
     dense times).
     """

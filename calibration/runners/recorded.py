@@ -2,7 +2,7 @@
 
 A folder has one file of records per run of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, raw samples and
 versions included) and the profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``).
-:func:`recorded_rows` predicts every case again.
+:func:`recorded_rows` predicts every case again; ``python -m calibration.runners.recorded`` makes the page again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from calibration.evidence.pages import DOCS, filled
+from calibration.evidence.report import table
+from calibration.evidence.scoring import spearman
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, fewer_layers, settings_of
 from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of
-from calibration.validation.report import table
-from calibration.validation.scores import spearman
+from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.scenario import Scenario
@@ -162,3 +164,7 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
             [c.pruning, run, f"{ratio(c.measured)}x", f"{ratio(c.predicted)}x", interval, f"{ratio(r.given)}x"]
         )
     return table(header, cells, left=(0, 1))
+
+
+if __name__ == "__main__":
+    write_whole(DOCS / "transformers.md", filled("transformers", tables()).encode())

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device
+from calibration.evidence.validate import Report, validate
+from calibration.evidence.verdict import disturbed_share
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
@@ -29,8 +31,6 @@ from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from calibration.runners.targets import TargetModels, target_operators
-from calibration.validation.validate import Report, validate
-from calibration.validation.verdict import disturbed_share
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
@@ -271,7 +271,7 @@ def fit_run(
     ``anchor``: re-anchor the datasheet's profile instead of a fit. ``progress`` is called with (fits done, all fits).
     InputError: the folder has no records, or too few for a fit.
     """
-    from calibration.validation.report import write_markdown
+    from calibration.evidence.report import write_markdown
 
     path = Path(folder)
     content = read_store(path / RECORDS)

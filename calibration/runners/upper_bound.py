@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device, Operator
+from calibration.evidence.scoring import errors
 from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.probe import default_visits
 from calibration.measure.timing import Protocol
@@ -25,7 +26,6 @@ from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import MeasuredRun, begin, measure_plan
-from calibration.validation.scores import errors
 from simulator.arrays import FloatArray
 from simulator.cost import attention
 from simulator.hardware.profile import HardwareProfile

@@ -140,7 +140,7 @@ def new(
     as_json: options.Json = False,
 ) -> None:
     """Write a commented profile of a GPU to fill in."""
-    from simulator.hardware.template import new_hardware
+    from simulator.hardware.library import new_hardware
 
     path = new_hardware(name, out)
     if as_json:

@@ -59,6 +59,14 @@ REMOVED: Mapping[str, str] = {
     "report --price": "use prunesim serve --price",
     "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
     "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
+    **dict.fromkeys(
+        (
+            f"validate --{name}"
+            for name in ("protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure")
+        ),
+        "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks",
+    ),
+    "validate --html": "use --markdown FILE",
 }
 """Replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them."""
 

@@ -4,16 +4,15 @@ Use :func:`load_engine` with a name, an alias or the path of your own YAML file;
 of a file. An engine describes no GPU. It names the software stacks whose kernels it runs, and a hardware profile has
 the fitted sections of these stacks (``HardwareProfile.serving``). Releases that differ are generations of one engine
 (:mod:`simulator.engines.generations`): ``load_engine("vllm@0.19")``.
-"""
 
-from __future__ import annotations
+The annotations of the dataclasses are the schema of the file.
+"""
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -24,21 +23,10 @@ from numpy.typing import NDArray
 from simulator.arguments import shown
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
-from simulator.engines.generations import SINCE, Generation, GenerationsField, selected, split
-from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Loading, Sparse24, Width
-from simulator.engines.schedule import Schedule, StepLimit
+from simulator.engines.generations import SINCE, Generation, numbers, selected, split
+from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Formats, Loading, Sparse24, Width
 from simulator.errors import InputError, unknown
-from simulator.files.fields import (
-    CheckedField,
-    FieldType,
-    ListField,
-    MapField,
-    NumberField,
-    ObjectField,
-    QuantityField,
-    TextField,
-    field_of,
-)
+from simulator.files.fields import Flag, Keys, Map, Number, Quantity, SourceName, String, Strings, Text, read
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
 from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 
@@ -47,56 +35,166 @@ FUSIONS: tuple[str, ...] = ("qkv", "gate_up")
 """Groups of projections that one GEMM can compute."""
 INPUTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
 """Products with activations of their own: outputs of a norm, of attention, of a norm, of the MLP's activation."""
-
 PASSES: tuple[str, ...] = ("prefill", "decode")
-_FOLDER = resources.files(__package__)
+
+_FOLDER = Path(__file__).parent
 _PATH = re.compile(r"[/\\]|\.ya?ml$")
+_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_COUNT = 2**31 - 1
+_SHARE = Number(0, 3, "0.1")
 
 
 @dataclass(frozen=True)
 class HostTime:
     """Time of the host, s, and the standard deviation of its log between hosts."""
 
-    value: Annotated[float, QuantityField("s", 0.0, 1.0)]
-    log_sd: Annotated[float, NumberField(0, 3, "0.4")]
-    source: str
-    note: str = ""
+    value: Annotated[float, Quantity("s", 0.0, 1.0)]
+    log_sd: Annotated[float, _SHARE]
+    source: SourceName
+    note: String = ""
 
 
 @dataclass(frozen=True)
 class Share:
     """A number without a unit."""
 
-    value: Annotated[float, NumberField(0, 3, "0.65")]
-    source: str
-    sd: Annotated[float, NumberField(0, 3, "0.1")] = 0.0  # its standard deviation between users
-    note: str = ""
+    value: Annotated[float, _SHARE]
+    source: SourceName
+    sd: Annotated[float, _SHARE] = 0.0  # its standard deviation between users
+    note: String = ""
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Products in formats below 16 bits whose activations a kernel of its own converts; the kernel before the others
-    writes their format."""
+    """Products in formats below 16 bits whose activations a kernel of its own converts.
 
-    inputs: Annotated[tuple[str, ...], ListField(TextField(INPUTS))]
-    source: str
-    note: str = ""
+    The preceding kernel writes the format of the other products.
+    """
+
+    inputs: tuple[Annotated[str, Text(INPUTS)], ...]
+    source: SourceName
+    note: String = ""
 
 
 @dataclass(frozen=True)
 class Correlation:
     """Correlation, over hosts, of the speeds of two kinds of host time."""
 
-    value: Annotated[float, NumberField(0, 1, "0.5")]
-    source: str
-    note: str = ""
+    value: Annotated[float, Number(0, 1, "0.5")]
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
+class HostBlock:
+    """Block ``host`` of a file; its attributes are those of :class:`Behaviour`."""
+
+    each_pass: HostTime | None = field(default=None, metadata={"key": "pass"})
+    each_sequence: HostTime | None = field(default=None, metadata={"key": "sequence"})
+    gap: HostTime | None = None
+    host_correlation: Correlation | None = field(default=None, metadata={"key": "correlation"})
+
+
+@dataclass(frozen=True)
+class StepLimit:
+    """Most tokens and sequences of one step on GPUs of at least some memory."""
+
+    memory: Annotated[float, Quantity("B", 0.0, 1e15)]  # the limit applies from this memory on
+    tokens: Annotated[int, Number(1, _COUNT, "8192", whole=True)]
+    sequences: Annotated[int, Number(1, _COUNT, "256", whole=True)]
+    not_on: Strings = ()  # GPUs whose names contain one of these
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a server fills its steps: prompts that arrive while others decode are computed in the next step, up to a
+    budget of tokens."""
+
+    source: SourceName
+    limits: tuple[StepLimit, ...]  # by rising memory
+    chunked: Flag = False  # a prompt longer than the budget is computed in chunks
+    decodes_count: Flag = False  # each decoding sequence takes one token of the budget
+    # prompts that arrive in neighbouring steps are computed in one step while they have at most this many tokens
+    clustered: Annotated[int, Number(0, _COUNT, "1024", whole=True)] = 0
+    note: String = ""  # on ``clustered``
+
+    def limit(self, memory_bytes: float, name: str) -> StepLimit:
+        """Return the limit of a GPU: the last one that applies.
+
+        >>> limits = StepLimit(0.0, 2048, 256), StepLimit(7e10, 8192, 1024, ("a100",))
+        >>> [Schedule("", limits).limit(8e10, name).tokens for name in ("a100_sxm", "h100_sxm")]
+        [2048, 8192]
+        """
+        return [x for x in self.limits if memory_bytes >= x.memory and not any(part in name for part in x.not_on)][-1]
 
 
 NOTHING = HostTime(0.0, 0.0, "")
 
 
-@dataclass(frozen=True, repr=False)
-class Engine(Displayed):
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Behaviour:
+    """What a file states for all releases of an engine, or for one generation of them."""
+
+    fuse: tuple[Annotated[str, Text(FUSIONS)], ...] = ()
+    logits: Annotated[str, Text(("last", "all"))] = "last"  # positions of a prefill that the head computes
+    # passes that run as a CUDA graph, so no launch waits for the host
+    graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
+    # "paged": a decode step writes only its own keys and values; "copied": it copies the cache, and heads
+    cache: Annotated[str, Text(("paged", "copied"))] = "paged"
+    # routed experts run together, or one by one: those that tokens use, or all
+    experts: Annotated[str, Text(("grouped", "touched", "all"))] = "grouped"
+    # kernels per operator, by role; 0: fused into another
+    launches: Annotated[Mapping[str, Annotated[int, Number(0, 100, "7", whole=True)]], Keys("operator", ROLES)] = field(
+        default_factory=dict
+    )
+    schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
+    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
+    one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
+    memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
+    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    first_wait_sd: Share = Share(0.0, "")  # spread of that share in measured times to the first token: queues count
+    own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
+    log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
+    apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
+    composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
+    weight_only: Formats = ()  # formats of weights that its kernels read with 16-bit activations
+    sparse24: Annotated[Mapping[str, Sparse24], Keys("library", LIBRARIES)] = field(default_factory=dict)
+    dynamic: Map[DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
+    # by format; others: multiples of 16 bytes
+    widths: Annotated[Mapping[str, Width], Keys("format", DTYPES)] = field(default_factory=dict)
+    # by feature of a checkpoint; empty: not stated
+    loads: Annotated[Mapping[str, Loading], Keys("feature", tuple(FEATURES))] = field(default_factory=dict)
+    notes: Strings = ()
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
+class _Release(Behaviour):
+    """A generation as its file states it."""
+
+    name: Annotated[str, _NAME]
+    since: Annotated[str, Text((), SINCE, 'a version in quotes, such as "0.14"')]
+    title: String
+    source: SourceName
+    host: HostBlock = HostBlock()
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
+class _File(Behaviour):
+    """An engine as its file states it."""
+
+    schema_version: Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
+    name: Annotated[str, _NAME]
+    title: String
+    short_title: String = ""
+    aliases: Strings = ()
+    stacks: tuple[Annotated[str, Text(STACKS)], ...]
+    sources: Map[String]
+    host: HostBlock = HostBlock()
+    generations: tuple[_Release, ...] = ()
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Engine(Behaviour, Displayed):
     """How an engine runs a decoder; the default is bare kernels in a CUDA graph.
 
     >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse
@@ -108,32 +206,10 @@ class Engine(Displayed):
     short_title: str = ""  # name in figures; the name if empty
     aliases: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()  # software stacks whose kernels it runs, the most similar first
-    fuse: tuple[str, ...] = ()  # of FUSIONS
-    logits: str = "last"  # positions of a prefill that the head computes: "last" or "all"
-    graph: tuple[str, ...] = PASSES  # passes that run as a CUDA graph, so no launch waits for the host
-    cache: str = "paged"  # a decode step writes only its own keys and values; "copied": it copies the cache, and heads
-    experts: str = "grouped"  # routed experts run together; one by one: "touched" (those that tokens use), or "all"
-    launches: Mapping[str, int] = field(default_factory=dict)  # kernels per operator, by role; 0: fused into another
-    schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
     host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
-    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
-    one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
-    memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
-    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
-    first_wait_sd: Share = Share(0.0, "")  # spread of that share in measured times to the first token: queues count
-    own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
-    log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
-    apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
-    composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
-    weight_only: tuple[str, ...] = ()  # formats of weights that its kernels read with 16-bit activations
-    sparse24: Mapping[str, Sparse24] = field(default_factory=dict)  # 2:4 kernels by library
-    dynamic: Mapping[str, DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
-    widths: Mapping[str, Width] = field(default_factory=dict)  # by format; others: multiples of 16 bytes
-    loads: Mapping[str, Loading] = field(default_factory=dict)  # by feature of a checkpoint; empty: not stated
-    notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the one that this engine is; "" if it has none
@@ -187,7 +263,7 @@ def list_engines() -> tuple[str, ...]:
     >>> list_engines()
     ('compile', 'hf', 'reference', 'sglang', 'trtllm', 'vllm')
     """
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in _FOLDER.iterdir() if f.name.endswith(".yaml")))
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
 def load_engine(name_or_path: str) -> Engine:
@@ -299,99 +375,35 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
             start = f"an engine that starts with schema_version: {SCHEMA_VERSION}"
             problems.add(None, "file", f"is empty; expected {start}")
         return None, problems
-    top = dict(_engine_field(root).read(root, "", problems))
+    file = read(_File, root, problems)
+    if file is None:
+        return None, problems
+    named = {name: getattr(file, name) for name in ("name", "title", "short_title", "aliases", "stacks", "sources")}
+    engine = Engine(**named, **_stated(file, root), path=path)
+    if not file.generations:
+        return engine, problems
+    nodes = root.at("generations").items
+    since = [numbers(one.since) or () for one in file.generations]
+    for i in range(1, len(since)):
+        if since[i] <= since[i - 1]:
+            problems.add(nodes[i], f"generations.{i}", "expected a later version than the one before")
+    if len({one.name for one in file.generations}) < len(since):
+        problems.add(root.at("generations"), "generations", "expected generations with different names")
     if len(problems):
         return None, problems
-    del top["schema_version"]
-    listed = top.pop("generations", ())
-    engine = Engine(**_flat(top), path=path)
-    if not listed:
-        return engine, problems
-    kept = ("name", "since", "title", "source")
-    changes = [_flat({name: value for name, value in one.items() if name not in kept}) for one in listed]
+    changes = [_stated(one, node) for one, node in zip(file.generations, nodes, strict=True)]
     for change in changes:
         if "launches" in change:
             change["launches"] = {**engine.launches, **change["launches"]}
     common = {name: getattr(engine, name) for change in changes for name in change}
-    engine = replace(
-        engine,
-        generations=tuple(
-            Generation(**{name: one[name] for name in kept}, values={**common, **change})
-            for one, change in zip(listed, changes, strict=True)
-        ),
+    generations = tuple(
+        Generation(one.name, one.since, one.title, one.source, {**common, **change})
+        for one, change in zip(file.generations, changes, strict=True)
     )
-    return _as_of(engine, engine.generations[-1]), problems
+    return _as_of(replace(engine, generations=generations), generations[-1]), problems
 
 
-_HOST: Mapping[str, str] = MappingProxyType(
-    {"pass": "each_pass", "sequence": "each_sequence", "gap": "gap", "correlation": "host_correlation"}
-)
-"""Key of the host block -> field of :class:`Engine`."""
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a file, or of a generation, as fields of :class:`Engine`."""
-    out = {name: value for name, value in values.items() if name != "host"}
-    return out | {_HOST[key]: value for key, value in values.get("host", {}).items()}
-
-
-_NAME = TextField((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
-
-
-def _engine_field(root: Node) -> ObjectField:
-    """Return the schema of an engine file, whose values name sources of the file."""
-    sources = root.entries["sources"][1].entries if "sources" in root.entries else {}
-
-    def listed(short: str) -> str:
-        if short not in sources:
-            raise ValueError(f"{short!r} is not listed under sources; add it there with a title and an address")
-        return short
-
-    def sourced(cls: type) -> FieldType:
-        fields = field_of(cls)
-        required = {**fields.required, "source": CheckedField(TextField(), listed)}
-        return ObjectField(required, fields.optional, cls, f"{{{', '.join(f'{name}: ...' for name in required)}}}")
-
-    def known(what: str, names: Iterable[str]) -> Callable[[str], str]:
-        return lambda name: "" if name in names else f"unknown {what}; expected one of {', '.join(names)}"
-
-    time, share = sourced(HostTime), sourced(Share)
-    required: dict[str, FieldType] = {
-        "schema_version": NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True),
-        "name": _NAME,
-        "title": TextField(),
-        "stacks": ListField(TextField(STACKS)),
-        "sources": MapField(TextField()),
-    }
-    optional: dict[str, FieldType] = {
-        "short_title": TextField(),
-        "aliases": ListField(TextField()),
-        "fuse": ListField(TextField(FUSIONS)),
-        "logits": TextField(("last", "all")),
-        "graph": ListField(TextField(PASSES)),
-        "cache": TextField(("paged", "copied")),
-        "experts": TextField(("grouped", "touched", "all")),
-        "launches": MapField(NumberField(0, 100, "7", whole=True), known("operator", ROLES)),
-        "host": ObjectField({}, {"pass": time, "sequence": time, "gap": time, "correlation": sourced(Correlation)}),
-        "schedule": sourced(Schedule),
-        "quantize": sourced(Quantisation),
-        **dict.fromkeys(("one_token", "memory", "prefill_wait", "first_wait_sd", "own_code"), share),
-        **dict.fromkeys(("log_sd", "apart_log_sd", "composed_log_sd"), share),
-        "weight_only": ListField(TextField(DTYPES)),
-        "sparse24": MapField(sourced(Sparse24), known("library", LIBRARIES)),
-        "dynamic": MapField(sourced(DynamicKernels)),
-        "widths": MapField(sourced(Width), known("format", DTYPES)),
-        "loads": MapField(sourced(Loading), known("feature", FEATURES)),
-        "notes": ListField(TextField()),
-    }
-    own = ("short_title", "aliases")  # a generation has none of its own
-    generation = ObjectField(
-        {
-            "name": _NAME,
-            "since": TextField((), SINCE, 'a version in quotes, such as "0.14"'),
-            "title": TextField(),
-            "source": CheckedField(TextField(), listed),
-        },
-        {name: found for name, found in optional.items() if name not in own},
-    )
-    return ObjectField(required, {**optional, "generations": GenerationsField(generation)})
+def _stated(file: _File | _Release, node: Node) -> dict[str, Any]:
+    """Return the fields of :class:`Engine` that a file, or a generation in it, states."""
+    host = {name: value for name, value in vars(file.host).items() if value is not None}
+    return {f.name: getattr(file, f.name) for f in fields(Behaviour) if f.name in node.entries} | host

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.fields import ListField, ObjectField
-from simulator.files.yaml import Node, Problems, join
 
 _VERSION = re.compile(r"(\d{1,6}(?:\.\d{1,6}){0,5})(?:[.+-]?[a-z][a-z0-9.+-]{0,30})?", re.ASCII)
 SINCE = r"\d{1,6}(\.\d{1,6}){0,5}"
@@ -79,22 +77,3 @@ def reached(version: tuple[int, ...], since: str) -> bool:
     first = numbers(since) or ()
     width = max(len(version), len(first))
     return version + (0,) * (width - len(version)) >= first + (0,) * (width - len(first))
-
-
-@dataclass(frozen=True)
-class GenerationsField:
-    """The list of generations: versions rise, names differ."""
-
-    item: ObjectField
-
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        before = len(problems)
-        found = ListField(self.item).read(node, key, problems)
-        if len(problems) == before:
-            since = [numbers(one["since"]) or () for one in found]
-            for i in range(1, len(found)):
-                if since[i] <= since[i - 1]:
-                    problems.add(node.items[i], join(key, str(i)), "expected a later version than the one before")
-            if len({one["name"] for one in found}) < len(found):
-                problems.add(node, key, "expected generations with different names")
-        return found

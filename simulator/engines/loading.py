@@ -4,14 +4,12 @@
 They are parts of the YAML file of an engine. :data:`FEATURES` names what a checkpoint can have beyond a dense model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated
 
-from simulator.files.fields import ListField, NumberField, TextField
+from simulator.files.fields import Flag, Number, SourceName, String, Strings, Text
 from simulator.workload import DTYPES
 
 FEATURES: Mapping[str, str] = MappingProxyType(
@@ -35,46 +33,50 @@ FEATURES: Mapping[str, str] = MappingProxyType(
 """Feature of a checkpoint -> its description."""
 
 
+Formats = tuple[Annotated[str, Text(DTYPES)], ...]
+_MULTIPLE = Number(1, 65536, "128", whole=True)
+
+
 @dataclass(frozen=True)
 class Loading:
     """Whether a stock engine loads checkpoints with a feature."""
 
-    value: bool
-    source: str
-    how: str  # what config.json must state, or why the engine does not load the feature
-    model_types: Annotated[tuple[str, ...], ListField(TextField())] = ()  # only these; none: all
-    multiple: Annotated[int, NumberField(1, 65536, "256", whole=True)] = 1  # MLP widths that it can describe
+    value: Flag
+    source: SourceName
+    how: String  # what config.json must state, or why the engine does not load the feature
+    model_types: Strings = ()  # only these; none: all
+    multiple: Annotated[int, _MULTIPLE] = 1  # MLP widths that it can describe
 
 
 @dataclass(frozen=True)
 class Width:
     """Number of elements of which the kernels of a weight format need a multiple."""
 
-    multiple: Annotated[int, NumberField(1, 65536, "128", whole=True)]
-    source: str
-    required: bool = False  # whether the engine refuses other widths
-    note: str = ""
+    multiple: Annotated[int, _MULTIPLE]
+    source: SourceName
+    required: Flag = False  # whether the engine refuses other widths
+    note: String = ""
 
 
 LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
-"""Libraries of 2:4 kernels; the last reads weights alone in fewer bits, the others compute in the weights' format."""
+"""Libraries of 2:4 kernels. Marlin reads weights alone in fewer bits, the others compute in the weights' format."""
 
 
 @dataclass(frozen=True)
 class Sparse24:
     """2:4 kernels of one library, as an engine uses it."""
 
-    formats: Annotated[tuple[str, ...], ListField(TextField(DTYPES))]  # of the weights
-    source: str
-    searched: bool = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
-    on: Annotated[tuple[str, ...], ListField(TextField())] = ()  # architectures with these kernels; none: all
-    note: str = ""
+    formats: Formats  # of the weights
+    source: SourceName
+    searched: Flag = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
+    on: Strings = ()  # architectures with these kernels; none: all
+    note: String = ""
 
 
 @dataclass(frozen=True)
 class DynamicKernels:
     """How an engine runs a dynamic pruning family."""
 
-    how: str
-    source: str
-    on: Annotated[tuple[str, ...], ListField(TextField())] = ()  # architectures with these kernels; none: all
+    how: String
+    source: SourceName
+    on: Strings = ()  # architectures with these kernels; none: all

@@ -1,4 +1,4 @@
-"""Read CSV files and check their form: :func:`read_csv`. Each row keeps its line for messages."""
+"""Read CSV files and check their form; each row keeps its line for messages."""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ class CsvTable:
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
     """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped.
 
-    Raises InputError, one line, ``file:line: reason``, for text that is not CSV or too large, missing or repeated
-    columns, no rows, or rows of another length than the header.
+    Raises InputError, one line, ``file:line: reason``.
 
     >>> table = read_csv("m, n\\n1,2\\n\\n3,4\\n", "t.csv")
     >>> table.column("n"), table.lines
@@ -112,8 +111,7 @@ def _cell(cell: str) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
-    """A CSV table with a header (the columns, else the names of the first row), numbers in full; missing or not finite
-    ones are empty."""
+    """Return a CSV table of the columns (default: of the first row); numbers that are not finite are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = tuple(columns or rows[0])

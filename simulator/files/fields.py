@@ -1,81 +1,97 @@
-"""Read every YAML file of this project by one reader: a schema is data.
+"""Read and write YAML by dataclasses, whose annotations declare the check, unit and message of each value::
 
-A field type reads one node of the tree. :class:`TextField`, :class:`NumberField`, :class:`QuantityField` and
-:class:`BoolField` read scalars, :class:`CheckedField` a scalar with a further rule. :class:`ListField` reads a list,
-:class:`MapField` a mapping with free keys, :class:`ObjectField` a mapping with known keys. :func:`field_of` derives the
-field type of a frozen dataclass from its annotations.
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
 
-Each problem is noted with its place, and reading continues, so one run reports all problems. A scalar with a problem is
-None; lists and mappings hold the values without problems.
+:func:`read` finds all problems of a tree at once. The scalars :class:`Text`, :class:`Number`,
+:class:`Quantity`, :class:`Truth` and :class:`Checked` convert the text of a node. :func:`lines_of` writes the same
+dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from simulator.errors import InputError
-from simulator.files.yaml import Node, Problems, join
+from simulator.files.yaml import Node, Problems, path_of
 from simulator.units import EXAMPLES, format_quantity, parse_quantity
+
+T = TypeVar("T")
+Keyed = tuple[Any, ...]
+"""Keys and positions from the root of a tree to a node."""
+
+BAD = object()
+"""Value of a node with a problem."""
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,20})(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 
 
-class FieldType(Protocol):
-    """A reader of one node; ``key`` is the path of the node in messages."""
-
-    def read(self, node: Node, key: str, problems: Problems) -> Any: ...
-
-
-class ScalarField:
-    """A field type of scalars; ``value`` raises ValueError with the reason."""
+class Scalar:
+    """A type of scalars: ``value`` converts a node or raises ValueError with the reason, ``text`` writes the value."""
 
     def value(self, node: Node) -> Any:
         raise NotImplementedError
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
+    def text(self, value: Any) -> str:
+        return str(value)
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        """Return the value of a node, or BAD with problems."""
         try:
             return self.value(node)
         except ValueError as error:
-            problems.add(node, key, str(error))
-            return None
+            return reader.wrong(node, path, str(error))
 
 
 @dataclass(frozen=True)
-class TextField(ScalarField):
-    """Text of 1 to 2000 printable characters: one of ``choices``, or text that matches ``pattern``.
-
-    ``right`` describes the pattern in words.
-    """
+class Text(Scalar):
+    """Text of 1 to 2000 printable characters: one of ``choices``, or of a ``pattern``, which ``right`` describes."""
 
     choices: tuple[str, ...] = ()
     pattern: str = ""
     right: str = ""
+    quote: bool = False  # whether it is always written in quotes
 
     def value(self, node: Node) -> str:
         text = node.text.strip()
         if node.kind != "scalar" or (not node.quoted and _means_another(node.text)):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
-            raise ValueError(f"expected text, got {shown(node)}{hint}")
+            raise ValueError(f"expected text, got {node}{hint}")
         if not text or not text.isprintable() or len(text) > 2000:
-            raise ValueError(f"expected 1 to 2000 printable characters, got {shown(node)}")
+            raise ValueError(f"expected 1 to 2000 printable characters, got {node}")
         if self.choices and text not in self.choices:
             hint = f"{did_you_mean(text.lower(), self.choices)} Known: {', '.join(self.choices)}"
-            raise ValueError(f"unknown value {shown(node)}; {hint.strip()}")
+            raise ValueError(f"unknown value {node}; {hint.strip()}")
         if self.pattern and not re.fullmatch(self.pattern, text):
-            raise ValueError(f"expected {self.right}, got {shown(node)}")
+            raise ValueError(f"expected {self.right}, got {node}")
         return text
+
+    def text(self, value: str) -> str:
+        return quoted(value) if self.quote else plain_text(value)
+
+
+class ListedSource(Text):
+    """The short name of a source that the file lists."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        short = super().read(node, path, reader)
+        if short is not BAD and short not in reader.sources:
+            hint = did_you_mean(short, reader.sources, 0.3) or "add it there with a title and an address"
+            return reader.wrong(node, path, f"{short!r} is not listed under sources; {hint}")
+        return short
 
 
 @dataclass(frozen=True)
-class NumberField(ScalarField):
+class Number(Scalar):
     """A finite number without a unit, from ``low`` to ``high``; an int if ``whole``."""
 
     low: float
@@ -86,10 +102,10 @@ class NumberField(ScalarField):
     def value(self, node: Node) -> float:
         expected = "expected a whole number" if self.whole else "expected a number"
         if reason := self._problem(node):
-            raise ValueError(f"{expected}, got {shown(node)}: {reason}")
+            raise ValueError(f"{expected}, got {node}: {reason}")
         value = float(node.text)
         if not self.low <= value <= self.high:
-            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {shown(node)}")
+            raise ValueError(f"{expected} from {self.low:g} to {self.high:g}, got {node}")
         return int(value) if self.whole else value
 
     def _problem(self, node: Node) -> str:
@@ -106,9 +122,14 @@ class NumberField(ScalarField):
             return f"YAML reads it as a truth value; write {self.example}"
         return f"write {self.example}"
 
+    def text(self, value: float) -> str:
+        """Return the shortest text that reads back to the same number; whole numbers have no point."""
+        whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
+        return str(int(value)) if whole else repr(float(value))
+
 
 @dataclass(frozen=True)
-class QuantityField(ScalarField):
+class Quantity(Scalar):
     """Text with a unit, such as "3.35 TB/s", as a number in SI units."""
 
     unit: str
@@ -121,11 +142,14 @@ class QuantityField(ScalarField):
         value = parse_quantity(node.text, self.unit)
         if not self.low <= value <= self.high:
             low, high = (format_quantity(end, self.unit) for end in (self.low, self.high))
-            raise ValueError(f"expected {low} to {high}, got {shown(node)}")
+            raise ValueError(f"expected {low} to {high}, got {node}")
         return value
 
+    def text(self, value: float) -> str:
+        return format_quantity(value, self.unit)
 
-class BoolField(ScalarField):
+
+class Truth(Scalar):
     """``true`` or ``false``; no other spelling is accepted."""
 
     def value(self, node: Node) -> bool:
@@ -135,116 +159,195 @@ class BoolField(ScalarField):
 
 
 @dataclass(frozen=True)
-class CheckedField(ScalarField):
-    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError with the reason."""
+class Checked(Scalar):
+    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError."""
 
-    scalar: ScalarField
+    scalar: Scalar
     rule: Callable[[Any], Any]
 
     def value(self, node: Node) -> Any:
         return self.rule(self.scalar.value(node))
 
 
-@dataclass(frozen=True)
-class ListField:
-    """A list whose items have one field type, as a tuple."""
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Annotation of a mapping whose keys are names of a ``kind``."""
 
-    item: FieldType
-
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind != "list":
-            problems.add(node, key, f"expected a list, got {shown(node)}")
-        return tuple(self.item.read(item, join(key, str(i)), problems) for i, item in enumerate(node.items))
+    kind: str
+    names: Iterable[str]
 
 
-@dataclass(frozen=True)
-class MapField:
-    """A mapping with free keys whose values have one field type.
+String = Annotated[str, Text()]
+Quoted = Annotated[str, Text(quote=True)]
+Strings = tuple[String, ...]
+SourceName = Annotated[str, ListedSource()]
+Flag = Annotated[bool, Truth()]
+Map = Mapping[str, T]
 
-    ``wrong_key`` returns the reason against a key, or "".
-    """
 
-    member: FieldType
-    wrong_key: Callable[[str], str] | None = None
+def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
+    """Return the dataclass of a tree, or None with all problems; ``context`` is for kinds that need more."""
+    found = TreeReader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
+    return None if len(problems) else found
 
-    def read(self, node: Node, key: str, problems: Problems) -> Mapping[str, Any]:
-        if node.kind != "mapping":
-            problems.add(node, key, f"expected a mapping of key: value, got {shown(node)}")
-        found = {}
-        for name, (key_node, value) in node.entries.items():
-            if reason := self.wrong_key(name) if self.wrong_key else "":
-                problems.add(key_node, join(key, name), reason)
-            else:
-                found[name] = self.member.read(value, join(key, name), problems)
-        return MappingProxyType(found)
+
+def lines_of(value: Any) -> Iterator[str]:
+    """Yield the lines of YAML of a dataclass; empty texts and defaults that are empty are omitted."""
+    yield from kind_of(type(value)).lines(value, "")  # type: ignore[arg-type] # mypy takes no class as hashable
 
 
 @dataclass(frozen=True)
-class ObjectField:
-    """A mapping with known keys: returns what ``make`` builds from the values, or the values by key without ``make``.
+class TreeReader:
+    """Problems and known sources of the file that is read."""
 
-    ``make`` is called only if no value has a problem; else the result is None.
-    """
+    problems: Problems
+    sources: tuple[str, ...]
+    context: Mapping[str, Any]
 
-    required: Mapping[str, FieldType]
-    optional: Mapping[str, FieldType] = field(default_factory=dict)
-    make: Callable[..., Any] | None = None
-    expected: str = "a mapping of key: value"
+    def read(self, hint: Any, node: Node, path: Keyed) -> Any:
+        """Return the value of a type at a node, or BAD with problems."""
+        return kind_of(hint).read(node, path, self)
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
-        before = len(problems)
-        nodes = self.members(node, key, problems)
-        fields = {**self.required, **self.optional}
-        values = {name: fields[name].read(nodes[name], join(key, name), problems) for name in fields if name in nodes}
-        if self.make is None:
-            return MappingProxyType({name: values[name] for name in nodes})  # in the order of the file
-        try:
-            return self.make(**values) if len(problems) == before else None
-        except InputError as error:
-            problems.add(node, key, str(error))
-            return None
-
-    def members(self, node: Node, key: str, problems: Problems) -> dict[str, Node]:
-        """Return the nodes by key; note missing keys, and unknown keys with the closest known key."""
-        if node.kind != "mapping":
-            problems.add(node, key, f"expected {self.expected}, got {shown(node)}")
-            return {}
-        known = (*self.required, *self.optional)
-        for name, (key_node, _) in node.entries.items():
-            if name not in known:
-                hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
-                problems.add(key_node, join(key, name), f"unknown key; {hint}")
-        for name in self.required:
-            if name not in node.entries:
-                problems.add(node, join(key, name), "is missing")
-        return {name: value for name, (_, value) in node.entries.items() if name in known}
+    def wrong(self, node: Node, path: Keyed, reason: str) -> Any:
+        self.problems.add(node, path_of(path), reason)
+        return BAD
 
 
 @lru_cache(maxsize=256)
-def field_of(cls: type) -> ObjectField:
-    """Return the field type of a dataclass, from its annotations; ``str`` and ``bool`` need no field type.
-
-    A field without a default is required. The dataclass is made only if none of its values has a problem::
-
-        rows: Annotated[int, NumberField(0, 1e12, "400", whole=True)] = 0
-    """
-    hints = {name: _annotated(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    optional = [f.name for f in dataclasses.fields(cls) if f.name not in required]
-    return ObjectField({name: hints[name] for name in required}, {name: hints[name] for name in optional}, cls)
-
-
-def _annotated(hint: Any) -> FieldType:
+def kind_of(hint: Any) -> Any:
+    """Return what reads and writes a type: its annotation, or a list, mapping or object of such."""
+    keys = None
     if get_origin(hint) is Annotated:
-        found: FieldType = get_args(hint)[1]
-        return found
-    plain: dict[Any, FieldType] = {str: TextField(), bool: BoolField()}
-    return plain[hint]
+        hint, *about = get_args(hint)
+        keys = about[0]
+        if not isinstance(keys, Keys):
+            return keys
+    if NoneType in get_args(hint):
+        return kind_of(next(each for each in get_args(hint) if each is not NoneType))
+    if get_origin(hint) is tuple:
+        return ListOf(kind_of(get_args(hint)[0]))
+    return Object(hint) if dataclasses.is_dataclass(get_origin(hint) or hint) else MapOf(get_args(hint)[1], keys)
 
 
-def shown(node: Node) -> str:
-    """Return a node as a message quotes it."""
-    return "nothing" if node.kind == "scalar" and not node.text and not node.quoted else str(node)
+@dataclass(frozen=True)
+class ListOf:
+    item: Any
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind != "list":
+            return reader.wrong(node, path, f"expected a list, got {node}")
+        items = tuple(self.item.read(item, (*path, i), reader) for i, item in enumerate(node.items))
+        return BAD if BAD in items else items
+
+    def text(self, value: Any) -> str:
+        return f"[{', '.join(map(self.item.text, value))}]"
+
+
+class MapOf:
+    """Mappings with free keys, or with those of ``keys``."""
+
+    def __init__(self, item: Any, keys: Keys | None = None) -> None:
+        self.item, self.keys = kind_of(item), keys
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind != "mapping":
+            return reader.wrong(node, path, f"expected a mapping of key: value, got {node}")
+        found = {}
+        for key, (at, value) in node.entries.items():
+            if reason := self.wrong_key(key, path, reader):
+                found[key] = reader.wrong(at, (*path, key), reason)
+            else:
+                found[key] = self.item.read(value, (*path, key), reader)
+        return BAD if BAD in found.values() else MappingProxyType(found)
+
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
+        if self.keys is None or key in self.keys.names:
+            return ""
+        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names) or 'none'}"
+        return f"unknown {self.keys.kind}; {hint.strip()}"
+
+    def text(self, value: Any) -> str:
+        return "" if value else "{}"
+
+    def lines(self, value: Any, indent: str) -> Iterator[str]:
+        for key, one in value.items():
+            yield from _entry(plain_text(key), one, self.item, indent)
+
+
+class Object:
+    def __init__(self, hint: Any) -> None:
+        self.cls = get_origin(hint) or hint
+        self.members: dict[str, tuple[str, Any, Any]] = {}  # attribute, kind and default by the key in a file
+        hints = get_type_hints(self.cls, include_extras=True)
+        for one in dataclasses.fields(self.cls):
+            kind = hints[one.name]
+            for parameter, argument in zip(getattr(self.cls, "__parameters__", ()), get_args(hint)):
+                kind = argument if kind in (parameter, parameter | None) else kind
+            default = one.default_factory() if one.default_factory is not MISSING else one.default
+            self.members[one.metadata.get("key", one.name)] = one.name, kind_of(kind), default
+        self.required = [key for key, (_, _, default) in self.members.items() if default is MISSING]
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind != "mapping":
+            shape = f"{{{', '.join(f'{name}: ...' for name in self.required)}}}"
+            shape = shape if "source" in self.required else "a mapping of key: value"
+            return reader.wrong(node, path, f"expected {shape}, got {node}")
+        found = {}
+        for key, (at, value) in node.entries.items():
+            if member := self.members.get(key):
+                found[member[0]] = member[1].read(value, (*path, key), reader)
+            else:
+                found[key] = reader.wrong(at, (*path, key), unknown_key(key, self.members))
+        for key in self.required:
+            if key not in node.entries:
+                found[key] = reader.wrong(node, (*path, key), "is missing")
+        if BAD in found.values():
+            return BAD
+        made = object.__new__(self.cls)  # without __init__, which is slow, as a file has hundreds of objects
+        made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
+        try:
+            if hasattr(made, "__post_init__"):
+                made.__post_init__()
+        except InputError as error:
+            return reader.wrong(node, path, str(error))
+        return made
+
+    def text(self, value: Any) -> str:
+        """Return an object with a member ``value`` as one line."""
+        if "value" not in self.members:
+            return ""
+        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())
+        return f"{{{', '.join(f'{k}: {kind.text(v)}' for k, v, kind in parts if v is not None and v != '')}}}"
+
+    def lines(self, value: Any, indent: str) -> Iterator[str]:
+        for key, (name, kind, default) in self.members.items():
+            part = getattr(value, name)
+            if part is not None and part != "" and (part or part != default):
+                yield from _entry(key, part, kind, indent)
+
+
+def _entry(key: str, value: Any, kind: Any, indent: str) -> Iterator[str]:
+    if text := kind.text(value):
+        yield f"{indent}{key}: {text}"
+    else:
+        yield f"{indent}{key}:"
+        yield from kind.lines(value, indent + "  ")
+
+
+def quoted(value: str) -> str:
+    """Return double-quoted YAML: JSON's escapes are a subset of YAML's."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def plain_text(value: str) -> str:
+    """Return YAML of a text, in quotes where YAML would read another value."""
+    return value if _PLAIN.fullmatch(value) and value.lower() not in (*_TRUTHS, "null", "y", "n") else quoted(value)
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the reason against a key, with the closest known one."""
+    hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
+    return f"unknown key; {hint}"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -1,4 +1,4 @@
-"""Parse the JSON of files that users give: :func:`parse_json`; :func:`parse_bounded` also checks what it would take."""
+"""Parse the JSON of files that users give."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from simulator.errors import InputError, one_line
 
 
 def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str], float] | None = None) -> Any:
-    """Return parsed JSON in which no object has a key twice; ``json.loads`` takes the last of two silently.
+    """Return parsed JSON; InputError for an object with a key twice, of which ``json.loads`` takes the last silently.
 
-    Raises InputError, one line that starts with the label, for such a key; other errors are those of ``json.loads``.
-
-    >>> parse_json('{"a": 1, "b": {"c": 2}}', "x.json")
-    {'a': 1, 'b': {'c': 2}}
     >>> parse_json('{"a": 1, "b": {"c": 2, "c": 3}}', "x.json")
     Traceback (most recent call last):
     simulator.errors.InputError: x.json: key 'c': expected once in an object, got twice or more; keep one
@@ -33,39 +29,14 @@ def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str],
     return json.loads(content, object_pairs_hook=unique, parse_constant=parse_constant)
 
 
-MOST_CONTAINERS = 300_000
-"""Largest number of objects and lists in a file: each takes about a hundred bytes, also an empty one."""
+MOST_CONTAINERS = 300_000  # objects and lists in a file: each takes about a hundred bytes, also an empty one
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
-    """Return the value in a JSON text of another program, whose size and number of objects are checked first.
+    """Return the value in a JSON text in UTF-8, whose size and number of objects are checked first.
 
-    NaN and infinity, which are not JSON but which Python writes, are read as floats, so that a reader can name their
-    place.
-
-    Parameters
-    ----------
-    content : bytes
-        Text in UTF-8.
-    label : str
-        Name of the file in errors.
-    most_bytes : int
-        Largest text that is read.
-
-    Returns
-    -------
-    object
-        Plain Python values.
-
-    Raises
-    ------
-    InputError
-        One line with the label: a text that is too large, is not JSON, or has an object with a key twice.
-
-    Examples
-    --------
-    >>> parse_bounded(b'{"layers": [{"kv": 8}]}', "own.json", 1000)
-    {'layers': [{'kv': 8}]}
+    NaN and infinity, which are not JSON but which Python writes, are read as floats. InputError, one line that starts
+    with the label, for other content and for an object with a key twice.
     """
     if len(content) > most_bytes:
         raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")

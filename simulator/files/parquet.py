@@ -27,11 +27,7 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """Return the plain columns of a Parquet file as a pyarrow table, without lists and structures.
-
-    Raises InputError, one line that starts with the label, for invalid or damaged files, repeated columns, or tables
-    that would take too much memory.
-    """
+    """Return the plain columns of a Parquet file, without lists and structures; InputError, one line, for others."""
     pa, pq = load_pyarrow()
     try:
         file = pq.ParquetFile(io.BytesIO(content))
@@ -47,7 +43,7 @@ def read_parquet(content: bytes, label: str) -> Any:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from error
+        raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from None
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
@@ -70,10 +66,8 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a dictionary-encoded column as a plain column, if it fits into memory.
-
-    A long text that repeats a million times takes no space in a file.
-    """
+    """Return a dictionary-encoded column as a plain column, if it fits into memory: repeated texts take no space in a
+    file."""
     import pyarrow.compute as compute
 
     size = 0
@@ -89,10 +83,7 @@ def _decoded(column: Any, label: str, pa: Any) -> Any:
 
 
 def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Return columns of a pyarrow table, all or the ``wanted`` ones, as NumPy arrays.
-
-    Missing numbers are NaN, other types become objects. Raises InputError for a type without a NumPy counterpart.
-    """
+    """Return columns of a pyarrow table (default: all) as NumPy arrays; missing numbers are NaN."""
     names = [name for name in table.column_names if wanted is None or name in wanted]
     try:
         return {name: np.asarray(table.column(name).to_numpy()) for name in names}

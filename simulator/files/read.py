@@ -8,15 +8,11 @@ from pathlib import Path
 
 from simulator.errors import InputError
 
-MOST_TABLE_BYTES = 256_000_000
-"""Largest table of measurements or of quality; shipped tables have up to 250 kB."""
+MOST_TABLE_BYTES = 256_000_000  # shipped tables have up to 250 kB
 
 
 def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
-    """Return all bytes of a file or pipe.
-
-    Raises InputError, one line that starts with the path, for a missing file, a folder, a device or a larger file.
-    """
+    """Return all bytes of a file or pipe; InputError for a missing or larger file, a folder or a device."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):

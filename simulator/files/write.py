@@ -29,11 +29,8 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary file in the same folder, which is synced and renamed.
-
-    The target of a link is replaced. Devices and pipes (``/dev/stdout``) are written directly. Raises InputError as
-    :func:`check_target`, and OSError if the disk is full or the folder is not writable; an old file then stays.
-    """
+    """Write a file through a temporary file in the same folder, which is synced and renamed; an old file stays if that
+    fails. Devices and pipes (``/dev/stdout``) are written directly."""
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():
@@ -48,10 +45,8 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[str]:
-    """Yield the name of an empty file that replaces ``target`` at the end, or is removed after an error.
-
-    Temporary files of killed writers of the same target are removed too.
-    """
+    """Yield the name of an empty file that replaces ``target`` at the end, or is removed after an error; temporary
+    files of killed writers are removed too."""
     target = target.resolve()
     if target.exists():
         mode = target.stat().st_mode & 0o777
@@ -95,10 +90,7 @@ def remove_left(folder: Path, names: str) -> None:
 
 
 def _lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed or its process ends.
-
-    Returns False if another process holds the lock, or without file locks (Windows, some network disks).
-    """
+    """Lock an open file or folder until it is closed; False if it is locked, or without locks (Windows, some disks)."""
     try:
         import fcntl
 
@@ -110,10 +102,7 @@ def _lock(handle: int, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time write related files into a folder; other processes wait.
-
-    Without file locks (Windows, some network disks) they do not wait.
-    """
+    """Let one process at a time write related files into a folder; without file locks, processes do not wait."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,9 +1,8 @@
 """Parse YAML text to a tree of nodes with their places, without guessing types.
 
-PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True, ``3.35e12``
-stays text, and the second of two equal keys wins silently. Here a scalar stays text, and :mod:`simulator.files.fields`
-converts it. Anchors, aliases, tags, several documents and duplicate keys are rejected. Depth and size are limited, so a
-file from an untrusted source can neither run code nor fill the memory.
+PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True. Here a scalar
+stays text, and :mod:`simulator.files.fields` converts it. Anchors, tags, several documents and duplicate keys are
+rejected; depth and size are limited, so a file can neither run code nor fill the memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass 
     """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
-    line: int
-    column: int
+    line: int = 1
+    column: int = 1
     text: str = ""
     quoted: bool = False  # distinguishes "132" from 132
     items: tuple[Node, ...] = ()
@@ -36,8 +36,15 @@ class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass 
     def __str__(self) -> str:
         if self.kind != "scalar":
             return f"a {self.kind}"
-        shown = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return repr(shown) if self.quoted or shown.split() != [shown] else shown
+        text = self.text if len(self.text) <= 40 else self.text[:40] + "..."
+        return (repr(text) if self.quoted or text.split() != [text] else text) if text or self.quoted else "nothing"
+
+    def at(self, *keys: str) -> Node:
+        """Return the node at a path of keys, or an empty node."""
+        node = self
+        for key in keys:
+            node = node.entries[key][1] if key in node.entries else Node("scalar")
+        return node
 
 
 class Problems:
@@ -67,11 +74,7 @@ class Problems:
 
 
 def first_of(lines: Sequence[str], way: str = "") -> InputError:
-    """Return the first problem, with the number of further ones; ``way`` states how to list them.
-
-    >>> str(first_of(["a.yaml:1:1: x: is missing", "a.yaml:1:1: y: is missing"]))
-    'a.yaml:1:1: x: is missing (and 1 more)'
-    """
+    """Return the first problem, with the number of further ones; ``way`` states how to list them."""
     first, *rest = lines
     return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
@@ -81,6 +84,11 @@ def join(path: str, key: str) -> str:
     short = key if len(key) <= 40 else key[:40] + "..."
     short = short if short.strip() and short.isprintable() else repr(short)
     return f"{path}.{short}" if path else short
+
+
+def path_of(keys: Iterable[Any]) -> str:
+    """Return the path of a node from its keys and positions."""
+    return reduce(join, map(str, keys), "")
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
@@ -122,8 +130,8 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     try:
         return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
     except _Refused as refused:
-        mark, key, reason = refused.args
-        problems.add(_place(mark), key, reason)
+        mark, path, reason = refused.args
+        problems.add(_place(mark), path_of(path), reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = str(error.problem or error.context or "cannot be read")
@@ -141,12 +149,10 @@ def _place(mark: Any) -> Node:
 
 
 class _Refused(Exception):
-    """A reason to stop parsing: mark, key and reason."""
+    """A reason to stop parsing: mark, path and reason."""
 
 
 class _Parser:
-    """Converter of PyYAML's events to nodes."""
-
     def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
         self.yaml, self.events, self.problems = yaml, events, problems
 
@@ -154,36 +160,36 @@ class _Parser:
         root = None
         for event in self.events:
             if isinstance(event, self.yaml.NodeEvent):
-                root = self.node(event, "", 0)
+                root = self.node(event, ())
             elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
-                raise _Refused(event.start_mark, "", "holds more than one YAML document; expected one")
+                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
         return root
 
-    def node(self, event: Any, path: str, depth: int, is_key: bool = False) -> Node:
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+    def node(self, event: Any, path: tuple[Any, ...], is_key: bool = False) -> Node:
+        mark = event.start_mark
+        line, column = mark.line + 1, mark.column + 1
         if event.anchor is not None:
             hint = "write the value out, or quote it if it is text"
-            raise _Refused(event.start_mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
+            raise _Refused(mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
         if event.tag is not None:
-            reason = f"tags are not allowed, got {str(event.tag)[:60]}; write plain values"
-            raise _Refused(event.start_mark, path, reason)
+            raise _Refused(mark, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
         if isinstance(event, self.yaml.ScalarEvent):
-            return Node("scalar", line, column, text=event.value, quoted=bool(event.style))
-        if depth >= MAX_DEPTH:
-            raise _Refused(event.start_mark, path, f"is nested deeper than {MAX_DEPTH} levels")
+            return Node("scalar", line, column, event.value, bool(event.style))
+        if len(path) >= MAX_DEPTH:
+            raise _Refused(mark, path, f"is nested deeper than {MAX_DEPTH} levels")
         if is_key:
-            raise _Refused(event.start_mark, path, "a key must be plain text, got a list or mapping")
+            raise _Refused(mark, path, "a key must be plain text, got a list or mapping")
         if isinstance(event, self.yaml.SequenceStartEvent):
             items: list[Node] = []
             while not isinstance(inner := next(self.events), self.yaml.SequenceEndEvent):
-                items.append(self.node(inner, join(path, str(len(items))), depth + 1))
+                items.append(self.node(inner, (*path, len(items))))
             return Node("list", line, column, items=tuple(items))
         entries: dict[str, tuple[Node, Node]] = {}
         while not isinstance(inner := next(self.events), self.yaml.MappingEndEvent):
-            key = self.node(inner, path, depth + 1, is_key=True)
-            at = join(path, key.text)
-            value = self.node(next(self.events), at, depth + 1)
+            key = self.node(inner, path, is_key=True)
+            at = (*path, key.text)
+            value = self.node(next(self.events), at)
             first = entries.setdefault(key.text, (key, value))[0]
             if first is not key:
-                self.problems.add(key, at, f"is given twice, first on line {first.line}; keep one")
+                self.problems.add(key, path_of(at), f"is given twice, first on line {first.line}; keep one")
         return Node("mapping", line, column, entries=entries)

@@ -1,8 +1,7 @@
 """Read, check and pack the arrays of a profile, an ``.npz`` whose bytes depend only on its content.
 
 A profile can come from an untrusted source, so pickles are never read and sizes are checked first. Arrays that pass
-:func:`check_arrays` cannot fail in a cost model, and cannot make a time that is zero, infinite or NaN. Other arrays are
-rejected when the profile is read.
+:func:`check_arrays` cannot fail in a cost model, and cannot make a time that is zero, infinite or NaN.
 """
 
 from __future__ import annotations
@@ -35,26 +34,14 @@ EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exa
 EXACT_BITS: tuple[int, ...] = (22, 21, 21)
 """Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
 
-MAX_BYTES = 64_000_000
-"""Largest file, and largest sum of arrays, that is read."""
-
-MOST_LOG = 5.0
-"""Largest log ratio of a measurement to a model that is accepted: a factor of 148."""
-
-MOST_ROWS = 2000
-"""Largest number of rows of a local update; time and memory of its posterior grow with the square."""
-
-MOST_FACTOR = 30.0
-"""Largest log ratio of one kernel's constant to another's: one of them can be at the lower end of its range."""
+MAX_BYTES = 64_000_000  # of a file, and of the sum of its arrays
+MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
+MOST_ROWS = 2000  # of a local update; time and memory of its posterior grow with the square
+MOST_FACTOR = 30.0  # log ratio of one kernel's constant to another's: one can be at the lower end of its range
 
 _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "values": (-MOST_LOG, MOST_LOG),
-        "row_values": (-MOST_LOG, MOST_LOG),
-        "factors": (-MOST_FACTOR, MOST_FACTOR),
-        "exact_log_half": (0.0, MOST_LOG),
-        "log_ratio": (-MOST_LOG, MOST_LOG),
-    }
+    dict.fromkeys(("values", "row_values", "log_ratio"), (-MOST_LOG, MOST_LOG))
+    | {"factors": (-MOST_FACTOR, MOST_FACTOR), "exact_log_half": (0.0, MOST_LOG)}
 )
 """Array that a fit computes from times -> lowest and highest value."""
 
@@ -86,10 +73,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, R
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
-    """Return the bytes of an ``.npz``: sorted, uncompressed and dated 1980, so equal arrays give equal bytes.
-
-    Raises ValueError for an array that is not numeric or not finite.
-    """
+    """Return the bytes of an ``.npz``: sorted, uncompressed and dated 1980, so equal arrays give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):
@@ -106,10 +90,7 @@ def pack_arrays(arrays: Arrays) -> bytes:
 
 
 def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
-    """Return the files in an ``.npz`` by name.
-
-    Raises ValueError, one line, if the file is missing, too large, not a zip file, or has another digest.
-    """
+    """Return the files in an ``.npz`` by name; ValueError, one line, for another file or digest."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path.name} is not a regular file; expected the .npz that was saved with the profile")
@@ -134,10 +115,9 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Return the checked, read-only arrays ``prefix.name`` of an archive by name.
+    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones.
 
-    The prefix is ``operator.dtype`` or ``local_update``. Raises ValueError, one line, if an array is missing, pickled,
-    not finite, or not usable by the cost model.
+    The prefix is ``operator.dtype`` or ``local_update``.
     """
     arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
@@ -175,36 +155,28 @@ def _check_numbers(name: str, array: NDArray[Any]) -> None:
 
 
 def check_arrays(operator: str, arrays: Arrays) -> None:
-    """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore unknown names.
-
-    >>> check_arrays("elementwise", {"values": np.zeros((7, 4))})
-    Traceback (most recent call last):
-    ValueError: array values needs array start, which is missing
-    """
+    """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore unknown names."""
     if operator == "gemm":
         if "exact_m" in arrays:
             check_exact(arrays)
-            _bound(arrays, "exact_log_half", *_FITTED["exact_log_half"])
-            _bound(arrays, "exact_s", 1e-12, 1e9)
-        if "values" in arrays:
-            _check_values(operator, arrays)
-        if "row_m" in arrays:
-            _check_rows(arrays)
+            _check(arrays, "exact_log_half", True, "")
+            _check(arrays, "exact_s", True, "", 1e-12, 1e9)
+        if "row_m" in arrays:  # the residual of GEMMs on a CPU by the number of rows
+            _need(arrays, "row_m", "row_values")
+            m = arrays["row_m"]
+            good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
+            _check(arrays, "row_m", good, "(sizes,), ascending", 1.0, 2.0**31)
+            _check(arrays, "row_values", arrays["row_values"].shape == m.shape, f"{m.shape}")
         if "measured" in arrays:
-            _shape("measured", arrays["measured"], arrays["measured"].shape == (2, 3), "(2, 3)")
-            _bound(arrays, "measured", 0.0, 64.0)
-    elif operator == "local_update":
+            _check(arrays, "measured", arrays["measured"].shape == (2, 3), "(2, 3)", 0.0, 64.0)
+    if operator == "local_update":
         _check_update(arrays)
     elif "values" in arrays:
         _check_values(operator, arrays)
 
 
 def clipped(arrays: Arrays) -> Arrays:
-    """Return arrays whose fitted values are within their limits; the same object if they are.
-
-    >>> clipped({"values": np.array([-9.0, 0.5]), "start": np.array(9.0)})["values"].tolist()
-    [-5.0, 0.5]
-    """
+    """Return arrays whose fitted values are within their limits; the same object if they are."""
     found = {name: np.clip(array, *_FITTED[name]) for name, array in arrays.items() if name in _FITTED}
     same = all(np.array_equal(array, arrays[name]) for name, array in found.items())
     return arrays if same else MappingProxyType({**arrays, **found})
@@ -226,45 +198,24 @@ def check_exact(arrays: Arrays) -> None:
 
 def _check_values(operator: str, arrays: Arrays) -> None:
     """Check a residual grid over three coordinates, or those of the elementwise classes over one coordinate."""
-    values = arrays["values"]
+    shape = arrays["values"].shape
+    place = (-_MOST_COORDINATE, _MOST_COORDINATE)
     if operator == "elementwise":
         _need(arrays, "values", "start")
-        good = values.ndim == 2 and 1 <= values.shape[0] <= len(CLASSES) and values.shape[1] >= 1
-        _shape("values", values, good, f"({len(CLASSES)}, nodes), or fewer classes")
-        _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
-    else:
-        _need(arrays, "values", "start", "step")
-        _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one of each")
-        for name in ("start", "step"):
-            _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
-        if "kinds" in arrays:
-            _check_variants(arrays)
-    _bound(arrays, "values", *_FITTED["values"])
-    _bound(arrays, "start", -_MOST_COORDINATE, _MOST_COORDINATE)
-    if operator != "elementwise":
-        _bound(arrays, "step", _LEAST_STEP, _MOST_COORDINATE)
-
-
-def _check_rows(arrays: Arrays) -> None:
-    """Residual of GEMMs on a CPU by the number of rows: ascending numbers, and a value each."""
-    _need(arrays, "row_m", "row_values")
-    m, values = arrays["row_m"], arrays["row_values"]
-    good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
-    _shape("row_m", m, good, "(sizes,), ascending")
-    _shape("row_values", values, values.shape == m.shape, f"{m.shape}")
-    _bound(arrays, "row_m", 1.0, 2.0**31)
-    _bound(arrays, "row_values", *_FITTED["row_values"])
-
-
-def _check_variants(arrays: Arrays) -> None:
-    """Check kernels of attention by head width, window and cache; their grids are joined along the last axis."""
-    _need(arrays, "kinds", "factors")
-    kinds, factors = arrays["kinds"], arrays["factors"]
-    good = kinds.ndim == 2 and kinds.shape[1] == 3 and len(kinds) >= 1 and arrays["values"].shape[2] % len(kinds) == 0
-    _shape("kinds", kinds, good, "(v, 3), v a divisor of the last dimension of values")
-    _shape("factors", factors, factors.ndim == 2 and len(factors) == len(kinds), f"({len(kinds)}, constants)")
-    _bound(arrays, "kinds", 0.0, 20.0)
-    _bound(arrays, "factors", *_FITTED["factors"])
+        good = len(shape) == 2 and 1 <= shape[0] <= len(CLASSES) and shape[1] >= 1
+        _check(arrays, "values", good, f"({len(CLASSES)}, nodes), or fewer classes")
+        _check(arrays, "start", arrays["start"].shape == (), "a single number", *place)
+        return
+    _need(arrays, "values", "start", "step")
+    _check(arrays, "values", len(shape) == 3 and math.prod(shape) > 0, "(a, b, c), at least one of each")
+    _check(arrays, "start", arrays["start"].shape == (3,), "(3,)", *place)
+    _check(arrays, "step", arrays["step"].shape == (3,), "(3,)", _LEAST_STEP, _MOST_COORDINATE)
+    if "kinds" in arrays:  # kernels by head width, window and cache, whose grids are joined along the last axis
+        _need(arrays, "kinds", "factors")
+        kinds, factors = arrays["kinds"].shape, arrays["factors"].shape
+        good = len(kinds) == 2 and kinds[1] == 3 and kinds[0] >= 1 and shape[2] % kinds[0] == 0
+        _check(arrays, "kinds", good, "(v, 3), v a divisor of the last dimension of values", 0.0, 20.0)
+        _check(arrays, "factors", len(factors) == 2 and factors[0] == kinds[0], f"({kinds[0]}, constants)")
 
 
 def _check_update(arrays: Arrays) -> None:
@@ -274,8 +225,8 @@ def _check_update(arrays: Arrays) -> None:
     for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
         shape = arrays[name].shape
         good = len(shape) == 1 + len(more) and shape[:1] == count and (more == (0,) or shape[1:] == more)
-        _shape(name, arrays[name], good and 1 <= shape[0] <= MOST_ROWS, f"{expected}, rows from 1 to {MOST_ROWS}")
-        _bound(arrays, name, low, high)
+        good = good and 1 <= shape[0] <= MOST_ROWS
+        _check(arrays, name, good, f"{expected}, rows from 1 to {MOST_ROWS}", low, high)
     if arrays["kind"].dtype.kind not in "iu":
         raise ValueError(f"array kind: expected whole numbers, got {arrays['kind'].dtype}")
 
@@ -286,13 +237,12 @@ def _need(arrays: Arrays, first: str, *others: str) -> None:
             raise ValueError(f"array {first} needs array {name}, which is missing")
 
 
-def _shape(name: str, array: NDArray[Any], good: bool, expected: str) -> None:
-    if not good:
-        raise ValueError(f"array {name}: expected the shape {expected}, got {np.shape(array)}")
-
-
-def _bound(arrays: Arrays, name: str, low: float, high: float) -> None:
+def _check(arrays: Arrays, name: str, good: bool, expected: str, *limits: float) -> None:
+    """Check the shape and the values of an array; the limits of a fitted one are in ``_FITTED``."""
     array = np.asarray(arrays[name], dtype=np.float64)
+    low, high = limits or _FITTED[name]
+    if not good:
+        raise ValueError(f"array {name}: expected the shape {expected}, got {array.shape}")
     if array.size and not (low <= array.min() and array.max() <= high):
         found = f"{array.min():g} to {array.max():g}"
         raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")

@@ -1,9 +1,4 @@
-"""Define the constants of every cost model: unit, range, meaning, default by architecture, and its source.
-
-Use :data:`CONSTANTS` by operator of a profile. :mod:`simulator.hardware.constant` defines one constant,
-:mod:`simulator.hardware.attention_constants` those of attention. Next to them are the classes of elementwise
-operators, :data:`CLASSES`.
-"""
+"""Define the constants of every cost model: unit, range, meaning, default by architecture, and its source."""
 
 from __future__ import annotations
 
@@ -207,17 +202,11 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 })
 # fmt: on
 
+# fmt: off
 CLASSES: tuple[str, ...] = (
-    "norm",
-    "final_norm",
-    "rotary",
-    "activation",
-    "embedding",
-    "copy",
-    "select",
-    "scatter",
-    "quantize",
+    "norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter", "quantize",
 )
+# fmt: on
 """Classes of elementwise operators, each with its own bandwidth and floor; the order is that of the arrays' rows."""
 
 
@@ -231,48 +220,22 @@ def _elementwise() -> dict[str, Constant]:
         rates[f"e_{name}"] = row("1", 0.001, 1.0, _STUDY, meaning, other=share)
         meaning = f"rate of a {name} operator with data in L2 over its DRAM rate"
         rates[f"l2_{name}"] = row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
-    rates["t0_quantize_s"] = row(
-        "s",
-        5e-7,
-        5e-5,
-        _SCALED,
-        "floor of a kernel that converts activations",
-        ada=2.35e-6,
-        hopper=1.85e-6,
-        blackwell=1.8e-6,
-        blackwell_sm100=2.3e-6,
-        other=2e-6,
-    )
-    rates["e_quantize"] = row(
-        "1",
-        0.001,
-        1.0,
-        _SCALED,
-        "share of the DRAM bandwidth that the conversion of many activations achieves",
-        ada=0.83,
-        hopper=0.85,
-        blackwell=0.86,
-        blackwell_sm100=0.72,
-        other=0.83,
-    )
-    rates["l2_quantize"] = row(
-        "1",
-        1.0,
-        10.0,
-        _SCALED,
-        "rate of a conversion with data in L2 over its DRAM rate",
-        ada=7.0,
-        hopper=1.1,
-        blackwell=3.3,
-        blackwell_sm100=1.0,
-        other=1.5,
-    )
     return rates
 
 
 # fmt: off
+_QUANTIZE = {
+    "t0_quantize_s": row("s", 5e-7, 5e-5, _SCALED, "floor of a kernel that converts activations",
+        ada=2.35e-6, hopper=1.85e-6, blackwell=1.8e-6, blackwell_sm100=2.3e-6, other=2e-6),
+    "e_quantize": row("1", 0.001, 1.0, _SCALED,
+        "share of the DRAM bandwidth that the conversion of many activations achieves",
+        ada=0.83, hopper=0.85, blackwell=0.86, blackwell_sm100=0.72, other=0.83),
+    "l2_quantize": row("1", 1.0, 10.0, _SCALED, "rate of a conversion with data in L2 over its DRAM rate",
+        ada=7.0, hopper=1.1, blackwell=3.3, blackwell_sm100=1.0, other=1.5),
+}
+
 ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_elementwise(),
+    **_elementwise(), **_QUANTIZE,
     "l2_share": row("1", 0.05, 4.0, _RTX,
         "bytes of an operator over L2 size at which half are in L2", other=0.8),
 })
@@ -295,10 +258,7 @@ CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(_CONSTANTS)
 
 
 def add_constants(operator: str, constants: Mapping[str, Constant]) -> None:
-    """Add the constants of an operator whose cost model is defined elsewhere; call it before reading such profiles.
-
-    ValueError for an operator that is known.
-    """
+    """Add the constants of an operator whose cost model is defined elsewhere, before such profiles are read."""
     if operator in CONSTANTS:
         raise ValueError(f"the constants of {operator!r} are known already")
     _CONSTANTS[operator] = constants

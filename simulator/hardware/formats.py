@@ -24,11 +24,7 @@ class Rate:
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:
-    """Return the number formats that sections of a device with ``rates`` can have.
-
-    >>> labels(["fp16", "fp8"])
-    ('fp16', 'fp8', 'int8_wo', 'int4_wo', 'mxfp4_wo', 'fp8_block')
-    """
+    """Return the number formats that sections of a device with ``rates`` can have."""
     known = tuple(rates)
     return *known, *(label for label, needed in LABELS.items() if any(dtype in known for dtype in needed))
 
@@ -39,9 +35,7 @@ def label_of(dtype: str, weight: str) -> str:
     >>> label_of("bf16", "int4"), label_of("fp8", "fp8_block"), label_of("bf16", "bf16")
     ('int4_wo', 'fp8_block', 'bf16')
     """
-    if weight == dtype or weight in LABELS:
-        return weight
-    return f"{weight}_wo"
+    return weight if weight == dtype or weight in LABELS else f"{weight}_wo"
 
 
 def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:

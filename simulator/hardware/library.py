@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from string import Template
 from types import MappingProxyType
 
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
 from simulator.hardware.formats import labels
-from simulator.hardware.profile import HardwareProfile, preferring
-from simulator.hardware.schema import plain_name, profile_from_text, stack_from_text
+from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
+from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
 from simulator.hardware.sections import ANY_DTYPE, inherited
 from simulator.workload import STACKS
 
@@ -47,7 +48,7 @@ def list_hardware() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def shipped_names() -> Mapping[str, str]:
-    """Return every name and alias of the shipped profiles -> profile name; reads only one line of each file."""
+    """Return the names and aliases of the shipped profiles -> profile name; only one line of each file is read."""
     found: dict[str, str] = {}
     for name in list_hardware():
         for alias in (name, *aliases_of(profiles_folder() / f"{name}.yaml")):
@@ -128,10 +129,8 @@ def files_of(profile: HardwareProfile) -> list[Path]:
 
 
 def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile that inherits the sections it lacks from the stacks of a related GPU.
-
-    Only number formats that the device has are inherited, and collectives only over a link of the same kind.
-    """
+    """Return a profile that inherits the sections it lacks from a related GPU: of the number formats that it has, and
+    collectives only over a link of the same kind."""
     same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
     linked = len(same) == 2 and same[0] == same[1]
     known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
@@ -189,10 +188,7 @@ def _load(stamps: tuple[tuple[str, int, int], ...]) -> HardwareProfile:
 
 
 def _read(path: Path, stacks: Mapping[str, str] | None = None) -> tuple[HardwareProfile | None, list[Problems]]:
-    """Read a profile file and its stack files (default: those in its folder).
-
-    Returns the profile, None if the profile file itself has problems, and the problems of each file.
-    """
+    """Return the profile of a file with its stack files, None if it has problems, and the problems of each file."""
     found = [Problems(str(path))]
     archive = lru_cache(read_archive)
 
@@ -224,10 +220,8 @@ def taken(path: Path) -> Mapping[str, str]:
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
-    """Return all problems of a profile file and its stack files, or of one stack file.
-
-    Each is one line: ``file:line:column: key: reason, what would be right``.
-    """
+    """Return all problems of a profile file and its stack files, or of one stack file, as ``file:line:column: key:
+    reason``."""
     path = Path(path)
     lines = []
     named = _STACK_FILE.search(path.name)
@@ -242,3 +236,26 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
             except InputError as error:
                 lines.append(str(error).replace(": ", ":1:1: ", 1))
     return [line for problems in found for line in problems.lines] + lines
+
+
+def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
+    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path.
+
+    Raises InputError if the name is invalid or a shipped GPU's, or if the file exists.
+    """
+    from simulator.files.write import write_whole  # late: loading a profile writes nothing
+
+    named = plain_name(name)
+    if not re.fullmatch(NAME.pattern, named):
+        raise InputError(f"hardware name {name!r}: expected {NAME.right}")
+    if named in shipped_names():
+        raise InputError(f"hardware name {name!r} is a name of the shipped {shipped_names()[named]}; use another")
+    path = Path(path or f"{named}.yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{path}: expected a file name that ends in .yaml")
+    if path.exists():
+        raise InputError(f"{path}: expected a new file, but it exists; choose another name or remove it")
+    facts = {"file": path, "name": named, "version": SCHEMA_VERSION, "architectures": ", ".join(ARCHITECTURES)}
+    template = Template(Path(__file__).with_name("template.yaml").read_text(encoding="utf-8"))
+    write_whole(path, template.substitute(facts).encode())
+    return path

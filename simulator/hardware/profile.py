@@ -1,9 +1,4 @@
-"""Describe a device as data: datasheet facts with their sources, and the sections that were fitted on it.
-
-:mod:`simulator.hardware.library` reads profiles, :mod:`simulator.hardware.save` writes them. Facts are attributes of a
-profile. Fitted values come from :meth:`HardwareProfile.section`, whose status is "calibrated", "inherited" or
-"default".
-"""
+"""Describe a device as data: datasheet facts with their sources, and the sections that were fitted on it."""
 
 from __future__ import annotations
 
@@ -43,17 +38,7 @@ _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 
 
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
-_FACTS: Mapping[str, Range] = MappingProxyType(
-    {
-        "sm_count": COUNT,
-        "boost_clock_hz": _POSITIVE,
-        "max_clock_hz": _POSITIVE,
-        "memory_bytes": _POSITIVE,
-        "bandwidth_bytes_per_s": _POSITIVE,
-        "l2_bytes": _POSITIVE,
-        "power_w": _POSITIVE,
-    }
-)
+_QUANTITIES = ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,8 +135,9 @@ class HardwareProfile(Displayed):
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, right in _FACTS.items():
-            number(name, getattr(self, name), right)
+        number("sm_count", self.sm_count, COUNT)
+        for name in _QUANTITIES:
+            number(name, getattr(self, name), _POSITIVE)
         for dtype, facts in self.rates.items():
             number(f"rates[{dtype!r}]", facts.flop_per_s, _POSITIVE)
 
@@ -174,21 +160,9 @@ class HardwareProfile(Displayed):
         """Return facts in SI units, their sources, and each fitted section without its arrays."""
         fitted = {key: None for stack in self.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
         found = {
-            "name": self.name,
-            "title": self.title,
-            "vendor": self.vendor,
-            "architecture": self.architecture,
-            "aliases": self.aliases,
+            **{name: getattr(self, name) for name in ("name", "title", "vendor", "architecture", "aliases")},
             "peak_flop_per_s": {dtype: r.flop_per_s for dtype, r in self.rates.items()},
-            "sm_count": self.sm_count,
-            "boost_clock_hz": self.boost_clock_hz,
-            "max_clock_hz": self.max_clock_hz,
-            "memory_bytes": self.memory_bytes,
-            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
-            "l2_bytes": self.l2_bytes,
-            "power_w": self.power_w,
-            "link": self.link,
-            "bridge": self.bridge,
+            **{name: getattr(self, name) for name in ("sm_count", *_QUANTITIES, "link", "bridge")},
             "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
             "stack": self.stack,
             "stacks": [stack for stack in self.stacks if stack],
@@ -210,67 +184,29 @@ class HardwareProfile(Displayed):
         return {name: column for name, column in out.items() if name.partition(".")[0] not in ("sources", "sections")}
 
     def on(self, stack: str) -> HardwareProfile:
-        """Return the device with one stack selected for all engines; the same stack returns the same object.
-
-        Raises
-        ------
-        InputError
-            If the profile has no such stack; the error names its stacks.
-
-        Examples
-        --------
-        >>> from simulator.hardware.library import load_hardware
-        >>> load_hardware("h100").on("trtllm").section("gemm", "bf16").status
-        'calibrated'
-        """
+        """Return the device with one stack selected for all engines; InputError for a stack that it does not have."""
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
     def serving(self, stacks: tuple[str, ...]) -> HardwareProfile:
-        """Return the device as an engine runs it: with the sections of the first of ``stacks`` that the profile has.
+        """Return the device with the sections of the first of an engine's ``stacks`` that the profile has.
 
         A stack that was selected by name, or the user's own calibration, stays.
-
-        Examples
-        --------
-        >>> from simulator.hardware.library import load_hardware
-        >>> load_hardware("h100").serving(("torch", "trtllm")).stack
-        'trtllm'
         """
         return _serving(self, stacks) if stacks and not self.engine_stack else self
 
     def over(self, link: str) -> HardwareProfile:
-        """Return the device joined to others by another connection, of :data:`simulator.hardware.link.CONNECTIONS`.
+        """Return the device joined to others by a connection of :data:`simulator.hardware.link.CONNECTIONS`.
 
         Fitted collectives of the usual connection are not used over another one. "" returns the profile itself.
-
-        Raises
-        ------
-        InputError
-            For an unknown name, and for a connection that the GPU does not have.
-
-        Examples
-        --------
-        >>> from simulator.hardware.library import load_hardware
-        >>> hw = load_hardware("a6000").over("bridge")
-        >>> hw.link.text, hw.link.most_devices
-        ('nvlink3 bridges between pairs, pcie4 beyond', 8)
         """
         return _over(self, link) if link else self
 
     def calibrated(self, sections: Sections, own_stack: str = "") -> HardwareProfile:
-        """Return the device with the sections of the user's own calibration.
-
-        ``own_stack`` is the stack that it measured; without it, the calibration counts for every engine.
-        """
+        """Return the device with the sections of the user's own calibration of ``own_stack``, or ("") of any."""
         sections = MappingProxyType(dict(sections))
-        return replace(
-            self,
-            sections=sections,
-            stacks=MappingProxyType({"": sections}),
-            stack="",
-            own_stack=own_stack,
-            same_stack=not own_stack,
-        )
+        stacks = MappingProxyType({"": sections})
+        same = not own_stack
+        return replace(self, sections=sections, stacks=stacks, stack="", own_stack=own_stack, same_stack=same)
 
     def error_scales(self, section: Section) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
@@ -295,13 +231,7 @@ class HardwareProfile(Displayed):
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Return the datasheet rate of the number format ``dtype``.
-
-        Raises
-        ------
-        InputError
-            If the device has no such arithmetic; the error names its number formats.
-        """
+        """Return the datasheet rate of the number format ``dtype``; InputError if the device has no such arithmetic."""
         if dtype not in self.rates:
             raise InputError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}")
         return self.rates[dtype]
@@ -309,7 +239,7 @@ class HardwareProfile(Displayed):
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
         """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
 
-        This rate times ``clock_headroom`` is a physical limit. Raises InputError as :meth:`rate` does.
+        This rate times ``clock_headroom`` is a physical limit.
         """
         rate = self.rate(dtype)
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
@@ -319,13 +249,10 @@ class HardwareProfile(Displayed):
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Return the fitted values of one ``operator`` in the number format ``dtype``.
+        """Return the fitted values of one ``operator`` in the number format ``dtype``, else defaults.
 
-        Without a fitted section, bf16 and fp16 are used for each other, else the architecture's defaults. The section
-        has every constant of the operator; a constant that was not fitted has its default and the status "default".
-        Where the tiles of a decode kernel show in the times of a fit (``tile_rows``), an engine with another, known
-        kernel has that kernel's constants (:data:`~simulator.hardware.attention_constants.DECODE_KERNELS`) and the
-        defaults.
+        Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel with visible tiles
+        (``tile_rows``) is not used for an engine whose kernel is known to differ (:data:`DECODE_KERNELS`).
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)

@@ -1,34 +1,46 @@
 """Write profiles to files.
 
-:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack. Order and layout
-are fixed, so equal profiles give equal bytes and a changed value gives a small diff.
+:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack, by the declarations
+in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, unknown
+from simulator.files.fields import lines_of
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
 from simulator.hardware.constants import CONSTANTS
+from simulator.hardware.link import Link
 from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.schema import QUANTITIES, SCHEMA_VERSION, profile_from_text, stack_from_text
-from simulator.hardware.sections import Provenance, Section, Sections
-from simulator.units import format_quantity
+from simulator.hardware.schema import (
+    QUANTITIES,
+    SCHEMA_VERSION,
+    ArraysEntry,
+    BridgeFacts,
+    Datasheet,
+    Fact,
+    LinkFacts,
+    ProfileFile,
+    RateFact,
+    SectionEntry,
+    StackFile,
+    UpdateEntry,
+    profile_from_text,
+    stack_from_text,
+)
+from simulator.hardware.sections import Sections
 from simulator.workload import STACKS
-
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
-_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
@@ -61,13 +73,14 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     50.0
     """
     path = _target(path)
-    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in profile.sections.items()}
-    keys = {prefix: f"calibrated.{prefix}" for prefix in held}
-    if profile.local_update is not None:
-        held["local_update"], keys["local_update"] = profile.local_update.arrays, "local_update"
-    packed = _packed(path, held, keys)
-    file, digest = _arrays_file(path, packed)
-    text = profile_text(profile, file, digest)
+    update, entry = profile.local_update, None
+    file, packed, calibrated = _calibrated(path, profile.sections, update.arrays if update else None)
+    if update:
+        entry = UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
+    more = " under datasheet, fitted values under calibrated" if profile.sections else ""
+    head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
+    whole = replace(_facts(profile), calibrated=calibrated, local_update=entry)
+    text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
@@ -85,22 +98,18 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
     own = {key: s for key, s in found.items() if not (profile.stacks_of and s.status == "inherited")}
     if not own:
         raise InputError(f"{path}: {profile.name} has no section that was fitted for {stack}")
-    sections = {key: replace(section, stack="") for key, section in own.items()}
-    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
-    packed = _packed(path, held, {prefix: f"calibrated.{prefix}" for prefix in held})
-    file, digest = _arrays_file(path, packed)
-    tree = {"schema_version": SCHEMA_VERSION, "hardware": _text(profile.name), "stack": stack}
-    title = " ".join(profile.title.split())
+    file, packed, calibrated = _calibrated(path, {key: replace(section, stack="") for key, section in own.items()})
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
-    head = f"# {title}: what was fitted for {stack}; facts are in {facts}.yaml."
-    text = "\n".join([head, *_lines(tree | {"calibrated": _calibrated(sections, file, digest)})]) + "\n"
+    head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
+    whole = StackFile(SCHEMA_VERSION, profile.name, stack, calibrated)
+    text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     stack_from_text(text, path, problems, _no_arrays, profile, stack)
     _write(path, text, problems, file, packed)
 
 
 def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """Stand for arrays while a text is checked: :func:`_packed` has checked them."""
+    """Stand for arrays while a text is checked: :func:`_calibrated` has checked them."""
     return dict.fromkeys(names)
 
 
@@ -111,31 +120,46 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return check_target(path).resolve()
 
 
-def _packed(path: Path, held: Mapping[str, Arrays], keys: Mapping[str, str]) -> bytes:
-    """Return the bytes of an ``.npz`` of checked arrays by prefix; b"" without arrays."""
+def _calibrated(
+    path: Path, sections: Sections, update: Arrays | None = None
+) -> tuple[str, bytes, dict[str, dict[str, SectionEntry]]]:
+    """Return the name and the bytes of the array file, and the sections as the YAML names them.
+
+    The name contains the digest, so the old pair of files stays readable until the new YAML is in place.
+    """
     arrays = {}
-    for prefix, own in held.items():
+    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
+    for prefix, own in (held if update is None else {**held, "local_update": update}).items():
         try:
             check_arrays(prefix.split(".")[0], own)
         except ValueError as error:
-            raise InputError(f"{path}: {keys[prefix]}.arrays: {error}") from None
+            key = prefix if prefix == "local_update" else f"calibrated.{prefix}"
+            raise InputError(f"{path}: {key}.arrays: {error}") from None
         arrays.update({f"{prefix}.{name}": array for name, array in own.items()})
-    return pack_arrays(arrays) if arrays else b""
+    packed = pack_arrays(arrays) if arrays else b""
+    file = f"{_stem(path)}.{hashlib.sha256(packed).hexdigest()[:12]}.npz"
+    tree: dict[str, dict[str, SectionEntry]] = {operator: {} for operator in CONSTANTS}
+    for (operator, dtype), section in sorted(sections.items()):
+        tree.get(operator, {})[dtype] = SectionEntry(
+            status=section.status,
+            stack=section.stack,
+            provenance=section.provenance,  # type: ignore[arg-type] # the check of the text names a missing one
+            constants=section.constants,
+            arrays=_entry(section.arrays, file, packed) if section.arrays else None,
+            section_scale=section.section_scale if section.section_scale != 1.0 else None,
+            accuracy=section.accuracy,
+        )
+    return file, packed, {operator: by_dtype for operator, by_dtype in tree.items() if by_dtype}
+
+
+def _entry(arrays: Arrays, file: str, packed: bytes) -> ArraysEntry:
+    return ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
 
 
 def _stem(path: Path) -> str:
     """Return the start of the names of a profile's array files."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
     return stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
-
-
-def _arrays_file(path: Path, packed: bytes) -> tuple[str, str]:
-    """Return name and digest of a profile's array file.
-
-    The name contains the digest, so the old pair of files stays readable until the new YAML is in place.
-    """
-    digest = hashlib.sha256(packed).hexdigest()
-    return f"{_stem(path)}.{digest[:12]}.npz", digest
 
 
 def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) -> None:
@@ -150,42 +174,14 @@ def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) 
         write_whole(path, text.encode())
         stem = _stem(path)
         remove_left(path.parent, f"{stem}.*.npz")
-        for old in path.parent.glob(f"{stem}.*.npz"):
-            mine = re.fullmatch(
-                r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4]
-            )  # arrays of another stack have its name there
-            if mine and not (packed and old.name == file):
+        for old in path.parent.glob(f"{stem}.*.npz"):  # arrays of another stack have its name before the digest
+            if re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4]) and not (packed and old.name == file):
                 old.unlink(missing_ok=True)
     library.forget()
 
 
-def profile_text(profile: HardwareProfile, arrays_file: str = "", arrays_sha256: str = "") -> str:
-    """Return the YAML text of a profile; its arrays are named but not written."""
-    title = " ".join(profile.title.split())
-    more = " under datasheet, fitted values under calibrated" if profile.sections else ""
-    head = f"# {title}: facts with their sources{more}."
-    tree = _facts(profile)
-    if profile.sections:
-        tree["calibrated"] = _calibrated(profile.sections, arrays_file, arrays_sha256)
-    if update := profile.local_update:
-        tree["local_update"] = {
-            "provenance": _provenance(update.provenance),
-            "factors": f"[{', '.join(map(_quoted, update.factors))}]",
-            "arrays": _named(update.arrays, arrays_file, arrays_sha256),
-        }
-    return "\n".join([head, *_lines(tree)]) + "\n"
-
-
-def _calibrated(sections: Sections, arrays_file: str, arrays_sha256: str) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {operator: {} for operator in CONSTANTS}
-    for (operator, dtype), section in sorted(sections.items()):
-        if operator in CONSTANTS:
-            tree[operator][_text(dtype)] = _section(section, arrays_file, arrays_sha256)
-    return {operator: formats for operator, formats in tree.items() if formats}
-
-
-def _facts(profile: HardwareProfile) -> dict[str, Any]:
-    """Return what precedes the fitted sections, as mappings whose leaves are text."""
+def _facts(profile: HardwareProfile) -> ProfileFile:
+    """Return what precedes the fitted sections."""
     references = dict(profile.references)
     short = {text: key for key, text in reversed(references.items())}
     for text in profile.sources.values():
@@ -193,102 +189,32 @@ def _facts(profile: HardwareProfile) -> dict[str, Any]:
             key = next(f"source_{i}" for i in range(1, len(references) + 2) if f"source_{i}" not in references)
             references[key], short[text] = text, key
 
-    def fact(key: str, value: str, **more: str) -> str:
-        pairs = {"value": value, **more}
-        if key in profile.sources:
-            pairs["source"] = _text(short[profile.sources[key]])
-        if key in profile.notes:
-            pairs["note"] = _quoted(profile.notes[key])
-        return _flow(pairs)
+    def about(key: str) -> dict[str, str]:
+        return {"source": short.get(profile.sources.get(key, ""), ""), "note": profile.notes.get(key, "")}
 
-    datasheet: dict[str, Any] = {"sm_count": fact("sm_count", str(profile.sm_count))}
-    for key, (attribute, quantity) in QUANTITIES.items():
-        value = getattr(profile, attribute)
-        if key != "max_clock" or key in profile.sources or value != profile.boost_clock_hz:
-            datasheet[key] = fact(key, format_quantity(value, quantity.unit))
-    datasheet["rates"] = rates = {}
-    for dtype, rate in profile.rates.items():
-        more = {"accumulate": _text(rate.accumulate), "sparse_factor": _number(rate.sparse_factor)}
-        rates[dtype] = fact(f"rates.{dtype}", format_quantity(rate.flop_per_s, "FLOP/s"), **more)
-    if link := profile.link:
-        datasheet["link"] = {
-            "kind": _text(link.kind),
-            **(
-                {"connection": fact("link.connection", link.connection)} if "link.connection" in profile.sources else {}
-            ),
-            "max_devices": link.max_devices,
-            "bandwidth": fact("link.bandwidth", format_quantity(link.bandwidth_bytes_per_s, "B/s")),
-            "latency": fact("link.latency", format_quantity(link.latency_s, "s")),
-        }
-    if bridge := profile.bridge:
-        datasheet["bridge"] = {
-            "kind": _text(bridge.kind),
-            "bandwidth": fact("bridge.bandwidth", format_quantity(bridge.bandwidth_bytes_per_s, "B/s")),
-            "latency": fact("bridge.latency", format_quantity(bridge.latency_s, "s")),
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": _text(profile.name),
-        "title": _quoted(profile.title),
-        "vendor": _text(profile.vendor),
-        "architecture": _text(profile.architecture),
-        "aliases": f"[{', '.join(map(_quoted, profile.aliases))}]",
-        **({"stacks_of": _text(profile.stacks_of)} if profile.stacks_of else {}),
-        **({"own_stack": _text(profile.own_stack)} if profile.own_stack else {}),
-        "sources": {_text(key): _quoted(text) for key, text in references.items()},
-        "datasheet": datasheet,
+    def fact(key: str, value: Any) -> Fact[Any]:
+        return Fact(value, **about(key))
+
+    def speed(key: str, one: Link) -> tuple[Fact[float], Fact[float]]:
+        return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(f"{key}.latency", one.latency_s)
+
+    facts = {key: fact(key, getattr(profile, attribute)) for key, (attribute, _) in QUANTITIES.items()}
+    if "max_clock" not in profile.sources and profile.max_clock_hz == profile.boost_clock_hz:
+        del facts["max_clock"]
+    link = bridge = None
+    if one := profile.link:
+        connection = fact("link.connection", one.connection) if "link.connection" in profile.sources else None
+        bandwidth, latency = speed("link", one)
+        link = LinkFacts(
+            kind=one.kind, connection=connection, max_devices=one.max_devices, bandwidth=bandwidth, latency=latency
+        )
+    if pair := profile.bridge:
+        bridge = BridgeFacts(pair.kind, *speed("bridge", pair))
+    rates = {
+        dtype: RateFact(rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}"))
+        for dtype, rate in profile.rates.items()
     }
-
-
-def _section(section: Section, arrays_file: str, arrays_sha256: str) -> dict[str, Any]:
-    constants = {}
-    for name, fitted in section.constants.items():
-        error = {} if fitted.std_error is None else {"std_error": _number(fitted.std_error)}
-        constants[name] = _flow({"value": _number(fitted.value), **error, "status": fitted.status})
-    optional = {
-        "arrays": _named(section.arrays, arrays_file, arrays_sha256) if section.arrays else {},
-        "section_scale": _number(section.section_scale) if section.section_scale != 1.0 else "",
-        "accuracy": {_text(name): _number(value) for name, value in section.accuracy.items()},
-    }
-    return {
-        "status": section.status,
-        **({"stack": section.stack} if section.stack else {}),
-        "provenance": _provenance(section.provenance) if section.provenance else {},
-        "constants": constants or "{}",
-        **{name: value for name, value in optional.items() if value},
-    }
-
-
-def _named(arrays: Arrays, file: str, sha256: str) -> dict[str, str]:
-    return {"file": _text(file), "sha256": _quoted(sha256), "names": f"[{', '.join(map(_text, sorted(arrays)))}]"}
-
-
-def _provenance(provenance: Provenance) -> dict[str, str]:
-    values = {n: _quoted(v) if isinstance(v, str) else _number(v) for n, v in vars(provenance).items()}
-    return {name: value for name, value in values.items() if value != '""'}
-
-
-def _lines(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield f"{indent}{key}:" if isinstance(value, dict) else f"{indent}{key}: {value}"
-        if isinstance(value, dict):
-            yield from _lines(value, indent + "  ")
-
-
-def _flow(pairs: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f"{name}: {value}" for name, value in pairs.items()) + "}"
-
-
-def _number(value: float) -> str:
-    """Return the shortest text that reads back to the same number; whole numbers have no point."""
-    whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
-    return str(int(value)) if whole else repr(float(value))
-
-
-def _text(value: str) -> str:
-    return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
-
-
-def _quoted(value: str) -> str:
-    """Return double-quoted YAML: JSON's escapes are a subset of YAML's."""
-    return json.dumps(value, ensure_ascii=False)
+    sheet = Datasheet(sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge)
+    same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack")
+    own = {name: getattr(profile, name) for name in same}
+    return ProfileFile(schema_version=SCHEMA_VERSION, sources=references, datasheet=sheet, **own)

@@ -1,31 +1,34 @@
-"""Read the YAML of a hardware profile, and of its stack files, by a schema.
+"""Declare the YAML of a hardware profile and of its stack files, and read them.
 
 The results are a :class:`HardwareProfile` or its sections, or a list of all problems.
 """
 
-from __future__ import annotations
-
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from simulator.errors import InputError
 from simulator.files.fields import (
-    CheckedField,
-    FieldType,
-    ListField,
-    MapField,
-    NumberField,
-    ObjectField,
-    QuantityField,
-    TextField,
-    did_you_mean,
-    field_of,
-    shown,
+    BAD,
+    Keyed,
+    Keys,
+    Map,
+    MapOf,
+    Number,
+    Object,
+    Quantity,
+    Quoted,
+    Scalar,
+    SourceName,
+    String,
+    Text,
+    TreeReader,
+    read,
+    unknown_key,
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware import formats
@@ -37,7 +40,6 @@ from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
     ANY_DTYPE,
-    MOST_STD_ERROR,
     SCALE_RANGE,
     Fitted,
     LocalUpdate,
@@ -47,40 +49,196 @@ from simulator.hardware.sections import (
 )
 from simulator.workload import DTYPES, STACKS
 
+T = TypeVar("T")
+
 SCHEMA_VERSION = 1
 
-QUANTITIES: Mapping[str, tuple[str, QuantityField]] = MappingProxyType(
+_CLOCK = Quantity("Hz", 1e7, 1e11)
+QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType(
     {
-        "boost_clock": ("boost_clock_hz", QuantityField("Hz", 1e7, 1e11)),
-        "max_clock": ("max_clock_hz", QuantityField("Hz", 1e7, 1e11)),
-        "memory": ("memory_bytes", QuantityField("B", 1e6, 1e15)),
-        "bandwidth": ("bandwidth_bytes_per_s", QuantityField("B/s", 1e8, 1e15)),
-        "l2_cache": ("l2_bytes", QuantityField("B", 1e3, 1e12)),
-        "power": ("power_w", QuantityField("W", 0.1, 1e5)),
+        "boost_clock": ("boost_clock_hz", _CLOCK),
+        "max_clock": ("max_clock_hz", _CLOCK),
+        "memory": ("memory_bytes", Quantity("B", 1e6, 1e15)),
+        "bandwidth": ("bandwidth_bytes_per_s", Quantity("B/s", 1e8, 1e15)),
+        "l2_cache": ("l2_bytes", Quantity("B", 1e3, 1e12)),
+        "power": ("power_w", Quantity("W", 0.1, 1e5)),
     }
 )
 """Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch only wrong units."""
 
-RATE = QuantityField("FLOP/s", 1e8, 1e18)
+RATE = Quantity("FLOP/s", 1e8, 1e18)
 """Arithmetic rate of a number format, with a range as wide."""
 
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 """Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
 
-NAME = TextField((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
-_ALIAS = TextField((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .")
+NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_ALIAS = Text((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .", quote=True)
 _SHORT = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SUMS = TextField(("fp16", "bf16", "fp32", "fp64", "int32"))
-_FILE = TextField((), FILE_NAME.pattern, "the name of an .npz file next to the profile, without folders")
-_SHA256 = TextField((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits")
-_NAMES = ListField(TextField((), ARRAY_NAME.pattern, "an array name of letters, digits and _"))
-_ARRAYS = ObjectField({"file": _FILE, "sha256": _SHA256, "names": _NAMES})
-_FACTOR = TextField((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _")
-_VERSION = NumberField(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION))
-_CONSTANT = {
-    "std_error": NumberField(0, MOST_STD_ERROR, "0.01"),
-    "status": TextField(("fitted", "fixed", "inherited", "default")),
-}
+_FILE = Text((), FILE_NAME.pattern, "the name of an .npz file next to the profile, without folders")
+_SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits", quote=True)
+_ARRAY = Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")
+_FACTOR = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True)
+
+Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
+
+
+@dataclass(eq=False, repr=False)
+class Fact(Generic[T]):
+    """A value of a datasheet."""
+
+    value: T
+    source: SourceName
+    note: Quoted = ""
+
+
+@dataclass(eq=False, repr=False)
+class RateFact:
+    """A rate of a datasheet, with the format of its sums and the gain of 2:4 sparsity."""
+
+    value: Annotated[float, RATE]
+    accumulate: Annotated[str, Text(("fp16", "bf16", "fp32", "fp64", "int32"))]
+    sparse_factor: Annotated[float, Number(1, 4, "2")]
+    source: SourceName
+    note: Quoted = ""
+
+
+Bandwidth = Fact[Annotated[float, Quantity("B/s", 1e6, 1e14)]]
+Latency = Fact[Annotated[float, Quantity("s", 1e-9, 1.0)]]
+Connection = Fact[Annotated[str, Text(tuple(name for name in CONNECTIONS if name != "bridge"))]]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LinkFacts:
+    kind: String
+    connection: Connection | None = None
+    max_devices: Annotated[int, Number(1, 100_000, "8", whole=True)]
+    bandwidth: Bandwidth
+    latency: Latency
+
+
+@dataclass(eq=False, repr=False)
+class BridgeFacts:
+    kind: String
+    bandwidth: Bandwidth
+    latency: Latency
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Datasheet:
+    sm_count: Fact[Annotated[int, Number(1, 100_000, "132", whole=True)]]
+    boost_clock: Fact[Annotated[float, _CLOCK]]
+    max_clock: Fact[Annotated[float, _CLOCK]] | None = None
+    memory: Fact[Annotated[float, QUANTITIES["memory"][1]]]
+    bandwidth: Fact[Annotated[float, QUANTITIES["bandwidth"][1]]]
+    l2_cache: Fact[Annotated[float, QUANTITIES["l2_cache"][1]]]
+    power: Fact[Annotated[float, QUANTITIES["power"][1]]]
+    rates: Annotated[Mapping[str, RateFact], Keys("dtype", DTYPES)]
+    link: LinkFacts | None = None
+    bridge: BridgeFacts | None = None
+
+    def facts(self) -> Iterator[tuple[str, Any]]:
+        """Yield each fact with its key, such as "rates.bf16"."""
+        for group, of in (("", self), ("rates.", self.rates), ("link.", self.link), ("bridge.", self.bridge)):
+            members = of if isinstance(of, Mapping) else vars(of) if of else {}
+            yield from ((group + name, fact) for name, fact in members.items() if isinstance(fact, Fact | RateFact))
+
+
+@dataclass(eq=False, repr=False)
+class ArraysEntry:
+    """Arrays of a section, by the file that has them and its digest."""
+
+    file: Annotated[str, _FILE]
+    sha256: Annotated[str, _SHA256]
+    names: tuple[Annotated[str, _ARRAY], ...]
+
+
+class _Arrays(Object):
+    """Arrays of a section or of the local update, which are fetched from their file."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        entry = super().read(node, path, reader)
+        if entry is BAD:
+            return BAD
+        folder, fetch = reader.context["folder"], reader.context["fetch"]
+        try:
+            return fetch(
+                folder / entry.file, entry.sha256, ".".join(path[:-1]).removeprefix("calibrated."), entry.names
+            )
+        except ValueError as error:
+            return reader.wrong(node.at("file"), (*path, "file"), str(error))
+
+
+class _Constants(MapOf):
+    """Constants of the operator at a path."""
+
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
+        return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
+
+
+class _Formats(MapOf):
+    """Sections of an operator by number format, of which the device has a rate."""
+
+    def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
+        known = ("*",) if path[1] in ANY_DTYPE else formats.labels(reader.context["rates"])
+        return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SectionEntry:
+    status: Annotated[str, Text(("calibrated", "inherited"))] = ""
+    stack: Annotated[str, Text(STACKS)] = ""
+    provenance: Provenance
+    constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
+    arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
+    section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # 1
+    accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
+
+
+Calibrated = Annotated[
+    Mapping[str, Annotated[Mapping[str, SectionEntry], _Formats(SectionEntry)]], Keys("operator", CONSTANTS)
+]
+
+
+@dataclass(eq=False, repr=False)
+class UpdateEntry:
+    provenance: Provenance
+    factors: tuple[Annotated[str, _FACTOR], ...]
+    arrays: Annotated[Any, _Arrays(ArraysEntry)]
+
+    def __post_init__(self) -> None:
+        systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
+        if systematic is not None and systematic.shape[1] != len(self.factors):
+            expected = f"expected {systematic.shape[1]} names, one per column of the array systematic"
+            raise InputError(f"factors: {expected}, got {len(self.factors)}")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ProfileFile:
+    """A profile as its file states it."""
+
+    schema_version: Version
+    name: Annotated[str, NAME]
+    title: Quoted
+    vendor: String
+    architecture: Annotated[str, Text(ARCHITECTURES)]
+    aliases: tuple[Annotated[str, _ALIAS], ...] | None = None
+    stacks_of: Annotated[str, NAME] = ""
+    own_stack: Annotated[str, Text(STACKS)] = ""
+    sources: Map[Quoted]
+    datasheet: Datasheet
+    calibrated: Calibrated = field(default_factory=dict)
+    local_update: UpdateEntry | None = None
+
+
+@dataclass(eq=False, repr=False)
+class StackFile:
+    """Sections of one stack; facts of the device are in its profile."""
+
+    schema_version: Version
+    hardware: String
+    stack: String
+    calibrated: Calibrated
 
 
 def plain_name(name: str) -> str:
@@ -103,13 +261,14 @@ def profile_from_text(
     if root is None:
         return None
     if "stack" in root.entries:
-        name = _at(root, "hardware").text or "NAME"
+        name = root.at("hardware").text or "NAME"
         reason = f"expected a profile, got the sections of one stack; load {name}@STACK"
         problems.add(root.entries["stack"][0], "stack", reason)
         return None
-    top = _profile_field(root, path, fetch).read(root, "", problems)
-    _check_across(root, top, taken, problems)
-    return None if len(problems) else _profile(top, path)
+    rates = tuple(dtype for dtype in root.at("datasheet", "rates").entries if dtype in DTYPES)
+    top = read(ProfileFile, root, problems, rates=rates, folder=path.parent, fetch=fetch)
+    _check_facts(root, taken, problems)
+    return None if top is None or len(problems) else _profile(top, path)
 
 
 def stack_from_text(
@@ -119,14 +278,11 @@ def stack_from_text(
     root = _root(text, problems)
     if root is None:
         return None
-    top: dict[str, FieldType] = {
-        "schema_version": _VERSION,
-        "hardware": TextField((profile.name,)),
-        "stack": TextField((stack,)),
-        "calibrated": _calibrated(tuple(profile.rates), path, fetch),
-    }
-    read = ObjectField(top).read(root, "", problems)
-    return None if len(problems) else _sections(read, stack)
+    top = read(StackFile, root, problems, rates=tuple(profile.rates), folder=path.parent, fetch=fetch)
+    for key, right in (("hardware", profile.name), ("stack", stack)):
+        if key in root.entries and root.at(key).text != right:
+            problems.add(root.at(key), key, f"unknown value {root.at(key)}; expected {right}")
+    return None if top is None or len(problems) else _sections(top.calibrated, stack)
 
 
 def _root(text: str, problems: Problems) -> Node | None:
@@ -139,243 +295,96 @@ def _root(text: str, problems: Problems) -> Node | None:
         problems.add(None, "file", f"is empty; expected a profile {start}")
         return None
     if root.kind != "mapping":
-        problems.add(root, "file", f"expected a mapping {start}, got {shown(root)}")
+        problems.add(root, "file", f"expected a mapping {start}, got {root}")
         return None
-    version = _at(root, "schema_version")
+    version = root.at("schema_version")
     if "schema_version" in root.entries and (version.quoted or version.text != str(SCHEMA_VERSION)):
         # the only problem reported: another version may have other keys
-        reason = f"expected {SCHEMA_VERSION}, got {shown(version)}; this prunesim reads no other version"
+        reason = f"expected {SCHEMA_VERSION}, got {version}; this prunesim reads no other version"
         problems.add(version, "schema_version", reason)
         return None
     return root
 
 
-def _at(node: Node, *keys: str) -> Node:
-    """Return the node at a path of keys, or an empty node."""
-    for key in keys:
-        node = node.entries[key][1] if key in node.entries else Node("scalar", 1, 1)
-    return node
-
-
-def _profile_field(root: Node, path: Path, fetch: Fetch) -> ObjectField:
-    """Return the schema of a profile: facts name sources of the file, fits have number formats with a rate."""
-    references = tuple(_at(root, "sources").entries)
-    rates = tuple(dtype for dtype in _at(root, "datasheet", "rates").entries if dtype in DTYPES)
-
-    def listed(short: str) -> str:
-        if short in references:
-            return short
-        hint = did_you_mean(short, references, 0.3) or "add it there with the title and address of a datasheet"
-        raise ValueError(f"{short!r} is not listed under sources; {hint}")
-
-    def fact(value: FieldType, **more: FieldType) -> ObjectField:
-        required = {"value": value, **more, "source": CheckedField(TextField(), listed)}
-        return ObjectField(required, {"note": TextField()}, expected="{value: ..., source: ...}")
-
-    quantities = {key: fact(quantity) for key, (_, quantity) in QUANTITIES.items()}
-    max_clock = quantities.pop("max_clock")
-    rate = fact(RATE, accumulate=_SUMS, sparse_factor=NumberField(1, 4, "2"))
-    speed: dict[str, FieldType] = {
-        "bandwidth": fact(QuantityField("B/s", 1e6, 1e14)),
-        "latency": fact(QuantityField("s", 1e-9, 1.0)),
-    }
-    link: dict[str, FieldType] = {"kind": TextField(), "max_devices": NumberField(1, 100_000, "8", whole=True), **speed}
-    bridge: dict[str, FieldType] = {"kind": TextField(), **speed}
-    connection = fact(TextField(tuple(name for name in CONNECTIONS if name != "bridge")))
-    facts: dict[str, FieldType] = {
-        "sm_count": fact(NumberField(1, 100_000, "132", whole=True)),
-        **quantities,
-        "rates": MapField(rate, _wrong_dtype),
-    }
-    required: dict[str, FieldType] = {
-        "schema_version": _VERSION,
-        "name": NAME,
-        "title": TextField(),
-        "vendor": TextField(),
-        "architecture": TextField(ARCHITECTURES),
-        "sources": MapField(TextField()),
-        "datasheet": ObjectField(
-            facts,
-            {
-                "max_clock": max_clock,
-                "link": ObjectField(link, {"connection": connection}),
-                "bridge": ObjectField(bridge),
-            },
-        ),
-    }
-    optional: dict[str, FieldType] = {
-        "aliases": ListField(_ALIAS),
-        "stacks_of": NAME,
-        "own_stack": TextField(STACKS),
-        "calibrated": _calibrated(rates, path, fetch),
-        "local_update": _local_update(path, fetch),
-        "anchor": _Retired(),
-    }
-    return ObjectField(required, optional)
-
-
-def _calibrated(rates: tuple[str, ...], path: Path, fetch: Fetch) -> ObjectField:
-    """Return the schema of sections by operator and number format, for a device with ``rates``."""
-    labels = formats.labels(rates)
-    optional: dict[str, FieldType] = {
-        "status": TextField(("calibrated", "inherited")),
-        "stack": TextField(STACKS),
-        "arrays": _Arrays(path, fetch),
-        "section_scale": NumberField(*SCALE_RANGE, "1.2"),
-        "accuracy": MapField(NumberField(*ACCURACY_RANGE, "0.042")),
-        "spread": _Retired(),
-    }
-
-    def fitted(operator: str) -> MapField:
-        known = ("*",) if operator in ANY_DTYPE else labels
-        reason = f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
-        required = {"provenance": field_of(Provenance), "constants": _constants(operator)}
-        return MapField(ObjectField(required, optional, _section), lambda dtype: "" if dtype in known else reason)
-
-    return ObjectField({}, {operator: fitted(operator) for operator in CONSTANTS})
-
-
-def _section(*, status: str = "calibrated", **read: Any) -> Section:
-    return Section(status=status, **read)
-
-
-def _local_update(path: Path, fetch: Fetch) -> ObjectField:
-    required: dict[str, FieldType] = {
-        "provenance": field_of(Provenance),
-        "factors": ListField(_FACTOR),
-        "arrays": _Arrays(path, fetch),
-    }
-    return ObjectField(required, make=_checked_update)
-
-
-def _checked_update(provenance: Provenance, factors: tuple[str, ...], arrays: Mapping[str, Any]) -> LocalUpdate:
-    systematic = arrays.get("systematic")
-    if systematic is not None and systematic.shape[1] != len(factors):
-        expected = f"expected {systematic.shape[1]} names, one per column of the array systematic"
-        raise InputError(f"factors: {expected}, got {len(factors)}")
-    return LocalUpdate(provenance, factors, arrays)
-
-
-def _wrong_dtype(dtype: str) -> str:
-    if dtype in DTYPES:
-        return ""
-    return "unknown dtype; " + (did_you_mean(dtype[:40].lower(), DTYPES) or f"known are {', '.join(DTYPES)}")
-
-
-@lru_cache
-def _constants(operator: str) -> ObjectField:
-    fields = {
-        name: ObjectField({"value": NumberField(constant.low, constant.high, "0.81")}, _CONSTANT, Fitted)
-        for name, constant in CONSTANTS[operator].items()
-    }
-    return ObjectField({}, fields, lambda **read: MappingProxyType(read))
-
-
-class _Retired:
-    """A key of an older version, whose values this version does not use."""
-
-    def read(self, node: Node, key: str, problems: Problems) -> None:
-        reason = "is a key of an older version; make the file again with prunesim calibrate or prunesim fit"
-        problems.add(node, key, reason)
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    """Arrays of the section at this key, fetched from the file that the section names."""
-
-    path: Path
-    fetch: Fetch
-
-    def read(self, node: Node, key: str, problems: Problems) -> Mapping[str, Any] | None:
-        entry = _ARRAYS.read(node, key, problems)
-        names = entry.get("names", ())
-        if not entry.get("file") or not entry.get("sha256") or None in names:
-            return None
-        section = key.removeprefix("calibrated.").removesuffix(".arrays")
-        try:
-            return self.fetch(self.path.parent / entry["file"], entry["sha256"], section, names)
-        except ValueError as error:
-            problems.add(_at(node, "file"), f"{key}.file", str(error))
-            return None
-
-
-def _check_across(root: Node, top: Mapping[str, Any], taken: Mapping[str, str], problems: Problems) -> None:
-    """Check what several keys must satisfy together."""
-    for short, (key_node, _) in _at(root, "sources").entries.items():
+def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> None:
+    """Check the keys of sources, and what several keys must satisfy together."""
+    for short, (node, _) in root.at("sources").entries.items():
         if not _SHORT.fullmatch(short):
             right = "a short name of letters, digits, _ - and . as key"
-            problems.add(key_node, "sources", f"expected {right}, got {shown(key_node)}")
-    facts = top.get("datasheet", {})
-    boost, highest = (facts.get(key, {}).get("value") for key in ("boost_clock", "max_clock"))
-    if boost and highest and highest < boost:
-        reason = "is below boost_clock; expected the highest clock the driver allows"
-        problems.add(_at(root, "datasheet", "max_clock"), "datasheet.max_clock", reason)
-    rates = _at(root, "datasheet", "rates")
+            problems.add(node, "sources", f"expected {right}, got {node}")
+    rates = root.at("datasheet", "rates")
     if rates.kind == "mapping" and not rates.entries:
         problems.add(rates, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")
-    name = top.get("name") or ""
+    clocks = [root.at("datasheet", key, "value") for key in ("boost_clock", "max_clock")]
+    boost, highest = (_value(_CLOCK, node) for node in clocks)
+    if highest < boost:
+        reason = "is below boost_clock; expected the highest clock the driver allows"
+        problems.add(root.at("datasheet", "max_clock"), "datasheet.max_clock", reason)
+    name = root.at("name").text
     own = {plain_name(name)}
-    for i, alias in enumerate(top.get("aliases", ())):
-        if alias is None:
-            continue
-        plain = plain_name(alias)
+    for i, node in enumerate(root.at("aliases").items):
+        plain = plain_name(node.text)
         owner = taken.get(plain, name)
-        if plain not in own and owner == name:
-            own.add(plain)
+        if not plain:  # which has a problem already
             continue
-        reason = f"already means {owner}; use another"
         if plain in own:
-            reason = "is given twice, or is the name itself; remove it"
-        problems.add(_at(root, "aliases").items[i], f"aliases.{i}", f"{alias!r} {reason}")
+            problems.add(node, f"aliases.{i}", f"{node.text!r} is given twice, or is the name itself; remove it")
+        elif owner != name:
+            problems.add(node, f"aliases.{i}", f"{node.text!r} already means {owner}; use another")
+        own.add(plain)
 
 
-def _profile(top: Mapping[str, Any], path: Path) -> HardwareProfile:
-    facts, references, link = top["datasheet"], top["sources"], top["datasheet"].get("link")
-    entries = {key: facts[key] for key in ("sm_count", *QUANTITIES) if key in facts}
-    values = {QUANTITIES[key][0]: entry["value"] for key, entry in entries.items() if key in QUANTITIES}
+def _value(scalar: Scalar, node: Node) -> float:
+    """Return the number of a node, or NaN for a node that :func:`read` reports."""
+    try:
+        return float(scalar.value(node))
+    except ValueError:
+        return math.nan
+
+
+def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
+    sheet, facts, entry = top.datasheet, dict(top.datasheet.facts()), top.local_update
+    values = {attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts}
     values.setdefault("max_clock_hz", values["boost_clock_hz"])
-    rates = {
-        dtype: Rate(rate["value"], rate["accumulate"], rate["sparse_factor"]) for dtype, rate in facts["rates"].items()
-    }
-    entries |= {f"rates.{dtype}": entry for dtype, entry in facts["rates"].items()}
-    bridge = facts.get("bridge")
-    for name, given in (("link", link), ("bridge", bridge)):
-        entries |= {
-            f"{name}.{key}": given[key] for key in ("bandwidth", "latency", "connection") if given and key in given
-        }
-    if bridge:
-        bridge = Link(bridge["kind"], bridge["bandwidth"]["value"], bridge["latency"]["value"], 2, "bridge")
-    if link:
-        connection = link["connection"]["value"] if "connection" in link else ""
-        speed = link["bandwidth"]["value"], link["latency"]["value"]
-        link = Link(link["kind"], *speed, link["max_devices"], connection)
+    rates = {dtype: Rate(rate.value, rate.accumulate, rate.sparse_factor) for dtype, rate in sheet.rates.items()}
+    link = bridge = None
+    if found := sheet.link:
+        connection = found.connection.value if found.connection else ""
+        link = Link(found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection)
+    if pair := sheet.bridge:
+        bridge = Link(pair.kind, pair.bandwidth.value, pair.latency.value, 2, "bridge")
+    same = ("name", "title", "vendor", "architecture", "stacks_of")
     profile = HardwareProfile(
-        name=top["name"],
-        title=top["title"],
-        vendor=top["vendor"],
-        architecture=top["architecture"],
-        aliases=top.get("aliases", ()),
+        **{name: getattr(top, name) for name in same},
+        aliases=top.aliases or (),
         rates=MappingProxyType(rates),
-        sm_count=facts["sm_count"]["value"],
+        sm_count=sheet.sm_count.value,
         **values,
         link=link,
         bridge=bridge,
-        sources=MappingProxyType({key: references[entry["source"]] for key, entry in entries.items()}),
-        notes=MappingProxyType({key: entry["note"] for key, entry in entries.items() if "note" in entry}),
-        references=references,
-        stacks_of=top.get("stacks_of", ""),
-        local_update=top.get("local_update"),
+        sources=MappingProxyType({key: top.sources[fact.source] for key, fact in facts.items()}),
+        notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
+        references=top.sources,
+        local_update=LocalUpdate(entry.provenance, entry.factors, entry.arrays) if entry else None,
         path=path,
     )
-    sections = _sections(top)
-    own_stack = top.get("own_stack", "")
-    own = not own_stack and any(not section.stack for section in sections.values())
-    return replace(profile.calibrated(sections, own_stack), same_stack=own) if sections else profile
+    sections = _sections(top.calibrated)
+    own = not top.own_stack and any(not section.stack for section in sections.values())
+    return replace(profile.calibrated(sections, top.own_stack), same_stack=own) if sections else profile
 
 
-def _sections(top: Mapping[str, Any], stack: str = "") -> Sections:
+def _sections(calibrated: Calibrated, stack: str = "") -> Sections:
     """Return sections by operator and number format, marked with the stack of their file."""
     found = {}
-    for operator, by_dtype in top.get("calibrated", {}).items():
-        found.update({(operator, dtype): replace(s, stack=stack or s.stack) for dtype, s in by_dtype.items()})
+    for operator, by_dtype in calibrated.items():
+        for dtype, entry in by_dtype.items():
+            found[operator, dtype] = Section(
+                entry.constants,
+                entry.arrays or {},
+                entry.section_scale or 1.0,
+                entry.accuracy,
+                entry.provenance,
+                entry.status or "calibrated",
+                stack or entry.stack,
+            )
     return MappingProxyType(found)

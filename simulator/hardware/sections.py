@@ -12,46 +12,50 @@ from numpy.typing import NDArray
 
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
-from simulator.files.fields import NumberField
+from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
+from simulator.files.yaml import Node
 from simulator.hardware.attention_constants import DECODE_KERNELS
 from simulator.hardware.constants import CONSTANTS
 
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
-SCALE_RANGE = (0.01, 10.0)
-"""Range of a section scale."""
+SCALE_RANGE = (0.01, 10.0)  # of a section scale
+ACCURACY_RANGE = (-1e9, 1e9)  # of an error on held-out shapes
+MOST_STD_ERROR = 1e30  # of a constant
 
-ACCURACY_RANGE = (-1e9, 1e9)
-"""Range of an error on held-out shapes."""
 
-MOST_STD_ERROR = 1e30
-"""Largest standard error of a constant."""
+class _InRange(Number):
+    """The value of a constant of an operator, which the path names."""
 
-RowCount = Annotated[int, NumberField(0, 1e12, "400", whole=True)]
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
+        if found is BAD or known.low <= found <= known.high:
+            return found
+        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}")
 
 
 @dataclass(frozen=True)
 class Fitted:
     """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
 
-    value: float
-    std_error: float | None = None
-    status: str = "fitted"
+    value: Annotated[float, _InRange(-1e300, 1e300, "0.81")]
+    std_error: Annotated[float | None, Number(0, MOST_STD_ERROR, "0.01")] = None
+    status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Data that a section was fitted on."""
 
-    source: str
-    digest: str
-    date: str
-    software: str
-    device: str
-    protocol: str
-    rows: RowCount
-    inherited_from: str = ""
+    source: Quoted
+    digest: Quoted
+    date: Quoted
+    software: Quoted
+    device: Quoted
+    protocol: Quoted
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)]
+    inherited_from: Quoted = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,14 +119,7 @@ def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[
 
 
 def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
-    """Return the error factors that a section has because nothing was fitted.
-
-    These are "default" for a section of defaults, and also "generic" if no GPU of its architecture was ever fitted.
-
-    >>> from simulator.hardware.library import load_hardware
-    >>> [unfitted("gemm", load_hardware(n).section("gemm", "fp16"), n) for n in ("h100", "t4")]
-    [(), ('default', 'generic')]
-    """
+    """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
     if section.status != "default":
         return ()
     known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())

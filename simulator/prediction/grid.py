@@ -1,8 +1,4 @@
-"""Define the grid of a sweep, in Python or in a YAML file.
-
-Use :func:`read_grid` for a file, :class:`Grid` in Python. Both reject invalid input before any work starts; errors of a
-file are ``file:line:column: key: reason, expected value``.
-"""
+"""Define the grid of a sweep, in Python (:class:`Grid`) or in a YAML file (:func:`read_grid`)."""
 
 from __future__ import annotations
 
@@ -10,18 +6,18 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from simulator._version import __version__
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import CheckedField, FieldType, ListField, NumberField, ObjectField, TextField, field_of
-from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
+from simulator.files.fields import BAD, Checked, Flag, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import files_of, load_hardware, reference
 from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
@@ -41,13 +37,15 @@ from simulator.prediction.scenario import (
 )
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
+from simulator.units import parse_value
 from simulator.workload import DTYPES, PHASES
 
-MOST_POINTS = 100_000
-"""Most values of a progression; more indicate a wrong step."""
+T = TypeVar("T")
+S = TypeVar("S")
 
-_SMALL = "llama-3.2-1b"
-"""Model with which options of families are checked."""
+MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
+_TOKENS = Number(1, MAX_TOKENS, "64", whole=True)
+_SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
 AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
@@ -58,165 +56,133 @@ AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "
 class Formats:
     """Number formats of a run; None: the format follows from ``dtype``."""
 
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    kv_dtype: str | None = None
+    dtype: Annotated[str, Text(DTYPES)] = "bf16"
+    weight_dtype: Annotated[str | None, Text(DTYPES)] = None
+    kv_dtype: Annotated[str | None, Text(DTYPES)] = None
 
 
-@dataclass(frozen=True)
-class _Axis:
+class _Axis(Scalar):
     """A list or one value; repeated values are dropped."""
 
-    kind: FieldType
+    def __init__(self, item: Scalar) -> None:
+        self.item = item
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind != "list":
-            found: Sequence[Any] = [self.kind.read(node, key, problems)]
-        else:
-            found = ListField(self.kind).read(node, key, problems)
-            if not node.items:
-                problems.add(node, key, "is an empty list; expected at least one value")
-        return tuple(dict.fromkeys(value for value in found if value is not None))
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind == "list" and not node.items:
+            return reader.wrong(node, path, "is an empty list; expected at least one value")
+        listed = [(one, (*path, i)) for i, one in enumerate(node.items)] or [(node, path)]
+        found = [self.item.read(one, at, reader) for one, at in listed]
+        return BAD if BAD in found else once(self.flat(found))
+
+    def flat(self, found: list[Any]) -> Iterable[Any]:
+        return found
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _Progression(Generic[T, S]):
+    """Numbers from a start to an end, both included."""
+
+    start: T = field(metadata={"key": "from"})
+    to: T
+    step: S | None = None
+    times: Annotated[float | None, Number(1 + 1e-6, 1e9, "2")] = None
+
+
+class _Numbers(_Axis):
     """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
 
-    number: NumberField
-    rule: Callable[[float], Any] = float
+    def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
+        step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
+        self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
+        super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Any, ...]:
-        if node.kind == "mapping":
-            values = tuple(dict.fromkeys(self.progression(node, key, problems)))
-        else:
-            values = _Axis(self.number).read(node, key, problems)
-        for value in values:
-            try:
-                self.rule(value)
-            except InputError as error:
-                place = next((item for item in node.items if _number_of(item) == value), node)
-                problems.add(place, key, str(error))
-        return values
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind != "mapping":
+            return super().read(node, path, reader)
+        found = reader.read(self.progression, node, path)
+        if found is BAD:
+            return BAD
+        start, end, by = found.start, found.to, found.step or found.times or 0.0
 
-    def progression(self, node: Node, key: str, problems: Problems) -> list[float]:
-        whole, example = self.number.whole, "2" if self.number.whole else "0.1"
-        by_step, by_times = NumberField(1 if whole else 1e-6, 1e9, example, whole), NumberField(1 + 1e-6, 1e9, example)
-        kinds = {"from": self.number, "to": self.number, "step": by_step, "times": by_times}
-        nodes = ObjectField(dict.fromkeys(("from", "to"), self.number), kinds).members(node, key, problems)
+        def wrong(reason: str, *keys: str) -> Any:
+            return reader.wrong(node.at(*keys), (*path, *keys), reason)
 
-        def wrong(name: str, reason: str) -> list[float]:
-            problems.add(nodes[name], join(key, name), reason)
-            return []
-
-        if "from" not in nodes or "to" not in nodes:
-            return []
-        if ("step" in nodes) == ("times" in nodes):
-            problems.add(node, key, "expected either step or times with from and to")
-            return []
-        how = "step" if "step" in nodes else "times"
-        start, end, by = (kinds[name].read(nodes[name], join(key, name), problems) for name in ("from", "to", how))
-        if start is None or end is None or by is None:
-            return []
+        if (found.step is None) == (found.times is None):
+            return wrong("expected either step or times with from and to")
         if end < start:
-            return wrong("to", f"expected at least the start {start:g}, got {end:g}")
-        if how == "times" and start <= 0:
-            return wrong("from", f"expected a start above 0 to multiply, got {start:g}")
-        many = (math.log(end / start) / math.log(by) if how == "times" else (end - start) / by) + 1e-9
+            return wrong(f"expected at least the start {start:g}, got {end:g}", "to")
+        if found.times and start <= 0:
+            return wrong(f"expected a start above 0 to multiply, got {start:g}", "from")
+        many = (math.log(end / start) / math.log(by) if found.times else (end - start) / by) + 1e-9
         if many >= MOST_POINTS:
-            return wrong(how, f"makes more than {MOST_POINTS} values; take a larger one")
-        values = (start * by**i if how == "times" else start + i * by for i in range(int(many) + 1))
-        return [round(v) if whole else round(v, 9) for v in values]
+            reason = f"makes more than {MOST_POINTS} values; take a larger one"
+            return wrong(reason, "times" if found.times else "step")
+        values = (start * by**i if found.times else start + i * by for i in range(int(many) + 1))
+        nodes = (Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}") for v in values)
+        return super().read(Node("list", items=tuple(nodes)), path, reader)
 
 
-class _Family:
+class _Families(_Axis):
+    """An axis of families, whose "all" are several."""
+
+    def flat(self, found: list[Any]) -> Iterable[Any]:
+        return itertools.chain(*found)
+
+
+class _Family(Scalar):
     """A family's name, "all", or a mapping of names to options."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "mapping":
-            text = TextField((*FAMILIES, "all")).read(node, key, problems)
-            return tuple(Pruning.of(name) for name in (general_families() if text == "all" else [text]) if name)
-        found = []
-        for name, (key_node, value) in node.entries.items():
-            family = TextField(tuple(FAMILIES)).read(key_node, join(key, name), problems)
-            if family:
-                found.append(Pruning.of(family, options=self.options(value, join(key, name), family, problems)))
-        return tuple(found)
+            name = Text((*FAMILIES, "all")).read(node, path, reader)
+            names = general_families() if name == "all" else () if name is BAD else (name,)
+            return tuple(map(Pruning.of, names)) if names else BAD
+        found = [self.choice(key, value, (*path, key.text), reader) for key, value in node.entries.values()]
+        return BAD if BAD in found else tuple(found)
 
-    def options(self, node: Node, key: str, family: str, problems: Problems) -> dict[str, Any]:
-        known = dict.fromkeys(FAMILIES[family].options, _Option())
-        options = dict(sorted(ObjectField({}, known).read(node, key, problems).items()))
-        if not len(problems):
-            try:
-                prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
-            except InputError as error:
-                problems.add(node, key, str(error))
-        return options
-
-
-class _Families:
-    """An axis of families."""
-
-    def read(self, node: Node, key: str, problems: Problems) -> tuple[Pruning, ...]:
-        groups = _Axis(_Family()).read(node, key, problems)
-        return tuple(dict.fromkeys(choice for group in groups for choice in group))
+    def choice(self, key: Node, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        family = Text(tuple(FAMILIES)).read(key, path, reader)
+        if family is BAD:
+            return BAD
+        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(node, path, reader)
+        if given is BAD:
+            return BAD
+        options = dict(sorted(given.items()))
+        try:
+            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
+        except InputError as error:
+            return reader.wrong(node, path, str(error))
+        return Pruning.of(family, options=options)
 
 
-class _Option:
+class _Option(Scalar):
     """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> Any:
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "list":
-            return ListField(self).read(node, key, problems)
+            return reader.read(tuple[Annotated[Any, self], ...], node, path)
+        return super().read(node, path, reader)
+
+    def value(self, node: Node) -> Any:
         if node.kind == "mapping":
-            problems.add(node, key, "expected a value, got a mapping")
-            return None
-        if node.text in ("true", "false") and not node.quoted:
-            return node.text == "true"
-        value = math.nan if node.quoted else _number_of(node)
-        if math.isnan(value):
-            return TextField().read(node, key, problems)
-        return int(value) if value.is_integer() and "." not in node.text and "e" not in node.text.lower() else value
+            raise ValueError("expected a value, got a mapping")
+        value = node.text if node.quoted else parse_value(node.text)
+        return Text().value(node) if isinstance(value, str) else value
 
 
-class _Formats:
+class _Format(Scalar):
     """A dtype, or a mapping with a dtype and optionally the two other formats."""
 
-    def read(self, node: Node, key: str, problems: Problems) -> Formats | None:
-        dtype = TextField(DTYPES)
-        if node.kind != "mapping":
-            text = dtype.read(node, key, problems)
-            return Formats(text) if text else None
-        keys = ObjectField({"dtype": dtype}, {"weight_dtype": dtype, "kv_dtype": dtype}, Formats)
-        formats: Formats | None = keys.read(node, key, problems)
-        return formats
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind == "mapping":
+            return reader.read(Formats, node, path)
+        dtype = Text(DTYPES).read(node, path, reader)
+        return BAD if dtype is BAD else Formats(dtype)
 
 
-def _number_of(node: Node) -> float:
-    try:
-        return float(node.text)
-    except ValueError:
-        return math.nan
-
-
-def _model(text: str) -> str:
-    load_model(text)
-    return text
-
-
-def _method(text: str) -> str:
-    load_method(text)
-    return text
-
-
-def _text(text: str) -> str:
-    Pruning.read(text)
-    return text
-
-
-def _engine(text: str) -> str:
-    load_engine(text)
-    return text
+def _loads(load: Callable[[str], Any]) -> Checked:
+    """Return a text that a function loads without an error."""
+    return Checked(Text(), lambda text: (load(text), text)[1])
 
 
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
@@ -243,31 +209,29 @@ class Grid:
     True
     """
 
-    # names, paths or loaded models
-    models: Annotated[tuple[str | ModelConfig, ...], _Axis(CheckedField(TextField(), _model))]
-    # names, aliases, paths or loaded profiles
-    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(CheckedField(TextField(), reference))]
-    sparsities: Annotated[tuple[float, ...], _Numbers(NumberField(-1e9, 1e9, "0.25"), check_fraction)]
-    phases: Annotated[tuple[str, ...], _Axis(TextField(PHASES))]
-    batches: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
-    # tokens (prefill) or cached positions (decode) of each sequence
-    seqs: Annotated[tuple[int, ...], _Numbers(NumberField(1, MAX_TOKENS, "64", whole=True))]
+    # names, paths, or loaded ones
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(_loads(load_model))]
+    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
+    batches: Annotated[tuple[int, ...], _Numbers(_TOKENS)]
+    seqs: Annotated[tuple[int, ...], _Numbers(_TOKENS)]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
-    families: Annotated[tuple[Pruning, ...], _Families()] = ()
-    dtypes: Annotated[tuple[Formats, ...], _Axis(_Formats())] = (Formats(),)
-    engines: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _engine))] = (DEFAULT_ENGINE,)  # names or paths
-    devices: Annotated[tuple[int, ...], _Numbers(NumberField(1, 100_000, "2", whole=True))] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _method))] = ()
+    families: Annotated[tuple[Pruning, ...], _Families(_Family())] = ()
+    dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
+    engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (DEFAULT_ENGINE,)  # or paths
+    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
     # texts of --prune and paths of plans, without an axis of sparsities
-    prune: Annotated[tuple[str, ...], _Axis(CheckedField(TextField(), _text))] = ()
+    prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
     # as in a scenario, for the whole grid
-    parallel: Annotated[str, TextField(PARALLEL)] = "tensor"
-    link: Annotated[str | None, CheckedField(TextField(), _link)] = None
-    new_tokens: Annotated[int, NumberField(1, 1_000_000, "128", whole=True)] = 128
-    cached_prefix: Annotated[float, NumberField(0, MAX_TOKENS, "512")] = 0.0
-    token_budget: Annotated[int | None, NumberField(1, MAX_TOKENS, "8192", whole=True)] = None
-    ideal: bool = False
-    level: Annotated[float, NumberField(0.01, 0.999, "0.9")] = 0.9
+    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
+    link: Annotated[str | None, Checked(Text(), _link)] = None
+    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
+    cached_prefix: Annotated[float, Number(0, MAX_TOKENS, "512")] = 0.0
+    token_budget: Annotated[int | None, Number(1, MAX_TOKENS, "8192", whole=True)] = None
+    ideal: Flag = False
+    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
 
     def __post_init__(self) -> None:
         families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
@@ -303,23 +267,9 @@ class Grid:
         shapes: tuple[tuple[int, int], ...],
     ) -> Scenario:
         """Return a scenario of the grid with some shapes."""
-        return Scenario(
-            model=model,
-            phase=phase,
-            shapes=shapes,
-            new_tokens=self.new_tokens,
-            cached_prefix=self.cached_prefix,
-            token_budget=self.token_budget,
-            engine=engine,
-            dtype=formats.dtype,
-            weight_dtype=formats.weight_dtype,
-            kv_dtype=formats.kv_dtype,
-            devices=devices,
-            parallel=self.parallel,
-            link=self.link,
-            ideal=self.ideal,
-            level=self.level,
-        )
+        whole = ("new_tokens", "cached_prefix", "token_budget", "parallel", "link", "ideal", "level")
+        own = {name: getattr(self, name) for name in whole} | vars(formats)
+        return Scenario(model=model, phase=phase, shapes=shapes, engine=engine, devices=devices, **own)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
@@ -358,6 +308,13 @@ class Grid:
         return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pruned(Grid):
+    """A grid of texts alone, which needs no sparsities."""
+
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)] = ()
+
+
 def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``.
 
@@ -372,26 +329,19 @@ def read_grid(path: str | Path) -> Grid:
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
-        known = replace(field_of(Grid), make=None)
-        if "prune" in root.entries and not {"families", "methods"} & root.entries.keys():
-            required = dict(known.required)
-            optional = {**known.optional, "sparsities": required.pop("sparsities")}
-            known = replace(known, required=required, optional=optional)
-        axes = known.read(root, "", problems)
-        if not len(problems):
-            grid = Grid(**{"sparsities": (), **axes})
-            if set(grid.phases) == {"decode"}:
-                return grid
+        pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
+        grid = read(_Pruned if pruned else Grid, root, problems)
+        if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq > MAX_TOKENS:
                 reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
-                problems.add(root.entries["seqs"][1], "seqs", reason)
+                problems.add(root.at("seqs"), "seqs", reason)
             try:
                 cached_tokens(grid.cached_prefix, min(grid.seqs))
             except InputError as error:
                 key = "cached_prefix"
-                problems.add(root.entries[key][1], key, str(error).removeprefix(f"{key}: "))
-            if not len(problems):
-                return grid
+                problems.add(root.at(key), key, str(error).removeprefix(f"{key}: "))
+        if grid and not len(problems):
+            return grid
     # an unknown key is reported before the missing key that it may stand for
     raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))

@@ -138,13 +138,22 @@ def test_fit_then_validate(cli: Any) -> None:
     assert part["fitted_on_these_rows"] is True
     assert part["errors"]["mape"] < 0.02
     assert part["roofline"]["mape"] > 0.2
-    assert "* the profile was fitted on these rows" in cli.out("validate p.yaml r.parquet --html v.html")
-    assert Path("v.html").stat().st_size > 50_000
+    assert "* the profile was fitted on these rows" in cli.out("validate p.yaml r.parquet --markdown v.md")
+    assert Path("v.md").read_text().startswith("# Accuracy of h100_sxm")
+    assert Path("v_gemm_bf16_predicted.png").stat().st_size > 5_000
+
+
+def test_a_csv_is_evaluated_with_its_own_columns(cli: Any) -> None:
+    Path("t.csv").write_text("M,n,k,t\n8,4096,4096,14.5\n16,4096,4096,15\n8,1024,4096,-3\n")
+    out, err = cli("validate h100 t.csv --map m=M --map latency_us=t")
+    assert out.startswith("h100_sxm holds on 2 measurements")
+    assert "time is negative (row 3)" in err
+    assert "--markdown" in cli.refused("validate --runs . --markdown x.md")
 
 
 def test_json_has_null_for_what_is_no_number_at_any_depth(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     odd = MappingProxyType({"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))})
-    monkeypatch.setattr("calibration.validation.scores.part_speedups", lambda part: odd)
+    monkeypatch.setattr("calibration.evidence.validate.part_speedups", lambda part: odd)
     table("r.parquet", 30)
     (report,) = cli.json("validate h100 r.parquet")
     assert report["parts"][0]["speedup"] == {"median": None, "p95": [None, [1.0, None]]}
@@ -194,14 +203,13 @@ fit r.parquet -o p.yaml --hardware h1000             | did you mean
 fit none.parquet -o p.yaml --hardware h100           | cannot be read
 fit f.parquet -o p.yaml --hardware h100              | 10 rows are too few
 fit r.parquet -o p.yaml --hardware h100 --dtype fp8  | nothing to fit
-validate h100                                        | expected a PROFILE and RECORDS, or --protocol
+validate h100                                        | expected a PROFILE and TABLES, such as
 validate h100 a100_sxm/gemm/nothing                  | no file, folder or shipped measurement
-validate h100 r.parquet --html no/x.html             | does not exist
-validate h100 r.parquet --protocol                   | --protocol
-validate --protocol --table a10                      | did you mean
-validate --protocol --table a100 --rows many         | expected a whole number
-validate --protocol --table stacks --wheel no.whl    | no.whl: cannot be read
-validate --protocol --table stacks --jobs 0          | expected at least 1
+validate h100 r.parquet --markdown no/x.md           | does not exist
+validate h100 r.parquet --map m                      | --map 'm': expected NAME=COLUMN
+validate h100 r.parquet --runs .                     | --runs: evaluates result files
+validate --protocol --table a100                     | --protocol: no longer an option; use python -m
+validate h100 r.parquet --html x.html                | --html: no longer an option; use --markdown FILE
 calibrate gpu -o run                                 | device 'gpu' is unknown
 calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
@@ -216,13 +224,6 @@ def test_bad_input_is_one_line(line: str, reason: str, cli: Any) -> None:
     table("f.parquet", 10)
     assert reason in cli.refused(line)
     assert files() == {"f.parquet", "r.parquet"}
-
-
-@pytest.mark.slow
-def test_the_protocol_prints_the_model_beside_its_baselines(cli: Any) -> None:
-    rows = {r["method"]: r["mape"] for r in cli.json("validate --protocol --table a100 --seeds 0 --rows 400")}
-    assert rows["prunesim"] < rows["roofline + RBF"] < rows["datasheet roofline"]
-    assert rows["prunesim + prior"] < rows["prunesim"]
 
 
 def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:

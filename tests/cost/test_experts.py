@@ -11,7 +11,7 @@ from calibration.fit.section import fit_section
 from calibration.measurements.wheel import datasheet
 from simulator.cost import experts as experts_model
 from simulator.cost.base import Machine
-from simulator.cost.experts import TILES, Layers, drawn_load
+from simulator.cost.experts import TILES, Layers, dealt_load, drawn_load
 from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.routing import EXPERT_RANGE, EXPERT_SKEW, experts_chance, experts_touched
@@ -81,6 +81,21 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
         chance = experts_chance(128, 8, skew)
         few = load.reshape(len(chance), -1).mean(axis=1)[::-1]
         np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
+
+
+@pytest.mark.quick
+def test_a_benchmark_deals_tokens_out() -> None:
+    m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
+    even = dealt_load(m, experts, active, 0.0)
+    assert even.touched.tolist() == [16, 128, 128]
+    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]  # 128 tokens each: no row is padded
+    law = dealt_load(m, experts, active, 1.01)
+    assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
+    assert 55 < law.touched[1] < 80
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
+    near = dealt_load(m, experts, active, -0.3)
+    assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
+    assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two
 
 
 @pytest.mark.quick

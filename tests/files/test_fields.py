@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
 
 from simulator.errors import InputError
-from simulator.files.fields import ListField, MapField, NumberField, QuantityField, TextField, field_of
+from simulator.files import fields
+from simulator.files.fields import Flag, Map, Number, Quantity, String, Text
 from simulator.files.yaml import Problems, parse_yaml
 
 pytestmark = pytest.mark.quick
@@ -17,19 +17,19 @@ pytestmark = pytest.mark.quick
 
 @dataclass(frozen=True)
 class Wheel:
-    spokes: Annotated[int, NumberField(1, 100, "36", whole=True)]
-    mass: Annotated[float, NumberField(0, 1, "0.25")]
+    spokes: Annotated[int, Number(1, 100, "36", whole=True)]
+    mass: Annotated[float, Number(0, 1, "0.25")]
 
 
 @dataclass(frozen=True)
 class Bicycle:
-    name: str
-    gear: Annotated[str, TextField(("fixed", "hub"))]
-    wheels: Annotated[tuple[Wheel, ...], ListField(field_of(Wheel))]
-    latency_s: Annotated[float, QuantityField("s", 1e-6, 1.0)] = 1.0
-    shares: Annotated[Mapping[str, float], MapField(NumberField(0, 1, "0.25"))] = field(default_factory=dict)
-    bell: bool = False
-    note: str = ""
+    name: String
+    gear: Annotated[str, Text(("fixed", "hub"))]
+    wheels: tuple[Wheel, ...]
+    latency_s: Annotated[float, Quantity("s", 1e-6, 1.0)] = 1.0
+    shares: Map[Annotated[float, Number(0, 1, "0.25")]] = field(default_factory=dict)
+    bell: Flag = False
+    note: String = ""
 
     def __post_init__(self) -> None:
         if self.bell and self.gear == "fixed":
@@ -42,7 +42,7 @@ GOOD = "name: A\ngear: hub\nwheels: [{spokes: 36, mass: 0.5}]\n"
 def read(text: str) -> tuple[Bicycle | None, list[str]]:
     problems = Problems("f")
     root = parse_yaml(text, problems)
-    return (None if root is None else field_of(Bicycle).read(root, "", problems)), problems.lines
+    return (None if root is None else fields.read(Bicycle, root, problems)), problems.lines
 
 
 def test_a_dataclass_is_read_by_its_annotations() -> None:

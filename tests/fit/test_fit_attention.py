@@ -4,13 +4,17 @@ tables."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from operator_times import decode_time, prefill_time
 
-from calibration.fit.attention import AttentionFit, fit_attention
+from calibration.build_profiles import rtx_tables
+from calibration.evidence.measured import evaluate_table
+from calibration.evidence.sets import TableChoice
+from calibration.fit.attention import AttentionFit, calls_of, fit_attention
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import FittedPart
 from calibration.measurements.wheel import datasheet
@@ -194,6 +198,34 @@ def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_ow
     assert other.upper / other.lower > fitted.upper / fitted.lower  # no kernel of 96 features was fitted
     few = changed(c, cache_bytes=np.where(np.arange(1200) < 15, 1.0, 2.0))
     assert "fewer than 20 rows of their head width, window and cache" in fit_attention(few, "hopper").dropped
+
+
+@pytest.mark.parametrize(
+    ("measurement", "mape"),
+    [
+        ("a100_sxm/attention_prefill/trtllm", 3.0),
+        ("h100_sxm/attention_prefill/sglang", 5.5),
+        ("a100_sxm/attention_decode/sglang", 5.0),
+        ("h100_sxm/attention_decode/sglang", 4.5),
+    ],
+)
+def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> None:
+    table = TableChoice(measurement).load()
+    one_width = table.take(table.data.calls.geometry.head_dim == 128)  # 400 rows of one kernel
+    result = evaluate_table(one_width, 400, 0, "heads", fold_by=("heads",))
+    assert 100.0 * result["mape"] < mape
+    assert 100.0 * result["speedup median"] < 4.5
+
+
+@pytest.mark.slow
+def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) -> None:
+    """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is 1."""
+    hw = datasheet("rtx_4090")
+    rows = rtx_tables(shared_data, hw)
+    calls = calls_of(rows.select(rows.is_operator("attention_decode")), "attention_decode", Machine.of(hw, "bf16"))
+    section = fit_attention(calls, hw.architecture).section
+    assert section.accuracy["mape"] < 0.09
+    assert 0.85 < section["e_d"] < 0.95
 
 
 @pytest.mark.parametrize("tile", [0.0, 16.0, 128.0])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from operator_times import decode_time
 
+from calibration.evidence.measured import evaluate_table
+from calibration.evidence.sets import TableChoice
 from calibration.fit.attention import AttentionFit, fit_attention
 from simulator.cost.attention import AttentionCalls
 from simulator.cost.attention_model import Geometry
@@ -40,3 +42,10 @@ def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float
     g = c.calls.geometry
     t = decode_time(g.batch, g.kv_len, g.heads, g.kv_heads, g.head_dim, hw, value_dim=512, latent=True, cold=False)
     assert np.abs(t.seconds / c.seconds - 1.0).mean() < 0.02
+
+
+@pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 0.075), ("mla_decode", 0.05)])
+def test_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
+    result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
+    assert result["mape"] < mape
+    assert result["coverage"] > 0.85

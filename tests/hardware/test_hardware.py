@@ -27,6 +27,7 @@ from simulator.hardware.library import (
     check_hardware,
     list_hardware,
     load_hardware,
+    new_hardware,
     profiles_folder,
     reference,
     shipped_names,
@@ -35,7 +36,6 @@ from simulator.hardware.profile import ARCHITECTURES, ENGINE_STACK, OTHER_STACK,
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
-from simulator.hardware.template import new_hardware
 from simulator.units import EXAMPLES
 
 pytestmark = pytest.mark.quick

@@ -18,6 +18,7 @@ from decoder_reference import CONFIG  # noqa: E402
 
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
+from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
@@ -28,7 +29,6 @@ from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.timing import time_pair  # noqa: E402
 from calibration.runners.pairs import PairTimes  # noqa: E402
-from calibration.validation.scores import spearman  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402

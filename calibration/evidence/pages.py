@@ -1,0 +1,260 @@
+"""The generated pages accuracy.md and engines.md: their tables, with the prose of the page in ``docs``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.evidence.hosts import HeldOut, held_out_models
+from calibration.evidence.measured import Row
+from calibration.evidence.paper import figure_2
+from calibration.evidence.published import (
+    MISS,
+    NOT_USED,
+    compare_dense,
+    compare_gemms,
+    compare_serving,
+    compare_speedups,
+)
+from calibration.evidence.report import table
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
+from calibration.evidence.sets import WHOLE, against_targets, means
+from calibration.measurements import published
+from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.loading import FEATURES, Loading
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
+
+# fmt: off
+COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m<=16", 1),
+    ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
+    ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
+    ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
+    ("ratios in", "ratio coverage", 1), ("ratio width", "ratio width", 1),
+)
+STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("width", "width", 0),
+    ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio width", "ratio width", 0),
+)
+# fmt: on
+"""Columns of a table, and of a table of held-out stacks: title, score, digits; those without a value are omitted."""
+KINDS: Mapping[str, str] = {
+    "dense": "times of dense models",
+    "measured": "of them on GPUs with kernel tables",
+    "speedup": "speedups of pruned models",
+    "given": "the same, given their dense time",
+    "serve": "times per output token of serving runs",
+}
+PROMPTS: Mapping[str, tuple[float, float]] = {
+    "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
+    "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
+}  # fmt: skip
+"""Prompt lengths of the serving runs -> ends of the range."""
+LOADS: Mapping[str, tuple[float, float]] = {
+    "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
+    "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
+}  # fmt: skip
+"""Concurrency per new token: prompts that arrive with a decode step -> ends of the range."""
+
+
+def _read(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+def head(page: str) -> str:
+    """Return the text of a page before its first section or table."""
+    return re.split(r"^(?=## |\|)", _read(page), maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def filled(page: str, tables: Sequence[str]) -> str:
+    """Return a page with its tables replaced by new tables, in order."""
+    prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
+    if len(prose) != len(tables) + 1:
+        raise InputError(f"docs/generated/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
+    return prose[0] + "".join(f"{new}\n{text}" for new, text in zip(tables, prose[1:], strict=True))
+
+
+def accuracy_page(rows: Sequence[Row]) -> str:
+    """Return ``docs/generated/accuracy.md``: targets and measured accuracy, then the table of every set of kernels."""
+    return head("accuracy") + accuracy_text([r for r in rows if r["set"] not in WHOLE], rows)
+
+
+def accuracy_text(rows: Sequence[Row], targets_of: Sequence[Row]) -> str:
+    """Return the targets, and the tables of some rows as means over seeds, %."""
+    cells = [
+        [c.criterion, c.target, c.measured if c.met is not False else f"**{c.measured}**"]
+        for c in against_targets(targets_of)
+    ]
+    lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""] if cells else []
+    for title in dict.fromkeys(r["table"] for r in rows):
+        names, columns = zip(*columns_of_table(rows, title), strict=True)
+        lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
+    """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line per stack and number
+    of its rows (0: as shipped), and their means at the end."""
+    lines = means(rows, title)
+    if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
+        at = {(r["held_out"], r["rows"]): r for r in lines}
+        places = [(name, size, [name]) for name in held_out for size in sorted({r["rows"] for r in lines})]
+        places += [("mean", size, held_out) for size in sorted({r["rows"] for r in lines})]
+        columns = [("held out", [name for name, *_ in places]), ("rows", [str(size) for _, size, _ in places])]
+        groups = [[at.get((name, size), {}) for name in names] for _, size, names in places]
+        scores = STACK_COLUMNS
+    else:
+        columns = [("method", [r["method"] for r in lines]), ("rows", [str(r["rows"] or "all") for r in lines])]
+        groups, scores = [[r] for r in lines], COLUMNS
+    for name, key, digits in scores:
+        if held_out or any(key in r for r in lines):
+            columns.append((name, [_cell(group, key, digits) for group in groups]))
+    return columns
+
+
+def _cell(group: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    value = float(np.mean([r.get(key, np.nan) for r in group])) * (1.0 if key == "speedup spearman" else 100.0)
+    return "" if value != value else f"{value:.{digits}f}"
+
+
+def engine_tables() -> list[str]:
+    """Return the tables of ``docs/generated/engines.md`` in their order. Rows of split "fit" are from sources on which
+    engine parameters were fitted, by hand where rows are few; rows of split "judge" from other sources."""
+    given = compare_speedups(given=True)
+    found = {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
+    sparse, narrow = compare_gemms("2:4"), compare_gemms("narrower")
+    common = {kind: [c for c in rows if not c.own_code] for kind, rows in found.items()}
+    judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in common.items()}
+    judged["measured"] = [
+        c for c in judged["dense"] if load_hardware(c.gpu).section("gemm", "bf16").status != "default"
+    ]
+    large = [c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS]
+    assumed = dict.fromkeys((c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed)
+    reasons = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
+    excluded, held_out = {**Counter(filter(None, reasons)), **NOT_USED}, held_out_models()
+    by_engine = [
+        (kind, c.engine, c.split, c) for kind in KINDS if kind in found for c in common[kind] if kind != "serve"
+    ]
+    return [
+        _groups(["kind"], [(kind, c) for kind in KINDS for c in judged[kind]]),
+        _groups(["kind", "engine", "split"], by_engine),
+        loads_table(),
+        _held_out_table(held_out),
+        _load_table(held_out),
+        _groups(["engine", "gpu"], [(c.engine, c.gpu, c) for c in common["serve"]]),
+        table(
+            ["phase", "part", "measured", "predicted", "error"],
+            [
+                [p.phase, p.part, _seconds(p.measured_s), _seconds(p.predicted_s), _signed(p.error, 0)]
+                for p in figure_2()
+            ],
+            left=(0, 1),
+        ),
+        _comparisons(found["dense"], _seconds),
+        _comparisons(common["speedup"]),
+        _comparisons(common["given"]),
+        _comparisons([c for c in given if c.own_code and c.split == "judge"]),
+        _comparisons(sparse),
+        _comparisons(narrow),
+        table(
+            ["what", "where", "error", "likely reason"],
+            [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large],
+            left=(0, 1, 3),
+        ),
+        table(["source", "assumed"], list(assumed), left=(0, 1)),
+        table(["rows", "why"], [[str(n), why] for why, n in excluded.items()], left=(1,)),
+    ]
+
+
+def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Return the scores of groups: rows are their names and a comparison."""
+    groups: dict[tuple[str, ...], list[Comparison]] = {}
+    for each in rows:
+        groups.setdefault(each[:-1], []).append(each[-1])
+    order, cells = list(KINDS), []
+    for key in sorted(groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]):
+        s = score_of(groups[key])
+        shares = [f"{100 * s['coverage']:.0f} %", f"{100 * s['half-width']:.0f} %"]
+        errors = [f"{100 * s['median']:.1f} %", _signed(s["median bias"])]
+        cells.append([*(KINDS.get(name, name) for name in key), str(len(groups[key])), *errors, *shares])
+    return table([*names, "rows", "median error", "bias", "coverage", "half-width"], cells, left=range(len(names)))
+
+
+def loads_table() -> str:
+    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no server."""
+    engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
+
+    def cell(found: Loading) -> str:
+        types = ", ".join(found.model_types) if len(found.model_types) <= 3 else f"{len(found.model_types)} model types"
+        multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
+        return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
+
+    cells = [[text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()]
+    return table(["checkpoint with", *(engine.name for engine in engines)], cells, left=range(len(engines) + 1))
+
+
+def _held_out_table(groups: Sequence[HeldOut]) -> str:
+    cells = []
+    for engine in dict.fromkeys(x.engine for x in groups):
+        members = [x for x in groups if x.engine == engine]
+        for x in members:
+            request = score(ScoredRows(x.group.request_s, x.request_s))["median"]
+            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * request:.1f} %"])
+        cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
+    header = [
+        "engine",
+        "held-out model",
+        "GPU",
+        "format",
+        "rows",
+        "TPOT: median error",
+        "bias",
+        "request: median error",
+    ]
+    return table(header, cells, left=range(4))
+
+
+def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
+    """Return number, median absolute error and bias of the times per token of some rows of groups (default: all)."""
+    ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
+    s = score(ScoredRows(np.ones(len(ratio)), ratio))
+    return str(len(ratio)), f"{100 * s['median']:.1f} %", _signed(s["median bias"])
+
+
+def _load_table(groups: Sequence[HeldOut]) -> str:
+    """Return the errors of the time per token by prompt length and by prompts per decode step."""
+    cells = []
+    for engine, experts in dict.fromkeys((x.engine, x.experts) for x in groups):
+        members = [x for x in groups if (x.engine, x.experts) == (engine, experts)]
+        prompts, loads = zip(*((x.group.seq, x.group.concurrency / x.group.new_tokens) for x in members), strict=True)
+        for axis, values, ranges in (("prompt tokens", prompts, PROMPTS), ("concurrency / new tokens", loads, LOADS)):
+            for name, (low, high) in ranges.items():
+                rows = [(v >= low) & (v < high) for v in values]
+                if any(some.any() for some in rows):
+                    cells.append([engine, "experts" if experts else "dense", axis, name, *_ratios(members, rows)])
+    return table(["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4))
+
+
+def _comparisons(rows: Iterable[Comparison], text: Callable[[float], str] = lambda value: f"{value:.2f}x") -> str:
+    cells = []
+    for c in rows:
+        numbers = (text(c.measured), text(c.predicted), f"{text(c.lower)} to {text(c.upper)}", _signed(c.error))
+        cells.append([c.engine or "GEMMs", c.what, c.where, *numbers, c.source])
+    header = ["engine", "what", "where", "measured", "predicted", "interval", "error", "source"]
+    return table(header, cells, left=(0, 1, 2, 7))
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{100 * value:+.{digits}f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"

@@ -1,0 +1,161 @@
+"""The user's own result files of serving benchmarks, each predicted under its own conditions.
+
+What a file (:mod:`simulator.prediction.benchmarks`) does not state is that of :class:`Conditions`; a result whose
+conditions stay unknown is skipped with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.evidence.scoring import Comparison, score_of
+from simulator.display import few
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.models.library import shipped_model
+from simulator.prediction.benchmarks import BenchRun, read_benches
+from simulator.prediction.measured import measured_of, request_of
+from simulator.prediction.scenario import Scenario
+from simulator.prediction.table import speedup
+from simulator.units import percent
+
+SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Conditions of results that do not state them; "" and None: not known.
+
+    ``model``, ``batch``, ``seq`` and ``new_tokens`` (decode steps; 0 is a prefill) are used only for results without
+    them; the other values replace those of the files.
+    """
+
+    model: str = ""
+    hardware: str = ""
+    engine: str = ""
+    dtype: str = ""
+    weight_dtype: str = ""
+    kv_dtype: str = ""
+    devices: int | None = None
+    batch: int | None = None
+    seq: int | None = None
+    new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One result: its comparison and request, or the reason why it was skipped."""
+
+    source: str
+    reason: str = ""
+    compared: Comparison | None = None
+    tool: str = ""
+    model: str = ""
+    phase: str = ""
+    batch: int = 0
+    seq: int = 0
+    new_tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def request(self) -> str:
+        """Return phase, batch and lengths as text."""
+        new = f" + {self.new_tokens}" if self.new_tokens else ""
+        return f"{self.phase}, {self.batch} x {self.seq:,}{new}"
+
+    def as_row(self) -> dict[str, object]:
+        """Return the fields of ``--json``; times in s, None for a skipped result."""
+        names, c = ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"), self.compared
+        found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
+        times = zip(("measured_s", "predicted_s", "lower_s", "upper_s", "error", "inside"), found)
+        where = {"hardware": c.gpu if c else "", "engine": c.engine if c else ""}
+        return {**{name: getattr(self, name) for name in names}, **where, **dict(times), "notes": list(self.notes)}
+
+
+def evaluate(folder: str | Path, given: Conditions) -> list[RunResult]:
+    """Return each result in the JSON files of a folder and its folders, next to its prediction.
+
+    Raises InputError for a folder without JSON files.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    if not 0 < len(files) <= MOST_FILES:
+        raise InputError(f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got {len(files):,}")
+
+    def skipped(source: str, error: InputError, place: object, run: BenchRun | None = None) -> RunResult:
+        reason = str(error).removeprefix(f"{place}").removeprefix(":").strip()
+        return RunResult(source, reason, tool=run.tool if run else "", model=run.model if run else "")
+
+    out = []
+    for file in files:
+        name = str(file.relative_to(path))
+        try:
+            runs = read_benches(file)
+        except InputError as error:
+            out.append(skipped(name, error, file))
+            continue
+        for at, run in enumerate(runs, start=1):
+            source = f"{name}:{at}" if len(runs) > 1 else name
+            try:
+                out.append(evaluated(replace(run, source=source), given))
+            except InputError as error:
+                out.append(skipped(source, error, source, run))
+    return out
+
+
+def evaluated(run: BenchRun, given: Conditions) -> RunResult:
+    """Return one result next to its prediction. InputError: a condition is neither in the file nor given."""
+    stated = run.output_tokens or (run.total_tokens and given.seq) or given.new_tokens is None
+    phase, batch, seq, steps = request_of(
+        run,
+        batch=None if run.concurrency or run.mean_concurrency else given.batch,
+        seq=None if run.input_tokens else given.seq,
+        output=None if stated else (given.new_tokens or 0) + 1,
+    )
+    engine = given.engine or run.engine or ("vllm" if run.tool.startswith("vllm") else "")
+    known = shipped_model(run.model) if run.model else None
+    model = known.name if known else given.model
+    for name, value in (("model", model), ("hardware", given.hardware or run.gpu), ("engine", engine)):
+        if not value:
+            raise InputError(f"{run.source}: {name}: expected --{name}, as the file does not state a known one")
+    scenario = Scenario(
+        model=model,
+        phase=phase,
+        shapes=((batch, seq),),
+        new_tokens=max(steps, 1),
+        engine=engine,
+        dtype=given.dtype or run.dtype or "bf16",
+        weight_dtype=given.weight_dtype or run.weight_dtype or None,
+        kv_dtype=given.kv_dtype or run.kv_dtype or None,
+        devices=given.devices or run.devices or 1,
+        level=LEVEL,
+    )
+    found, hw, (dense,) = measured_of(run, scenario), load_hardware(given.hardware or run.gpu), scenario.workloads
+    s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
+    times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
+    about: dict[str, Any] = {"source": run.source, "engine": scenario.engine_name, "gpu": hw.label, "split": "judge"}
+    compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
+    new_tokens = steps if phase != "prefill" else 0
+    return RunResult(run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes)
+
+
+def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
+    """Return median error, bias and coverage of the results, the worst, and how many were skipped, as sentences."""
+    compared = [r.compared for r in results if r.compared is not None]
+    skipped, s, worst = len(results) - len(compared), score_of(compared), max(compared, key=lambda c: abs(c.error))
+    where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
+    sentences = [
+        f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder} ({where}): median error "
+        f"{percent(s['median'])}, bias {100 * s['median bias']:+.1f} %, {sum(c.inside for c in compared)} of "
+        f"{len(compared)} in their {percent(LEVEL)} interval."
+    ]
+    if len(compared) > 1:
+        sentences.append(f"Worst: {worst.source} with {100 * worst.error:+.1f} %.")
+    if skipped:
+        sentences.append(f"{skipped} result{'s were' if skipped > 1 else ' was'} skipped.")
+    return sentences

@@ -1,0 +1,457 @@
+"""The sets of evidence: which rows, what no fit saw of them, how they are predicted, and their targets.
+
+Use :func:`evaluate_sets` for the scores of :data:`SETS`, and :func:`against_targets` for the targets next to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from calibration.evidence.hosts import held_out_models, ratio_scores
+from calibration.evidence.measured import (
+    GROUPINGS,
+    MeasuredRows,
+    Row,
+    evaluate_baselines,
+    evaluate_table,
+    evaluate_updates,
+    row,
+)
+from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
+from calibration.evidence.verdict import COVERAGE
+from calibration.fit.attention import calls_of
+from calibration.fit.experts import layers_of
+from calibration.fit.gemm import products_of
+from calibration.fit.predict import predict
+from calibration.measurements import list_measurements, load_measurements, provenance, published
+from calibration.measurements.infersim import SOURCES
+from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
+from calibration.records.screening import LATENT
+from calibration.records.timing_table import Records, Source
+from simulator.cost.base import Machine
+from simulator.errors import unknown
+from simulator.hardware.constants import COLLECTIVE_CONSTANTS
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.sections import Fitted, Section
+from simulator.workload import ROLES, STACKS
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Seeds of the splits, numbers of training rows of GEMMs (None: all), and the wheel of the tables."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sizes: tuple[int | None, ...] = (400, None)
+    wheel: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvidenceSet:
+    """Rows to predict: ``rows`` loads, predicts and scores them."""
+
+    held_out: str  # what no fit saw
+    rows: Callable[[SetOptions], Iterable[Row]]
+    seeded: bool = True
+
+
+@dataclass(frozen=True)
+class AccuracyTarget:
+    """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only reported."""
+
+    kind: str
+    name: str  # of a group of rows, formatted with their keys
+    score: str
+    high: float | Mapping[str, float] | None = None  # mapping: by how the name begins
+    low: float | None = None
+    of: str = "mean"  # of several rows: "mean", "median", "worst" or the "ends"
+
+
+class Criterion(NamedTuple):
+    """A target and the measured value, %; ``met`` is None where there is no target."""
+
+    criterion: str
+    target: str
+    measured: str
+    met: bool | None
+
+
+def evaluate_sets(
+    names: Sequence[str] = (),
+    options: SetOptions = SetOptions(),
+    jobs: int = 1,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
+    stack: none), "trained_on", "seed", and those of :func:`calibration.evidence.scoring.score`."""
+    for name in names:
+        if name not in SETS:
+            raise unknown("set", name, SETS)
+    if options.wheel is not None:
+        open_wheel(options.wheel).close()
+    seeds = {name: options.seeds if SETS[name].seeded else options.seeds[:1] for name in names or SETS}
+    parts = [(name, replace(options, seeds=(seed,))) for name, some in seeds.items() for seed in some]
+    out: list[Row] = []
+    # spawned: a forked child would inherit the locks of threads that it does not have
+    with ProcessPoolExecutor(min(jobs, len(parts)), get_context("spawn")) as pool:
+        for done, rows in enumerate((pool.map if jobs > 1 else map)(_evaluate, *zip(*parts, strict=True)), start=1):
+            progress(f"{done}/{len(parts)}")
+            out += rows
+    return out
+
+
+def _evaluate(name: str, options: SetOptions) -> list[Row]:
+    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(options)]
+
+
+def means(rows: Sequence[Row], table: str = "") -> list[Row]:
+    """Return the rows of one table (default: of each table in turn), averaged over seeds."""
+    if not table:
+        return [r for title in dict.fromkeys(r["table"] for r in rows) for r in means(rows, title)]
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for r in (r for r in rows if r["table"] == table):
+        groups.setdefault((r["held_out"], r["method"], r["rows"]), []).append(r)
+    out = []
+    for group in groups.values():
+        names = [n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)]
+        out.append({**group[0], "seeds": len(group), **{n: float(np.mean([r[n] for r in group])) for n in names}})
+    return sorted(out, key=lambda r: (r["held_out"], 0 if r["method"] == "as shipped" else r["rows"] or 10**9))
+
+
+def against_targets(rows: Sequence[Row]) -> list[Criterion]:
+    """Return the targets of the rows, next to their means over seeds."""
+    lines, out = means(rows), []
+    for t in TARGETS:
+        groups: dict[str, list[float]] = {}
+        for r in lines:
+            if r["kind"].startswith(t.kind) and t.score in r:
+                groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
+        for name, values in groups.items():
+            of: Mapping[str, Any] = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}
+            one = float(of[t.of](values))
+            last, high = max(values) if t.of == "ends" else one, t.high
+            if isinstance(high, Mapping):
+                high = next((v for key, v in high.items() if name.startswith(key)), None)
+            about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(t.of, "")
+            many = f", {t.of} of {len(values)}{about}" if t.low is None and len(values) > 1 else ""
+            digits, range_ = 2 if t.low is None else 1, f" to {last:.1f}" if len(values) > 1 and t.of == "ends" else ""
+            wanted = "-" if high is None else f"<= {high:g}"
+            if t.low is not None and high is not None:
+                wanted = f"{t.low:g} to {high:g}" if high < 100.0 else f">= {t.low:g}"
+            met = None if high is None else bool((t.low or 0.0) <= one and last <= high)
+            out.append(Criterion(name + many, wanted, f"{one:.{digits}f}{range_}", met))
+    return out
+
+
+# tables of kernels
+
+
+@dataclass(frozen=True)
+class TableChoice:
+    """A table to evaluate."""
+
+    measurement: str  # device/operator/stack
+    dtype: str = "bf16"
+    prior: str = ""  # table of another stack, whose section is the prior of a small fit
+    wheel: Path | None = None  # source of a table that does not ship
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """Device, operator and stack."""
+        device, operator, stack = self.measurement.split("/")
+        return device, operator, stack
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def load(self) -> MeasuredRows:
+        """Return the usable rows, with the datasheet of their device."""
+        records = _records(self.measurement, self.wheel).of_dtype(self.dtype)
+        hw, operator = datasheet(SOURCES[self.measurement].hardware), self.parts[1]
+        machine = Machine.of(hw, self.dtype)
+        if operator == "experts":
+            return MeasuredRows(layers_of(records, machine, hw.architecture), hw, self.dtype)
+        if operator == "gemm":
+            return MeasuredRows(products_of(records, machine), hw, self.dtype)
+        return MeasuredRows(calls_of(records, operator, machine).screened()[0], hw, self.dtype)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def fitted(self) -> Section:
+        """Return the section fitted on every row."""
+        return self.load().fit()
+
+    def formats(self) -> frozenset[str]:
+        """Return the number formats that are evaluated: of a shipped table, those that it was chosen for."""
+        found = _formats(self.measurement, self.wheel)
+        return found if self.wheel else found & set(provenance(self.measurement)["rows"])
+
+
+@lru_cache(maxsize=4)
+def _records(measurement: str, wheel: Path | None) -> Records:
+    if wheel is None or measurement not in CHOICES:
+        return load_measurements(measurement)
+    with open_wheel(wheel) as archive:
+        return read_choice(archive, CHOICES[measurement])[0]
+
+
+@lru_cache(maxsize=64)
+def _formats(measurement: str, wheel: Path | None) -> frozenset[str]:
+    return frozenset(_records(measurement, wheel).labels().astype(str))
+
+
+GEMMS: Mapping[str, TableChoice] = {
+    "a100": TableChoice("a100_sxm/gemm/trtllm", prior="a100_sxm/gemm/sglang"),
+    "a100_sglang": TableChoice("a100_sxm/gemm/sglang"),
+    "h100": TableChoice("h100_sxm/gemm/trtllm", prior="h100_sxm/gemm/sglang"),
+    "h100_fp8": TableChoice("h100_sxm/gemm/trtllm", "fp8"),
+    "h200": TableChoice("h200_sxm/gemm/trtllm"),
+    "l40s": TableChoice("l40s/gemm/trtllm"),
+    "rtx_pro_6000": TableChoice("rtx_pro_6000/gemm/trtllm"),
+    "b200": TableChoice("b200_sxm/gemm/trtllm"),
+    "h20_fp8_block": TableChoice("h20/gemm/sglang", "fp8_block"),
+    "a100_int8_wo": TableChoice("a100_sxm/gemm/trtllm", "int8_wo"),
+    "a100_int4_wo": TableChoice("a100_sxm/gemm/trtllm", "int4_wo"),
+}
+ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
+EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
+UNLISTED = (
+    "gemm bf16", "gemm fp8", "gemm fp8_block", "attention_prefill bf16", "attention_decode bf16", "mla_decode bf16",
+    "experts bf16", "experts fp8_block",
+)  # fmt: skip
+"""Operators and formats that are evaluated by datasheet alone."""
+FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
+
+
+def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
+    """Return the tables of an operator, those of one device next to each other. The wheel has all formats of experts,
+    also of a table that ships in part."""
+    shipped, out = list_measurements(), dict[str, list[TableChoice]]()
+    for name in shipped if wheel is None else SOURCES:
+        table = TableChoice(name, wheel=None if name in shipped and operator != "experts" else wheel)
+        if table.parts[1] == operator and table.parts[2] in STACKS:
+            out.setdefault(table.parts[0], []).append(table)
+    return [table for tables in out.values() for table in tables]
+
+
+def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[TableChoice, TableChoice]]:
+    """Return pairs of the table of a held-out stack and the table that predicts it, for every device and operator with
+    two or more stacks: the default stack among the others. vLLM's tables, which lack large GEMMs, predict no stack."""
+    tables, out = {t.parts: t for operator in operators for t in _tables(operator, wheel)}, []
+    for (device, operator, stack), table in tables.items():
+        others = [tables.get((device, operator, other)) for other in STACKS if other not in (stack, "vllm")]
+        out += [(table, other) for other in others if other is not None][:1]
+    return out
+
+
+def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableChoice | None]]:
+    """Return one table for every GPU, operator and format of :data:`UNLISTED`, by the first stack that has one, and the
+    GPU's bf16 GEMMs, whose rows update the others. vLLM's tables, which lack large GEMMs, count last."""
+    found: dict[tuple[str, str], TableChoice] = {}
+    for kind in UNLISTED:
+        operator, dtype = kind.split()
+        for table in sorted(_tables(operator, wheel), key=lambda t: (t.parts[2] == "vllm", STACKS.index(t.parts[2]))):
+            if dtype in table.formats():
+                found.setdefault((kind, table.parts[0]), replace(table, dtype=dtype))
+    return [(t, found.get(("gemm bf16", at)) if kind != "gemm bf16" else None) for (kind, at), t in found.items()]
+
+
+def by_datasheet(name: str) -> HardwareProfile:
+    """Return a GPU as if it had no tables: with the defaults of its architecture where another GPU of it was fitted,
+    else with those of no architecture."""
+    hw = datasheet(name)
+    kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
+    kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
+    return hw if kin - {name} else replace(hw, architecture="cdna3")
+
+
+def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
+    table, data = GEMMS[name], GEMMS[name].load()
+    for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
+        rows = [evaluate_table(data, size, seed)]
+        if size is not None and table.prior and size <= 1000:
+            rows.append(evaluate_table(data, size, seed, prior=TableChoice(table.prior, table.dtype).fitted()))
+        if not name.endswith("_wo"):
+            rows += evaluate_baselines(data, size, seed)
+        kind = "weights" if name.endswith("_wo") else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
+        for r in rows:
+            own = r["method"] == "prunesim" and size is None
+            yield {**r, "table": name, "rows": size or 0, "kind": kind if own else ""}
+
+
+def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of held-out stacks, as shipped and after a local update."""
+    for table, source in pairs:
+        device, operator, stack = table.parts
+        held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
+        for seed in o.seeds:
+            hw = table.load().profile(source.fitted(), same_stack=False)
+            rows = evaluate_updates(hw, {"posterior": table.load()}, (20, 100, 400), seed)
+            names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
+            yield from ({**r, **names} for r in rows)
+
+
+def _unlisted(o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
+    for table, others in unlisted_tables(o.wheel):
+        (device, operator, stack), hw = table.parts, by_datasheet(SOURCES[table.measurement].hardware)
+        sources = {"posterior": table.load()} | ({} if others is None else {"other rows": others.load()})
+        for seed in o.seeds if table.load().data.groups().max() > 0 else ():  # one group cannot be split
+            for r in evaluate_updates(hw, sources, (20, 100), seed):
+                others_ = ", with GEMM rows" if r["method"] == "other rows" else ""
+                names = {"table": f"{operator} {table.dtype}, by datasheet alone{others_}", "kind": "update"}
+                yield {**r, **names, "held_out": f"{device} {stack}", **({"method": "posterior"} if others_ else {})}
+
+
+def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = None) -> Iterator[Row]:
+    for table, by in ((t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS):
+        device, operator, stack = table.parts
+        kind, phase = operator.split("_")
+        data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
+        if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
+            yield from ({**evaluate_table(data, None, s, by, fold_by=(by,)), **names} for s in o.seeds)
+
+
+def _mla(o: SetOptions) -> Iterator[Row]:
+    yield from _stacks(stack_pairs(o.wheel, LATENT), o)
+    yield from _attention(LATENT, o, o.wheel)
+
+
+def _experts(o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of held-out models, then of held-out stacks, for every format of a table."""
+    for table in _tables("experts", o.wheel):
+        device, _, stack = table.parts
+        for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
+            data, names = replace(table, dtype=dtype).load(), {"method": f"{stack} {dtype}", "kind": "models"}
+            names["table"] = f"experts {device}, held-out models"
+            yield from ({**evaluate_table(data, None, s), **names} for s in o.seeds)
+    pairs = stack_pairs(o.wheel, EXPERTS)
+    both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
+    yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], o)
+
+
+# collectives, and published measurements of whole models
+
+LINKS: Mapping[str, tuple[str, ...]] = {
+    "a100_sxm": ("a100_sxm_80gb", "h100_sxm", "h200_sxm", "b200_sxm"),
+    "h100_sxm": ("h100_sxm", "h200_sxm"),
+    "h200_sxm": ("h200_sxm", "h100_sxm"),
+    "b200_sxm": ("b200_sxm", "a100_sxm_80gb", "h100_sxm", "h200_sxm"),
+    "l40s": ("l40s", "rtx_pro_6000"),
+    "rtx_pro_6000": ("rtx_pro_6000", "l40s"),
+}
+"""System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same generation of
+link, else of the same family."""
+LEAST_BYTES = 1.6e7  # of published rows: below, the overhead of a call, about 40 us, is more than a third of a time
+
+
+def _links(o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of systems with tables, and of NVSwitch and A100 joined in pairs, whose rows another laboratory
+    published; the defaults, which none of these rows set, predict the latter."""
+    tables: dict[str, tuple[HardwareProfile, list[Records]]] = {}
+    for system, (name, *others) in LINKS.items():
+        hw = load_hardware(name)
+        names = [f"{system}/collective/{s}" for s in ("sglang", "trtllm", "vllm", "nccl")]
+        found = {name: load_measurements(name) for name in names if name in list_measurements()}
+        all_reduce = ROLES.index("all_reduce")  # of NCCL's, engines run their own
+        rows = [r.select(r.role != all_reduce) if name.endswith("nccl") else r for name, r in found.items()]
+        hw = _bare(hw.over(hw.link.name if hw.link else ""))
+        tables[system] = hw.calibrated({("collective", "*"): _mean_section(others)}, "held out"), rows
+    for system in ("a100_dgx", "a100_pairwise_nvlink"):
+        some = [r for r in published("collectives") if r["system"] == system]
+        n, devices, seconds = np.array([(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]).T
+        columns = {"n": n, "batch": devices, "seconds": seconds, "role": ROLES.index("all_reduce")}
+        records = Records.from_columns([Source("")], operator="collective", **columns)
+        hw = _bare(load_hardware(some[0]["hardware"]).over(some[0]["link"]))
+        tables[system] = hw, [records.select(n >= LEAST_BYTES)]
+    for system, (hw, rows) in tables.items():
+        times = [predict(r, hw).time for r in rows]
+        columns_ = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
+        measured = np.concatenate([r.seconds for r in rows])
+        scores = score(ScoredRows(measured, *columns_))
+        yield row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
+
+
+def _bare(hw: HardwareProfile) -> HardwareProfile:
+    return replace(hw, sections={}, stacks={}, stack="", stacks_of="")
+
+
+def _mean_section(names: Sequence[str]) -> Section:
+    """Return the mean of the fitted constants of some profiles over all stacks, geometric where all are above 0."""
+    sections = [stack.get(("collective", "*")) for name in names for stack in load_hardware(name).stacks.values()]
+    found, out = [s for s in sections if s is not None and s.status == "calibrated"], {}
+    for key in COLLECTIVE_CONSTANTS:
+        values = np.array([section[key] for section in found])
+        one = float(np.exp(np.log(values).mean()) if values.min() > 0 else values.mean())
+        out[key] = Fitted(float(np.median(values)) if key in ("own_devices", "own_bytes") else one)
+    return Section(out)
+
+
+def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of the rows that nothing was fitted to: of all, and of each engine; without custom code."""
+    rows = [c for c in compare() if c.split == "judge" and not c.own_code]
+    for engine in ("", *sorted({c.engine for c in rows})):
+        some = [c for c in rows if engine in ("", c.engine)]
+        yield row(engine or "all", 0, 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
+
+
+def _serving(o: SetOptions) -> Iterator[Row]:
+    """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
+    for engine in ("vllm", "sglang", "trtllm"):
+        some = [x for x in held_out_models() if x.engine == engine and not x.experts]
+        scores, shipped = ratio_scores(some), score_of(compare_serving(engine, experts=False))
+        scores, rows = scores | {"coverage": shipped["coverage"]}, sum(len(x.ratio) for x in some)
+        yield row(engine, 0, 0, scores, rows, table="serving runs of held-out models", kind="serving")
+
+
+ERRORS = {  # median or mean errors, %
+    "GEMM, a100,": 5.0, "GEMM, h100,": 4.0, "gemm, held-out stack, 0": 8.0, "gemm, held-out stack, 100": 5.5,
+    "gemm, held-out stack, 400": 4.8, "published dense": 8.0, "published speedups": 5.0, "serving, vllm": 6.0,
+    "serving, sglang": 7.0, "serving, trtllm": 7.0,
+}  # fmt: skip
+LOW, HIGH = COVERAGE
+TARGETS = (
+    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
+    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
+    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
+    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m<=16", 10.0),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m<=16", HIGH, LOW),
+    AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
+    AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
+    AccuracyTarget("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
+    AccuracyTarget("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
+    AccuracyTarget("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
+    AccuracyTarget("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
+    AccuracyTarget("models", "experts, models unseen: coverage, mean", "coverage", HIGH, LOW),
+    AccuracyTarget("models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW),
+    AccuracyTarget("all", "{table} ({rows}): median error", "median", ERRORS),
+    AccuracyTarget("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
+    AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
+    AccuracyTarget("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
+    AccuracyTarget(
+        "serving", "serving, {method} ({rows}), held-out dense model: time per token, median error", "median", ERRORS
+    ),
+    AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
+)
+SETS: Mapping[str, EvidenceSet] = {
+    **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
+    "stacks": EvidenceSet("a software stack", lambda o: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), o)),
+    "attention": EvidenceSet("heads, lengths", partial(_attention, ATTENTION)),
+    "unlisted": EvidenceSet("all fits of a GPU", _unlisted),
+    "mla": EvidenceSet("a software stack; heads, lengths", _mla),
+    "experts": EvidenceSet("models; a software stack", _experts),
+    "collectives": EvidenceSet("a system", _links, seeded=False),
+    "dense": EvidenceSet("sources", partial(_published, "published dense times", compare_dense), seeded=False),
+    "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), seeded=False),
+    "serving": EvidenceSet("a model", _serving, seeded=False),
+}
+"""Every set by name."""
+WHOLE = ("collectives", "dense", "speedups", "serving")
+"""Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have."""

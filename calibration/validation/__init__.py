@@ -1,1 +1,0 @@
-"""Evaluation of profiles and engines on data that their fits did not use."""

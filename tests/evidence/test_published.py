@@ -1,0 +1,115 @@
+"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages say, and all there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.evidence import hosts
+from calibration.evidence.pages import engine_tables, filled, loads_table
+from calibration.evidence.published import MISS, compare_dense, compare_gemms, compare_serving, compare_speedups
+from calibration.evidence.scoring import Comparison, score_of
+from calibration.evidence.sets import against_targets, evaluate_sets
+from calibration.measurements import published
+from simulator.engines.engine import load_engine
+
+Found = Mapping[str, Sequence[Comparison]]
+ENGINES = ("vllm", "sglang", "trtllm")
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """All comparisons of whole models, which take seconds."""
+    given = compare_speedups(given=True)
+    return {"dense": compare_dense(), "speedups": compare_speedups(), "given": given, "serve": compare_serving()}
+
+
+def judged(found: Found, kind: str, engine: str = "") -> list[Comparison]:
+    return [c for c in found[kind] if c.split == "judge" and not c.own_code and engine in ("", c.engine)]
+
+
+def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason(found: Found) -> None:
+    for kind in ("dense", "speedups"):
+        rows = [r for r in published(kind) if not r["left_out"]]
+        assert len(found[kind]) == len(rows)
+        assert all(c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0 for c in found[kind])
+        assert all(c.reason for c in found[kind] if abs(c.error) > MISS)
+    sources = {c.source: {d.split for d in found["dense"] if d.source == c.source} for c in found["dense"]}
+    assert all(len(splits) == 1 for splits in sources.values()), "a source is fitted on or judged, not both"
+
+
+def test_published_rows_are_predicted_as_well_as_the_page_says(found: Found) -> None:
+    speedups, trtllm = score_of(judged(found, "speedups")), score_of(judged(found, "dense", "trtllm"))
+    assert speedups["median"] <= 0.05
+    assert speedups["half-width"] <= 0.12
+    assert trtllm["median"] <= 0.08
+    assert abs(trtllm["median bias"]) <= 0.06
+    assert abs(score_of(judged(found, "dense", "vllm"))["median bias"]) <= 0.06
+    first = [c for c in found["dense"] if c.engine == "trtllm" and "batch 1," in c.where]
+    assert score_of(first)["median"] <= 0.05
+    assert score_of([c for c in found["dense"] if c.engine == "compile"])["median"] <= 0.05
+
+
+def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
+    depth = [c for c in found["given"] if "Shortened" in c.what and "SLEB" in c.what]
+    assert len(depth) == 6
+    assert all(abs(c.error) <= 0.08 and c.inside for c in depth)
+    width = [c for c in found["given"] if c.own_code]
+    assert all(c.predicted == pytest.approx(1.0, abs=0.01) for c in width), "the host sets the pace at any width"
+    batched = [c for c in found["given"] if c.gpu == "l4" and "batch 8" in c.where]
+    assert len(batched) == 6
+    assert all(abs(c.error) <= 0.03 for c in batched)
+    assert all(c.inside for c in found["given"] if c.gpu == "l4")
+
+
+def test_whole_models_reach_the_targets_that_the_page_names_as_met() -> None:
+    rows = evaluate_sets(("dense", "speedups", "serving"))
+    missed = {c.criterion for c in against_targets(rows) if c.met is False}
+    assert missed == {
+        "published dense times, hf (2): bias, either way",
+        "published speedups: coverage",
+        "serving, vllm: coverage",
+    }
+
+
+def test_engines_hold_what_the_serving_runs_give() -> None:
+    for name in ENGINES:
+        found, engine = hosts.fit_engine(name), load_engine({"vllm": "vllm@v1"}.get(name, name))
+        assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
+        assert engine.each_sequence.value == pytest.approx(found.each_sequence_s, rel=0.05, abs=1e-6)
+        assert engine.prefill_wait.value == pytest.approx(found.prefill_wait, abs=0.02)
+
+
+def test_a_planted_host_is_found() -> None:
+    rng, c = np.random.default_rng(0), np.array([4.0, 8, 16, 32, 64, 128] * 8)
+    o = rng.choice([128.0, 512.0, 1024.0], len(c))
+    groups = []
+    for offset in (0.9, 1.05, 1.1):
+        step, prefill = 0.006 * offset + 2e-5 * c, np.full(len(c), 0.03 * offset)
+        seq, ones = np.full(len(c), 1024.0), np.ones(len(c))
+        plain = hosts.Group(c, o, seq, step, c * prefill, prefill, ones, ones)
+        noise = np.exp(rng.normal(0.0, 0.02, (2, len(c))))
+        tpot, request = plain.tpot(7e-4, 4e-5, 0.2) * noise[0], plain.request(7e-4, 4e-5) * noise[1]
+        times = step / offset, c * prefill / offset, prefill / offset
+        groups.append(hosts.Group(c, o, seq, *times, tpot, request))
+    found = hosts.fit_hosts("vllm", groups)
+    assert found.each_pass_s == pytest.approx(7e-4, rel=0.35)
+    assert found.each_sequence_s == pytest.approx(4e-5, rel=0.25)
+    assert found.prefill_wait == pytest.approx(0.2, abs=0.1)
+
+
+def test_the_page_of_engines_is_current() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "generated" / "engines.md").read_text(encoding="utf-8")
+    assert filled("engines", engine_tables()) == page
+    assert "| llama, nemotron-nas; multiples of 256 |" in loads_table()
+
+
+def test_errors_of_gemms_stay_within_the_aim_and_every_miss_has_a_reason() -> None:
+    for what, aim in (("narrower", 0.10), ("2:4", 0.15)):
+        rows = compare_gemms(what)
+        assert score_of(rows)["median"] <= aim
+        assert all(r.source and r.where and r.measured > 0 and 0 < r.lower <= r.predicted for r in rows)
+        assert all(r.reason for r in rows if abs(r.error) > MISS)
