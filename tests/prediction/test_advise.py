@@ -121,3 +121,9 @@ def test_bad_targets_are_refused(target: float) -> None:
 def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         advise(MODEL, hardware, 1.5, [phase], family=[family])
+
+
+def test_setting_and_engine_are_respected() -> None:
+    (a,) = advise(MODEL, [HARDWARE], 1.4, family=["depth"], scenario=Scenario(engine="hf")).advice
+    assert (a.result.engine, a.result.phase) == ("hf", "decode")
+    assert predicted("depth", a.result.sparsity, "decode", "hf")[0] == pytest.approx(a.result.speedup, rel=1e-9)

@@ -197,3 +197,12 @@ def test_figure_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     with pytest.raises(InputError, match="one length"):
         pareto_figure(["a"], [], [], [], [], [], [], [], [], axis="x")
+
+
+def test_options_of_a_method_reach_the_family_and_speed_is_that_of_the_model_asked() -> None:
+    sliced = row("width_cross", 0.25, 7.0, method="b", options=(("residual_projections", True),))
+    table = QualityTable((row("width_cross", 0.25, 7.0), sliced))
+    (front,), _ = fronts("llama-3.2-1b", ["h100"], table, table.axes()[0])
+    speed = {p.method: p.speedup for p in front.points}
+    assert speed["b"] < speed["my width_cross"]
+    assert {p.model for p in front.points} == {"llama-3.2-1b"}
