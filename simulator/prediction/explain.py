@@ -1,4 +1,6 @@
-"""Decompose the difference between nominal and predicted speedup into named steps: :func:`waterfall`."""
+"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`), and the waterfalls of
+requests (:func:`explanations`).
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Join speedups with quality rows, and find the frontier: the points that no other point beats in both.
+"""Find which prunings are best: on the frontier of speed and quality, and the fastest at each batch and length.
 
 Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length, :func:`frontier` for
-arrays. Quality loss is the relative drop of one metric under one protocol (:mod:`simulator.prediction.quality`).
-Speedups are predicted with their interval, or measured by the caller. A *band* is the range of quality budgets in which
-one family is the fastest.
+arrays, :func:`winners` for the fastest prunings. Quality loss is the relative drop of one metric under one protocol
+(:mod:`simulator.prediction.quality`). A *band* is the range of quality budgets in which one family is the fastest.
 
 One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
 both share, such as those of the dense model, cancel in this ratio (:func:`margins`).

@@ -1,6 +1,8 @@
 """Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an existing pruned model.
 
-Use :func:`prunings_of` for the prunings that a user requests.
+Use :func:`prunings_of` for the prunings that a user requests, :func:`removed_parts` for what is left of each part of
+the model: layers, query and KV heads, inner widths of MLP and experts, experts, and the hidden size. Sizes are means
+over the layers that have the part, on all devices together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Columns of results: texts as codes, :class:`Labels`, next to arrays."""
+"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns, with texts as codes
+(:class:`Labels`).
+
+The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 """Answer "Will it run?" for a pruned model in a stock engine: can the engine load it, are its widths aligned, can the
-devices divide it, and has the engine kernels for it: :func:`runnable` for a pruning, :func:`will_run` for workloads.
+devices divide it, and has the engine kernels for it.
+
+Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model follows from the
+features of its checkpoint (:func:`loading`), which are read from its workload on one device; engines state in their
+YAML files which features they load (:mod:`simulator.engines.loading`). :func:`config_of` writes a ``config.json``.
 """
 
 from __future__ import annotations

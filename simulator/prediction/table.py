@@ -1,7 +1,8 @@
-"""Predict the product of models, devices, engines, prunings, phases, batches and lengths.
+"""Predict speedups: of the product of models, devices, engines, prunings and requests (:func:`table`), of one pruning
+(:func:`predict`), or of workloads (:func:`speedup`, :func:`speedups`).
 
-Use :func:`table`. A combination that a family does not support (2:4 at 0.25) is excluded with a note if there are
-several prunings, and an error if there is only one.
+In a table, a combination that a family does not support (2:4 at 0.25) is excluded with a note if there are several
+prunings, and an error if there is only one.
 """
 
 from __future__ import annotations
