@@ -1,5 +1,5 @@
-"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`), and the waterfalls of
-requests (:func:`explanations`).
+"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`), and the waterfalls
+of requests (:func:`explanations`).
 """
 
 from __future__ import annotations
