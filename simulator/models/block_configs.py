@@ -1,13 +1,8 @@
 """Read and write the shapes of single layers as architecture searches state them: ``block_configs``.
 
-Two programs write them, with different keys:
-
-- DeciLM (model type ``nemotron-nas``): query heads per key/value head, ``n_heads_in_group``, and the MLP's width as
-  a multiple of the hidden size, ``ffn_mult``, which is rounded up to a multiple of 256.
-- NVIDIA ModelOpt (Puzzletron): ``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
-
-Use :func:`read_block` for one layer, :func:`block_config` and :func:`block_configs_of` to write.
-:func:`simulator.models.changes.config_of` writes a whole ``config.json``.
+DeciLM (model type ``nemotron-nas``) writes query heads per key/value head, ``n_heads_in_group``, and the MLP's width as
+a multiple of the hidden size, ``ffn_mult``, which is rounded up to a multiple of 256. NVIDIA ModelOpt (Puzzletron)
+writes ``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
 """
 
 from __future__ import annotations

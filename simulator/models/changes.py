@@ -21,7 +21,7 @@ from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES
 from simulator.models.block_configs import block_configs_of, deci_config
-from simulator.models.config import Block, ModelConfig
+from simulator.models.config import ModelConfig
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_config
 from simulator.models.library import FOLDER, list_models, load_model
 
@@ -75,7 +75,10 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
                 return {key: value for key, value in plain.items() if key != "_name_or_path"}
     stated = dense
     if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
-        stated = dense.each_block(lambda block: _with_heads(block, *heads))
+        (many,) = heads
+        stated = dense.each_block(
+            lambda b: replace(b, heads=many, kv_heads=math.gcd(b.kv_heads, many)) if b.heads else b
+        )
     configs = block_configs_of(pruned, stated)
     content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
     if dense.architecture in DECI_SOURCES and stated.heads == dense.heads:
@@ -92,11 +95,6 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     if not _states(found, pruned):
         raise InputError(f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its layers")
     return found
-
-
-def _with_heads(block: Block, heads: int) -> Block:
-    """Return a layer with other query heads, and key/value heads that divide them, if it has attention."""
-    return replace(block, heads=heads, kv_heads=math.gcd(block.kv_heads, heads)) if block.heads else block
 
 
 def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:

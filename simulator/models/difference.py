@@ -29,9 +29,12 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         olds = tuple(dense.layout[at[number]] for number in numbers)
     else:
         olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
+    fewer = tuple(
+        replace(_without(old, new), experts=new.experts, active=new.active) for old, new in zip(olds, pruned.layout)
+    )
     shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
         (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
-        (_experts(numbers, olds, pruned.layout), tuple(map(_fewer, olds, pruned.layout)), {}),
+        (_experts(numbers, olds, pruned.layout), fewer, {}),
         (
             _width(dense, pruned, numbers, olds),
             tuple(replace(b, ranks=(), shortcuts=(), out=0) for b in pruned.layout),
@@ -96,10 +99,6 @@ def _without(old: Block, new: Block) -> Block:
     if not _maps(new) or "mlp" in new.linear:
         old = replace(old, inner=0, experts=0, active=0.0, expert_inner=0)
     return replace(old, linear=new.linear)
-
-
-def _fewer(old: Block, new: Block) -> Block:
-    return replace(_without(old, new), experts=new.experts, active=new.active)
 
 
 def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:

@@ -129,10 +129,6 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return _shipped(name)
     if explicit or os.path.exists(source):
         return read_config(source)
-    raise unknown("model", source, list_models(), way=_download(source) if _ID.fullmatch(source) else "")
-
-
-def _download(name: str) -> str:
-    """Return how a user gets the ``config.json`` of a Hugging Face id; prunesim opens no connection."""
-    command = f"curl -L https://huggingface.co/{name}/resolve/main/config.json -o config.json"
-    return f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
+    command = f"curl -L https://huggingface.co/{source}/resolve/main/config.json -o config.json"
+    way = f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
+    raise unknown("model", source, list_models(), way=way if _ID.fullmatch(source) else "")

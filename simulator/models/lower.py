@@ -51,19 +51,15 @@ from simulator.routing import EXPERT_SKEW
 from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Phase, Workload, dtype_code
 
 MAX_TOKENS = 2**40  # largest batch x seq; larger counts would not be exact in float64
+# at 2 the busiest expert has 40,000 times the load of the least busy
 SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
-"""At 2 the busiest expert has 40,000 times the load of the least busy."""
-
 _PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
+# prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of decoding sequences
 LEAST_PROMPTS = 4
-"""Share of a budget, one in so many, that decoding sequences leave for prompts: servers limit their sequences to this
-end."""
-
 MAX_DECODES = 1_000_000  # largest number of decode steps
+# up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one: FLOPs and
+# bytes stay exact except where a window fills up; times change by less than 1e-4
 DECODE_LENGTHS = 1024
-"""Up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one.
-
-FLOPs and bytes stay exact except where a window fills up; times change by less than 1e-4."""
 
 
 def lower(

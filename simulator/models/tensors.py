@@ -93,7 +93,6 @@ OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in 
 WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
 """Weights in the format of the residual stream."""
 
-
 _FACTOR = re.compile(r"(?:(.*\.)?([qkvo]|gate|up|down)_([uv])_proj|(.+)\.([AB])Linear)")
 _ROLES = {
     **{"qkv_proj": "qkv", "query_key_value": "qkv", "out_proj": "o", "dense": "o", "fc1": "up", "dense_h_to_4h": "up"},
