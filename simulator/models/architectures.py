@@ -343,5 +343,4 @@ NESTED: Mapping[str, str] = MappingProxyType(
 )
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
 
-FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")
-"""Such models whose older files have the keys of the decoder at the top."""
+FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")  # models whose older files have the decoder's keys at the top

@@ -43,12 +43,13 @@ def read_steps(text: str) -> tuple[PruningStep, ...]:
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
     if is_plan(text):
-        return _plan(Path(text.strip()))
+        problems = Problems(text.strip())
+        return _steps_of(read_text(Path(text.strip()), problems), problems)
     try:
         return _steps(text)
     except _MisplacedError as wrong:
         place = f", column {wrong.column}" if text.strip() else ""
-        raise InputError(f"pruning {_shortened(text)!r}{place}: {wrong}") from None
+        raise InputError(f"pruning {one_line(text, 120)!r}{place}: {wrong}") from None
 
 
 def is_plan(text: str) -> bool:
@@ -65,10 +66,6 @@ class _MisplacedError(InputError):
     def __init__(self, column: int, message: str) -> None:
         super().__init__(message)
         self.column = column
-
-
-def _shortened(text: str) -> str:
-    return one_line(text, 120)
 
 
 def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
@@ -179,18 +176,12 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < MOST_LAYERS:
             expected = "expected layer numbers such as 4-29 or 0,5,8-11"
-            raise _MisplacedError(column, f"{expected}, got {_shortened(text)!r}")
+            raise _MisplacedError(column, f"{expected}, got {one_line(text, 120)!r}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
-
-
-def _plan(path: Path) -> tuple[PruningStep, ...]:
-    """Read a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
-    problems = Problems(str(path))
-    return _steps_of(read_text(path, problems), problems)
 
 
 def plan_steps(text: str) -> tuple[PruningStep, ...]:
@@ -199,6 +190,7 @@ def plan_steps(text: str) -> tuple[PruningStep, ...]:
 
 
 def _steps_of(text: str | None, problems: Problems) -> tuple[PruningStep, ...]:
+    """Return the steps of a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
     steps = tuple[PruningStep, ...]()
     root = None if text is None else parse_yaml(text, problems)
     keys = ("prune", "layers")
