@@ -6,13 +6,14 @@ A sentence is made where its fact is known: each function returns the sentence, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.capacity import MOST_DEVICES, memory
 from simulator.cost.base import octaves_outside
 from simulator.cost.forward import SECTIONS, by_formats, section_of
 from simulator.display import few, with_and
@@ -20,9 +21,11 @@ from simulator.engines.engine import load_engine
 from simulator.hardware.formats import label_of
 from simulator.hardware.link import choices
 from simulator.hardware.sections import unfitted
+from simulator.models.library import load_model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import PARTS, SMALL_SHARE, compare
-from simulator.prediction.prunings import difference_of
+from simulator.prediction.prunings import Pruning, difference_of
+from simulator.prediction.result import plain
 from simulator.prediction.scenario import batch_name, device_text, setting
 from simulator.pruning import FAMILIES
 from simulator.uncertainty.forward import operator_times
@@ -33,7 +36,7 @@ from simulator.workload import DTYPES, ROLES, Kind, Workload
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.prediction.result import HasResult, Result
+    from simulator.prediction.result import HasResult, Result, Results
     from simulator.prediction.scenario import Scenario
     from simulator.uncertainty.intervals import Inferred
 
@@ -595,6 +598,54 @@ _EXPERTS = {
     "touched": "loops over the routed experts that tokens use",
     "all": "loops over all routed experts",
 }
+
+
+def dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
+    """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
+    about, config = scenario.workloads[0].meta, load_model(scenario.model)
+    if (reached := about.seq + about.new_tokens) > config.max_positions:
+        supported = f"{config.name} supports {config.max_positions} positions"
+        yield f"{supported}, but {reached} were requested; timed as if supported"
+    too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
+    for hw in devices:
+        (dense,) = scenario.on(hw).workloads
+        if hw.label in too_large:
+            where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
+            yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
+        if joined := assumed_link(hw, dense):
+            yield joined
+        if far := beyond_measured(dense, hw):
+            yield far
+        if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
+            yield inferred_line(inferred, hw.label, scenario.dense_s)
+        if other := fallback(hw, dense):
+            yield other
+
+
+def _too_large(dense: Workload, hw: HardwareProfile) -> str:
+    """Return why a model does not fit, and the devices or batch that fit."""
+    m, name = memory(dense, hw), batch_name(dense.meta.phase)
+    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
+    left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
+    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
+    way += f"; the largest {name} that fits is {largest}" if largest else ""
+    return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
+
+
+def above_bound(
+    results: Results, prunings: Sequence[Pruning], scenario: Scenario, devices: Sequence[HardwareProfile]
+) -> Iterator[str]:
+    """Yield one note per device on the speedup that is farthest above its roofline bound."""
+    above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
+    for hw in devices:
+        mine = np.flatnonzero((label == hw.label) & (above > BETTER))
+        if len(mine):
+            most = int(mine[above[mine].argmax()])
+            r, pruning = results[most], prunings[results.pruning[most]]
+            (dense,) = scenario.on(hw).workloads
+            why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
+            at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
+            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:

@@ -38,9 +38,8 @@ from simulator.prediction.compare import alike, scenario_results
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines, prunings_of, readable
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.scenario import MAX_TOKENS, Scenario, device_text, profiles, scenarios, whole_number
-from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, difference_lines, uncalibrated
+from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
-from simulator.prediction.table import dense_notes
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds

@@ -7,34 +7,23 @@ prunings, and an error if there is only one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.arguments import OneOrMore, listed, shown
-from simulator.capacity import MOST_DEVICES, memory
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.library import load_model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import results_of, scenario_results
 from simulator.prediction.prunings import Excluded, Pruning, applied, exclude, excluded_lines, prunings_of, readable
-from simulator.prediction.result import Result, Results, plain
-from simulator.prediction.scenario import Scenario, batch_name, check_measured, models_of, profiles, scenarios
-from simulator.prediction.sentences import (
-    BETTER,
-    assumed_link,
-    better_than_bound,
-    beyond_measured,
-    difference_lines,
-    fallback,
-    inferred_by,
-    inferred_line,
-)
+from simulator.prediction.result import Result, Results
+from simulator.prediction.scenario import Scenario, check_measured, models_of, profiles, scenarios
+from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
 from simulator.pruning._steps import PruningStep
 from simulator.workload import Workload
 
@@ -129,7 +118,7 @@ def table(
     found = []
     for done, one in enumerate(requested, start=1):
         results = scenario_results(one, prunings, devices, reject)
-        lines = [*dense_notes(results, one, devices), *_above_bound(results, prunings, one, devices)]
+        lines = [*dense_notes(results, one, devices), *above_bound(results, prunings, one, devices)]
         notes |= dict.fromkeys(lines)
         if len(results):
             found.append(results)
@@ -227,54 +216,6 @@ def predict(
         dense_s=dense_s,
     )
     return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
-
-
-def dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
-    """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
-    about, config = scenario.workloads[0].meta, load_model(scenario.model)
-    if (reached := about.seq + about.new_tokens) > config.max_positions:
-        supported = f"{config.name} supports {config.max_positions} positions"
-        yield f"{supported}, but {reached} were requested; timed as if supported"
-    too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
-    for hw in devices:
-        (dense,) = scenario.on(hw).workloads
-        if hw.label in too_large:
-            where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
-            yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
-        if joined := assumed_link(hw, dense):
-            yield joined
-        if far := beyond_measured(dense, hw):
-            yield far
-        if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
-            yield inferred_line(inferred, hw.label, scenario.dense_s)
-        if other := fallback(hw, dense):
-            yield other
-
-
-def _too_large(dense: Workload, hw: HardwareProfile) -> str:
-    """Return why a model does not fit, and the devices or batch that fit."""
-    m, name = memory(dense, hw), batch_name(dense.meta.phase)
-    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
-    left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
-    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
-    way += f"; the largest {name} that fits is {largest}" if largest else ""
-    return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
-
-
-def _above_bound(
-    results: Results, prunings: Sequence[Pruning], scenario: Scenario, devices: Sequence[HardwareProfile]
-) -> Iterator[str]:
-    """Yield one note per device on the speedup that is farthest above its roofline bound."""
-    above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
-    for hw in devices:
-        mine = np.flatnonzero((label == hw.label) & (above > BETTER))
-        if len(mine):
-            most = int(mine[above[mine].argmax()])
-            r, pruning = results[most], prunings[results.pruning[most]]
-            (dense,) = scenario.on(hw).workloads
-            why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
-            at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
-            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
 
 
 def speedups(
