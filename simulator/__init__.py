@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from simulator.plans.costs import Costs, costs
     from simulator.plans.search import Plan, search
     from simulator.plans.solve import Targets
+    from simulator.prediction.explain import Step, waterfall
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
     from simulator.prediction.service import serve
-    from simulator.prediction.speedup import speedup, speedups
     from simulator.prediction.sweep import sweep
-    from simulator.prediction.table import predict, table
-    from simulator.prediction.waterfall import Step, waterfall
+    from simulator.prediction.table import predict, speedup, speedups, table
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
     from simulator.uncertainty.intervals import workload_time
@@ -67,12 +66,12 @@ _HOME = {
     "Results": "prediction.result",
     "Scenario": "prediction.scenario",
     "serve": "prediction.service",
-    "Step": "prediction.waterfall",
-    "speedup": "prediction.speedup",
-    "speedups": "prediction.speedup",
+    "Step": "prediction.explain",
+    "speedup": "prediction.table",
+    "speedups": "prediction.table",
     "sweep": "prediction.sweep",
     "table": "prediction.table",
-    "waterfall": "prediction.waterfall",
+    "waterfall": "prediction.explain",
     "ModelConfig": "models.config",
     "list_models": "models.library",
     "load_model": "models.library",

@@ -22,7 +22,7 @@ from calibration.evidence.scoring import ScoredRows, score
 from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.models.library import load_model
-from simulator.prediction.compare import prefill_passes
+from simulator.prediction.serving import prefill_passes
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Phase
 from simulator.workload_batch import WorkloadBatch

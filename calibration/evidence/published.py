@@ -24,7 +24,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.quality import parse_options
 from simulator.prediction.scenario import dense_seconds
-from simulator.prediction.speedup import speedups
+from simulator.prediction.table import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import workload_time
