@@ -67,7 +67,7 @@ def command(
     it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
     updates --hardware.
     """
-    from calibration.evidence.verdict import of_calibration
+    from calibration.evidence.validate import of_calibration
     from calibration.fit.local_update import Updated
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
@@ -119,7 +119,7 @@ def command(
 
 
 def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
-    from calibration.evidence.verdict import DO_NOT_USE, Judgement
+    from calibration.evidence.validate import DO_NOT_USE, Judgement
 
     text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
     judged = Judgement(DO_NOT_USE, (text,), (str(error),))
@@ -133,7 +133,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
-    from calibration.evidence.verdict import USE, Judgement, with_disturbed
+    from calibration.evidence.validate import USE, Judgement, with_disturbed
     from calibration.fit.predict import LaunchTime
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware

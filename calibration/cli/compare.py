@@ -170,7 +170,7 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
 
 def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]) -> None:
-    from calibration.evidence.report import table
+    from calibration.evidence.scoring import table
     from calibration.runners.compare import file_name
     from simulator.display import markdown_text
     from simulator.figures.style import save_figure

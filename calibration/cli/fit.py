@@ -58,8 +58,7 @@ def command(
     Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is fitted: the rows, of any
     operators, shift all predictions together and narrow their intervals. Prints their effects on this machine.
     """
-    from calibration.evidence.validate import validate
-    from calibration.evidence.verdict import disturbed_share, of_fit, of_update
+    from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
     from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.exact_shapes import without_exact

@@ -63,7 +63,7 @@ def command(
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
     records = [{"what": "table 2", **_record(c)} for c in cells] + [{"what": "elsewhere", **_record(c)} for c in others]
     for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
-        records += [{"what": what, **asdict(x)} for x in part]
+        records += [{"what": what, **row} for row in part]
     if not render.Output(json).write(records):
         return
     render.conclude(_conclusion(cells))
@@ -72,37 +72,37 @@ def command(
     _print_columns(
         "Layers to drop for the same prefill speedup (section 5.3)",
         depths,
-        ("<family at 50 %", lambda e: e.family),
-        ("published", lambda e: render.percent(e.published)),
-        ("by the paper's\ntable", lambda e: "-" if math.isnan(e.by_table) else render.percent(e.by_table)),
-        ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
-        ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
+        ("<family at 50 %", lambda e: e["family"]),
+        ("published", lambda e: render.percent(e["published"])),
+        ("by the paper's\ntable", lambda e: "-" if math.isnan(e["by_table"]) else render.percent(e["by_table"])),
+        ("predicted,\nbatch 1", lambda e: render.percent(e["batch_1"])),
+        ("predicted, mean\nof the batches", lambda e: render.percent(e["mean"])),
     )
     _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
         split,
-        ("<phase", lambda p: p.phase),
-        ("<part", lambda p: p.part),
-        ("published", lambda p: render.seconds(p.measured_s)),
-        ("predicted", lambda p: render.seconds(p.predicted_s)),
-        ("error", lambda p: f"{100 * p.error:+.0f} %"),
+        ("<phase", lambda p: p["phase"]),
+        ("<part", lambda p: p["part"]),
+        ("published", lambda p: render.seconds(p["measured_s"])),
+        ("predicted", lambda p: render.seconds(p["predicted_s"])),
+        ("error", lambda p: f"{100 * (p['predicted_s'] / p['measured_s'] - 1):+.0f} %"),
     )
     _print_columns(
         "Time outside GEMMs (section 5.4)",
         growth,
-        ("<family at 50 %", lambda g: g.family),
-        ("<phase", lambda g: g.phase),
-        ("published", lambda g: f"{100 * (g.published - 1):+.0f} %"),
-        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g.by_batch)),
+        ("<family at 50 %", lambda g: g["family"]),
+        ("<phase", lambda g: g["phase"]),
+        ("published", lambda g: f"{100 * (g['published'] - 1):+.0f} %"),
+        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g["by_batch"])),
     )
     _print_columns(
         "The authors' kernel charts",
         charts,
-        ("<kernel (RTX 5090, 50 %)", lambda c: c.part),
-        ("tokens", lambda c: c.size),
-        ("published", lambda c: f"{c.published:.2f}x"),
-        ("predicted", lambda c: f"{c.predicted:.2f}x"),
-        ("error", lambda c: f"{100 * c.error:+.0f} %"),
+        ("<kernel (RTX 5090, 50 %)", lambda c: c["part"]),
+        ("tokens", lambda c: c["size"]),
+        ("published", lambda c: f"{c['published']:.2f}x"),
+        ("predicted", lambda c: f"{c['predicted']:.2f}x"),
+        ("error", lambda c: f"{100 * (c['predicted'] / c['published'] - 1):+.0f} %"),
     )
 
 
@@ -219,7 +219,7 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 
 def _claim_text(o: ClaimOutcome) -> str:
-    """The verdict at each sparsity, the comparison that decides, and the details."""
+    """The verdict at each sparsity, and the comparison that decides."""
     from calibration.evidence.claims import decided
 
     at: dict[str, list[str]] = {}
@@ -229,7 +229,7 @@ def _claim_text(o: ClaimOutcome) -> str:
     parts = [verdicts, f"decided by {o.decided_by}" + (f" ({o.needed})" if o.needed else "")]
     if o.elsewhere:
         parts.append(f"on the frontier where another family is claimed: {', '.join(o.elsewhere)}")
-    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(filter(None, [*parts, o.details]))}"
+    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(parts)}"
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:

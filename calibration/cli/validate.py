@@ -93,9 +93,7 @@ def command(
     if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")
-    from calibration.evidence.report import write_markdown
-    from calibration.evidence.validate import summary, validate
-    from calibration.evidence.verdict import of_validation
+    from calibration.evidence.validate import of_validation, summary, validate, write_markdown
     from calibration.fit.base_profile import thread_notes
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware

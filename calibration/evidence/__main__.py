@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration.evidence import hosts, pages
-from calibration.evidence.report import table
+from calibration.evidence.scoring import table
 from calibration.evidence.sets import SETS, SetOptions, evaluate_sets
 from simulator.cli import parsing
 from simulator.errors import InputError

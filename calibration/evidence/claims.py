@@ -42,7 +42,7 @@ CLAIMS: Mapping[str, str] = {
     "(17-26 %)",
 }
 QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
-BATCH, SEQ = 1, 2048
+BATCH, SEQ, LEVEL = 1, 2048, 0.9
 SPARSITIES = (0.125, 0.25, 0.5)  # tested for (a): whole layers of models with a multiple of eight of them
 GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # places in the order of (b)
 LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, at which (b) places each group on the frontier
@@ -69,22 +69,7 @@ class ClaimOutcome:
     bottleneck: str = ""  # (a): of depth at these sparsities
     decided_by: str = ""  # the comparison
     needed: str = ""  # undecided: how well the comparison is known, and how well it must be
-    details: str = ""  # (a): how many comparisons are decided
     elsewhere: tuple[str, ...] = ()  # (b): points of the frontier where another family is claimed
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """A pruned model and its predicted speedup."""
-
-    family: str
-    sparsity: float
-    speedup: simulator.Result
-
-    @property
-    def share(self) -> float:
-        """Share of the roofline bound's gain that is achieved."""
-        return float((self.speedup.speedup - 1.0) / (self.speedup.roofline_bound - 1.0))
 
 
 @dataclass(frozen=True)
@@ -92,16 +77,14 @@ class Comparisons:
     """One family against pruned models (n,) of one device and request; arrays (2, n) have a row per measure: the log
     ratio of speedups, and the difference of the shares (speedup - 1) / (roofline bound - 1), which count up to 1."""
 
-    models: tuple[PrunedModel, ...]
+    models: tuple[tuple[str, float], ...]  # family and sparsity
+    speedups: tuple[simulator.Result, ...]
+    share: FloatArray  # (n,) of the roofline bound's gain that is achieved
     own: NDArray[np.intp]  # (n,) the family's model at the same sparsity
     competes: NDArray[np.bool_]  # (n,) whether a model is compared with it
     difference: FloatArray
     half_width: FloatArray  # towards 0
-
-    @property
-    def margin(self) -> FloatArray:
-        """(2, n); infinite for models that do not compete."""
-        return np.asarray(np.where(self.competes, _margin(self.difference, self.half_width), np.inf))
+    margin: FloatArray  # infinite for models that do not compete
 
 
 def decided(margin: float) -> str:
@@ -133,35 +116,32 @@ def claim_outcomes(
     return out
 
 
-def bound_outcome(
-    dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile, level: float = 0.9
-) -> ClaimOutcome:
+def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile) -> ClaimOutcome:
     """Claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
-    c = compare_family("depth", dense, pruned, hw, level)
-    depth, margin = [m.speedup for m in c.models if m.family == "depth"], c.margin
-    of = np.array([m.sparsity for m in c.models])
-    parts = [(s, float(margin[:, of == s].min())) for s in SPARSITIES]
-    measure, at = (int(i) for i in np.unravel_index(margin.argmin(), margin.shape))
-    other, bottleneck = c.models[at], "/".join(dict.fromkeys(s.bottleneck for s in depth))
-    verdict = decided(float(margin[measure, at])) if bottleneck == "memory" else NOT_APPLICABLE
-    both = (c.models[c.own[at]], other)
-    values = " and ".join(f"{m.speedup.speedup:.2f}x ({m.speedup.lower:.2f}-{m.speedup.upper:.2f})" for m in both)
+    c = compare_family("depth", dense, pruned, hw)
+    depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
+    of = np.array([sparsity for _, sparsity in c.models])
+    parts = [(s, float(c.margin[:, of == s].min())) for s in SPARSITIES]
+    measure, at = (int(i) for i in np.unravel_index(c.margin.argmin(), c.margin.shape))
+    (other, sparsity), both = c.models[at], (c.own[at], at)
+    margin, bottleneck = float(c.margin[measure, at]), "/".join(dict.fromkeys(s.bottleneck for s in depth))
+    verdict = decided(margin) if bottleneck == "memory" else NOT_APPLICABLE
+    values = " and ".join(f"{s.speedup:.2f}x ({s.lower:.2f}-{s.upper:.2f})" for s in (c.speedups[i] for i in both))
     if measure:
-        values = " and ".join(f"{100 * min(m.share, 1.0):.0f} %" for m in both) + " of the bound's gain"
+        values = " and ".join(f"{100 * min(c.share[i], 1.0):.0f} %" for i in both) + " of the bound's gain"
     difference, width = float(c.difference[measure, at]) + TOLERANCE, float(c.half_width[measure, at])
     lacking, share = uncalibrated_of(depth)
     return ClaimOutcome(
         *("bound", hw.label, dense.meta.engine, dense.meta.phase, BATCH, SEQ),
         verdict=verdict,
-        margin=float(margin[measure, at]),
+        margin=margin,
         calibrated=share < SMALL_SHARE,
         uncalibrated=lacking,
         uncalibrated_share=share,
         margins=tuple(part for part in parts if math.isfinite(part[1])),
         bottleneck=bottleneck,
-        decided_by=f"depth against {other.family} at {percent(other.sparsity)}: {values}",
+        decided_by=f"depth against {other} at {percent(sparsity)}: {values}",
         needed=_needed(difference, width, shares=measure == 1) if verdict == UNDECIDED else "",
-        details=_details(c),
     )
 
 
@@ -171,17 +151,6 @@ def _needed(difference: float, half_width: float, shares: bool = False) -> str:
     end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (reach, abs(difference)))
     within = f"measure both models within {enough:.2g} {unit} to decide"
     return f"the interval of the difference reaches {end:+.2g} {unit}; {within}"
-
-
-def _details(c: Comparisons) -> str:
-    """Return how many comparisons are decided, and which are not."""
-    margin, between = c.margin[np.isfinite(c.margin)], dict[str, list[str]]()
-    counts = {"ahead": margin >= 1.0, "behind": margin <= -1.0, "undecided": np.abs(margin) < 1.0}
-    told = ", ".join(f"{int(side.sum())} {word}" for word, side in counts.items() if side.any())
-    for i in np.flatnonzero((np.abs(c.margin) < 1.0).any(axis=0)):
-        between.setdefault(c.models[i].family, []).append(f"{100 * c.models[i].sparsity:g}")
-    undecided = "; ".join(f"{family} at {', '.join(at)} %" for family, at in between.items())
-    return f"depth in {len(margin)} comparisons: {told}" + (f" ({undecided})" if undecided else "")
 
 
 def order_outcome(front: Front) -> ClaimOutcome:
@@ -220,22 +189,28 @@ def order_outcome(front: Front) -> ClaimOutcome:
 
 
 def compare_family(
-    family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile, level: float = 0.9
+    family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
 ) -> Comparisons:
     """Compare a family with every other at the same sparsity: ``pruned`` are workloads with their family and sparsity,
     of which those that the device cannot run are excluded."""
+
+    def runs(w: Workload) -> bool:
+        try:
+            simulator.speedup(dense, w, hw)
+        except InputError:
+            return False
+        return True
+
     try:
-        found = simulator.speedups(dense, [w for _, _, w in pruned], hw, level)
+        found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
     except InputError:
-        pruned = [one for one in pruned if _runs(dense, one[2], hw)]
-        found = simulator.speedups(dense, [w for _, _, w in pruned], hw, level)
-    workloads, every = [w for _, _, w in pruned], np.arange(len(pruned))
+        pruned = [one for one in pruned if runs(one[2])]
+        found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
     at = {sparsity: i for i, (name, sparsity, _) in enumerate(pruned) if name == family}
     own = np.array([at.get(sparsity, i) for i, (_, sparsity, _) in enumerate(pruned)])
-
-    stacked = WorkloadBatch.of([dense, *workloads])
     # log of the speedup of each over the family's: its interval reaches as far above as that of the inverse below
-    behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], level))
+    stacked = WorkloadBatch.of([dense, *(w for _, _, w in pruned)])
+    behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], LEVEL))
     s, lower, upper, bound = np.array([(f.speedup, f.lower, f.upper, f.roofline_bound) for f in found]).T
     gain = np.maximum(bound - 1.0, 1e-9)
     down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
@@ -251,21 +226,12 @@ def compare_family(
     width = _towards(difference, of_shares(down[own], up, low), of_shares(up[own], down, high))
     width_to_bound = _towards(to_bound, slope[own] * down[own], slope[own] * up[own])
     at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)  # no other model can be closer to it
-    return Comparisons(
-        models=tuple(PrunedModel(name, sparsity, one) for (name, sparsity, _), one in zip(pruned, found)),
-        own=own,
-        competes=(own != every) & (np.minimum(gain, gain[own]) >= LEAST_GAIN),
-        difference=np.stack([-behind, np.where(at_bound, to_bound, difference)]),
-        half_width=np.stack([_towards(-behind, low, high), np.where(at_bound, width_to_bound, width)]),
-    )
-
-
-def _runs(dense: Workload, pruned: Workload, hw: HardwareProfile) -> bool:
-    try:
-        simulator.speedup(dense, pruned, hw)
-    except InputError:
-        return False
-    return True
+    differences = np.stack([-behind, np.where(at_bound, to_bound, difference)])
+    widths = np.stack([_towards(-behind, low, high), np.where(at_bound, width_to_bound, width)])
+    competes = (own != np.arange(len(own))) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
+    margin = np.where(competes, _margin(differences, widths), np.inf)
+    models = tuple((name, sparsity) for name, sparsity, _ in pruned)
+    return Comparisons(models, tuple(found), share, own, competes, differences, widths, margin)
 
 
 def _margin(difference: FloatArray, half_width: FloatArray) -> FloatArray:

@@ -1,11 +1,8 @@
-"""The scorer of every set: errors, speedups of pairs, coverage of intervals. Scores are fractions.
-
-Use :func:`score` with :class:`ScoredRows`, or :func:`score_of` with :class:`Comparison` rows.
-"""
+"""The scorer of every set (errors, speedups of pairs, coverage of intervals, as fractions), and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,3 +120,9 @@ def score_of(rows: Sequence[Comparison]) -> dict[str, float]:
     """Return :func:`score` of some comparisons."""
     values = np.array([(c.measured, c.predicted, c.lower, c.upper) for c in rows]).T
     return score(ScoredRows(*values))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> str:
+    """Return a Markdown table; the columns ``left`` align left, the others right."""
+    rule = ["---" if i in left else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

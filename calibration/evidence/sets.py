@@ -27,7 +27,7 @@ from calibration.evidence.measured import (
 )
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.verdict import COVERAGE
+from calibration.evidence.validate import COVERAGE
 from calibration.fit.attention import calls_of
 from calibration.fit.experts import layers_of
 from calibration.fit.gemm import products_of
