@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.measure import Folder, Seed, restart_if_needed, seconds
+from calibration.cli.calibrate import Folder, Seed, restart_if_needed, seconds
 from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt

@@ -1,24 +1,28 @@
-"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows."""
+"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows; and reading the
+records that a command line names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.rows import RecordsArgument, load_rows
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
+    from calibration.records.timing_table import Records
+    from simulator.hardware.profile import HardwareProfile
 
 # fmt: off
+RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
 Output = Annotated[
     str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
 ]
@@ -72,8 +76,7 @@ def command(
     if anchor and prior:
         raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
-    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
-    rows, notes = load_rows(records, base, column_map=mapping, device=device, screened=not anchor)
+    rows, notes = load_rows(records, base, column_map=column_map, device=device, screened=not anchor)
     try:
         if anchor:
             fit: Updated | ProfileFit = update_profile(base, rows, dtype=dtype)
@@ -99,6 +102,41 @@ def command(
     render.notes((*notes, *fit_notes), verbose)
     if judged.status:
         raise typer.Exit(judged.status)
+
+
+def load_rows(
+    paths: Sequence[str],
+    hw: HardwareProfile | None = None,
+    *,
+    column_map: Sequence[str] | None = None,
+    device: str = "",
+    screened: bool = True,
+) -> tuple[Records, tuple[str, ...]]:
+    """Return the records of files, run folders and shipped measurements, with notes on the refused rows of each file;
+    ``column_map`` are texts NAME=COLUMN."""
+    from calibration.measurements import list_measurements, load_measurements
+    from calibration.records.importers import import_table
+    from calibration.records.timing_table import Records
+
+    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
+    parts, notes = [], []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            path = path / "records.jsonl"
+        if not path.exists() and name in list_measurements():
+            parts.append(load_measurements(name))
+            continue
+        if not path.exists() and not path.suffix:
+            known = f"shipped measurements: {', '.join(list_measurements())}"
+            raise InputError(f"records {name!r}: no file, folder or shipped measurement has this name; {known}")
+        found = import_table(path, hw=hw, column_map=mapping, device=device, screened=screened)
+        parts.append(found.records)
+        if found.refusals:
+            counts = f"{len(found.records):,} rows kept, {found.refusals.total:,} refused"
+            notes.append(f"{path}: {counts}: {'; '.join(found.refusals.lines())}")
+        notes += [f"{path}: {line}" for line in found.notes]
+    return Records.concat(parts), tuple(notes)
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:

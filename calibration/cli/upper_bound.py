@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import (
+from calibration.cli.calibrate import (
     Budget,
     Dtype,
     Folder,

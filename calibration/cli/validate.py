@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calibration.cli.rows import load_rows
-from simulator.cli import options, parsing, render
+from calibration.cli.fit import Map, load_rows
+from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
@@ -22,10 +22,6 @@ Profile = Annotated[
     str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.")
 ]
 Tables = Annotated[list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")]
-Map = Annotated[
-    list[str] | None,
-    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
-]
 DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")]
 Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")]
 Runs = Annotated[
@@ -101,8 +97,7 @@ def command(
     if markdown:
         check_target(markdown)
     hw = load_hardware(profile)
-    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
-    rows, notes = load_rows(tables, hw, column_map=mapping, device="")
+    rows, notes = load_rows(tables, hw, column_map=column_map)
     report = validate(hw, rows, dtype=dtype)
     notes = (*thread_notes(hw, report.device), *notes)
     if markdown:

@@ -90,10 +90,10 @@ class HeldOut:
         return self.tpot_s / self.group.tpot_s
 
 
-def ratio_scores(groups: Sequence[HeldOut]) -> dict[str, float]:
-    """Return the scores of the times per token of all runs of some groups."""
-    ratio = np.concatenate([x.ratio for x in groups])
-    return score(ScoredRows(np.ones(len(ratio)), ratio))
+def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
+    """Return the scores of the times per token of some rows (default: all) of groups, and their number ("runs")."""
+    ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
+    return {**score(ScoredRows(np.ones(len(ratio)), ratio)), "runs": float(len(ratio))}
 
 
 @lru_cache(maxsize=1)

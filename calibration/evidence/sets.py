@@ -1,7 +1,4 @@
-"""The sets of evidence: which rows, what no fit saw of them, how they are predicted, and their targets.
-
-Use :func:`evaluate_sets` for the scores of :data:`SETS`, and :func:`against_targets` for the targets next to them.
-"""
+"""The sets of evidence: which rows, what no fit saw of them, how they are predicted, and their targets."""
 
 from __future__ import annotations
 
@@ -137,18 +134,24 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
                 groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
         for name, values in groups.items():
             of: Mapping[str, Any] = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}
-            one = float(of[t.of](values))
-            last, high = max(values) if t.of == "ends" else one, t.high
+            one, high = float(of[t.of](values)), t.high
+            last = max(values) if t.of == "ends" else one
             if isinstance(high, Mapping):
                 high = next((v for key, v in high.items() if name.startswith(key)), None)
-            about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(t.of, "")
-            many = f", {t.of} of {len(values)}{about}" if t.low is None and len(values) > 1 else ""
-            digits, range_ = 2 if t.low is None else 1, f" to {last:.1f}" if len(values) > 1 and t.of == "ends" else ""
-            wanted = "-" if high is None else f"<= {high:g}"
-            if t.low is not None and high is not None:
-                wanted = f"{t.low:g} to {high:g}" if high < 100.0 else f">= {t.low:g}"
+            wanted, measured, several = "-", f"{one:.{2 if t.low is None else 1}f}", len(values) > 1
+            if several and t.low is None:
+                about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(
+                    t.of, ""
+                )
+                name += f", {t.of} of {len(values)}{about}"
+            if several and t.of == "ends":
+                measured += f" to {last:.1f}"
+            if high is not None:
+                wanted = (
+                    f"<= {high:g}" if t.low is None else f"{t.low:g} to {high:g}" if high < 100 else f">= {t.low:g}"
+                )
             met = None if high is None else bool((t.low or 0.0) <= one and last <= high)
-            out.append(Criterion(name + many, wanted, f"{one:.{digits}f}{range_}", met))
+            out.append(Criterion(name, wanted, measured, met))
     return out
 
 
@@ -187,9 +190,10 @@ class TableChoice:
         """Return the section fitted on every row."""
         return self.load().fit()
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def formats(self) -> frozenset[str]:
         """Return the number formats that are evaluated: of a shipped table, those that it was chosen for."""
-        found = _formats(self.measurement, self.wheel)
+        found = frozenset(_records(self.measurement, self.wheel).labels().astype(str))
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
 
@@ -199,11 +203,6 @@ def _records(measurement: str, wheel: Path | None) -> Records:
         return load_measurements(measurement)
     with open_wheel(wheel) as archive:
         return read_choice(archive, CHOICES[measurement])[0]
-
-
-@lru_cache(maxsize=64)
-def _formats(measurement: str, wheel: Path | None) -> frozenset[str]:
-    return frozenset(_records(measurement, wheel).labels().astype(str))
 
 
 GEMMS: Mapping[str, TableChoice] = {
@@ -221,11 +220,10 @@ GEMMS: Mapping[str, TableChoice] = {
 }
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
-UNLISTED = (
+UNLISTED = (  # operators and formats that are evaluated by datasheet alone
     "gemm bf16", "gemm fp8", "gemm fp8_block", "attention_prefill bf16", "attention_decode bf16", "mla_decode bf16",
     "experts bf16", "experts fp8_block",
 )  # fmt: skip
-"""Operators and formats that are evaluated by datasheet alone."""
 FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
 
 
@@ -354,32 +352,31 @@ LEAST_BYTES = 1.6e7  # of published rows: below, the overhead of a call, about 4
 def _links(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of systems with tables, and of NVSwitch and A100 joined in pairs, whose rows another laboratory
     published; the defaults, which none of these rows set, predict the latter."""
-    tables: dict[str, tuple[HardwareProfile, list[Records]]] = {}
     for system, (name, *others) in LINKS.items():
-        hw = load_hardware(name)
-        names = [f"{system}/collective/{s}" for s in ("sglang", "trtllm", "vllm", "nccl")]
-        found = {name: load_measurements(name) for name in names if name in list_measurements()}
-        all_reduce = ROLES.index("all_reduce")  # of NCCL's, engines run their own
-        rows = [r.select(r.role != all_reduce) if name.endswith("nccl") else r for name, r in found.items()]
-        hw = _bare(hw.over(hw.link.name if hw.link else ""))
-        tables[system] = hw.calibrated({("collective", "*"): _mean_section(others)}, "held out"), rows
+        hw, rows = load_hardware(name), []
+        for table in (f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")):
+            if table in list_measurements():
+                r = load_measurements(table)
+                # of NCCL's, engines run their own all-reduce
+                rows.append(r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r)
+        hw = hw.over(hw.link.name if hw.link else "")
+        yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
     for system in ("a100_dgx", "a100_pairwise_nvlink"):
-        some = [r for r in published("collectives") if r["system"] == system]
+        some = [r for r in published("collectives") if r["system"] == system and float(r["bytes"]) >= LEAST_BYTES]
         n, devices, seconds = np.array([(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]).T
         columns = {"n": n, "batch": devices, "seconds": seconds, "role": ROLES.index("all_reduce")}
         records = Records.from_columns([Source("")], operator="collective", **columns)
-        hw = _bare(load_hardware(some[0]["hardware"]).over(some[0]["link"]))
-        tables[system] = hw, [records.select(n >= LEAST_BYTES)]
-    for system, (hw, rows) in tables.items():
-        times = [predict(r, hw).time for r in rows]
-        columns_ = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
-        measured = np.concatenate([r.seconds for r in rows])
-        scores = score(ScoredRows(measured, *columns_))
-        yield row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
+        yield _link(system, load_hardware(some[0]["hardware"]).over(some[0]["link"]), [records], {})
 
 
-def _bare(hw: HardwareProfile) -> HardwareProfile:
-    return replace(hw, sections={}, stacks={}, stack="", stacks_of="")
+def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: Mapping[Any, Section]) -> Row:
+    """Return the scores of rows, predicted with some sections instead of those of the profile."""
+    hw = replace(hw, sections={}, stacks={}, stack="", stacks_of="")
+    times = [predict(r, hw.calibrated(sections, "held out") if sections else hw).time for r in rows]
+    predicted = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
+    measured = np.concatenate([r.seconds for r in rows])
+    scores = score(ScoredRows(measured, *predicted))
+    return row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
 
 
 def _mean_section(names: Sequence[str]) -> Section:
@@ -404,10 +401,9 @@ def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOp
 def _serving(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
     for engine in ("vllm", "sglang", "trtllm"):
-        some = [x for x in held_out_models() if x.engine == engine and not x.experts]
-        scores, shipped = ratio_scores(some), score_of(compare_serving(engine, experts=False))
-        scores, rows = scores | {"coverage": shipped["coverage"]}, sum(len(x.ratio) for x in some)
-        yield row(engine, 0, 0, scores, rows, table="serving runs of held-out models", kind="serving")
+        scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
+        scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
+        yield row(engine, 0, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
 
 
 ERRORS = {  # median or mean errors, %
@@ -416,6 +412,7 @@ ERRORS = {  # median or mean errors, %
     "serving, sglang": 7.0, "serving, trtllm": 7.0,
 }  # fmt: skip
 LOW, HIGH = COVERAGE
+_SERVING = "serving, {method} ({rows})"
 TARGETS = (
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
@@ -435,9 +432,7 @@ TARGETS = (
     AccuracyTarget("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
     AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
     AccuracyTarget("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
-    AccuracyTarget(
-        "serving", "serving, {method} ({rows}), held-out dense model: time per token, median error", "median", ERRORS
-    ),
+    AccuracyTarget("serving", f"{_SERVING}, held-out dense model: time per token, median error", "median", ERRORS),
     AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
 )
 SETS: Mapping[str, EvidenceSet] = {
@@ -452,6 +447,5 @@ SETS: Mapping[str, EvidenceSet] = {
     "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), seeded=False),
     "serving": EvidenceSet("a model", _serving, seeded=False),
 }
-"""Every set by name."""
+# Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have
 WHOLE = ("collectives", "dense", "speedups", "serving")
-"""Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have."""
