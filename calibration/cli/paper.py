@@ -16,8 +16,7 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.claims import ClaimOutcome
-    from calibration.evidence.paper import Cell
+    from calibration.evidence.paper import Cell, ClaimOutcome
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -166,8 +165,7 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    from calibration.evidence.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
-    from calibration.evidence.paper import HARDWARE, MODEL
+    from calibration.evidence.paper import CLAIMS, HARDWARE, MODEL, NOT_APPLICABLE, claim_outcomes
     from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
@@ -188,7 +186,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
 
 
 def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
-    from calibration.evidence.claims import NOT_APPLICABLE, UNDECIDED
+    from calibration.evidence.paper import NOT_APPLICABLE, UNDECIDED
 
     counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
     verbs = {UNDECIDED: "is undecided"}
@@ -198,7 +196,7 @@ def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
 
 
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
-    from calibration.evidence.claims import NOT_APPLICABLE
+    from calibration.evidence.paper import NOT_APPLICABLE
 
     def margin(o: ClaimOutcome, value: float | None) -> str:
         return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
@@ -220,7 +218,7 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 def _claim_text(o: ClaimOutcome) -> str:
     """The verdict at each sparsity, and the comparison that decides."""
-    from calibration.evidence.claims import decided
+    from calibration.evidence.paper import decided
 
     at: dict[str, list[str]] = {}
     for sparsity, margin in o.margins:

@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from calibration.evidence.hosts import HeldOut, held_out_models, ratio_scores
-from calibration.evidence.measured import Row
 from calibration.evidence.paper import figure_2
 from calibration.evidence.published import (
     MISS,
     NOT_USED,
+    HeldOut,
     compare_dense,
     compare_gemms,
     compare_serving,
     compare_speedups,
+    held_out_models,
+    ratio_scores,
 )
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of, table
-from calibration.evidence.sets import WHOLE, against_targets, means
+from calibration.evidence.sets import WHOLE, Row, against_targets, means
 from calibration.measurements import published
 from simulator.engines.engine import list_engines, load_engine
 from simulator.engines.loading import FEATURES, Loading

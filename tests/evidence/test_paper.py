@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simulator
-from calibration.evidence.claims import (
+from calibration.evidence.paper import (
+    BATCHES,
     FAILS,
     HOLDS,
     NOT_APPLICABLE,
@@ -27,10 +28,13 @@ from calibration.evidence.claims import (
     claim_outcomes,
     compare_family,
     decided,
+    equal_depths,
     in_order,
+    kernel_charts,
     order_outcome,
+    outside_gemms,
+    table_2,
 )
-from calibration.evidence.paper import BATCHES, equal_depths, kernel_charts, outside_gemms, table_2
 from simulator.arrays import FloatArray
 from simulator.cli import run
 from simulator.prediction.pareto import Front, Point, bands, frontier, marked
