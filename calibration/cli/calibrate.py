@@ -9,18 +9,20 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.fit import part_row, show_fit, show_update
+from calibration.cli.fit import part_row, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.evidence.validate import Judgement
     from calibration.measure.run import Outcome
     from calibration.runners.compare import ComparedCases
     from calibration.runners.runs import Calibrated, MeasuredRun
@@ -75,7 +77,7 @@ def command(
     it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
     updates --hardware.
     """
-    from calibration.evidence.validate import of_calibration
+    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration
     from calibration.fit.local_update import Updated
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
@@ -114,27 +116,31 @@ def command(
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
     except InputError as error:  # too few or useless rows: the run is there, a profile is not
-        _nothing_fitted(output, found, error, json, verbose)
+        text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
+        _end(found, Judgement(DO_NOT_USE, (text,), (str(error),)), {}, json, verbose)
+        return
     update = done.fit if isinstance(done.fit, Updated) else None
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
-    lines: tuple[str, ...] = done.fit.notes
-    if render.Output(json).write([judged.as_row() | _row(outcome_row(found), done)]):
+    show = partial(_show, output, done, describe(found.outcome))
+    _end(found, judged, _row(done), json, verbose, done.fit.notes, show)
+
+
+def _end(
+    found: MeasuredRun,
+    judged: Judgement,
+    row: dict[str, Any],
+    json: bool,
+    verbose: bool,
+    notes: tuple[str, ...] = (),
+    show: Callable[[], tuple[str, ...]] = tuple,
+) -> None:
+    """Print the judgement and what ``show`` prints, which returns further notes, and exit with the status."""
+    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)} | row]):
         render.conclude(*judged.sentences)
-        lines += _show(output, done, describe(found.outcome))
-    finish(found.outcome, lines, verbose)
+        notes += show()
+    finish(found.outcome, notes, verbose)
     if judged.status:
         raise typer.Exit(judged.status)
-
-
-def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
-    from calibration.evidence.validate import DO_NOT_USE, Judgement
-
-    text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
-    judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)}]):
-        render.conclude(*judged.sentences)
-    finish(found.outcome, verbose=verbose)
-    raise typer.Exit(judged.status)
 
 
 def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
@@ -153,8 +159,9 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     done = fit_run(output, anchor=True)
     before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
-    layer_s = float(np.median(timed.seconds[timed.is_operator("layer_eager")]))
-    bare_launch_s = float(np.median(timed.seconds[timed.is_operator("launch_eager")]))
+    layer_s, bare_s = (
+        float(np.median(timed.seconds[timed.is_operator(name)])) for name in ("layer_eager", "launch_eager")
+    )
     new, old = (
         render.seconds_between(host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half))
         for host in (now, before)
@@ -163,8 +170,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     profile = Path(output) / "profile.yaml"
     use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
     judged = with_disturbed(Judgement(USE, (use,)), profile, done.disturbed)
-    row = judged.as_row() | {
-        "measured": outcome_row(found),
+    row = {
         "launch_s": now.launch_s,
         "half": math.expm1(now.half),
         "layer_s": now.layer_s,
@@ -172,25 +178,23 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
         "launch_before_s": before.launch_s,
         "half_before": math.expm1(before.half),
         "measured_layer_s": layer_s,
-        "measured_bare_launch_s": bare_launch_s,
+        "measured_bare_launch_s": bare_s,
         "notes": list(done.fit.notes),
     }
-    if render.Output(json).write([row]):
-        render.conclude(*judged.sentences)
-        bare = render.seconds(bare_launch_s)
-        print(f"measured: {render.seconds(layer_s)} per layer, {bare} per launch outside a layer")
-    finish(found.outcome, done.fit.notes, verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
+
+    def show() -> tuple[str, ...]:
+        print(f"measured: {render.seconds(layer_s)} per layer, {render.seconds(bare_s)} per launch outside a layer")
+        return ()
+
+    _end(found, judged, row, json, verbose, done.fit.notes, show)
 
 
-def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
+def _row(done: Calibrated) -> dict[str, Any]:
     from calibration.evidence.validate import summary
     from calibration.fit.local_update import Updated, as_row
 
     fit = done.fit
     return {
-        "measured": outcome,
         "fitted": [] if isinstance(fit, Updated) else [part_row(p) for p in fit.parts],
         "anchored": as_row(fit) if isinstance(fit, Updated) else None,
         "held_out": summary(done.held_out) if done.held_out else None,
@@ -200,16 +204,10 @@ def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
     """Print the fit and the reports; return notes."""
-    from calibration.cli.fit import fixed_notes
     from calibration.cli.validate import show_report, skipped_notes
-    from calibration.fit.local_update import Updated
 
     print(f"measured: {measured}\n")
-    if isinstance(done.fit, Updated):
-        show_update(done.fit)
-    else:
-        show_fit(done.fit)
-    lines = () if isinstance(done.fit, Updated) else fixed_notes(done.fit)
+    lines = show_fitted(done.fit)
     about = {"on held-out shapes": done.held_out, "cost model alone, on the shapes measured exactly": done.exact}
     for title, report in about.items():
         if report is not None:

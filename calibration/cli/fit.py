@@ -91,15 +91,14 @@ def command(
     if isinstance(fit, Updated):
         judged = of_update(fit, output, base.name)
         found = [judged.as_row() | as_row(fit)]
-        fit_notes = fit.notes
     else:
         judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
         found = [judged.as_row() | part_row(part) for part in fit.parts]
-        fit_notes = (*fit.notes, *fixed_notes(fit))
+    notes += fit.notes
     if render.Output(json).write(found):
         render.conclude(*judged.sentences)
-        show_update(fit) if isinstance(fit, Updated) else show_fit(fit)
-    render.notes((*notes, *fit_notes), verbose)
+        notes += show_fitted(fit)
+    render.notes(notes, verbose)
     if judged.status:
         raise typer.Exit(judged.status)
 
@@ -153,7 +152,14 @@ def part_row(part: FittedPart) -> dict[str, Any]:
     }
 
 
-def show_fit(fit: ProfileFit) -> None:
+def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
+    """Print a fit or an update; return a note on the constants of each section that were not fitted."""
+    from calibration.fit.local_update import Updated
+
+    if isinstance(fit, Updated):
+        _show_update(fit)
+        return ()
+
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
 
@@ -167,10 +173,6 @@ def show_fit(fit: ProfileFit) -> None:
         ("p95", accuracy("p95")),
     )
     render.show(columns, fit.profile.title)
-
-
-def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
-    """Return a note on the constants of each section that were not fitted."""
     out = []
     for p in fit.parts:
         if fixed := [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]:
@@ -178,7 +180,7 @@ def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
     return tuple(out)
 
 
-def show_update(done: Updated) -> None:
+def _show_update(done: Updated) -> None:
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 

@@ -125,54 +125,55 @@ def _conclusion(cells: Sequence[Cell]) -> str:
 
 def _print_table(cells: Sequence[Cell]) -> None:
     """Print published and predicted speedups, one row per family and sparsity."""
-    rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
     columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
-    render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
+    render.show(render.columns(list(_rows(cells)), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
     print("*: outside its 90 % interval")
 
 
-def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
-    at = _by_row(cells, phase)
-    return [
-        (f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"),
-        ("<predicted", lambda r: _predicted(at[r])),
-        ("error", lambda r: f"{100 * at[r].error:+.1f} %"),
-    ]
-
-
-def _both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
-    both = [_by_row(cells, phase) for phase in ("prefill", "decode")]
-    return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
-
-
-def _by_row(cells: Sequence[Cell], phase: str) -> dict[tuple[str, float], Cell]:
+def _rows(cells: Sequence[Cell], phase: str = "prefill") -> dict[tuple[str, float], Cell]:
     return {(c.family, c.sparsity): c for c in cells if c.phase == phase}
 
 
-def _predicted(c: Cell) -> str:
-    return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
+def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
+    def predicted(r: tuple[str, float]) -> str:
+        c = at[r]
+        return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
+
+    at = _rows(cells, phase)
+    published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
+    return [published, ("<predicted", predicted), ("error", lambda r: f"{100 * at[r].error:+.1f} %")]
 
 
 def _print_elsewhere(cells: Sequence[Cell]) -> None:
     """Print predictions (prefill / decode) on other devices, one table per engine."""
+
+    def both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
+        both = [_rows(cells, phase) for phase in ("prefill", "decode")]
+        return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
+
     for engine in dict.fromkeys(c.engine for c in cells):
-        of_engine = [c for c in cells if c.engine == engine]
-        rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
-        columns: list[Column] = [*_LABELS]
-        for hw in dict.fromkeys(c.hardware for c in of_engine):
-            columns.append((hw, _both_phases([c for c in of_engine if c.hardware == hw])))
-        _print_columns(f"Predicted speedups in {engine}, prefill / decode", rows, *columns)
+        some = [c for c in cells if c.engine == engine]
+        names = dict.fromkeys(c.hardware for c in some)
+        columns = [(name, both_phases([c for c in some if c.hardware == name])) for name in names]
+        _print_columns(f"Predicted speedups in {engine}, prefill / decode", list(_rows(some)), *_LABELS, *columns)
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    from calibration.evidence.paper import CLAIMS, HARDWARE, MODEL, NOT_APPLICABLE, claim_outcomes
+    from calibration.evidence.paper import CLAIMS, HARDWARE, MODEL, NOT_APPLICABLE, UNDECIDED, claim_outcomes
     from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
     if render.Output(json).write([asdict(o) for o in found]):
         outcomes = {letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)}
-        render.conclude(*(_count(letter, some) for letter, some in outcomes.items()))
+        sentences = []
+        for letter, some in outcomes.items():
+            counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
+            verbs = {UNDECIDED: "is undecided"}
+            told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
+            many = f"{sum(counts.values()) or len(some)} combinations of GPU, engine and phase"
+            sentences.append(f"Claim ({letter}) {told or 'applies in none'} of {many}.")
+        render.conclude(*sentences)
         for (letter, some), text in zip(outcomes.items(), CLAIMS.values()):
             print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
             render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
@@ -183,16 +184,6 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
             print()
         print(textwrap.fill(MARGIN, render.width()))
     render.notes(uncalibrated(found))
-
-
-def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
-    from calibration.evidence.paper import NOT_APPLICABLE, UNDECIDED
-
-    counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
-    verbs = {UNDECIDED: "is undecided"}
-    told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
-    many = sum(counts.values()) or len(some)
-    return f"Claim ({letter}) {told or 'applies in none'} of {many} combinations of GPU, engine and phase."
 
 
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
