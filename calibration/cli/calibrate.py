@@ -40,16 +40,11 @@ Threads = Annotated[
     int | None, opt("--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")
 ]
 Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
-Family = Annotated[str, opt("--family", "LIST", "With --for: pruning families.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")]
-MeasureOnly = Annotated[bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")]
-Quick = Annotated[bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")]
 
 
 def command(
-    device: DeviceName,
+    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")],
     output: Folder,
     budget: Budget = "10min",
     dtype: Dtype = "bf16",
@@ -57,11 +52,17 @@ def command(
     phase: options.Phase = "prefill,decode",
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
-    family: Family = "depth,width,width_cross,low_rank",
-    sparsity: Sparsity = "0.25,0.5",
+    family: Annotated[
+        str, opt("--family", "LIST", "With --for: pruning families.")
+    ] = "depth,width,width_cross,low_rank",
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = "0.25,0.5",
     hardware: Hardware = "",
-    quick: Quick = False,
-    measure_only: MeasureOnly = False,
+    quick: Annotated[
+        bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")
+    ] = False,
+    measure_only: Annotated[
+        bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")
+    ] = False,
     threads: Threads = None,
     seed: Seed = 0,
     json: options.Json = False,

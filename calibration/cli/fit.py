@@ -22,33 +22,28 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 # fmt: off
-RecordsArgument = Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")]
-Output = Annotated[
-    str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
-]
-Base = Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")]
 Map = Annotated[
     list[str] | None,
     opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
 ]
-DeviceName = Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
-Prior = Annotated[
-    str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
-]
 # fmt: on
-Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
 def command(
-    records: RecordsArgument,
-    output: Output,
-    hardware: Base,
+    records: Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")],
+    output: Annotated[
+        str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
+    ],
+    hardware: Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")],
     column_map: Map = None,
-    device: DeviceName = "",
-    dtype: DtypeOnly = None,
-    prior: Prior = None,
-    anchor: Anchor = False,
+    device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = "",
+    dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")] = None,
+    prior: Annotated[
+        str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
+    ] = None,
+    anchor: Annotated[
+        bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")
+    ] = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:

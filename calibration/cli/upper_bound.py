@@ -35,11 +35,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
-Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")]
-Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")]
-Layers = Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")]
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,18 @@ class CaseOptions:
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
     new_tokens: options.NewTokens = 128
-    family: Family = None
-    sparsity: Sparsity = None
+    family: Annotated[
+        str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")
+    ] = None
+    sparsity: Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")] = (
+        None
+    )
     prune: options.Prune = None
     pruned: options.Pruned = None
     budget: Budget = "10min"
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
-    layers: Layers = None
+    layers: Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")] = None
     threads: Threads = None
 
     def cases(
@@ -111,7 +111,7 @@ class CaseOptions:
 @options.expanded()
 def command(
     model: Model,
-    device: DeviceName,
+    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
     output: Folder,
     selection: CaseOptions = CaseOptions(budget="5min"),
     engine: options.Engine = "reference",

@@ -52,13 +52,13 @@ MODEL, HARDWARE, ENGINE = "llama-3.1-8b", "rtx_pro_6000", "reference"
 BATCHES, SEQ, PHASES = (1, 8, 16, 32), 1024, ("prefill", "decode")
 PRINTED = 0.005  # half a unit of the last printed digit of a published speedup
 
+# Parts of Figure 2 -> roles; other kernels are elementwise, gaps between kernels are "graph execution"
 PARTS: Mapping[str, tuple[str, ...]] = {
     "gate/up/down": ("gate", "up", "down"),
     "attention": ("attention",),
     "q/k/v/o": ("q", "k", "v", "o"),
     "lm_head": ("lm_head",),
 }
-"""Parts of Figure 2 -> roles; other kernels are elementwise, gaps between kernels are "graph execution"."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction."""
         return self.predicted / self.published - 1.0
 
     @property
@@ -147,8 +146,8 @@ def equal_depths() -> list[Row]:
 def figure_2() -> list[Row]:
     """Return the times of the parts of prefill and decode, and of the whole.
 
-    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code computes logits of all
-    positions, which take as long as the part of the graph. In prefill, graph and head are therefore compared together.
+    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head, but its code computes logits of all
+    positions, which take as long as the part of the graph. The two are therefore compared together.
     """
     rows, out = _published("figure 2"), list[Row]()
     for phase in dict.fromkeys(r["phase"] for r in rows):
@@ -186,11 +185,8 @@ def outside_gemms() -> list[Row]:
 
 
 def kernel_charts() -> list[Row]:
-    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens.
-
-    The device has no kernel table, so published dense times are used where they exist; between them the rate of a dense
-    GEMM is interpolated.
-    """
+    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens. The
+    device has no kernel table: the published dense times are used, and between them their rate is interpolated."""
     rows = _published("kernel")
     hw, out = load_hardware(rows[0]["hardware"]), []
     cubes = {float(r["seq"]): float(r["value"]) for r in rows if r["family"] == "dense"}  # s by side

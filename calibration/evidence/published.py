@@ -44,18 +44,15 @@ from simulator.units import parse_fraction
 from simulator.workload import Kernel, Phase, Workload
 from simulator.workload_batch import WorkloadBatch
 
-MISS = 0.10
-"""Relative error from which the likely reason is printed."""
-NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
-"""Generation assumed for serving runs whose version the source does not state."""
-NOT_USED: Mapping[str, int] = {
+MISS = 0.10  # relative error from which the likely reason is printed
+NO_VERSION: Mapping[str, str] = {"vllm": "v1"}  # generation of serving runs where the source does not state the version
+NOT_USED: Mapping[str, int] = {  # published end-to-end speedups that do not ship, by reason
     "GPU or batch not stated (LLM-Pruner, ShortGPT, FP8 2:4 in vLLM)": 11,
     "share of the attention computed not stated (MInference, A-Shape, InfLLM)": 51,
     "another batch for the pruned model, so no ratio at equal conditions (SliceGPT Table 11)": 2,
     "GPU without a profile (Quadro RTX 6000, RTX 5090 kernels)": 27,
     "not a language model (SAM)": 2,
 }
-"""Published end-to-end speedups that do not ship, by reason."""
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
 
@@ -160,9 +157,6 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
         return None
     w, hw = served
     (s,) = speedups(w, [w], hw)
-    assert s.dense_tpot_s is not None
-    assert s.dense_tpot_lower is not None
-    assert s.dense_tpot_upper is not None
     gpu = row["hardware"].partition("_")[0].upper()
     where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
@@ -208,9 +202,9 @@ PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # of h0 and hs, s: a scheduler in Pytho
 OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
 INDEPENDENT_ROWS, FEWEST = 20.0, 10  # rows of a group that count as independent, and that it needs
 NO_HOST = ("trtllm",)  # engines with a compiled step, whose host time is hidden: 0, not fitted
+# Engines that compute all waiting prompts before they resume decoding: requests that arrive together wait for half of
+# the prompts on average. Not fitted.
 PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
-"""Engines that compute all waiting prompts before they resume decoding: requests that arrive together wait for half of
-the prompts on average. Not fitted."""
 
 
 @dataclass(frozen=True)
@@ -227,11 +221,9 @@ class Group:
     request_s: FloatArray  # measured
 
     def request(self, h0: float, hs: float) -> FloatArray:
-        """Return the predicted time of a request."""
         return np.asarray(self.prefill_s + self.new_tokens * (self.step_s + h0 + hs * self.concurrency))
 
     def tpot(self, h0: float, hs: float, phi: float) -> FloatArray:
-        """Return the predicted time per output token."""
         waits = (1.0 - phi) * (self.prefill_s - self.pass_s) / self.new_tokens
         return np.asarray(self.step_s + h0 + hs * self.concurrency + waits)
 
@@ -258,7 +250,6 @@ class HeldOut:
 
     @property
     def experts(self) -> bool:
-        """Whether the model has routed experts."""
         return load_model(self.model).experts > 0
 
     @property
@@ -294,8 +285,7 @@ def groups() -> Mapping[tuple[str, ...], Group]:
 
 
 def fit_engine(engine: str, without: str = "") -> HostParameters:
-    """Return the parameters of an engine, fitted to its dense models except one; kernels of routed experts are less
-    certain."""
+    """Return the parameters of an engine, fitted to its dense models except one, as experts are less certain."""
     runs = [g for k, g in groups().items() if k[0] == engine and k[2] != without and not load_model(k[2]).experts]
     return fit_hosts(engine, runs)
 
@@ -318,8 +308,7 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
         return HostParameters(h0, hs, PROMPTS_FIRST[engine])
 
     def tpot_residuals(q: FloatArray) -> FloatArray:
-        logs = [np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs]
-        return np.concatenate(logs)
+        return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
 
     phi: Any = least_squares(tpot_residuals, [0.1], loss="soft_l1", f_scale=0.01, bounds=([0.0], [1.0])).x[0]
     return HostParameters(h0, hs, float(phi))

@@ -53,8 +53,8 @@ from simulator.workload import ROLES, STACKS
 
 Row = dict[str, Any]
 
+# What is held out of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
-"""What is held out of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)."""
 TEST_SHARE = 0.3
 COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
 MOST_ROWS, MOST_PAIRS = 3000, 4000  # held-out rows, and pairs of them, of an update; of more, a random sample
@@ -87,7 +87,6 @@ class MeasuredRows:
         return pairs_along(g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim])
 
     def take(self, rows: NDArray[Any]) -> MeasuredRows:
-        """Return rows by mask or index."""
         return replace(self, data=self.data.take(rows))
 
     def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[MeasuredRows, MeasuredRows]:
@@ -103,7 +102,6 @@ class MeasuredRows:
         return self.take(train), self.take(np.flatnonzero(unseen))
 
     def records(self) -> Records:
-        """Return the rows as records."""
         c, columns = self.data.calls, dict[str, Any]()
         dtype, weight = formats_of(self.dtype, self.hw.rates)
         if isinstance(c, Products):
@@ -360,7 +358,6 @@ class TableChoice:
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """Device, operator and stack."""
         device, operator, stack = self.measurement.split("/")
         return device, operator, stack
 
@@ -378,7 +375,6 @@ class TableChoice:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def fitted(self) -> Section:
-        """Return the section fitted on every row."""
         return self.load().fit()
 
     @lru_cache(maxsize=64)  # noqa: B019

@@ -30,15 +30,12 @@ if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
 
-SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6
-"""Share of the datasheet bandwidth and fixed time of the rule of thumb max(FLOP / peak, bytes / (0.8 bandwidth)) + 3
-us."""
+SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6  # rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
 PAIRS = 200_000  # most pairs of rows for the speedups of a report; of more pairs, a random sample counts
 ENOUGH_TO_DRAW = 10  # rows that an operator needs for a figure
 ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
-USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"
-"""Verdicts on a profile; a command that ends in the last one has the exit status 1."""
+USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"  # with the last one a command has the exit status 1
 LEAST_ROWS = 10  # held-out rows below which a profile is not recommended
 DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is for use with care, and not for use
 WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
@@ -69,12 +66,10 @@ class ReportPart:
 
     @property
     def name(self) -> str:
-        """Operator and format, used in headings and file names."""
         return f"{self.operator} {self.dtype}"
 
     @property
     def error(self) -> FloatArray:
-        """Predicted over measured time, less 1."""
         return self.predicted_s / self.measured_s - 1.0
 
 
@@ -92,11 +87,8 @@ class Report:
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
-    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all, and compare.
-
-    Rows without a valid time, or of an operator that the cost models or the device do not support, are counted in
-    ``skipped``. InputError, with the reasons, when no row can be predicted.
-    """
+    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all. Rows that cannot be
+    predicted are counted in ``skipped``; InputError, with the reasons, when no row can."""
     skipped: dict[str, int] = {}
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
@@ -228,9 +220,8 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these rows; the errors on held-out shapes are below.", ""]
     if data["skipped"]:
-        lines += [f"- {count} rows excluded: {markdown_text(reason)}" for reason, count in data["skipped"].items()] + [
-            ""
-        ]
+        lines += [f"- {count} rows excluded: {markdown_text(reason)}" for reason, count in data["skipped"].items()]
+        lines.append("")
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *errors(values)] for name, values in held_out.items()]
         lines += ["## Held-out shapes of the fit", "", table(["section", *ERROR_TITLES], rows), ""]
@@ -249,8 +240,7 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
 
 
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
-    """Write FILE.md and the figures of its larger parts as PNG files in the same folder; return all files, the text
-    last."""
+    """Write FILE.md and figures of its larger parts (PNG) in the same folder; return all files, the text last."""
     from simulator.figures.measured import Cloud, scatter_figure
     from simulator.figures.style import save_figure
 
@@ -399,8 +389,8 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
 def of_calibration(
     report: Report | None, fit: Updated | None, folder: str | Path, hardware: str, disturbed: float = 0.0
 ) -> Judgement:
-    """Judge a new profile by its errors on held-out shapes against those of a datasheet roofline, or a local update
-    (``fit``) against the profile before it; ``disturbed`` is that of :func:`disturbed_share`."""
+    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) against the profile before it;
+    ``disturbed`` is that of :func:`disturbed_share`."""
     profile = Path(folder) / "profile.yaml"
     if fit is not None and fit.fits:
         update = of_update(fit, profile, hardware, _LONGER)
@@ -443,8 +433,7 @@ def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "m
 
 
 def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
-    """Judge a fit by the errors of its sections on held-out shapes against those of a datasheet roofline, which
-    ``report`` has. If no section has enough rows for held-out shapes, the profile is not for use."""
+    """Judge a fit by the errors of its sections on held-out shapes against those of the roofline in ``report``."""
     rows, many = sum(part.rows for part in fit.parts), f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}"
     about = f"{many} of {fit.profile.name} fitted on {rows:,} rows"
     known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
