@@ -11,10 +11,11 @@ from test_docs import ROOT, blocks, python
 AFTERWARDS = """
 from pathlib import Path
 
-from simulator.hardware.constants import add_constants
+from simulator.operators import add_constants
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.uncertainty.factors import ERROR_FACTORS, ErrorSize, Scales, add_errors, uncertainty_of
+from simulator.uncertainty.factors import ERROR_FACTORS, Scales, add_errors, uncertainty_of
+from simulator.operators.base import ErrorSize
 from simulator.uncertainty.posterior import Posterior
 
 # the section is written and read

@@ -11,9 +11,9 @@ from operator_times import prefill_time
 from calibration.build_profiles import RECIPES, available, build, main, tables_of
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
+from simulator.codes import STACKS
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"
 

@@ -23,8 +23,9 @@ from calibration.build_profiles import RECIPES
 from calibration.cli import commands_page as pages
 from simulator.cli import run
 from simulator.engines.engine import Engine
-from simulator.hardware.constants import CLASSES, CONSTANTS
-from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
+from simulator.operators import CONSTANTS
+from simulator.operators.collective import COLLECTIVE_CONSTANTS as LINK
+from simulator.operators.elementwise import CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

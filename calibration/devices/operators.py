@@ -26,7 +26,7 @@ from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupport
 from calibration.devices.skipping import fused_elementwise, grouped_by_loops, in_triton, kernel_count, kernels
 from calibration.devices.sparse import sparse_weight
 from calibration.devices.tile_shapes import MOST_FEATURES
-from simulator.workload import DTYPE_BYTES, dtype_code
+from simulator.codes import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
 

@@ -16,9 +16,9 @@ from calibration.fit.residual import Regularisation
 from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.collective import COLLECTIVES, Messages
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import COLLECTIVE_CONSTANTS as CONSTANTS
+from simulator.operators.collective import COLLECTIVE_CONSTANTS as CONSTANTS
+from simulator.operators.collective import COLLECTIVES, Messages
+from simulator.operators.residual_grid import ResidualGrid
 
 PRIOR = 1.5
 """Log standard deviation of the constants around their defaults."""

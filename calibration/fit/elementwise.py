@@ -19,10 +19,9 @@ from calibration.fit.residual import Regularisation
 from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.elementwise import Moves
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import CLASSES
-from simulator.hardware.constants import ELEMENTWISE_CONSTANTS as CONSTANTS
+from simulator.operators.elementwise import CLASSES, Moves
+from simulator.operators.elementwise import ELEMENTWISE_CONSTANTS as CONSTANTS
+from simulator.operators.residual_grid import ResidualGrid
 
 PRIOR = 0.7
 """Log standard deviation of a class's constants around those of all classes."""

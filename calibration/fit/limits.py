@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 from simulator.display import few
 from simulator.hardware.arrays import clipped
-from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Section
+from simulator.operators import CONSTANTS
 
 _ROUNDING = 1e-9  # relative difference of a value on the end of its range
 

@@ -29,15 +29,13 @@ from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
-from simulator.cost.base import Machine
-from simulator.cost.collective import COLLECTIVES, Messages
-from simulator.cost.elementwise import Moves, class_code
+from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.errors import InputError
-from simulator.hardware.constants import CLASSES
-from simulator.hardware.formats import labels
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Provenance, Section
-from simulator.workload import DTYPES, ROLES, role_code
+from simulator.operators.base import Machine
+from simulator.operators.collective import COLLECTIVES, Messages
+from simulator.operators.elementwise import CLASSES, Moves, class_code
 
 Mask = NDArray[np.bool_]
 

@@ -29,6 +29,7 @@ from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
 from calibration.runners.vllm_bench import bench_record
+from simulator.codes import PHASES
 from simulator.display import few
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers
@@ -37,7 +38,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks import BenchRun
-from simulator.workload import PHASES
 
 EXECUTED = str(resources.files(__package__) / "executed.yaml")
 """The engine of our decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""

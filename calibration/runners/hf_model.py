@@ -21,12 +21,13 @@ from torch import nn
 from calibration.devices.operators import TORCH_DTYPE
 from calibration.devices.protocol import Unsupported
 from calibration.devices.sparse import sparse_weight
+from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.block import Block
 from simulator.models.changes import changed_keys
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
-from simulator.workload import ROLES, Kernel, Kind, Workload
+from simulator.workload import Workload
 
 PROJECTIONS: Mapping[str, str] = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},

@@ -13,6 +13,7 @@ import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Operator
 from calibration.measure.plan import next_rows
+from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.engines import DEFAULT_ENGINE
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -20,8 +21,7 @@ from simulator.prediction.scenario import Scenario
 from simulator.pruning import prune
 from simulator.uncertainty.factors import in_order
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 MOST_ROWS = 400
 """Number of ordered operators; more would hardly narrow the posterior."""

@@ -52,7 +52,8 @@ def show(
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.link import choices
-    from simulator.hardware.sections import unfitted
+    from simulator.operators.base import unfitted
+    from simulator.operators.gemm import GEMM_CONSTANTS
 
     hw = load_hardware(name)
     if json:
@@ -99,7 +100,7 @@ def show(
         print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
     sections = hw.to_dict()["sections"]
     if not sections:
-        generic = "generic" in unfitted("gemm", hw.section("gemm", next(iter(hw.rates))), hw.architecture)
+        generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
         of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
         print(f"not calibrated: {of} and wide intervals")
         return

@@ -67,9 +67,9 @@ def show(
     json: options.Json = False,
 ) -> None:
     """Show one model: shapes, parameters, GEMMs."""
+    from simulator.codes import ROLES, Kind
     from simulator.models.library import load_model
     from simulator.models.lower import lower
-    from simulator.workload import ROLES, Kind
 
     if min(batch, seq) < 1:
         raise InputError(f"batch {batch}, seq {seq}: expected whole numbers from 1 up")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.base import ELEMENT_BYTES
 from simulator.figures.subject import Made, NothingToDraw, Paper
 from simulator.figures.titles import device_title
+from simulator.operators.base import ELEMENT_BYTES
 from simulator.uncertainty.operators import gemm_time
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from simulator.workload import Kernel, Workload
+from simulator.codes import Kernel
+from simulator.workload import Workload
 
 SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
 """Axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K."""

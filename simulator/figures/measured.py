@@ -3,7 +3,7 @@
 The simulator ships no measurements (package ``calibration`` does); the caller passes them in. A file has columns ``m``,
 ``n``, ``k`` and one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies`` (number of
 rotated weights; without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of
-:data:`simulator.workload.DTYPES`; without them bf16) and ``predicted_s`` (a held-out prediction of the row). Further
+:data:`simulator.codes.DTYPES`; without them bf16) and ``predicted_s`` (a held-out prediction of the row). Further
 columns are ignored.
 """
 
@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray
+from simulator.codes import DTYPES
 from simulator.errors import InputError
 from simulator.files.csv import read_csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.uncertainty.operators import gemm_time
-from simulator.workload import DTYPES
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator.codes import ROLES
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import scatter, staircase
@@ -26,7 +27,6 @@ from simulator.models.library import load_model
 from simulator.prediction.explain import explanations
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
-from simulator.workload import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,15 +11,14 @@ from pathlib import Path
 from string import Template
 from types import MappingProxyType
 
+from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
 from simulator.files.write import write_whole
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.formats import labels
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
 from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
 from simulator.hardware.sections import ANY_DTYPE, inherited
-from simulator.workload import STACKS
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 

@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simulator.codes import STACKS
 from simulator.errors import InputError, unknown
 from simulator.files.fields import lines_of
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.link import Link
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import (
     QUANTITIES,
@@ -40,7 +39,8 @@ from simulator.hardware.schema import (
     stack_from_text,
 )
 from simulator.hardware.sections import Sections
-from simulator.workload import STACKS
+from simulator.operators import CONSTANTS
+from simulator.operators.base import Link
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
+from simulator.codes import DTYPES, STACKS, labels
 from simulator.errors import InputError
 from simulator.files.fields import (
     BAD,
@@ -31,11 +32,8 @@ from simulator.files.fields import (
     unknown_key,
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
-from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.formats import Rate
-from simulator.hardware.link import CONNECTIONS, Link
+from simulator.hardware.link import CONNECTIONS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
@@ -47,7 +45,8 @@ from simulator.hardware.sections import (
     Section,
     Sections,
 )
-from simulator.workload import DTYPES, STACKS
+from simulator.operators import CONSTANTS
+from simulator.operators.base import Link, Rate
 
 T = TypeVar("T")
 
@@ -180,7 +179,7 @@ class _Formats(MapOf):
     """Sections of an operator by number format, of which the device has a rate."""
 
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
-        known = ("*",) if path[1] in ANY_DTYPE else formats.labels(reader.context["rates"])
+        known = ("*",) if path[1] in ANY_DTYPE else labels(reader.context["rates"])
         return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
 
 

@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import AMOUNT, number, shown, whole
+from simulator.codes import DTYPES
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.models.block import Block, DeltaNet, Latent
-from simulator.workload import DTYPES
 
 MOST_WIDTH = 2**31 - 1
 

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.base import octaves_outside
-from simulator.cost.forward import SECTIONS, by_formats, section_of
+from simulator.codes import DTYPES, ROLES, Kind, label_of
 from simulator.display import with_and
 from simulator.engines.engine import load_engine
-from simulator.hardware.formats import label_of
 from simulator.hardware.link import choices
-from simulator.hardware.sections import unfitted
+from simulator.operators import BY_CODE, MOST_CODES, TITLES
+from simulator.operators.base import octaves_outside, unfitted
+from simulator.operators.gemm import GEMM_CONSTANTS
+from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import PARTS, SMALL_SHARE, compare
+from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import seconds
-from simulator.workload import DTYPES, ROLES, Kind, Workload
+from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -41,8 +42,6 @@ _EXPERTS = {
 
 SPLIT = 0.05
 """Width of the interval of the host time per pass, as a share of the host time, from which a note states it."""
-
-_ATTENTION = (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION)
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
@@ -74,12 +73,14 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     """
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
-    if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
+    if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
         return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
         return assumed
     own, served = engine.stacks[0], hw.serving(engine.stacks)
-    stacks = {PARTS[part]: served.section(part, label).stack for part, label in sections_of(w).items() if part in PARTS}
+    stacks = {
+        TITLES[part]: served.section(part, label).stack for part, label in sections_of(w).items() if part in TITLES
+    }
     fitted = [stack for stack in stacks.values() if stack]
     out = []
     for stack in dict.fromkeys(fitted):
@@ -125,8 +126,7 @@ def sections_of(w: Workload) -> dict[str, str]:
     kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
     first = (int(row) for row in np.unique(kinds, return_index=True)[1])
     found = {row: (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]]) for row in sorted(first)}
-    weights = (int(Kind.GEMM), int(Kind.EXPERTS))
-    return {section_of(w, r): label_of(*both) if w.kind[r] in weights else both[0] for r, both in found.items()}
+    return {section_of(w, row): BY_CODE[int(w.kind[row])].label(*formats) for row, formats in found.items()}
 
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
@@ -151,9 +151,10 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
         return f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
-    part = section_of(dense, row) or "elementwise"
+    part = section_of(dense, row)
     section = _times(dense, hw)[1].section(part, DTYPES[dense.dtype[row]])
-    what = PARTS[SECTIONS[kind]] if kind in _ATTENTION else ROLES[role]
+    attention = BY_CODE[kind] if dense.is_attention[row] else None
+    what = attention.titles[0] if attention else ROLES[role]
     at = " and ".join(f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned")))
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
     return f"{better} {kernels} run {what} at {at} of the roofline"
@@ -205,7 +206,7 @@ def uncalibrated_of(found: Iterable[HasShare]) -> tuple[str, float]:
     for r in found:
         parts |= dict.fromkeys(filter(None, r.uncalibrated.split("+")))
         share = max(share, r.uncalibrated_share)
-    return "+".join(part for part in PARTS if part in parts), share
+    return "+".join(part for part in TITLES if part in parts), share
 
 
 def uncalibrated(found: Iterable[HasShare], measured: bool = False) -> tuple[str, ...]:
@@ -220,7 +221,7 @@ def uncalibrated(found: Iterable[HasShare], measured: bool = False) -> tuple[str
     share = {device: largest for device, (_, largest) in of.items()}
     devices: dict[str, list[str]] = {}
     for device in sorted(of, key=lambda name: -share[name]):
-        devices.setdefault(with_and([PARTS[part] for part in of[device][0].split("+")]), []).append(device)
+        devices.setdefault(with_and([TITLES[part] for part in of[device][0].split("+")]), []).append(device)
     what = [
         f"{names} on {with_and(some)} ({'up to ' if len(some) > 1 else ''}{100.0 * share[some[0]]:.0f} % of the time)"
         for names, some in devices.items()
@@ -239,5 +240,5 @@ def _times(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwarePro
 def _by_role(w: Workload, hw: HardwareProfile) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return time and roofline of each kind x role of a workload, s, without overhead operators."""
     t, code = _times(w, hw)[0], w.kind.astype(np.int64) * len(ROLES) + w.role
-    size, kept = len(Kind) * len(ROLES), np.where(w.overhead, 0.0, w.count)
+    size, kept = MOST_CODES * len(ROLES), np.where(w.overhead, 0.0, w.count)
     return np.bincount(code, t.seconds * kept, size), np.bincount(code, t.roofline_s * kept, size)

@@ -22,7 +22,7 @@ from simulator.prediction.scenario import Scenario, by_budget
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.workload_batch import WorkloadBatch
+    from simulator.workload import WorkloadBatch
 
 OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
 

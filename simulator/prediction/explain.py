@@ -20,7 +20,7 @@ from simulator.prediction.waterfall import Waterfall, waterfall
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
 from simulator.units import percent, seconds
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array, BoolArray
+from simulator.codes import Kind, Part
 from simulator.engines.engine import Engine
 from simulator.engines.loading import FEATURES, Loading
 from simulator.errors import InputError
@@ -26,7 +27,7 @@ from simulator.prediction.result import Result
 from simulator.pruning import prune
 from simulator.pruning._aligned import widths
 from simulator.pruning._rows import covering, layer_count
-from simulator.workload import Kind, Part, Workload
+from simulator.workload import Workload
 
 
 def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:

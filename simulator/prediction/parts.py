@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from simulator.arrays import Array, BoolArray
+from simulator.codes import Kind
 from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep
 from simulator.units import percent
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 WIDTH = {"attention": ("KV heads",), "heads": ("heads",), "kv": ("KV heads",), "mlp": ("inner width", "expert width")}
 SIZES: Mapping[str, Mapping[str, tuple[str, ...]]] = {

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.cost.base import ELEMENT_BYTES
-from simulator.cost.forward import by_formats, refusal
-from simulator.cost.gemm import aligned_elements
-from simulator.cost.gemm_kernel import gemm_kernel
+from simulator.codes import DTYPES, Kernel, Kind
 from simulator.display import Displayed, with_and
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
@@ -22,6 +19,9 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.parallel import indivisible
+from simulator.operators.base import ELEMENT_BYTES
+from simulator.operators.gemm import aligned_elements, gemm_kernel
+from simulator.passes import by_formats, refusal
 from simulator.prediction.loading import blocks, loading
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Results
@@ -31,8 +31,7 @@ from simulator.pruning import FAMILIES
 from simulator.pruning._aligned import FIXED, aligned_up, widths
 from simulator.pruning._rows import layer_count
 from simulator.units import ratio
-from simulator.workload import DTYPES, Kernel, Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)
 """Numbers of devices for which :attr:`Runnable.tensor_parallel` is evaluated."""

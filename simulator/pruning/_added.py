@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, Kind, Part, Phase, dtype_code, role_code
 from simulator.pruning._rows import covering, writers
-from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload, dtype_code, role_code
+from simulator.workload import Workload
 
 
 def sublayer_ends(w: Workload) -> Array:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kind
 from simulator.pruning._edits import resized, with_expert_width, with_inner
 from simulator.pruning._family import QKV
 from simulator.pruning._rows import covering, projections, readers
 from simulator.pruning.width_cross import with_hidden
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 FIXED: tuple[str, ...] = ("query width",)
 """Widths that :func:`aligned_up` does not change: heads times the head dimension."""

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kernel, Kind
 from simulator.errors import InputError
 from simulator.pruning._family import Choice, Pruned
 from simulator.pruning._rows import biases, covering, parameters_removed, projections, readers, writers, zeros
-from simulator.workload import Kernel, Kind, Workload
+from simulator.workload import Workload
 
 
 def whole_share(share: Array | float, of: Array | float) -> Array:

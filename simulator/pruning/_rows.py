@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kernel, Kind
 from simulator.pruning._family import PROJECTIONS, WHOLE
-from simulator.workload import Kernel, Kind, Workload
+from simulator.workload import Workload
 
 
 def layer_count(w: Workload) -> int:

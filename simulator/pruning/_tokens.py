@@ -8,10 +8,11 @@ from functools import lru_cache
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kind, role_code
 from simulator.errors import InputError
 from simulator.pruning._edits import changed, doubled
 from simulator.pruning._rows import covering, layer_count
-from simulator.workload import Kind, Workload, role_code
+from simulator.workload import Workload
 
 EXACT_TOKENS = 16
 """Up to this number of tokens, every outcome of the binomial distribution has its own row."""

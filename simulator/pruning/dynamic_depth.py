@@ -6,6 +6,7 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.arrays import Array
+from simulator.codes import Kernel, Kind, Part, role_code
 from simulator.errors import InputError
 from simulator.pruning._added import (
     Inserted,
@@ -22,7 +23,7 @@ from simulator.pruning._edits import changed, moved, whole_share
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import layer_count
 from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
-from simulator.workload import Kernel, Kind, Part, Workload, role_code
+from simulator.workload import Workload
 
 KEYS = (
     *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write"),

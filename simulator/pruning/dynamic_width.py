@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kernel, Part
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
 from simulator.pruning._edits import aligned, changed, moved
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import covering, readers, writers
 from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
-from simulator.workload import Kernel, Part, Workload
+from simulator.workload import Workload
 
 KERNELS = ("reference", "gathered", "looped", "ideal")
 """GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a

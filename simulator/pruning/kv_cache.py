@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import flag
+from simulator.codes import DTYPE_BYTES, Kind
 from simulator.pruning._added import insert, overheads
 from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
 from simulator.pruning._rows import removed, shorter_copies
 from simulator.pruning._tokens import prompt_of
-from simulator.workload import DTYPE_BYTES, Kind, Workload
+from simulator.workload import Workload
 
 
 def kv_cache(

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, Kind, Part, Phase
 from simulator.errors import InputError
 from simulator.pruning._added import before_sublayer, hidden_at, insert, overheads, sublayer_ends
 from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import layer_count, removed, shorter_copies
 from simulator.pruning._tokens import prompt_of
-from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
+from simulator.workload import Workload
 
 START = 2
 """Default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from simulator.codes import Kernel
 from simulator.pruning._edits import changed, zeroed
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import projections
-from simulator.workload import Kernel, Workload
+from simulator.workload import Workload
 
 KERNELS = ("dense", "spmv")
 """Dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arguments import flag
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.pruning._added import hidden_at, insert, overhead_gemm, sublayer_ends
 from simulator.pruning._edits import aligned, moved, resized
 from simulator.pruning._family import QKV, Choice, Family, Pruned, whole
 from simulator.pruning._rows import parameters_removed, readers, writers
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
 """Projections that read the residual stream."""

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import Array
-from simulator.cost.forward import ForwardPass, engine_factors, estimates, gaps, refusal, streams
-from simulator.cost.host import Host, launches
+from simulator.codes import Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
+from simulator.host import Host, launches
+from simulator.passes import ForwardPass, engine_factors, estimates, gaps, refusal, streams
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -36,8 +37,7 @@ from simulator.uncertainty.factors import (
 )
 from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, predicted
 from simulator.uncertainty.posterior import Posterior, posterior_of
-from simulator.workload import Kernel, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 _CHUNK = 64  # few enough for the second-level cache
 
@@ -50,7 +50,7 @@ def operator_times(
 ) -> tuple[OperatorTimes, Errors]:
     """Return the time of one execution of every row, whatever the mix of operators, and their errors.
 
-    With an ``engine``, GEMMs differ from the measured ones as :func:`simulator.cost.forward.engine_factors` states.
+    With an ``engine``, GEMMs differ from the measured ones as :func:`simulator.passes.engine_factors` states.
     """
     columns = empty_times(len(w))
     errors: Errors = []

@@ -2,7 +2,7 @@
 
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Its two speeds (:mod:`simulator.cost.host`) are functions of two independent normals: ``first``, the speed of
+device. Its two speeds (:mod:`simulator.host`) are functions of two independent normals: ``first``, the speed of
 passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host and
 at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
 interval as a root of sum of squares.
@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import FloatArray
+from simulator.codes import ROLES
 from simulator.hardware.library import load_hardware
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.operators import TIMES, OperatorTimes
 from simulator.units import seconds, seconds_between
-from simulator.workload import ROLES, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array
+from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import MOST_CODES
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty, correlation
-from simulator.workload import Kind
 
 MOST_LOG = 1.5
 """Log of measured over predicted beyond which a measured time counts no further: attention of two stacks differs by
@@ -85,7 +86,7 @@ class Posterior:
         kind of operator say nothing about the tails of another.
         """
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
-        s, w, g = np.ones(factors), np.ones(n), np.ones(max(Kind) + 1)
+        s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
         similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
         e, cause = np.maximum(independent, 1e-6), _causes()
         for i in range(_ROUNDS + 1):

@@ -9,11 +9,10 @@ from operator_times import decode_time
 from calibration.evidence.measured import evaluate_table
 from calibration.evidence.sets import TableChoice
 from calibration.fit.attention import AttentionFit, fit_attention
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.attention_model import Geometry
-from simulator.cost.base import Machine
-from simulator.hardware.attention_constants import MLA_DECODE_CONSTANTS as CONSTANTS
 from simulator.hardware.library import load_hardware
+from simulator.operators.attention import MLA_DECODE_CONSTANTS as CONSTANTS
+from simulator.operators.attention import AttentionCalls, Geometry
+from simulator.operators.base import Machine
 
 HW = load_hardware("a100_sxm_80gb")
 

@@ -9,9 +9,8 @@ import pytest
 
 from calibration.fit.kernels import fit_sparse24
 from calibration.measurements import published
-from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulator import load_hardware, load_model, lower, predict, table
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
@@ -16,7 +17,6 @@ from simulator.prediction.grid import read_grid
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.sweep import sweep_results
-from simulator.workload import Kind
 
 pytestmark = pytest.mark.quick
 

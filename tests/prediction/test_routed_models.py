@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.host import launches
+from simulator.codes import Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.host import launches
+from simulator.operators.experts import experts_touched
 from simulator.prediction.table import table
-from simulator.routing import experts_touched
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
-from simulator.workload import Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

@@ -18,8 +18,8 @@ from calibration.records.parquet import write_records
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source
+from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
-from simulator.workload import DTYPES, ROLES
 
 pytestmark = pytest.mark.quick
 

@@ -26,8 +26,8 @@ from calibration.measurements.wheel import (
 from calibration.records.parquet import write_records
 from calibration.records.screening import compute_bound, too_fast
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
+from simulator.codes import ROLES
 from simulator.errors import InputError
-from simulator.workload import ROLES
 
 pytest.importorskip("pyarrow")
 build = pytest.importorskip("calibration.measurements.build")

@@ -19,10 +19,11 @@ from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, random_decoder
 from calibration.runners.decoder.run import decode, prefill
 from calibration.runners.pairs import PairRunner, PairTimes, alternate, looped
+from simulator.codes import PHASES, ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.prediction.scenario import one_of
-from simulator.workload import PHASES, ROLES, Kind, Workload
+from simulator.workload import Workload
 
 RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
 """Launches of a pass: as one graph, or kernel by kernel."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from calibration.runners.cases import Case
+from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
 from simulator.models.config import ModelConfig
@@ -19,7 +20,7 @@ from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
 from simulator.prediction.loading import shapes_of
 from simulator.prediction.runnable import will_run
-from simulator.workload import ROLES, Kind, Workload
+from simulator.workload import Workload
 
 CLASSES: Mapping[str, str] = MappingProxyType(
     {

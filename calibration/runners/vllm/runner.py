@@ -36,7 +36,7 @@ from simulator.errors import InputError
 from simulator.models.changes import write_config
 from simulator.models.config import ModelConfig
 from simulator.models.lower import lower
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Number formats, and their names in vLLM."""
