@@ -54,6 +54,20 @@ def blocks(path: Path) -> Iterator[Block]:
             yield Block(found[2], found[3], text[: found.start(3)].count("\n") + 1, found[1] or "")
 
 
+def edit(shown: str, folder: Path) -> None:
+    """Change a file as a page shows: its name after +++, then parts that begin with @@."""
+    first, *parts = re.split(r"^@@.*\n", shown, flags=re.MULTILINE)
+    target = folder / first.split()[-1]
+    text = target.read_text(encoding="utf-8")
+    for part in parts:
+        lines = part.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(before) == 1, part
+        text = text.replace(before, after)
+    target.unlink()  # a link to the file of the checkout
+    target.write_text(text, encoding="utf-8")
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -164,6 +178,8 @@ def follow(path: Path, folder: Path) -> Counter[str]:
             assert target.resolve().is_relative_to(folder.resolve()), where
             assert not target.exists(), where
             target.write_text(block.text, encoding="utf-8")
+        elif what == "diff":
+            edit(block.text, folder)
         elif what == "bash":
             printed = run_shell(block.text, folder) or printed
         elif what == "python":
@@ -211,7 +227,7 @@ def test_every_value_of_an_engine_is_explained() -> None:
 @pytest.mark.slow
 def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
     done = follow(ROOT / "docs" / "adding.md", tree)
-    assert done >= Counter(file=7, bash=5, python=5, text=5)
+    assert done >= Counter(file=8, diff=1, bash=5, python=6, text=5)
 
 
 OTHERS = [p for p in PAGES if p.name not in ("adding.md", "model.md")]

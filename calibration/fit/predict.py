@@ -90,7 +90,7 @@ def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
     rotation of weights."""
     operator = OPERATORS[int(r.operator[0])]
     formats = RowFormats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
-    return _PREDICT[SECTIONS[operator]](r, hw, formats)
+    return PREDICTED[SECTIONS[operator]](r, hw, formats)
 
 
 def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
@@ -343,7 +343,7 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
 )
 """Section of a profile that predicts each operator of a record."""
 
-_PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
+PREDICTED: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
     {
         "gemm": _gemm,
         "attention_prefill": _prefill,
@@ -356,3 +356,4 @@ _PREDICT: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
         "runtime": _layer,
     }
 )
+"""Section of a profile -> function that reads the columns of its records and predicts their times."""

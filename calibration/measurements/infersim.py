@@ -6,8 +6,8 @@ time of a kernel (:class:`TimingMethod`). SGLang runs these kernels (stack ``sgl
 table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
 FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
 
-Gated delta nets have no table: their files hold nine different rows (``tests/cost/test_delta_net.py``). Rows of experts
-are single products, without activation and permutation (:mod:`calibration.records.readers`).
+Gated delta nets have no table: their files hold nine different rows (``tests/operators/test_delta_net.py``). Rows of
+experts are single products, without activation and permutation (:mod:`calibration.records.readers`).
 """
 
 from __future__ import annotations

@@ -35,11 +35,11 @@ from simulator.operators.base import (
     Device,
     ErrorSize,
     Estimate,
+    FittedValues,
     Formats,
     Link,
     Operator,
     Rows,
-    FittedValues,
     bottleneck,
     joined,
 )

@@ -31,10 +31,10 @@ from simulator.operators.base import (
     Device,
     ErrorSize,
     Estimate,
+    FittedValues,
     Formats,
     Operator,
     Rows,
-    FittedValues,
     bottleneck,
     row,
 )

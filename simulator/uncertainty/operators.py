@@ -1,7 +1,7 @@
 """Predicted times of operators with prediction intervals.
 
 Use :func:`gemm_time` for GEMMs, :func:`operator_time` for the estimate of any cost model
-(:mod:`simulator.cost`), :func:`predicted` for its errors too.
+(:mod:`simulator.operators`), :func:`predicted` for its errors too.
 """
 
 from __future__ import annotations
