@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simulator.arguments import together
 from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.errors import InputError
@@ -187,15 +186,8 @@ MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
 })
 # fmt: on
-ATTENTION_CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
-    {
-        "attention_prefill": PREFILL_CONSTANTS,
-        "attention_decode": DECODE_CONSTANTS,
-        "mla_prefill": MLA_PREFILL_CONSTANTS,
-        "mla_decode": MLA_DECODE_CONSTANTS,
-    }
-)
-"""Constants by section of a profile."""
+_PREFILLS = MappingProxyType({"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS})
+_DECODES = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS})
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
@@ -527,12 +519,12 @@ class _Ready:
 def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
     section, cache = hw.section(operator, dtype), kv_dtype or dtype
     cache_bytes = element_bytes(cache)
-    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in ATTENTION_CONSTANTS[operator]}
+    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in (_PREFILLS | _DECODES)[operator]}
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
     if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
         fastest = max(fastest, hw.peak_flop_per_s(cache))
     known = operator == "attention_decode" and (hw.architecture, hw.engine_stack) in DECODE_KERNELS
-    factors = () if known else unfitted(section, ATTENTION_CONSTANTS[operator], hw.architecture)
+    factors = () if known else unfitted(section, (_PREFILLS | _DECODES)[operator], hw.architecture)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
     return _Ready(machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors)
@@ -548,34 +540,20 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
     return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
-def _is_latent(value_dim: Any, latent: Any) -> bool:
-    """Return whether calls are of latent attention; InputError for a mixture."""
+def _estimate(
+    phase: str, hw: Device, dtype: str, kv_dtype: str | None, *, value_dim: Any = 0, latent: Any = False, **sizes: Any
+) -> Estimate:
+    """Return the cost of calls of one phase, from the profile's section for it."""
     mla = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
     if mla.any() and not mla.all():
         raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
-    return bool(mla.any())
-
-
-def _estimate(
-    phase: str, hw: Device, dtype: str, kv_dtype: str | None, value_dim: Any, latent: Any, **sizes: Any
-) -> Estimate:
-    """Return the cost of calls of one phase, from the profile's section for it."""
-    mla = _is_latent(value_dim, latent)
+    mla = bool(mla.any())
     r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
     named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-    arrays = together(**{name: np.asarray(sizes[name]) for name in named})
-    batch, q_len, kv_len, heads, kv_heads, head_dim = (a.astype(np.float64) for a in arrays)
+    arrays = np.broadcast_arrays(*(np.asarray(sizes.pop(name), dtype=np.float64) for name in named))
     geometry = Geometry(
-        batch,
-        q_len,
-        kv_len,
-        heads,
-        kv_heads,
-        head_dim,
-        window=sizes["window"],
-        density=sizes["density"],
-        block=sizes.get("block", 0.0),
-        warm=sizes.get("warm", False),
+        *arrays,
+        **sizes,
         element_bytes=r.machine.element_bytes,
         cache_bytes=r.machine.weight_bytes,
         value_dim=np.asarray(value_dim) if mla else None,
@@ -587,66 +565,37 @@ def _estimate(
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 
+# fmt: off
 def prefill(
-    batch: Any,
-    q_len: Any,
-    kv_len: Any,
-    heads: Any,
-    kv_heads: Any,
-    head_dim: Any,
-    hw: Device,
-    *,
-    value_dim: Any = 0,
-    latent: Any = False,
-    window: Any = 0,
-    density: Any = 1.0,
-    block: Any = 0,
-    dtype: str = "bf16",
-    kv_dtype: str | None = None,
+    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
 ) -> Estimate:
     """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
 
-    All sizes are at least 1, ``q_len <= kv_len``; a ``window`` of 0 is none; ``density`` is the share of the query-key
-    blocks that is computed and ``block`` their edge (0 where nothing is skipped): small blocks cost more than their
-    share (uncalibrated: the interval is wider). ``kv_dtype`` is the format of the KV cache (default: ``dtype``). The
-    floor is FLOP / peak at the highest clock, and bytes / bandwidth with the cache read cold.
-
+    Options are ``window`` (0: none), ``density``, the share of the query-key blocks that is computed, and ``block``,
+    their edge (0: nothing is skipped): small blocks cost more than their share (uncalibrated: the interval is wider).
     Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
     ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
-    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head. Such calls have separate
-    sections.
+    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head.
     """
-    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
-    sizes |= {"head_dim": head_dim, "window": window, "density": density, "block": block}
     if np.any(longer := np.asarray(q_len) > np.asarray(kv_len)):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
-    return _estimate("prefill", hw, dtype, kv_dtype, value_dim, latent, **sizes)
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
+    return _estimate("prefill", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, **options)
 
 
 def decode(
-    batch: Any,
-    kv_len: Any,
-    heads: Any,
-    kv_heads: Any,
-    head_dim: Any,
-    hw: Device,
-    *,
-    value_dim: Any = 0,
-    latent: Any = False,
-    window: Any = 0,
-    density: Any = 1.0,
-    dtype: str = "bf16",
-    kv_dtype: str | None = None,
-    cold: bool = True,
+    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
 ) -> Estimate:
     """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions.
 
     As :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM,
     as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
     """
-    sizes = {"batch": batch, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    sizes |= {"window": window, "density": density}
-    return _estimate("decode", hw, dtype, kv_dtype, value_dim, latent, q_len=1, warm=not cold, **sizes)
+    sizes = {"batch": batch, "q_len": 1, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
+    return _estimate("decode", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, warm=not cold, **options)
+# fmt: on
 
 
 # attention differs by 10 to 100 % between stacks, by 11 % in the median between two collections of one kernel (vLLM's
@@ -683,6 +632,10 @@ class Attention(Operator):
     def section(self, w: Rows) -> str:
         return list(self.constants)[int(w.value_dim[0] > 0)]
 
+    def _options(self, w: Rows, formats: Formats) -> dict[str, Any]:
+        options = {"value_dim": w.value_dim, "window": w.window, "density": w.density}
+        return options | {"dtype": formats.dtype, "kv_dtype": formats.second}
+
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
         return hw.section(self.section(w), formats.dtype)["t0_s"]
 
@@ -692,7 +645,7 @@ class PrefillAttention(Attention):
 
     code, name = int(Kind.PREFILL_ATTENTION), "prefill_attention"
     sizes = (*Attention.sizes, "q_len")
-    constants = MappingProxyType({"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS})
+    constants = _PREFILLS
     titles = ("prefill attention", "latent prefill attention")
     # fmt: off
     errors = MappingProxyType({"prefill": ErrorSize(0.10, 0.03, {"launch": 0.014}, _SAME_KERNELS, 0.6, {
@@ -703,26 +656,14 @@ class PrefillAttention(Attention):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         sizes = w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield (
-            slice(None),
-            prefill(
-                *sizes,
-                hw,
-                value_dim=w.value_dim,
-                window=w.window,
-                density=w.density,
-                block=w.block,
-                dtype=formats.dtype,
-                kv_dtype=formats.second,
-            ),
-        )
+        yield slice(None), prefill(*sizes, hw, block=w.block, **self._options(w, formats))
 
 
 class DecodeAttention(Attention):
     """Attention of one new position per sequence."""
 
     code, name = int(Kind.DECODE_ATTENTION), "decode_attention"
-    constants = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS})
+    constants = _DECODES
     titles = ("decode attention", "latent decode attention")
     # fmt: off
     errors = MappingProxyType({
@@ -744,16 +685,4 @@ class DecodeAttention(Attention):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         sizes = w.batch, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield (
-            slice(None),
-            decode(
-                *sizes,
-                hw,
-                value_dim=w.value_dim,
-                latent=w.latent,
-                window=w.window,
-                density=w.density,
-                dtype=formats.dtype,
-                kv_dtype=formats.second,
-            ),
-        )
+        yield slice(None), decode(*sizes, hw, latent=w.latent, **self._options(w, formats))

@@ -164,31 +164,23 @@ def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, d
     return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
 
 
+# fmt: off
 def delta_net(
-    tokens: Any,
-    batch: Any,
-    heads: Any,
-    key_heads: Any,
-    key: Any,
-    value: Any,
-    hw: Device,
-    *,
-    conv: Any = 4,
-    dtype: str = "bf16",
-    state_dtype: str = "fp32",
+    tokens: Any, batch: Any, heads: Any, key_heads: Any, key: Any, value: Any, hw: Device, *, conv: Any = 4,
+    dtype: str = "bf16", state_dtype: str = "fp32",
 ) -> Estimate:
     """Return the cost of gated delta nets over ``tokens`` of ``batch`` sequences: one token per sequence is a decode
     step, more are a prompt.
 
     ``heads`` value heads of ``value`` features share ``key_heads`` heads of queries and keys of ``key`` features, after
-    a causal convolution over ``conv`` positions (0: none). The floor is FLOP of the recurrence / peak at the highest
-    clock, and bytes of inputs, outputs and states over the bandwidth.
+    a causal convolution over ``conv`` positions (0: none).
     """
     sizes = np.broadcast_arrays(tokens, batch, heads, key_heads, key, value, conv)
     machine, section, constants = _ready(hw, dtype, state_dtype)
     e = DeltaNets(machine, *(np.asarray(size, dtype=np.float64) for size in sizes)).estimate(constants)
     residual = ResidualGrid.from_arrays(section.arrays)
     return e.with_residual(None if residual is None else residual(e.position), section)
+# fmt: on
 
 
 class DeltaNet(Operator):

@@ -181,13 +181,11 @@ def _ready(hw: Device, dtype: str) -> tuple[FittedValues, dict[str, float], Resi
 def elementwise(
     read_bytes: Any, write_bytes: Any, hw: Device, *, role: Any = "copy", added: Any = False, dtype: str = "bf16"
 ) -> Estimate:
-    """Return the cost of elementwise operators from the bytes one execution reads and writes.
+    """Return the cost of elementwise operators from the bytes that one execution reads and writes.
 
-    ``role`` is that of :func:`class_code`, ``dtype`` that of the profile's section. The roofline is bytes over
-    datasheet bandwidth; a time may lie below it where the data are still in L2. Operators that pruning ``added`` run at
-    DRAM speed whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33
-    to 50 MB; EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is
-    wider.
+    A time may lie below the roofline where the data are still in L2. Operators that pruning ``added`` run at DRAM speed
+    whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
+    EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is wider.
     """
     section, constants, residual = _ready(hw, dtype)
     read, written, code, added = np.broadcast_arrays(read_bytes, write_bytes, class_code(role), added)

@@ -346,38 +346,26 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
 
+# fmt: off
 def experts(
-    m: Any,
-    n: Any,
-    k: Any,
-    experts: Any,
-    active: Any,
-    hw: Device,
-    *,
-    skew: Any = 0.0,
-    dtype: str = "bf16",
-    weight_dtype: str | None = None,
-    devices: Any = 1,
-    dealt: bool = False,
-    warm: bool = False,
-    part: str = "layer",
+    m: Any, n: Any, k: Any, experts: Any, active: Any, hw: Device, *, skew: Any = 0.0,
+    dtype: str = "bf16", weight_dtype: str | None = None,
+    devices: Any = 1, dealt: bool = False, warm: bool = False, part: str = "layer",
 ) -> Estimate:
     """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
     size k, of which a token uses ``active`` on average (no whole number where devices share the experts).
 
-    The floor is FLOP / peak at the highest clock, and the bytes of the experts that some token is expected to use over
-    the bandwidth. ``skew`` is that of their load (:func:`experts_chance`; 0: uniform). If several
-    ``devices`` share the experts of the layer, the time is that of the device with the highest load, for which the
-    others wait. Benchmarks are predicted with tokens ``dealt`` by rule (``skew`` is then the power of its law),
-    weights ``warm`` if they repeat one layer without overwriting L2, and a ``part`` of :data:`PARTS`.
+    ``skew`` is that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the
+    layer, the time is that of the device with the highest load, for which the others wait. Benchmarks are predicted
+    with tokens ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer
+    without overwriting L2, and a ``part`` of :data:`PARTS`.
     """
-    m, n, k, experts, active, skew, devices = (
-        np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(m, n, k, experts, active, skew, devices)
-    )
+    given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
+    *sizes, devices = (np.asarray(a, dtype=np.float64) for a in given)
     r = _ready(hw, dtype, weight_dtype or dtype)
-    sizes = m, n, k, experts, active, skew
     e = Layers(r.machine, *sizes, dealt, warm, PARTS.index(part), devices, r.unfitted).estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
+# fmt: on
 
 
 class Experts(Operator):
