@@ -1,8 +1,4 @@
-"""Check arguments of the Python interface; an error is one line: argument, expected value, given value.
-
-Use :func:`array` for numbers that broadcast, :func:`together` to broadcast arrays, :func:`number` and :func:`whole` for
-one number, :func:`flag`, :func:`text` and :func:`instance` for other values.
-"""
+"""Check arguments of the Python interface; an error is one line: argument, expected value, given value."""
 
 from __future__ import annotations
 

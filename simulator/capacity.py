@@ -1,6 +1,4 @@
-"""Compute the memory of workloads, and whether they fit on a device.
-
-Use :func:`memory` for one workload, the functions below for a batch. Memory is that of the fullest device:
+"""Compute the memory of workloads, and whether they fit on a device. Memory is that of the fullest device:
 
 - weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
@@ -8,8 +6,7 @@ Use :func:`memory` for one workload, the functions below for a batch. Memory is 
   the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
   the current prefill hold all positions, and a cached prefix is stored once, unless positions are evicted.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
-  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One pass of the
-  engine's steps, without an allocator's fragmentation.
+  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits.
 - a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
 """
 

@@ -91,10 +91,8 @@ class Table(Displayed):
 
     @classmethod
     def _of(cls: type[T], values: Mapping[str, Any], new: Iterable[str] | None = None) -> T:
-        """Return a table of all field values without checks, for columns derived from checked columns.
-
-        ``new`` names the columns that are not those of another table, by default all.
-        """
+        """Return a table of all field values without checks, for columns derived from checked columns. ``new`` names
+        the columns that are not those of another table, by default all."""
         for name in cls.SCHEMA if new is None else new:
             values[name].setflags(write=False)
         out = object.__new__(cls)
@@ -114,10 +112,8 @@ class Table(Displayed):
 
     @classmethod
     def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
-        """Return a table of columns; scalars broadcast, missing columns have their default.
-
-        ``others`` are fields of all rows. ``size`` is the number of rows, by default that of the longest column.
-        """
+        """Return a table of columns; scalars broadcast, missing columns have their default. ``others`` are fields of
+        all rows. ``size`` is the number of rows, by default that of the longest column."""
         cls._known(columns)
         if size is None:
             size = max((plain(values).size for values in columns.values()), default=0)
@@ -143,10 +139,8 @@ class Table(Displayed):
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
-        """Return a table of ``rows``, mappings from column to value; columns with codes accept names.
-
-        ``others`` are fields of all rows.
-        """
+        """Return a table of ``rows``, mappings from column to value; columns with codes accept names. ``others`` are
+        fields of all rows."""
         rows = list(rows)
         names = {name: None for row in rows for name in row}
         cls._known(names)
@@ -159,10 +153,8 @@ class Table(Displayed):
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
         """Return a table of ``rows`` as :meth:`from_rows`, of numbers from 0 up and names that this package computed.
-
         They are in range unless they are too large to be exact; only then are they checked, which takes longer.
-        ``others`` are fields of all rows.
-        """
+        ``others`` are fields of all rows."""
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):
             for name, value in row.items():

@@ -51,10 +51,8 @@ class Displayed:
         return dict(as_plain(self))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table.
-
-        Raises InputError if pandas is not installed.
-        """
+        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table. Raises
+        InputError if pandas is not installed."""
         try:
             import pandas
         except ImportError:

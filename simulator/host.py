@@ -1,8 +1,8 @@
 """The host: the time of an engine's scheduler and of kernel launches, in parallel with the device or before it.
 
 Under a CUDA graph a pass waits for the scheduler, then its kernels follow one another. In eager mode the host launches
-every kernel while the device works on earlier ones. A pass is host-bound while kernels are shorter than their launches:
-only fewer launches, not smaller kernels, make a model faster then.
+every kernel while the device works on earlier ones; only fewer launches, not smaller kernels, make a host-bound model
+faster.
 
 Two numbers describe the speed of a host, in standard deviations of the logs: ``passes`` of its time per pass, ``work``
 of its time per launch and per sequence; 0 is the typical (median) host. Over hosts they are correlated, not equal: a
@@ -114,10 +114,7 @@ class Host:
         self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
     ) -> tuple[FloatArray, FloatArray]:
         """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and how much of it follows
-        the device.
-
-        ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``.
-        """
+        the device. ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
         total, shown = [], []
         for p in PHASES:
@@ -152,12 +149,9 @@ def _beside(
     left: FloatArray, device: Sequence[FloatArray], launch: Sequence[FloatArray], after: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
-    device.
-
-    Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows them.
-    The device can start a segment only when the host has launched it, and ends no earlier than the host, which works
-    ``after`` the last launch. ``left`` is the time of all three on the device.
-    """
+    device. Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows
+    them. The device can start a segment only when the host has launched it, and ends no earlier than the host, which
+    works ``after`` the last launch. ``left`` is the time of all three on the device."""
     launched: Any = 0.0
     longest, shown = left, left
     for busy, launching in zip(device, launch, strict=True):

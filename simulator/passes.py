@@ -1,14 +1,7 @@
-"""A forward pass: from the times of operators to the time of a workload in an engine.
+"""A forward pass: from the times of operators to the time of a workload in an engine (``Meta.engine``).
 
-:func:`estimates` gives the cost of every operator, :func:`streams`, :func:`gaps` and :class:`simulator.host.Host`
-what the engine adds, :class:`ForwardPass` the sums. The engine is that of the workloads (``Meta.engine``).
-:func:`simulator.uncertainty.forward.forward_passes` puts these together, with prediction intervals.
-
-Symbols
--------
-W : workloads
-G : groups of rows that share phase, place in the pass, kind and role
-z : speed of the host, standard deviations from the typical host
+W are workloads, G groups of rows that share phase, place in the pass, kind and role. Prediction intervals come from
+:func:`simulator.uncertainty.forward.forward_passes`.
 """
 
 from __future__ import annotations
@@ -70,10 +63,8 @@ def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Es
 def engine_factors(
     w: Workload, hw: HardwareProfile, engine: Engine, seconds: FloatArray, roofline_s: FloatArray, codes: NDArray[Any]
 ) -> FloatArray:
-    """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured.
-
-    Clocks fall under load. One token may have a separate kernel. ``codes`` are bottlenecks.
-    """
+    """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured. Clocks fall
+    under load. One token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
     loaded = hw.section("runtime", "*")["sustained"]
     rows = w.kind == Kind.GEMM
@@ -86,10 +77,8 @@ def engine_factors(
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Forward passes of a batch of workloads on a device in an engine; seconds.
-
-    Rows and groups count all their executions, and all kernels of an operator that is not fused.
-    """
+    """Forward passes of a batch of workloads on a device in an engine; seconds. Rows and groups count all their
+    executions, and all kernels of an operator that is not fused."""
 
     workloads: WorkloadBatch
     hw: HardwareProfile  # as the engine uses it

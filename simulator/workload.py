@@ -1,8 +1,7 @@
-"""Define a workload: the operators of one forward pass as a frozen table of columns.
+"""Define a workload: the operators of one forward pass as a frozen table of columns, and many such tables as one.
 
-:func:`simulator.lower` makes a workload, :func:`simulator.prune` changes it, cost models time it. A row is one operator
-shape. Its ``count`` is the number of executions: identical layers share a row, and counts of dynamic methods can be
-fractional.
+A row is one operator shape. Its ``count`` is the number of executions: identical layers share a row, and counts of
+dynamic methods can be fractional.
 """
 
 from __future__ import annotations

@@ -110,10 +110,8 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones.
-
-    The prefix is ``operator.dtype`` or ``local_update``.
-    """
+    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones. The
+    prefix is ``operator.dtype`` or ``local_update``."""
     arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
     return arrays

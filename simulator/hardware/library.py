@@ -239,10 +239,8 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
 
 
 def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
-    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path.
-
-    Raises InputError if the name is invalid or a shipped GPU's, or if the file exists.
-    """
+    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path. Raises
+    InputError if the name is invalid or a shipped GPU's, or if the file exists."""
     named = plain_name(name)
     if not re.fullmatch(NAME.pattern, named):
         raise InputError(f"hardware name {name!r}: expected {NAME.right}")

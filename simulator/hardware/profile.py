@@ -275,11 +275,9 @@ class HardwareProfile(Displayed):
 
 
 def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:
-    """Return a profile with ``stacks``, one of which is preferred.
-
-    The preferred stack is the first of ``first`` that exists, else the user's own calibration, else the first of
-    :data:`STACKS`. Sections that it lacks are inherited from the other stacks, in that order.
-    """
+    """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first of ``first`` that
+    exists, else the user's own calibration, else the first of :data:`STACKS`. Sections that it lacks are inherited from
+    the other stacks, in that order."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile

@@ -1,8 +1,4 @@
-"""Write profiles to files.
-
-:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack, by the declarations
-in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes.
-"""
+"""Write profiles to files, by the declarations in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes."""
 
 from __future__ import annotations
 
@@ -123,10 +119,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _calibrated(
     path: Path, sections: Sections, update: Arrays | None = None
 ) -> tuple[str, bytes, dict[str, dict[str, SectionEntry]]]:
-    """Return the name and the bytes of the array file, and the sections as the YAML names them.
-
-    The name contains the digest, so the old pair of files stays readable until the new YAML is in place.
-    """
+    """Return the name and the bytes of the array file, and the sections as the YAML names them. The name contains the
+    digest, so the old pair of files stays readable until the new YAML is in place."""
     arrays = {}
     held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
     for prefix, own in (held if update is None else {**held, "local_update": update}).items():

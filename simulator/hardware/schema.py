@@ -1,7 +1,4 @@
-"""Declare the YAML of a hardware profile and of its stack files, and read them.
-
-The results are a :class:`HardwareProfile` or its sections, or a list of all problems.
-"""
+"""Declare the YAML of a hardware profile and of its stack files, and read them."""
 
 import math
 import re
@@ -252,10 +249,8 @@ def plain_name(name: str) -> str:
 def profile_from_text(
     text: str, path: Path, problems: Problems, fetch: Fetch, taken: Mapping[str, str] = MappingProxyType({})
 ) -> HardwareProfile | None:
-    """Return the profile of a YAML text, or None with problems.
-
-    ``fetch`` reads the arrays of a section; ``taken`` maps plain names that other profiles have to these profiles.
-    """
+    """Return the profile of a YAML text, or None with problems. ``fetch`` reads the arrays of a section; ``taken`` maps
+    plain names that other profiles have to these profiles."""
     root = _root(text, problems)
     if root is None:
         return None

@@ -1,8 +1,5 @@
 """Attention: prompts (causal FlashAttention) and decode (one query against a KV cache), plain and latent.
 
-Use :func:`prefill` and :func:`decode`; arrays broadcast. The analytical forms (docs/model.md) meet a profile here:
-constants, residual, floor of physics.
-
 *Prefill*: a kernel of 64-query tiles walks the key blocks that its causal mask and window leave. All tiles share the
 SMs; the longest is a chain that no number of SMs shortens; queries, keys, values and outputs cross memory, or come from
 L2 while they fit. The 4/3-norm errs by 4.1 % on all rows of the A100 and 6.5 % on those of the H100, a 2-norm by 6.1
@@ -12,12 +9,6 @@ and 6.8 %.
 unit is split and the parts merged; where they are more, they run in waves. Beside that, the whole cache crosses memory.
 The start of a unit, the scheduling of a sequence and whole waves take the error over all rows from 19 to 4.2 % (H100)
 and 4.9 % (A100).
-
-Symbols
--------
-batch, q_len, kv_len : sequences, new positions per sequence, positions in all
-heads, kv_heads, head_dim : query heads, KV heads, features per head
-density, block : share of the query-key blocks that is computed, and their edge
 """
 
 from __future__ import annotations
@@ -571,13 +562,11 @@ def prefill(
     dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
 ) -> Estimate:
     """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
-
     Options are ``window`` (0: none), ``density``, the share of the query-key blocks that is computed, and ``block``,
     their edge (0: nothing is skipped): small blocks cost more than their share (uncalibrated: the interval is wider).
     Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
     ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
-    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head.
-    """
+    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head."""
     if np.any(longer := np.asarray(q_len) > np.asarray(kv_len)):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
     sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
@@ -588,11 +577,9 @@ def decode(
     batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
     dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
 ) -> Estimate:
-    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions.
-
-    As :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM,
-    as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark.
-    """
+    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. As
+    :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM, as
+    in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
     sizes = {"batch": batch, "q_len": 1, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
     return _estimate("decode", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, warm=not cold, **options)
 # fmt: on

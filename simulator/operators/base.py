@@ -1,21 +1,9 @@
 """What an operator is: sizes, work, constants, time and errors. One file of this package defines each.
 
-An operator is a subclass of :class:`Operator` and an entry of :data:`simulator.operators.OPERATORS`; everything that
-has to do with operators asks these. Its cost model is a subclass of :class:`Calls`, equal-length arrays of sizes with
-the datasheet facts they need, whose method :meth:`Calls.estimate` turns constants into an :class:`Estimate`:
-
-parts
-    Times with a physical cause (launch, compute, memory, ...). The analytical time joins them, by a sum or a norm. The
-    loading of a cause is the derivative of the log of the time by the log of its part: what an error of the part does
-    to the time.
-coordinates
-    log2 of the sizes of an operator. The residual (:mod:`simulator.operators.residual_grid`) is a function of them, and
-    errors of operators with similar coordinates are correlated.
-floor
-    The time that physics allows: FLOP over the peak rate at the highest clock, bytes over the memory bandwidth.
-
-Prediction intervals, fits, held-out errors and local updates follow from the estimate. docs/adding.md adds an operator
-as an example.
+An operator is a subclass of :class:`Operator` and an entry of :data:`simulator.operators.OPERATORS`. Its cost model is
+a subclass of :class:`Calls`, equal-length arrays of sizes with the datasheet facts they need, whose method
+:meth:`Calls.estimate` turns constants into an :class:`Estimate`. Prediction intervals, fits, held-out errors and local
+updates follow from the estimate. docs/adding.md adds an operator as an example.
 """
 
 from __future__ import annotations
@@ -226,10 +214,8 @@ class Machine:
 
 
 def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float]) -> FloatArray:
-    """Return the time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that from DRAM.
-
-    The power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with powers 4, 8, 16.
-    """
+    """Return the time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that from DRAM. The
+    power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with powers 4, 8, 16."""
     ratio = footprint_bytes / (c["l2_share"] * machine.l2_bytes)
     for _ in range(3):  # to the eighth power
         ratio = ratio * ratio
@@ -255,7 +241,8 @@ class Estimate:
     floor: Any  # the least time that physics allows
     roofline: Array  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
     bottleneck: NDArray[Any]  # int8: index into BOTTLENECKS
-    loadings: Mapping[str, Any]  # error factor of the operator -> loading
+    # error factor of the operator -> loading: the derivative of the log of the time by the log of the part it changes
+    loadings: Mapping[str, Any]
     coordinates: Array  # (n, 3) log2 of sizes, octaves: the closer, the more alike are errors
     position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
     section: FittedValues | None = None  # the fitted part of the profile that was used

@@ -1,17 +1,11 @@
-"""Collectives between devices: alpha-beta over the link that joins them (:class:`~simulator.operators.base.Link`).
+"""Collectives between devices: alpha-beta over the link that joins them.
 
 The library's algorithm (NCCL's ring) takes a start, a hop for each synchronising step, the wire's time, and a ramp: a
 payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Within one host,
 NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc), so it is not modelled. Engines have their own
 all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter,
 then all-gather), where devices see each other's memory; the fastest is used. A ring over NVLink bridges crosses PCIe
-once per pair and direction, at the rate of PCIe. Use :func:`collective`.
-
-Symbols
--------
-p : devices
-launch, hop : start, and one synchronising step, s
-wire : bytes that a device sends, over the link's bandwidth
+once per pair and direction, at the rate of PCIe.
 """
 
 from __future__ import annotations

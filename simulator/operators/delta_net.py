@@ -2,16 +2,10 @@
 
 A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt is computed in
 chunks of 64 tokens (arXiv 2406.06484): five kernels of small products, whose intermediate results cross memory; one of
-the kernels takes chunk after chunk, as each needs the state of the last one. Use :func:`delta_net`.
+the kernels takes chunk after chunk, as each needs the state of the last one.
 
 One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
 heads). The others were chosen from what similar kernels achieve: docs/model.md has the errors of nine rows.
-
-Symbols
--------
-tokens, batch : tokens of all sequences, sequences
-heads, key_heads : value heads, and heads of queries and keys
-key, value : features of a key head and of a value head
 """
 
 from __future__ import annotations
@@ -80,10 +74,8 @@ def delta_state_bytes(
 
 
 def delta_bytes(tokens: Array, batch: Array, features: Array, states: Array, element_bytes: Array) -> Array:
-    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences.
-
-    States are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step.
-    """
+    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences. States
+    are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step."""
     computed = np.minimum(tokens / np.maximum(batch, 1), 1.0)
     return np.asarray(element_bytes * tokens * features + states * computed * np.where(tokens <= batch, 2.0, 1.0))
 
@@ -170,11 +162,8 @@ def delta_net(
     dtype: str = "bf16", state_dtype: str = "fp32",
 ) -> Estimate:
     """Return the cost of gated delta nets over ``tokens`` of ``batch`` sequences: one token per sequence is a decode
-    step, more are a prompt.
-
-    ``heads`` value heads of ``value`` features share ``key_heads`` heads of queries and keys of ``key`` features, after
-    a causal convolution over ``conv`` positions (0: none).
-    """
+    step, more are a prompt. ``heads`` value heads of ``value`` features share ``key_heads`` heads of queries and keys
+    of ``key`` features, after a causal convolution over ``conv`` positions (0: none)."""
     sizes = np.broadcast_arrays(tokens, batch, heads, key_heads, key, value, conv)
     machine, section, constants = _ready(hw, dtype, state_dtype)
     e = DeltaNets(machine, *(np.asarray(size, dtype=np.float64) for size in sizes)).estimate(constants)

@@ -1,13 +1,7 @@
 """Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
 
 Activations that were just written are still in L2 while they fit, so a small operator may run above the DRAM bandwidth;
-a large one streams. Floor and bytes join by a 2-norm. Use :func:`elementwise`.
-
-Symbols
--------
-t0 : floor of a kernel of a class, s
-e : share of the DRAM bandwidth that a large operator reaches
-l2 : rate of data in L2, in units of their DRAM rate
+a large one streams. Floor and bytes join by a 2-norm.
 """
 
 from __future__ import annotations
@@ -181,12 +175,10 @@ def _ready(hw: Device, dtype: str) -> tuple[FittedValues, dict[str, float], Resi
 def elementwise(
     read_bytes: Any, write_bytes: Any, hw: Device, *, role: Any = "copy", added: Any = False, dtype: str = "bf16"
 ) -> Estimate:
-    """Return the cost of elementwise operators from the bytes that one execution reads and writes.
-
-    A time may lie below the roofline where the data are still in L2. Operators that pruning ``added`` run at DRAM speed
-    whatever L2 holds, as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB;
-    EIT-NLP/LLM-Pruning, DynamicPruningKernels). They depend on the implementation, so their interval is wider.
-    """
+    """Return the cost of elementwise operators from the bytes that one execution reads and writes. A time may lie below
+    the roofline where the data are still in L2. Operators that pruning ``added`` run at DRAM speed whatever L2 holds,
+    as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB; EIT-NLP/LLM-Pruning,
+    DynamicPruningKernels). They depend on the implementation, so their interval is wider."""
     section, constants, residual = _ready(hw, dtype)
     read, written, code, added = np.broadcast_arrays(read_bytes, write_bytes, class_code(role), added)
     moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"

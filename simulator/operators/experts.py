@@ -3,14 +3,8 @@
 Two grouped products (gate and up; down) take most of the time. Each expert's tokens fill tiles of a few heights, the
 last one of an expert in part; the height that takes least time is chosen. A tile takes the time of its arithmetic and
 that of loading the expert's weights into an SM. The weights of every expert that some token uses cross memory at the
-same time. The other kernels sort, permute, activate and sum: they move activations. Where devices share the experts,
-the time is that of the device with the highest load. Use :func:`experts`.
-
-Symbols
--------
-m, n, k : tokens, width of an expert, hidden size
-experts, active : experts on the device, and experts that a token uses on average
-skew : unevenness of the load; in a benchmark the power of its law
+same time. The other kernels sort, permute, activate and sum: they move activations. Here m, n and k are tokens, the
+width of an expert and the hidden size.
 """
 
 from __future__ import annotations
@@ -98,11 +92,9 @@ EXPERT_QUANTILES = 16
 
 
 def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
-    """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest.
-
-    A token uses ``active`` experts on average, each at most once. The log of the load grows evenly; the busiest has
-    :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy.
-    """
+    """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest. A token
+    uses ``active`` experts on average, each at most once. The log of the load grows evenly; the busiest has
+    :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy."""
     share, skew = np.broadcast_arrays(np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64))
     if not skew.any():
         return np.asarray(share[None])
@@ -353,13 +345,11 @@ def experts(
     devices: Any = 1, dealt: bool = False, warm: bool = False, part: str = "layer",
 ) -> Estimate:
     """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
-    size k, of which a token uses ``active`` on average (no whole number where devices share the experts).
-
-    ``skew`` is that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the
-    layer, the time is that of the device with the highest load, for which the others wait. Benchmarks are predicted
-    with tokens ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer
-    without overwriting L2, and a ``part`` of :data:`PARTS`.
-    """
+    size k, of which a token uses ``active`` on average (no whole number where devices share the experts). ``skew`` is
+    that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the layer, the
+    time is that of the device with the highest load, for which the others wait. Benchmarks are predicted with tokens
+    ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer without
+    overwriting L2, and a ``part`` of :data:`PARTS`."""
     given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
     *sizes, devices = (np.asarray(a, dtype=np.float64) for a in given)
     r = _ready(hw, dtype, weight_dtype or dtype)

@@ -1,16 +1,8 @@
 """GEMM: y[m, n] = x[m, k] w[k, n]. The analytical model (:mod:`simulator.operators.gemm_model`) meets a profile.
 
-:func:`gemm_kernel` is what a profile says about one number format, weight format and kernel. A kernel that skips work,
-reads narrower weights or has 2:4 weights is the dense kernel with changed constants; a GPU without a fit has those of
-its architecture (:func:`clocked`). :func:`estimates` gives the cost of shapes, chunk by chunk. The residual is a grid
-over log2 of m, n, k. Shapes that a profile has measured (:mod:`simulator.operators.measured_shapes`) take the measured
-time. No prediction beats the datasheet at the highest clock.
-
-Symbols
--------
-m, n, k : tokens, output features, input features
-t0 : fixed time of a kernel, s
-e_tc, e_d : shares of the datasheet rate and of the datasheet bandwidth that kernels reach
+A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed constants; a GPU
+without a fit has those of its architecture (:func:`clocked`). The residual is a grid over log2 of m, n, k. Shapes that
+a profile has measured take the measured time. No prediction beats the datasheet at the highest clock.
 """
 
 from __future__ import annotations
@@ -307,9 +299,7 @@ class GemmKernel:
 @lru_cache(maxsize=128)
 def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True) -> GemmKernel:
     """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown.
-
-    ``searched`` is that of :class:`Options`.
-    """
+    ``searched`` is that of :class:`Options`."""
     rate, weight = hw.rate(dtype), weight_dtype or dtype
     element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
     label = label_of(dtype, weight)
@@ -381,12 +371,10 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
 
 
 def clocked(e_tc: float, hw: Device) -> float:
-    """Return the default share of the datasheet rate on a device that may need less power for it, or more.
-
-    Under a power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and
-    1.02 of rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach
-    :data:`UNLIMITED` of the rate.
-    """
+    """Return the default share of the datasheet rate on a device that may need less power for it, or more. Under a
+    power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and 1.02 of
+    rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach :data:`UNLIMITED` of
+    the rate."""
     rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
     if hw.architecture not in CLOCKED or not rates:
         return e_tc
@@ -394,11 +382,9 @@ def clocked(e_tc: float, hw: Device) -> float:
 
 
 def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells.
-
-    A constant that no fit moved is the default of the device's own architecture, which may differ from that of an
-    inherited section.
-    """
+    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells. A
+    constant that no fit moved is the default of the device's own architecture, which may differ from that of an
+    inherited section."""
     values, assumed = {}, []
     for name, part in SPARSE24_PARTS.items():
         constant, own = GEMM_CONSTANTS[name], section.constants[name]
@@ -458,9 +444,7 @@ def estimates(
     m: Any, n: Any, k: Any, hw: Device, options: Options, *, steps: bool = False
 ) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
     """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
-
-    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps.
-    """
+    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps."""
     codes, given = read_shapes(m, n, k, options)
     flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
 
@@ -542,11 +526,9 @@ def estimate(
 def _loadings(
     a: Analytical, model: ReadyModel, m: Array, n: Array, k: Array, step_scale: Any, load_scale: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle.
-
-    The fixed time is one part; arithmetic is another, of which the latency of a step, L2's feed and idle SMs take
-    shares; memory is the third, of which L2 takes a share.
-    """
+    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle. The fixed
+    time is one part; arithmetic is another, of which the latency of a step, L2's feed and idle SMs take shares; memory
+    is the third, of which L2 takes a share."""
     c = a.compute3
     launch = model.t0_us / a.total_us
     memory = cube(a.memory_us)
@@ -630,9 +612,7 @@ def _details(
 
 def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
     """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
-
-    Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off.
-    """
+    Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
     low = n.astype(kind) | k.astype(kind)
     whole = aligned_elements(element_bytes).bit_length() - 1

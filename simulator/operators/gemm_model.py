@@ -1,15 +1,7 @@
 """The analytical GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; without residual.
 
-Use :func:`ready_model` to turn datasheet facts and named constants into a :class:`ReadyModel`, :func:`analytical_time`
-to time shapes. Times are microseconds, so that their cubes stay near one. The arithmetic has the precision of the
-shapes: float64 to fit, float32 to predict many.
-
-Symbols
--------
-m, n, k : tokens, output features, input features
-bm, bn : rows and columns of an output tile (``tile_m``, ``tile_n``)
-s : split-K factor, thread blocks that share one tile's k
-step : time of one main-loop step, 128 bytes of k
+Times are microseconds, so that their cubes stay near one. The arithmetic has the precision of the shapes: float64 to
+fit, float32 to predict many.
 """
 
 from __future__ import annotations
@@ -89,10 +81,8 @@ class Analytical:
 
 
 def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64) -> ReadyModel:
-    """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``.
-
-    A constant may be an array: :meth:`ReadyModel.for_each` then times shapes with each of its values.
-    """
+    """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``. A
+    constant may be an array: :meth:`ReadyModel.for_each` then times shapes with each of its values."""
     c: dict[str, Any] = {
         name: value if isinstance(value, np.ndarray) else float(value) for name, value in constants.items()
     }
@@ -143,11 +133,9 @@ def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
 def memory_time(
     m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, load_scale: Factor
 ) -> tuple[Array, Array]:
-    """Return the microseconds of moving the operands and the result, and the bytes that DRAM moves.
-
-    ``copies`` weights are used in turn: the footprint that competes for L2; None for cold weights. The activations,
-    ``m (n + k)``, are warm as far as they fit. ``load_scale`` stretches the weights' time.
-    """
+    """Return the microseconds of moving the operands and the result, and the bytes that DRAM moves. ``copies`` weights
+    are used in turn: the footprint that competes for L2; None for cold weights. The activations, ``m (n + k)``, are
+    warm as far as they fit. ``load_scale`` stretches the weights' time."""
     machine, c = model.machine, model.constants
     weights, acts = n * k * machine.weight_bytes, (n + k) * m * machine.element_bytes
     warm = residency(acts, model) * acts
@@ -167,9 +155,7 @@ def analytical_time(
     load_scale: Factor = 1.0,
 ) -> Analytical:
     """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k at least 1, of one shape (x,).
-
-    ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale`` multiplies the main-loop step.
-    """
+    ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale`` multiplies the main-loop step."""
     machine, c = model.machine, model.constants
     if machine.packs:
         return _packed_time(m, n, k, model, copies, step_scale, load_scale)

@@ -1,7 +1,4 @@
-"""Measured shapes: GEMM times that a profile stores for exact m, n, k and that replace the prediction there.
-
-Use :func:`measured_shapes` to read them from a profile's arrays, :meth:`MeasuredShapes.at` to look shapes up.
-"""
+"""GEMM times that a profile stores for exact m, n, k and that replace the prediction there."""
 
 from __future__ import annotations
 
@@ -43,10 +40,8 @@ class MeasuredShapes:
 
 def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
     """Return the measured shapes of a section's arrays, None without any; ValueError where they cannot be looked up.
-
     ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
-    log half-width of the 90 % interval. ``calibration.records.exact_shapes`` makes them from records.
-    """
+    log half-width of the 90 % interval. ``calibration.records.exact_shapes`` makes them from records."""
     if "exact_m" not in arrays:
         return None
     check_exact(arrays)

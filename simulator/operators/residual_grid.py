@@ -1,13 +1,6 @@
-"""Residuals of the cost models: log factors on a regular grid, linear between its nodes, constant beyond its edges.
-
-Every cost model has one :class:`ResidualGrid` over its coordinates (:meth:`ResidualGrid.from_arrays` reads it from a
-profile). On a CPU, GEMMs add a residual by the number of rows (:class:`RowResidual`): a library has a kernel of its own
-for some numbers of rows.
-
-Symbols
--------
-start, step : first node of each coordinate, and from one node to the next
-values : log measured over analytical time at the nodes
+"""Residuals of the cost models: log(measured / analytical) on a regular grid over the coordinates, linear between its
+nodes, constant beyond its edges. On a CPU, GEMMs add one by the number of rows: a library has a kernel of its own for
+some numbers of rows.
 """
 
 from __future__ import annotations

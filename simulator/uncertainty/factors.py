@@ -5,14 +5,6 @@ of GEMMs: it is one number per software stack and laboratory, and a time has it 
 *correlated* error is similar for operators of similar sizes. An *independent* error belongs to one shape. A time, a
 ratio of times and a forward pass are therefore rows of one linear model: common errors cancel in a ratio exactly as far
 as they are common, and measured times (:class:`simulator.uncertainty.posterior.Posterior`) correct all others.
-
-Use :func:`uncertainty_of` for the errors of a cost model's estimate.
-
-Symbols
--------
-phi : prior standard deviation of an error factor times its loading
-r : standard deviation of the correlated error
-e : variance of the independent error
 """
 
 from __future__ import annotations
@@ -147,10 +139,8 @@ def same_stack_scales(operator: str) -> Scales:
 
 
 def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
-    """Return the errors of an estimate's n times; ``scales`` are those of :func:`error_scales`.
-
-    Loadings "launch", "compute" and "memory" also count for the machine's error factors.
-    """
+    """Return the errors of an estimate's n times; ``scales`` are those of :func:`error_scales`. Loadings "launch",
+    "compute" and "memory" also count for the machine's error factors."""
     scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
     sizes = ERROR_SIZES[e.operator]
     names = [f"machine {name}" for name in e.loadings if f"machine {name}" in ERROR_FACTORS]
@@ -193,8 +183,7 @@ def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
 
 def level_scale(level: float) -> float:
     """Return the half-width of an interval at a level over that of a 90 % interval, as of a normal distribution;
-    InputError for a level outside (0, 1).
-    """
+    InputError for a level outside (0, 1)."""
     return _level_scale(number("level", level, LEVEL))
 
 

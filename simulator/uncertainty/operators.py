@@ -1,8 +1,4 @@
-"""Predicted times of operators with prediction intervals.
-
-Use :func:`gemm_time` for GEMMs, :func:`operator_time` for the estimate of any cost model
-(:mod:`simulator.operators`), :func:`predicted` for its errors too.
-"""
+"""Predicted times of operators with prediction intervals."""
 
 from __future__ import annotations
 
@@ -28,10 +24,8 @@ from simulator.units import seconds, seconds_between
 
 @dataclass(frozen=True, repr=False)
 class OperatorTimes(Displayed):
-    """Times of operators, arrays of one shape, s.
-
-    ``bottleneck`` holds codes, indices into :data:`simulator.operators.base.BOTTLENECKS`; ``bottlenecks`` their names.
-    """
+    """Times of operators, arrays of one shape, s. ``bottleneck`` holds codes, indices into
+    :data:`simulator.operators.base.BOTTLENECKS`; ``bottlenecks`` their names."""
 
     seconds: FloatArray  # predicted kernel time, launch overhead inside a CUDA graph included
     lower: FloatArray  # prediction interval at the requested level
@@ -70,10 +64,8 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 
 
 def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals from an estimate, and the errors of the times.
-
-    The profile's local update moves the times. No end of an interval is below the floor of physics.
-    """
+    """Return times with prediction intervals from an estimate, and the errors of the times. The profile's local update
+    moves the times. No end of an interval is below the floor of physics."""
     half_scale = level_scale(level)
     uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
     time, shape = e.time, np.shape(e.time)

@@ -1,12 +1,6 @@
-"""The local update: the posterior of the error model given measured times.
+"""The local update: the posterior of the error model given y = log(measured / predicted) of n measured times.
 
-Use :func:`posterior_of` for the posterior of a profile, :meth:`Posterior.at` for the errors of other times.
-
-Symbols
--------
-y : log(measured / predicted) of n measured times
-s : factor on the variance of an error factor, learned from the data
-g : factor on the other variances by kind of operator, likewise
+s are factors on the variance of an error factor, g on the other variances by kind of operator; both are learned.
 """
 
 from __future__ import annotations
@@ -76,15 +70,12 @@ class Posterior:
         kind: NDArray[np.intp],
         log_ratio: Array,
     ) -> Posterior:
-        """Return the posterior given n measured times: rows of :class:`Uncertainty` (``systematic`` (n, c) of all
-        error factors) and log(measured / predicted).
-
-        Outliers count less (Student's t of 4 degrees). Expectation-maximisation also estimates how far this stack
-        differs (the variance of each error factor; the prior counts as :data:`PRIOR_FACTORS` factors) and how noisy
-        each kind of operator is (the prior counts as :data:`PRIOR_NOISE` rows). Z-scores of each row, predicted from
-        the others, give the coverage factor of its kind, shrunk to the prior's by :data:`PRIOR_ROWS` rows: rows of one
-        kind of operator say nothing about the tails of another.
-        """
+        """Return the posterior given n measured times: rows of :class:`Uncertainty` (``systematic`` (n, c) of all error
+        factors) and log(measured / predicted). Outliers count less (Student's t of 4 degrees). Expectation-maximisation
+        also estimates how far this stack differs (the variance of each error factor; the prior counts as
+        :data:`PRIOR_FACTORS` factors) and how noisy each kind of operator is (the prior counts as :data:`PRIOR_NOISE`
+        rows). Z-scores of each row, predicted from the others, give the coverage factor of its kind, shrunk to the
+        prior's by :data:`PRIOR_ROWS` rows: rows of one kind of operator say nothing about the tails of another."""
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
         similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
