@@ -126,20 +126,12 @@ def labels(rates: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_of(dtype: str, weight: str) -> str:
-    """Return the number format of the section for activations and weights; the inverse of :func:`formats_of`.
-
-    >>> label_of("bf16", "int4"), label_of("fp8", "fp8_block"), label_of("bf16", "bf16")
-    ('int4_wo', 'fp8_block', 'bf16')
-    """
+    """Return the number format of the section for activations and weights; the inverse of :func:`formats_of`."""
     return weight if weight == dtype or weight in LABELS else f"{weight}_wo"
 
 
 def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
-    """Return the formats of activations and of weights that a section is for, on a device with ``rates``.
-
-    >>> formats_of("int4_wo", ["fp32", "fp16"]), formats_of("fp8", ["fp8"])
-    (('fp16', 'int4'), ('fp8', 'fp8'))
-    """
+    """Return the formats of activations and of weights that a section is for, on a device with ``rates``."""
     known = tuple(rates)
     arithmetic = next((dtype for dtype in LABELS.get(label, ()) if dtype in known), label)
     return arithmetic, label.removesuffix("_wo")

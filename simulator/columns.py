@@ -27,19 +27,7 @@ def column(dtype: type, default: Any) -> Any:
 
 
 class Table(Displayed):
-    """Read-only columns of equal length with declared types.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True, eq=False)
-    ... class Parts(Table):
-    ...     kind: Array = column(np.int8, 0)
-    ...     length: Array = column(np.float64, 1.0)
-    ...     maker: str = ""
-    ...     CODES = {"kind": ("bolt", "nut")}
-    >>> parts = Parts.from_rows([{"kind": "nut"}, {"length": 2}], "me")
-    >>> parts.kind.tolist(), parts.length.tolist(), parts.take(parts.length > 1) == Parts.from_columns("me", length=[2])
-    ([1, 0], [1.0, 2.0], True)
-    """
+    """Read-only columns of equal length with declared types."""
 
     SCHEMA: ClassVar[Mapping[str, tuple[type, Any]]]  # column -> declared type and default
     CODES: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -306,12 +306,7 @@ def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatA
 
 @dataclass(frozen=True)
 class WorkloadBatch:
-    """Concatenated workloads, dense and pruned, with one phase, formats and engine.
-
-    >>> one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
-    >>> WorkloadBatch.of([one, one.take(np.array([0]))]).total(np.array([1.0, 2.0, 5.0])).tolist()
-    [3.0, 5.0]
-    """
+    """Concatenated workloads, dense and pruned, with one phase, formats and engine."""
 
     rows: Workload  # rows of all workloads; its meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1

@@ -49,12 +49,7 @@ def check(name: str) -> str:
 
 
 def named(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
-    """Return a connection of a GPU by its name; InputError for NVLink that the GPU does not have.
-
-    >>> usual = Link("pcie4", 32e9, 1.6e-6, 8)
-    >>> named("pcie-host", usual, None, "ada", "l40s").text
-    'pcie4 through host memory (no peer access)'
-    """
+    """Return a connection of a GPU by its name; InputError for NVLink that the GPU does not have."""
     check(name)
     if link is not None and name in (link.connection, link.name):
         return replace(link, stated=True)

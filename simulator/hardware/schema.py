@@ -238,11 +238,7 @@ class StackFile:
 
 
 def plain_name(name: str) -> str:
-    """Return a name as it is compared: in lower case, with underscores instead of blanks and dashes.
-
-    >>> plain_name("RTX 4090")
-    'rtx_4090'
-    """
+    """Return a name as it is compared: in lower case, with underscores instead of blanks and dashes."""
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 

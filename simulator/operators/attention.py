@@ -182,13 +182,8 @@ _DECODES = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode":
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
-    """Return the query-key pairs under a causal mask, for one sequence and head.
-
-    Query i of q_len (from 0) has the position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit).
-
-    >>> int(attention_pairs(np.array(4), np.array(4), np.array(2)))
-    7
-    """
+    """Return the query-key pairs under a causal mask, for one sequence and head. Query i of q_len (from 0) has the
+    position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit)."""
     q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
     first, last = kv - q + 1, kv  # keys seen by the first and the last query
     full: Array = q * (first + last) / 2

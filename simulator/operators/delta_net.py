@@ -62,13 +62,8 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 def delta_state_bytes(
     heads: Array, key_heads: Array, key: Array, value: Array, conv: Array, state_bytes: Array, element_bytes: Array
 ) -> Array:
-    """Return the bytes that a gated delta net keeps of one sequence.
-
-    Each value head has a state of ``key`` x ``value`` elements, each channel of the convolution its last positions.
-
-    >>> float(delta_state_bytes(*map(np.array, (32, 16, 128, 128, 4)), np.array(4.0), np.array(2.0)))
-    2146304.0
-    """
+    """Return the bytes that a gated delta net keeps of one sequence. Each value head has a state of ``key`` x ``value``
+    elements, each channel of the convolution its last positions."""
     channels: Array = 2.0 * key_heads * key + 1.0 * heads * value
     return np.asarray(1.0 * heads * key * value * state_bytes + np.maximum(conv - 1, 0) * channels * element_bytes)
 

@@ -106,13 +106,8 @@ def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
 
 
 def experts_touched(m: Any, experts: Any, active: Any, skew: Any = 0.0) -> Array:
-    """Return the expected number of ``experts`` that at least one of ``m`` tokens uses.
-
-    Tokens choose ``active`` experts each, independently; ``skew`` is the imbalance of loads (:func:`experts_chance`).
-
-    >>> experts_touched(np.array([1, 16, 256]), 128, 8).round(1).tolist()
-    [8.0, 82.4, 128.0]
-    """
+    """Return the expected number of ``experts`` that at least one of ``m`` tokens uses. Tokens choose ``active``
+    experts each, independently; ``skew`` is the imbalance of loads (:func:`experts_chance`)."""
     m, experts, active, skew = np.broadcast_arrays(np.asarray(m, dtype=np.float64), experts, active, skew)
     idle = (1.0 - experts_chance(experts, active, skew)) ** m
     return np.asarray(experts * (1.0 - idle.mean(axis=0)))

@@ -237,14 +237,9 @@ def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tu
 
 
 def spmv_bytes(density: Any, value_bytes: Any) -> Array:
-    """Return the bytes per weight, zeros included, that a kernel for scattered zeros stores.
-
-    Each value has four bits for its distance to the previous value; after 16 empty places a zero is stored. This gives
-    1 / (1 - zeros^16) stored values per nonzero value (MACKO, github.com/vlejd/macko_spmv).
-
-    >>> spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist()
-    [2.5, 1.25]
-    """
+    """Return the bytes per weight, zeros included, that a kernel for scattered zeros stores. Each value has four bits
+    for its distance to the previous value; after 16 empty places a zero is stored. This gives 1 / (1 - zeros^16) stored
+    values per nonzero value (MACKO, github.com/vlejd/macko_spmv)."""
     kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
     return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
 
