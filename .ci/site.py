@@ -35,11 +35,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = {new: old for old, new in PLACES.items()}.get(place, f"docs/{place}")
 
     def turned(found: re.Match[str]) -> str:
-        text, target, anchor = found[1], found[2], found[3] or ""
+        image, text, target, anchor = found[1], found[2], found[3], found[4] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         path = PLACES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
         if path not in files.src_uris:
-            return text
-        return f"[{text}]({posixpath.relpath(path, posixpath.dirname(place) or '.')}{anchor})"
+            return found[0] if image else text
+        return f"{image}[{text}]({posixpath.relpath(path, posixpath.dirname(place) or '.')}{anchor})"
 
-    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", turned, markdown)
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", turned, markdown)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from operator_times import prefill_time
 
-from calibration.build_profiles import RECIPES, available, build, main, tables_of
+import calibration.build_profiles as shipped
+from calibration.build_profiles import RECIPES, available, build, main, make, tables_of
+from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
+from calibration.measurements.wheel import datasheet
 from simulator.codes import STACKS
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
+from simulator.hardware.sections import Provenance, Section
 
 NAME = "a100_sxm_80gb.trtllm"
+
+
+B200 = datasheet("b200_sxm")
 
 
 def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with_each_stack() -> None:
@@ -44,6 +52,35 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
     rows = tables_of(RECIPES[NAME])
     formats = {"bf16", "int8_wo", "int4_wo", "fp16", "int8"}  # the last two are NCCL's
     assert set(rows.labels()) == formats | {"fp8_wo"}  # caches of latent attention
+
+
+def planted(operator: str, scale: float) -> Section:
+    """A calibrated section with the constants that are assumed."""
+    constants = {n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()}
+    about = Provenance(operator, "0" * 64, "2026-11-25", "SGLang", "NVIDIA B200", "graph", 100)
+    return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
+
+
+@pytest.mark.quick
+def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
+    before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
+    fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
+    monkeypatch.setattr(shipped, "build", lambda *_: fit)
+    monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
+    lines = make("b200_sxm.sglang", tmp_path)
+    assert "b200_sxm.sglang attention_decode bf16: kept, its rows are in the wheel" in lines
+    assert "b200_sxm.sglang: a note" in lines
+    copy = tmp_path / "b200_sxm.yaml"
+    copy.write_bytes((profiles_folder() / copy.name).read_bytes())
+    again = load_hardware(copy).stacks["sglang"]
+    assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
+    assert again[decode].provenance == before[decode].provenance
+    monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
+    assert any(
+        "no section kept, because the earlier file cannot be read" in line for line in make("b200_sxm.sglang", tmp_path)
+    )
+    assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
 
 
 def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def claim_outcomes(
                 continue
         out += [bound_outcome(dense, pruned, hw) for hw in devices]
         progress(done, len(places) + 1)
-    shape: dict[str, Any] = {"batch": [BATCH], "seq": [SEQ], "engine": engine}
+    shape: dict[str, Any] = {"phase": ["prefill"], "batch": [BATCH], "seq": [SEQ], "engine": engine}
     out += [order_outcome(front) for front in fronts(MODEL, devices, quality, axis, **shape)[0]]
     progress(len(places) + 1, len(places) + 1)
     return out

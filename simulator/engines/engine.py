@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -38,7 +37,7 @@ INPUTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
 """Products with activations of their own: outputs of a norm, of attention, of a norm, of the MLP's activation."""
 PASSES: tuple[str, ...] = ("prefill", "decode")
 
-_FOLDER = resources.files(__package__)
+_FOLDER = Path(__file__).parent
 _PATH = re.compile(r"[/\\]|\.ya?ml$")
 _NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 _COUNT = 2**31 - 1
@@ -132,7 +131,7 @@ class Schedule:
 NOTHING = HostTime(0.0, 0.0, "")
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Behaviour:
     """What a file states for all releases of an engine, or for one generation of them."""
 
@@ -168,7 +167,7 @@ class Behaviour:
     notes: Strings = ()
 
 
-@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _Release(Behaviour):
     """A generation as its file states it."""
 
@@ -179,7 +178,7 @@ class _Release(Behaviour):
     host: HostBlock = HostBlock()
 
 
-@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _File(Behaviour):
     """An engine as its file states it."""
 
@@ -264,7 +263,7 @@ def list_engines() -> tuple[str, ...]:
     >>> list_engines()
     ('compile', 'hf', 'reference', 'sglang', 'trtllm', 'vllm')
     """
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in _FOLDER.iterdir() if f.name.endswith(".yaml")))
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
 def load_engine(name_or_path: str) -> Engine:

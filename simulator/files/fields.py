@@ -263,7 +263,7 @@ class MapOf:
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         if self.keys is None or key in self.keys.names:
             return ""
-        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names)}"
+        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names) or 'none'}"
         return f"unknown {self.keys.kind}; {hint.strip()}"
 
     def text(self, value: Any) -> str:
@@ -303,10 +303,14 @@ class Object:
                 found[key] = reader.wrong(node, (*path, key), "is missing")
         if BAD in found.values():
             return BAD
+        made = object.__new__(self.cls)  # without __init__, which is slow, as a file has hundreds of objects
+        made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
         try:
-            return self.cls(**found)
+            if hasattr(made, "__post_init__"):
+                made.__post_init__()
         except InputError as error:
             return reader.wrong(node, path, str(error))
+        return made
 
     def text(self, value: Any) -> str:
         """Return an object with a member ``value`` as one line."""

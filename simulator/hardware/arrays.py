@@ -152,13 +152,16 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
     if operator == "gemm":
         if "exact_m" in arrays:
             check_exact(arrays)
-            _bound(arrays, "exact_log_half")
-            _bound(arrays, "exact_s", 1e-12, 1e9)
-        if "row_m" in arrays:
-            _check_rows(arrays)
+            _check(arrays, "exact_log_half", True, "")
+            _check(arrays, "exact_s", True, "", 1e-12, 1e9)
+        if "row_m" in arrays:  # the residual of GEMMs on a CPU by the number of rows
+            _need(arrays, "row_m", "row_values")
+            m = arrays["row_m"]
+            good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
+            _check(arrays, "row_m", good, "(sizes,), ascending", 1.0, 2.0**31)
+            _check(arrays, "row_values", arrays["row_values"].shape == m.shape, f"{m.shape}")
         if "measured" in arrays:
-            _shape("measured", arrays["measured"], arrays["measured"].shape == (2, 3), "(2, 3)")
-            _bound(arrays, "measured", 0.0, 64.0)
+            _check(arrays, "measured", arrays["measured"].shape == (2, 3), "(2, 3)", 0.0, 64.0)
     if operator == "local_update":
         _check_update(arrays)
     elif "values" in arrays:
@@ -174,45 +177,24 @@ def clipped(arrays: Arrays) -> Arrays:
 
 def _check_values(operator: str, arrays: Arrays) -> None:
     """Check a residual grid over three coordinates, or those of the elementwise classes over one coordinate."""
-    values = arrays["values"]
+    shape = arrays["values"].shape
+    place = (-_MOST_COORDINATE, _MOST_COORDINATE)
     if operator == "elementwise":
         _need(arrays, "values", "start")
-        good = values.ndim == 2 and 1 <= values.shape[0] <= len(CLASSES) and values.shape[1] >= 1
-        _shape("values", values, good, f"({len(CLASSES)}, nodes), or fewer classes")
-        _shape("start", arrays["start"], arrays["start"].shape == (), "a single number")
-    else:
-        _need(arrays, "values", "start", "step")
-        _shape("values", values, values.ndim == 3 and values.size > 0, "(a, b, c), at least one of each")
-        for name in ("start", "step"):
-            _shape(name, arrays[name], arrays[name].shape == (3,), "(3,)")
-        if "kinds" in arrays:
-            _check_variants(arrays)
-    _bound(arrays, "values")
-    _bound(arrays, "start", -_MOST_COORDINATE, _MOST_COORDINATE)
-    if operator != "elementwise":
-        _bound(arrays, "step", _LEAST_STEP, _MOST_COORDINATE)
-
-
-def _check_rows(arrays: Arrays) -> None:
-    """Check the residual of GEMMs on a CPU by the number of rows."""
-    _need(arrays, "row_m", "row_values")
-    m, values = arrays["row_m"], arrays["row_values"]
-    good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
-    _shape("row_m", m, good, "(sizes,), ascending")
-    _shape("row_values", values, values.shape == m.shape, f"{m.shape}")
-    _bound(arrays, "row_m", 1.0, 2.0**31)
-    _bound(arrays, "row_values")
-
-
-def _check_variants(arrays: Arrays) -> None:
-    """Check kernels of attention by head width, window and cache; their grids are joined along the last axis."""
-    _need(arrays, "kinds", "factors")
-    kinds, factors = arrays["kinds"], arrays["factors"]
-    good = kinds.ndim == 2 and kinds.shape[1] == 3 and len(kinds) >= 1 and arrays["values"].shape[2] % len(kinds) == 0
-    _shape("kinds", kinds, good, "(v, 3), v a divisor of the last dimension of values")
-    _shape("factors", factors, factors.ndim == 2 and len(factors) == len(kinds), f"({len(kinds)}, constants)")
-    _bound(arrays, "kinds", 0.0, 20.0)
-    _bound(arrays, "factors")
+        good = len(shape) == 2 and 1 <= shape[0] <= len(CLASSES) and shape[1] >= 1
+        _check(arrays, "values", good, f"({len(CLASSES)}, nodes), or fewer classes")
+        _check(arrays, "start", arrays["start"].shape == (), "a single number", *place)
+        return
+    _need(arrays, "values", "start", "step")
+    _check(arrays, "values", len(shape) == 3 and math.prod(shape) > 0, "(a, b, c), at least one of each")
+    _check(arrays, "start", arrays["start"].shape == (3,), "(3,)", *place)
+    _check(arrays, "step", arrays["step"].shape == (3,), "(3,)", _LEAST_STEP, _MOST_COORDINATE)
+    if "kinds" in arrays:  # kernels by head width, window and cache, whose grids are joined along the last axis
+        _need(arrays, "kinds", "factors")
+        kinds, factors = arrays["kinds"].shape, arrays["factors"].shape
+        good = len(kinds) == 2 and kinds[1] == 3 and kinds[0] >= 1 and shape[2] % kinds[0] == 0
+        _check(arrays, "kinds", good, "(v, 3), v a divisor of the last dimension of values", 0.0, 20.0)
+        _check(arrays, "factors", len(factors) == 2 and factors[0] == kinds[0], f"({kinds[0]}, constants)")
 
 
 def _check_update(arrays: Arrays) -> None:
@@ -222,8 +204,8 @@ def _check_update(arrays: Arrays) -> None:
     for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
         shape = arrays[name].shape
         good = len(shape) == 1 + len(more) and shape[:1] == count and (more == (0,) or shape[1:] == more)
-        _shape(name, arrays[name], good and 1 <= shape[0] <= MOST_ROWS, f"{expected}, rows from 1 to {MOST_ROWS}")
-        _bound(arrays, name, low, high)
+        good = good and 1 <= shape[0] <= MOST_ROWS
+        _check(arrays, name, good, f"{expected}, rows from 1 to {MOST_ROWS}", low, high)
     if arrays["kind"].dtype.kind not in "iu":
         raise ValueError(f"array kind: expected whole numbers, got {arrays['kind'].dtype}")
 
@@ -234,14 +216,12 @@ def _need(arrays: Arrays, first: str, *others: str) -> None:
             raise ValueError(f"array {first} needs array {name}, which is missing")
 
 
-def _shape(name: str, array: NDArray[Any], good: bool, expected: str) -> None:
-    if not good:
-        raise ValueError(f"array {name}: expected the shape {expected}, got {np.shape(array)}")
-
-
-def _bound(arrays: Arrays, name: str, low: float | None = None, high: float = 0.0) -> None:
-    low, high = _FITTED[name] if low is None else (low, high)
+def _check(arrays: Arrays, name: str, good: bool, expected: str, *limits: float) -> None:
+    """Check the shape and the values of an array; the limits of a fitted one are in ``_FITTED``."""
     array = np.asarray(arrays[name], dtype=np.float64)
+    low, high = limits or _FITTED[name]
+    if not good:
+        raise ValueError(f"array {name}: expected the shape {expected}, got {array.shape}")
     if array.size and not (low <= array.min() and array.max() <= high):
         found = f"{array.min():g} to {array.max():g}"
         raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")

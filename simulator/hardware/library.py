@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
-from simulator.files.write import write_whole
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
@@ -241,6 +240,8 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
 def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
     """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path. Raises
     InputError if the name is invalid or a shipped GPU's, or if the file exists."""
+    from simulator.files.write import write_whole  # late: loading a profile writes nothing
+
     named = plain_name(name)
     if not re.fullmatch(NAME.pattern, named):
         raise InputError(f"hardware name {name!r}: expected {NAME.right}")

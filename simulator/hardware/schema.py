@@ -135,8 +135,8 @@ class Datasheet:
 
     def facts(self) -> Iterator[tuple[str, Any]]:
         """Yield each fact with its key, such as "rates.bf16"."""
-        for group, key in (("", self), ("rates.", self.rates), ("link.", self.link), ("bridge.", self.bridge)):
-            members = key if isinstance(key, Mapping) else vars(key) if key else {}
+        for group, of in (("", self), ("rates.", self.rates), ("link.", self.link), ("bridge.", self.bridge)):
+            members = of if isinstance(of, Mapping) else vars(of) if of else {}
             yield from ((group + name, fact) for name, fact in members.items() if isinstance(fact, Fact | RateFact))
 
 

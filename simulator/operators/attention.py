@@ -530,21 +530,16 @@ def _estimate(
     phase: str, hw: Device, dtype: str, kv_dtype: str | None, *, value_dim: Any = 0, latent: Any = False, **sizes: Any
 ) -> Estimate:
     """Return the cost of calls of one phase, from the profile's section for it."""
-    mla = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
-    if mla.any() and not mla.all():
+    known = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
+    mla = bool(known.any())
+    if mla and not known.all():
         raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
-    mla = bool(mla.any())
     r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
     named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-    arrays = np.broadcast_arrays(*(np.asarray(sizes.pop(name), dtype=np.float64) for name in named))
-    geometry = Geometry(
-        *arrays,
-        **sizes,
-        element_bytes=r.machine.element_bytes,
-        cache_bytes=r.machine.weight_bytes,
-        value_dim=np.asarray(value_dim) if mla else None,
-        latent=latent if mla else False,
-    )
+    arrays = np.broadcast_arrays(*(np.asarray(sizes[name], dtype=np.float64) for name in named))
+    sizes |= dict(zip(named, arrays, strict=True))
+    sizes |= {"value_dim": np.asarray(value_dim) if mla else None, "latent": latent if mla else False}
+    geometry = Geometry(**sizes, element_bytes=r.machine.element_bytes, cache_bytes=r.machine.weight_bytes)
     which, distance = r.kernels.which(geometry, r.narrow)
     calls = AttentionCalls(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
     e = calls.estimate(r.kernels.constants(r.common, which))

@@ -346,9 +346,10 @@ def experts(
     ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer without
     overwriting L2, and a ``part`` of :data:`PARTS`."""
     given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
-    *sizes, devices = (np.asarray(a, dtype=np.float64) for a in given)
-    r = _ready(hw, dtype, weight_dtype or dtype)
-    e = Layers(r.machine, *sizes, dealt, warm, PARTS.index(part), devices, r.unfitted).estimate(r.constants)
+    m, n, k, experts, active, skew, devices = (np.asarray(a, dtype=np.float64) for a in given)
+    r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
+    layers = Layers(r.machine, m, n, k, experts, active, skew, dealt, warm, timed, devices, r.unfitted)
+    e = layers.estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
 # fmt: on
 

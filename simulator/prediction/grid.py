@@ -17,7 +17,7 @@ from simulator.codes import DTYPES, PHASES
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import BAD, Checked, Flag, Keyed, Map, Number, Scalar, Text, TreeReader, read, unknown_key
+from simulator.files.fields import BAD, Checked, Flag, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import files_of, load_hardware, reference
 from simulator.hardware.link import check as _link
@@ -142,13 +142,11 @@ class _Family(Scalar):
 
     def choice(self, key: Node, node: Node, path: Keyed, reader: TreeReader) -> Any:
         family = Text(tuple(FAMILIES)).read(key, path, reader)
-        given = BAD if family is BAD else reader.read(Map[Annotated[Any, _Option()]], node, path)
+        if family is BAD:
+            return BAD
+        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(node, path, reader)
         if given is BAD:
             return BAD
-        known = FAMILIES[family].options
-        for name in given:
-            if name not in known:
-                return reader.wrong(node.entries[name][0], (*path, name), unknown_key(name, known))
         options = dict(sorted(given.items()))
         try:
             prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)

@@ -157,7 +157,7 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
 def test_json_is_written_in_one_place() -> None:
     files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
     writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
-    assert writers == {"render.py", "pages.py"}  # the latter keeps what it measured in a file, and prints none
+    assert writers == {"render.py"}
 
 
 def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> None:
@@ -430,11 +430,11 @@ def commands(command: Any, path: str = "") -> list[str]:
 
 
 @pytest.mark.quick
-def test_every_command_is_in_the_readme_and_has_help_that_names_its_options(cli: Any) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_every_command_is_on_the_page_of_commands_and_has_help_that_names_its_options(cli: Any) -> None:
+    page = (ROOT / "docs" / "generated" / "commands.md").read_text()
     found = commands(typer.main.get_command(program()))
     assert len(found) >= 8
-    assert not [command for command in found if f"prunesim {command}" not in readme]
+    assert not [command for command in found if f"## prunesim {command}\n" not in page]
     for command in found:
         out = cli.out(f"{command} --help")
         assert f"prunesim {command}" in out

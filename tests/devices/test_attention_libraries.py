@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from calibration.devices.attention import decode_attention, prefill_attention, with_backend  # noqa: E402
 from calibration.devices.attention_libraries import find  # noqa: E402
 from calibration.devices.cuda import open_named  # noqa: E402
-from calibration.devices.operators import random_tensor  # noqa: E402
+from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
 from calibration.devices.protocol import Operator  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
@@ -169,3 +169,12 @@ def test_the_first_backend_that_runs_is_pinned() -> None:
 
     with pytest.raises(RuntimeError, match="planted"):
         with_backend(broken)
+
+
+def test_attention_on_a_gpu_names_its_backend() -> None:
+    from pretended_cuda import CPU
+
+    for kind, q_len in (("attention_prefill", 64), ("attention_decode", 1)):
+        op = Operator(kind, "fp32", q_len=q_len, kv_len=64, **SHAPE)
+        assert build(op, CPU, Arena("cpu", 1e5, 1e8)).how.startswith(", SDPA backend ")
+        assert build(op, "cpu", Arena("cpu", 1e5, 1e8)).how == ""

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from calibration.devices.capture_probe import CaptureProbe, Probed, serve  # noqa: E402
+from calibration.devices.capture_probe import CaptureProbe, Probed, kernel_names, serve  # noqa: E402
 from calibration.devices.cuda_timing import NotCapturable  # noqa: E402
 from calibration.devices.protocol import CaptureFailed, Operator, OutOfMemory, Unsupported  # noqa: E402
 
@@ -100,3 +100,24 @@ def test_the_child_answers_for_its_device_and_ends_when_a_capture_fails() -> Non
         assert found[0]["kernels"] == ["kernel of gemm"]
         assert found[2]["reason"] == "not capturable: planted"
         assert device.closed == 2  # nothing is kept between two questions
+
+
+@pytest.mark.quick
+def test_names_of_kernels_are_those_of_the_device_once_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.autograd import DeviceType
+
+    class Profile:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[Any]:
+            on = [("a" * 200, DeviceType.CUDA), ("aten::mm", DeviceType.CPU), ("b", DeviceType.CUDA)]
+            return [type("Event", (), {"name": name, "device_type": kind}) for name, kind in on * 2]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    calls: list[str] = []
+    names = kernel_names(lambda: calls.append("launch"), lambda: calls.append("wait"))
+    assert names == ("a" * 80, "b")
+    assert calls == ["launch", "wait"]

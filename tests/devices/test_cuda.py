@@ -215,6 +215,25 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fak
     assert low_rank.method.endswith("; kernels of the first low_rank: a, b")
 
 
+def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(fake: FakeCuda) -> None:
+    answers: Any = iter([Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")])
+
+    def probe(op: Operator) -> Probed:
+        answer = next(answers)
+        if isinstance(answer, Unsupported):
+            raise answer
+        return answer
+
+    device = _device(fake, probe=probe)
+    assert "graph" in device.prepare(GEMM).method
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="status -11"):
+            device.prepare(GEMM)
+    for _ in range(2):  # of a kind that nothing can be known of, once
+        assert "graph" in device.prepare(Operator("copy", n=4096)).method
+    assert next(answers, None) is None
+
+
 def test_a_failed_capture_ends_the_run_and_the_next_process_goes_on_without_its_operator(fake: FakeCuda) -> None:
     kept: list[Any] = []
     gemms = [Operator("gemm", m=m, n=n, k=64) for m, n in ((1, 64), (4, 64), (8, 64))]

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from decoder_reference import CONFIG, TOKENS, run  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
 
-from calibration.devices import Unsupported  # noqa: E402
+from calibration.devices import Operator, Unsupported  # noqa: E402
+from calibration.devices.operators import Arena, build  # noqa: E402
 from calibration.devices.sparse import linear, sparse_weight  # noqa: E402
 from calibration.runners.decoder.families import each_projection, prune_decoder, two_of_four  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
@@ -58,6 +59,17 @@ def test_a_product_is_that_of_the_dense_weight_by_the_fastest_algorithm(library:
         torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     assert library.searched == [-(-2 * rows // 8) * 8]
     assert set(library.products) == {(3, 2, 1)}  # algorithm, split of K and its mode
+
+
+def test_an_operator_is_searched_before_it_is_timed(library: Library) -> None:
+    op = Operator("gemm_2to4", "fp32", m=16, n=32, k=64)
+    launches = build(op, "cpu", Arena("cpu", 1e5, 1e8))
+    assert launches.copies > 1
+    assert library.searched == [16]
+    for i in range(launches.copies):
+        launches.launch(i)
+    assert library.searched == [16]
+    assert launches.how == ", cuSPARSELt by search [(3, 2, 1)]"
 
 
 def test_a_decoder_searches_once_for_equal_shapes_and_equals_the_masked_one(library: Library) -> None:

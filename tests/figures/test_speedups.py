@@ -68,6 +68,16 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
     assert PAYS in legend(figure)
 
 
+def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
+    lengths = speedups_of(table("depth", hardware=["h100"], batch=[1, 8], seq=[512, 2048, 8192]))
+    assert [ax.texts[0].get_text() for ax in lengths.axes] == ["decode, batch 1", "decode, batch 8"]
+    assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
+    assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
+    removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
+    assert [ax.texts[0].get_text() for ax in removed.axes] == ["decode, 25 % removed", "decode, 50 % removed"]
+    assert legend(removed)[0] == "Depth"
+
+
 @pytest.mark.quick
 def test_styles_of_candidates_differ() -> None:
     many = styles_of({f"width {i}": "width" for i in range(12)} | {"depth": "depth"})

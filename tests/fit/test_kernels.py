@@ -19,6 +19,7 @@ from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
 from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
+from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted
@@ -89,6 +90,16 @@ def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:
     fit = fit_profile(HW, timed(r, HW, 0.05))
     assert constant(fit, "gather_gemm") == Fitted(0.85, None, "fixed")
     assert fit.parts[0].fixed["block_step"] == "not identified by these rows"
+
+
+def test_few_rows_leave_the_default_and_say_so() -> None:
+    few = Records.concat([timed(rows(kind, 5), planted(kind, 0.5)) for kind in OF])
+    enough = timed(rows("gather_gemm", 20), planted("gather_gemm", 0.7))
+    with pytest.raises(InputError, match=r"gathered gemm bf16: 5 rows are too few; a fit needs 6"):
+        fit_profile(HW, few)
+    fit = fit_profile(HW, Records.concat([enough, few.select(~few.fused)]))
+    assert "block-sparse attention bf16: 5 rows are too few; a fit needs 6; measure longer" in fit.notes
+    assert constant(fit, "attention_block_sparse") == HW.section("attention_prefill", "bf16").constants["sparse_block"]
 
 
 def test_a_gathered_product_is_one_kernel_or_the_sum_of_three() -> None:

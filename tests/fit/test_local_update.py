@@ -210,6 +210,23 @@ def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_what_is_odd_is_said() -> None:
+    some = planted(gemms(40))
+    some = some.replace(seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds))
+    assert update_profile(HW, some).notes[0] == "7 rows excluded: the time is not positive and finite"
+    one = planted(gemms(1).select(np.zeros(5, dtype=int)))
+    assert any(note.startswith("one shape: only") for note in update_profile(HW, one).notes)
+    assert any(
+        note.startswith("only 5 rows, so intervals stay wide; measure 20 to 400")
+        for note in update_profile(HW, planted(gemms(5))).notes
+    )
+    many = update_profile(HW, planted(gemms(900)))
+    assert (many.rows, len(many.profile.local_update.arrays["independent"])) == (400, 400)  # type: ignore[union-attr]
+    slow = planted(gemms(60))
+    slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
+    assert any("times the usual difference between stacks" in note for note in update_profile(HW, slow).notes)
+
+
 def csv_of(path: Path, factors: dict[int, float], rows: int = 30) -> Records:
     """Planted GEMMs as they are read from a CSV file in which some rows take longer by a factor."""
     r = planted(gemms(rows))

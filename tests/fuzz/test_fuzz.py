@@ -264,7 +264,7 @@ READERS: dict[str, tuple[Any, str]] = {
     "run.jsonl": (trees(RUN).map(lines), "validate h100 {} --json"),
     "records.parquet": (parquet(), "validate h100 {} --json"),
     "table.csv": (ATTENTION, "validate h100 {} --json"),
-    "mapped.csv": (GEMMS, "import {} --map latency_us=time_us -o DIR/out.parquet"),
+    "mapped.csv": (GEMMS, "validate h100 {} --map latency_us=time_us --json"),
     **{name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
        for name, bench in RESULTS.items()},
     "library.json": (LIBRARY, f"costs DIR/config.json {ON} --choices {{}}"),

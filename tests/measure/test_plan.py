@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +141,19 @@ def test_exact_shapes_come_first_at_every_visit() -> None:
     assert all({item.purpose for item in order[:8]} == {EXACT} for order in orders)
     assert all({item.operator.key for item in order} == {item.operator.key for item in both.items} for order in orders)
     assert len({tuple(item.operator.key for item in part) for order in orders for part in (order[:8], order[8:])}) == 6
+
+
+SPARSE: dict[str, Any] = {"kind": "attention_block_sparse", "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64}
+
+
+def _sparse(block: int, length: int) -> Operator:
+    return Operator(block=block, q_len=length, kv_len=length, density=0.5, **SPARSE)
+
+
+def test_flex_attention_is_compiled_once_per_configuration() -> None:
+    rates = replace(GPU, compile_s=15.0)
+    lengths = [_sparse(block, length) for block in (64, 128) for length in (512, 1024, 2048)]
+    gemm = Operator("gemm", m=1, n=64, k=64)
+    plain, compiled = in_order([gemm, *lengths], GPU), in_order([gemm, *lengths], rates)
+    assert compiled.estimated_s == pytest.approx(plain.estimated_s + 30.0)
+    assert rates.cost_s(gemm, Protocol()) == GPU.cost_s(gemm, Protocol())

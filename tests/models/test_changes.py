@@ -12,6 +12,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES
 from simulator.models.changes import changed_keys, content_of, write_config
+from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 
 pytestmark = pytest.mark.quick
@@ -74,3 +75,12 @@ def test_no_file_of_other_content_is_written_over(tmp_path: Path) -> None:
         write_config(file / "below", content)
     with pytest.raises(InputError, match="cannot hold"):
         write_config(tmp_path / "infinite", {**content, "rope_theta": float("inf")})
+
+
+def test_shapes_made_in_python_have_no_file() -> None:
+    assert content_of(replace(load_model("llama-3.2-1b"), inner=4096)) == {}
+    tiny = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    tiny |= {"num_attention_heads": 2, "vocab_size": 10}
+    assert content_of(tiny) == tiny
+    assert content_of(load_model("opt-13b")) == content_of("facebook/opt-13b")
+    assert from_hf_config(content_of("opt-13b"), name="opt-13b") == load_model("opt-13b")

@@ -17,6 +17,7 @@ from simulator.operators.experts import (
     EXPERT_SKEW,
     TILES,
     Layers,
+    dealt_load,
     drawn_load,
     experts_chance,
     experts_touched,
@@ -88,6 +89,21 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
         chance = experts_chance(128, 8, skew)
         few = load.reshape(len(chance), -1).mean(axis=1)[::-1]
         np.testing.assert_allclose(chance / chance.sum(), few / few.sum(), rtol=0.02)
+
+
+@pytest.mark.quick
+def test_a_benchmark_deals_tokens_out() -> None:
+    m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
+    even = dealt_load(m, experts, active, 0.0)
+    assert even.touched.tolist() == [16, 128, 128]
+    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]  # 128 tokens each: no row is padded
+    law = dealt_load(m, experts, active, 1.01)
+    assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
+    assert 55 < law.touched[1] < 80
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
+    near = dealt_load(m, experts, active, -0.3)
+    assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
+    assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two
 
 
 @pytest.mark.quick

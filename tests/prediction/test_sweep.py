@@ -371,7 +371,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("models", "[llama-3.1-9b]", r"models\.0: .*llama-3\.1-8b"),
         ("hardware", "[h101]", r":2:12: hardware\.0: .*h100"),
         ("families", "[widht]", r"families\.0: .*did you mean width"),
-        ("families", "[{width: {algin: 1}}]", r"algin: unknown key; did you mean align"),
+        ("families", "[{width: {algin: 1}}]", r"algin: unknown option; did you mean align"),
         ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
         ("sparsities", "[25]", r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25"),
         ("batches", "[two]", r"batches\.0: expected a whole number, got two"),

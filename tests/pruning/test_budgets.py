@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_decoder import GQA, workload
 
+import simulator
 from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.prediction.explain import explanations
@@ -38,6 +39,16 @@ def test_a_query_sees_at_most_the_budget() -> None:
     rows = pruned.is_role("select") & (pruned.phase == 0)
     assert pruned.write_bytes[rows] == pytest.approx(pruned.read_bytes[rows] * 21 / 36)
     assert density(prune(w, "sparse_attention", budget=8), Kind.PREFILL_ATTENTION) == [1]
+
+
+def test_a_sliding_window_within_the_budget_does_not_change() -> None:
+    w = simulator.lower(simulator.load_model("gemma-2-9b"), phase="prefill", batch=1, seq=16384, engine="")
+    pruned = prune(w, "sparse_attention", budget=4096, ideal=True)
+    windowed = w.window[w.is_attention] == 4096
+    assert windowed.any()
+    assert (pruned.density[w.is_attention][windowed] == 1).all()
+    pairs = 4096 * 4097 / 2 + (16384 - 4096) * 4096
+    assert pruned.density[w.is_attention][~windowed] == pytest.approx(pairs / (16384 * 16385 / 2))
 
 
 def test_a_rolling_cache_stops_growing() -> None:

@@ -226,6 +226,53 @@ def test_dynamic_depth_in_a_batch_is_binomial() -> None:
 
 
 @pytest.mark.quick
+def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere() -> None:
+    """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads of 16 features."""
+    w = workload(GQA, "decode", 4)
+    pruned = prune(w, "dynamic_depth", 0.25)
+    routed = pruned.is_role("q", "o", "gate", "up", "down")
+    assert set(pruned.kernel[routed]) == {Kernel.BLOCK_SPARSE}
+    assert moved(pruned, "product") == moved(w, "activation")
+    assert not pruned.is_role("activation", "gather", "scatter").any()
+    for role in ("mlp_norm", "rotary"):
+        assert moved(pruned, role) == moved(w, role)
+    # zeros under q, o, gate, up, down and the attention's result: 4 tokens, 2 bytes, 6 layers
+    assert moved(pruned, "fill") == 6 * 4 * 2 * (2 * 128 + 64 + 2 * 176 + 64)
+    counted = {role: float(pruned.count[pruned.is_role(role)].sum()) for role in ("router", "select", "sort", "fill")}
+    assert counted == {"router": 12, "select": 24, "sort": 24, "fill": 36}
+    assert not prune(workload(GQA, "decode", 1), "dynamic_depth", 0.25).is_role("sort").any()
+    both = prune(prune(w, "dynamic_depth", 0.25), "semi_structured", 0.5)
+    assert set(both.kernel[both.is_role("up")]) == {Kernel.SPARSE24}
+    assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(w, "dynamic_depth", 0.25, ideal=True)
+
+
+@pytest.mark.quick
+def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
+    w = workload(MHA, "prefill", 2)
+    tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
+    assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
+    assert set(tiles.kernel[tiles.is_role("down")]) == {Kernel.GROUPS_K}
+    assert set(tiles.block[tiles.is_role("up")]) == {384 // 32}
+    assert not tiles.is_role("gather", "scatter").any()
+    for role in ("gather", "scatter"):
+        assert moved(looped, role) == pytest.approx(moved(gathered, role))
+    count = {
+        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
+    }
+    assert count["l"] == pytest.approx(32 * count["g"])
+    sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
+    assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
+
+
+@pytest.mark.quick
+def test_vectors_alone_gain_from_scattered_zeros() -> None:
+    alone = prune(workload(GQA, "decode", 1), "unstructured", 0.5, kernel="spmv")
+    assert set(alone.kernel[alone.is_role("q", "down")]) == {Kernel.SPMV}
+    several = prune(workload(GQA, "decode", 2), "unstructured", 0.5, kernel="spmv")
+    assert set(several.kernel[several.is_role("q", "down")]) == {Kernel.UNSTRUCTURED}
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     w = workload(MHA, "decode", batch)

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from calibration.runners import recorded
+from calibration.runners.overview import overview
 from calibration.runners.recorded import RecordedRow, recorded_rows, scores, tables
 
 
@@ -38,3 +39,13 @@ def test_the_page_has_the_tables_of_the_records(rows: list[RecordedRow]) -> None
     page = (recorded.FOLDER.parents[1] / "generated" / "transformers.md").read_text()
     for text in tables(rows):
         assert text in page
+
+
+@pytest.mark.slow
+def test_the_readme_counts_what_its_picture_shows() -> None:
+    readme = (recorded.FOLDER.parents[2] / "README.md").read_text()
+    titles = [ax.get_title().partition("\n") for ax in overview().axes]
+    assert len(titles) == 3
+    for what, _, error in titles:
+        assert what in readme
+        assert 0 < float(error.split()[2]) < 8

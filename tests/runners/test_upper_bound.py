@@ -14,7 +14,7 @@ import pytest
 from calibration.devices.protocol import Description, Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
-from calibration.runners.cases import Case, settings_of
+from calibration.runners.cases import Case, profile_of, settings_of
 from calibration.runners.upper_bound import (
     Bound,
     bounds,
@@ -28,6 +28,7 @@ from simulator.cli import run
 from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.hardware.save import save_hardware
 from simulator.prediction.scenario import Scenario
 from simulator.workload import Workload
 
@@ -143,6 +144,21 @@ def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another device"):
         _measure(tmp_path, cases, other)
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+
+
+def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_path: Path) -> None:
+    device = ReplayDevice()
+    assert profile_of(tmp_path / "run", device, "bf16", "h100").name == "h100_sxm"
+    measured = profile_of(tmp_path / "run", device, "bf16")
+    assert measured.title == "planted device"
+    assert measured.peak_flop_per_s("bf16") == pytest.approx(1.05 * 100e12, rel=0.05)
+    before = len(device.prepared)
+    assert profile_of(tmp_path / "run", device, "bf16").title == "planted device"
+    assert len(device.prepared) == before  # the folder kept it
+    save_hardware(HW, tmp_path / "run" / "profile.yaml")
+    assert profile_of(tmp_path / "run", device, "bf16").name == HW.name
+    with pytest.raises(InputError, match="int4"):
+        profile_of(tmp_path / "run", device, "int4")
 
 
 @pytest.fixture(scope="module")
