@@ -92,6 +92,7 @@ _LINK, _LAUNCH = bottleneck("link"), bottleneck("launch")
 class Messages(Calls):
     """Collectives over one link: index into :data:`COLLECTIVES`, payload (bytes), devices (at least 2)."""
 
+    operator = "collective"
     code: IndexArray
     payload: FloatArray
     devices: FloatArray
@@ -130,10 +131,6 @@ class Messages(Calls):
         if self.link.connection != "xgmi":
             return full
         return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
-
-    @property
-    def operator(self) -> str:
-        return "collective"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie") and devices may share one uplink ("topology");

@@ -83,6 +83,7 @@ CHUNK = 64.0
 class DeltaNets(Calls):
     """Gated delta nets of one device."""
 
+    operator = "delta_net"
     machine: Machine  # weight_bytes: of an element of the state
     tokens: FloatArray
     batch: FloatArray
@@ -91,10 +92,6 @@ class DeltaNets(Calls):
     key: FloatArray
     value: FloatArray
     conv: FloatArray
-
-    @property
-    def operator(self) -> str:
-        return "delta_net"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost: arithmetic and bytes overlap in part, the chain of chunks and the fixed time add up."""

@@ -104,6 +104,7 @@ _LAUNCH, _MEMORY, _L2 = map(bottleneck, ("launch", "memory", "l2"))
 class Moves(Calls):
     """Elementwise operators: bytes read and written, index into :data:`CLASSES`, and the device's facts."""
 
+    operator = "elementwise"
     bytes_: FloatArray
     code: IndexArray
     l2_bytes: float
@@ -111,10 +112,6 @@ class Moves(Calls):
     architecture: str
     added: Any = False  # added by pruning: runs at DRAM speed
     fitted: bool = True  # whether the constants come from measurements
-
-    @property
-    def operator(self) -> str:
-        return "elementwise"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost; L2 holds a share of the bytes by a fixed power (the data do not distinguish 3 from 6)."""

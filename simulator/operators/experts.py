@@ -204,6 +204,7 @@ def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: An
 class Layers(Calls):
     """Expert layers of one device, or single products of them."""
 
+    operator = "experts"
     machine: Machine
     m: FloatArray
     n: FloatArray
@@ -238,10 +239,6 @@ class Layers(Calls):
         """Weights of an expert in the timed products."""
         up, down = self.products
         return np.asarray((2.0 * up + down) * self.n * self.k)
-
-    @property
-    def operator(self) -> str:
-        return "experts"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost; warm weights come out of L2 where they fit."""

@@ -399,15 +399,12 @@ _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory"
 class Products(Calls):
     """GEMMs y[m, n] = x[m, k] w[k, n] of one machine, as a fit takes them: dense and aligned, in float64."""
 
+    operator = "gemm"
     machine: Machine
     m: FloatArray
     n: FloatArray
     k: FloatArray
     copies: FloatArray  # weights that each benchmark used in turn, inf for cold ones
-
-    @property
-    def operator(self) -> str:
-        return "gemm"
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost, microseconds."""
