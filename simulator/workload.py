@@ -220,11 +220,6 @@ class Workload(Table):
         return np.where(self.value_dim > 0, self.value_dim, self.head_dim)
 
     @property
-    def state_bytes_each(self) -> Array:
-        """Bytes of the states of all sequences that an operator keeps."""
-        return self.each(lambda operator, rows: operator.state_bytes(rows))
-
-    @property
     def weight_bytes_each(self) -> Array:
         """Bytes of weights that one execution of a row reads, compressed if the kernel stores no zeros.
 

@@ -409,10 +409,6 @@ class Operator(ABC):
         """Bytes of the parameters of a row in memory."""
         return w.params * DTYPE_BYTES[w.weight_dtype]
 
-    def state_bytes(self, w: Rows) -> Any:
-        """Bytes of states of all sequences, which do not grow with their length."""
-        return 0.0
-
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         """Bytes that a layer keeps of some sequences of ``positions``."""
         return 0.0

@@ -43,7 +43,7 @@ def test_work_and_bytes_by_hand() -> None:
         assert w.flops.sum() == 36 * 3 * 2 * tokens * 32 * 128 * 128
         moved = 2 * tokens * (CHANNELS + 32 * 128)
         assert w.bytes.sum() == 36 * (moved + times * batch * (state + tail))
-        assert w.state_bytes_each.tolist() == [batch * (state + tail)] * len(w)
+        assert w.each(lambda operator, rows: operator.state_bytes(rows)).tolist() == [batch * (state + tail)] * len(w)
 
 
 @pytest.mark.parametrize("name", list_hardware())
