@@ -1,11 +1,9 @@
 """Build the fitted part of the shipped profiles, one file per device and stack, from the measurements:
 ``python -m calibration.build_profiles [NAME.STACK ...] [--operator LIST] [--wheel FILE]``.
 
-Each section is fitted on one collection and, for attention, one kernel path. Values are rounded, so that the same
-tables give the same file. Tables that do not ship are read from the wheel in which they were published
-(:mod:`calibration.measurements.wheel`); without the wheel their sections are kept, and a line reports it. A device
-without measurements names in its profile the related GPU whose stacks it inherits. The RTX 4090 is fitted on tables of
-a folder (``--shared-data``, or ``PRUNESIM_SHARED_DATA``); without them its file is kept.
+Values are rounded, so that the same tables give the same file. Tables that do not ship are read from the wheel in which
+they were published (:mod:`calibration.measurements.wheel`), the tables of the RTX 4090 from a folder
+(``--shared-data``, or ``PRUNESIM_SHARED_DATA``); without them the sections are kept, and a line reports it.
 """
 
 from __future__ import annotations
@@ -17,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +34,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_stack
 from simulator.hardware.sections import Fitted, Section
 
-DATE = "2026-11-25"
-"""Date of the fits; the tables have no date."""
+DATE = "2026-11-25"  # date of the fits; the tables have no date
 
 RTX_FILES: Mapping[str, tuple[str, ...]] = {
     "rtx4090_gemm.csv": ("gemm",),
@@ -47,8 +46,6 @@ _GEMM = ("gemm", "bf16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sources of one stack file."""
-
     hardware: str
     stack: str
     tables: tuple[str, ...] = ()  # measurements to fit; none: the folder of the RTX 4090
@@ -56,20 +53,17 @@ class Recipe:
 
     @property
     def ships(self) -> bool:
-        """Whether any of the tables ships."""
         return any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
 
 
+# stacks without NCCL's rows: their all-reduce was timed on a machine with peer access between GPUs (20 GB/s each, any
+# number), NCCL on one without (1.3 GB/s each among eight)
 _OTHER_HOST = ("l40s.sglang",)
-"""Stacks without NCCL's rows: their all-reduce was timed on a machine with peer access between GPUs (20 GB/s each, any
-number), NCCL on one without (1.3 GB/s each among eight)."""
 
 
 def _recipes() -> dict[str, Recipe]:
-    """Return a recipe per device and stack of the list of measurements; NCCL's collectives belong to every stack.
-
-    vLLM's tables lack the compute-bound GEMMs, so SGLang's section is their prior.
-    """
+    """Return a recipe per device and stack; NCCL's collectives belong to every stack. vLLM's tables lack the
+    compute-bound GEMMs, so SGLang's section is their prior."""
     recipes: dict[str, Recipe] = {}
     for hardware, stack in dict.fromkeys((c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"):
         name, prior = f"{hardware}.{stack}", f"{hardware}.sglang" if stack == "vllm" else ""
@@ -79,13 +73,11 @@ def _recipes() -> dict[str, Recipe]:
     return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
 
 
-RECIPES: Mapping[str, Recipe] = _recipes()
-"""Name of the file without its extension (``h100_sxm.sglang``) -> recipe."""
+RECIPES: Mapping[str, Recipe] = _recipes()  # name of the file without its extension (h100_sxm.sglang) -> recipe
 
 
 def shared_folder(folder: str | None = None) -> Path | None:
-    """Return the folder of the RTX 4090 tables: the given one, ``PRUNESIM_SHARED_DATA``, or ``../shared/data`` of a
-    checkout; None if it lacks them."""
+    """Return the folder of the RTX 4090 tables (else ``PRUNESIM_SHARED_DATA``, or ``../shared/data``), or None."""
     checkout = Path(__file__).resolve().parents[2] / "shared" / "data"
     for path in (folder, os.environ.get("PRUNESIM_SHARED_DATA"), checkout):
         if path is not None:
@@ -94,7 +86,6 @@ def shared_folder(folder: str | None = None) -> Path | None:
 
 
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
-    """Return the rows of a recipe, from the wheel or from the shipped tables."""
     parts = []
     for name in recipe.tables:
         if wheel is not None and name in CHOICES:
@@ -106,8 +97,7 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
 
 
 def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
-    """Return the RTX 4090's rows, checked against its datasheet; sources name the file and its licence, not the folder,
-    which is private."""
+    """Return the RTX 4090's rows; sources name the file and its licence, not the folder, which is private."""
     parts = []
     for name, operators in RTX_FILES.items():
         records = import_table(folder / name, hw=hw, dtype="bf16").records
@@ -120,7 +110,6 @@ def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
 
 
 def available(recipe: Recipe, wheel: Path | None, shared: Path | None) -> bool:
-    """Return whether the recipe's tables are available."""
     return wheel is not None or recipe.ships if recipe.tables else shared is not None
 
 
@@ -128,11 +117,8 @@ def available(recipe: Recipe, wheel: Path | None, shared: Path | None) -> bool:
 def build(
     name: str, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> ProfileFit:
-    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved.
-
-    ``shared`` is the folder of the RTX 4090 tables. ``operators`` selects operators whose fit needs no other operator.
-    InputError if no table is available.
-    """
+    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved; ``operators``
+    selects operators whose fit needs no other operator. InputError if no table is available."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
@@ -153,21 +139,17 @@ def build(
         profile = with_sections(fit.profile, {key: fit_sparse24(fit.profile, key[1]) for key in dense})
     else:
         fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
-        profile = _with_gap(
-            fit.profile, related
-        )  # rows are kernel times of a profiler; of the related GPU, graph replays
+        profile = _with_gap(fit.profile, related)  # a profiler's kernel times, while the related GPU has graph replays
     sections = {key: rounded(section) for key, section in profile.sections.items()}
     return replace(fit, profile=profile.calibrated(sections))
 
 
 def with_sections(profile: HardwareProfile, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
-    """Return a profile with some sections changed or added."""
     return profile.calibrated({**profile.sections, **sections})
 
 
 def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile fitted on kernel times with the gap between kernels of a graph: the excess of the related GPU's
-    fixed time, measured in a graph."""
+    """Return a profile of kernel times with the gap between kernels of a graph: the excess of the related GPU's t0."""
     section = profile.sections[_GEMM]
     gap = related.sections[_GEMM]["t0"] - section["t0"]
     if gap <= 0.0 or section.provenance is None:
@@ -179,8 +161,7 @@ def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwarePro
 
 
 def rounded(section: Section) -> Section:
-    """Return a section rounded to the digits that do not depend on a machine's linear algebra; log residuals to 1e-4,
-    as float32."""
+    """Return a section rounded to the digits that do not depend on a machine's linear algebra."""
     constants = {
         name: replace(c, value=_round(c.value, 6), std_error=None if c.std_error is None else _round(c.std_error, 3))
         for name, c in section.constants.items()
@@ -196,22 +177,14 @@ def rounded(section: Section) -> Section:
 
 
 def _round(value: float, digits: int) -> float:
-    """Return a number rounded to significant digits.
-
-    >>> _round(0.000123456789, 3), _round(0.0, 3)
-    (0.000123, 0.0)
-    """
     return float(f"{value:.{digits}g}")
 
 
 def make(
     name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> list[str]:
-    """Write a stack file and return one line of text per section.
-
-    Sections whose tables are in a wheel that is not given are kept, and so are sections of other operators than
-    ``operators``, if any are selected.
-    """
+    """Write a stack file and return one line of text per section. Sections are kept whose tables are in a wheel that is
+    not given, or whose operator is not among ``operators``, if any are selected."""
     recipe = RECIPES[name]
     fit = build(name, wheel, shared, operators) if operators else build(name, wheel, shared)
     kept: Mapping[tuple[str, str], Section] = {}
@@ -228,14 +201,11 @@ def make(
     return lines
 
 
-def _make_all(
-    names: Sequence[str], folder: Path, wheel: Path | None, shared: Path | None, operators: tuple[str, ...]
-) -> list[str]:
-    return [line for name in names for line in make(name, folder, wheel, shared, operators)]
+def _make_all(names: Sequence[str], **how: Any) -> list[str]:
+    return [line for name in names for line in make(name, **how)]
 
 
 def _report_lines(name: str, fit: ProfileFit) -> Iterator[str]:
-    """Yield one line per section and note of a fit."""
     for (operator, dtype), section in fit.profile.sections.items():
         error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
         rows = section.provenance.rows if section.provenance else 0
@@ -244,18 +214,14 @@ def _report_lines(name: str, fit: ProfileFit) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
-    """Run the command of the module's docstring and return the exit status."""
     about = "Build the fitted part of the shipped profiles from the measurements."
     parser = argparse.ArgumentParser(prog="python -m calibration.build_profiles", description=about)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME.STACK", help="files to build (default: all whose tables are available)"
-    )
+    every = "files to build (default: all whose tables are available)"
+    parser.add_argument("names", nargs="*", metavar="NAME.STACK", help=every)
     parser.add_argument("--wheel", type=Path, help="wheel of the measurements, for tables that do not ship")
     output = "folder for the files (default: that of the shipped files)"
     parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help=output)
-    selected = (
-        "operators to fit, comma-separated, without those whose fit needs others; the rest is kept (default: all)"
-    )
+    selected = "operators whose fit needs no other, comma-separated; the rest is kept (default: all)"
     parser.add_argument("--operator", metavar="LIST", default="", help=selected)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
@@ -271,9 +237,8 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
         operators = tuple(filter(None, given.operator.split(",")))
         tables = {name: {table.split("/")[1] for table in RECIPES[name].tables} for name in names}
         known = sorted({table.split("/")[1] for table in SOURCES})
-        for operator in operators:
-            if operator not in known:
-                raise unknown("operator", operator, known)
+        if wrong := [operator for operator in operators if operator not in known]:
+            raise unknown("operator", wrong[0], known)
         if operators and not given.names:
             names = [name for name in names if tables[name] & set(operators)]
         if given.workers < 1:
@@ -283,9 +248,8 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
         groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
         make_all = partial(_make_all, folder=given.output, wheel=given.wheel, shared=shared, operators=operators)
         with ProcessPoolExecutor(given.workers) as pool:
-            for lines in pool.map(make_all, groups):
-                for line in lines:
-                    report(line)
+            for line in chain.from_iterable(pool.map(make_all, groups)):
+                report(line)
     except InputError as error:
         print(f"calibration.build_profiles: {error}", file=sys.stderr)
         return 2

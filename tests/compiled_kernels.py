@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, with every tile that their wrappers can choose.
 
 Triton lowers a kernel to a cubin without a GPU; its wheel brings ptxas and cuobjdump. :func:`cases` enumerates what
-the functions of :mod:`calibration.devices.tile_shapes` return. :func:`figures` compiles cases in a child process,
+the functions of :mod:`calibration.devices.skipping` return. :func:`figures` compiles cases in a child process,
 because tests interpret kernels in theirs, and caches results by kernel source, Triton's version and case.
 
 ``python tests/compiled_kernels.py`` compiles all cases and prints their figures.
@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from calibration.devices import tile_shapes  # noqa: E402
-from calibration.devices.tile_shapes import TileShape  # noqa: E402
+from calibration.devices import skipping as tile_shapes  # noqa: E402
+from calibration.devices.skipping import TileShape  # noqa: E402
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Maximum shared memory per thread block by compute capability, KiB (CUDA C++ Programming Guide, appendix "Compute
@@ -45,8 +45,6 @@ warps."""
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = dict.fromkeys(("x", "weight", "bias", "y", "gate", "up", "cos", "sin"), "")
 POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(("count", "used", "chosen"), "*i32")
-MODULES = dict.fromkeys(("_gathered", "_columns", "_features"), "triton_kernels")
-MODULES |= dict.fromkeys(("_rms_norm", "_rotary", "_gated"), "triton_elementwise")
 ROWS = [1 << power for power in range(14)]
 WIDTHS = [1 << power for power in range(17)]
 
@@ -114,7 +112,7 @@ def _cases() -> Iterator[Case]:
 @cache
 def source(kernel: str) -> str:
     """Return the source of a kernel, decorator included, without Triton."""
-    text = (ROOT / "calibration" / "devices" / f"{MODULES[kernel]}.py").read_text(encoding="utf-8")
+    text = (ROOT / "calibration" / "devices" / "triton_kernels.py").read_text(encoding="utf-8")
     found = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == kernel)
     first = found.decorator_list[0].lineno - 1
     return "\n".join(text.splitlines()[first : found.end_lineno])
@@ -172,7 +170,7 @@ Each Triton kernel of the measuring side, compiled for six GPUs by Triton {trito
 GPU. No kernel has been timed here. The tests of
  `tests/devices/test_compiled_kernels.py` assert the limits.
 
-{missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/tile_shapes.py`), in bf16, fp16,
+{missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/skipping.py`), in bf16, fp16,
 fp32 and tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of
 the operands are (*rows*), or none is (*none*).
 
@@ -218,7 +216,7 @@ def _compiled(case: Case, capability: int) -> Figures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"calibration.devices.{MODULES[case.kernel]}"), case.kernel)
+    kernel = getattr(import_module("calibration.devices.triton_kernels"), case.kernel)
     constants = {"BLOCK_M": case.tile.m, "BLOCK_N": case.tile.n, "BLOCK_K": case.tile.k, "PRECISION": case.precision}
     constants = {name: constants.get(name, name in case.flags) for name in kernel.arg_names if name.isupper()}
     pointers = {name: kind or f"*{case.dtype}" for name, kind in POINTERS.items()}

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from calibration.runners.decoder.model import Decoder
-from calibration.runners.decoder.run import decode, prefill
+from calibration.runners.decoder.model import Decoder, decode, prefill
 from simulator.models.config import ModelConfig
 
 LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3

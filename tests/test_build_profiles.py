@@ -15,9 +15,11 @@ from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import datasheet
+from simulator import gemm_time
 from simulator.codes import STACKS
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Provenance, Section
 
 NAME = "a100_sxm_80gb.trtllm"
@@ -88,8 +90,17 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
     how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
     assert main([NAME, *how], report=lines.append) == 0
     assert f"{NAME} mla_decode bf16: kept, not selected" in lines
-    for file in profiles_folder().glob(f"{NAME}.*"):  # the shipped one is what its table gives, to the byte
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    copy = tmp_path / "a100_sxm_80gb.yaml"
+    copy.write_bytes((profiles_folder() / copy.name).read_bytes())
+    made, known = load_hardware(copy), load_hardware("a100")
+    for key, section in known.stacks["trtllm"].items():
+        own = made.stacks["trtllm"][key]
+        assert own.provenance == section.provenance
+        if key[0] != "mla_prefill":
+            assert own.constants == section.constants
+            assert own.arrays.keys() == section.arrays.keys()
+            assert all((own.arrays[name] == array).all() for name, array in section.arrays.items())
+    same_times(made.on("trtllm"), known.on("trtllm"))
     assert main([NAME, "--operator", "experts_", "-o", str(tmp_path)]) == 2
     assert "operator 'experts_' is unknown" in capsys.readouterr().err
 
@@ -111,10 +122,20 @@ def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
                 assert len(about.digest) == 64
 
 
-RIDGE = ("e_tc", "exp_per_s")
-"""Constants of prefill attention whose logarithms correlate by +1.00: where on their
-ridge a fit ends depends on the rounding of a machine's linear algebra (0.7 % between two processors), and no time
-does."""
+def same_times(made: HardwareProfile, shipped: HardwareProfile) -> None:
+    """Two fits to the same rows give the same times. Their constants may differ along a ridge of the error: between two
+    kernels of OpenBLAS, exp_per_s of latent prefill differs by 3.7 %, b_hit of int8_wo by 0.15 %."""
+    batch, seq, heads, groups = (
+        a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
+    )
+    m, n, k = (a.ravel() for a in np.meshgrid([1, 16, 300, 4096], [1024, 4096, 14336], [1024, 8192], indexing="ij"))
+    pairs = [
+        [prefill_time(batch, seq, seq, heads, groups, 128, hw) for hw in (made, shipped)],
+        [prefill_time(batch, seq, seq, heads, heads, 192, hw, value_dim=128) for hw in (made, shipped)],
+        *([gemm_time(m, n, k, hw, weight_dtype=name) for hw in (made, shipped)] for name in (None, "int8", "int4")),
+    ]
+    for one, other in pairs:
+        np.testing.assert_allclose(one.seconds, other.seconds, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -123,10 +144,6 @@ def test_the_shipped_profile_is_what_its_tables_give() -> None:
     for key, section in made.sections.items():
         assert hw.stacks["trtllm"][key].provenance == section.provenance
         for name, constant in hw.stacks["trtllm"][key].constants.items():
-            tolerance = 2e-2 if key[0] == "attention_prefill" and name in RIDGE else 1e-3
+            tolerance = 5e-2 if name in ("e_tc", "exp_per_s") else 5e-3
             assert section[name] == pytest.approx(constant.value, rel=tolerance), (key, name)
-    batch, seq, heads, groups = (
-        a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
-    )
-    times = [prefill_time(batch, seq, seq, heads, groups, 128, device).seconds for device in (made, hw)]
-    np.testing.assert_allclose(*times, rtol=1e-3)
+    same_times(made, hw)

@@ -69,8 +69,7 @@ def command(
     """
     from calibration.evidence.verdict import of_calibration
     from calibration.fit.local_update import Updated
-    from calibration.runners.runs import fit_run, measure_into
-    from calibration.runners.targets import TargetModels, target_workloads
+    from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
     budget_s = seconds("--budget", budget)
     if measure_only and (quick or device == "host"):
@@ -120,7 +119,6 @@ def command(
 
 
 def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
-    """Print the judgement on a run without a profile, and exit with its status."""
     from calibration.evidence.verdict import DO_NOT_USE, Judgement
 
     text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."

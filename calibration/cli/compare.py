@@ -7,7 +7,7 @@ import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,8 +59,7 @@ def command(
     --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
     and comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
-    from calibration.runners.agreement import conclusions
-    from calibration.runners.compare import ENGINES, compare, file_name, kernels_on, rows_of
+    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -79,30 +78,21 @@ def command(
         with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
             name = opened.describe().device
             render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
-            found = compare(
-                folder,
-                opened,
-                config,
-                cases,
-                budget_s=left,
-                dtype=dtype,
-                engine=engine,
-                content=content_of(model),
-                python=vllm_python or sys.executable,
-                seed=seed,
-                progress=report,
-            )
+            how: dict[str, Any] = {"budget_s": left, "dtype": dtype, "engine": engine, "seed": seed}
+            how |= {"content": content_of(model), "python": vllm_python or sys.executable, "progress": report}
+            found = compare(folder, opened, config, cases, **how)
         restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
-    table = [asdict(row) for row in rows]
+    table, agreement, title = [asdict(row) for row in rows], _agreement(rows, list(found.records)), ""
     if rows:
+        title = f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
-        _write(folder, engine, rows, list(found.records))
+        _write(folder, engine, rows, title, agreement)
     if render.Output(json).write(table) and rows:
         render.conclude(*conclusions(rows))
-        render.show(_columns(rows), _title(rows[0]))
-        print("\n" + "\n".join(_agreement(rows, list(found.records))))
+        render.show(_columns(rows), title)
+        print("\n" + "\n".join(agreement))
         print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
     left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
@@ -114,10 +104,8 @@ def command(
 def _of_files(
     files: list[str], model: str, selection: CaseOptions, engine: str
 ) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
-    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``.
-
-    What a file does not state is that of the options: batch, length, and new tokens unless the phase is prefill.
-    """
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options give what a file does
+    not state: batch, length, and new tokens unless the phase is prefill."""
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
     from simulator.prediction.benchmarks import read_bench
@@ -146,10 +134,6 @@ def _of_files(
     return hw.title, hw, cases, notes, compare_files(cases, runs, selection.dtype)
 
 
-def _title(row: ComparedSpeedup) -> str:
-    return f"{row.model} on {row.device}, {row.dtype}: predicted ({row.hardware}) against measured"
-
-
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
     columns = render.columns(
         rows,
@@ -169,34 +153,32 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
     """Return the agreement of predictions and measurements, one line per phase."""
-    from calibration.runners.agreement import by_phase, repeatability
+    from calibration.runners.compare import by_phase, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():
         percent = {name: 100 * value for name, value in a.items()}
         rank = f"Spearman {a['spearman']:.3f}, " if a["spearman"] == a["spearman"] else ""
-        lines.append(
-            f"{phase}: {rank}median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, "
-            f"bias {percent['bias']:+.1f} %, {percent['inside']:.0f} % of {a['count']} in their 90 % interval; "
-            f"median error of dense times {percent['dense_time']:.1f} %"
-        )
+        errors = f"median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, bias {percent['bias']:+.1f} %"
+        inside = f"{percent['inside']:.0f} % of {a['count']} in their 90 % interval"
+        dense = f"median error of dense times {percent['dense_time']:.1f} %"
+        lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
     again = repeatability(records)
     if again == again:
         lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
     return lines
 
 
-def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> None:
-    """Write the table as Markdown, and the figure."""
+def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]) -> None:
     from calibration.evidence.report import table
     from calibration.runners.compare import file_name
     from simulator.display import markdown_text
-    from simulator.figures.save import save_figure
+    from simulator.figures.style import save_figure
     from simulator.files.write import write_whole
 
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
-    agreement = [f"- {line}" for line in _agreement(rows, records)]
-    lines = [f"# {markdown_text(_title(rows[0]))}", "", *agreement, "", f"![]({figure.name})", ""]
+    listed = [f"- {line}" for line in agreement]
+    lines = [f"# {markdown_text(title)}", "", *listed, "", f"![]({figure.name})", ""]
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
@@ -205,8 +187,8 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], records: list
 
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
-    """Measured speedups next to predicted ones: a panel per phase and sparsity, or with texts of --prune per phase."""
-    from simulator.figures.published import Beside, published_figure
+    """Draw measured next to predicted speedups: a panel per phase and sparsity; with texts of --prune, per phase."""
+    from simulator.figures.measured import Beside, published_figure
 
     simple = all(r.simple for r in rows)
     names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}

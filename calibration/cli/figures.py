@@ -17,8 +17,7 @@ from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.figures.measured import MeasuredGemms
-    from simulator.figures.paper import Drawn
-    from simulator.figures.subject import Paper
+    from simulator.figures.paper import Drawn, Paper
     from simulator.hardware.profile import HardwareProfile
 
 HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
@@ -53,9 +52,8 @@ def command(
     Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
     (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
     """
-    from simulator.figures.paper import FIGURES, MEASURED, draw
-    from simulator.figures.save import SUFFIXES, save_figure
-    from simulator.figures.subject import NothingToDraw, paper
+    from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
+    from simulator.figures.style import SUFFIXES, save_figure
     from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
@@ -63,16 +61,15 @@ def command(
     if only:
         chosen = [one_of("figure", name, tuple(FIGURES)) for name in parsing.names("--only", only)]
     suffixes = [f".{one_of('format', name, known_formats)}" for name in parsing.names("--format", formats)]
-    about = paper(
-        model,
-        parsing.names("--hardware", hardware),
-        scenario=Scenario(engine=engine, dtype=dtype),
-        seq=whole_number("seq", seq),
-    )
+    devices, scenario = parsing.names("--hardware", hardware), Scenario(engine=engine, dtype=dtype)
+    about = paper(model, devices, scenario=scenario, seq=whole_number("seq", seq))
     missing: list[str] = []
     if set(chosen) & set(MEASURED):
         about = _with_measured(about, measured or [], dtype, missing, needed=bool(only) and "scatter" in chosen)
-    folder = _folder(output)
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder to write to")
+    folder.mkdir(parents=True, exist_ok=True)
     drawn: list[Drawn] = []
     with render.progress("drawing") as report:
         for i, name in enumerate(chosen):
@@ -103,9 +100,8 @@ def command(
 
 
 def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str], needed: bool) -> Paper:
-    """The paper with the measured GEMMs of its devices; without those that ship where they cannot be read and are not
-    needed, with a line in ``missing``."""
-
+    """Return the paper with the measured GEMMs of its devices; shipped tables that cannot be read and are not needed
+    are named in ``missing``."""
     from simulator.figures.measured import read_measured_gemms
     from simulator.hardware.library import load_hardware
 
@@ -130,18 +126,9 @@ def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str
     return replace(about, measured=found)
 
 
-def _folder(output: str) -> Path:
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; expected a folder to write to")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _write_captions(
     drawn: list[Drawn], folder: Path, shown: str, first: list[str], changed: list[str], measured: list[str]
 ) -> None:
-    """A list of the figures with their captions and the command of each."""
     from simulator.display import markdown_text
     from simulator.figures.paper import MEASURED
     from simulator.files.write import write_whole
@@ -162,12 +149,8 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     from simulator.figures.measured import from_columns
 
     recipes = {stack: RECIPES.get(f"{hw.name}.{stack}") for stack in ([hw.stack] if hw.pinned else hw.stacks)}
-    shipped = [
-        (stack, name)
-        for stack, recipe in recipes.items()
-        for name in (recipe.tables if recipe else ())
-        if "/gemm/" in name and name in list_measurements()
-    ]
+    tables = ((stack, name) for stack, recipe in recipes.items() for name in (recipe.tables if recipe else ()))
+    shipped = [(stack, name) for stack, name in tables if "/gemm/" in name and name in list_measurements()]
     if not shipped:
         return None
     stack, name = shipped[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,17 +103,13 @@ def command(
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
-    """Return a fitted section as plain data."""
     s = part.section
-    constants = {
-        name: {"value": c.value, "std_error": c.std_error, "status": c.status} for name, c in s.constants.items()
-    }
     return {
         "operator": part.operator,
         "dtype": part.dtype,
         "rows": part.rows,
         "status": s.status,
-        "constants": constants,
+        "constants": {name: asdict(constant) for name, constant in s.constants.items()},
         "fixed": dict(part.fixed),
         "accuracy": {name: float(value) for name, value in s.accuracy.items()},
         "correlations": {f"{a} {b}": value for (a, b), value in part.correlations.items()},
@@ -120,8 +117,6 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fit(fit: ProfileFit) -> None:
-    """Print the sections and their errors."""
-
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
 
@@ -147,8 +142,6 @@ def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
 
 
 def show_update(done: Updated) -> None:
-    """Print the effects of the rows on this machine's profile, and their errors."""
-
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 

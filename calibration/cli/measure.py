@@ -39,7 +39,7 @@ Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the sh
 def measured(
     device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
 ) -> MeasuredRun:
-    """Open a device, measure it into a folder with progress, and close it; ``how`` are options of ``measure``."""
+    """Measure a device into a folder with progress; ``how`` are options of ``measure``."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
@@ -55,7 +55,6 @@ def measured(
 
 
 def describe(outcome: Outcome) -> str:
-    """Return the counts of a run on one line."""
     c = outcome.counts
     parts = [f"{c.timed + c.resumed} operators timed", f"{c.resumed} of them earlier" if c.resumed else ""]
     for name in ("noisy", "throttled", "skipped", "unsupported", "refused", "failed", "left"):
@@ -65,15 +64,9 @@ def describe(outcome: Outcome) -> str:
 
 
 def outcome_row(found: MeasuredRun) -> dict[str, Any]:
-    """Return the outcome of a run as plain data."""
     outcome = found.outcome
-    return {
-        "planned": len(found.plan.items),
-        "elapsed_s": outcome.elapsed_s,
-        "stopped": outcome.stopped,
-        **asdict(outcome.counts),
-        "problems": list(outcome.problems),
-    }
+    row = {"planned": len(found.plan.items), "elapsed_s": outcome.elapsed_s, "stopped": outcome.stopped}
+    return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}
 
 
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
@@ -85,11 +78,8 @@ def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -
 
 
 def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
-    """Restart this program if a run needs a new process; the device and its records must be closed.
-
-    A failed capture of a CUDA graph spoils its process. The new process takes its place (``exec``), which frees the
-    memory of the GPU at once, and resumes from the records. Another program, such as a notebook, is not restarted.
-    """
+    """Restart this program if a run needs a new process (a failed capture of a CUDA graph spoils its process), which
+    resumes from the records. Another program, such as a notebook, is not restarted."""
     script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
     ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
     count = int(done) if done.isdecimal() else MOST_RESTARTS
@@ -100,11 +90,6 @@ def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], No
     sys.stderr.flush()
     os.environ[RESTARTS] = str(count + 1)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _is_program(path: str) -> bool:
-    """Whether a script is the command prunesim: installed, or run as ``python -m simulator.cli``."""
-    return Path(path).stem == "prunesim" or Path(path).parts[-3:] == ("simulator", "cli", "__main__.py")
 
 
 def seconds(option: str, text: str) -> float:

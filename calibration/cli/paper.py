@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,12 +26,8 @@ MARGIN = (
     "margin of the comparison that decides it: from +1 up it holds, from -1 down it does not."
 )
 
-TableRow = tuple[str, float]
-Cells = Mapping[tuple[str, float, str], "Cell"]
-_LABELS: tuple[tuple[str, Callable[[TableRow], object]], ...] = (
-    ("<family", lambda r: r[0]),
-    ("removed", lambda r: f"{100 * r[1]:.0f} %"),
-)
+Column = tuple[str, Callable[[Any], object]]
+_LABELS: tuple[Column, ...] = (("<family", lambda r: r[0]), ("removed", lambda r: f"{100 * r[1]:.0f} %"))
 
 
 def command(
@@ -74,53 +69,46 @@ def command(
     render.conclude(_conclusion(cells))
     _print_table(cells)
     _print_elsewhere(others)
-    print()
-    render.show(
-        render.columns(
-            depths,
-            ("<family at 50 %", lambda e: e.family),
-            ("published", lambda e: render.percent(e.published)),
-            ("by the paper's\ntable", lambda e: _percent(e.by_table)),
-            ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
-            ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
-        ),
+    _print_columns(
         "Layers to drop for the same prefill speedup (section 5.3)",
+        depths,
+        ("<family at 50 %", lambda e: e.family),
+        ("published", lambda e: render.percent(e.published)),
+        ("by the paper's\ntable", lambda e: "-" if math.isnan(e.by_table) else render.percent(e.by_table)),
+        ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
+        ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
     )
-    print()
-    render.show(
-        render.columns(
-            split,
-            ("<phase", lambda p: p.phase),
-            ("<part", lambda p: p.part),
-            ("published", lambda p: render.seconds(p.measured_s)),
-            ("predicted", lambda p: render.seconds(p.predicted_s)),
-            ("error", lambda p: f"{100 * p.error:+.0f} %"),
-        ),
+    _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
+        split,
+        ("<phase", lambda p: p.phase),
+        ("<part", lambda p: p.part),
+        ("published", lambda p: render.seconds(p.measured_s)),
+        ("predicted", lambda p: render.seconds(p.predicted_s)),
+        ("error", lambda p: f"{100 * p.error:+.0f} %"),
     )
-    print()
-    render.show(
-        render.columns(
-            growth,
-            ("<family at 50 %", lambda g: g.family),
-            ("<phase", lambda g: g.phase),
-            ("published", lambda g: f"{100 * (g.published - 1):+.0f} %"),
-            ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g.by_batch)),
-        ),
+    _print_columns(
         "Time outside GEMMs (section 5.4)",
+        growth,
+        ("<family at 50 %", lambda g: g.family),
+        ("<phase", lambda g: g.phase),
+        ("published", lambda g: f"{100 * (g.published - 1):+.0f} %"),
+        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g.by_batch)),
     )
-    print()
-    render.show(
-        render.columns(
-            charts,
-            ("<kernel (RTX 5090, 50 %)", lambda c: c.part),
-            ("tokens", lambda c: c.size),
-            ("published", lambda c: f"{c.published:.2f}x"),
-            ("predicted", lambda c: f"{c.predicted:.2f}x"),
-            ("error", lambda c: f"{100 * c.error:+.0f} %"),
-        ),
+    _print_columns(
         "The authors' kernel charts",
+        charts,
+        ("<kernel (RTX 5090, 50 %)", lambda c: c.part),
+        ("tokens", lambda c: c.size),
+        ("published", lambda c: f"{c.published:.2f}x"),
+        ("predicted", lambda c: f"{c.predicted:.2f}x"),
+        ("error", lambda c: f"{100 * c.error:+.0f} %"),
     )
+
+
+def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
+    print()
+    render.show(render.columns(rows, *columns), title)
 
 
 def _record(c: Cell) -> dict[str, Any]:
@@ -128,12 +116,7 @@ def _record(c: Cell) -> dict[str, Any]:
     return {**asdict(c), "error": c.error if known else math.nan, "inside": c.inside if known else None}
 
 
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else render.percent(value)
-
-
 def _conclusion(cells: Sequence[Cell]) -> str:
-    """Return how well the published values are predicted."""
     inside, worst = sum(c.inside for c in cells), max(cells, key=lambda c: abs(c.error))
     about = f"{inside} of {len(cells)} published speedups lie in the 90 % interval of their prediction"
     where = f"{worst.family} {render.percent(worst.sparsity)} in {worst.phase}"
@@ -143,35 +126,32 @@ def _conclusion(cells: Sequence[Cell]) -> str:
 
 def _print_table(cells: Sequence[Cell]) -> None:
     """Print published and predicted speedups, one row per family and sparsity."""
-    at = {(c.family, c.sparsity, c.phase): c for c in cells}
     rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
-    columns: list[tuple[str, Callable[[TableRow], object]]] = [*_LABELS]
-    for phase in ("prefill", "decode"):
-        columns += [
-            (f"{phase}:\npaper", partial(_published, at, phase)),
-            ("<predicted", partial(_predicted, at, phase)),
-            ("error", partial(_error, at, phase)),
-        ]
+    columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
     render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
     print("*: outside its 90 % interval")
 
 
-def _at(at: Cells, row: TableRow, phase: str) -> Cell:
-    family, s = row
-    return at[family, s, phase]
+def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
+    at = _by_row(cells, phase)
+    return [
+        (f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"),
+        ("<predicted", lambda r: _predicted(at[r])),
+        ("error", lambda r: f"{100 * at[r].error:+.1f} %"),
+    ]
 
 
-def _published(at: Cells, phase: str, row: TableRow) -> str:
-    return f"{_at(at, row, phase).published:.2f}"
+def _both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
+    both = [_by_row(cells, phase) for phase in ("prefill", "decode")]
+    return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
 
 
-def _predicted(at: Cells, phase: str, row: TableRow) -> str:
-    c = _at(at, row, phase)
+def _by_row(cells: Sequence[Cell], phase: str) -> dict[tuple[str, float], Cell]:
+    return {(c.family, c.sparsity): c for c in cells if c.phase == phase}
+
+
+def _predicted(c: Cell) -> str:
     return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
-
-
-def _error(at: Cells, phase: str, row: TableRow) -> str:
-    return f"{100 * _at(at, row, phase).error:+.1f} %"
 
 
 def _print_elsewhere(cells: Sequence[Cell]) -> None:
@@ -179,20 +159,13 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
     for engine in dict.fromkeys(c.engine for c in cells):
         of_engine = [c for c in cells if c.engine == engine]
         rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
-        columns: list[tuple[str, Callable[[TableRow], object]]] = [*_LABELS]
+        columns: list[Column] = [*_LABELS]
         for hw in dict.fromkeys(c.hardware for c in of_engine):
-            at = {(c.family, c.sparsity, c.phase): c for c in of_engine if c.hardware == hw}
-            columns.append((hw, partial(_both, at)))
-        print()
-        render.show(render.columns(rows, *columns), f"Predicted speedups in {engine}, prefill / decode")
-
-
-def _both(at: Cells, row: TableRow) -> str:
-    return f"{_at(at, row, 'prefill').predicted:.2f} / {_at(at, row, 'decode').predicted:.2f}"
+            columns.append((hw, _both_phases([c for c in of_engine if c.hardware == hw])))
+        _print_columns(f"Predicted speedups in {engine}, prefill / decode", rows, *columns)
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    """Test both claims on the paper's own GPU, then on others."""
     from calibration.evidence.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
     from calibration.evidence.paper import HARDWARE, MODEL
     from simulator.prediction.caveats import uncalibrated
@@ -200,11 +173,9 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
     if render.Output(json).write([asdict(o) for o in found]):
-        render.conclude(
-            *(_count(letter, [o for o in found if o.claim == claim]) for letter, claim in zip("ab", CLAIMS))
-        )
-        for letter, (claim, text) in zip("ab", CLAIMS.items()):
-            some = [o for o in found if o.claim == claim]
+        outcomes = {letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)}
+        render.conclude(*(_count(letter, some) for letter, some in outcomes.items()))
+        for (letter, some), text in zip(outcomes.items(), CLAIMS.values()):
             print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
             render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
             print()
@@ -217,16 +188,13 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
 
 
 def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
-    """Return in how many settings a claim holds, does not hold and is undecided."""
     from calibration.evidence.claims import NOT_APPLICABLE, UNDECIDED
 
     counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
     verbs = {UNDECIDED: "is undecided"}
-    told = (
-        with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
-        or "applies in none"
-    )
-    return f"Claim ({letter}) {told} of {sum(counts.values()) or len(some)} combinations of GPU, engine and phase."
+    told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
+    many = sum(counts.values()) or len(some)
+    return f"Claim ({letter}) {told or 'applies in none'} of {many} combinations of GPU, engine and phase."
 
 
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
@@ -265,8 +233,8 @@ def _claim_text(o: ClaimOutcome) -> str:
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:
-    from simulator.figures.published import Beside, published_figure
-    from simulator.figures.save import save_figure
+    from simulator.figures.measured import Beside, published_figure
+    from simulator.figures.style import save_figure
 
     panels = []
     for phase in ("prefill", "decode"):

@@ -12,8 +12,7 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError, needs_extra
 
 if TYPE_CHECKING:
-    from calibration.runners.per_layer import LayerScore
-    from calibration.runners.quality import Score
+    from calibration.runners.quality import LayerScore, Score
 
 FAMILY, SPARSITY = "depth,width", "0.1,0.2"
 
@@ -114,32 +113,31 @@ def _per_layer(
     folder: str, choices: str | None, file: str, text: str | None, windows: int, length: int, output: render.Output
 ) -> None:
     """Score the variants of each layer into a file."""
-    from calibration.runners import per_layer as scores
     from calibration.runners import quality
     from simulator.models.library import load_model
     from simulator.plans.library import generated_library, read_library
 
     config, name = load_model(folder), Path(folder).resolve().name
     library = read_library(choices, config) if choices else generated_library(config)
-    changes = scores.changes_of(library)
+    changes = quality.changes_of(library)
     content, text_name = quality.read_text(text)
     tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other one selects channels
     decoder = quality.decoder_of(quality.load_model(folder), name)
     protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
-    source = f"prunesim quality --per-layer on {name} ({scores.weights_digest(decoder)})"
-    rows = scores.read_scores(file, protocol, source)
+    source = f"prunesim quality --per-layer on {name} ({quality.weights_digest(decoder)})"
+    rows = quality.read_scores(file, protocol, source)
     done = {row.key for row in rows}
-    todo = sum(key not in done for key in (scores.DENSE, *(change.key for change in changes)))
+    todo = sum(key not in done for key in (quality.DENSE, *(change.key for change in changes)))
     if done:
         render.status(f"{file}: {len(rows)} rows exist; {todo} left")
     with render.progress("measuring") as report:
-        found = scores.measure_layers(decoder, tokens[::2], tokens[1::2], changes, done)
+        found = quality.measure_layers(decoder, tokens[::2], tokens[1::2], changes, done)
         for i, row in enumerate(found, 1):
             rows.append(row)
-            scores.write_scores(file, rows, protocol, source)
+            quality.write_scores(file, rows, protocol, source)
             report(i, todo)
     if output.write([asdict(row) for row in rows]):
-        dense = next(row for row in rows if row.key == scores.DENSE)
+        dense = next(row for row in rows if row.key == quality.DENSE)
         title = f"{name}: KL divergence (nats/token) of one changed sublayer; dense perplexity {dense.perplexity:.4g}"
         render.show(_by_layer(rows), f"{title}, {text_name}")
 

@@ -21,15 +21,11 @@ def load_rows(
     hw: HardwareProfile | None = None,
     *,
     column_map: Mapping[str, str] | None = None,
-    dtype: str | None = None,
     device: str = "",
     screened: bool = True,
 ) -> tuple[Records, tuple[str, ...]]:
-    """Return the records of files, run folders and shipped measurements, one after the other, with notes.
-
-    Other arguments than ``paths`` are those of :func:`calibration.records.importers.import_table`; ``dtype`` keeps one
-    number format, by default all. The notes state the refused rows of each file by reason.
-    """
+    """Return the records of files, run folders and shipped measurements, with notes on the refused rows of each file.
+    Other arguments are those of :func:`calibration.records.importers.import_table`."""
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
     from calibration.records.timing_table import Records
@@ -40,14 +36,13 @@ def load_rows(
         if path.is_dir():
             path = path / "records.jsonl"
         if not path.exists() and name in list_measurements():
-            shipped = load_measurements(name)
-            parts.append(shipped.of_dtype(dtype) if dtype else shipped)
+            parts.append(load_measurements(name))
             continue
         if not path.exists() and not path.suffix:
             known = ", ".join(list_measurements())
             missing = "no file, folder or shipped measurement has this name"
             raise InputError(f"records {name!r}: {missing}; shipped measurements: {known}")
-        found = import_table(path, hw=hw, dtype=dtype or "all", column_map=column_map, device=device, screened=screened)
+        found = import_table(path, hw=hw, column_map=column_map, device=device, screened=screened)
         parts.append(found.records)
         if found.refusals:
             counts = f"{len(found.records):,} rows kept, {found.refusals.total:,} refused"

@@ -67,10 +67,8 @@ class CaseOptions:
         kernels: Mapping[str, str] = MappingProxyType({}),
         known_phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
-        """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases.
-
-        ``kernels`` are those of the device by family, ``known_phases`` those that can run.
-        """
+        """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases; ``kernels`` are
+        those of the device by family, ``known_phases`` those that can run."""
         from calibration.runners.cases import fewer_layers, settings_of
         from simulator.models.library import load_model
         from simulator.prediction.scenario import Scenario
@@ -95,10 +93,7 @@ class CaseOptions:
 
     @contextlib.contextmanager
     def opened(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
-        """Yield the open device, its profile and the remaining seconds of the budget.
-
-        A note states a profile that is calibrated with another number of threads.
-        """
+        """Yield the open device, its profile and the remaining seconds of the budget."""
         from calibration.devices import open_device
         from calibration.fit.base_profile import thread_notes
         from calibration.runners.cases import profile_of
@@ -139,9 +134,8 @@ def command(
     _, cases, notes = selection.cases(model, engine)
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
-        found = measure_bounds(
-            folder, opened, cases, budget_s=left, dtype=dtype, seed=seed, progress=report, note=render.status
-        )
+        how: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "progress": report}
+        found = measure_bounds(folder, opened, cases, note=render.status, **how)
     restart_if_needed(found.outcome, render.status)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
@@ -164,28 +158,21 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
     first = rows[0]
     if not measured:
         return [f"No bound of {first.model} was measured on {first.device}: shapes have no time."]
-    best = {
-        phase: max((r for r in measured if r.phase == phase), key=lambda r: r.measured_bound)
-        for phase in dict.fromkeys(r.phase for r in measured)
-    }
-    parts = [
-        f"{phase} {render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)}) by {r.pruning}, "
-        f"predicted speedup {render.ratio(r.predicted)}x"
-        for phase, r in best.items()
-    ]
-    alone = (
-        f" (without measured shapes {render.percent(errors['model'])})"
-        if errors["predicted"] != errors["model"]
-        else ""
-    )
+    parts = []
+    for phase in dict.fromkeys(r.phase for r in measured):
+        r = max((r for r in measured if r.phase == phase), key=lambda r: r.measured_bound)
+        bound = f"{render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)})"
+        parts.append(f"{phase} {bound} by {r.pruning}, predicted speedup {render.ratio(r.predicted)}x")
+    error = render.percent(errors["predicted"])
+    if errors["predicted"] != errors["model"]:
+        error += f" (without measured shapes {render.percent(errors['model'])})"
     return [
         f"The largest measured bounds of {first.model} on {first.device}: {'; '.join(parts)}.",
-        f"{first.hardware} predicts the bounds with a median error of {render.percent(errors['predicted'])}{alone}.",
+        f"{first.hardware} predicts the bounds with a median error of {error}.",
     ]
 
 
 def show_bounds(rows: list[Bound]) -> None:
-    """Print the bounds as a table."""
     first = rows[0]
     columns = render.columns(
         rows,
@@ -203,19 +190,13 @@ def show_bounds(rows: list[Bound]) -> None:
 
 
 def several_shapes(rows: Sequence[Any]) -> bool:
-    """Whether rows differ in batch or length."""
     return len({(r.batch, r.seq) for r in rows}) > 1
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
-    """Return the columns that identify the case of a row."""
-    columns: list[tuple[str, Callable[[Any], object]]] = [
-        ("<pruning", lambda r: one_line(r.pruning, 40)),
-        ("<phase", lambda r: r.phase),
-    ]
-    if several_shapes(rows):
-        columns.append(("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"))
-    return columns
+    shape: tuple[str, Callable[[Any], object]] = "batch\nx seq", lambda r: f"{r.batch} x {r.seq}"
+    known = [shape] if several_shapes(rows) else []
+    return [("<pruning", lambda r: one_line(r.pruning, 40)), ("<phase", lambda r: r.phase), *known]
 
 
 def ratio_of(name: str) -> Callable[[Any], str]:

@@ -1,4 +1,4 @@
-"""Devices to measure: one file per device, opened by its name. Only these files need torch or NVML."""
+"""Devices to measure: one file per device, opened by its name."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ __all__ = ["CaptureFailed", "Device", "DeviceLost", "Operator", "OutOfMemory", "
 
 
 def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
-    """Open a device by name: ``cpu``, ``cuda`` or ``cuda:INDEX`` (with ``:flashinfer`` or ``:flash_attn``: attention of
-    that library), ``host`` (the first GPU, else the CPU), ``replay:FILE`` (recorded times) or ``replay:planted`` (times
-    from a formula).
+    """Open a device by name: ``host`` (the first GPU, else the CPU), or ``NAME:REST``, which calls
+    ``open_named(REST, **options)`` of the module NAME: ``cpu``, ``cuda:INDEX``, ``replay:FILE``.
 
-    ``NAME:REST`` calls ``open_named(REST, **options)`` of the module NAME; ``options`` depend on the device.
     ``threads`` is the number of threads of a CPU (default: ``OMP_NUM_THREADS``, else all CPUs of this process).
-    InputError: unknown device, threads of another device, or torch is missing.
     """
     if threads is not None:
         if name != "cpu":
             raise InputError(f"threads: expected device cpu with a number of threads, got {name}")
         options["threads"] = threads
+    if name == "host":
+        try:
+            return open_device("cuda", **options)
+        except InputError:  # no GPU, or no torch; the CPU reports missing torch
+            return open_device("cpu", **options)
     kind, _, rest = name.partition(":")
     if not kind.isidentifier() or find_spec(f"{__name__}.{kind}") is None:
         raise unknown_device(name)

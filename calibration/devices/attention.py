@@ -1,4 +1,4 @@
-"""Attention in torch: causal prefill, decode over a cache, and causal attention that skips blocks.
+"""Attention in torch, as a fused kernel that skips blocks (flex attention), and of FlashInfer and flash-attn.
 
 Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions, head_dim). Masks and
 indices depend only on the shape and are made once, so the timed functions only launch kernels. (A copy of an index from
@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from calibration.devices.protocol import Operator, Unsupported
+from simulator.errors import InputError, unknown
+
 Tensor = Any
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, keys and values
+
+EDGE = 128  # default edge of the blocks that flex attention skips
+LEAST = 16  # edges are multiples of this, the smallest tile of a tensor core
+_RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
+PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256}
+"""Library -> positions per page of a decode's cache: vLLM's default, and the smallest that flash-attn 2 supports."""
+_WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -31,9 +46,8 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention with a boolean mask (..., queries, keys) that all heads share.
 
-    The query heads of a key/value head become its query rows. The flash kernel does not support a mask with shared
-    heads, and the memory-efficient kernel supports it only in new versions of torch (``can_use_flash_attention``,
-    ``can_use_mem_efficient_attention`` in ATen's ``sdp_utils.cpp``); otherwise nothing would be fused.
+    The query heads of a key/value head become its query rows, because fused kernels do not support a mask with shared
+    heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``).
     """
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
@@ -42,13 +56,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
-    """Return the mask of :func:`prefill_attention`: None for a whole prompt, else the lower-right causal mask.
-
-    On CUDA it is a symbolic bias, which the flash kernels support; a boolean mask would select a slower kernel.
-    """
+    """Return the mask of :func:`prefill_attention`: None for a whole prompt, else the lower-right causal mask."""
     if q_len == kv_len:
         return None
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # the flash kernels support this symbolic bias, but no boolean mask
         from torch.nn.attention.bias import causal_lower_right
 
         return causal_lower_right(q_len, kv_len)
@@ -56,20 +67,14 @@ def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query per sequence, (batch, heads, 1, d), over a whole cache.
-
-    The query heads of a key/value head become its query rows: no mask is needed, and the cache is read once.
-    """
+    """Attention of one query per sequence, (batch, heads, 1, d), over a whole cache, which is read once."""
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, head_dim)
 
 
 def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], Tensor]]:
-    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only.
-
-    They are tried in the order flash, cuDNN, memory-efficient, unfused. Otherwise torch chooses by version and shape.
-    """
+    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -95,10 +100,7 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return the computed key blocks of each query block, booleans (query blocks, key blocks).
-
-    They are the diagonal block and evenly spread earlier blocks: a ``density`` share of the causal blocks, rounded up.
-    """
+    """Return the key blocks of each query block, booleans: the diagonal and evenly spread earlier ones, by density."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):
@@ -108,18 +110,12 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
     return table
 
 
-def block_sparse_attention(
-    table: Tensor, q_len: int, kv_len: int, block: int
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return a function of (q, k, v): causal attention over the blocks of a layout, in plain torch.
+def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -> Attend:
+    """Return causal attention over the blocks of a layout, in plain torch; the host reads the table.
 
-    For each block of queries, it gathers the key and value blocks and attends to them densely; the gather is part of
-    the work. ``kv_len - q_len`` must be a multiple of ``block``, so the diagonal falls on a block. The host reads the
-    table; :func:`calibration.devices.flex.block_sparse` keeps it on the device.
+    For each block of queries, it gathers the key and value blocks and attends to them densely. ``kv_len - q_len`` is a
+    multiple of ``block``, so the diagonal falls on a block.
     """
-    if (kv_len - q_len) % block:
-        got = f"kv_len - q_len = {kv_len - q_len}"
-        raise ValueError(f"block-sparse attention: expected a multiple of the block {block}, got {got}")
     rows = []  # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
     for number, kept in enumerate(table):
         last = (kv_len - q_len) // block + number
@@ -144,3 +140,184 @@ def block_sparse_attention(
         return out
 
     return attend
+
+
+@lru_cache(maxsize=2)
+def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
+    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per shape."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), _RECOMPILES))
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)  # type: ignore[no-any-return]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **options: Any) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask, to check the masks
+    flex: Any = compiled(dynamic) if q.is_cuda else flex_attention
+    return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options or None)
+
+
+def tile_options(edge: int) -> dict[str, Any]:
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if none do."""
+    if edge % LEAST:
+        raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
+    tile = math.gcd(edge, EDGE)
+    sizes = {"BLOCK_M": tile, "BLOCK_N": tile} if tile < EDGE else {}
+    return {"FORCE_USE_FLEX_ATTENTION": True, **sizes}
+
+
+def _mask(
+    partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor], edge: int, lengths: tuple[int, int], seen: Any
+) -> Any:
+    """Return a block mask from counts and indices of partial blocks, to which ``seen`` applies, and of full blocks."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    make = BlockMask.from_kv_blocks
+    # blocks of a backward pass are not needed
+    more = {"compute_q_blocks": False} if "compute_q_blocks" in signature(make).parameters else {}
+    tables = (t.to(torch.int32).contiguous() for t in (*partial, *full))
+    return make(*tables, BLOCK_SIZE=edge, mask_mod=seen, seq_lengths=lengths, **more)
+
+
+def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Attend:
+    """Return causal attention over the blocks of a layout as a fused kernel; the table stays on the device."""
+    options = tile_options(edge)
+    rows, columns = table.shape
+    diagonal = (kv_len - q_len) // edge + torch.arange(rows, device=table.device)[:, None]
+    number = torch.arange(columns, device=table.device)[None]
+    earlier = table & (number < diagonal)
+    kind = earlier.to(torch.int8) + 2 * (number == diagonal).to(torch.int8)  # 0 skipped, 1 full, 2 diagonal
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        block = kind[row // edge, column // edge]
+        return (block == 1) | ((block == 2) & (column % edge <= row % edge))
+
+    ones = torch.ones(rows, dtype=torch.int32, device=table.device)
+    ranked = earlier.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+    partial = ones[None, None], diagonal.expand(rows, columns)[None, None]
+    full = earlier.sum(1)[None, None], ranked[None, None]
+    mask = _mask(partial, full, edge, (q_len, kv_len), seen)
+    return lambda q, k, v: _attend(q, k, v, mask, **options)
+
+
+def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
+
+    Positions of -1, at the end, have no query: their results are finite and meaningless.
+    """
+    length, chosen = k.shape[2], q.shape[2]
+    columns = -(-length // EDGE)
+    tiles = F.pad(positions, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
+    whole, some = (tiles[..., 0] + 1) // EDGE, (tiles.amax(-1) + EDGE) // EDGE
+    number = torch.arange(columns, device=q.device).expand(*whole.shape, columns)
+    partial = (some - whole)[:, None], (number + whole[..., None]).clamp(max=columns - 1)[:, None]
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return positions[b, row] >= column
+
+    mask = _mask(partial, (whole[:, None], number[:, None]), EDGE, (chosen, length), seen)
+    return _attend(q, k, v, mask, **tile_options(EDGE))
+
+
+def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
+    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0.
+
+    It is compiled per shape: flex attention splits a cache among processors only for fixed sequences and heads.
+    """
+    batch, heads, _, width = q.shape
+    length, kv_heads = k.shape[2], k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+    columns, whole = -(-length // EDGE), length // EDGE
+    number = torch.arange(columns, device=q.device).expand(batch, kv_heads, 1, columns)
+    runs_ = runs[..., None].int()
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return runs[b, h]
+
+    partial, full = (runs_ * (columns - whole), (number + whole).clamp(max=columns - 1)), (runs_ * whole, number)
+    mask = _mask(partial, full, EDGE, (grouped.shape[2], length), seen)
+    out = _attend(grouped, k, v, mask, dynamic=False)
+    return out.masked_fill(~runs[..., None, None], 0.0).view(batch, heads, 1, width)
+
+
+@dataclass(frozen=True)
+class AttentionLibrary:
+    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim).
+
+    A decode reads a paged cache whose pages are in random order, as after some time of serving. Signatures:
+    docs.flashinfer.ai, and ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2.
+    """
+
+    name: str
+    module: Any
+    version: str  # name and version
+
+    @property
+    def page(self) -> int:
+        return PAGES[self.name]
+
+    def describe(self, op: Operator) -> str:
+        return self.version + (f", pages of {self.page} in random order" if op.kind == "attention_decode" else "")
+
+    def cache_shape(self, op: Operator) -> tuple[int, ...]:
+        if op.kind == "attention_decode":
+            return 2, op.batch * math.ceil(op.kv_len / self.page), self.page, op.kv_heads, op.head_dim
+        return 2, op.batch, op.kv_len, op.kv_heads, op.head_dim
+
+    def bind(self, op: Operator, dtype: Any, device: str) -> Attend:
+        make = {"flashinfer": _flashinfer, "flash_attn": _flash_attn}[self.name]
+        return make(self, op, dtype, device)
+
+
+def find_library(name: str) -> AttentionLibrary | None:
+    """Return a library by name, None for torch; InputError if it is unknown or not installed."""
+    if name == "torch":
+        return None
+    if name not in PAGES:
+        raise unknown("attention", name, ("torch", *PAGES))
+    try:
+        module = import_module(name)
+    except ImportError as error:
+        package = name.replace("flash_attn", "flash-attn").replace("flashinfer", "flashinfer-python")
+        raise InputError(f"attention {name!r}: cannot be imported ({error}); try: pip install {package}") from None
+    return AttentionLibrary(name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}")
+
+
+def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
+    pages = op.batch * math.ceil(op.kv_len / library.page)
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(op.kv_len))
+    return order.to(torch.int32).view(op.batch, -1).to(device)
+
+
+def _flash_attn(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
+    if op.kind == "attention_prefill":
+        prefill = library.module.flash_attn_func
+        return lambda q, k, v: prefill(q, k, v, causal=True)
+    decode, table = library.module.flash_attn_with_kvcache, _page_table(library, op, device)
+    lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
+    return lambda q, k, v: decode(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+
+def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
+    def ends(length: int) -> Tensor:
+        return torch.arange(op.batch + 1, dtype=torch.int32, device=device) * length
+
+    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    if op.kind == "attention_prefill":
+        prefill = library.module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+        prefill.plan(
+            ends(op.q_len), ends(op.kv_len), op.heads, op.kv_heads, op.head_dim, causal=True, q_data_type=dtype
+        )
+        return lambda q, k, v: prefill.run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=op.heads > op.kv_heads
+    )
+    pages = math.ceil(op.kv_len / library.page)
+    table = _page_table(library, op, device).flatten()
+    last = torch.full((op.batch,), op.kv_len - (pages - 1) * library.page, dtype=torch.int32, device=device)
+    decode.plan(ends(pages), table, last, op.heads, op.kv_heads, op.head_dim, library.page, q_data_type=dtype)
+    return lambda q, k, v: decode.run(q.flatten(0, 1), (k, v))

@@ -1,9 +1,8 @@
 """The CPU as a device: torch operators, pinned threads, operands rotated past the last-level cache.
 
 Two settings of the process matter as much as the hardware, so this module makes and records them. Each thread is pinned
-to one CPU, so it does not migrate during a sample; OpenMP pins its threads when it is loaded (``OMP_PROC_BIND``), so
-the setting comes before the import of torch. The allocator keeps large blocks instead of returning them to the kernel
-after every operator; otherwise a GEMM would be timed together with the page faults of its result.
+to one CPU; OpenMP pins its threads when it is loaded (``OMP_PROC_BIND``), so the setting comes before the import of
+torch. The allocator keeps large blocks, so a GEMM is not timed together with the page faults of its result.
 """
 
 from __future__ import annotations
@@ -12,21 +11,17 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 
 def _affinity() -> list[int]:
-    """Return the numbers of the CPUs that this thread may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def default_threads(cpus: int) -> int:
-    """Return the number of threads on a machine with ``cpus`` usable CPUs: ``OMP_NUM_THREADS`` if set, else ``cpus``.
-
-    As in OpenMP, the first number of a list counts, and a value that is not a positive number is ignored.
-    """
+    """Return the number of threads for ``cpus`` usable CPUs: the first number of ``OMP_NUM_THREADS``, else all."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return min(int(first), cpus) if first.isdecimal() and int(first) else cpus
 
@@ -47,10 +42,9 @@ import torch  # noqa: E402
 if _BOUND:  # OpenMP has bound this thread to the first CPU; undo that, since it is a side effect of an import
     _set_affinity(_ALLOWED)
 
-from calibration.devices.operators import build, is_out_of_memory  # noqa: E402
-from calibration.devices.protocol import HOST_KINDS, Operator, OutOfMemory, unknown_device  # noqa: E402
+from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory  # noqa: E402
+from calibration.devices.protocol import HOST_KINDS, Description, Operator, OutOfMemory, unknown_device  # noqa: E402
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
-from calibration.devices.torch_device import TorchDevice, host_loop  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -108,7 +102,6 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 class CpuDevice(TorchDevice):
     """CPUs of this process's affinity mask, with one pinned torch thread each.
 
-    ``threads`` is by default :func:`default_threads`: ``OMP_NUM_THREADS`` if set, else one thread per CPU.
     Operands take at most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
     ``cache_bytes`` twice (default: the size that Linux reports).
     """
@@ -133,14 +126,13 @@ class CpuDevice(TorchDevice):
         limit_bytes = 0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
         super().__init__("cpu", cache_bytes, limit_bytes)
 
-    def identity(self) -> tuple[str, Mapping[str, str]]:
-        """Return CPU model, threads, pinning and libraries of torch."""
+    def describe(self) -> Description:
         try:
             model = cpuinfo(_read_text("/proc/cpuinfo"), self.cpus[0])["model name"]
         except KeyError:
             model = platform.processor() or platform.machine()
         pinning = "one thread each" if _BOUND else "shared by all threads"
-        return f"{model} ({self.threads} threads)", {
+        stack = {
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
             "isa": str(torch.backends.cpu.get_cpu_capability()),
             "threads": str(self.threads),
@@ -148,13 +140,12 @@ class CpuDevice(TorchDevice):
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
+        return self.description(f"{model} ({self.threads} threads)", stack)
 
     def dtypes(self) -> tuple[str, ...]:
-        """Return fp32, bf16, fp16 (slow emulation on a CPU without them) and int8."""
-        return ("fp32", "bf16", "fp16", "int8")
+        return ("fp32", "bf16", "fp16", "int8")  # without instructions for them, bf16 and fp16 are emulated slowly
 
     def refuses(self, operator: Operator) -> str:
-        """Return the reason why the CPU cannot run an operator, or ""."""
         if operator.kind == "gemm_2to4":
             return "gemm_2to4 needs sparse tensor cores; a CPU has none"
         if operator.kind == "launch_graph":
@@ -175,11 +166,9 @@ class CpuDevice(TorchDevice):
         return OutOfMemory(str(error)) if is_out_of_memory(error) else None
 
     def snapshot(self) -> Snapshot:
-        """Return clock, temperature, load and thermal events of the used CPUs, as far as Linux reports them."""
         return self._reader.snapshot()
 
     def close(self) -> None:
-        """Free operands; restore the threads and CPUs of the process."""
         super().close()
         threads, cpus = self._restore
         torch.set_num_threads(threads)
@@ -188,7 +177,6 @@ class CpuDevice(TorchDevice):
 
 
 def open_named(rest: str, **options: Any) -> CpuDevice:
-    """Open the device ``cpu``."""
     if rest:
         raise unknown_device(f"cpu:{rest}")
     return CpuDevice(**options)

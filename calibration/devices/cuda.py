@@ -2,27 +2,24 @@
 
 A graph excludes host time. The rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
 lines almost at random, and of twice L2 a fifth would still be found there. If a kind of operator cannot be captured,
-which a child process finds out (:mod:`calibration.devices.capture_probe`), every launch is timed alone between two
-events, after a buffer of four times L2 was overwritten and while the device waits for the host to prepare the launch
-(2:4 launches take the host longer than the device). The record names the method, the attention backend and the kernels.
-:mod:`calibration.devices.cuda_timing` times under load.
+which a child process finds out, every launch is timed alone between two events, after a buffer of four times L2 was
+overwritten and while the device waits for the host to prepare the launch (2:4 launches take the host longer than the
+device). The record names the method, the attention backend and the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
-from calibration.devices import attention_libraries
-from calibration.devices.capture_probe import CaptureProbe, Probed, kernel_names
-from calibration.devices.cuda_timing import GpuTimer
-from calibration.devices.operators import build, is_out_of_memory
+from calibration.devices.attention import PAGES, find_library
+from calibration.devices.cuda_timing import CaptureProbe, GpuTimer, Probed, kernel_names
+from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory
 from calibration.devices.protocol import (
     HOST_KINDS,
     CaptureFailed,
@@ -34,45 +31,21 @@ from calibration.devices.protocol import (
     Unsupported,
 )
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
-from calibration.devices.torch_device import TorchDevice, host_loop
 from simulator.errors import InputError
 
+# Version of the measuring protocol, a part of the stack, so runs of several versions are never one run. Version 1 (not
+# recorded) rotated over twice L2, without load before a measurement, with torch's attention backend and slow fp8 sums.
 PROTOCOL = "2"
-"""Version of the measuring protocol, a part of the stack, so runs of several versions are never one run.
-
-1 (not recorded): rotation over twice L2, no load before a measurement, readings between measurements, attention backend
-chosen by torch, fp8 without fast accumulation.
-"""
-
 _REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
-
-
-def translate(error: BaseException, what: str, responds: Callable[[], bool]) -> Exception | None:
-    """Return torch's error as an error that the runner handles, or None.
-
-    The device is lost only if it no longer ``responds`` to a trivial kernel; otherwise only the operator is refused.
-    """
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, OutOfMemory | Unsupported | DeviceLost):
-        return error
-    if is_out_of_memory(error) or "ALLOC_FAILED" in text:
-        return OutOfMemory(f"{what}: {text}")
-    if not responds():
-        return DeviceLost(f"{what}: {text}")
-    library = type(error).__name__ == "AcceleratorError" or any(sign in text for sign in _REFUSED)
-    if library or isinstance(error, NotImplementedError):
-        return Unsupported(f"{what}: {text}")
-    return None
 
 
 class CudaDevice(TorchDevice):
     """One CUDA GPU, by torch's number.
 
-    Without ``graphs`` every launch is timed alone after an L2 flush. Prefill and decode attention are those of
-    ``attention``: torch, flashinfer or flash_attn. Operands take at most ``memory_limit_bytes`` (default: 90 % of the
-    free memory). ``probe`` finds out what can be captured ("child": in a child process; None: nothing does, and a
-    failed capture ends the process). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and ``nvml`` (the
-    module) are arguments for tests without a GPU.
+    Prefill and decode attention are those of ``attention``: torch, flashinfer or flash_attn. Operands take at most
+    ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child": in a
+    child process; None: nothing does, and a failed capture ends the process). ``backend`` (``torch.cuda``),
+    ``torch_device`` (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU.
     """
 
     rotation = 4.0
@@ -82,7 +55,6 @@ class CudaDevice(TorchDevice):
         self,
         index: int = 0,
         *,
-        graphs: bool = True,
         attention: str = "torch",
         probe: Callable[[Operator], Probed] | Literal["child"] | None = "child",
         memory_limit_bytes: float | None = None,
@@ -99,7 +71,6 @@ class CudaDevice(TorchDevice):
             raise InputError(f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got {self.name}")
         self._cuda.set_device(index)
         self._torch_device = torch_device or self.name
-        self._graphs = graphs
         self._properties = p = self._cuda.get_device_properties(index)
         self.capability = (int(p.major), int(p.minor))
         free = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
@@ -114,25 +85,34 @@ class CudaDevice(TorchDevice):
         self._reader = NvmlReader(nvml, uuid, index)
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
-        self._library = attention_libraries.find(attention)
+        self._library = find_library(attention)
         child = None if backend is not None else CaptureProbe.of_gpu(index, attention)  # a child has no such backend
         self._probe = child if probe == "child" else probe
         self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
 
-    def identity(self) -> tuple[str, Mapping[str, str]]:
-        """Return GPU name, driver, CUDA, libraries of torch, power limit and timing method."""
+    def describe(self) -> Description:
         sparse = getattr(torch.backends, "cusparselt", None)
-        limit = self._reader.power_limit_w()
-        return f"{self._properties.name} ({self._properties.multi_processor_count} SM)", {
+        p, reader = self._properties, self._reader
+        limit = reader.power_limit_w()
+        stack = {
             "cuda": str(torch.version.cuda or UNKNOWN),
             "cudnn": str(torch.backends.cudnn.version() or UNKNOWN),
             "cusparselt": str(sparse.version()) if sparse is not None and sparse.is_available() else "none",
-            "driver": self._reader.driver(),
+            "driver": reader.driver(),
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
-            "timing": "graph" if self._graphs else "events",
+            "timing": "graph",
             "attention": self._library.version if self._library else "torch",
             "protocol": PROTOCOL,
         }
+        gpu = Gpu(
+            sm_count=int(p.multi_processor_count),
+            capability=self.capability,
+            memory_bytes=float(p.total_memory),
+            mig=reader.sliced() or " MIG " in p.name,
+            max_clock_hz=reader.max_clock_hz(),
+            power_limit_w=reader.default_power_limit_w(),
+        )
+        return self.description(f"{p.name} ({p.multi_processor_count} SM)", stack, gpu)
 
     def dtypes(self) -> tuple[str, ...]:
         """Return the formats of its tensor cores by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
@@ -159,10 +139,9 @@ class CudaDevice(TorchDevice):
         return super().refuses(op)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
-        """Make operands on the GPU and, if possible, record a graph of launches."""
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
         host, timer = operator.kind in HOST_KINDS, self._timer
-        probed = Probed() if host or not self._graphs else self._capturable(operator)
+        probed = Probed() if host else self._capturable(operator)
         launches = build(operator, self._torch_device, self._arena, self._library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
@@ -170,7 +149,7 @@ class CudaDevice(TorchDevice):
         if host:
             return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
         names = f"; kernels of the first {operator.kind}: {', '.join(probed.kernels)}" if probed.kernels else ""
-        if self._graphs and probed.captured is not False:
+        if probed.captured is not False:
             try:
                 graph = timer.capture(launches)
             except CaptureFailed as error:
@@ -179,7 +158,7 @@ class CudaDevice(TorchDevice):
             method = f"events around a graph of {graph.length} launches over {copies}{launches.how}{names}"
             timed: Callable[[int], float] = partial(timer.replays, graph)
         elif operator.kind == "launch_graph":
-            raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason or 'they are disabled'}")
+            raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason}")
         else:
             flush = operator.cold
             after = f" after a flush of {self.rotation:g} x L2" if flush else ""
@@ -192,8 +171,7 @@ class CudaDevice(TorchDevice):
     def _capturable(self, operator: Operator) -> Probed:
         """Return whether operators of this kind and number format can be captured, by the first of them.
 
-        A spoiled process times every later operator launch by launch, 8 to 12 % slower. Methods must not differ within
-        a kind either, so a kind that cannot be captured is timed launch by launch throughout.
+        Methods must not differ within a kind: launches that are timed one by one take 8 to 12 % longer.
         """
         if self._probe is None:
             return Probed()
@@ -214,19 +192,24 @@ class CudaDevice(TorchDevice):
         return known
 
     def kernels(self, operator: Operator) -> tuple[str, ...]:
-        """Return the names of the kernels of an operator as far as the profiler reports them."""
         launches = build(operator, self._torch_device, self._arena, self._library)
         return kernel_names(lambda: launches.launch(0), self._cuda.synchronize)
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
-        known = translate(error, operator.key, self._responds)
-        if isinstance(known, OutOfMemory):
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        about = f"{operator.key}: {text}"
+        if isinstance(error, Unsupported | DeviceLost):
+            return error
+        if is_out_of_memory(error) or "ALLOC_FAILED" in text:
             self._arena.clear()
             self._cuda.empty_cache()
-        return known
+            return error if isinstance(error, OutOfMemory) else OutOfMemory(about)
+        if not self._responds():  # else only the operator is refused
+            return DeviceLost(about)
+        library = type(error).__name__ == "AcceleratorError" or any(sign in text for sign in _REFUSED)
+        return Unsupported(about) if library or isinstance(error, NotImplementedError) else None
 
     def _responds(self) -> bool:
-        """Whether a trivial kernel runs."""
         try:
             torch.zeros(1, device=self._torch_device).add_(1.0)
             self._cuda.synchronize()
@@ -235,24 +218,9 @@ class CudaDevice(TorchDevice):
         return True
 
     def snapshot(self) -> Snapshot:
-        """Return the NVML readings since the last call, taken while launches ran, or else the current ones."""
         return self._timer.snapshot()
 
-    def describe(self) -> Description:
-        """Return hardware and software, with the facts that distinguish GPUs of similar names."""
-        p, reader = self._properties, self._reader
-        gpu = Gpu(
-            sm_count=int(p.multi_processor_count),
-            capability=self.capability,
-            memory_bytes=float(p.total_memory),
-            mig=reader.sliced() or " MIG " in p.name,
-            max_clock_hz=reader.max_clock_hz(),
-            power_limit_w=reader.default_power_limit_w(),
-        )
-        return replace(super().describe(), gpu=gpu)
-
     def close(self) -> None:
-        """Free memory and end the child process."""
         super().close()
         self._timer.clear()
         if isinstance(self._probe, CaptureProbe):
@@ -262,12 +230,12 @@ class CudaDevice(TorchDevice):
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    """Open the device ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
+    """Open ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
     parts = rest.split(":") if rest else []
     index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
-    if parts and parts[0] in attention_libraries.PAGES:
+    if parts and parts[0] in PAGES:
         options["attention"] = parts.pop(0)
     if parts:
-        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(attention_libraries.PAGES)}"
+        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(PAGES)}"
         raise InputError(f"device: {right} for their attention, got 'cuda:{rest}'")
     return CudaDevice(index, **options)

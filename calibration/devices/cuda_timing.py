@@ -1,6 +1,6 @@
 """Time launches on a GPU by events, under load: around replays of a captured graph, or around single launches.
 
-Use a :class:`GpuTimer` per device. Four rules make its times those of a busy GPU:
+Four rules make the times of a :class:`GpuTimer` those of a busy GPU:
 
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are steady.
 - A replay is queued before the start event. On an idle GPU the event would be recorded while the host still launches.
@@ -8,20 +8,30 @@ Use a :class:`GpuTimer` per device. Four rules make its times those of a busy GP
 - A failed capture may leave torch's allocator in capture (``CUDAGraph::capture_end`` skips its cleanup after an error
   before torch 2.12). Every later capture then fails, so a failed capture is followed by a capture of a trivial kernel,
   and :class:`CaptureFailed` is raised if that fails too.
+
+Therefore a child process (:class:`CaptureProbe`) attempts the capture first. The child also names the kernels, since a
+profiler slows later launches down. It starts in about ten seconds, answers in less than one, and keeps a CUDA context
+(about 0.5 GB) but no operands. It reads operators and writes answers, one JSON line each.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import select
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import IO, Any
 
 import torch
 
 from calibration.devices.operators import Launches, is_out_of_memory
-from calibration.devices.protocol import CaptureFailed, OutOfMemory, Unsupported
+from calibration.devices.protocol import CaptureFailed, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import Snapshot, under_load
 
 PREHEAT_S = 0.3  # load before the first measurement and after a pause
@@ -35,6 +45,8 @@ _LONGEST_LEAD_S = 0.02  # graphs that take longer need no queued replay: the sta
 _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
+_ANSWER_LIMIT_S = 180.0  # of the child: flex attention is compiled first
+_MOST_KERNELS, _MOST_LETTERS = 4, 80
 
 
 class NotCapturable(Unsupported):
@@ -51,10 +63,7 @@ class Graph:
 
 
 class GpuTimer:
-    """Times launches through ``cuda`` (``torch.cuda``), with readings by ``read``.
-
-    ``flush_bytes`` is the size of the buffer that is overwritten to empty the cache.
-    """
+    """Times launches through ``cuda`` (``torch.cuda``), with telemetry by ``read``. A flush writes ``flush_bytes``."""
 
     def __init__(self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]) -> None:
         self._cuda, self._device, self._read, self._flush_bytes = cuda, device, read, int(flush_bytes)
@@ -68,7 +77,6 @@ class GpuTimer:
         return under_load(readings) if readings else self._read()
 
     def clear(self) -> None:
-        """Free memory."""
         self._flush = None
 
     def preheat(self, run: Callable[[int], float]) -> None:
@@ -83,10 +91,7 @@ class GpuTimer:
             busy_s += each * loops
 
     def capture(self, launches: Launches) -> Graph:
-        """Capture a graph that is long enough to hide the gap between replays, with whole rounds over the copies.
-
-        NotCapturable: the operator cannot be captured. CaptureFailed: nothing can be captured here any more.
-        """
+        """Capture a graph that is long enough to hide the gap between replays, with whole rounds over the copies."""
         once = self.single(launches, 3, flush=False)
         fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
         wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
@@ -116,7 +121,6 @@ class GpuTimer:
         return Graph(graph.replay, length, length * once)
 
     def _captures(self) -> bool:
-        """Whether this process can capture a trivial kernel."""
         try:
             value = torch.zeros(1, device=self._device).add_(1.0)
             with self._cuda.graph(self._cuda.CUDAGraph()):
@@ -127,7 +131,6 @@ class GpuTimer:
         return True
 
     def replays(self, graph: Graph, loops: int) -> float:
-        """Return the seconds per launch in enough replays for ``loops`` launches."""
         replays = math.ceil(loops / graph.length)
         start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
         if graph.span_s < _LONGEST_LEAD_S:
@@ -185,3 +188,126 @@ class GpuTimer:
             total_ms += sum(float(start.elapsed_time(stop)) for start, stop in pairs)
             done += len(pairs)
         return total_ms * 1e-3 / loops
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Whether an operator can be captured, and the names of its kernels as far as they are known."""
+
+    captured: bool | None = None  # None: unknown, because no child can be started or the operator does not run
+    reason: str = ""  # why it cannot be captured, or why none of its kind is probed
+    kernels: tuple[str, ...] = ()
+
+
+class CaptureProbe:
+    """Answers for operators on one GPU by the child that ``command`` starts."""
+
+    def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
+        self._command, self._limit_s = tuple(command), limit_s
+        self._child: subprocess.Popen[str] | None = None
+        self._usable = True
+
+    @classmethod
+    def of_gpu(cls, index: int, attention: str) -> CaptureProbe:
+        child = f"from {__name__} import main; main()"
+        return cls((sys.executable, "-c", child, str(index), attention))
+
+    def __call__(self, operator: Operator) -> Probed:
+        """Return the answer of the child; Unsupported if it crashes or gives no answer in time."""
+        child = self._started()
+        if child is None:
+            return Probed(reason="no child process can open the GPU")
+        assert child.stdin is not None
+        with suppress(OSError):
+            child.stdin.write(json.dumps(vars(operator)) + "\n")
+            child.stdin.flush()
+        answer = self._line(child)
+        if answer is None:
+            ended = child.poll()
+            self.close()
+            what = f"gave no answer within {self._limit_s:g} s" if ended is None else f"ended with status {ended}"
+            raise Unsupported(f"{operator.key}: a child process that captured it {what}")
+        if answer["captured"] is False:  # the child ends, because the failure may have spoiled it
+            self.close()
+        return Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
+
+    def close(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
+
+    def _started(self) -> subprocess.Popen[str] | None:
+        """Return the running child; None if none can open the GPU, such as in the exclusive compute mode."""
+        if self._child is None and self._usable:
+            path = os.pathsep.join(filter(None, sys.path))
+            self._child = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C ends the measurement between two samples; the child must not die first
+            )
+            if self._line(self._child) is None:
+                self._usable = False
+                self.close()
+        return self._child
+
+    def _line(self, child: subprocess.Popen[str]) -> dict[str, Any] | None:
+        assert child.stdout is not None
+        ready, _, _ = select.select([child.stdout], [], [], self._limit_s)
+        line = child.stdout.readline() if ready else ""
+        if not line:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1.0 if ready else 0.0)
+            return None
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def kernel_names(launch: Callable[[], Any], synchronize: Callable[[], Any]) -> tuple[str, ...]:
+    """Return the kernels of a launch by torch's profiler; none if there is no profiler for the GPU."""
+    try:
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            launch()
+            synchronize()
+        names = [str(event.name) for event in seen.events() if event.device_type == DeviceType.CUDA]
+    except Exception:  # CUPTI may be missing or forbidden; names are not worth a failure
+        return ()
+    return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
+
+
+def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
+    """Answer lines with operators until they end or a capture fails."""
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in requests:
+        operator = Operator.from_record(json.loads(line))
+        try:
+            device.prepare(operator)
+        except (CaptureFailed, NotCapturable) as error:
+            found = Probed(False, str(error))
+        except Exception:  # the process that asks will have the same error
+            found = Probed()
+        else:
+            found = Probed(True, kernels=device.kernels(operator))
+        print(json.dumps(asdict(found)), file=answers, flush=True)
+        if found.captured is False:
+            return
+        device.close()
+
+
+def main() -> None:
+    """Run the child; its arguments are the number of the GPU and the attention library."""
+    from calibration.devices import open_device
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    serve(open_device(f"cuda:{sys.argv[1]}", attention=sys.argv[2], probe=None), sys.stdin, answers)

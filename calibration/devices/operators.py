@@ -1,8 +1,7 @@
-"""Operators in torch, shared by the CUDA device, the CPU device and the executed decoder.
+"""Operators in torch, shared by the CUDA device, the CPU device and the executed decoder; and their common device.
 
-The first part holds the operators of a decoder as functions of tensors. :func:`build` binds one :class:`Operator` to
-operands and returns a :class:`Launches`: ``launch(i)`` runs it once with the i-th copy of the rotated operand, which
-comes from memory.
+:func:`build` binds one :class:`Operator` to operands and returns a :class:`Launches`: ``launch(i)`` runs it once with
+the i-th copy of the rotated operand, which comes from memory. :class:`TorchDevice` times them.
 
 Rotated operands are views into one :class:`Arena` of random data of a multiple of the last-level cache, so a round over
 them evicts the first one, without allocations. The data is normal, because values change the power and so the
@@ -12,20 +11,20 @@ clock. Activations stay in the cache, as the previous kernel would leave them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from calibration.devices import attention, flex
-from calibration.devices.attention_libraries import AttentionLibrary
-from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, LAYERS, EagerLayer
-from calibration.devices.protocol import NORMS, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import fused_elementwise, grouped_by_loops, in_triton, kernel_count, kernels
-from calibration.devices.sparse import sparse_weight
-from calibration.devices.tile_shapes import MOST_FEATURES
+from calibration.devices import attention
+from calibration.devices.attention import AttentionLibrary
+from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
+from calibration.devices.skipping import MOST_FEATURES, grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
 from simulator.codes import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
@@ -37,10 +36,14 @@ TORCH_DTYPE: dict[str, Any] = {
 }
 # fmt: on
 MAX_COPIES = 1 << 14
-PATTERNS = 8
-"""Distinct masks of the tokens of a grouped GEMM."""
+PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
 _MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
+_ROWS = 8  # rows of activations of a 2:4 weight are a multiple of this, in 16 bits
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128  # of the layer that times the host
+LAYERS = 8  # of them launched in sequence, as in a pass; each has separate modules, weights and cache
+
+Algorithm = tuple[Any, ...]  # of cuSPARSELt: number and, if torch can search for it, split of K
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,7 @@ class Launches:
 
 
 class Arena:
-    """Random data for rotated operands: a round over them exceeds the last-level cache ``rotation`` times.
-
-    A round takes at most ``limit_bytes``; a larger single operand is out of memory.
-    """
+    """Random data for rotated operands: a round over them exceeds the cache ``rotation`` times, if memory allows."""
 
     def __init__(self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0) -> None:
         self.device = device
@@ -89,7 +89,6 @@ class Arena:
         return data
 
     def clear(self) -> None:
-        """Free the memory."""
         self._data.clear()
 
 
@@ -111,12 +110,10 @@ def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Root-mean-square norm over the last axis."""
     return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
     return F.silu(gate).mul_(up)
 
 
@@ -136,10 +133,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32.
-
-    fp8 sums in the tensor core's reduced precision (``use_fast_accum``), as vLLM, SGLang and TensorRT-LLM do.
-    """
+    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
     if dtype == "fp8":
         return torch._scaled_mm(
             x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -157,19 +151,161 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
-    """Bind an operator to operands on a torch device; OutOfMemory if its rotated operand exceeds the arena's limit.
+@dataclass(frozen=True)
+class SparseWeight:
+    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores.
 
-    ``library`` computes prefill and decode attention, by default torch.
+    torch's own tensor class always uses algorithm 0 of cuSPARSELt and adds its dispatcher to every call. This class
+    uses the fastest algorithm, which the library searches at the first call with a number of rows; the search waits
+    for the device, so it must precede the capture of a CUDA graph.
     """
+
+    packed: Tensor
+    shape: tuple[int, int]
+    searched: bool = True  # False: algorithm 0, as torch's tensor class
+    algorithms: dict[int, Algorithm] = field(default_factory=dict)  # by rows of activations; equal shapes share it
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, self.shape[1])
+        rows = len(flat)
+        if rows % _ROWS:
+            flat = F.pad(flat, (0, 0, 0, -rows % _ROWS))
+        algorithm = self.algorithms.get(len(flat)) if self.searched else (0,)
+        if algorithm is None:
+            algorithm = self.algorithms[len(flat)] = _fastest(self.packed, flat.t(), bias)
+        out = torch._cslt_sparse_mm(self.packed, flat.t(), bias, None, None, True, *algorithm)
+        return out[:rows].view(*x.shape[:-1], self.shape[0])
+
+
+def sparse_weight(
+    weight: Tensor, algorithms: dict[int, Algorithm] | None = None, *, searched: bool = True
+) -> SparseWeight:
+    """Compress a weight that is 2:4 sparse. Unsupported: torch has no cuSPARSELt."""
+    library = getattr(torch.backends, "cusparselt", None)
+    if library is None or not library.is_available():
+        raise Unsupported("2:4: this torch has no cuSPARSELt, or no kernels for this GPU")
+    found = {} if algorithms is None else algorithms
+    packed = torch._cslt_compress(weight.contiguous())
+    return SparseWeight(packed, (weight.shape[0], weight.shape[1]), searched, found)
+
+
+def _fastest(packed: Tensor, dense: Tensor, bias: Tensor | None) -> Algorithm:
+    """Return the last arguments of ``_cslt_sparse_mm``: the algorithm and, if torch searches for it, the split of K."""
+    both = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if both is not None:
+        return tuple(both(packed, dense, bias, None, None, True)[:3])
+    return (torch._cslt_sparse_mm_search(packed, dense, bias, None, None, True),)
+
+
+def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    return weight.linear(x, bias) if isinstance(weight, SparseWeight) else F.linear(x, weight, bias)
+
+
+class EagerNorm(nn.Module):  # type: ignore[misc]
+    """A root-mean-square norm of eight operations, with the square in fp32."""
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, **options))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        given = hidden.dtype
+        hidden = hidden.to(torch.float32)
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        hidden = hidden * torch.rsqrt(variance + 1e-5)
+        return self.weight * hidden.to(given)
+
+
+class EagerCache:
+    """Keys and values of earlier positions; an update returns them with the new ones, without storing the new ones."""
+
+    def __init__(self, kv_len: int, **options: Any) -> None:
+        self.keys, self.values = torch.randn((2, 1, KV_HEADS, kv_len - 1, HEAD_DIM), **options)
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat((self.keys, keys), dim=-2), torch.cat((self.values, values), dim=-2)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
+
+
+def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys (1, heads, tokens, head_dim) by angles (1, tokens, head_dim)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    batch, heads, positions, width = x.shape
+    return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, heads * times, positions, width)
+
+
+class EagerAttention(nn.Module):  # type: ignore[misc]
+    def __init__(self, kv_len: int, **options: Any) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False, **options)
+        self.k_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
+        self.v_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False, **options)
+        self.o_proj = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False, **options)
+        self.cache = EagerCache(kv_len, **options)
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        before = hidden.shape[:-1]
+        shape = (*before, -1, HEAD_DIM)
+        q = self.q_proj(hidden).view(shape).transpose(1, 2)
+        k = self.k_proj(hidden).view(shape).transpose(1, 2)
+        v = self.v_proj(hidden).view(shape).transpose(1, 2)
+        q, k = rotated(q, k, *angles)
+        k, v = self.cache.update(k, v)
+        k, v = repeated(k, HEADS // KV_HEADS), repeated(v, HEADS // KV_HEADS)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, scale=HEAD_DIM**-0.5)
+        return self.o_proj(out.transpose(1, 2).contiguous().reshape(*before, -1).contiguous())
+
+
+class EagerMlp(nn.Module):  # type: ignore[misc]
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **options)
+        self.up_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False, **options)
+        self.down_proj = nn.Linear(INTERMEDIATE, HIDDEN, bias=False, **options)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class EagerLayer(nn.Module):  # type: ignore[misc]
+    """One decoder layer as Transformers runs it eagerly, with a cache of ``kv_len`` positions, including the new one.
+
+    The operations and their order are those of ``LlamaDecoderLayer`` with "sdpa" attention, for one token of one
+    sequence. The layer is so small that every device is faster than its host.
+    """
+
+    def __init__(self, kv_len: int, **options: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = EagerAttention(kv_len, **options), EagerMlp(**options)
+        self.input_layernorm, self.post_attention_layernorm = EagerNorm(HIDDEN, **options), EagerNorm(HIDDEN, **options)
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        residual = hidden
+        hidden = residual + self.self_attn(self.input_layernorm(hidden), angles)
+        residual = hidden
+        return residual + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
+    """Bind an operator to operands; ``library`` computes prefill and decode attention, by default torch."""
     if library is not None and op.kind in ("attention_prefill", "attention_decode"):
         return _library_attention(op, device, arena, library)
     return _BUILDERS[op.kind](op, device, arena)
 
 
 def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int]:
-    """Return the distinct copies of the rotated operand as a list, which adds no call to the timed code, and their
-    number."""
+    """Return the copies of the rotated operand as a list, which adds no call to the timed code, and their number."""
     flat, copies = arena.cut(math.prod(shape), op.dtype, op.cold)
     return [flat(i).view(shape) for i in range(copies)], copies
 
@@ -227,10 +363,7 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def group_masks(op: Operator) -> Tensor:
-    """Return the groups that each token of a grouped GEMM uses, booleans (m, groups).
-
-    Each token has one of :data:`PATTERNS` masks, because a trained router chooses similarly for similar tokens.
-    """
+    """Return the groups of each token of a grouped GEMM; a trained router chooses similarly for similar tokens."""
     generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
     used = max(1, round(op.density * groups))
     choices = torch.rand(PATTERNS, groups, generator=generator).topk(used, dim=1).indices
@@ -268,7 +401,7 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
         how = ", a gather and a dense attention for each block of queries"
         return Launches(lambda i: by_rows(q, *caches[i % copies]), copies, how)
-    fused = flex.block_sparse(table, op.q_len, op.kv_len, op.block)
+    fused = attention.fused_block_sparse(table, op.q_len, op.kv_len, op.block)
     try:
         fused(q, *caches[0])  # compiles the kernel
     except Exception as error:
@@ -280,8 +413,7 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
-    """Return launches of torch's attention; on a GPU with one backend, so neither version nor shape changes it
-    unseen."""
+    """Return launches of torch's attention, on a GPU with one backend for all shapes and versions."""
     if not device.startswith("cuda"):
         return Launches(attend, copies)
     name, launch = attention.with_backend(attend)
@@ -300,7 +432,7 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     other = random_tensor((op.m, op.n), op.dtype, device, 1)
     # engines have one kernel each for a norm, a gated activation and a rotary embedding
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
-    one: Any = fused_elementwise() if fused else None
+    one: Any = kernels() if fused else None
     norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
@@ -328,7 +460,7 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
-    """Return launches whose record states on a GPU how many kernels each has: a fit takes their time for one's."""
+    """Return launches whose record states on a GPU how many kernels each has."""
     if not device.startswith("cuda"):
         return Launches(launch, copies)
     return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
@@ -368,3 +500,102 @@ _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
     "layer_eager": _layer,
 }
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A ``Prepared`` whose launches are timed by ``run``; its device translates torch's errors."""
+
+    method: str
+    run: Callable[[int], float]
+    translated: Callable[[], AbstractContextManager[None]]
+
+    def sample(self, loops: int) -> float:
+        with self.translated():
+            return self.run(loops)
+
+
+def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
+    """Return a function that times launches with the performance counter; each sample starts at the next copy."""
+    launch, copies = launches.launch, launches.copies
+    following = 0
+
+    def run(loops: int) -> float:
+        nonlocal following
+        first = following
+        following = (first + loops) % copies
+        synchronize()
+        start = time.perf_counter_ns()
+        for i in range(first, first + loops):
+            launch(i)
+        synchronize()
+        return (time.perf_counter_ns() - start) * 1e-9 / loops
+
+    return run
+
+
+class TorchDevice:
+    """A device of torch; subclasses describe it and time launches."""
+
+    name: str
+    rotation = 2.0  # multiple of the last-level cache that a round over rotated operands exceeds
+    eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
+
+    def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
+        self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
+        self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
+
+    def description(self, hardware: str, stack: Mapping[str, str], gpu: Gpu | None = None) -> Description:
+        stack = {"torch": torch.__version__, **stack}
+        return Description(self.name, hardware, stack, self.memory_limit_bytes, self.cache_bytes, gpu)
+
+    def refuses(self, operator: Operator) -> str:
+        if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:
+            return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
+        if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
+            return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
+        on_gpu = self.name.startswith("cuda")
+        if operator.kind == "attention_block_sparse" and on_gpu and (needs := triton_needs()):
+            return f"attention_block_sparse: flex attention needs {needs}"
+        return ""
+
+    def prepare(self, operator: Operator) -> Timed:
+        if reason := self.refuses(operator):
+            raise Unsupported(reason)
+        if operator.footprint_bytes > self.memory_limit_bytes:
+            limit = f"limit {self.memory_limit_bytes:.3g}"
+            raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {limit}")
+        with self._translated(operator):
+            return Timed(*self._bind(operator), lambda: self._translated(operator))
+
+    @contextmanager
+    def _translated(self, operator: Operator) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            known = self._translate(error, operator)
+            if known is None:
+                raise
+            raise known from error
+
+    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
+        """Return the timing method, and a function from a number of launches to seconds per launch."""
+        raise NotImplementedError
+
+    def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
+        raise NotImplementedError
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        self._arena.clear()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

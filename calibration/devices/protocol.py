@@ -1,8 +1,4 @@
-"""The interface of a device: operators to time, devices, and their errors.
-
-An :class:`Operator` is one thing to time, given by its shape and number format. A :class:`Device` converts it to a
-:class:`Prepared`; the timing code calls only its ``sample(loops)``.
-"""
+"""The interface of a device: it converts an :class:`Operator` to a :class:`Prepared`, whose samples are timed."""
 
 from __future__ import annotations
 
@@ -37,15 +33,13 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
 # fmt: on
 """Kinds of operators and their required dimensions."""
 
-HOST_KINDS = ("launch_eager", "layer_eager")
-"""Kinds that time the host instead of a kernel."""
+HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kernel
 LAYER_LAUNCHES = 42
 """Kernels of a ``layer_eager``: two norms of 8, q, k, v, two rotations of 5, two cache updates, two repeats of KV
 heads, attention, o, gate, up, silu, product, down, two residual sums."""
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 _OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
 ELEMENTWISE_ROLES = NORMS + _OTHERS
-"""Roles of an ``elementwise`` operator."""
 INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
 
@@ -66,15 +60,11 @@ class CaptureFailed(DeviceLost):
 
 
 def unknown_device(name: str) -> InputError:
-    """Return the error for an unknown device name."""
     return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Return the bytes that an elementwise operator on m tokens of n features reads and writes.
-
-    ``select`` writes the indices of half of the features.
-    """
+    """Return the bytes read and written on m tokens of n features; ``select`` writes the indices of half of them."""
     moved = element_bytes * m * n
     if role == "select":
         return moved, INDEX_BYTES * m * selected(n)
@@ -82,7 +72,6 @@ def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[
 
 
 def selected(n: int) -> int:
-    """Return the number of features that the operator ``select`` chooses."""
     return max(n // 2, 1)
 
 
@@ -136,7 +125,6 @@ class Operator:
 
     @property
     def attention(self) -> bool:
-        """Whether it is attention."""
         return self.kind.startswith("attention")
 
     @property
@@ -153,7 +141,6 @@ class Operator:
 
     @property
     def launches(self) -> int:
-        """Number of kernel launches."""
         return LAYER_LAUNCHES if self.kind == "layer_eager" else 1
 
     @property
@@ -163,7 +150,6 @@ class Operator:
 
     @property
     def element_bytes(self) -> float:
-        """Size of one element in its number format."""
         return float(DTYPE_BYTES[dtype_code(self.dtype)])
 
     @property
@@ -234,8 +220,7 @@ class Operator:
         return cls(**record)
 
 
-_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])
-"""Fields of an operator that its key has where they differ from their default; a plan makes a hundred thousand keys."""
+_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once: a plan makes a hundred thousand keys
 
 
 @dataclass(frozen=True)
@@ -252,8 +237,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Description:
-    """Hardware and software of a device. A profile names both, because times of the same hardware differ by 5-15 %
-    between stacks."""
+    """Hardware and software of a device; times of the same hardware differ by 5-15 % between stacks."""
 
     name: str  # name of the opened device (cpu, cuda:0)
     device: str  # the hardware as it names itself
@@ -264,7 +248,6 @@ class Description:
 
     @property
     def software(self) -> str:
-        """The stack on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.stack.items())
 
 
@@ -273,8 +256,7 @@ class Prepared(Protocol):
 
     method: str  # for the record: how launches are timed and kept cold
 
-    def sample(self, loops: int) -> float:
-        """Launch ``loops`` times and return the seconds per launch."""
+    def sample(self, loops: int) -> float: ...  # s per launch of several
 
 
 class Device(Protocol):
@@ -282,27 +264,11 @@ class Device(Protocol):
 
     name: str
 
-    def describe(self) -> Description:
-        """Return hardware and software of the device."""
-
-    def dtypes(self) -> tuple[str, ...]:
-        """Return the number formats of its GEMMs."""
-
-    def refuses(self, operator: Operator) -> str:
-        """Return the reason why the device cannot run this operator, or ""."""
-
-    def prepare(self, operator: Operator) -> Prepared:
-        """Make operands and select kernels; may raise Unsupported, OutOfMemory or DeviceLost."""
-
-    def snapshot(self) -> Snapshot:
-        """Return clocks, power, temperature and throttle reasons: those read under load since the last call, if the
-        device reads them while launches run, or else the current ones."""
-
-    def clock(self) -> float:
-        """Return monotonic seconds, the time of budgets (simulated on a replayed device)."""
-
-    def rest(self, seconds: float) -> None:
-        """Wait, so that the device cools down."""
-
-    def close(self) -> None:
-        """Free operands and restore settings."""
+    def describe(self) -> Description: ...
+    def dtypes(self) -> tuple[str, ...]: ...  # number formats of its GEMMs
+    def refuses(self, operator: Operator) -> str: ...  # the reason why it cannot run an operator, or ""
+    def prepare(self, operator: Operator) -> Prepared: ...  # may raise Unsupported, OutOfMemory or DeviceLost
+    def snapshot(self) -> Snapshot: ...  # under load since the last call, if it reads while launches run; else now
+    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on a replayed device)
+    def rest(self, seconds: float) -> None: ...  # cools down
+    def close(self) -> None: ...  # frees operands and restores settings

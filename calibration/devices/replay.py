@@ -84,24 +84,16 @@ class ReplayDevice:
         self._rng = np.random.default_rng(self.seed)
 
     def describe(self) -> Description:
-        """Return the given description."""
         return self.description
 
     def dtypes(self) -> tuple[str, ...]:
-        """Return the given formats."""
         return self.formats
 
     def refuses(self, operator: Operator) -> str:
-        """Return the planted reason, or that there is no recording of the operator, or ""."""
         recorded = not isinstance(self.timings, Mapping) or operator.key in self.timings
         return self.refused.get(operator.kind, "" if recorded else f"no recording of {operator.key}")
 
-    def seconds(self, operator: Operator) -> float:
-        """Return the time of a launch without noise and faults."""
-        return self.timings[operator.key] if isinstance(self.timings, Mapping) else self.timings(operator)
-
     def prepare(self, operator: Operator) -> _ReplayPrepared:
-        """Count the preparation, and fail as planted."""
         number = len(self.prepared)
         self.prepared.append(operator)
         if self._lost:
@@ -115,14 +107,14 @@ class ReplayDevice:
         return _ReplayPrepared(self, operator, number)
 
     def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
-        """Return the seconds per launch of one sample, and advance the clock."""
         f = self.faults
         if f.lost_at is not None and number >= f.lost_at and sample > 2:
             self._lost = True
         if self._lost:
             raise DeviceLost("planted: the device has fallen off the bus")
         noise = f.noise if number in f.noisy else self.noise
-        value = self.seconds(operator) * (1.0 + f.drift_per_s * self._now)
+        value = self.timings[operator.key] if isinstance(self.timings, Mapping) else self.timings(operator)
+        value *= 1.0 + f.drift_per_s * self._now
         value *= f.slowdown if number in f.throttle else 1.0
         value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self.warmup else 1.0
         value *= math.exp(noise * self._rng.standard_normal()) if noise else 1.0
@@ -130,7 +122,6 @@ class ReplayDevice:
         return math.nan if number in f.nan and sample == 3 else value
 
     def snapshot(self) -> Snapshot:
-        """Return planted telemetry."""
         if not self.faults.nvml:
             return Snapshot()
         if len(self.prepared) - 1 in self.faults.throttle:
@@ -138,11 +129,9 @@ class ReplayDevice:
         return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
 
     def clock(self) -> float:
-        """Return simulated seconds."""
         return self._now
 
     def rest(self, seconds: float) -> None:
-        """Advance the clock."""
         self._now += seconds
 
     def close(self) -> None:

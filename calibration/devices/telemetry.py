@@ -1,8 +1,7 @@
 """State of the device during a measurement: clocks, power, temperature, throttle reasons.
 
 An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0 and
-never omitted, so it cannot be taken for a good reading. The device imports the NVML module and passes it; this module
-does not import it.
+never omitted, so it cannot be taken for a good reading.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ NVML_REASONS = (
 
 POWER_CAP = "sw_power_cap"
 
-# Reasons to repeat a sample. The software power cap is not a reason: a data-centre GPU is at its power limit in every
-# long GEMM, so that state is part of the measurement, and a repeat would have it too. It counts nevertheless:
-# calibration.records.store flags rows that the cap slowed down.
+# Reasons to repeat a sample. The software power cap is not one: a data-centre GPU is at its power limit in every long
+# GEMM, and a repeat would have it too. Rows that the cap slowed down have a flag.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )
@@ -56,7 +54,6 @@ class Snapshot:
     waited_s: Reading = UNKNOWN  # growing counter: time that threads of this process waited for a CPU
 
     def as_record(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
@@ -109,8 +106,7 @@ def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
 class NvmlReader:
     """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is "unknown".
 
-    The UUID (``GPU-...``) identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``. The index, which
-    may be that of another card, is used only without a UUID.
+    The UUID (``GPU-...``) identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``.
     """
 
     def __init__(self, nvml: Any, uuid: str = "", index: int = 0) -> None:
@@ -122,7 +118,6 @@ class NvmlReader:
                 self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(index)
 
     def snapshot(self) -> Snapshot:
-        """Return current clocks, power, temperature, utilisation and throttle reasons."""
         nvml, handle = self._nvml, self._handle
         if handle is None:
             return Snapshot()
@@ -147,7 +142,6 @@ class NvmlReader:
         return UNKNOWN
 
     def driver(self) -> str:
-        """Return the version of the driver, or "unknown"."""
         try:
             version = self._nvml.nvmlSystemGetDriverVersion()
         except Exception:
@@ -155,7 +149,6 @@ class NvmlReader:
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def power_limit_w(self) -> Reading:
-        """Return the enforced power limit, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
     def default_power_limit_w(self) -> Reading:
@@ -180,7 +173,6 @@ class CpuReader:
         self._root = root
 
     def snapshot(self) -> Snapshot:
-        """Return current mean core clock, highest temperature, load average, thermal events and waiting time."""
         cpu = "sys/devices/system/cpu/cpu"
         clocks = _known(self._clock_hz(number) for number in self.cpus)
         events = _known(self._read(f"{cpu}{number}/thermal_throttle/core_throttle_count") for number in self.cpus)

@@ -1,8 +1,8 @@
-"""Triton GEMMs that skip work: rows chosen by a router, and groups of channels chosen by the tokens of a tile.
+"""Triton kernels: GEMMs that skip rows or groups of channels, and fused elementwise operators. They need Triton.
 
-The kernels read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
-on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Products are summed in fp32. Tiles
-are those of :mod:`calibration.devices.tile_shapes`. This module needs Triton (extra ``kernels``).
+The GEMMs read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
+on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Elementwise kernels read their inputs
+once and write their result once, as serving engines fuse them. All compute in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from calibration.devices import tile_shapes
+from calibration.devices import skipping
 
 Tensor = Any
 
@@ -62,20 +62,15 @@ def gather_gemm(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """Compute y[r] = x[r] weight^T + bias for the first ``count`` rows r of ``index``; other rows of y are unchanged.
+    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r of ``index``.
 
-    Parameters
-    ----------
-    x, weight : (m, k) and (n, k), contiguous.
-    index : (at most m,), distinct rows; entries beyond the count are not read.
-    count : a whole number on the device, (1,) or a scalar.
-    out : (m, n), contiguous, which receives the products (``add``: their sum with it). Default: a new y, whose other
-        rows are undefined.
+    x (m, k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the products (``add``: their sum with it)
+    and keeps its other rows. By default y is new, and its other rows are undefined.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
-    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
+    tile = skipping.gathered(many, x.element_size(), skipping.alignment(k, n))
     _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
         x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
@@ -85,8 +80,6 @@ def gather_gemm(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens per group, and tiles of tokens sorted by their masks with the groups that each tile uses."""
-
     users: Tensor  # (groups, tokens): tokens that use the group come first
     many: Tensor  # (groups,): number of tokens that use the group
     order: Tensor  # (tokens,): tokens with equal masks are neighbours
@@ -98,7 +91,7 @@ class Tiles:
 def tiles_of(mask: Tensor) -> Tiles:
     """Return the tiles of a boolean mask (tokens, groups)."""
     tokens, groups = mask.shape
-    edge = tile_shapes.tokens_per_tile(tokens)
+    edge = skipping.tokens_per_tile(tokens)
     # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts
     order = torch.arange(tokens, device=mask.device)
     for start in reversed(range(0, groups, 62)) if tokens > edge else ():  # one tile needs no order
@@ -148,14 +141,14 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
 def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False) -> Tensor:
     """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere.
 
-    ``x`` is (tokens, k), ``weight`` (n, k) with rows in groups of equal width; both are contiguous. ``gated``: a group
-    has the rows of its gate, then of its up projection; y is silu(gate) up, half as wide.
+    The rows of ``weight`` (n, k) are in groups of equal width; x and weight are contiguous. ``gated``: a group has the
+    rows of its gate, then of its up projection; y is silu(gate) up, half as wide.
     """
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
-    y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
-    tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
+    y, aligned = x.new_zeros(tokens, n), skipping.alignment(k, width)
+    tile = skipping.grouped_columns(tokens, width, x.element_size(), aligned, gated)
     _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
         x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
         tokens, groups, width, k, bias is not None, gated,
@@ -195,10 +188,70 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     """
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
-    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
-    tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
+    y, aligned = x.new_empty(tokens, n), skipping.alignment(math.gcd(width, n), n)  # both are lengths of rows
+    tile = skipping.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
     )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm(x, weight, y, rows, n, epsilon, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    within = column < n
+    inside, at = (row < rows)[:, None] & within[None], row[:, None] * n + column[None]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=1) / n + epsilon)
+    factor = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)
+    tl.store(y + at, (value * scale[:, None] * factor[None]).to(y.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Normalise the last axis by its root mean square; x is contiguous, its last axis at most MOST_FEATURES long."""
+    n = x.shape[-1]
+    y, rows, tile = x.new_empty(x.shape), x.numel() // n, skipping.normalised(n)
+    _rms_norm[(triton.cdiv(rows, tile.m),)](x, weight, y, rows, n, epsilon, tile.m, tile.n, num_warps=tile.warps)
+    return y
+
+
+@triton.jit(do_not_specialize=["heads"])
+def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    within = column < half
+    inside = (head < heads)[:, None] & within[None]
+    angle, at = token * 2 * half + column, ((token * heads + head) * 2 * half)[:, None] + column[None]
+    low, high = tl.load(x + at, mask=inside).to(tl.float32), tl.load(x + at + half, mask=inside).to(tl.float32)
+    c_low, s_low = tl.load(cos + angle, mask=within).to(tl.float32), tl.load(sin + angle, mask=within).to(tl.float32)
+    c_high = tl.load(cos + angle + half, mask=within).to(tl.float32)
+    s_high = tl.load(sin + angle + half, mask=within).to(tl.float32)
+    tl.store(y + at, (low * c_low[None] - high * s_low[None]).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at + half, (high * c_high[None] + low * s_high[None]).to(y.dtype.element_ty), mask=inside)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), as contiguous
+    cosines and sines."""
+    (tokens, heads, width), y = x.shape, x.new_empty(x.shape)
+    tile = skipping.rotated(width // 2)
+    grid = tokens, triton.cdiv(heads, tile.m)
+    _rotary[grid](x, cos, sin, y, heads, width // 2, tile.m, tile.n, num_warps=tile.warps)
+    return y
+
+
+@triton.jit
+def _gated(gate, up, y, elements, BLOCK_N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = at < elements
+    value = tl.load(gate + at, mask=inside).to(tl.float32)
+    value = value / (1.0 + tl.exp(-value)) * tl.load(up + at, mask=inside).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Compute silu(gate) * up of contiguous tensors."""
+    y, elements = gate.new_empty(gate.shape), gate.numel()
+    _gated[(triton.cdiv(elements, skipping.VECTOR_ELEMENTS),)](gate, up, y, elements, skipping.VECTOR_ELEMENTS)
     return y

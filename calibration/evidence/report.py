@@ -81,8 +81,8 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
     """Write FILE.md and the figures of its larger parts as PNG files in the same folder; return all files, the text
     last."""
-    from simulator.figures.save import save_figure
-    from simulator.figures.scatter import Cloud, scatter_figure
+    from simulator.figures.measured import Cloud, scatter_figure
+    from simulator.figures.style import save_figure
 
     target, written = check_target(path), dict[str, Path]()
     for part in report.parts:

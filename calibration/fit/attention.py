@@ -1,8 +1,7 @@
-"""Calibration of attention: constants, residual and section scale from measured times.
+"""Calibration of attention: constants, residual and section scale from measured times of one phase of one stack.
 
-Use :func:`calls_of` on records, then :func:`fit_attention`. One fit covers one phase of one stack. Tables of several
-stacks must not be mixed: the time of one shape differs by 13 to 82 % between two stacks. Each kernel of a stack (head
-width, window, format of the cache) has separate factors on the constants and a separate residual.
+The time of one shape differs by 13 to 82 % between two stacks. Each kernel of a stack (head width, window, format of
+the cache) has separate factors on the constants and a separate residual.
 """
 
 from __future__ import annotations
@@ -30,48 +29,45 @@ from simulator.operators.base import Constant, Machine
 from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 
+# operators of records and sections that are fitted here
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
-"""Operators of records and sections that are fitted here."""
 
+# constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry
 _STRUCTURE = {
     "prefill": ("packs", "pads", "sparse_block"),
     "decode": ("rows", "units_per_sm", "split_keys", "tile_rows"),
 }
-"""Constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry."""
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
+# structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
+# cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
 }
-"""Structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
-cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)."""
 
+# rows of the tiles of plain decode to compare where products show: on a device with little compute for its bandwidth
 TILE_ROWS: Sequence[Mapping[str, float]] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
-"""Rows of the tiles of plain decode to compare where products show: on a device with little compute for its
-bandwidth."""
-SEEN = 0.25
-"""Least share of the products in the smallest tiles, over the time of reading the cache, of the median row."""
+SEEN = 0.25  # least share of the products in the smallest tiles, over the time of reading the cache, of the median row
 
+# Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
+# heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted
+# better with such tiles: there the products of fewer heads hide.
 LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
-"""Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
-heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted better
-with such tiles: there the products of fewer heads hide."""
 
 MINIMUM_ROWS = 20
 FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
 INFORMING_ROWS = 8  # rows that a constant must move to be fitted at all
 SIMPLER = 0.9  # of the error with a term of the sequences: below it the form without is taken
 
+# constants by phase that rows of a single head configuration do not identify; they keep the architecture's value
 _LONE = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
 }
-"""Constants by phase that rows of a single head configuration do not identify; they keep the architecture's value."""
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
-SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-"""Columns of a shape."""
+SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")  # columns of a shape
 
 
 @dataclass(frozen=True)
@@ -88,17 +84,14 @@ class AttentionFit(Fit):
 
     @property
     def registry(self) -> Mapping[str, Constant]:
-        """Constants of the operator."""
         return CONSTANTS[self.calls.operator]
 
     @property
     def defaults(self) -> dict[str, float]:
-        """Constants of no particular architecture."""
         return {name: constant.default("*") for name, constant in self.registry.items()}
 
     @property
     def decodes(self) -> bool:
-        """Whether each call has one query per sequence."""
         return self.calls.phase == "decode"
 
     @property
@@ -129,11 +122,8 @@ class AttentionFit(Fit):
         return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
 
     def screened(self) -> tuple[AttentionFit, dict[str, int]]:
-        """Return the usable rows, and the number of excluded rows by reason.
-
-        A time below bytes / bandwidth is valid only if the bytes fit the L2; FLOP / peak has a tolerance of 5 % for
-        boost clocks.
-        """
+        """Return the usable rows, and the number of excluded rows by reason. A time below bytes / bandwidth is valid if
+        the bytes fit the L2; FLOP / peak has a tolerance of 5 % for boost clocks."""
         g, machine = self.calls.geometry, self.calls.machine
         if self.decodes:
             read = decode_work(g)
@@ -153,8 +143,7 @@ class AttentionFit(Fit):
             "faster than FLOP / peak": self.seconds * 1.05 * self.faster < flops / machine.peak_flop_per_s,
             "faster than bytes / bandwidth with more bytes than the L2 holds": beyond_l2,
         }
-        good = np.ones(len(self), dtype=bool)
-        counts = {}
+        good, counts = np.ones(len(self), dtype=bool), {}
         for reason, bad in reasons.items():
             if count := int(np.count_nonzero(bad & good)):
                 counts[reason] = count
@@ -164,13 +153,10 @@ class AttentionFit(Fit):
     def constants(
         self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
     ) -> ConstantsFit:
-        """Return the constants, except those ``fixed`` for a reason.
-
-        A constant on its bound is fixed there; a constant with a log standard error above 1 is fixed at its start.
-        """
+        """Return the constants, except those ``fixed`` for a reason."""
         assert start is not None
         known, fixed = self.registry, {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
-        for name in known.keys() - fixed.keys():
+        for name in [name for name in known if name not in fixed]:
             # fix a constant whose whole range changes the times of only a few rows
             low, high = (self.log_residual({**start, name: end}) for end in (known[name].low, known[name].high))
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
@@ -179,17 +165,8 @@ class AttentionFit(Fit):
         def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             return solver.sandwich(found.rows, solver.slopes(self.log_residual, values, found.names, 1e-3)), 0.0
 
-        return solver.fit_logs(
-            self.log_residual,
-            start,
-            known,
-            covariance,
-            fixed=fixed,
-            weak=1.0,
-            moot={"l2_gain": ("l2_share", "without meaning where L2 gains nothing")},
-            max_nfev=60,
-            **_SEARCH,
-        )
+        search = {**_SEARCH, "weak": 1.0, "max_nfev": 60, "moot": solver.NO_GAIN}
+        return solver.fit_logs(self.log_residual, start, known, covariance, fixed=fixed, **search)
 
     def blank(self) -> ResidualGrid:
         """Return a blank grid over the smallest box of octaves that contains the rows."""
@@ -199,7 +176,6 @@ class AttentionFit(Fit):
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
 
     def predict(self, values: Mapping[str, float], grid: ResidualGrid | None) -> FloatArray:
-        """Return the predicted time of each row, warm or cold as measured."""
         e = self.calls.estimate(values)
         return np.asarray(e.time if grid is None else e.time * np.exp(grid(e.position)))
 
@@ -231,11 +207,10 @@ def fit_attention(
     start: Mapping[str, float] | None = None,
     provenance: Provenance | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention to calls of one stack, each kernel separately.
+    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows.
 
-    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. A fold holds
-    out groups by each size of ``fold_by``, for section scale and accuracy; the errors of all folds are pooled. Each
-    fold, by ``seed``, refits everything. A kernel needs 20 rows; ValueError where none has them.
+    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. A fold, by
+    ``seed``, holds out groups by each size of ``fold_by`` and refits everything; the errors of all folds are pooled.
     """
     c, dropped = calls.screened()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
@@ -279,8 +254,6 @@ def fit_attention(
 
 @dataclass(frozen=True)
 class _KernelFit:
-    """The fit of one kernel."""
-
     constants: ConstantsFit
     grid: ResidualGrid | None
     held_out: FloatArray  # log predicted over measured of each row by a fit without it, by each size in turn
@@ -292,10 +265,7 @@ def fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
     """Return constants and residual of the calls of one kernel, from the best of the starts; ``keep`` fixes constants.
-
-    Where time depends on the work units alone, a term per sequence would only fit noise: it is dropped if the error
-    stays about the same.
-    """
+    A term per sequence is dropped if the error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
     if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:
@@ -357,8 +327,7 @@ def _fit_kernel(
 
 
 def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the residuals of several kernels on one box of octaves, joined along the first axis and
-    rounded to a thousandth."""
+    """Return the arrays of the residuals of several kernels, joined along the first axis of one box of octaves."""
     given = [grid for grid in grids if grid is not None]
     if not given:
         return {}

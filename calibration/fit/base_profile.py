@@ -1,19 +1,20 @@
-"""Find the datasheet part of a measured device's profile: from the shipped profile of the GPU, else measured quickly.
+"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly.
 
-Use :func:`base_profile` before a plan is measured, and :func:`raised` with the records afterwards, so that no measured
-time is faster than a measured peak. Sources of facts state whether they were measured.
+:func:`base_profile` is used before a plan is measured, :func:`raised` with its records afterwards: no measured time may
+be faster than a measured peak. A GPU's name alone does not identify it, since slices (MIG), laptops and slower editions
+have the name of a faster GPU in theirs: names are compared whole, and the other facts must agree.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from calibration.devices.protocol import Description, Device, Operator
+from calibration.devices.protocol import Description, Device, Gpu, Operator
 from calibration.devices.telemetry import Reading
-from calibration.fit.device_names import architecture_of, shipped_name
 from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
@@ -32,13 +33,71 @@ _THREADS = re.compile(r"\((\d+) threads\)")
 _COLD_SHARE = 1.0 / 16.0
 _MARGIN = 1.05  # over the best of a few shapes: other shapes are slightly faster
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
+_QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
+
+# name without vendor and brand -> profile with its datasheet
+NAMES: Mapping[str, str] = {
+    "A10": "a10",
+    "A100-SXM4-40GB": "a100_sxm_40gb",
+    "A100-SXM-40GB": "a100_sxm_40gb",
+    "A100-SXM4-80GB": "a100_sxm_80gb",
+    "A100-SXM-80GB": "a100_sxm_80gb",
+    "A100 80GB PCIe": "a100_pcie_80gb",
+    "A100-PCIE-80GB": "a100_pcie_80gb",
+    "B200": "b200_sxm",
+    "GH200 480GB": "gh200",
+    "GH200 120GB": "gh200",
+    "H20": "h20",
+    "H100 80GB HBM3": "h100_sxm",
+    "H100 PCIe": "h100_pcie",
+    "H200": "h200_sxm",
+    "H800": "h800",
+    "L4": "l4",
+    "L40S": "l40s",
+    "RTX 3090": "rtx_3090",
+    "RTX 4090": "rtx_4090",
+    "RTX 5090": "rtx_5090",
+    "RTX A6000": "a6000",
+    "RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
+    "T4": "t4",
+    "V100-SXM2-32GB": "v100",
+}
+_BRANDS, _SMS = re.compile(r"^(?:NVIDIA |GeForce |Tesla )*"), re.compile(r" ?\((\d+) SM\)$")
+_MEMORY_TOLERANCE = 0.1  # relative: units, error correction, memory of the driver
+_ARCHITECTURES = (  # first compute capability, architecture; GPUs before Volta count as Volta
+    ((12, 0), "blackwell"),
+    ((10, 0), "blackwell_sm100"),
+    ((9, 0), "hopper"),
+    ((8, 9), "ada"),
+    ((8, 0), "ampere"),
+    ((7, 5), "turing"),
+    ((0, 0), "volta"),
+)
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    return next(name for first, name in _ARCHITECTURES if capability >= first)
+
+
+def shipped_name(device: str, gpu: Gpu | None = None) -> str:
+    """Return the shipped profile of a GPU by the name that it reports (which may end with the number of SMs), and its
+    facts if they are known; "" for none."""
+    counted = _SMS.search(device)
+    found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")
+    if not found:
+        return ""
+    hw = load_hardware(found)
+    if counted and int(counted[1]) != hw.sm_count:
+        return ""
+    if gpu is None:
+        return found
+    memory = abs(gpu.memory_bytes / hw.memory_bytes - 1.0) <= _MEMORY_TOLERANCE
+    same = gpu.sm_count == hw.sm_count and architecture_of(gpu.capability) == hw.architecture
+    return found if same and memory and not gpu.mig else ""
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
-    """Return a note if a CPU's profile was calibrated with another number of threads than a device has.
-
-    ``device`` is the name that the device reports, or several joined names.
-    """
+    """Return a note if a CPU's profile was calibrated with another number of threads than a device reports."""
     fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
     known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))
     if not known or found <= known:
@@ -49,19 +108,14 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts for measuring and fitting a device, with a rate for ``dtype``, which the device must support.
-
-    They come from the profile ``hardware`` (a name or path; by default the shipped profile of the GPU, see
-    :func:`calibration.fit.device_names.shipped_name`), or are measured in about a second.
-    """
+    """Return the facts for measuring and fitting a device, with a rate for ``dtype``: of the profile ``hardware`` (by
+    default the shipped profile of the GPU), else measured in about a second."""
     description = device.describe()
     if dtype not in device.dtypes():
-        raise InputError(
-            f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
-        )
-    known = hardware or shipped_name(description.device, description.gpu)
-    if known:
-        base = load_hardware(known)
+        known = ", ".join(device.dtypes())
+        raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
+    if name := hardware or shipped_name(description.device, description.gpu):
+        base = load_hardware(name)
         if dtype in base.rates:
             return base
         rates = {**base.rates, dtype: _gemm_rate(device, dtype)}
@@ -85,11 +139,15 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     sources |= {"power": UNKNOWN} if power == _POWER_W else {}
     device_name = description.device.lower()
     vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in device_name)
+    if gpu is not None:
+        architecture = architecture_of(gpu.capability)
+    else:
+        architecture = "cpu" if device.name == "cpu" or "threads" in description.stack else "ampere"
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
         title=description.device,
         vendor="NVIDIA" if gpu else next(vendors, "unknown"),
-        architecture=_architecture(device, description),
+        architecture=architecture,
         aliases=(),
         sm_count=max(gpu.sm_count if gpu else units, 1),
         boost_clock_hz=clock,
@@ -104,33 +162,20 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     )
 
 
-def _architecture(device: Device, description: Description) -> str:
-    """Return the architecture whose defaults a device without a datasheet gets."""
-    if description.gpu is not None:
-        return architecture_of(description.gpu.capability)
-    return "cpu" if device.name == "cpu" or "threads" in description.stack else "ampere"
-
-
 def _within(quantity: Quantity, value: float) -> float:
-    """Return a measured value within the range of its quantity in a profile."""
     return min(max(value, quantity.low), quantity.high)
 
 
 def _plausible(key: str, reading: Reading) -> float:
-    """Return a reading that a profile accepts, else 0."""
     quantity = QUANTITIES[key][1]
     known = isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high
     return reading if known and isinstance(reading, float) else 0.0
 
 
-_QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
-
-
 def _gemm_rate(device: Device, dtype: str) -> Rate:
     """Return the best arithmetic rate of square GEMMs of growing size, up to one that takes 50 ms, plus a margin.
 
-    Sparse tensor cores, on a device that runs 2:4 operators, have twice the dense rate (NVIDIA, "A100 Tensor Core GPU
-    Architecture", 2020).
+    Sparse tensor cores have twice the dense rate (NVIDIA, "A100 Tensor Core GPU Architecture", 2020).
     """
     best = 0.0
     for size in (512, 1024, 2048, 3072, 4096, 8192):

@@ -24,22 +24,15 @@ def accuracy_of(error: FloatArray) -> dict[str, float]:
 
 
 def few_groups(count: int) -> float:
-    """Return the factor that widens intervals fitted on few (n, k) pairs: Student's quantile with one degree of freedom
-    per pair, over the normal one.
-
-    Errors within a pair are similar, so a table of three projections has little information about a fourth, with any
-    number of m.
-    """
+    """Return the factor that widens intervals fitted on few (n, k) pairs, within which errors are similar: Student's
+    quantile with one degree of freedom per pair, over the normal one."""
     tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
 def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
-    """Return the factor on correlated and independent errors at which 90 % intervals cover nine in ten held-out rows.
-
-    ``log_ratio`` (n,) is log predicted over measured, ``uncertainty`` the errors of the rows on the stack of the fit
-    with a section scale of 1. The result lies in [0.2, 5].
-    """
+    """Return the factor in [0.2, 5] on correlated and independent errors at which 90 % intervals cover nine in ten
+    held-out rows; ``log_ratio`` is log predicted over measured, ``uncertainty`` that of a section scale of 1."""
     systematic = np.einsum("cn,cn->n", uncertainty.systematic, uncertainty.systematic)
     scaled = np.maximum(uncertainty.variance - systematic, 1e-12)
     needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / scaled
@@ -52,9 +45,7 @@ def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
-    """Return pairs (smaller, larger) of rows that are equal in all ``others`` and differ in ``size`` by a ratio in
-    [0.25, 1), ordered by the number of sizes between them.
-    """
+    """Return such pairs of rows that are equal in ``others``, ordered by the number of sizes between them."""
     key = numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)
     order = np.lexsort((size, key))
     key, size = key[order], size[order]

@@ -1,8 +1,4 @@
-"""Calibration of routed experts: one number format of one stack, from measured times of whole layers, or of the two
-grouped products alone.
-
-Use :func:`layers_of` on records, then :func:`calibration.fit.section.fit_section`.
-"""
+"""Calibration of routed experts of one number format and stack, from times of whole layers or of a grouped product."""
 
 from __future__ import annotations
 
@@ -23,14 +19,10 @@ from simulator.operators.experts import ALIGNED, PARTS, Layers
 from simulator.operators.experts import EXPERTS_CONSTANTS as CONSTANTS
 from simulator.operators.residual_grid import ResidualGrid
 
-PRIOR = 1.5
-"""Log standard deviation of the constants around their defaults."""
-ROWS = 4000
-"""Rows that the constants are fitted on; more do not change them."""
-OCTAVES = (1.0, 2.0, 2.0)
-"""Octaves between the nodes of the residual."""
-PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])
-"""Role of a record by index into :data:`simulator.operators.experts.PARTS`."""
+PRIOR = 1.5  # log standard deviation of the constants around their defaults
+ROWS = 4000  # rows that the constants are fitted on; more do not change them
+OCTAVES = (1.0, 2.0, 2.0)  # octaves between the nodes of the residual
+PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])  # role of a record by index into PARTS
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,8 @@ class ExpertsFit(Fit):
     ROUNDS = 4
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the model of each row: hidden size, experts, and experts per token; of products, which are timed for
-        several numbers of devices that share the experts, hidden size and ratio of both numbers."""
+        """Return the model of each row: hidden size, experts, and experts per token; of single products, which are
+        timed for several numbers of devices that share the experts, the ratio of both numbers."""
         c, whole = self.calls, self.calls.whole
         return solver.numbered(c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0))
 
@@ -58,25 +50,13 @@ class ExpertsFit(Fit):
         few = self
         if len(self) > ROWS:
             few = self.take(np.sort(np.random.default_rng(0).choice(len(self), ROWS, replace=False)))
-        return solver.fit_logs(
-            few.log_residual,
-            start,
-            CONSTANTS,
-            few.covariance(PRIOR),
-            fixed=dict.fromkeys(few.absent(), solver.ABSENT),
-            moot={"l2_gain": ("l2_share", "without meaning where L2 gains nothing")},
-            prior=PRIOR,
-            center=start,
-            max_nfev=60,
-            x_scale=0.1,
-        )
-
-    def absent(self) -> list[str]:
-        """Return the constants of kernels or conditions that no row has."""
-        c, whole = self.calls, self.calls.whole
+        c, whole = few.calls, few.calls.whole
         classes = {("align",): c.n % ALIGNED > 0, ("l2_gain", "l2_share"): c.warm, ("product_s",): ~whole}
         classes[("t0_s", "expert_s", "e_io")] = whole
-        return [name for names, rows in classes.items() if not np.any(rows) for name in names]
+        absent = [name for names, rows in classes.items() if not np.any(rows) for name in names]
+        search: dict[str, Any] = {"prior": PRIOR, "center": start, "max_nfev": 60, "x_scale": 0.1}
+        search |= {"fixed": dict.fromkeys(absent, solver.ABSENT), "moot": solver.NO_GAIN}
+        return solver.fit_logs(few.log_residual, start, CONSTANTS, few.covariance(PRIOR), **search)
 
     def blank(self) -> ResidualGrid:
         c = self.calls
@@ -93,7 +73,6 @@ class ExpertsFit(Fit):
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
-    """Return the fit of expert records (an object with columns of these names)."""
     names = ("m", "n", "k", "experts", "active", "skew", "seconds")
     m, n, k, experts, active, skew, seconds = (np.asarray(getattr(records, x), dtype=np.float64) for x in names)
     layers = Layers(machine, m, n, k, experts, active, skew, warm=~np.asarray(records.cold), part=experts_part(records))

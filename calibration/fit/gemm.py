@@ -1,8 +1,6 @@
 """Calibration of GEMMs: constants, residual, section scale of one number format.
 
-Use :func:`products` or :func:`products_of` for measurements, :func:`fit_gemm` to fit them. A ``prior`` is the section
-of a related GPU or of another stack; with it a small sample is enough. :mod:`calibration.fit.local_update` adapts a
-shipped profile to a local stack without a fit.
+A ``prior`` is the section of a related GPU or of another stack; with it a small sample is enough.
 """
 
 from __future__ import annotations
@@ -30,24 +28,16 @@ from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import weight_only_constants
 from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
-ROWS = 6000
-"""Rows that the constants are fitted on; more do not change them."""
+ROWS = 6000  # rows that the constants are fitted on; more do not change them
+# rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used
 PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
-"""Rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used."""
-STARTS = 3
-"""Additional random starts of the search."""
+STARTS = 3  # additional random starts of the search
+# log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another stack
 WEAK, CLOSE = 1.0, 0.15
-"""Log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another
-stack."""
-FEW_FOLDS = 10
-"""Folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits."""
-REFIT_ROWS = 200
-"""Rows up to which the constants are fitted again for each fold: on more they hardly change."""
-TOGETHER_ROWS = REFIT_ROWS
-"""Rows up to which several sets of constants are evaluated at once: more leave the processor's caches."""
+FEW_FOLDS = 10  # folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits
+REFIT_ROWS = 200  # rows up to which the constants are fitted again for each fold: on more they hardly change
 FIT_ROWS, PRIOR_ROWS = 20, 10
-STEP = 0.1
-"""Log time by which more tokens may be faster where a residual comes from another table."""
+STEP = 0.1  # log time by which more tokens may be faster where a residual comes from another table
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,6 @@ class GemmFit(Fit):
     REGULARISATION = ridge.ALONE
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the (n, k) pair of each row."""
         return numbered(self.calls.n, self.calls.k)
 
     def blank(self) -> ResidualGrid:
@@ -71,7 +60,6 @@ class GemmFit(Fit):
 
     @property
     def position(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """log2 of m, n, k."""
         c = self.calls
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
@@ -87,13 +75,8 @@ class GemmFit(Fit):
         return np.asarray(np.log(self.calls.seconds_of(many)) - np.log(self.seconds))
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the constants ``free``.
-
-        The search begins at ``start``, which has all constants, and at :data:`STARTS` random places around it; the fit
-        with the smallest residual is used. L2 is at least as fast as DRAM. A constant on its bound stays there; a
-        constant with a log standard error above 0.5 returns to its start. In formats below 16 bits without a
-        compute-bound row, the main loop's rate is that of the prior. All are named in ``fixed``.
-        """
+        """Return the constants ``free``, by the search with the smallest residual among one from ``start``, which has
+        all constants, and :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self
@@ -111,21 +94,14 @@ class GemmFit(Fit):
             residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(found.names), 1)))
             return gauss_newton(found.slopes, max(residual_sd, 1e-9)), residual_sd
 
+        search: dict[str, Any] = {"prior": prior, "center": start, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
+        search["weak"] = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
+        search["together"] = (
+            few.log_residuals if len(few) <= REFIT_ROWS else None
+        )  # more rows leave the processor's caches
+
         def fit(origin: Mapping[str, float]) -> ConstantsFit:
-            return fit_logs(
-                few.log_residual,
-                origin,
-                ranges,
-                covariance,
-                fixed=unseen,
-                weak=min(0.5, 0.45 * prior) if prior >= WEAK else 0.5,
-                prior=prior,
-                center=start,
-                data_only=True,
-                together=few.log_residuals if len(few) <= TOGETHER_ROWS else None,
-                x_scale=0.1,
-                max_nfev=80,
-            )
+            return fit_logs(few.log_residual, origin, ranges, covariance, fixed=unseen, **search)
 
         def loss(found: ConstantsFit) -> float:
             return float(np.mean(soft_l1(few.log_residual(found.values)) ** 2))
@@ -137,27 +113,29 @@ class GemmFit(Fit):
         others = [{n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)]
         return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
 
+    @property
+    def _before(self) -> ResidualGrid | None:
+        return None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
+
     def _blocks(self) -> list[ResidualBlock]:
         """Return the blank residual: a correction if there is a prior."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
     def target(self, values: Mapping[str, float]) -> FloatArray:
-        """Return the log residual that the grid is fitted to: the prior's residual is subtracted."""
-        target = -self.log_residual(values)
-        before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
+        """Return the log residual that the grid is fitted to, without the prior's residual."""
+        target, before = -self.log_residual(values), self._before
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured of each row, from a fit to the other folds, which on few rows fits the
-        constants again."""
+        """Return log predicted over measured of each row by a fit to the other folds; few rows refit the constants."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
             if len(train) < 10:
                 continue
             if few is None:
-                found = ridge.evaluate(blocks, ridge.solve(blocks, target, train), test)
+                found = ridge.evaluate([b.take(test) for b in blocks], ridge.solve(blocks, target, train))
             else:
                 if len(self) <= REFIT_ROWS:
                     target = self.target(self.take(train).constants().values)
@@ -166,11 +144,8 @@ class GemmFit(Fit):
         return out
 
     def limited(self, grid: ResidualGrid, values: Mapping[str, float]) -> ResidualGrid:
-        """Return a residual of another table without steps that these rows do not show.
-
-        Steps of the other stack's kernels would let more tokens take less time (on the RTX 4090, 128 tokens 0.68 of the
-        time of 64), and let cold weights be read faster than any row here reads them.
-        """
+        """Return a residual of another table without steps that these rows do not show: more tokens that take less time
+        (on the RTX 4090, 128 tokens 0.68 of the time of 64), and cold weights read faster than any row reads them."""
         axes = [start + step * np.arange(n) for start, step, n in zip(grid.start, grid.step, grid.values.shape)]
         m, n, k = (2.0 ** x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
         cold = Products(self.calls.machine, m, n, k, np.full(len(m), np.inf))
@@ -183,13 +158,11 @@ class GemmFit(Fit):
         return replace(grid, values=np.minimum(time, later + STEP) - analytical)
 
     def section(self, provenance: Provenance | None = None) -> FittedPart:
-        """Return the section of the measured shapes."""
         constants = self.constants()
         blocks, target = self._blocks(), self.target(constants.values)
         nodes = ridge.solve(blocks, target)
         grid = replace(blocks[0].grid, values=nodes[0].reshape(blocks[0].grid.values.shape))
-        before = None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
-        if before is not None:  # local data add to the prior's residual
+        if (before := self._before) is not None:  # local data add to the prior's residual
             grid = self.limited(replace(grid, values=grid.values + before.values), constants.values)
         # float32 is precise enough
         arrays = replace(grid, values=grid.values.astype(np.float32)).arrays()
@@ -209,32 +182,17 @@ class GemmFit(Fit):
 
 
 def _weights_s(c: Products) -> FloatArray:
-    """Return bytes of the weights over the datasheet bandwidth, s."""
     return np.asarray(c.n * c.k * c.machine.weight_bytes / c.machine.bandwidth_bytes_per_s)
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """Return the fit of measured GEMMs.
-
-    ``copies`` is the number of rotated weights, ``inf`` for cold weights; the default is that of the published tables:
-    enough to fill L2 once, at most 6.
-
-    Raises
-    ------
-    ValueError
-        For arrays of different lengths, dimensions below 1, or times that are not positive and finite, with their
-        number.
-    """
+    """Return the fit of measured GEMMs; ``copies`` is the number of rotated weights, ``inf`` for cold weights (default:
+    that of the published tables). ValueError for bad sizes or times."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
-    lengths = [len(c) for c in (m, n, k, seconds)]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"m, n, k, seconds: expected equal lengths, got {', '.join(map(str, lengths))}")
-    bad = ~(np.isfinite(seconds) & (seconds > 0))
+    bad = ~((m >= 1) & (n >= 1) & (k >= 1) & np.isfinite(seconds) & (seconds > 0))
     if bad.any():
-        raise ValueError(f"seconds: expected positive finite times, got {int(bad.sum())} of {len(bad)} that are not")
-    small = ~((m >= 1) & (n >= 1) & (k >= 1))
-    if small.any():
-        raise ValueError(f"m, n, k: expected at least 1, got less in {int(small.sum())} of {len(small)} rows")
+        wrong = f"{int(bad.sum())} of {len(bad)} rows with others"
+        raise ValueError(f"m, n, k, seconds: expected sizes from 1 and positive finite times, got {wrong}")
     if copies is None:
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
     copies = np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape))
@@ -242,7 +200,6 @@ def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any
 
 
 def products_of(records: Records, machine: Machine) -> GemmFit:
-    """Return the fit of the GEMMs among records."""
     r = records.select(records.is_operator("gemm"))
     return products(r.m, r.n, r.k, r.seconds, machine, weight_copies(r))
 
@@ -256,10 +213,8 @@ def free_constants(machine: Machine) -> tuple[str, ...]:
     """Return the constants that a dense table can identify on a machine."""
     if machine.packs:
         return ("t0", "e_tc", "e_d", "b_hit", "pack")
-    names = ["t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s"]
-    if not machine.persistent:
-        names.append("b_l2")
-    return tuple(names)
+    names = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
+    return names if machine.persistent else (*names, "b_l2")
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
@@ -284,11 +239,7 @@ def fit_gemm(
     seed: int = 0,
 ) -> FittedPart:
     """Calibrate the GEMM model on measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") and the
-    datasheet facts of ``hw``, whose sections are not used.
-
-    ``prior`` is the section of a related GPU or another stack: its constants centre the search, its residual is the
-    starting point. ValueError for fewer than 20 rows, 10 with a prior.
-    """
+    datasheet facts of ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
@@ -300,13 +251,6 @@ def accuracy(log_ratio: FloatArray, m: FloatArray) -> dict[str, float]:
     if not len(log_ratio):
         return {}
     error = np.expm1(log_ratio)
-    out = accuracy_of(error)
-    ranges: Sequence[tuple[str, NDArray[np.bool_]]] = (
-        ("m_1_16", m <= 16),
-        ("m_17_256", (m > 16) & (m <= 256)),
-        ("m_257_up", m > 256),
-    )
-    for label, rows in ranges:
-        if rows.any():
-            out[f"mape_{label}"] = float(np.abs(error[rows]).mean())
-    return out
+    ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
+    by_range = {f"mape_{name}": float(np.abs(error[rows]).mean()) for name, rows in ranges.items() if rows.any()}
+    return accuracy_of(error) | by_range

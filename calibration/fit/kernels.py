@@ -1,7 +1,6 @@
 """Fit constants of kernels that skip work (2:4, gathered tokens, blocks of keys), with the dense section unchanged.
 
-Use :func:`fit_skipping` on measured rows, :func:`fit_sparse24` on published ratios of 2:4 to dense times: ratios
-within one benchmark are comparable, absolute times of different benchmarks are not.
+Published ratios of 2:4 to dense times are comparable within one benchmark; times of different benchmarks are not.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from simulator.hardware.sections import Fitted, Section
 from simulator.operators import CONSTANTS
 from simulator.uncertainty.operators import gemm_time
 
-ENOUGH_RATIOS = 5
-"""Published ratios that one constant needs."""
+ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
+# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
+# the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate
+# constant.
 KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
-"""Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
-the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate constant."""
 STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
+# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense
+# ones
 LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
-"""Values of ``sparse_step`` and ``sparse_load`` that :func:`fit_sparse24` tries; compressed weights do not arrive
-faster than dense ones."""
-FEW_TOKENS = 64
-"""Tokens up to which the bytes of weights are most of the time, so that a ratio tells ``sparse_load``."""
+FEW_TOKENS = 64  # tokens up to which the bytes of weights are most of the time, so that a ratio tells sparse_load
+# Edge of the blocks of keys. The search uses their cost instead of sparse_block, which may be 0, without a log.
 EDGE = 64.0
-"""Edge of the blocks of keys. The search uses their cost instead of ``sparse_block``, which may be 0, without a log."""
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
@@ -48,11 +46,7 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`KINDS`) and number
-    format; "mape" and "median" of these rows, with the name of the kind, are added to its accuracy.
-
-    A constant on its bound stays there; a constant that the rows do not identify returns to its start. ValueError where
-    no dense kernel was fitted.
-    """
+    format, and their "mape" and "median" in its accuracy. ValueError where no dense kernel was fitted."""
     kind = OPERATORS[int(r.operator[0])]
     operator, (name, constants, _) = SECTIONS[kind], KINDS[kind]
     section = hw.section(operator, dtype)
@@ -90,18 +84,15 @@ def _searched(constants: Mapping[str, float]) -> dict[str, float]:
 
 
 def _known(searched: Mapping[str, float]) -> dict[str, float]:
-    """Return the constants from the values of :func:`_searched`."""
     return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
 
 
 def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
-    """Return the GEMM section of a format with ``sparse_step``, and with ``sparse_load`` where ratios of few tokens are
-    among them, fitted to published ratios; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device (ratios of an
-    unnamed device are excluded).
+    """Return the GEMM section of a format with ``sparse_step``, and with few tokens ``sparse_load``, fitted to
+    published ratios by least absolute log error; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
 
-    Ten rows of an A100 (from 2,048 tokens on) and ten of an H100-class device are known, fitted by least absolute log
-    error (bf16 and fp16 count as one, since they run at one rate). "median_2to4" in its accuracy is the median log
-    error of rows held out one at a time.
+    bf16 and fp16 count as one format, since they run at one rate. "median_2to4" in the accuracy is the median log error
+    of rows held out one at a time.
     """
     section = hw.sections["gemm", dtype]
     dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)

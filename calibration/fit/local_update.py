@@ -1,8 +1,7 @@
 """Local update: adapt a whole profile to this machine and software with measured times of any operators.
 
-Use :func:`update_profile`. The method is the posterior of the error model
-(:class:`simulator.uncertainty.posterior.Posterior`): the profile keeps its constants and stores the log errors of the
-rows with their loadings. A local update replaces an earlier one, whose rows may be of another driver.
+The method is the posterior of the error model (:mod:`simulator.uncertainty.posterior`): the profile keeps its constants
+and stores the log errors of the rows with their loadings. A local update replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS
-from calibration.fit.device_names import shipped_name
+from calibration.fit.base_profile import shipped_name
 from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of
 from calibration.measure.shapes import spread_order
@@ -33,16 +32,12 @@ from simulator.operators.base import OTHER_STACK
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 
-LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
-"""Rows that a local update needs, rows that it should have, rows that it stores at most."""
-
-MOST_FACTOR, MOST_ROW_FACTOR, MOST_TOO_FAST, MOST_SDS, MOST_NAMED = 2.5, 100.0, 0.1, 4.0, 3
-"""Median factor between measured and predicted times, also of a row against the others, that no stack explains; factor
-of a single row that no measurement explains; share of rows faster than physics allows above which all are rejected;
-effect or error, in standard deviations, that is flagged; most rows that notes name."""
-
-REPORTED = 0.2
-"""An effect is reported if its mean or its standard deviation has changed by this share of the prior sd."""
+LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400  # rows that an update needs, that it should have, that it stores at most
+MOST_FACTOR = 2.5  # median factor between measured and predicted times that no stack explains; also of a row to others
+MOST_ROW_FACTOR = 100.0  # factor of a single row that no measurement explains
+MOST_TOO_FAST = 0.1  # share of rows faster than physics allows, above which all are rejected
+MOST_SDS, MOST_NAMED = 4.0, 3  # effect or error, in standard deviations, that is flagged; most rows that notes name
+REPORTED = 0.2  # an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,6 @@ class UpdateErrors:
 
 @dataclass(frozen=True)
 class Updated:
-    """A profile with a local update, the effects of its rows, and notes."""
-
     profile: HardwareProfile
     rows: int
     effects: tuple[Effect, ...]
@@ -85,14 +78,9 @@ class Updated:
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None, date: str = "") -> Updated:
     """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
 
-    Rows without a valid time, throttled, held-out or drift-check rows, and operators that the profile does not predict
-    are excluded and counted. Of more than 400 rows, the farthest apart in size, time and operator are kept. ``dtype``
-    selects one number format, ``date`` (ISO 8601) is the date of the provenance.
-
-    Notes name rows that take 2.5 times the time predicted from the other rows, or more.
-
-    InputError, one line: fewer than 3 usable rows; rows of another GPU; a tenth of them faster than physics allows; an
-    operator whose times differ by a factor of 2.5 or more in the median; a row that takes 100 times the predicted time.
+    Notes count the excluded rows by reason, and name rows whose time is far from that predicted from the other rows.
+    ``dtype`` selects one number format, ``date`` (ISO 8601) is the date of the provenance. InputError for too few rows,
+    and for times that no difference between software stacks explains.
     """
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
@@ -101,76 +89,55 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     excluded: list[str] = []
     rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), excluded)
     _reject_other_device(hw, rows, notes)
-    compared = _compared(base, rows, notes, excluded)
-    rows, of_part, names, log_ratio = compared.rows, compared.part, compared.names, compared.log_ratio
-    unique = len(np.unique(np.column_stack([compared.coordinates, compared.kind, compared.systematic]), axis=0))
+    rows, of_part, names, arrays = _compared(base, rows, notes, excluded)
+    systematic, log_ratio = arrays["systematic"], arrays["log_ratio"]
+    unique = len(np.unique(np.column_stack([arrays["coordinates"], arrays["kind"], systematic]), axis=0))
     kernels = [name for name in names if _section(name)[0] != "runtime"]
-    uncalibrated = [name for name in kernels if base.section(*_section(name)).status == "default"]
-    if uncalibrated:
+    if uncalibrated := [name for name in kernels if base.section(*_section(name)).status == "default"]:
         advice = "the update applies to the defaults; a fit would be more accurate"
         notes.append(f"{', '.join(uncalibrated)}: not calibrated; {advice}")
     if not kernels:
-        notes.append(
-            "only rows of the host: predictions of kernels do not change; to measure kernels, calibrate --quick"
-        )
+        advice = "predictions of kernels do not change; to measure kernels, calibrate --quick"
+        notes.append(f"only rows of the host: {advice}")
     elif unique == 1:
         notes.append("one shape: only the parts of its time change; measure other shapes for the rest")
     elif len(rows) < FEW_ROWS:
-        notes.append(
-            f"only {len(rows)} rows, so intervals stay wide; measure {FEW_ROWS} to {MOST_ROWS} of several operators"
-        )
-    used = np.flatnonzero(compared.systematic.any(axis=0))
-    arrays = {
-        "systematic": compared.systematic[:, used],
-        "correlated": compared.correlated,
-        "independent": compared.independent,
-        "coordinates": compared.coordinates,
-        "kind": compared.kind,
-        "log_ratio": log_ratio,
-    }
+        advice = f"measure {FEW_ROWS} to {MOST_ROWS} of several operators"
+        notes.append(f"only {len(rows)} rows, so intervals stay wide; {advice}")
+    before = np.sqrt((systematic**2).sum(axis=1) + arrays["correlated"] ** 2 + arrays["independent"])
+    used = np.flatnonzero(systematic.any(axis=0))
+    arrays["systematic"] = systematic[:, used]
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
     update = LocalUpdate(provenance_of(rows, date), columns, clipped(MappingProxyType(arrays)))
     # earlier measured shapes would contradict the update
     profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)
     assert posterior is not None
-    before = np.sqrt((compared.systematic**2).sum(axis=1) + compared.correlated**2 + compared.independent)
     fits = [_fit(name, of_part == i, log_ratio, before, posterior) for i, name in enumerate(names)]
     fits += [_fit("all", of_part >= 0, log_ratio, before, posterior)] if len(names) > 1 else []
     changes = effects(posterior)
     notes += _odd_rows(rows, log_ratio, posterior)
     odd = max(changes, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
     if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SDS:
-        notes.append(
-            f"{odd.meaning}: {times:.0f} times the usual difference between stacks; check that the rows are from this "
-            f"GPU"
-        )
+        advice = "check that the rows are from this GPU"
+        notes.append(f"{odd.meaning}: {times:.0f} times the usual difference between stacks; {advice}")
     return Updated(profile, len(rows), changes, tuple(fits), (*notes, *excluded))
 
 
 def _section(part: str) -> tuple[str, str]:
-    """Return the section that predicts a part, by its name."""
     operator, label = part.split()
     return SECTIONS[operator], label.removesuffix("_wo")
 
 
 def _usable(records: Records, left_out: list[str]) -> Records:
-    """Return the rows for the update; excluded rows are counted in ``left_out``."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
-    for excluded, reason in (
-        (~records.timed, UNTIMED),
-        (throttled, "measured under throttling"),
-        (apart, "held out, or drift checks"),
-    ):
-        if count := int(excluded.sum()):
-            left_out.append(f"{count} rows excluded: {reason}")
+    reasons = {UNTIMED: ~records.timed, "measured under throttling": throttled, "held out, or drift checks": apart}
+    left_out += [f"{int(bad.sum())} rows excluded: {reason}" for reason, bad in reasons.items() if bad.any()]
     kept = records.select(records.timed & ~throttled & ~apart)
     if len(kept) < LEAST_ROWS:
-        reasons = f" ({'; '.join(left_out)})" if left_out else ""
-        raise InputError(
-            f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {len(kept)}{reasons}"
-        )
+        why = f"{len(kept)} ({'; '.join(left_out)})" if left_out else f"{len(kept)}"
+        raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}")
     return kept
 
 
@@ -182,37 +149,22 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
         if not records.select(away).is_operator(*HOST_KINDS).all():
             taken = "from a CPU, only rows that time launches apply to a GPU's host"
             raise InputError(f"local update: rows were measured on {cpu}, but the profile is of {hw.title}; {taken}")
-        notes.append(
-            f"the host {cpu} was timed without a GPU, whose driver adds to each launch; intervals are wider; measure "
-            "with the GPU"
-        )
-    for source in records.tidy().sources:
-        if name := shipped_name(source.device):
+        driver = "whose driver adds to each launch; intervals are wider; measure with the GPU"
+        notes.append(f"the host {cpu} was timed without a GPU, {driver}")
+    for device in (source.device for source in records.tidy().sources):
+        if name := shipped_name(device):
             other = load_hardware(name)
             if (other.sm_count, other.bandwidth_bytes_per_s) != (hw.sm_count, hw.bandwidth_bytes_per_s):
                 right = f"use --hardware {name}, or rows from this GPU"
-                raise InputError(
-                    f"local update: rows were measured on {source.device}, but the profile is of {hw.title}; {right}"
-                )
+                what = f"rows were measured on {device}, but the profile is of {hw.title}"
+                raise InputError(f"local update: {what}; {right}")
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """Measured rows next to their prediction."""
-
-    rows: Records
-    part: NDArray[np.intp]  # of each row, index into ``names``
-    names: list[str]
-    log_ratio: FloatArray  # log(measured / predicted)
-    systematic: FloatArray  # (n, c) of all error factors
-    correlated: FloatArray
-    independent: FloatArray
-    coordinates: FloatArray  # (n, 3)
-    kind: NDArray[np.intp]
-
-
-def _compared(base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]) -> _Compared:
-    """Predict the rows, and exclude those that are not predicted or faster than the device can be."""
+def _compared(
+    base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
+) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
+    """Return the rows that are predicted and not faster than the device can be, the part of each row, the names of the
+    parts, and the arrays of a local update: errors of all error factors and log(measured / predicted)."""
     skipped: dict[str, int] = {}
     names: list[str] = []
     index, parts = list[NDArray[np.intp]](), list[NDArray[np.intp]]()
@@ -241,26 +193,23 @@ def _compared(base: HardwareProfile, rows: Records, notes: list[str], left_out: 
     order = np.concatenate(index) if index else np.zeros(0, dtype=np.intp)
     kept = np.flatnonzero(~fast[order])
     if len(kept) < LEAST_ROWS:
-        raise InputError(
-            f"local update: expected at least {LEAST_ROWS} usable rows, got {len(kept)}: {'; '.join(left_out + notes)}"
-        )
+        why = f"{len(kept)}: {'; '.join(left_out + notes)}"
+        raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, got {why}")
     part, log_ratio = np.concatenate(parts), np.concatenate([ratio for ratio, _ in found])
     coordinates = np.concatenate([error.coordinates for _, error in found]).astype(np.float64)
     if len(kept) > MOST_ROWS:
         notes.append(f"of {len(kept)} rows the {MOST_ROWS} that lie farthest apart are kept")
         sizes = coordinates, np.log2(rows.seconds[order]), 16.0 * part
         kept = np.sort(kept[spread_order(np.column_stack(sizes)[kept], MOST_ROWS)])
-    return _Compared(
-        rows=rows.select(order[kept]),
-        part=part[kept],
-        names=names,
-        log_ratio=log_ratio[kept],
-        systematic=np.concatenate([error.wide() for _, error in found])[kept],
-        correlated=np.concatenate([error.correlated for _, error in found]).astype(np.float64)[kept],
-        independent=np.concatenate([error.independent for _, error in found]).astype(np.float64)[kept],
-        coordinates=coordinates[kept],
-        kind=np.concatenate([np.full(len(ratio), error.kind) for ratio, error in found])[kept],
-    )
+    arrays = {
+        "systematic": np.concatenate([error.wide() for _, error in found]),
+        "correlated": np.concatenate([error.correlated for _, error in found]).astype(np.float64),
+        "independent": np.concatenate([error.independent for _, error in found]).astype(np.float64),
+        "coordinates": coordinates,
+        "kind": np.concatenate([np.full(len(ratio), error.kind) for ratio, error in found]),
+        "log_ratio": log_ratio,
+    }
+    return rows.select(order[kept]), part[kept], names, {name: values[kept] for name, values in arrays.items()}
 
 
 def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
@@ -298,7 +247,6 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 def _fit(
     name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior
 ) -> UpdateErrors:
-    """Return the errors of the rows ``at`` before and after the update."""
     y, sd = log_ratio[at], before[at]
     rest, after = posterior.left_out[:, at]
     half_after = after * posterior.coverage_factors[posterior.kind[at]]
@@ -318,11 +266,8 @@ def _fit(
 
 
 def effects(posterior: Posterior) -> tuple[Effect, ...]:
-    """Return the error factors that a posterior shifts or narrows.
-
-    Rows of one operator identify only the sum of the operator's and the machine's factor, which is reported for the
-    operator.
-    """
+    """Return the error factors that a posterior shifts or narrows. Rows of one operator identify only the sum of the
+    operator's and the machine's factor, which is reported for the operator."""
     names = [name for name in ERROR_FACTORS if name != "machine"]
     weight = np.zeros((len(names), len(ERROR_FACTORS)))
     for row, name in zip(weight, names, strict=True):
@@ -335,7 +280,7 @@ def effects(posterior: Posterior) -> tuple[Effect, ...]:
     prior, sd = np.sqrt(every.variance), np.sqrt(variance)
     reported = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
     rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), reported.tolist(), strict=True)
-    return tuple(Effect(name, p, m, s, meaning(name, p, m, s)) for name, p, m, s, kept in rows if kept)
+    return tuple(Effect(name, p, m, s, meaning(name, m, s)) for name, p, m, s, kept in rows if kept)
 
 
 # error factor, or the end of its name -> sentence, and the words for a longer and a shorter time
@@ -354,16 +299,11 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "idle": ("idle SMs of {cause} waves cost {}", "more", "less"),
     "default": ("{operator} is {} than the defaults", "slower", "faster"),
 }
-_OPERATORS = {
-    "gemm": "GEMM",
-    "prefill": "prefill attention",
-    "decode": "decode attention",
-    "mla_decode": "latent decode",
-}
+_ATTENTION = {"prefill": "prefill attention", "decode": "decode attention", "mla_decode": "latent decode"}
+_OPERATORS = {"gemm": "GEMM", **_ATTENTION}
 
 
-def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:
-    """Return a sentence that describes an effect."""
+def meaning(name: str, mean: float, sd: float) -> str:
     operator, _, cause = name.partition(" ")
     first, *size = (cause or name).split()
     text, longer, shorter = _WORDS.get(name) or _WORDS.get(first, ("{operator}: {cause} costs {}", "more", "less"))
@@ -377,7 +317,6 @@ def meaning(name: str, prior_sd: float, mean: float, sd: float) -> str:
 
 
 def as_row(done: Updated) -> dict[str, Any]:
-    """Return the result as plain data."""
     return {
         "rows": done.rows,
         "effects": [vars(effect) for effect in done.effects],

@@ -1,7 +1,5 @@
-"""Predict records with a profile: the time of each row by the cost model of its operator, with its errors.
-
-Use :func:`parts_of` to split records by cost model, :func:`predict` on each part.
-"""
+"""Predict records with a profile: :func:`parts_of` splits records by cost model, :func:`predict` returns the times of a
+part with their errors."""
 
 from __future__ import annotations
 
@@ -35,10 +33,10 @@ from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 
 UNTIMED = "the time is not positive and finite"
 
+# Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
+# from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
+# take as long as the framework. The last two are assumed.
 LAYER_OWN, LAYER_COMMON, LAYER_WITHOUT_GPU = 0.03, 0.10, 0.50
-"""Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
-from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
-take as long as the framework. The last two are assumed."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,15 @@ class RowFormats:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator with their errors, and the sizes for errors by size."""
+    """Times of the rows of an operator with their errors."""
 
     time: OperatorTimes
-    sizes: Mapping[str, Any]
+    sizes: Mapping[str, Any]  # for errors by size
     uncertainty: Uncertainty | None = None  # None: the time is a sum of operators
 
 
 def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> Iterator[tuple[str, str, IndexArray]]:
-    """Yield operator, number format (as :meth:`Records.labels` names it) and rows that the cost models can predict; the
-    other rows are counted in ``skipped`` by reason."""
+    """Yield operator, number format and rows that the cost models can predict; count the others in ``skipped``."""
     timed = records.timed
     if count := int((~timed).sum()):
         skipped[UNTIMED] = count
@@ -86,49 +83,27 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
 
 
 def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
-    """Return the times of the rows of one part under the conditions of their measurement: warm or cold, with the same
-    rotation of weights."""
-    operator = OPERATORS[int(r.operator[0])]
+    """Return the times of the rows of one part as they were measured: warm or cold, with the same rotated weights."""
     formats = RowFormats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
-    return PREDICTED[SECTIONS[operator]](r, hw, formats)
-
-
-def joined(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    """Return the times of several calls, one after the other."""
-    return _each(lambda name: np.concatenate([getattr(t, name) for t in times]))
+    return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, formats)
 
 
 def _each(array: Callable[[str], Any]) -> OperatorTimes:
-    """Return operator times from a function of the name of each array."""
-    return OperatorTimes(
-        seconds=array("seconds"),
-        lower=array("lower"),
-        upper=array("upper"),
-        roofline_s=array("roofline_s"),
-        bottleneck=array("bottleneck"),
-    )
+    return OperatorTimes(*map(array, ("seconds", "lower", "upper", "roofline_s", "bottleneck")))
 
 
 def _summed(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    """Return the sums of operators that run one after the other; their errors are fully correlated, and the bottleneck
-    is that of the longest."""
+    """Return the sums of operators in sequence, with fully correlated errors and the bottleneck of the longest."""
     longest = np.argmax([t.seconds for t in times], axis=0)
     bottleneck = np.choose(longest, [t.bottleneck for t in times])
     return _each(lambda name: bottleneck if name == "bottleneck" else sum(getattr(t, name) for t in times))
 
 
 def _scaled(time: OperatorTimes, factor: Any) -> OperatorTimes:
-    """Return times multiplied by a factor per row."""
     return _each(lambda name: time.bottleneck if name == "bottleneck" else factor * getattr(time, name))
 
 
 def _gemm(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    if r.is_operator("low_rank")[0]:
-        return _pair(r, hw, formats)
-    if r.is_operator("gather_gemm")[0]:
-        return _gathered(r, hw, formats)
-    if r.is_operator("grouped_gemm")[0]:
-        return _grouped(r, hw, formats)
     kernel = Kernel.SPARSE24 if r.is_operator("gemm_2to4")[0] else Kernel.DENSE
     options = Options(formats.dtype, formats.weight, int(kernel), copies=weight_copies(r))
     time, errors = gemm_predicted(r.m, r.n, r.k, hw, options, formats.level)
@@ -136,7 +111,6 @@ def _gemm(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
 
 
 def _pair(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    """Predict the two products of a low-rank pair, k -> rank -> n."""
     options = Options(formats.dtype, formats.weight, copies=weight_copies(r))
     shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
     time = _summed([gemm_predicted(*shape, hw, options, formats.level)[0] for shape in shapes])
@@ -144,8 +118,7 @@ def _pair(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
 
 
 def _gathered(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    """Predict a product of some tokens: one kernel that skips the other tokens, or a dense one between a gather and a
-    scatter."""
+    """Predict a product of some tokens: one kernel, or a dense product between a gather and a scatter."""
     kernel = np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE)
     options = Options(formats.dtype, formats.weight, kernel, copies=weight_copies(r))
     product = gemm_predicted(r.rows, r.n, r.k, hw, options, formats.level)[0]
@@ -154,8 +127,8 @@ def _gathered(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted
 
 
 def _grouped(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    """Predict a product of each token with some groups of features: one kernel that skips the other groups, or, per
-    group, a dense product of its tokens between a gather and a scatter."""
+    """Predict a product of each token with some groups of features: one kernel, or per group a gather, a dense product
+    of its tokens and a scatter."""
     outer = r.role == ROLES.index("up")
     kernel = np.where(r.fused, np.where(outer, Kernel.GROUPS_N, Kernel.GROUPS_K), Kernel.DENSE)
     tokens = np.maximum(np.round(r.m * r.density), 1.0)
@@ -170,8 +143,7 @@ def _grouped(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
 def _copied(
     product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, formats: RowFormats
 ) -> OperatorTimes:
-    """Return a product of some tokens; where the rows are not a single kernel, with the gather before and the scatter
-    after it."""
+    """Return a product of some tokens, plus gather and scatter where the rows are not a single kernel."""
     times: list[OperatorTimes] = [product]
     for role, width in (("gather", k), ("scatter", n)):
         moved = DTYPE_BYTES[r.dtype] * tokens * width
@@ -185,21 +157,10 @@ def _heads(r: Records) -> dict[str, Any]:
 
 
 def _prefill(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    e = attention.prefill(
-        r.batch,
-        r.q_len,
-        r.kv_len,
-        r.heads,
-        r.kv_heads,
-        r.head_dim,
-        hw,
-        value_dim=r.n if r.is_operator(*LATENT)[0] else 0,
-        window=r.window,
-        density=r.density,
-        block=r.block,
-        dtype=formats.dtype,
-        kv_dtype=formats.weight,
-    )
+    shape = r.batch, r.q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim
+    value_dim = r.n if r.is_operator(*LATENT)[0] else 0
+    kind: dict[str, Any] = {"window": r.window, "density": r.density, "block": r.block}
+    e = attention.prefill(*shape, hw, value_dim=value_dim, dtype=formats.dtype, kv_dtype=formats.weight, **kind)
     time, uncertainty = predicted(e, hw, formats.level)
     return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
 
@@ -208,21 +169,10 @@ def _decode(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     latent = bool(r.is_operator(*LATENT)[0])
 
     def call(rows: Records) -> Estimate:
-        return attention.decode(
-            rows.batch,
-            rows.kv_len,
-            rows.heads,
-            rows.kv_heads,
-            rows.head_dim,
-            hw,
-            value_dim=rows.n if latent else 0,
-            latent=latent,
-            window=rows.window,
-            density=rows.density,
-            dtype=formats.dtype,
-            kv_dtype=formats.weight,
-            cold=bool(rows.cold[0]),
-        )
+        shape = rows.batch, rows.kv_len, rows.heads, rows.kv_heads, rows.head_dim
+        kind: dict[str, Any] = {"value_dim": rows.n if latent else 0, "window": rows.window, "density": rows.density}
+        kind |= {"dtype": formats.dtype, "kv_dtype": formats.weight, "latent": latent, "cold": bool(rows.cold[0])}
+        return attention.decode(*shape, hw, **kind)
 
     # the published tables read one cache repeatedly, measurements of this program do not
     time, uncertainty = _by(r, r.cold, hw, formats.level, call)
@@ -236,8 +186,8 @@ def _by(
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
     found = [predicted(call(r.select(rows)), hw, level) for rows in groups]
     order = np.argsort(np.concatenate(groups))
-    whole = joined([time for time, _ in found])
-    return _each(lambda name: getattr(whole, name)[order]), Uncertainty.joined([error for _, error in found], order)
+    times = _each(lambda name: np.concatenate([getattr(time, name) for time, _ in found])[order])
+    return times, Uncertainty.joined([error for _, error in found], order)
 
 
 def _collective(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
@@ -258,20 +208,10 @@ def _elementwise(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predic
 
 def _experts(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     def call(rows: Records) -> Estimate:
-        return experts(
-            rows.m,
-            rows.n,
-            rows.k,
-            rows.experts,
-            rows.active,
-            hw,
-            skew=rows.skew,
-            dtype=formats.dtype,
-            weight_dtype=formats.weight,
-            dealt=True,
-            warm=not rows.cold[0],
-            part=PARTS[int(experts_part(rows)[0])],
-        )
+        shape = rows.m, rows.n, rows.k, rows.experts, rows.active
+        part, warm = PARTS[int(experts_part(rows)[0])], not rows.cold[0]
+        how: dict[str, Any] = {"dtype": formats.dtype, "weight_dtype": formats.weight}
+        return experts(*shape, hw, skew=rows.skew, dealt=True, warm=warm, part=part, **how)
 
     time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, formats.level, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
@@ -287,14 +227,12 @@ class LaunchTime:
 
     @classmethod
     def of(cls, hw: HardwareProfile) -> LaunchTime:
-        """Return the launch time by a profile and its local update."""
         launch_s, log_sd = host_launch(hw)
         posterior = posterior_of(hw)
         return cls(launch_s, log_sd * (COVERAGE_FACTOR if posterior is None else posterior.coverage_factor))
 
     @property
     def layer_s(self) -> float:
-        """Time to launch an eager decoder layer."""
         return LAYER_LAUNCHES * self.launch_s
 
 
@@ -322,38 +260,22 @@ def _layer(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     return Predicted(time, {"kv_len": r.kv_len}, uncertainty)
 
 
-SECTIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "gemm": "gemm",
-        "gemm_2to4": "gemm",
-        "low_rank": "gemm",
-        "gather_gemm": "gemm",
-        "grouped_gemm": "gemm",
-        "attention_prefill": "attention_prefill",
-        "attention_block_sparse": "attention_prefill",
-        "attention_decode": "attention_decode",
-        "mla_prefill": "mla_prefill",
-        "mla_decode": "mla_decode",
-        "elementwise": "elementwise",
-        "copy": "elementwise",
-        "collective": "collective",
-        "experts": "experts",
-        "layer_eager": "runtime",
-    }
-)
-"""Section of a profile that predicts each operator of a record."""
-
-PREDICTED: Mapping[str, Callable[..., Predicted]] = MappingProxyType(
-    {
-        "gemm": _gemm,
-        "attention_prefill": _prefill,
-        "attention_decode": _decode,
-        "mla_prefill": _prefill,
-        "mla_decode": _decode,
-        "elementwise": _elementwise,
-        "collective": _collective,
-        "experts": _experts,
-        "runtime": _layer,
-    }
-)
-"""Section of a profile -> function that reads the columns of its records and predicts their times."""
+# operator of a record -> section of a profile that predicts it, and the function that does
+_MODELS: Mapping[str, tuple[str, Callable[[Records, HardwareProfile, RowFormats], Predicted]]] = {
+    "gemm": ("gemm", _gemm),
+    "gemm_2to4": ("gemm", _gemm),
+    "low_rank": ("gemm", _pair),
+    "gather_gemm": ("gemm", _gathered),
+    "grouped_gemm": ("gemm", _grouped),
+    "attention_prefill": ("attention_prefill", _prefill),
+    "attention_block_sparse": ("attention_prefill", _prefill),
+    "attention_decode": ("attention_decode", _decode),
+    "mla_prefill": ("mla_prefill", _prefill),
+    "mla_decode": ("mla_decode", _decode),
+    "elementwise": ("elementwise", _elementwise),
+    "copy": ("elementwise", _elementwise),
+    "collective": ("collective", _collective),
+    "experts": ("experts", _experts),
+    "layer_eager": ("runtime", _layer),
+}
+SECTIONS: Mapping[str, str] = MappingProxyType({name: section for name, (section, _) in _MODELS.items()})

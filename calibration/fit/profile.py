@@ -1,11 +1,12 @@
 """Fit a calibrated profile to records and a datasheet, one section per operator and number format.
 
-Use :func:`fit_profile`. Operators without rows keep the section of the base profile, if it has one, and are named in
-the notes.
+Fitted values are kept within the ranges of a profile (:func:`within_ranges`), since times of a busy machine can lead a
+fit to values that no device has: every profile that is written can be read again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -17,22 +18,23 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
 from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
 from calibration.fit.attention import OPERATORS as ATTENTION
-from calibration.fit.collective import CollectiveFit
-from calibration.fit.elementwise import ElementwiseFit
 from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
-from calibration.fit.limits import within_ranges
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
+from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
 from simulator.codes import DTYPES, ROLES, labels, role_code
+from simulator.display import few
 from simulator.errors import InputError
+from simulator.hardware.arrays import clipped
 from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Fitted, Provenance, Section
+from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Provenance, Section
+from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
@@ -44,8 +46,6 @@ _BLOCKS = "attention_block_sparse"
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """A calibrated profile, its fitted parts, and notes."""
-
     profile: HardwareProfile
     parts: tuple[FittedPart, ...]
     notes: tuple[str, ...] = ()
@@ -69,7 +69,6 @@ class _Task:
 
     @property
     def inherited(self) -> Section | None:
-        """The prior's calibrated section of this operator."""
         if self.prior is None or self.dtype not in labels(self.prior.rates):
             return None
         section = self.prior.section(self.operator, self.dtype)
@@ -86,14 +85,12 @@ def fit_profile(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
-    """Fit all operators and number formats of the records.
+    """Fit all operators and number formats of the records; InputError, with the reasons, when nothing can be fitted.
 
-    ``base`` has the datasheet facts; its sections without records are kept. Rows marked ``holdout``, ``exact`` or
-    ``anchor`` are excluded from the fit; ``exact`` rows are stored with the GEMM section. ``prior``, a related GPU or
-    another stack, supports a small sample. ``date`` (ISO 8601) is the date of the provenance, by default the newest in
-    the records. ``progress`` is called with (fits done, fits in all). Sections of rows that a device measured are of
-    the stack torch: engines with other kernels have wider intervals. InputError, with the reasons, when nothing can be
-    fitted.
+    ``base`` has the datasheet facts; its sections without records are kept. ``exact`` rows are stored with the GEMM
+    section. ``prior``, a related GPU or another stack, supports a small sample. ``date`` (ISO 8601) is the date of the
+    provenance, by default the newest in the records. ``progress`` is called with (fits done, fits in all). Sections of
+    rows that a device measured are of the stack torch: engines with other kernels have wider intervals.
     """
     records, methods = one_method(records)
     notes: list[str] = [*methods]
@@ -103,11 +100,11 @@ def fit_profile(
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
     tasks = _tasks(base, usable, notes, prior, date, seed)
     if not tasks:
-        raise InputError(
-            f"nothing to fit: {'; '.join(notes + excluded) or 'the records hold no operator that has a fit'}"
-        )
+        why = "; ".join(notes + excluded) or "the records hold no operator that has a fit"
+        raise InputError(f"nothing to fit: {why}")
     sections = dict(base.sections)
-    own_stack = _stack_of(usable)
+    sources = [usable.sources[i] for i in np.unique(usable.source)]
+    own_stack = "torch" if sources and all("torch" in source.stack for source in sources) else ""
     parts: dict[tuple[str, str], FittedPart] = {}
     for done, task in enumerate(tasks):
         key = task.operator, task.dtype
@@ -135,10 +132,48 @@ def fit_profile(
     return ProfileFit(profile, kept, (*notes, *excluded))
 
 
-def _stack_of(records: Records) -> str:
-    """Return "torch" if all rows are of PyTorch's kernels, as a device measures them, else ""."""
-    sources = [records.sources[i] for i in np.unique(records.source)]
-    return "torch" if sources and all("torch" in source.stack for source in sources) else ""
+def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
+    """Return a profile whose fitted sections can be read again, and a note per section that had to change.
+
+    Constants, section scales, errors and arrays are set to the end of their range; a value that is not a number becomes
+    the default of the architecture.
+    """
+    sections, notes = dict(profile.sections), []
+    for (operator, dtype), section in profile.sections.items():
+        sections[operator, dtype], outside = _section_within(operator, section, profile.architecture)
+        if outside:
+            fact = f"{few(outside)} outside the range of any device"
+            advice = "set to its end; measure again on an idle machine"
+            notes.append(f"{operator} {dtype}: {fact}; {advice}".replace(" *", ""))
+    if all(sections[key] is section for key, section in profile.sections.items()):
+        return profile, notes
+    kept = MappingProxyType(sections)
+    return replace(profile, sections=kept, stacks=MappingProxyType({"": kept})), notes
+
+
+def _section_within(operator: str, section: Section, architecture: str) -> tuple[Section, list[str]]:
+    """Return a section within its ranges (the same object if it is), and the constants that were not."""
+    constants, outside = {}, []
+    for name, fitted in section.constants.items():
+        known, kept = CONSTANTS[operator][name], fitted
+        if not math.isfinite(fitted.value):
+            kept = Fitted(known.default(architecture), None, "default")
+        elif not known.low <= fitted.value <= known.high:
+            kept = Fitted(min(max(fitted.value, known.low), known.high), None, "fixed")
+        if kept.std_error is not None and not 0.0 <= kept.std_error <= MOST_STD_ERROR:
+            kept = replace(kept, std_error=None)
+        if not math.isclose(kept.value, fitted.value, rel_tol=1e-9):  # else only rounded to the end of its range
+            outside.append(f"{name} {fitted.value:.3g}")
+        constants[name] = kept
+    low, high = SCALE_RANGE
+    scale = min(max(section.section_scale, low), high) if section.section_scale == section.section_scale else high
+    least, most = ACCURACY_RANGE
+    accuracy = {n: min(max(v, least), most) for n, v in section.accuracy.items() if v == v}
+    arrays = clipped(section.arrays)
+    same = constants == dict(section.constants) and accuracy == dict(section.accuracy)
+    if same and scale == section.section_scale and arrays is section.arrays:
+        return section, outside
+    return replace(section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays), outside
 
 
 def _formats(records: Records) -> NDArray[np.str_]:
@@ -146,36 +181,30 @@ def _formats(records: Records) -> NDArray[np.str_]:
     return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
 
 
-REMEDIES: Mapping[Flag, str] = MappingProxyType(
-    {
-        Flag.NOISY: "measure longer, on an idle machine",
-        Flag.DRIFT: "measure on an idle machine with steady clocks",
-        Flag.CONFLICT: "measure these shapes again",
-        Flag.WAITED: "measure on an idle machine",
-        Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
-    }
-)
-"""Flag -> what to do."""
+REMEDIES: Mapping[Flag, str] = {
+    Flag.NOISY: "measure longer, on an idle machine",
+    Flag.DRIFT: "measure on an idle machine with steady clocks",
+    Flag.CONFLICT: "measure these shapes again",
+    Flag.WAITED: "measure on an idle machine",
+    Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
+}
 
 
 def _usable(records: Records, notes: list[str], left_out: list[str]) -> Records:
-    """Return the rows for the fit: neither throttled nor held out. Their number goes to ``left_out``, that of other
-    flags to ``notes``."""
+    """Return the rows for the fit; the others are counted in ``left_out``, flags of the rows in ``notes``."""
     apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
     throttled = (records.flags & int(Flag.THROTTLED)) != 0
-    timed = np.isfinite(records.seconds) & (records.seconds > 0)
-    for excluded, text in (
-        (apart & ~throttled, "rows excluded on purpose (held out, exact shapes, drift checks)"),
-        (throttled, "rows excluded: measured under throttling"),
-        (~timed, "rows excluded: time is not positive and finite"),
-    ):
-        if excluded.any():
-            left_out.append(f"{int(excluded.sum())} {text}")
-    kept = records.select(~apart & ~throttled & timed)
-    for flag in REMEDIES:
+    reasons = {
+        "excluded on purpose (held out, exact shapes, drift checks)": apart & ~throttled,
+        "excluded: measured under throttling": throttled,
+        "excluded: time is not positive and finite": ~records.timed,
+    }
+    left_out += [f"{int(bad.sum())} rows {reason}" for reason, bad in reasons.items() if bad.any()]
+    kept = records.select(~apart & ~throttled & records.timed)
+    for flag, remedy in REMEDIES.items():
         if count := int(((kept.flags & int(flag)) != 0).sum()):
             many = f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them"
-            notes.append(f"{many}; {REMEDIES[flag]}")
+            notes.append(f"{many}; {remedy}")
     return kept
 
 
@@ -204,37 +233,30 @@ def _tasks(
     for operator, what, mask, names, fewest, run in kinds:
         for dtype in map(str, np.unique(names[mask])):
             rows = records.select(mask & (names == dtype))
+            many = f"{what.format(dtype)}: {len(rows)} rows"
             if dtype not in (*labels(base.rates), "*"):
-                notes.append(f"{what.format(dtype)}: {len(rows)} rows excluded: {base.name} has no {dtype} arithmetic")
+                notes.append(f"{many} excluded: {base.name} has no {dtype} arithmetic")
             elif len(rows) < fewest:
-                notes.append(
-                    f"{what.format(dtype)}: {len(rows)} rows are too few; a fit needs {fewest}; measure longer"
-                )
+                notes.append(f"{many} are too few; a fit needs {fewest}; measure longer")
             else:
                 out.append(_Task(operator, dtype, rows, run, prior, date, seed))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
         if count := int((is_(name) & ~gathered).sum()):
-            notes.append(
-                f"{name}: {count} rows have no separate fit; validation compares them with the sum of their parts"
-            )
+            judged = "validation compares them with the sum of their parts"
+            notes.append(f"{name}: {count} rows have no separate fit; {judged}")
     return out
 
 
 def provenance_of(records: Records, date: str = "") -> Provenance:
-    """Return the provenance of a section fitted on some records."""
 
     def joined(values: Iterable[str]) -> str:
         once = list(dict.fromkeys(v for v in values if v))
         return " and ".join(once[:3]) + (f" and {len(once) - 3} more" if len(once) > 3 else "") or "unknown"
 
     used = [records.sources[i] for i in np.unique(records.source)]
-    licences = (f" [{s.licence}]" if s.licence else "" for s in used)
-    origins = (
-        s.origin + licence if s.origin else f"measured here, run {s.run}"
-        for s, licence in zip(used, licences, strict=True)
-    )
+    origins = [(s, f" [{s.licence}]" if s.licence else "") for s in used]
     return Provenance(
-        source=joined(origins),
+        source=joined(f"{s.origin}{licence}" if s.origin else f"measured here, run {s.run}" for s, licence in origins),
         digest=records.tidy().digest(),
         date=date or max((s.date for s in used), default="") or "unknown",
         software=joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used),
@@ -271,7 +293,7 @@ def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Fit collectives; if the rows have both, to the engine's all-reduce instead of its library's."""
+    """Fit collectives, to the engine's all-reduce instead of its library's if the rows have both."""
     r = task.rows
     if hw.link is None:
         raise ValueError(f"{hw.name} has no link to other devices")
@@ -290,8 +312,8 @@ def _fit_experts(task: _Task, hw: HardwareProfile) -> FittedPart:
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Fit the host time of an eager launch: the median over launches of a decoder layer, which includes its modules and
-    views; without a timed layer, over launches of a kernel too small to take time itself."""
+    """Fit the host time of an eager launch: the median over launches of a decoder layer, with its modules and views;
+    without a timed layer, over launches of a kernel too small to take time itself."""
     constants, r = dict(hw.section("runtime", "*").constants), task.rows
     bare = r.is_operator("launch_eager")
     small = bare & (r.m == 0)  # the others launch a tiny GEMM

@@ -1,8 +1,7 @@
 """Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
 
-Use :func:`fit_grid` for one grid, :func:`gemm_blocks` and :func:`solve` for the residual of GEMMs. Several grids are
-fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on few rows, all at
-once in the dual form of the problem.
+Several grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on
+few rows, all at once in the dual form of the problem.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from simulator.arrays import FloatArray
 from simulator.operators.gemm import EDGE
 from simulator.operators.residual_grid import ResidualGrid
 
+# start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))
-"""Start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves."""
-FEW_ROWS = 1500
-"""Rows up to which the problem is solved by row instead of by node, if there are more nodes."""
+FEW_ROWS = 1500  # rows up to which the problem is solved by row instead of by node, if there are more nodes
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,9 @@ class Regularisation:
     size: float
 
 
-ALONE = Regularisation(0.02, 0.06, 0.01)
-"""Regularisation of the residual of GEMMs."""
-BY_ROWS = Regularisation(0.1, 0.3, 0.1)
-"""Regularisation of a CPU's residual by the number of rows."""
-CORRECTION = Regularisation(0.3, 1.0, 0.1)
-"""Regularisation of a correction to another profile's residual."""
+ALONE = Regularisation(0.02, 0.06, 0.01)  # regularisation of the residual of GEMMs
+BY_ROWS = Regularisation(0.1, 0.3, 0.1)  # regularisation of a CPU's residual by the number of rows
+CORRECTION = Regularisation(0.3, 1.0, 0.1)  # regularisation of a correction to another profile's residual
 
 
 @lru_cache(maxsize=256)
@@ -54,7 +49,6 @@ def _penalty(size: int, first: float, second: float) -> FloatArray:
 
 @lru_cache(maxsize=256)
 def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
-    """Return the eigenvalues and eigenvectors of :func:`_penalty`."""
     values, vectors = np.linalg.eigh(_penalty(size, first, second))
     return np.maximum(values, 0.0), vectors
 
@@ -70,20 +64,16 @@ class ResidualBlock:
 
     @staticmethod
     def of(grid: ResidualGrid, coordinates: Any, regularisation: Regularisation) -> ResidualBlock:
-        """Return the block of rows at coordinates."""
         return ResidualBlock(grid, regularisation, *grid.cells(coordinates))
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
         """Nodes and weights of first and second differences of each coordinate."""
         shape = self.grid.values.shape
-        weights = (
-            np.broadcast_to(w, len(shape)).tolist() for w in (self.regularisation.first, self.regularisation.second)
-        )
-        return list(zip(shape, *weights, strict=True))
+        both = self.regularisation.first, self.regularisation.second
+        return list(zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True))
 
     def take(self, rows: Any) -> ResidualBlock:
-        """Return the block of some rows."""
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
 
     @cached_property
@@ -110,11 +100,9 @@ class ResidualBlock:
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, (rows, nodes), and
-        the scale.
+        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, and the scale.
 
-        The penalty is a sum over coordinates. Its eigenvectors are therefore products of the eigenvectors of each
-        coordinate, and a row is a product of rows.
+        The penalty is a sum over coordinates, so its eigenvectors are products of those of each coordinate.
         """
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
@@ -146,13 +134,11 @@ class ResidualBlock:
         return np.asarray(linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False))
 
     def solved(self, factor: FloatArray, target: FloatArray) -> FloatArray:
-        """Return the node values that solve factored normal equations."""
         values = np.empty(len(target))
         values[self.order] = linalg.cho_solve_banded((factor, True), target[self.order], check_finite=False)
         return values
 
     def nodes(self, coefficients: FloatArray) -> FloatArray:
-        """Return node values from coefficients of the eigenvectors."""
         grid = coefficients.reshape(self.grid.values.shape)
         for axis, along in enumerate(self.along):
             grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
@@ -160,8 +146,7 @@ class ResidualBlock:
 
 
 def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
-    """Return the blank residual of GEMMs at positions log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per
-    measured m."""
+    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
     out = [ResidualBlock.of(grid, position, regularisation)]
@@ -177,8 +162,8 @@ def solve(
 ) -> list[FloatArray]:
     """Return node values of every grid, fitted to a log target of ``rows`` or all.
 
-    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them. The default is 8
-    sweeps over all grids, with weights renewed before the first (from the target), second and fourth.
+    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them; by default 8
+    sweeps over all grids, with weights renewed before the first, second and fourth.
     """
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
@@ -205,8 +190,7 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The ridge problem with one unknown per row instead of one per node: exact, and faster with fewer rows than
-    nodes."""
+    """The ridge problem with one unknown per row instead of per node: exact, and faster with fewer rows than nodes."""
 
     parts: tuple[ResidualBlock, ...]
     common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties
@@ -214,7 +198,6 @@ class FewRows:
 
     @staticmethod
     def of(parts: Sequence[ResidualBlock]) -> FewRows:
-        """Return the problem of some grids."""
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
@@ -230,20 +213,14 @@ class FewRows:
         return np.asarray(dual)
 
     def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
-        """Return node values of every grid."""
         return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
-        """Return the log factors of ``others`` by the fit to ``rows``."""
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 
-def evaluate(
-    parts: Sequence[ResidualBlock], values: Sequence[FloatArray], rows: NDArray[np.intp] | None = None
-) -> FloatArray:
-    """Return the log factors of rows."""
-    taken = parts if rows is None else [b.take(rows) for b in parts]
-    return np.asarray(sum(b.matrix @ v for b, v in zip(taken, values, strict=True)))
+def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> FloatArray:
+    return np.asarray(sum(b.matrix @ v for b, v in zip(parts, values, strict=True)))
 
 
 def fit_grid(

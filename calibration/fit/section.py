@@ -1,7 +1,7 @@
 """Fit a section of a profile: constants, residual, held-out errors and section scale, written once for every operator.
 
 An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model, the search for its constants, and the
-blank grid of its residual. Use :func:`fit_section`.
+blank grid of its residual.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Fit(ABC):
         return len(self.seconds)
 
     def take(self: FitT, rows: NDArray[Any]) -> FitT:
-        """Return rows by mask or index."""
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     @abstractmethod
@@ -60,11 +59,9 @@ class Fit(ABC):
         """Return a residual grid of zeros that covers the rows."""
 
     def usable(self: FitT) -> FitT:
-        """Return the rows that a fit may use."""
         return self
 
     def log_residual(self, values: Mapping[str, float]) -> FloatArray:
-        """Return the log of analytical over measured time."""
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
@@ -73,8 +70,7 @@ class Fit(ABC):
         return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
 
     def covariance(self, prior: float) -> solver.Covariance:
-        """Return the function that computes the covariance of the logs of constants from derivatives; ``prior`` is
-        their prior standard deviation."""
+        """Return the covariance of the logs of constants with a ``prior`` standard deviation, as a function."""
 
         def found(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
@@ -87,11 +83,9 @@ class Fit(ABC):
         return found
 
     def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
-        """Return the arrays that a section stores."""
         return residual.arrays()
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
-        """Return scores from log predicted over measured of held-out rows."""
         return accuracy_of(np.expm1(errors))
 
     def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:
@@ -112,22 +106,15 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
 
 
 def fit_section(fit: Fit, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
-    """Fit the section of one operator; folds, by ``seed``, hold out groups of rows.
-
-    ValueError with fewer usable rows than the operator needs.
-    """
+    """Fit the section of one operator; folds, by ``seed``, hold out groups of rows. ValueError for too few rows."""
     rows = fit.usable()
     if len(rows) < fit.FEWEST:
         few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"
         raise ValueError(f"{fit.calls.operator}: {few}")
     constants = rows.constants()
-    errors = held_out(rows, constants.values, seed)
-    section = Section(
-        constants.fitted(),
-        rows.arrays(rows.residual(constants.values)),
-        rows.scale(errors, constants.values),
-        rows.accuracy(errors, constants.values),
-        provenance,
-        "calibrated",
-    )
+    values = constants.values
+    errors = held_out(rows, values, seed)
+    arrays, scale = rows.arrays(rows.residual(values)), rows.scale(errors, values)
+    accuracy = rows.accuracy(errors, values)
+    section = Section(constants.fitted(), arrays, scale, accuracy, provenance, "calibrated")
     return FittedPart(section, constants, len(rows), errors)

@@ -1,8 +1,4 @@
-"""Solve for constants: robust least squares of log time in the logarithms of constants, with standard errors.
-
-Use :func:`fit_logs` for constants, their errors and the constants that the rows do not identify; :func:`minimise` for a
-single search.
-"""
+"""Solve for constants: robust least squares of log time in the logarithms of constants, with standard errors."""
 
 from __future__ import annotations
 
@@ -18,22 +14,21 @@ from scipy.optimize import least_squares
 from simulator.arrays import FloatArray
 from simulator.hardware.sections import Fitted, Section
 
+# log of predicted over measured time of each row, from all constants by name
 LogResidual = Callable[[Mapping[str, float]], FloatArray]
-"""Log of predicted over measured time of each row, from all constants by name."""
 
+# the same from several sets of constants at once, (sets, rows)
 LogResiduals = Callable[[Sequence[Mapping[str, float]]], FloatArray]
-"""The same from several sets of constants at once, (sets, rows)."""
 
+# covariance of the logs of the free constants at a minimum, and the residual sd that it assumes
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
-"""Covariance of the logs of the free constants at a minimum, and the residual sd that it assumes."""
 
-HUBER = 0.05
-"""Log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %."""
-ON_BOUND = 1e-2
-"""Log distance to an end of its range below which a constant is on its bound."""
+HUBER = 0.05  # log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
+ON_BOUND = 1e-2  # log distance to an end of its range below which a constant is on its bound
+# step of derivatives over the logarithm of a constant, or over 1 if that is larger
 ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)
-"""Step of derivatives over the logarithm of a constant, or over 1 if that is larger."""
 ABSENT = "no rows of its class"
+NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}  # for ``moot``: see fit_logs
 
 
 def numbered(*columns: FloatArray) -> NDArray[np.intp]:
@@ -42,7 +37,7 @@ def numbered(*columns: FloatArray) -> NDArray[np.intp]:
 
 
 def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-    """Yield rows to fit and rows to predict of each fold, a part of the groups."""
+    """Yield the rows to fit and the rows to predict of each fold, a part of the groups."""
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -61,7 +56,6 @@ class ConstantsFit:
     residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
-        """Return the constants of a section of a profile."""
         kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
         status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
         return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
@@ -69,8 +63,6 @@ class ConstantsFit:
 
 @dataclass(frozen=True)
 class FittedPart:
-    """A fitted section of a profile, with facts for its report."""
-
     section: Section
     constants: ConstantsFit
     rows: int  # in the fit
@@ -82,7 +74,6 @@ class FittedPart:
 
     @property
     def fixed(self) -> Mapping[str, str]:
-        """Constants that were not fitted, and why."""
         return self.constants.fixed
 
     @property
@@ -105,7 +96,6 @@ class Minimum:
 
     @property
     def values(self) -> dict[str, float]:
-        """The free constants."""
         return dict(zip(self.names, np.exp(self.x).tolist(), strict=True))
 
     @property
@@ -130,11 +120,10 @@ def minimise(
 ) -> Minimum:
     """Search over the constants ``names`` with the soft-L1 loss; the other constants keep the values of ``start``.
 
-    ``ranges`` has ``low`` and ``high`` of each constant. ``prior`` is the log standard deviation of a prior around
-    ``center`` (the start by default), one residual per constant; with ``data_only`` the soft-L1 loss applies to the
-    data only. ``step`` is the step of derivatives, in logs, for residuals in single precision. ``together`` returns the
-    residuals of several sets of constants, where that is faster than one by one. ``search`` has further options of
-    :func:`scipy.optimize.least_squares`.
+    ``prior`` is the log standard deviation of a prior around ``center`` (the start by default), one residual per
+    constant; with ``data_only`` the soft-L1 loss applies to the data only. ``step`` is the step of derivatives, in
+    logs, for residuals in single precision. ``together`` returns the residuals of several sets of constants at once.
+    ``search`` has further options of :func:`scipy.optimize.least_squares`.
     """
     names = tuple(names)
     low = np.log([ranges[n].low or 1e-9 for n in names])
@@ -182,13 +171,11 @@ def fit_logs(
     moot: Mapping[str, tuple[str, str]] | None = None,
     **search: Any,
 ) -> ConstantsFit:
-    """Repeat the search until no free constant is on its bound and the data identify every free constant.
+    """Repeat the search (:func:`minimise`) until no free constant is on its bound and the data identify every constant.
 
-    ``log_residual``, ``start`` and ``search`` are as in :func:`minimise`. ``ranges`` names all constants, ``fixed`` the
-    constants that are not free, and why. ``covariance`` returns the covariance of the logs of the free constants at a
-    minimum, given all values. A constant with a log standard error above ``weak`` returns to ``center`` (the start by
-    default); a constant on its bound stays there. ``moot`` maps a constant to another constant, which is fixed when the
-    first is on its lower bound, and why.
+    ``fixed`` are the constants that are not free, and why. A constant with a log standard error above ``weak`` returns
+    to ``center``; a constant on its bound stays there. ``moot`` maps a constant to another constant, which is fixed
+    when the first is on its lower bound, and why.
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
@@ -218,21 +205,17 @@ def fit_logs(
 
 
 def soft_l1(log_residual: FloatArray) -> FloatArray:
-    """Return residuals whose square is the soft-L1 loss."""
     z = (log_residual / HUBER) ** 2
     return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 
 
 def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
     """Return the derivatives of residuals by the logarithms of constants, (rows, names), by central differences."""
-    sides = [
-        (
-            log_residual({**values, name: values[name] * np.exp(step)}),
-            log_residual({**values, name: values[name] * np.exp(-step)}),
-        )
-        for name in names
-    ]
-    return np.stack([(up - down) / (2.0 * step) for up, down in sides], axis=1)
+
+    def moved(name: str, by: float) -> FloatArray:
+        return log_residual({**values, name: values[name] * np.exp(by)})
+
+    return np.stack([(moved(name, step) - moved(name, -step)) / (2.0 * step) for name in names], axis=1)
 
 
 def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:
@@ -241,8 +224,7 @@ def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:
 
 
 def sandwich(log_residual: FloatArray, slopes: FloatArray) -> FloatArray:
-    """Return the covariance of logs by the sandwich formula of a robust fit, from raw residuals and their
-    derivatives."""
+    """Return the covariance of logs by the sandwich formula of a robust fit."""
     z = (log_residual / HUBER) ** 2
     psi = log_residual / np.sqrt(1.0 + z)
     bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)

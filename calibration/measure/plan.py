@@ -1,10 +1,8 @@
 """Choose the operators to measure in a given time.
 
-Use :func:`base_plan` for a new device. It spreads GEMM shapes over (m, n, k) on a logarithmic scale, mixes sizes of
-language models with odd sizes, adds attention, elementwise operators, copies and launches, and shuffles them. Use
-:func:`in_order` to measure given operators in their order; :func:`next_rows` finds the best order. Both return a
-:class:`MeasurementPlan`: items with estimated costs. Groups (n, k) are held out here, before the measurement, so no fit
-sees them.
+:func:`base_plan` spreads GEMM shapes over (m, n, k) on a logarithmic scale, mixes sizes of language models with odd
+sizes, adds attention, elementwise operators, copies and launches, and shuffles them. Groups (n, k) are held out here,
+before the measurement, so no fit sees them. :func:`in_order` measures given operators.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
 HOLDOUT_SHARE = 0.2  # held-out share of the (n, k) groups of a base plan, and of the items without such a group
 DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
+# Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds.
 SHARES: Mapping[str, float] = {
     "gemm": 0.56,
     "gemm_2to4": 0.06,
@@ -37,9 +36,8 @@ SHARES: Mapping[str, float] = {
     "pruned": 0.04,
     "runtime": 0.02,
 }
-"""Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds."""
+# part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short
 SPARE = 0.5
-"""Part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,13 @@ class Rates:
                 raise ValueError(f"rates {name}: expected a number above zero, got {value}")
 
     def launch_s(self, op: Operator) -> float:
-        """Estimate the time of one launch, s."""
         return self.floor_s * op.launches + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
 
-        ``noise`` determines how many samples reach the protocol's precision: the median of n samples has an interval of
-        about 1.25 * 1.96 * noise / sqrt(n) to either side. ``compiled`` are the :func:`compilation` of earlier
-        operators.
+        ``compiled`` are the :func:`compilation` of earlier operators. The median of n samples has an interval of about
+        1.25 * 1.96 * noise / sqrt(n) to either side.
         """
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
@@ -80,9 +76,7 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return for what flex attention is compiled: number format, width and numbers of heads, block; None for operators
-    without flex attention. One kernel serves all lengths.
-    """
+    """Return for what flex attention is compiled, if the operator needs it. One kernel serves all lengths."""
     if op.kind != "attention_block_sparse":
         return None
     return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
@@ -90,8 +84,6 @@ def compilation(op: Operator) -> tuple[Any, ...] | None:
 
 @dataclass(frozen=True)
 class Item:
-    """One operator to measure, its purpose and its expected cost."""
-
     operator: Operator
     purpose: str = FIT
     cost_s: float = 0.0
@@ -119,7 +111,6 @@ class MeasurementPlan:
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
-        """Count the items by kind of operator and purpose: ``{"gemm fit": 40, ...}``."""
         return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
 
 
@@ -140,11 +131,9 @@ class _Budget:
         return op.key not in self.taken and not self.refuses(op)
 
     def cost_s(self, op: Operator) -> float:
-        """Estimate the time of an operator with its part of the drift checks, s."""
         return (1.0 + 1.0 / DRIFT_CHECK_EVERY) * self.rates.cost_s(op, self.protocol, self.compiled)
 
     def take(self, op: Operator, cost_s: float) -> None:
-        """Add an operator to the plan."""
         self.taken[op.key] = Item(op, FIT, cost_s)
         self.compiled.add(compilation(op))
 
@@ -184,11 +173,8 @@ def base_plan(
 ) -> MeasurementPlan:
     """Plan measurements of an unknown device; ``refuses`` is the device's method, ``shares`` are shares of the budget.
 
-    Each kind of operator with a share is in the plan, even if one operator takes longer than the share. The order
-    begins with one operator of each kind, so a run that ends early has a time of each.
-
-    ``kernels_apart``: measure enough attention calls of one head width for a fit before the next width. InputError: the
-    budget is not a positive number or is too short for one GEMM.
+    The order begins with one operator of each kind, so a run that ends early has a time of each. ``kernels_apart``:
+    measure enough attention calls of one head width for a fit before the next width.
     """
     protocol = protocol or Protocol()
     check_budget(budget_s)
@@ -247,10 +233,7 @@ def in_order(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> MeasurementPlan:
-    """Plan exactly these operators in their order; GEMMs become measured shapes of the profile.
-
-    The measurement counts and reports operators that the device does not support.
-    """
+    """Plan exactly these operators in their order; GEMMs become measured shapes of the profile."""
     if not operators:
         raise InputError("in_order: expected at least one operator, got none")
     protocol = protocol or Protocol()
@@ -264,8 +247,7 @@ def in_order(
 
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
-    """Return which of n rows to measure: first the one that reduces the variance of the targets most, then the one that
-    does so after it, and so on, ``count`` of them.
+    """Return which ``count`` of n rows to measure: each reduces the variance of the targets most, after those before.
 
     ``rows`` are the errors of the rows, of kinds of operators ``kind`` (n,); ``targets`` (t, n) is the covariance of
     each target with each row, as by ``PassUncertainty.covariance``.

@@ -8,13 +8,12 @@ from calibration.devices.protocol import Description, Device, Operator, OutOfMem
 from calibration.measure.plan import Rates, check_budget
 from calibration.measure.timing import Protocol, measure
 
+# time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU
 FLEX_COMPILE_S = 15.0
-"""Time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU."""
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
-    """Return the protocol for a device and a budget; a short budget gives each shape less time, to measure enough
-    shapes for a fit."""
+    """Return the protocol for a device; a short budget gives each shape less time, to measure enough for a fit."""
     check_budget(budget_s)
     limit = min(2.0, max(0.25, budget_s / 400.0))
     return Protocol(time_limit_s=limit / default_visits(description))
@@ -72,12 +71,5 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     # the median, because the first preparation in a number format also fills memory with random data
     setup = max(1e-3, 1.5 * statistics.median(setups))
     memory_bytes = device.describe().memory_bytes or float("inf")
-    return Rates(
-        flop_per_s=flop_per_s,
-        bytes_per_s=bytes_per_s,
-        floor_s=floor,
-        setup_s=setup,
-        memory_bytes=memory_bytes,
-        noise=statistics.median(noises),
-        compile_s=FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0,
-    )
+    compile_s = FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0
+    return Rates(flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises), compile_s)

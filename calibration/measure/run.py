@@ -1,10 +1,9 @@
 """Run a measurement plan on a device, with one record per operator.
 
-:func:`run` takes a plan, a device and a function that keeps a record. It handles every failure: a shape that does not
-fit in memory is skipped, an invalid time is refused, and a measurement is repeated if the device throttles or other
-processes use the CPU; each case is counted. A lost device, a failed graph capture or an interrupt ends the run with a
-reason, and all earlier records are kept. The operator that lost the device is recorded as failed, one whose capture
-failed as unsupported. With the records of an earlier run, :func:`run` resumes it; that operator is not tried again.
+A shape that does not fit in memory is skipped, an invalid time is refused, and a measurement is repeated if the device
+throttles or other processes use the CPU; each case is counted. A lost device, a failed graph capture or an interrupt
+ends the run with a reason, and all earlier records are kept. The operator that lost the device is recorded as failed,
+one whose capture failed as unsupported; a resumed run does not try it again.
 
 A record is a JSON-ready mapping:
 
@@ -31,14 +30,16 @@ A record is a JSON-ready mapping:
 from __future__ import annotations
 
 import math
+import signal
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 from calibration.devices.protocol import CaptureFailed, Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
-from calibration.measure.interrupt import Interrupt, Interrupted
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
 from calibration.measure.probe import default_protocol
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
@@ -51,6 +52,50 @@ _FAILURES_IN_A_ROW = 5
 CAPTURE_FAILED = "capture failed"
 
 Append = Callable[[Mapping[str, Any]], Any]
+
+
+class Interrupted(Exception):
+    """The user requested an end; raised between two samples, never inside a write."""
+
+
+class Interrupt:
+    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual.
+
+    Only the main thread receives signals; in other threads only :meth:`set` sets the flag.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: Any = None
+
+    def set(self, *_: Any) -> None:
+        self.requested = True
+
+    def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
+        """Wrap a function so that it raises :class:`Interrupted` after an end was requested."""
+
+        def watched(loops: int) -> float:
+            if self.requested:
+                raise Interrupted
+            return sample(loops)
+
+        return watched
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            signal.signal(signal.SIGINT, self._old)
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
 
 
 @dataclass
@@ -74,18 +119,14 @@ class Counts:
 
     @property
     def timed(self) -> int:
-        """Number of operators with a time."""
         return self.ok + self.noisy + self.throttled
 
     def add(self, status: str, number: int = 1) -> None:
-        """Add ``number`` to the count of a status."""
         setattr(self, status, getattr(self, status) + number)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a run."""
-
     counts: Counts
     elapsed_s: float  # on the device's clock
     stopped: str  # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
@@ -211,7 +252,6 @@ class _Run:
         return status
 
     def check_drift(self, op: Operator) -> None:
-        """Measure the drift check and compare it with the first one of the run."""
         record = self.record(Item(op, DRIFT_CHECK), self.protocol)
         if self.lost is not None:
             raise self.lost
@@ -243,11 +283,10 @@ def run(
 ) -> Outcome:
     """Measure the items of a plan, by default with :func:`default_protocol` and the plan's budget.
 
-    ``append`` stores one record before it returns (``Store.append``); its exceptions end the run. ``previous`` are
-    records of earlier runs in the same store: their operators are not measured again, and their first drift check stays
-    the reference. An item is omitted if it is not expected to end within ``budget_s``; estimates of cost adapt to the
-    measured cost. ``progress`` is called after every visit with the seconds that have passed and the expected total.
-    ``interrupt`` is for callers that stop a run from another thread.
+    ``append`` stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the
+    same store: their operators are not measured again, and their first drift check stays the reference. An item is
+    omitted if it is not expected to end within ``budget_s``. ``progress`` is called after every visit with the seconds
+    that have passed and the expected total. ``interrupt`` is for callers that stop a run from another thread.
     """
     budget = check_budget(plan.budget_s if budget_s is None else budget_s)
     earlier = list(previous)
@@ -336,13 +375,11 @@ def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, flo
 
 
 def _interval(record: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the median and the interval of a record."""
     upper = record["upper_s"]
     return float(record["median_s"]), float(record["lower_s"]), math.inf if upper is None else float(upper)
 
 
 def _timing_fields(timing: Timing, before: Snapshot, after: Snapshot, method: str) -> dict[str, Any]:
-    """Return the fields of a record that come from its timing."""
     return {
         **vars(timing),
         "samples_s": list(timing.samples_s),

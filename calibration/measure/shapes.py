@@ -1,14 +1,11 @@
-"""Candidates for a measurement plan, best first.
-
-The sizes are those of language models and odd sizes between them, spread over logarithmic space. Each stream yields
-operators without end; ``plan`` takes operators until a share of the budget is used. The tables below list the values of
-m, n, k, heads, lengths and batches.
-"""
+"""Candidates for a measurement plan, best first: sizes of language models and odd sizes between them, spread over
+logarithmic space. ``plan`` takes operators of each stream until a share of the budget is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +54,8 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 
 
 def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
-    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned; each group gets one m from each stratum.
-
-    After all groups, the next round takes other values of m, until nothing that fits is left.
-    """
+    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned; each group gets one m from each stratum, in
+    rounds until nothing that fits is left."""
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
@@ -90,30 +85,14 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
 
 
 def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
-    """Return every stream except plain GEMMs by the name of its share.
-
-    ``kernels_apart``: attention calls of one head width come after those of another.
-    """
+    """Return every stream except plain GEMMs by the name of its share."""
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (
-        Operator(
-            "attention_prefill",
-            dtype,
-            batch=b,
-            q_len=s,
-            kv_len=s,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=width,
-            cold=False,
-        )
-        for b, s, heads, kv_heads, width in _calls(BATCHES[:4], rng, kernels_apart)
+        Operator("attention_prefill", dtype, q_len=call["kv_len"], cold=False, **call)
+        for call in _calls(BATCHES[:4], rng, kernels_apart)
     )
-    decode = (
-        Operator("attention_decode", dtype, batch=b, q_len=1, kv_len=s, heads=heads, kv_heads=kv_heads, head_dim=width)
-        for b, s, heads, kv_heads, width in _calls(BATCHES, rng, kernels_apart)
-    )
+    decode = (Operator("attention_decode", dtype, q_len=1, **call) for call in _calls(BATCHES, rng, kernels_apart))
     spots = [
         _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
         for role in ELEMENTWISE
@@ -128,42 +107,36 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
     return streams | {"attention_decode": decode, "elementwise": elementwise, "pruned": _pruned(dtype, rng)}
 
 
-def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[tuple[int, ...]]:
-    """Return batch, length, heads, kv_heads and head_dim of attention calls.
-
-    ``apart``: head widths take turns, the narrowest first, with enough calls for a fit of their kernel in each turn.
-    """
+def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
+    """Return shapes of attention calls; ``apart``: head widths take turns, the narrowest first, with enough calls for a
+    fit of their kernel in each turn."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
     turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
-    return [call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]]
+    calls = (call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS])
+    return [dict(zip(("batch", "kv_len", "heads", "kv_heads", "head_dim"), call, strict=True)) for call in calls]
 
 
 def _runtime(dtype: str) -> list[Operator]:
     """Return operators for host and launch time, and copies of 256 KiB to 1 GiB."""
     kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
     launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
-    return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches] + [
-        Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)
-    ]
+    copies = [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
+    return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches, *copies]
 
 
 def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
-    """Return eager decoder layers with caches of these lengths."""
     return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
 
 
 def host_operators(dtype: str) -> list[Operator]:
-    """Return the operators that measure the host time."""
     return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn.
-
-    They check predictions that are sums of plain kernels.
-    """
+    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn, which check predictions that
+    are sums of plain kernels."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):
@@ -177,16 +150,13 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
         elif turn // 3 < len(lengths):
             s, h = lengths[turn // 3]
-            yield Operator(
-                "attention_block_sparse",
-                dtype,
-                batch=1,
-                q_len=s,
-                kv_len=s,
-                heads=h,
-                kv_heads=h // 4,
-                head_dim=64,
-                block=(64, 16, 128)[turn // 3 % 3],
-                density=density,
-                cold=False,
-            )
+            shape: dict[str, Any] = {
+                "batch": 1,
+                "q_len": s,
+                "kv_len": s,
+                "heads": h,
+                "kv_heads": h // 4,
+                "head_dim": 64,
+            }
+            block = (64, 16, 128)[turn // 3 % 3]
+            yield Operator("attention_block_sparse", dtype, block=block, density=density, cold=False, **shape)

@@ -1,12 +1,8 @@
 """Timing as pure functions of number series: warm-up, loop count, interval of the median, stopping rule.
 
-Use :func:`measure` for anything with ``sample(loops) -> seconds per launch``. This module does not know devices: the
-clock is an argument, so a replayed device is timed by the same code in simulated time.
-
 The interval of the median is distribution-free. For n independent samples, the order statistics x(l), x(n+1-l) enclose
 the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H. A. David, H. N. Nagaraja, "Order
-Statistics", 3rd edition, section 7.1). Samples are never trimmed: an outlier is real behaviour of the machine, and the
-median is robust.
+Statistics", 3rd edition, section 7.1). Samples are never trimmed: an outlier is real behaviour of the machine.
 """
 
 from __future__ import annotations
@@ -91,10 +87,8 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
 
 
 def _noise(values: NDArray[np.float64]) -> float:
-    """Return the standard deviation of a series about its trend, from the differences of neighbours.
-
-    A trend must not count as noise: a drifting series would seem noisy, and therefore steady.
-    """
+    """Return the standard deviation of a series about its trend, which must not count as noise: a drifting series would
+    seem noisy, and therefore steady."""
     return float(np.std(np.diff(values))) / math.sqrt(2.0)
 
 
@@ -146,11 +140,8 @@ def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 2
 
 
 def next_look(count: int) -> int:
-    """Return the sample count at which the stopping rule is applied next, a quarter larger.
-
-    Every check may stop at an interval that is narrow by chance. Checks after every sample would lower the coverage
-    below its level.
-    """
+    """Return the sample count at which the stopping rule is applied next. Every check may stop at an interval that is
+    narrow by chance, so checks after every sample would lower the coverage."""
     return max(count + 1, math.ceil(1.25 * count))
 
 
@@ -158,9 +149,7 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
     """Time a launch: warm up, find the loop count, sample until the median is precise or the time is up.
 
     ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
-    first steady stretch begins the samples; the values before it are the warm-up. The warm-up may take half of the time
-    limit. A series that is not steady by then is measured too and marked noisy. InvalidTiming: a sample is not finite
-    or not above zero.
+    first steady stretch begins the samples; a series that is not steady in half of the time limit is marked noisy.
     """
     p = protocol or Protocol()
     start = clock()

@@ -1,10 +1,5 @@
-"""Shipped measured tables: GEMM, attention and other times of several GPUs, each with its provenance, for fits and
-validation without a network.
-
-:func:`list_measurements` lists them (``device/operator/stack``), :func:`load_measurements` reads one,
-:func:`provenance` returns its origin. ``build.py`` makes the files from a published Apache-2.0 package; NOTICE names
-its authors. :func:`published` reads published measurements of whole models, one row per value.
-"""
+"""Shipped measured tables (``device/operator/stack``), each with its provenance, and published measurements of whole
+models. ``build.py`` makes the files from a published Apache-2.0 package; NOTICE names its authors."""
 
 from __future__ import annotations
 
@@ -17,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from calibration.records.parquet import read_records
-from calibration.records.timing_table import Records
+from calibration.records.timing_table import Records, read_records
 from simulator.errors import InputError, unknown
 
 FOLDER = Path(__file__).resolve().parent
 INDEX = "PROVENANCE.yaml"
 
+# files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
+# collectives
 PUBLISHED: Mapping[str, str] = {
     "dense": "published_dense.csv",
     "speedups": "published_speedups.csv",
@@ -32,17 +28,13 @@ PUBLISHED: Mapping[str, str] = {
     "paper": "published_paper.csv",
     "serving": "serving.csv",
 }
-"""Files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
-collectives."""
 
 
 def file_name(name: str) -> str:
-    """Return the file of a table: ``h100_sxm.gemm.trtllm.parquet``."""
     return name.replace("/", ".") + ".parquet"
 
 
 def list_measurements() -> tuple[str, ...]:
-    """Return the names of the tables, as ``device/operator/stack``."""
     return tuple(_index())
 
 
@@ -55,11 +47,8 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats.
-
-    GEMMs have ``copies`` rotated weights; times are from CUDA-graph replays, in seconds. InputError: unknown table or
-    format, or the file does not match its provenance.
-    """
+    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats;
+    InputError if the file does not match its provenance."""
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
     try:
@@ -73,13 +62,11 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
 
 
 def _index() -> dict[str, dict[str, Any]]:
-    """Return the provenance of every table."""
     return _parsed((FOLDER / INDEX).read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # parsing takes as long as reading several tables
 def _parsed(text: str) -> dict[str, dict[str, Any]]:
-    """Return the tables of an index; parsing takes as long as reading several of them."""
     index: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["tables"]
     return index
 
@@ -89,12 +76,10 @@ def published(name: str) -> list[dict[str, str]]:
 
     Values are SI unless the row has a ``unit``. ``assumed`` lists facts that the source does not state, ``reason`` the
     likely reason of a large error, ``left_out`` why a row cannot be predicted (empty: it can). Parameters of an engine
-    are fitted on rows with ``split`` "fit" and evaluated on rows with "judge"; no source is in both. In "dense",
-    ``phase`` is prefill, decode, generate (a prefill of ``seq`` tokens, then ``new_tokens``) or serve (``batch``
-    requests in flight). ``metric`` is time_s (of a prefill or a step), tokens_per_s (new tokens of all sequences over
-    the total time, or over a decode step) or all_tokens_per_s (prompt and new tokens). In "speedups", ``own_code``
-    marks a pruned model that ran other modelling code than the dense model; it prunes the layers ``first_layer`` to
-    ``last_layer``.
+    are fitted on rows with ``split`` "fit" and evaluated on rows with "judge"; no source is in both. ``metric`` is
+    time_s (of a prefill or a step), tokens_per_s (new tokens of all sequences over the total time, or over a decode
+    step) or all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned model that ran other modelling code
+    than the dense model; it prunes the layers ``first_layer`` to ``last_layer``.
     """
     if name not in PUBLISHED:
         raise unknown("published table", name, PUBLISHED)

@@ -1,13 +1,10 @@
 """The measured kernels of alibaba/InferSim on an H20, and the selected rows (:data:`TABLES`).
 
-:func:`read_table` reads one CSV file of the folder in which the repository's ``bench_data/*/h20`` were joined; times
-are in microseconds. Its benchmark scripts (``kernel_benchmark``) show how each was measured, and so which rows are the
-time of a kernel (:class:`TimingMethod`). SGLang runs these kernels (stack ``sglang``), except in decode attention: the
-table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
-FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
-
-Gated delta nets have no table: their files hold nine different rows (``tests/operators/test_delta_net.py``). Rows of
-experts are single products, without activation and permutation (:mod:`calibration.records.readers`).
+The CSV files are those of the repository's ``bench_data/*/h20``; its benchmark scripts (``kernel_benchmark``) show how
+each was measured, and so which rows are the time of a kernel. SGLang runs these kernels (stack ``sglang``), except in
+decode attention: the table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on
+Hopper is FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
+Gated delta nets have no table: their files hold nine different rows (``tests/cost/test_delta_net.py``).
 """
 
 from __future__ import annotations
@@ -30,21 +27,17 @@ from simulator.files.read import read_bounded
 
 REPOSITORY = "alibaba/InferSim@f2293da"
 URL = "https://github.com/alibaba/InferSim"
-COPYRIGHT = (
-    "Copyright (c) Alimama AI Infra Team and Future Living Lab, Alibaba Group, as the repository's README names them"
-)
+_OWNERS = "Alimama AI Infra Team and Future Living Lab, Alibaba Group"
+COPYRIGHT = f"Copyright (c) {_OWNERS}, as the repository's README names them"
 DEVICE = "NVIDIA H20"
 
+# a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are its time
 CALL_S = 40e-6
-"""A call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are its time."""
-STALL = 1.15
-"""A row with this many times the time of a row of more work was disturbed: 2 of 375."""
+STALL = 1.15  # a row with this many times the time of a row of more work was disturbed: 2 of 375
 
 
 @dataclass(frozen=True)
 class TimingMethod:
-    """How the rows of a file were measured."""
-
     files: tuple[str, ...]
     kernel: str
     library: str
@@ -92,20 +85,20 @@ def _tables() -> dict[str, SelectedTable]:
 
 TABLES: Mapping[str, SelectedTable] = _tables()
 # fmt: on
+# every table that profiles are fitted on, by device/operator/stack
 SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
-"""Every table that profiles are fitted on, by ``device/operator/stack``."""
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
-    """Return the rows of a table of :data:`TABLES`, with times in single precision; excluded and refused rows by
-    reason."""
+    """Return the rows of a table, with times in single precision; excluded and refused rows by reason."""
     operator = name.split("/")[1]
     about = _METHODS[operator]
     contents = [read_bounded(folder / file) for file in about.files]
     parts = [csv.read_csv(content, file) for content, file in zip(contents, about.files, strict=True)]
-    columns, screen = (
-        read_grouped(_numbers(parts, GROUPED_SHAPE)) if operator == "experts" else _columns(operator, parts[0])
-    )
+    if operator == "experts":
+        columns, screen = read_grouped(_numbers(parts, GROUPED_SHAPE))
+    else:
+        columns, screen = _columns(operator, parts[0])
     source = Source(
         device=DEVICE,
         stack={about.library: "of unknown version"},
@@ -115,7 +108,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
         digest=hashlib.sha256(b"".join(contents)).hexdigest(),
         licence="Apache-2.0",
     )
-    found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"), dtype="all")
+    found = finish(Draft(columns, (source,), screen), label=about.files[0], hw=datasheet("h20"))
     r, left = exclude(found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0})
     r = r.select(np.lexsort([getattr(r, n) for n in ("m", "kv_len", "q_len", "batch", "k", "n", *_HEADS, *_EXPERTS)]))
     r = r.select(np.argsort(r.labels().astype(str), kind="stable")).tidy()
@@ -123,7 +116,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
 
 
 def _numbers(tables: Sequence[csv.CsvTable], names: Iterable[str]) -> dict[str, Array]:
-    """Return columns of numbers of some tables, one after the other; NaN where a cell is empty."""
+    """Return columns of numbers of some tables; NaN where a cell is empty."""
     return {name: np.array([float(cell or "nan") for t in tables for cell in t.column(name)]) for name in names}
 
 
@@ -155,10 +148,8 @@ def _columns(operator: str, cells: csv.CsvTable) -> tuple[dict[str, Array], Scre
 
 
 def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return masks of decode rows: of the host's time of a call instead of a kernel's, and of disturbed ones.
-
-    A layout of heads is one run. Runs whose shortest time is above half of :data:`CALL_S` timed calls.
-    """
+    """Return masks of decode rows with the host's time of a call instead of a kernel's, and of disturbed rows. A layout
+    of heads is one run; runs whose shortest time is above half of :data:`CALL_S` timed calls."""
     calls, stalled = (np.zeros(len(columns["seconds"]), dtype=np.bool_) for _ in range(2))
     layouts = np.stack([columns[name] for name in _HEADS], axis=1)
     for layout in np.unique(layouts, axis=0):

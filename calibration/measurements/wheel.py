@@ -3,10 +3,8 @@
     pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \\
         aiconfigurator-core==0.12.0
 
-:func:`open_wheel` checks the wheel; :func:`read_choice` reads a table with the rounding of the shipped tables, so fits
-to both are equal. The selection is the newest reliable collection of each device and stack; for attention, the
-engine's default kernel for models with 64, 128 or 256 features per head; for all-reduces, those in a CUDA graph.
-Excluded rows are counted by reason.
+The selection is the newest reliable collection of each device and stack; for attention, the engine's default kernel for
+models with 64, 128 or 256 features per head; for all-reduces, those in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ class SelectedTable:
 
     @property
     def member(self) -> str:
-        """File in the wheel."""
         return f"aiconfigurator_core/systems/data/{self.path}_perf.parquet"
 
 
@@ -147,7 +144,6 @@ _EXPERTS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def _choices() -> dict[str, SelectedTable]:
-    """Return all tables, by ``device/operator/stack``."""
     out = {}
     for system, stack, version, prefill, decode, comm, kernel in _STACKS:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
@@ -162,10 +158,8 @@ def _choices() -> dict[str, SelectedTable]:
                 out[f"{device}/attention_{operator}/{stack}"] = SelectedTable(hardware, stack, inside, (), path, ships)
         inside = f"{system}/comm/{stack}/{comm}/custom_allreduce"
         out[f"{device}/collective/{stack}"] = SelectedTable(hardware, stack, inside, ("bf16",), kernel, ships)
-        inside = f"{system}/comm/nccl/{_NCCL.get(system, '2.29.2')}/nccl"
-        out[f"{device}/collective/nccl"] = SelectedTable(
-            hardware, "nccl", inside, ("fp16", "int8"), "", ("fp16", "int8")
-        )
+        inside, both = f"{system}/comm/nccl/{_NCCL.get(system, '2.29.2')}/nccl", ("fp16", "int8")
+        out[f"{device}/collective/nccl"] = SelectedTable(hardware, "nccl", inside, both, ships=both)
     for system, stack, version, taken, kernels in _EXPERTS:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
         name = f"{device}/experts/{stack}"
@@ -177,11 +171,10 @@ def _choices() -> dict[str, SelectedTable]:
         device, hardware = system.removesuffix("_server"), _SYSTEMS.get(system, system)
         for operator, file in zip(LATENT, ("context", "generation"), strict=True):
             inside = f"{system}/mla/{stack}/{version}/{file}_mla"
-            both, own = stack == "trtllm" or device == "b200_sxm", ("bf16", "fp8_wo")
-            choice = SelectedTable(
-                hardware, stack, inside, own if both else own[:1], ships=own if device[0] == "a" else ()
-            )
-            out |= {f"{device}/{operator}/{stack}": choice} if both or operator == "mla_decode" else {}
+            own = ("bf16", "fp8_wo") if stack == "trtllm" or device == "b200_sxm" else ("bf16",)
+            if len(own) == 2 or operator == "mla_decode":
+                shipped = own if device[0] == "a" else ()
+                out[f"{device}/{operator}/{stack}"] = SelectedTable(hardware, stack, inside, own, ships=shipped)
     return out
 
 
@@ -189,7 +182,7 @@ CHOICES: Mapping[str, SelectedTable] = _choices()
 
 
 def datasheet(name: str) -> HardwareProfile:
-    """Return the facts of a shipped profile; fitted sections are not read, since they may hold outdated constants."""
+    """Return the facts of a shipped profile without its fitted sections, which may hold outdated constants."""
     path = profiles_folder() / f"{name}.yaml"
     problems = Problems(str(path))
     profile = profile_from_text(path.read_text(encoding="utf-8"), path, problems, lambda *_: {})
@@ -210,11 +203,10 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
 
 
 def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Records, dict[str, int], Refusals]:
-    """Return a table's rows, sorted for compression, with times in single precision; excluded and refused rows by
-    reason."""
+    """Return a table's rows, sorted, with times in single precision; excluded and refused rows by reason."""
     hw = datasheet(choice.hardware)
     content = archive.read(choice.member)
-    result = import_table(choice.member, content=content, hw=hw, dtype="all")
+    result = import_table(choice.member, content=content, hw=hw)
     records, left = choose(result.records, choice)
     attention = ("heads", "kv_heads", "head_dim", "window")
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *attention, "role", "experts", "active", "skew")
@@ -224,20 +216,17 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
 
 
 def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
-    """Return the rows of a choice, and the number of excluded rows by reason."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
     labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
     widths = ", ".join(map(str, HEAD_DIMS))
-    return exclude(
-        records,
-        {
-            f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split()) & bool(choice.kernel),
-            f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
-            f"features per head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
-            f"over {STALL:g} times the time of a call of more work": stalled(records),
-            "timed twice, over 10 % apart": records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0),
-        },
-    )
+    reasons = {
+        f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split()) & bool(choice.kernel),
+        f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
+        f"features per head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
+        f"over {STALL:g} times the time of a call of more work": stalled(records),
+        "timed twice, over 10 % apart": records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0),
+    }
+    return exclude(records, reasons)
 
 
 def stalled(records: Records) -> Array:
@@ -254,14 +243,9 @@ def stalled(records: Records) -> Array:
 
 def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     """Return the shipped rows of a table, and the number of rows that stay in the wheel, by reason."""
-    labels = records.labels().astype(str)
-    return exclude(
-        records,
-        {
-            f"in the wheel only: number format other than {', '.join(choice.ships)}": ~np.isin(labels, choice.ships),
-            "in the wheel only: sliding window": records.window > 0,
-        },
-    )
+    other = ~np.isin(records.labels().astype(str), choice.ships)
+    reasons = {f"number format other than {', '.join(choice.ships)}": other, "sliding window": records.window > 0}
+    return exclude(records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()})
 
 
 def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:

@@ -1,5 +1,4 @@
-"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.operators.measured_shapes`), with an
-interval of each time."""
+"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.operators.measured_shapes`)."""
 
 from __future__ import annotations
 
@@ -35,10 +34,8 @@ def repeatability(records: Records) -> float:
 
 
 def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact",)) -> dict[str, Array]:
-    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section.
-
-    A shape measured several times gets the median and an interval that contains its times.
-    """
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section: of a shape
+    measured several times the median, and an interval that contains its times."""
     r, code = records, DTYPES.index(dtype)
     cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
     wanted = np.isin(r.purpose, [PURPOSES.index(p) for p in purposes])
@@ -72,7 +69,6 @@ def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
 
 
 def without_exact(profile: HardwareProfile) -> HardwareProfile:
-    """Return the profile without measured shapes: the cost model alone."""
     sections = dict(profile.sections)
     for key, section in sections.items():
         if "exact_m" in section.arrays:

@@ -1,8 +1,4 @@
-"""Import published tables as records; refuse invalid rows and count them by reason.
-
-:func:`import_table` reads the Parquet tables of aiconfigurator-core, CSV files with the columns ``gpu, dtype, op, ...,
-latency_us, source, note`` or with columns that ``column_map`` names, and tables and stores of this program.
-"""
+"""Import published tables as records; refuse invalid rows and count them by reason."""
 
 from __future__ import annotations
 
@@ -13,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.records.parquet import is_records, read_records
 from calibration.records.readers import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
 from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
 from calibration.records.store import MARK, content_records, parse, untimed
-from calibration.records.timing_table import COUNTS, NEEDED, Records
+from calibration.records.timing_table import COUNTS, NEEDED, Records, is_records, read_records
 from simulator.arrays import Array
 from simulator.errors import InputError
 from simulator.files import csv
@@ -31,8 +26,6 @@ FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 
 @dataclass(frozen=True)
 class ImportResult:
-    """Result of an import: usable rows, refused rows by reason, and notes."""
-
     records: Records
     refusals: Refusals = field(default_factory=Refusals)
     notes: tuple[str, ...] = ()
@@ -43,16 +36,17 @@ def import_table(
     *,
     content: bytes | None = None,
     hw: HardwareProfile | None = None,
-    dtype: str | None = None,
+    dtype: str = "all",
     column_map: Mapping[str, str] | None = None,
     device: str = "",
     screened: bool = True,
 ) -> ImportResult:
-    """Read a published table: a ``.parquet``, ``.csv`` or ``.jsonl`` file, or ``content`` out of an archive.
+    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program; ``content`` is
+    that of a file in an archive.
 
-    Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. ``dtype`` is the number format to keep
-    or ``all``, required if there are several. For a CSV, ``column_map`` maps names here to names in the file
-    (``{"m": "M", "latency_us": "time"}``), and ``device`` is the measured device. InputError without a usable row.
+    Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. ``dtype`` is the number format to
+    keep. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and
+    ``device`` is the measured device. InputError without a usable row.
     """
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
@@ -85,7 +79,7 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
 
 
 def finish(
-    draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str | None, screened: bool = True
+    draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str = "all", screened: bool = True
 ) -> ImportResult:
     """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
@@ -99,12 +93,7 @@ def finish(
         several = records.is_operator("gemm") & (records.copies > 1)
         records = records.replace(copies=np.where(several, copies, records.copies))
     notes = list(draft.notes)
-    labels = records.labels()
-    present = {str(name): int((labels == name).sum()) for name in np.unique(labels)}
-    if dtype is None and len(present) > 1:
-        counts = ", ".join(f"{name} {count}" for name, count in present.items())
-        raise InputError(f"{label}: mixes number formats ({counts} rows); choose one with dtype, or 'all'")
-    for other in present if dtype not in (None, "all") else ():
+    for other in np.unique(records.labels()).tolist() if dtype != "all" else ():
         if other != dtype:
             screen.refuse_kept(records.labels() == other, f"dtype {other}, not {dtype}")
             records = records.select(records.labels() != other)
@@ -130,8 +119,8 @@ def finish(
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
     if len(records) < FEW_ROWS:
-        few = f"too few for a fit; {FEW_ROWS} or more recommended to re-anchor a profile"
-        notes.append(f"only {len(records)} usable rows: {few}")
+        advice = f"{FEW_ROWS} or more recommended to re-anchor a profile"
+        notes.append(f"only {len(records)} usable rows: too few for a fit; {advice}")
     return ImportResult(records.tidy(), screen.refusals(), tuple(notes))
 
 

@@ -36,7 +36,6 @@ class Draft:
 
 
 def draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
-    """Return a draft of a table that this program wrote, to check it again."""
     columns = {name: getattr(records, name) for name in records.SCHEMA}
     columns["operator"] = np.array(OPERATORS, dtype=object)[records.operator]
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
@@ -68,11 +67,9 @@ _AIC_MLA = ("batch_size", "isl", "num_heads", "mla_dtype", "kv_cache_dtype", "st
 # features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
 _AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
 # fmt: on
-# device, framework and version of decode times above the memory's bandwidth, its bytes/s and L2 bytes (datasheet)
-_AIC_ABOVE_PEAK = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
-_AIC_PEAK_BYTES_PER_S, _AIC_L2_BYTES = 2.039e12, 40 * 2**20
-# of the same collection, formats whose times are those of TensorRT's profiler of layers, and the time that it adds: the
-# smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+# device, framework and version of a collection, its formats whose times are those of TensorRT's profiler of layers, and
+# the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+_AIC_PROFILED_BY = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
 _AIC_PROFILED, _AIC_PROFILER_S = ("int8_wo", "int4_wo"), 4.7e-6
 # the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py: outside_loop_count)
 _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
@@ -81,10 +78,9 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
     """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
 
-    A context row has ``isl`` new positions over ``step`` cached ones, a generation row one over ``step``. MLA's tables
-    give only the heads. SGLang's collector passes keys of one head to its MLA kernels; except on the B200 it times the
-    path of a decode, which prompts do not take. A collective's ``message_size`` counts elements per device: before an
-    all-reduce, reduce-scatter or all-to-all; after an all-gather.
+    A context row has ``isl`` new positions over ``step`` cached ones, a generation row one over ``step``. SGLang's
+    collector passes keys of one head to its MLA kernels. A collective's ``message_size`` counts elements per device:
+    before an all-reduce, reduce-scatter or all-to-all; after an all-gather.
     """
     _need(table, _AIC_SHARED, path)
     operator = _texts(table["op_name"])
@@ -144,10 +140,8 @@ def read_aiconfigurator(table: RawColumns, path: Path, digest: str) -> Draft:
     framework = np.where(kernel == "NCCL", "NCCL", _texts(table["framework"]))
     keys = np.stack([_texts(table["device"]), framework, _texts(table["version"]), kernel], axis=1)
 
-    if kind == "attention_decode":
-        _refuse_above_peak(screen, columns, (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1))
     if gemm:
-        profiled = (keys[:, :3] == _AIC_ABOVE_PEAK).all(axis=1) & np.isin(_texts(formats[0]), _AIC_PROFILED)
+        profiled = (keys[:, :3] == _AIC_PROFILED_BY).all(axis=1) & np.isin(_texts(formats[0]), _AIC_PROFILED)
         columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
         _without_conversion(screen, columns)
     if "beam_width" in table:
@@ -173,11 +167,8 @@ MANY = 0.3  # share of slow times above which a whole configuration counts as an
 
 
 def _experts(table: Mapping[str, Array], kernel: Array, screen: Screen) -> dict[str, Array]:
-    """Return columns of experts, timed together on one device with the movement of tokens, without the router.
-
-    Tokens are distributed uniformly or by a power law. ``moe_tp_size`` divides the width of every expert. Rows of
-    several devices (``moe_ep_size``) and unreliable rows are refused.
-    """
+    """Return columns of experts, timed together on one device with the movement of tokens, without the router;
+    ``moe_tp_size`` divides the width of every expert, ``moe_ep_size`` their number."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
     law = np.asarray(table["distribution"]).astype(str)
@@ -189,9 +180,8 @@ def _experts(table: Mapping[str, Array], kernel: Array, screen: Screen) -> dict[
     plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
     columns = {"m": m, "n": inner / np.maximum(tensor, 1.0), "k": k, "experts": experts, "active": active, "skew": skew}
-    kinds = [
-        np.unique(np.asarray(c).astype(str), return_inverse=True)[1].reshape(-1) for c in (table["moe_dtype"], kernel)
-    ]
+    texts = table["moe_dtype"], kernel
+    kinds = [np.unique(np.asarray(c).astype(str), return_inverse=True)[1].reshape(-1) for c in texts]
     shape = np.stack([k, experts, active, *kinds], axis=1)
     rows = np.flatnonzero(screen.kept & (columns["n"] % 16 == 0))
     times = np.asarray(table["latency"], dtype=np.float64)
@@ -202,11 +192,8 @@ def _experts(table: Mapping[str, Array], kernel: Array, screen: Screen) -> dict[
 
 
 def too_slow(shape: Array, m: Array, n: Array, skew: Array, seconds: Array) -> Array:
-    """Return a mask of implausibly slow rows, with all rows of a configuration that has many slow rows.
-
-    Rows of one ``shape`` and m differ in the width n and in the distribution of tokens. A wider expert takes at least
-    as long; a narrower one at least its share of that time, or half, since its weights may fit in L2.
-    """
+    """Return a mask of implausibly slow rows, with all rows of a configuration that has many slow rows: a wider expert
+    takes at least as long; a narrower one at least its share of that time, or half, since its weights may fit in L2."""
     if not len(m):
         return np.zeros(0, dtype=np.bool_)
     group = np.unique(np.column_stack([shape, m]), axis=0, return_inverse=True)[1].reshape(-1)
@@ -237,8 +224,8 @@ MOST = 0.65  # share of a row's time above which the conversion leaves too littl
 def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
     """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
 
-    Without conversion, a narrow product moves and computes a ``share`` of what the product in 16 bits does, after the
-    same launch. The additional time of few tokens at large k is the main loop of one tile, not the conversion.
+    Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
+    The additional time of few tokens at large k is the main loop of one tile, not the conversion.
     """
     out = np.full(len(seconds), np.nan)
     sizes = np.stack([m, n, k], axis=1).astype(np.float64)
@@ -268,16 +255,11 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
 
 def _keys(columns: FloatArray) -> Array:
     """Return a sortable key per row of whole numbers below 2^21."""
-    key = np.zeros(len(columns), dtype=np.int64)
-    for column in columns.T:
-        key = key * 2**21 + column.astype(np.int64)
-    return key
+    return np.asarray(columns.astype(np.int64) @ (2**21) ** np.arange(columns.shape[1])[::-1])
 
 
 def _medians(values: FloatArray, group: Array, count: int) -> FloatArray:
-    """Return the median of each group, NaN for empty ones."""
-    found = ndimage.labeled_comprehension(values, group, np.arange(count), np.median, np.float64, np.nan)
-    return np.asarray(found)
+    return np.asarray(ndimage.labeled_comprehension(values, group, np.arange(count), np.median, np.float64, np.nan))
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
@@ -307,15 +289,6 @@ def _mapped(text: Array, names: Mapping[str, str]) -> Array:
     return np.array([names.get(str(v), "bf16") for v in values], dtype=object)[inverse.reshape(-1)]
 
 
-def _refuse_above_peak(screen: Screen, columns: RawColumns, known: Array) -> None:
-    """Refuse decode rows of a known collection whose cache exceeds L2 and is read faster than the memory allows."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        cache = 2 * 2 * columns["batch"] * columns["kv_heads"] * columns["kv_len"] * columns["head_dim"]
-        fast = cache / columns["seconds"] > _AIC_PEAK_BYTES_PER_S
-    reason = f"decode faster than the memory's {_AIC_PEAK_BYTES_PER_S / 1e12:g} TB/s, known of this collection"
-    screen.refuse(known & (cache > _AIC_L2_BYTES) & fast, reason)
-
-
 MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table
 
 # model of the element-wise rows: hidden size, width of the MLP, width of k and v
@@ -331,31 +304,28 @@ _ELEMENTWISE: Mapping[str, tuple[str, float, float]] = {  # op -> role, features
 _KERNELS: Mapping[str, tuple[str, str]] = {  # op -> operator, role
     "qkv_proj": ("gemm", "qkv"), "down_proj": ("gemm", "down"), "lm_head": ("gemm", "lm_head"),
     "attn_prefill_causal": ("attention_prefill", ""), "attn_decode": ("attention_decode", ""),
+    **{op: ("elementwise", role) for op, (role, *_) in _ELEMENTWISE.items()},
 }
+_UNREAD = {"attn_prefill_noncausal": "attention without a causal mask is not modelled"}
 # fmt: on
 
 
 def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
-    """Read a table of measured GEMMs, attention and element-wise operators, each row with a source.
-
-    Rows of operators that are not one kernel here are refused by name. ``group`` (of one experiment) becomes the run.
-    """
-    _need(table, MEASURED, path)
-    op = table["op"]
+    """Read a table of measured GEMMs, attention and element-wise operators of the RTX 4090, each row with a source."""
+    op = table["op"].astype(str)
     size = len(op)
     screen = Screen(size)
-    blank = np.full(size, "", dtype=object)
     columns: dict[str, Array] = {"seconds": _number(table["latency_us"]) * 1e-6}
     columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
     columns.setdefault("m", np.full(size, np.nan))
     operator, role = np.full(size, "gemm", dtype=object), np.full(size, -1.0)
     reads, writes = np.zeros(size), np.zeros(size)
-    for name in np.unique(op.astype(str)).tolist():
+    for name in np.unique(op).tolist():
         rows = op == name
-        kind, of_role = _kernel_of(name)
-        if not kind:
-            screen.refuse(rows, f"{name}: {of_role}")
+        if name not in _KERNELS:
+            screen.refuse(rows, f"{name}: {_UNREAD.get(name, 'unknown operator')}")
             continue
+        kind, of_role = _KERNELS[name]
         operator[rows] = kind
         if of_role:
             role[rows] = ROLES.index(of_role)
@@ -366,35 +336,11 @@ def read_measured(table: RawColumns, path: Path, digest: str) -> Draft:
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
     # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
     columns["cold"] = kernel_time & np.isin(operator, ("gemm", "attention_decode"))
-    # the first number format a text names (``fp16/bf16 (presumed)`` -> ``fp16``)
-    named = np.array([str(v).replace("/", " ").split(" ")[0] for v in table["dtype"]], dtype=object)
-    columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", named, DTYPES, "bf16")
-    vague = int((table["dtype"] != columns["dtype"]).sum())
-    note = f"{vague} rows name several number formats; the first one is used"
-    if "group" in table:  # its batch is 1 or the number of chained products
-        columns.pop("batch", None)
-    group, kernel = (table["group"], op) if "group" in table else (blank, blank)  # else op does not name the kernel
-    keys = np.stack([table["gpu"], table["source"], table["note"], group, kernel], axis=1).astype(str)
+    columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
+    keys = np.stack([table[name] for name in ("gpu", "source", "note")], axis=1).astype(str)
     kinds, columns["source"] = _unique_rows(keys)
-    sources = tuple(Source(device=g, kernel=k, method=n, origin=s, digest=digest, run=r) for g, s, n, r, k in kinds)
-    return Draft(columns, sources, screen, notes=(note,) if vague else ())
-
-
-def _kernel_of(op: str) -> tuple[str, str]:
-    """Return operator and role of a row's ``op``; without an operator, "" and the reason to refuse it."""
-    if op in _ELEMENTWISE:
-        return "elementwise", _ELEMENTWISE[op][0]
-    if op in _KERNELS:
-        return _KERNELS[op]
-    if op == "attn_prefill_noncausal":
-        return "", "attention without a causal mask is not modelled"
-    if op.startswith("ffn_"):
-        return "", "two chained GEMMs with other kernels between them, not one GEMM"
-    if op.startswith("dense"):
-        return "gemm", ""
-    if op.startswith("sparse24"):
-        return "gemm_2to4", ""
-    return "", "unknown operator"
+    sources = tuple(Source(device=g, method=n, origin=s, digest=digest) for g, s, n in kinds)
+    return Draft(columns, sources, screen)
 
 
 _NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
@@ -454,12 +400,11 @@ def read_csv(table: RawColumns, path: Path, digest: str, column_map: Mapping[str
 
 
 def _texts(column: Array) -> Array:
-    """Return a column as texts of one line."""
     return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
 
 
 def _number(column: Array) -> Array:
-    """Return a column as float64; other values become NaN, and their rows are refused later."""
+    """Return a column as float64, NaN for other values."""
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
     return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
@@ -481,7 +426,6 @@ def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], othe
 
 
 def _need(table: RawColumns, names: Sequence[str], path: Path) -> None:
-    """Raise InputError if a file lacks some of these columns."""
     if missing := [name for name in names if name not in table]:
         raise InputError(f"{path}: column {', '.join(missing)} missing; the file has {', '.join(table)}")
 
@@ -505,8 +449,7 @@ def read_grouped(table: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
     """Read InferSim's products of gate and up, then of down, of a layer's experts, timed alone by DeepGEMM.
 
     Its scripts (``kernel_benchmark/deepgemm_grouped_gemm_*.py`` of alibaba/InferSim) draw the tokens of each expert
-    from 0.7 to 1.3 times their mean, for each product anew. Times are those of a profiler, without launches, with L2
-    overwritten before each. The number of tokens is inferred from their number per expert. Few experts are refused.
+    from 0.7 to 1.3 times their mean. Times are those of a profiler, without launches, with L2 overwritten before each.
     """
     every, experts, top, k, n, tokens, up, down = (np.asarray(table[name], dtype=np.float64) for name in GROUPED_SHAPE)
     once = {"m": np.rint(tokens * every / top), "n": n, "k": k, "experts": experts, "active": top * experts / every}

@@ -44,8 +44,7 @@ class Refusals(Mapping[str, int]):
         """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
         out = []
         for reason, rows in self.rows.items():
-            some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
-            plural = "s" * (len(rows) > 1)
+            some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
             out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
         return out
 
@@ -65,7 +64,6 @@ class Screen:
             self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
-        """Refuse the rows of a mask over the kept rows."""
         full = np.zeros_like(self.kept)
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)
@@ -80,10 +78,8 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
-
-    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
-    """
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row: attention counts the
+    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -134,11 +130,8 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
-
-    L2 holds at most its size of the touched bytes; ``c`` rotated weights share it, ``L2/c`` each. The other bytes come
-    at the memory's datasheet bandwidth, and all bytes pass the L2. Bytes of a collective come at the link's bandwidth.
-    """
+    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2, which
+    ``c`` rotated weights share. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2."""
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -183,8 +176,8 @@ _WORDS = {"graph": "graph replays", "eager": "single launches"}
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method differs from most rows of their operator and format, with notes.
 
-    The method is how launches were timed and the protocol for CUDA: they differ by 8 to 12 % for short kernels. Tables
-    of others are not changed.
+    The method is how launches were timed and the protocol for CUDA: they differ by 8 to 12 % for short kernels.
+    Imported tables are not changed.
     """
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
     protocols = [s.stack.get("protocol", OLDEST) if s.run and "cuda" in s.stack else "" for s in r.sources]

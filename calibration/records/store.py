@@ -1,9 +1,7 @@
 """Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
-The measuring process opens a :class:`Store`; :func:`read_store` reads its file at any time, :func:`content_records`
-converts it to a table. The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An
-incomplete last line is dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error,
-because a kill alone does not cause it.
+The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
+dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error: no kill causes it.
 """
 
 from __future__ import annotations
@@ -83,7 +81,6 @@ class Header:
             raise InputError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the first line of a store."""
         head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
         return {**head, "stack": dict(self.stack), "extra": dict(self.extra)}
 
@@ -111,7 +108,6 @@ class Header:
             raise InputError(f"{label}:1: {error}") from None
 
     def refuse_other(self, other: Header, label: str) -> None:
-        """Raise InputError unless both headers have the same device, software and number format."""
         pairs = {"device": (self.device, other.device), "dtype": (self.dtype, other.dtype)}
         for name in [*self.stack, *other.stack]:
             pairs[name] = (self.stack.get(name, "none"), other.stack.get(name, "none"))
@@ -120,15 +116,12 @@ class Header:
                 raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
 
     def source(self, run: str = "") -> Source:
-        """Return the source of the records of a run (default: the header's)."""
         method = str(self.extra.get("method", ""))
         return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
 
 
 @dataclass(frozen=True)
 class Content:
-    """Content of a store's file."""
-
     header: Header
     rows: tuple[dict[str, Any], ...]  # records in the order of writing, without checksums
     dropped: int = 0  # 1 if the last line was incomplete and was dropped
@@ -190,23 +183,20 @@ def read_store(path: str | Path) -> Content:
 
 class Store:
     """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
-    holds records of another device, software or number format.
-    """
+    holds records of another device, software or number format."""
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
-        self._fd = open_locked(self.path)
+        self._fd = _open_locked(self.path)
         try:
             size = os.fstat(self._fd).st_size
             found = parse(os.pread(self._fd, size, 0), str(self.path))
             self._end = found.end if found else 0
             if found is None:
                 self._put(encode_line(header.as_dict()))
-                folder = os.open(self.path.parent, os.O_RDONLY)  # its fsync writes the name of a new file
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                folder = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(folder)  # writes the name of a new file
+                os.close(folder)
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
@@ -223,10 +213,8 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk (``fsync``).
-
-        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
-        """
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
+        earlier records stay valid, and the store can be used again."""
         operator, mine = record.get("operator"), self.header.dtype
         if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
             theirs = operator.get("dtype", mine)  # copies and launches have none
@@ -237,7 +225,6 @@ class Store:
         self._rows.append(row)
 
     def close(self) -> None:
-        """Close the file and release its lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -275,7 +262,7 @@ class Store:
         return OSError(error.errno, f"cannot be written: {error.strerror}{more}", str(self.path))
 
 
-def open_locked(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     """Open a file and lock it; InputError at once if another process holds the lock."""
     import fcntl  # missing on Windows, where nothing else here needs it
 
@@ -308,7 +295,6 @@ _GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measureme
 
 
 def content_records(content: Content) -> Records:
-    """Return the timings of a store; each run is a source."""
     try:
         return records_of(content.rows, content.header)
     except InputError as error:
@@ -316,12 +302,9 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags; ``header`` is the header of their store.
-
-    The fastest of several visits counts. Lines without a time (skipped, unsupported, refused, failed) are excluded.
-    Rows around a drift check that differs get ``DRIFT``: from the first one of the run, or from the fastest quarter if
-    operators were visited several times.
-    """
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time; of
+    several visits the fastest counts. Rows around a drift check that differs from the first one of the run (from the
+    fastest quarter if operators were visited several times) get ``DRIFT``."""
     rows = list(rows)
     drifted = _drifted(rows)
     capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
@@ -349,10 +332,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest.
-
-    A run at the power limit throughout is not flagged: its clocks are those of the device under load.
-    """
+    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -362,16 +342,11 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    runs: dict[str, list[int]] = {}
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
         if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
-            runs.setdefault(str(row.get("run", "")), []).append(number)
-    return {
-        number
-        for numbers in runs.values()
-        for number, slow in zip(numbers, power_capped([rows[i - 1]["after"] for i in numbers]), strict=True)
-        if slow
-    }
+            runs.setdefault(str(row.get("run", "")), {})[number] = row["after"]
+    return {n for own in runs.values() for n, slow in zip(own, power_capped([*own.values()]), strict=True) if slow}
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
@@ -406,25 +381,20 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
     lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
-    spread = math.nan
-    if lower is not None and upper is not None:
-        spread = (float(upper) - float(lower)) / 2.0 / seconds
+    spread = math.nan if lower is None or upper is None else (float(upper) - float(lower)) / 2.0 / seconds
+    launch = "graph" if method.startswith("events around a graph") else "eager"
+    if method in ("", "replayed"):
+        launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
         "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
-        "launch": _launch_of(method),
+        "launch": launch,
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",
     }
-
-
-def _launch_of(method: str) -> str:
-    if method in ("", "replayed"):
-        return LAUNCHES[0]
-    return "graph" if method.startswith("events around a graph") else "eager"
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
@@ -443,14 +413,14 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
         shape["read_bytes"] = shape["write_bytes"] = float(operator["n"])
     shape = {name: value for name, value in shape.items() if value is not None}
     for name, value in shape.items():
-        known, right = True, ""
-        if name == "dtype":
-            known, right = isinstance(value, str) and value in DTYPES, "one of " + ", ".join(DTYPES)
-        elif name == "density":
-            known, right = isinstance(value, (int, float)) and 0.0 < value <= 1.0, "a share above 0, up to 1"
-        elif name in COUNTS:
-            known, right = type(value) is int and 0 <= value <= _MOST, f"a whole number from 0 to {_MOST}"
-        if not known:
+        right = ""
+        if name == "dtype" and not (isinstance(value, str) and value in DTYPES):
+            right = "one of " + ", ".join(DTYPES)
+        elif name == "density" and not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
+            right = "a share above 0, up to 1"
+        elif name in COUNTS and not (type(value) is int and 0 <= value <= _MOST):
+            right = f"a whole number from 0 to {_MOST}"
+        if right:
             raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
     if kind not in OPERATORS:
         raise unknown("operator", kind, OPERATORS)

@@ -1,5 +1,4 @@
-"""Cases of :mod:`calibration.runners.compare` and :mod:`calibration.runners.upper_bound`, their predicted speedups, and
-the profile of the device."""
+"""Cases of a comparison or of upper bounds, their predicted speedups, and the profile of the device."""
 
 from __future__ import annotations
 
@@ -33,14 +32,11 @@ from simulator.pruning._steps import PruningStep, in_order
 from simulator.units import percent
 from simulator.workload import Workload
 
-SPARSITIES: tuple[float, ...] = (0.25, 0.5)
-"""Default fractions of families."""
+SPARSITIES: tuple[float, ...] = (0.25, 0.5)  # default fractions of families
 
 
 @dataclass(frozen=True)
 class CaseRow:
-    """First columns of the tables of both commands, in their order."""
-
     model: str
     device: str
     hardware: str
@@ -55,7 +51,6 @@ class CaseRow:
 
     @property
     def simple(self) -> bool:
-        """Whether the pruning is a family at a fraction."""
         return self.prune == f"{self.family} {self.sparsity:.9g}"
 
     @property
@@ -101,7 +96,6 @@ class Case:
 
     @property
     def family(self) -> str:
-        """Families of the pruning, joined by "+"."""
         return self.pruning.family
 
     @property
@@ -111,12 +105,10 @@ class Case:
 
     @property
     def phase(self) -> str:
-        """Phase of both workloads."""
         return self.dense.meta.phase
 
     @property
     def batch(self) -> int:
-        """Sequences of both workloads."""
         return self.dense.meta.batch
 
     @property
@@ -135,7 +127,6 @@ class Case:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model, and the fields that identify the case among others of the model."""
         names = ("prune", "family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
@@ -145,7 +136,6 @@ class Case:
         return replace(self, dense=dense, pruned=pruned)
 
     def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
-        """Return the columns of the case and its prediction that both tables contain."""
         return {
             **self.identity,
             "realised_sparsity": 1.0 - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
@@ -176,8 +166,7 @@ def settings_of(
     """Return every combination as a case, and a line for each that cannot run.
 
     The prunings are texts of ``--prune``, existing pruned models, then families (None: all, or none next to others) at
-    fractions (None: :data:`SPARSITIES`). ``kernels`` are those of the device by family, ``known_phases`` those that can
-    run. InputError: unknown name, value out of range, or no case.
+    fractions. ``kernels`` are those of the device by family, ``known_phases`` those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
     template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
@@ -256,11 +245,7 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
 
 
 def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the profile for predictions of a device: the named one, else the folder's, else the shipped one.
-
-    For other devices, the facts are measured and kept in the folder; constants are defaults, so predictions are
-    uncalibrated.
-    """
+    """Return the named profile, else the folder's, else the shipped one, else measured facts with default constants."""
     path = check_folder(folder)
     kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
     if hardware or kept:

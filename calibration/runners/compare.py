@@ -1,14 +1,15 @@
 """Run a model, dense and pruned by every family, and compare its times with predictions.
 
 :func:`compare` times each pruned model in alternation with the dense model, so that a slower machine slows both, and
-keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to the records;
-:mod:`calibration.runners.agreement` reports the agreement. :data:`ENGINES` names what runs a model: our own decoder, or
-a library. torch and the libraries are imported only to run a model.
+keeps every result in a run folder; :func:`compare_files` reads result files of ``vllm bench`` instead. :func:`rows_of`
+adds predictions and bounds to the records, :func:`conclusions` states how measured and predicted speedups agree. torch
+and the libraries are imported only to run a model.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -21,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.measure.interrupt import Interrupt
-from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED
+from calibration.evidence.scoring import errors, spearman
+from calibration.evidence.verdict import verdict_of
+from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
-from calibration.runners.vllm_bench import bench_record
 from simulator.codes import PHASES
 from simulator.display import few
 from simulator.engines.engine import load_engine
@@ -38,17 +39,15 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE
 from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks import BenchRun
+from simulator.prediction.measured import pass_seconds
+from simulator.units import ratio
 
-EXECUTED = str(resources.files(__package__) / "executed.yaml")
-"""The engine of our decoder: plain PyTorch, with the error of a whole pass (:mod:`simulator.engines.engine`)."""
-COMPILED = str(resources.files(__package__) / "compiled.yaml")
-"""Transformers under torch.compile, which joins no projections."""
+# engines of our decoder in plain PyTorch, and of Transformers under torch.compile
+EXECUTED, COMPILED = (str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml"))
 
 
 @dataclass(frozen=True)
 class RunEngine:
-    """What runs the models of a comparison."""
-
     title: str
     lowered: str  # engine of the predicted workloads; "": bare kernels
     phases: tuple[str, ...]
@@ -61,11 +60,8 @@ ENGINES: Mapping[str, RunEngine] = {
     "compile": RunEngine("Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"),
     "vllm": RunEngine("vLLM", "vllm", PHASES, "vllm"),
 }
-"""Engines that :func:`compare` runs."""
-
 _FAILURES_IN_A_ROW = 3
 DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
-"""Number formats of the models."""
 
 
 def kernels_on(device: str) -> dict[str, str]:
@@ -77,8 +73,6 @@ def kernels_on(device: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ComparedCases:
-    """Result of :func:`compare`."""
-
     records: tuple[dict[str, Any], ...]  # records of the cases in the folder
     left: int  # number of cases that were not reached in time
     notes: tuple[str, ...]  # reasons of cases without a time
@@ -106,11 +100,8 @@ def compare(
 ) -> ComparedCases:
     """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
 
-    The open device stays open. The cases were lowered from ``config`` and share the budget equally; the next run
-    measures the cases that remain. ``engine`` is one of :data:`ENGINES`; those of a library need ``content``, that of
-    the model's ``config.json``. ``python`` is the interpreter of vLLM. ``seed`` determines the weights and the order of
-    the cases. InputError: a budget of zero, a device without torch, an unsupported number format or model, a missing
-    library, no pruning that the engine runs, or a folder of another device or version.
+    The cases share the budget equally; the next run measures those that remain. Engines of a library need ``content``,
+    that of the model's ``config.json``; ``python`` has vLLM. ``seed`` determines weights and the order of the cases.
     """
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
@@ -128,15 +119,9 @@ def compare(
     refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
         raise InputError(next(iter(refused), "expected at least one case"))
-    file, header = begin(
-        folder,
-        device,
-        dtype,
-        budget_s,
-        file_name("decoder.jsonl", engine),
-        software=versions(engine),
-        model=config.name,
-    )
+    package = "" if engine == "vllm" else ENGINES[engine].package  # vLLM states its version in each record
+    name, software = file_name("decoder.jsonl", engine), {package: metadata.version(package)} if package else {}
+    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
@@ -180,10 +165,7 @@ def file_name(name: str, engine: str) -> str:
 
 
 def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case.
-
-    InputError: another number of files, or files that measured something else.
-    """
+    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case."""
     if len(files) != len(cases) + 1:
         expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
         raise InputError(f"--bench: expected {expected}, got {len(files)}")
@@ -195,6 +177,35 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
     return ComparedCases(tuple(records), 0, tuple(notes))
 
 
+def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any]:
+    """Return the record of a case from the files of its dense and its pruned model, without pairs in time.
+
+    The longer series loses its last samples.
+    """
+    for what in ("tool", "concurrency"):
+        a, b = getattr(dense, what), getattr(pruned, what)
+        if a != b:
+            raise InputError(f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}")
+    kinds = ("serve",) if dense.kind == "serve" else ("prefill", "generate")
+    if case.phase not in kinds:
+        raise InputError(f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got {case.phase}")
+    for run in (dense, pruned):
+        pass_seconds(run, case.phase, case.batch, case.seq, case.dense.meta.new_tokens)
+    count = min(len(dense.samples_s), len(pruned.samples_s))
+    return {
+        "status": OK,
+        "reason": "; ".join(dict.fromkeys(run.note for run in (dense, pruned) if run.note)),
+        "runtime": dense.tool,
+        "loops": 1,
+        "dense_s": list(dense.samples_s[:count]),
+        "pruned_s": list(pruned.samples_s[:count]),
+        "settings": {
+            name: {"file": os.path.basename(run.source), "model": run.model, "percentiles_s": dict(run.percentiles_s)}
+            for name, run in (("dense", dense), ("pruned", pruned))
+        },
+    }
+
+
 def runner_of(
     engine: str,
     device: Device,
@@ -204,7 +215,6 @@ def runner_of(
     seed: int,
     python: str = sys.executable,
 ) -> Runner:
-    """Return the runner of an engine; InputError if its library is not installed or cannot run the model."""
     if engine == "reference":
         from calibration.runners.decoder.timing import Executor
 
@@ -216,15 +226,9 @@ def runner_of(
     if find_spec(ENGINES[engine].package) is None:
         package = ENGINES[engine].package
         raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
-    from calibration.runners.hf_runner import HfRunner
+    from calibration.runners.hf import HfRunner
 
     return HfRunner(device, config, content, dtype, compiled=engine == "compile", seed=seed)
-
-
-def versions(engine: str) -> dict[str, str]:
-    """Return the version of the library of an engine; vLLM, of another environment, states its own in each record."""
-    package = ENGINES[engine].package
-    return {package: metadata.version(package)} if package and engine != "vllm" else {}
 
 
 def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:
@@ -259,9 +263,8 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 class ComparedSpeedup(CaseRow):
     """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
 
-    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to one pair of alternating passes, that with the
-    median ratio (of an even number, the lower of the middle two); ``measured_lower`` and ``measured_upper`` are the
-    95 % interval of the median, or the smallest and largest ratio if there are too few for an interval.
+    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to the pair of alternating passes with the median
+    ratio; ``measured_lower`` and ``measured_upper`` are its 95 % interval, or of few pairs the extremes.
     """
 
     runtime: str
@@ -295,10 +298,8 @@ def rows_of(
     """Return comparisons of the cases, in their order, that have a measured time and a prediction.
 
     A case of a library is predicted in the engine that it was lowered for, in the generation of the version in its
-    record. Of our decoder, a prefill, a pass from a
-    graph, and any pass on a CPU (whose operator times include launches) are predicted as the sum of their operators; a
-    decode step with single launches on a GPU is predicted in eager mode. ``measured_bounds`` is the measured upper
-    bound of each case, or NaN.
+    record. A decode step of our decoder with single launches on a GPU is predicted in eager mode, its other passes as
+    the sum of their operators. ``measured_bounds`` is the measured upper bound of each case, or NaN.
     """
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
@@ -306,16 +307,15 @@ def rows_of(
         record = found.get(name_of(case, dtype, engine))
         if record is None:
             continue
-        lowered = _as_of(case, record) if case.dense.meta.engine else _of_our_decoder(case, record, hw)
-        s = predicted_speedup(lowered, hw)
+        s = predicted_speedup(_as_executed(case, record, hw), hw)
         if not math.isfinite(s.speedup):
             continue
         dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
-        ratio = dense_s / pruned_s
-        pair = int(np.argsort(ratio, kind="stable")[(len(ratio) - 1) // 2])
-        _, low, high = median_interval(ratio.tolist())
+        ratios = dense_s / pruned_s
+        pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
+        _, low, high = median_interval(ratios.tolist())
         if not math.isfinite(high):
-            low, high = float(ratio.min()), float(ratio.max())
+            low, high = float(ratios.min()), float(ratios.max())
         row = ComparedSpeedup(
             **case.columns(hw, s),
             device=device,
@@ -323,25 +323,73 @@ def rows_of(
             runtime=str(record["runtime"]),
             dense_s=float(dense_s[pair]),
             pruned_s=float(pruned_s[pair]),
-            measured=float(ratio[pair]),
+            measured=float(ratios[pair]),
             measured_lower=low,
             measured_upper=high,
             measured_bound=bound,
             predicted_dense_s=s.dense_s,
             predicted_pruned_s=s.pruned_s,
-            error=s.speedup / float(ratio[pair]) - 1,
+            error=s.speedup / float(ratios[pair]) - 1,
         )
         out.append(row)
     return out
 
 
-def _as_of(case: Case, record: Mapping[str, Any]) -> Case:
-    """Return a case in the generation of its engine that ran it; the newest if its record states no version."""
+def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
+    if not case.dense.meta.engine:
+        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        return case.run_in("hf" if host_bound else EXECUTED)
     engine = load_engine(case.dense.meta.engine)
     version = str(record.get("versions", {}).get(engine.name, ""))
     return case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
 
 
-def _of_our_decoder(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
-    host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
-    return case.run_in("hf" if host_bound else EXECUTED)
+def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
+    """Return the agreement of speedups: "count", "spearman", "median" and "p95" of the errors, "bias" (median of
+    predicted / measured - 1), "inside" (coverage of the intervals), "dense_time" (median error of the dense times).
+    """
+    if not rows:
+        raise InputError("comparison: expected at least one measured case, got none")
+    names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
+    predicted, measured, low, high, dense, dense_s = (np.array([getattr(r, name) for r in rows]) for name in names)
+    found = {"count": len(rows), "spearman": spearman(predicted, measured), **errors(predicted, measured)}
+    found |= {"bias": float(np.median(predicted / measured)) - 1.0, "dense_time": errors(dense, dense_s)["median"]}
+    return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
+
+
+def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
+    """Return the :func:`summary` of each phase, and of ``"all"`` phases if there are several."""
+    phases = list(dict.fromkeys(r.phase for r in rows))
+    out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
+    return {**out, "all": summary(rows)} if len(phases) > 1 else out
+
+
+def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
+    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
+    every = verdict_of(
+        "speedups",
+        measured=[r.measured for r in rows],
+        predicted=[r.predicted for r in rows],
+        lower=[r.predicted_lower for r in rows],
+        upper=[r.predicted_upper for r in rows],
+        roofline=[r.roofline_bound for r in rows],
+    )
+    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
+    holds = "hold" if every.holds else "do not hold"
+    one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
+    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
+    case = f"{worst.pruning} in {worst.phase}"
+    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
+    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
+    return [f"{about}: {every.text}, {one}.", f"Worst: {case}, {values} {ends}."]
+
+
+def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
+    """Return the scatter of a repeated speedup, from the medians of two halves of its passes; NaN if there are few."""
+    off: list[float] = []
+    for r in records:
+        if r.get("status") == OK and len(r["dense_s"]) >= 6:
+            ratios = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(r["pruned_s"], dtype=np.float64)
+            half = len(ratios) // 2
+            off.append(abs(float(np.median(ratios[-half:]) / np.median(ratios[:half])) - 1.0))
+    return round(float(np.median(off)), 12) if off else math.nan

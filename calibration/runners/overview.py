@@ -16,9 +16,8 @@ from calibration.evidence.paper import table_2
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.runners.recorded import recorded_rows
 from simulator.figures.layout import fixed_ticks
-from simulator.figures.save import save_figure
-from simulator.figures.scatter import time_text
-from simulator.figures.style import COLORS, paper_style
+from simulator.figures.measured import time_text
+from simulator.figures.style import COLORS, paper_style, save_figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 Groups = Mapping[str, list[tuple[float, float]]]  # measured and predicted values by legend entry

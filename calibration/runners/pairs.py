@@ -1,17 +1,12 @@
-"""Time a dense and a pruned model in alternating passes: disturbances affect both, so their ratio is stable.
-
-:func:`alternate` times two models, :class:`PairRunner` the cases of a comparison; subclasses make and prune the models
-of a library. A :data:`Sampler` runs some passes and returns the seconds per pass.
-"""
+"""Time a dense and a pruned model in alternating passes: disturbances affect both, so their ratio is stable."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
@@ -19,20 +14,17 @@ from calibration.measure.timing import OK, median_interval
 from calibration.runners.cases import Case
 from simulator.errors import InputError
 
-LONGEST_S = 30.0
-"""Maximum time for the pairs of one case."""
+LONGEST_S = 30.0  # for the pairs of one case
 WINDOW_S = 4e-3
-PRECISION = 0.005
-LEAST, ENOUGH, MOST = 3, 8, 200
-"""Minimum number of pairs, number after which a precise ratio ends the measurement, and maximum number."""
+PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
+LEAST, ENOUGH, MOST = 3, 8, 200  # pairs: fewer do not show their scatter; these may end if the ratio is precise; limit
 
-Sampler = Callable[[int], float]
+T = TypeVar("T")
+Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
 
 
 @dataclass(frozen=True)
 class PairTimes:
-    """Raw samples of two models, s per pass; a pair has one of each."""
-
     first_s: Sequence[float]
     second_s: Sequence[float]
     loops: int  # passes per sample
@@ -41,37 +33,44 @@ class PairTimes:
 def alternate(
     first: Sampler, second: Sampler, *, time_limit_s: float = 5.0, clock: Callable[[], float] = time.perf_counter
 ) -> PairTimes:
-    """Time two models in alternation.
-
-    The time limit applies to the pairs after a first pass of each model; at least :data:`LEAST` pairs are timed, since
-    one or two do not show their scatter. The measurement ends early if the 95 % interval of the median ratio is within
-    :data:`PRECISION`.
-    """
+    """Time two models in alternation, until their ratio is precise or the time is over (after a first pass of each)."""
     samplers = (first, second)
     once = [sample(1) for sample in samplers]  # also warms caches, selects and compiles kernels
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
         sample(loops)
-    found: tuple[list[float], list[float]] = ([], [])
+    found = in_turns(lambda i: [samplers[i](loops)], list, time_limit_s, clock)
+    first_s, second_s = ([one for (one,) in samples] for samples in found)
+    return PairTimes(first_s, second_s, loops)
+
+
+def in_turns(
+    sample: Callable[[int], T],
+    seconds: Callable[[T], Sequence[float]],
+    limit_s: float,
+    clock: Callable[[], float],
+    most: int = MOST,
+) -> tuple[list[T], list[T]]:
+    """Return samples of the models 0 and 1 in alternation, until their ratio is precise or the time is over."""
+    found: tuple[list[T], list[T]] = ([], [])
     start = clock()
-    for pair in range(1, MOST + 1):
+    for pair in range(1, most + 1):
         for i in (0, 1) if pair % 2 else (1, 0):
-            found[i].append(samplers[i](loops))
+            found[i].append(sample(i))
         spent = clock() - start
-        if spent >= time_limit_s and pair >= LEAST:
+        if spent >= limit_s and pair >= LEAST:
             break
         if pair >= ENOUGH:
-            middle, low, high = median_interval([a / b for a, b in zip(*found, strict=True)])
+            ratios = [a / b for x, y in zip(*found) for a, b in zip(seconds(x), seconds(y))]
+            middle, low, high = median_interval(ratios)
             if high - low <= 2.0 * PRECISION * middle:
                 break
-    return PairTimes(*found, loops)
+    return found
 
 
 def looped(
     step: Callable[[], Any], synchronize: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
 ) -> Sampler:
-    """Return the sampler of a pass; ``synchronize`` waits for the device."""
-
     def sample(loops: int) -> float:
         synchronize()
         start = clock()
@@ -83,28 +82,22 @@ def looped(
     return sample
 
 
-class Runner(ABC):
+class Runner:
     """Run the cases of a comparison next to the dense model."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
-    @abstractmethod
     def check(self, case: Case) -> None:
         """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
 
-    @abstractmethod
     def prepare(self, case: Case) -> None:
         """Make what all cases share, such as the dense model; ``case`` is any of them."""
 
-    @abstractmethod
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; one that cannot run gives a record with the reason.
+        """Return status, reason and raw times of a case; CaptureFailed: this process cannot time any more."""
+        raise NotImplementedError
 
-        CaptureFailed: this process cannot time anything any more.
-        """
-
-    @abstractmethod
     def close(self) -> None:
         """Free what the cases shared."""
 
@@ -112,13 +105,11 @@ class Runner(ABC):
 class PairRunner(Runner):
     """Run cases in this process, in alternation with the dense model."""
 
-    @abstractmethod
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
-        """Time a case until ``end`` on the device's clock; return the times, and more fields of the record: at least
-        the runtime ("runtime") and, if there is something to say, "reason"."""
+        """Time a case until ``end`` on the device's clock; return the times, the runtime and more of the record."""
+        raise NotImplementedError
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return the record of a case; ``seconds`` include making its models."""
         try:
             times, fields = self.timed(case, self.device.clock() + seconds)
         except CaptureFailed:
@@ -132,9 +123,6 @@ class PairRunner(Runner):
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
         samples = {"loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
         return {"status": OK, "reason": "", **fields, **samples}
-
-    def close(self) -> None:
-        """Nothing to do: models are freed with this object."""
 
     def limit_s(self, end: float) -> float:
         """Return the time limit of the pairs of a case that ends at ``end``: first passes take time too."""

@@ -1,8 +1,8 @@
 """Quality of a pruned language model: its perplexity, and the KL divergence of its predictions from the dense model's.
 
-Use :func:`score` for any two models that give logits, so also for the layers of one model in turn.
 :func:`measure_quality` scores a Hugging Face model pruned by families, without fine-tuning, or next to a pruned
-checkpoint of it.
+checkpoint of it. :func:`measure_layers` scores variants of single layers; its rows are a library of variants
+(:mod:`simulator.plans.library`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from calibration.devices.operators import gated
 from calibration.runners.decoder.families import STATIC, prune_decoder
-from calibration.runners.decoder.model import Decoder, Tensor, from_weights
-from calibration.runners.decoder.run import window_logits
+from calibration.runners.decoder.model import (
+    Attention,
+    Decoder,
+    Layer,
+    Mlp,
+    PassState,
+    Projection,
+    Tensor,
+    embedded,
+    from_weights,
+    logits_after,
+    through_layer,
+    window_logits,
+)
+from calibration.runners.decoder.rules import best
 from simulator.errors import InputError
+from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
+from simulator.files.write import write_whole
+from simulator.models.block import Block
+from simulator.plans.library import Library
+from simulator.plans.variants import SUBLAYERS, has, text_of
 from simulator.prediction.quality import QualityRow
 from simulator.prediction.scenario import one_of
 
-Logits = Callable[[Tensor], Tensor]
-"""From the tokens (n,) of a window to the logits (n, vocabulary) after each of them."""
-
+Logits = Callable[[Tensor], Tensor]  # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
 FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
 """Families that change weights, except 2:4, which needs a GPU; the others need a trained router or predictor."""
 
-MATCH_TOLERANCE = 2e-3
-"""Relative difference of a loss from that of the model's own code; a larger one means another architecture."""
+MOST_LOGIT_BYTES = 2_000_000_000  # logits of the dense model in memory; more are computed again for each variant
+MATCH_TOLERANCE = 2e-3  # of a loss relative to that of the model's own code; more means another architecture
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,6 @@ class Score:
     realised_sparsity: float = math.nan  # share of the weights of all projections that is gone; NaN for a checkpoint
 
     def row(self, model: str, protocol: str, source: str) -> QualityRow:
-        """The row of a quality table."""
         return QualityRow(
             method="checkpoint" if math.isnan(self.realised_sparsity) else "largest weights",
             family=self.family,
@@ -84,11 +100,7 @@ def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
 def measure_quality(
     model: str | Path, windows: Sequence[Tensor], cases: Sequence[tuple[str, float]], pruned: str | Path | None = None
 ) -> Iterator[Score]:
-    """Score a model of a Hugging Face folder pruned in every case of family and fraction, one after the other.
-
-    The smallest weights are removed (of depth: the last layers but one), as :func:`prune_decoder` does by default. With
-    ``pruned``, the folder of a pruned checkpoint, the only case states what was removed from it.
-    """
+    """Score a model pruned in every case of family and fraction, or next to a pruned checkpoint of it (one case)."""
     for family, sparsity in cases:
         one_of("family", family, FAMILIES)
         if not 0.0 < sparsity < 1.0:
@@ -108,24 +120,16 @@ def measure_quality(
 
 
 def _weights(decoder: Decoder) -> int:
-    """Weights of the projections that are not zero."""
     return sum(int(factor.count_nonzero()) for _, _, p in decoder.projections() for factor in p.factors)
 
 
 def load_model(folder: str | Path) -> Any:
-    """Return the model of a Hugging Face folder in float32, by the package transformers; nothing is downloaded and no
-    code of the folder runs."""
+    """Return the model of a Hugging Face folder in float32; nothing is downloaded and no code of the folder runs."""
     return _from_folder("AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def load_windows(folder: str | Path, text: str, windows: int, length: int) -> list[Tensor]:
-    """Return windows of a text as tokens of the model in a folder, evenly spread over it.
-
-    Raises
-    ------
-    InputError
-        If a window has fewer than two tokens or the text is too short.
-    """
+    """Return windows of a text as tokens of the model in a folder, evenly spread over it."""
     if windows < 1 or length < 2:
         raise InputError(f"expected at least 1 window of 2 tokens, got {windows} of {length}")
     tokenizer = _from_folder("AutoTokenizer", folder)
@@ -138,7 +142,6 @@ def load_windows(folder: str | Path, text: str, windows: int, length: int) -> li
 
 
 def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
-    """A class of transformers, loaded from a local folder."""
     try:
         import transformers
     except ImportError as error:
@@ -156,8 +159,6 @@ def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
 
 
 def logits_of(model: Any) -> Logits:
-    """Logits of a transformers model by its own code."""
-
     def logits(ids: Tensor) -> Tensor:
         with torch.no_grad():
             return model(ids[None]).logits[0]
@@ -166,13 +167,7 @@ def logits_of(model: Any) -> Logits:
 
 
 def decoder_of(model: Any, name: str) -> Decoder:
-    """Return the decoder with the weights of a transformers model.
-
-    Raises
-    ------
-    InputError
-        If the model is not a plain Llama-style decoder: it lacks a weight, or its own code gives another loss.
-    """
+    """Return the decoder with the weights of a transformers model; InputError if its own code gives another loss."""
     try:
         config, rotary = model.config, model.model.rotary_emb
         decoder = from_weights(
@@ -210,3 +205,193 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+@dataclass(frozen=True)
+class Change:
+    layer: int
+    sublayer: str  # "attention" or "mlp"
+    text: str
+    block: Block
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        texts = [self.text if name == self.sublayer else "dense" for name in SUBLAYERS]
+        return str(self.layer), texts[0], texts[1]
+
+
+DENSE = ("all", "dense", "dense")  # key of the row of the dense model
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """Score of a model with one changed sublayer; its fields are the columns of a library."""
+
+    layer: str
+    attention: str
+    mlp: str
+    kl_div: float  # nats per token
+    perplexity: float
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.layer, self.attention, self.mlp
+
+
+def changes_of(library: Library) -> list[Change]:
+    """Return each variant of each attention and of each MLP in a library, in the order of the layers."""
+    found: dict[tuple[int, str, str], Change] = {}
+    for layer, (dense, blocks) in enumerate(zip(library.model.layout, library.layers)):
+        for name in SUBLAYERS:
+            for block in blocks:
+                text = text_of(name, block, dense)
+                if name in block.linear:
+                    raise InputError(f"layer {layer}: {name} linear: needs training; expected sizes or none")
+                if text != "dense":
+                    found.setdefault((layer, name, text), Change(layer, name, text, block))
+    if not found:
+        raise InputError(f"{library.model.name}: expected variants other than dense, got none")
+    return list(found.values())
+
+
+def measure_layers(
+    decoder: Decoder,
+    windows: Sequence[Tensor],
+    calibration: Sequence[Tensor],
+    changes: Iterable[Change],
+    done: Collection[tuple[str, str, str]] = (),
+) -> Iterator[LayerScore]:
+    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer.
+
+    Fewer KV heads are means of the heads that are joined (arXiv 2305.13245), as Puzzle initialises such a layer. A
+    narrower MLP keeps the channels with the largest mean activation times the norm of its output weights, on windows of
+    ``calibration``. A pass continues from the state before the changed sublayer, so only the later layers are computed.
+    All windows are equally long. Rows with the keys ``done`` exist and are not measured again.
+    """
+    todo: dict[tuple[int, str], list[Change]] = {}
+    for change in changes:
+        if change.key not in done:
+            todo.setdefault((change.layer, change.sublayer), []).append(change)
+    if not todo and DENSE in done:
+        return
+    with torch.no_grad():
+        state = PassState(decoder, len(windows[0]))
+        scored = embedded(state, torch.stack(list(windows)))
+        dense = _Dense(decoder, windows, _rest(state, 0, scored))
+        if DENSE not in done:
+            yield dense.score(DENSE, dense.last)
+        both = embedded(state, torch.stack([*windows, *calibration]))
+        many = len(windows)
+        for number, layer in enumerate(decoder.layers):
+            if not any(at >= number for at, _ in todo):
+                return
+            for change in todo.get((number, "attention"), ()):
+                a, block = layer.attention, change.block
+                if a is not None:
+                    stays = has("attention", block)
+                    a = fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim) if stays else None
+                changed = through_layer(state, number, replace(layer, attention=a), both[:many])
+                yield dense.score(change.key, _rest(state, number + 1, changed))
+            both = through_layer(state, number, replace(layer, mlp=None), both)
+            own = todo.get((number, "mlp"), [])
+            importance = _importance(state, layer.mlp, both[many:]) if own else None
+            for change in own:
+                narrow = Layer(None, _mlp(layer.mlp, change.block, importance))
+                changed = through_layer(state, number, narrow, both[:many])
+                yield dense.score(change.key, _rest(state, number + 1, changed))
+            both = through_layer(state, number, replace(layer, attention=None), both)
+
+
+def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
+    """Return the residual stream after all layers from the one before the layer ``first``."""
+    for number, layer in enumerate(state.decoder.layers[first:], first):
+        x = through_layer(state, number, layer, x)
+    return x
+
+
+class _Dense:
+    """The dense model's predictions of some windows."""
+
+    def __init__(self, decoder: Decoder, windows: Sequence[Tensor], last: Tensor) -> None:
+        self.decoder, self.windows, self.last = decoder, windows, last
+        size = 4 * last.shape[0] * last.shape[1] * len(decoder.head)
+        self.kept = [logits_after(decoder, x) for x in last] if size <= MOST_LOGIT_BYTES else None
+
+    def score(self, key: tuple[str, str, str], last: Tensor) -> LayerScore:
+        before = self.kept or (logits_after(self.decoder, x) for x in self.last)
+        after = (logits_after(self.decoder, x) for x in last)
+        found = score_logits(zip(before, after, self.windows))
+        return LayerScore(*key, found.kl_nats, found.perplexity)
+
+
+def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
+    """Return attention with the query heads of the largest output weights (whole groups if their size stays, else
+    equally many of each if possible) and with means of their KV heads."""
+    ratio = a.heads // a.kv_heads
+    size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
+    number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)
+    if heads == ratio * kv_heads:
+        kept = number[best(size.sum(1), kv_heads)].flatten()
+    elif heads % a.kv_heads == 0:
+        kept = number.gather(1, best(size, heads // a.kv_heads)).flatten()
+    else:
+        kept = best(size.flatten(), heads)
+    features = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
+
+    def joined(p: Projection) -> Projection:
+        def mean(rows: Tensor) -> Tensor:  # of the KV heads of the query heads in each new group
+            by_query = rows.view(a.kv_heads, head_dim, -1)[kept // ratio]
+            return by_query.view(kv_heads, -1, *by_query.shape[1:]).mean(1).reshape(kv_heads * head_dim, -1)
+
+        return Projection((mean(p.weight),), None if p.bias is None else mean(p.bias).flatten())
+
+    return replace(
+        a, q=a.q.rows(features), k=joined(a.k), v=joined(a.v), o=a.o.columns(features), heads=heads, kv_heads=kv_heads
+    )
+
+
+def _mlp(m: Mlp | None, block: Block, importance: Tensor) -> Mlp | None:
+    if m is None or not has("mlp", block):
+        return None
+    index = best(importance, block.inner)
+    return replace(m, gate=m.gate.rows(index), up=m.up.rows(index), down=m.down.columns(index))
+
+
+def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
+    """Return the mean output of each channel of an MLP: its mean activation times the norm of its output weights."""
+    if m is None:
+        return None
+    h = state.norm(x, m.norm)
+    return gated(m.gate(h), m.up(h)).abs().mean((0, 1)) * m.down.weight.norm(dim=0)
+
+
+def weights_digest(decoder: Decoder) -> str:
+    found = hashlib.sha256()
+    weights = [decoder.embedding, decoder.head, decoder.final_norm]
+    weights += [factor for _, _, p in decoder.projections() for factor in p.factors]
+    for weight in weights:
+        found.update(weight.detach().contiguous().cpu().numpy().data.cast("B"))
+    return found.hexdigest()[:8]
+
+
+def write_scores(path: str | Path, rows: Sequence[LayerScore], protocol: str, source: str) -> None:
+    table = [{**asdict(row), "protocol": protocol, "source": source} for row in rows]
+    write_whole(path, csv_text(table).encode())
+
+
+def read_scores(path: str | Path, protocol: str, source: str) -> list[LayerScore]:
+    """Return the scores in a file of :func:`write_scores`; none if it does not exist."""
+    if not Path(path).exists():
+        return []
+    names = [*LayerScore.__dataclass_fields__, "protocol", "source"]
+    table, out = read_csv(read_bounded(path), str(path), names), []
+    for place, cells in table.records():
+        for name, own in (("protocol", protocol), ("source", source)):
+            if cells[name] != own:
+                raise InputError(f"{place}: {name}: expected {own!r}, got {cells[name]!r}; choose another file")
+        try:
+            numbers = float(cells["kl_div"]), float(cells["perplexity"])
+        except ValueError:
+            raise InputError(f"{place}: expected numbers in kl_div and perplexity; choose another file") from None
+        out.append(LayerScore(cells["layer"], cells["attention"], cells["mlp"], *numbers))
+    return out

@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calibration.evidence.pages import DOCS, filled
 from calibration.evidence.report import table
-from calibration.evidence.scoring import spearman
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, fewer_layers, settings_of
-from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of
+from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
@@ -44,13 +42,7 @@ class RecordedRow:
     given_upper: float
 
     @property
-    def inside(self) -> bool:
-        """Whether the measured speedup is inside the predicted interval."""
-        return self.compared.predicted_lower <= self.compared.measured <= self.compared.predicted_upper
-
-    @property
     def given_inside(self) -> bool:
-        """Whether it is inside the interval that the measured dense time gives."""
         return self.given_lower <= self.compared.measured <= self.given_upper
 
     @property
@@ -60,7 +52,6 @@ class RecordedRow:
 
 
 def recorded_rows() -> list[RecordedRow]:
-    """Return every recorded speedup with its prediction."""
     out = []
     for file in sorted(FOLDER.glob("*.jsonl")):
         dtype, threads, *_, engine = file.name.removesuffix(".jsonl").split(".")
@@ -119,38 +110,23 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
         groups.setdefault(key(row), []).append(row)
     header = ["speedups", "median error", "in their interval", "half-width", "Spearman"]
     header += ["given the dense time: error", "in their interval", "dense times: error"]
-    return table([title, *header], [[name, *_cells(some)] for name, some in [*groups.items(), ("all", list(rows))]])
+    lines = []
+    for name, some in [*groups.items(), ("all", list(rows))]:
+        s = scores(some)
+        first = [percent(s[key]) for key in ("median", "inside", "half_width")]
+        last = [percent(s[key]) for key in ("given", "given_inside", "dense_time")]
+        lines.append([name, str(len(some)), *first, f"{s['spearman']:.3f}", *last])
+    return table([title, *header], lines)
 
 
 def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
     """Return the agreement of some rows: medians of errors and half-widths, coverage and Spearman's correlation."""
-    compared = [r.compared for r in rows]
-    measured, predicted = (np.array([getattr(c, name) for c in compared]) for name in ("measured", "predicted"))
-    dense, dense_s = (np.array([getattr(c, name) for c in compared]) for name in ("predicted_dense_s", "dense_s"))
-    given = np.array([r.given for r in rows])
     return {
-        "median": float(np.median(np.abs(predicted / measured - 1.0))),
-        "inside": float(np.mean([r.inside for r in rows])),
+        **summary([r.compared for r in rows]),
         "half_width": float(np.median([r.half_width for r in rows])),
-        "spearman": spearman(predicted, measured),
-        "given": float(np.median(np.abs(given / measured - 1.0))),
+        "given": float(np.median([abs(r.given / r.compared.measured - 1.0) for r in rows])),
         "given_inside": float(np.mean([r.given_inside for r in rows])),
-        "dense": float(np.median(np.abs(dense / dense_s - 1.0))),
     }
-
-
-def _cells(rows: Sequence[RecordedRow]) -> list[str]:
-    s: dict[str, Any] = scores(rows)
-    return [
-        str(len(rows)),
-        percent(s["median"]),
-        percent(s["inside"]),
-        percent(s["half_width"]),
-        f"{s['spearman']:.3f}",
-        percent(s["given"]),
-        percent(s["given_inside"]),
-        percent(s["dense"]),
-    ]
 
 
 def _worst(rows: Sequence[RecordedRow]) -> str:

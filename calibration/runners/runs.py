@@ -1,27 +1,28 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
-``prunesim calibrate`` uses it. The folder holds ``datasheet.yaml`` (the base profile),
-``records.jsonl``, ``profile.yaml`` with its arrays, and ``report.md`` with figures. :func:`measure_into` writes the
-first two and resumes an earlier call; :func:`fit_run` writes the others.
+The folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and
+``report.md`` with figures. :func:`measure_into` writes the first two and resumes an earlier call; :func:`fit_run`
+writes the others. :func:`target_operators` selects what to measure for a given model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
 from calibration.evidence.validate import Report, validate
 from calibration.evidence.verdict import disturbed_share
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order
+from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order, next_rows
 from calibration.measure.probe import default_protocol, default_visits, probe
 from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
@@ -30,10 +31,18 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
-from calibration.runners.targets import TargetModels, target_operators
+from simulator.codes import DTYPES, ROLES, Kernel, Kind
+from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.models.library import load_model
+from simulator.prediction.scenario import Scenario
+from simulator.pruning import prune
+from simulator.uncertainty import factors
+from simulator.uncertainty.forward import forward_passes
+from simulator.workload import Workload, WorkloadBatch
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
@@ -45,8 +54,11 @@ QUICK_SHARES: Mapping[str, float] = {
 }
 """Shares of the time of a quick run: the operators that re-anchoring uses."""
 
-HOST_BUDGET_S = 20.0
-"""Maximum time for the operators that measure the host."""
+HOST_BUDGET_S = 20.0  # at most, for the operators that measure the host
+MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
+
+TargetModels = Sequence[Sequence[Workload]]
+"""Dense workloads, each followed by its pruned workloads."""
 
 REPORTS = {
     "holdout": (REPORT, "shapes held out before the fit"),
@@ -57,8 +69,6 @@ REPORTS = {
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """Result of a measuring run: its plan, its outcome and the records in its folder."""
-
     plan: MeasurementPlan
     outcome: Outcome
     records: Records
@@ -83,17 +93,12 @@ def begin(
     software: Mapping[str, str] = MappingProxyType({}),
     **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header; ``software`` are versions next to those of the device.
-
-    InputError: the budget is not positive, the device lacks the number format, or the folder holds records of another
-    device or software.
-    """
+    """Return the file of a run's records and its header; ``software`` are versions next to those of the device."""
     file = check_folder(folder) / name
     check_budget(budget_s)
     if dtype not in device.dtypes():
-        raise InputError(
-            f"--dtype {dtype}: not supported by device {device.name}; supported: {', '.join(device.dtypes())}"
-        )
+        known = ", ".join(device.dtypes())
+        raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
     description = device.describe()
     stack = {**description.stack, **software}
     header = Header(description.device, stack, dtype, extra={"opened": device.name, **extra})
@@ -103,7 +108,6 @@ def begin(
 
 
 def is_new(file: Path) -> bool:
-    """Whether a file of records is missing or empty."""
     return not file.exists() or not file.stat().st_size
 
 
@@ -117,10 +121,7 @@ def measure_plan(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> MeasuredRun:
-    """Run a plan and write its records to a file.
-
-    ``planned`` makes the plan from the device's rates (probed for a new file), the protocol and the seed of the run.
-    """
+    """Run a plan, made by ``planned`` from rates, protocol and seed of the run, and write its records to a file."""
     protocol = default_protocol(device.describe(), budget_s)
     if is_new(file):
         file.parent.mkdir(exist_ok=True)
@@ -149,21 +150,9 @@ def measure_into(
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
-    Parameters
-    ----------
-    device : Device
-        Open device; it stays open.
-    hardware : str
-        Profile with the datasheet. Default: found by the device's name, or measured.
-    targets : sequence of sequences of Workload
-        Dense and pruned models whose GEMMs (``quick``: all operators) are measured exactly and first, in the order of
-        how much they narrow the speedups. The rest of the budget is for the fit.
-    quick : bool
-        Measure for re-anchoring instead of a fit.
-    progress : callable, optional
-        Called with the seconds that have passed and the expected total.
-    note : callable
-        Called with a description of the machine and of the plan.
+    ``hardware`` is the profile with the datasheet (default: found by the device's name, or measured). The GEMMs of
+    ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and first, in the
+    order of how much they narrow the speedups. ``progress`` gets the seconds that have passed and the expected total.
     """
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -177,7 +166,6 @@ def measure_into(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        """Plan exact shapes first and spread the remaining time over other shapes; visits share the budget."""
         visits = default_visits(description)
         left, plan = budget_s / visits, None
         if targets:
@@ -217,10 +205,7 @@ def measure_host(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Measure the host time of this machine in a few seconds; see :func:`measure_into` for the parameters.
-
-    ``hardware`` is the profile to update: of this device or, on a machine without a GPU, of any device.
-    """
+    """Measure the host time of this machine in a few seconds, to update the profile ``hardware``."""
     budget_s = min(check_budget(budget_s), HOST_BUDGET_S)
     description = device.describe()
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -234,7 +219,6 @@ def measure_host(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        """Plan the host operators; the longest layer is the drift check."""
         plan = in_order(host_operators(dtype), rates, protocol=protocol, budget_s=budget_s, seed=seed)
         return replace(plan, drift_check=plan.items[-1].operator, visits=default_visits(description)), protocol
 
@@ -254,8 +238,7 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted or re-anchored run: the profile, reports on held-out and on exact shapes (None: no rows), and the share
-    of disturbed times."""
+    """A fitted or re-anchored run, reports on held-out and on exact shapes, and the share of disturbed times."""
 
     fit: ProfileFit | Updated
     held_out: Report | None
@@ -266,11 +249,7 @@ class Calibrated:
 def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
-    """Fit the records of a run folder, validate the fit on held-out rows, and write profile and report.
-
-    ``anchor``: re-anchor the datasheet's profile instead of a fit. ``progress`` is called with (fits done, all fits).
-    InputError: the folder has no records, or too few for a fit.
-    """
+    """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write profile and report."""
     from calibration.evidence.report import write_markdown
 
     path = Path(folder)
@@ -294,3 +273,66 @@ def fit_run(
         if report := reports[purpose]:
             write_markdown(report, path / name, title=f"{title}: {subject}")
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
+
+
+def target_workloads(
+    model: str,
+    *,
+    phases: Sequence[str] = ("prefill", "decode"),
+    batch: Sequence[int] = (1,),
+    seq: Sequence[int] = (2048,),
+    dtype: str = "bf16",
+    families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
+    sparsities: Sequence[float] = (0.25, 0.5),
+    engine: str = DEFAULT_ENGINE,
+) -> TargetModels:
+    """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
+    template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
+    out = []
+    for phase, b, s in product(phases, batch, seq):
+        (dense,) = replace(template, phase=phase, shapes=((b, s),)).workloads
+        out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
+    return out
+
+
+def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = True) -> list[Operator]:
+    """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best first."""
+    batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
+    lengths = np.array([len(workloads) for workloads in targets])
+    dense = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    p = forward_passes(batch, hw)
+    shapes, _ = batch.shapes
+    found: dict[Operator, int] = {}
+    for row in range(len(shapes)):
+        op = operator_of(shapes, row)
+        if op is not None and (every or op.kind == "gemm"):
+            found.setdefault(op, row)
+    at, operators = np.array(list(found.values()), dtype=np.intp), list(found)
+    rows, kind = factors.in_order(p.errors, len(shapes)).take(at), shapes.kind[at].astype(np.intp)
+    covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
+    order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
+    return [operators[i] for i in (*order, *sorted(set(range(len(at))) - set(order)))]
+
+
+def operator_of(w: Workload, row: int) -> Operator | None:
+    """Return the operator that times a row of a workload; None if no operator does."""
+    kind, dtype, role = int(w.kind[row]), DTYPES[int(w.dtype[row])], ROLES[int(w.role[row])]
+    plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
+    if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:
+        return Operator("gemm", dtype, m=max(round(float(w.m[row])), 1), n=int(w.n[row]), k=int(w.k[row]))
+    if kind == Kind.ELEMENTWISE and role in ELEMENTWISE_ROLES:
+        return Operator("elementwise", dtype, m=max(int(w.m[row]), 1), n=int(w.n[row]), role=role, cold=False)
+    if kind in (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION) and plain and w.density[row] == 1.0:
+        decode = kind == Kind.DECODE_ATTENTION
+        return Operator(
+            "attention_decode" if decode else "attention_prefill",
+            dtype,
+            batch=int(w.batch[row]),
+            q_len=int(w.q_len[row]),
+            kv_len=int(w.kv_len[row]),
+            heads=int(w.heads[row]),
+            kv_heads=int(w.kv_heads[row]),
+            head_dim=int(w.head_dim[row]),
+            cold=decode,
+        )
+    return None

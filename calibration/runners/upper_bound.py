@@ -1,9 +1,7 @@
 """Measured upper bound of pruning: times of GEMMs and attention at a model's dense and pruned shapes.
 
 ``measured_bound`` is the time of the dense model's GEMMs and attention over the time of dense kernels at the pruned
-shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers. Use :func:`measure_bounds`
-to time some cases (:func:`calibration.runners.cases.settings_of`) into a run folder, and :func:`bounds` to compute
-bounds from records.
+shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers.
 """
 
 from __future__ import annotations
@@ -33,25 +31,19 @@ from simulator.operators import attention
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Workload
 
-ALIGN = 16
-"""Features that remain after unstructured pruning are rounded to a multiple of this, as in structured families."""
+ALIGN = 16  # features that remain after unstructured pruning are rounded to a multiple, as in structured families
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
     "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
 }
 """Plain kernels and the dimensions of their shapes."""
-HOT = ("attention_prefill",)
-"""Kernels whose operands are in the cache, since the previous kernel wrote them; weights and K/V caches are not."""
-
-Shape = tuple[str, tuple[int, ...]]
-"""A plain kernel of :data:`DIMENSIONS`, and its sizes."""
+HOT = ("attention_prefill",)  # its operands are in the cache, since the previous kernel wrote them
+Shape = tuple[str, tuple[int, ...]]  # a plain kernel and its sizes
 
 
 @dataclass(frozen=True)
 class Bound(CaseRow):
-    """Measured upper bound of a case, other bounds and the prediction, in the order of the columns."""
-
     dense_kernels_s: float  # GEMMs and attention
     pruned_kernels_s: float
     measured_bound: float  # NaN if shapes have no time
@@ -106,7 +98,6 @@ def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) 
 
 
 def operator_of(shape: Shape, dtype: str) -> Operator:
-    """Return the operator that times a shape."""
     kind, sizes = shape
     named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
     if kind == "attention_decode":
@@ -115,10 +106,7 @@ def operator_of(shape: Shape, dtype: str) -> Operator:
 
 
 def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
-    """Return every shape of some cases once, case by case in random order.
-
-    If the time runs out, some cases are complete; otherwise all cases would be incomplete.
-    """
+    """Return every shape of some cases once, case by case in random order, so that some cases are complete."""
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
@@ -138,33 +126,21 @@ def measure_bounds(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Time the plain kernels of some cases into a new run folder or the folder of an earlier run of the same device.
-
-    The shapes share the budget; the next run measures the shapes that remain. See
-    :func:`calibration.runners.runs.measure_into` for the other arguments and errors.
-    """
+    """Time the plain kernels of some cases into a run folder, new or of an earlier run of the same device."""
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
     def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[MeasurementPlan, Protocol]:
         left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
-        limit = _share(left / visits, len(shapes), rates, protocol.time_limit_s)
-        protocol = replace(protocol, time_limit_s=limit)
+        # a third of the time is reserved for drift checks and for repeats
+        each = 0.65 * (left / visits) / max(len(shapes), 1) - rates.setup_s
+        protocol = replace(protocol, time_limit_s=min(max(each, 0.05), 2.0 * protocol.time_limit_s))
         operators = [operator_of(shape, dtype) for shape in shapes]
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
     return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
-
-
-def _share(budget_s: float, shapes: int, rates: Rates, longest_s: float) -> float:
-    """Return the time limit per shape: at most twice the protocol's limit, at least enough for a few samples.
-
-    A third of the time is reserved for drift checks and for repeats after disturbances by other processes.
-    """
-    each = 0.65 * budget_s / max(shapes, 1) - rates.setup_s
-    return min(max(each, 0.05), 2.0 * longest_s)
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
@@ -186,11 +162,7 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
-    """Return the measured bounds of cases, in their order, with other bounds and predictions of the whole pass.
-
-    A case has no measured bound if ``records`` lacks some of its kernels. Predictions are NaN if the profile cannot
-    predict the case (2:4 without sparse tensor cores).
-    """
+    """Return the measured bounds of cases, NaN where kernels have no time, with other bounds and predictions."""
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
@@ -227,10 +199,7 @@ def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16"
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Return median relative errors of the bounds from the profile (``predicted``) and its cost model (``model``).
-
-    If the profile holds measured times of the same shapes, the first is the repeatability of the device.
-    """
+    """Return median relative errors of the bounds from the profile and from its cost model alone."""
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
         return {}
@@ -239,8 +208,7 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
-    """Return the time of a workload's plain kernels (NaN if some have none), its relative half-width, and the number of
-    kernels without a time."""
+    """Return the time of a workload's plain kernels, its relative half-width, and the number of missing kernels."""
     kernels = plain_kernels(w)
     if missing := sum(shape not in times for shape in kernels):
         return math.nan, math.nan, missing
@@ -258,7 +226,6 @@ _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    """Return the predicted time of a workload's plain kernels, s."""
     kernels, total = plain_kernels(w), 0.0
     for kind, time in _PREDICT.items():
         counts = np.array([count for (own, _), count in kernels.items() if own == kind])

@@ -15,27 +15,26 @@ if TYPE_CHECKING:
 MOST_ROWS = 5  # of the table of one setting without --verbose
 
 
+# fmt: off
 @options.expanded()
 def command(
     model: options.Model,
     hardware: options.Hardware,
     target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5 or 1.5x.")] = None,
     latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None,
-    tokens_per_s: Annotated[
-        float | None, opt("--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")
-    ] = None,
+    tokens_per_s: Annotated[float | None, opt(
+        "--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")] = None,
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")] = None,
     confidence: Annotated[float, opt("--confidence", "P", "Minimum probability of reaching the target.")] = 0.5,
-    write: Annotated[
-        str | None,
-        opt("--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it."),
-    ] = None,
+    write: Annotated[str | None, opt(
+        "--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.")] = None,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Find the least sparsity of each family, and of depth with width, that reaches a target.
 
     Begins with the least pruning and its probability, or with the closest pruning. The table has the best families of
@@ -56,12 +55,8 @@ def command(
             model,
             parsing.names("--hardware", hardware),
             aim,
-            requested.phase,
-            requested.batch,
-            requested.seq,
-            None if family is None else parsing.names("--family", family),
-            engine=requested.engine,
-            scenario=requested.scenario,
+            family=None if family is None else parsing.names("--family", family),
+            **requested.axes,
             probability=confidence,
             progress=report,
         )

@@ -13,22 +13,16 @@ from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.prediction.explain import Explanation
-    from simulator.prediction.waterfall import Step
-
-Roofline = Annotated[
-    str | None, opt("--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")
-]
-
-Sparsity = Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed.")]
 
 
+# fmt: off
 @options.expanded()
 def explain(
     model: options.Model,
     hardware: options.Hardware,
     family: Annotated[str | None, opt("--family", "NAME", "One pruning family.")] = None,
     method: Annotated[str | None, opt("--method", "NAME", "Or one published method: see prunesim methods.")] = None,
-    sparsity: Sparsity = None,
+    sparsity: Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed.")] = None,
     pruned: options.Pruned = None,
     prune: options.Prune = None,
     run: options.Run = options.RUN,
@@ -38,9 +32,11 @@ def explain(
     same_stack: options.SameStack = False,
     json: options.Json = False,
     figure: options.Figure = None,
-    roofline: Roofline = None,
+    roofline: Annotated[str | None, opt(
+        "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")] = None,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Explain where a nominal speedup is lost.
 
     Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps lead from the nominal
@@ -61,14 +57,10 @@ def explain(
             parsing.devices(hardware, same_stack),
             family,
             None if sparsity is None else parsing.fraction("--sparsity", sparsity),
-            requested.phase,
-            requested.batch,
-            requested.seq,
             method=method,
             pruned=existing,
             prune=prune or [],
-            engine=requested.engine,
-            scenario=requested.scenario,
+            **requested.axes,
             options=parsing.settings("--option", option),
             progress=report,
         )
@@ -89,12 +81,14 @@ def explain(
             _print(together)
         render.notes([*requested.notes, *skipped, *_notes(found)], verbose)
     if figure or roofline:
-        from simulator.cli.drawing import draw_rooflines, draw_waterfalls
+        from simulator.figures.gemms import rooflines_of
+        from simulator.figures.style import save_figure
+        from simulator.figures.waterfall import waterfalls_of
 
         if figure:
-            draw_waterfalls(found, figure)
+            save_figure(waterfalls_of(found), figure)
         if roofline:
-            draw_rooflines(found, roofline)
+            save_figure(rooflines_of(found), roofline)
 
 
 def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
@@ -123,6 +117,7 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
 
 def _print(together: Sequence[Explanation]) -> None:
     """Print the waterfalls of some engines next to each other, with times and bounds."""
+    from simulator.prediction.explain import NOTABLE
 
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]
@@ -130,11 +125,14 @@ def _print(together: Sequence[Explanation]) -> None:
     for e in together:
         above = f"{e.result.engine}\n" if several else ""
         factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
-        columns.append(render.Column(f"{above}factor", factors, styles=_styles(e.steps)))
+        colors = ["red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in e.steps[1:]]
+        columns.append(render.Column(f"{above}factor", factors, styles=["", *colors]))
         columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
     shown, room = columns, available - render.table_width(columns) - 2
     if room >= 20:
-        shown = [*columns, render.Column("meaning", [_cut(step.note, room) for step in first.steps], right=False)]
+        notes = [step.note for step in first.steps]
+        cut = [note if len(note) <= room else f"{note[: room - 3].rstrip()}..." for note in notes]
+        shown = [*columns, render.Column("meaning", cut, right=False)]
     r = first.result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
     name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
@@ -149,13 +147,3 @@ def _print(together: Sequence[Explanation]) -> None:
         pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
         print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
     print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")
-
-
-def _styles(steps: Sequence[Step]) -> list[str]:
-    from simulator.prediction.explain import NOTABLE
-
-    return ["", *("red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in steps[1:])]
-
-
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else text[: max(room - 3, 0)].rstrip() + "..."

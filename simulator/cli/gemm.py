@@ -13,15 +13,6 @@ from simulator.cli.options import arg, opt
 if TYPE_CHECKING:
     from simulator.prediction.gemms import GemmRecord
 
-# fmt: off
-M = Annotated[str, arg("M", "Tokens; a comma list for several.")]
-N = Annotated[str, arg("N", "Output features; a comma list for several.")]
-K = Annotated[str, arg("K", "Input features; a comma list for several.")]
-SemiStructured = Annotated[bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")]
-Warm = Annotated[bool, opt("--warm", None, "Weights already in the L2 cache; by default they come from memory.")]
-Explain = Annotated[bool, opt("--explain", None, "Show the steps from the roofline to the predicted time.")]
-# fmt: on
-
 _MEANING = {
     "roofline": "the longer of FLOPs / peak and bytes / bandwidth",
     "tile": "shape padded to whole tiles",
@@ -32,20 +23,25 @@ _MEANING = {
 }
 
 
+# fmt: off
 def gemm(
-    m: M,
-    n: N,
-    k: K,
+    m: Annotated[str, arg("M", "Tokens; a comma list for several.")],
+    n: Annotated[str, arg("N", "Output features; a comma list for several.")],
+    k: Annotated[str, arg("K", "Input features; a comma list for several.")],
     hardware: options.Hardware,
     dtype: options.Dtype = "bf16",
     weight_dtype: options.WeightDtype = None,
-    semi_structured: SemiStructured = False,
-    warm: Warm = False,
-    explain: Explain = False,
+    semi_structured: Annotated[bool, opt(
+        "--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")] = False,
+    warm: Annotated[bool, opt(
+        "--warm", None, "Weights already in the L2 cache; by default they come from memory.")] = False,
+    explain: Annotated[bool, opt(
+        "--explain", None, "Show the steps from the roofline to the predicted time.")] = False,
     same_stack: options.SameStack = False,
     json: options.Json = False,
     figure: options.Figure = None,
 ) -> None:
+    # fmt: on
     """Predict the time of a matrix product.
 
     The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written. "kernels" names the
@@ -65,9 +61,10 @@ def gemm(
             print()
             _print_steps(row)
     if figure:
-        from simulator.cli.drawing import draw_gemms
+        from simulator.figures.gemms import gemms_of
+        from simulator.figures.style import save_figure
 
-        draw_gemms(rows, figure)
+        save_figure(gemms_of(rows), figure)
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:
@@ -80,19 +77,12 @@ def _print(rows: Sequence[GemmRecord]) -> None:
         ("time", lambda r: render.seconds(r.seconds)),
         ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
         ("<bottleneck", lambda r: r.bottleneck),
-        ("<kernels", _kernels),
+        ("<kernels", lambda r: "not fitted" if r.status == "default" else r.stack or "own"),
         ("roofline", lambda r: render.seconds(r.roofline_s)),
         ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
         ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
     )
     render.show(render.narrowed(columns, 5))
-
-
-def _kernels(r: GemmRecord) -> str:
-    """Return whose kernels were fitted."""
-    if r.status == "default":
-        return "not fitted"
-    return r.stack or "own"
 
 
 def _print_steps(row: GemmRecord) -> None:

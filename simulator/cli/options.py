@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from simulator.cli.parsing import checked, duration, integers, names, prefix
+from simulator.cli.parsing import checked, duration, fractions, integers, names, prefix
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.units import parse_count
@@ -22,6 +22,7 @@ from simulator.units import parse_count
 if TYPE_CHECKING:
     from simulator.prediction.scenario import Scenario
 
+# option or argument -> place of the names for shell completion
 NAMES: Mapping[str, str] = {
     **dict.fromkeys(("MODEL", "MODELS"), "models.library.list_models"),
     **dict.fromkeys(("PROFILE", "--hardware"), "hardware.library.list_hardware"),
@@ -32,7 +33,6 @@ NAMES: Mapping[str, str] = {
     "--link": "hardware.link.CONNECTIONS",
     **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "workload.DTYPES"),
 }
-"""Option or argument -> place of the names for shell completion."""
 
 
 def completing(where: str) -> Callable[[str], list[str]] | None:
@@ -66,101 +66,58 @@ def arg(metavar: str, text: str, like: str = "") -> Any:
     return typer.Argument(metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, "")))
 
 
+# fmt: off
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]
-Hardware = Annotated[
-    str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")
-]
-Method = Annotated[str | None, opt("--method", "LIST", "Published methods instead of families: see prunesim methods.")]
-SameStack = Annotated[
-    bool, opt("--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")
-]
+Hardware = Annotated[str, opt(
+    "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")]
+SameStack = Annotated[bool, opt(
+    "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")]
 Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate, serve; a comma list for several.")]
 Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch: a list, or a range such as 1:64 (powers of two).")]
-Seq = Annotated[
-    str, opt("--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).")
-]
-Concurrency = Annotated[
-    int | None, opt("--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")
-]
+Seq = Annotated[str, opt(
+    "--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).")]
 NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens decoded after the prompt, in generate and serve.")]
-CachedPrefix = Annotated[
-    str | None,
-    opt("--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%)."),
-]
-TokenBudget = Annotated[
-    str | None, opt("--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")
-]
-Engine = Annotated[
-    str, opt("--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")
-]
-Engines = Annotated[
-    str,
-    opt(
-        "--engine",
-        "LIST",
-        "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML files; a comma list.",
-    ),
-]
-DenseTime = Annotated[
-    str | None, opt("--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")
-]
-DenseTokens = Annotated[
-    float | None, opt("--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")
-]
-DenseFrom = Annotated[
-    str | None,
-    opt(
-        "--dense-from",
-        "FILE",
-        "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf for this request.",
-    ),
-]
+Engine = Annotated[str, opt(
+    "--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")]
 Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
-WeightDtype = Annotated[
-    str | None,
-    opt(
-        "--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype."
-    ),
-]
-KvDtype = Annotated[
-    str | None, opt("--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")
-]
-Devices = Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")]
-LinkName = Annotated[
-    str | None,
-    opt(
-        "--link",
-        "NAME",
-        "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. Default: the hardware's.",
-    ),
-]
-Parallel = Annotated[str, opt("--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")]
-Skew = Annotated[
-    float | None,
-    opt(
-        "--skew", "X", "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the least busy."
-    ),
-]
+WeightDtype = Annotated[str | None, opt(
+    "--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.")]
 Ideal = Annotated[bool, opt("--ideal", None, "Exclude the work that pruning adds (routers, gathers): an upper bound.")]
-Option = Annotated[
-    list[str] | None, opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")
-]
-Pruned = Annotated[
-    str | None, opt("--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")
-]
-Prune = Annotated[
-    list[str] | None,
-    opt(
-        "--prune",
-        "TEXT",
-        "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. Parts of width: "
-        "attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, semi_structured, "
-        "unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.",
-    ),
-]
+Option = Annotated[list[str] | None, opt(
+    "--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")]
+Pruned = Annotated[str | None, opt(
+    "--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")]
+Prune = Annotated[list[str] | None, opt(
+    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. "
+    "Parts of width: attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, "
+    "semi_structured, unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
 Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
 Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
+
+
+@dataclass(frozen=True)
+class Prunings:
+    """Options that choose prunings, as texts of the command line."""
+
+    family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None
+    method: Annotated[str | None, opt(
+        "--method", "LIST", "Published methods instead of families: see prunesim methods.")] = None
+    pruned: Pruned = None
+    prune: Prune = None
+    sparsity: Annotated[str | None, opt(
+        "--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's "
+        "paper.")] = None
+
+    def parsed(self) -> dict[str, Any]:
+        """Return the arguments of :func:`simulator.table`."""
+        return {
+            "family": None if self.family is None else names("--family", self.family),
+            "method": [] if self.method is None else names("--method", self.method),
+            "pruned": [] if self.pruned is None else names("--pruned", self.pruned),
+            "prune": self.prune or [],
+            "sparsity": None if self.sparsity is None else fractions("--sparsity", self.sparsity),
+        }
 
 
 @dataclass(frozen=True)
@@ -169,19 +126,30 @@ class Run:
 
     phase: Phase = "decode"
     batch: Batch = "1"
-    concurrency: Concurrency = None
+    concurrency: Annotated[int | None, opt(
+        "--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")] = None
     seq: Seq = "2048"
     new_tokens: NewTokens = 128
-    cached_prefix: CachedPrefix = None
-    token_budget: TokenBudget = None
-    engine: Engines = DEFAULT_ENGINE
+    cached_prefix: Annotated[str | None, opt(
+        "--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).")] = None
+    token_budget: Annotated[str | None, opt(
+        "--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")] = None
+    engine: Annotated[str, opt(
+        "--engine", "LIST", "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or "
+        "YAML files; a comma list.")] = DEFAULT_ENGINE
     dtype: Dtype = "bf16"
     weight_dtype: WeightDtype = None
-    kv_dtype: KvDtype = None
-    devices: Devices = 1
-    link: LinkName = None
-    parallel: Parallel = "tensor"
-    skew: Skew = None
+    kv_dtype: Annotated[str | None, opt(
+        "--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")] = None
+    devices: Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")] = 1
+    link: Annotated[str | None, opt(
+        "--link", "NAME", "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. "
+        "Default: the hardware's.")] = None
+    parallel: Annotated[str, opt(
+        "--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")] = "tensor"
+    skew: Annotated[float | None, opt(
+        "--skew", "X", "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the "
+        "least busy.")] = None
 
     def requests(self, known: Known | None = None, *, model: str = "", ideal: bool = False) -> Requests:
         """Parse the options, with a measured time of the dense ``model``, if any."""
@@ -227,14 +195,23 @@ class Requests:
     scenario: Scenario
     notes: tuple[str, ...] = ()
 
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Axes and scenario by name."""
+        return {name: getattr(self, name) for name in ("phase", "batch", "seq", "engine", "scenario")}
+
 
 @dataclass(frozen=True)
 class Known:
     """A measured time of the dense model, as texts of the command line."""
 
-    dense_time: DenseTime = None
-    dense_tokens_per_s: DenseTokens = None
-    dense_from: DenseFrom = None
+    dense_time: Annotated[str | None, opt(
+        "--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")] = None
+    dense_tokens_per_s: Annotated[float | None, opt(
+        "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")] = None
+    dense_from: Annotated[str | None, opt(
+        "--dense-from", "FILE", "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, "
+        "genai-perf or AIPerf for this request.")] = None
 
     def added(self, requests: Requests, model: str) -> Requests:
         """Return requests with the measured time of the dense ``model`` in the scenario."""
@@ -260,8 +237,8 @@ class Known:
         return replace(requests, scenario=replace(requests.scenario, dense_s=seconds), notes=notes)
 
 
-KNOWN, RUN = Known(), Run()
-"""Defaults of the parameters ``known`` and ``run`` of commands."""
+# fmt: on
+KNOWN, PRUNINGS, RUN = Known(), Prunings(), Run()  # defaults of the parameters of commands
 
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

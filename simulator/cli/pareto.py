@@ -14,33 +14,28 @@ from simulator.cli.options import opt
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
 
+
 # fmt: off
-Quality = Annotated[str | None, opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")]
-QualityModel = Annotated[str | None, opt("--quality-model", "NAME", "Use the quality rows of this model instead.")]
-Metric = Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")]
-Protocol = Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")]
-Measured = Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")]
-MaxLoss = Annotated[str | None, opt("--max-loss", "FRACTION", "Name the fastest model with at most this loss.")]
-Csv = Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")]
-# fmt: on
-
-
 @options.expanded("weight_dtype", "kv_dtype")
 def pareto(
     model: options.Model,
     hardware: options.Hardware,
-    quality: Quality = None,
-    metric: Metric = "",
-    protocol: Protocol = "",
-    quality_model: QualityModel = None,
-    measured: Measured = None,
-    max_loss: MaxLoss = None,
+    quality: Annotated[str | None, opt(
+        "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None,
+    metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = "",
+    protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = "",
+    quality_model: Annotated[str | None, opt(
+        "--quality-model", "NAME", "Use the quality rows of this model instead.")] = None,
+    measured: Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")] = None,
+    max_loss: Annotated[str | None, opt(
+        "--max-loss", "FRACTION", "Name the fastest model with at most this loss.")] = None,
     run: options.Run = options.RUN,
     json: options.Json = False,
-    csv: Csv = None,
+    csv: Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")] = None,
     figure: options.Figure = None,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Show the frontier of speed and quality.
 
     No other model beats those on the frontier in both. Begins with them and the best trade, the most speedup per loss,
@@ -61,32 +56,21 @@ def pareto(
     known = read_measured(measured) if measured else ()
     most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
     with render.progress("predicting") as report:
-        found, notes = fronts(
-            config,
-            devices,
-            table,
-            axis,
-            requested.phase,
-            requested.batch,
-            requested.seq,
-            engine=requested.engine,
-            scenario=requested.scenario,
-            measured=known,
-            progress=report,
-        )
+        found, notes = fronts(config, devices, table, axis, **requested.axes, measured=known, progress=report)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
         if verbose or len(found) <= MOST_FRONTS:
             for front in found:
-                print(front_text(front), end="\n\n")
+                print(_front_text(front), end="\n\n")
             print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
         else:
             _show_trades(found)
     if figure:
-        from simulator.cli.drawing import draw_fronts
+        from simulator.figures.pareto import fronts_of
+        from simulator.figures.style import save_figure
 
-        draw_fronts(found, figure)
+        save_figure(fronts_of(found), figure)
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
@@ -95,10 +79,8 @@ def pareto(
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
     if others and verbose and not json and csv != "-":
-        more = " ..." if len(others) > 4 else ""
-        lines.append(
-            f"other axes of {table.models[0]}, chosen by --metric and --protocol: {'; '.join(others[:4])}{more}"
-        )
+        shown = "; ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+        lines.append(f"other axes of {table.models[0]}, chosen by --metric and --protocol: {shown}")
     render.notes(lines, verbose)
 
 
@@ -120,26 +102,20 @@ def _show_trades(found: Sequence[Front]) -> None:
     render.show(columns, f"best trade by {found[0].axis}")
 
 
-def front_title(front: Front) -> str:
-    """Return the title of a frontier."""
-    return f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
-
-
-def front_text(front: Front) -> str:
+def _front_text(front: Front) -> str:
     """Return a frontier as text: points by rising loss, then bands."""
     columns = render.first_fitting(_layouts(front), render.width())
-    table = render.table_text(columns, f"{front_title(front)}\n{front.axis}", color=render.colored())
-    sentences = "; ".join(band_text(b) for b in front.bands)
-    cited = (
-        ""
-        if any(c.title == "source" for c in columns)
-        else "\n" + textwrap.fill(f"source: {'; '.join(dict.fromkeys(p.source for p in front.points))}", render.width())
-    )
+    where = f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
+    table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())
+    sentences = "; ".join(_band_text(b) for b in front.bands)
+    sources = "; ".join(dict.fromkeys(p.source for p in front.points))
+    named = any(c.title == "source" for c in columns)
+    cited = "" if named else "\n" + textwrap.fill(f"source: {sources}", render.width())
     bands = textwrap.fill(f"fastest family by quality budget: {sentences}", render.width(), break_on_hyphens=False)
     return f"{table}{cited}\n\n{bands}"
 
 
-def band_text(band: Band) -> str:
+def _band_text(band: Band) -> str:
     """Return a band as text, as in the paper."""
     low, high = f"{100 * band.low:.3g}", f"{100 * band.high:.3g}"
     budget = f"from {low} %" if math.isinf(band.high) else f"{low}-{high} %"

@@ -10,8 +10,7 @@ from simulator.units import parse_count, parse_fraction, parse_quantity, parse_r
 
 T = TypeVar("T")
 
-MOST = 10_000
-"""Most values of a range."""
+MOST = 10_000  # most values of a range
 
 
 def names(option: str, text: str) -> list[str]:

@@ -20,28 +20,28 @@ from simulator._version import __version__
 from simulator.errors import InputError, one_line
 from simulator.start import INTERRUPTED
 
-GROUP = "prunesim.commands"
-"""Entry points that add commands: ``name = package.module:command``."""
+GROUP = "prunesim.commands"  # entry points that add commands: name = package.module:command
 
+# commands of the simulator in the order of --help, and their places in this package
 COMMANDS: tuple[tuple[str, str], ...] = (
-    ("hardware", "hardware:app"),
-    ("models", "models:app"),
-    ("engines", "engines:app"),
+    ("hardware", "catalogue:hardware"),
+    ("models", "catalogue:models"),
+    ("engines", "catalogue:engines"),
     ("gemm", "gemm:gemm"),
     ("speedup", "speedup:speedup"),
     ("serve", "serve:command"),
     ("explain", "explain:explain"),
-    ("methods", "methods:command"),
+    ("methods", "catalogue:methods"),
     ("advise", "advise:command"),
-    ("costs", "costs:command"),
-    ("search", "search:command"),
+    ("costs", "search:costs"),
+    ("search", "search:search"),
     ("sweep", "sweep:command"),
     ("pareto", "pareto:pareto"),
-    ("explore", "explore:command"),
-    ("report", "report:command"),
+    ("explore", "report:explore"),
+    ("report", "report:report"),
 )
-"""Commands of the simulator in the order of ``--help``, and their places in this package."""
 
+# replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them
 REMOVED: Mapping[str, str] = {
     "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
     "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",
@@ -68,7 +68,6 @@ REMOVED: Mapping[str, str] = {
     ),
     "validate --html": "use --markdown FILE",
 }
-"""Replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them."""
 
 
 def program(only: str = "") -> typer.Typer:

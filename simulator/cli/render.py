@@ -32,21 +32,16 @@ from simulator.units import size as size
 
 T = TypeVar("T")
 
-PIPED_WIDTH = 120
-"""Columns of a table that goes to a pipe or a file."""
+PIPED_WIDTH = 120  # columns of a table that goes to a pipe or a file
+PROGRESS_AFTER_S = 2.0  # run time after which a progress bar appears, s
+MOST_NOTES = 3  # notes that a run prints without --verbose
 
-PROGRESS_AFTER_S = 2.0
-"""Run time after which a progress bar appears, s."""
-
-MOST_NOTES = 3
-"""Notes that a run prints without --verbose."""
-
+# names of bottlenecks for narrow tables
 # fmt: off
 BOTTLENECKS_SHORT: Mapping[str, str] = {
     "compute": "comp", "memory": "mem", "l2": "L2", "latency": "lat", "launch": "lnch", "host": "host", "link": "link",
 }
 # fmt: on
-"""Names of bottlenecks for narrow tables."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,8 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=_rule(box), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # a line under the header
+    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for c in columns:
         table.add_column(Text(c.title), justify="right" if c.right else "left", no_wrap=True, vertical="bottom")
     for i in range(len(columns[0].cells)):
@@ -119,11 +115,6 @@ def table_text(columns: Sequence[Column], title: str = "", *, color: bool = Fals
         console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def _rule(box: Any) -> Any:
-    """Return a box style with only a line under the header, in ASCII characters."""
-    return box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def show(columns: Sequence[Column], title: str = "") -> None:
@@ -208,7 +199,7 @@ class Output:
         if self.json and self.csv:
             raise InputError("--json and --csv: expected one of them")
         for path in filter(None, self.figures):
-            from simulator.figures.save import check_figure
+            from simulator.figures.style import check_figure
 
             check_figure(path)
         if self.csv and self.csv != "-":

@@ -1,26 +1,40 @@
-"""``prunesim report``: write predictions as one HTML file."""
+"""``prunesim report`` and ``explore``: write predictions as one HTML file, serve the page on this machine."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import socket
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
-from simulator.errors import InputError
+from simulator.errors import InputError, needs_extra
+
+HOST = "127.0.0.1"
+
+# settings of Streamlit, which override its configuration files and environment variables
+SERVER = {
+    "server.address": HOST,
+    "server.headless": "true",  # opens no browser, and asks for no e-mail address
+    "server.enableXsrfProtection": "true",
+    "server.enableCORS": "true",  # pages of other hosts cannot connect
+    "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false",
+    "client.showErrorDetails": "none",
+    "client.toolbarMode": "minimal",
+}
 
 
 @options.expanded()
-def command(
+def report(
     model: options.Model,
     output: Annotated[str, opt("-o --output", "FILE", "HTML file to write.")],
     hardware: options.Hardware,
-    family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None,
-    method: options.Method = None,
-    pruned: options.Pruned = None,
-    prune: options.Prune = None,
-    sparsity: Annotated[str | None, opt("--sparsity", "LIST", "Fractions removed, as in prunesim speedup.")] = None,
+    prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -47,27 +61,13 @@ def command(
     asked: dict[str, Any] = {
         "models": model,
         "hardware": [load_hardware(name) for name in parsing.devices(hardware, same_stack)],
-        "family": None if family is None else parsing.names("--family", family),
-        "sparsity": None if sparsity is None else parsing.fractions("--sparsity", sparsity),
-        "phase": requested.phase,
-        "batch": requested.batch,
-        "seq": requested.seq,
-        "method": [] if method is None else parsing.names("--method", method),
-        "pruned": [] if pruned is None else parsing.names("--pruned", pruned),
-        "prune": prune or [],
-        "engine": requested.engine,
-        "scenario": requested.scenario,
+        **prunings.parsed(),
+        **requested.axes,
         "options": parsing.settings("--option", option),
     }
     found = content(asked)
-    given: dict[str, Any] = {
-        "hardware": hardware,
-        "family": family,
-        "method": method,
-        "sparsity": sparsity,
-        "pruned": pruned,
-    }
-    given |= {"prune": prune, "option": option, "ideal": ideal, "same_stack": same_stack}
+    given: dict[str, Any] = {"hardware": hardware, **asdict(prunings), "option": option, "ideal": ideal}
+    given["same_stack"] = same_stack
     defaults = asdict(options.RUN) | {"phase": None, "batch": None, "seq": None}
     given |= {name: value for name, value in asdict(run).items() if value != defaults[name]} | asdict(known)
     if run.concurrency is not None:
@@ -80,3 +80,26 @@ def command(
     else:
         print(output)
     render.notes(requested.notes)
+
+
+def explore(port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501) -> None:
+    """Explore predictions in the browser.
+
+    Prints the address of a page, which is served on 127.0.0.1 only and loads nothing from other hosts. Its address
+    contains its settings. Needs the extra "explore". Ctrl-C stops it.
+    """
+    if importlib.util.find_spec("streamlit") is None:
+        raise needs_extra("the page", "explore", "streamlit")
+    if not 0 <= port < 65536:
+        raise InputError(f"--port {port}: expected 0 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise InputError(f"--port {port}: {error.strerror}; expected a free port, such as --port 0") from None
+        port = probe.getsockname()[1]
+    page = Path(__file__).parents[1] / "explore" / "app.py"
+    settings = [part for name, value in {**SERVER, "server.port": port}.items() for part in (f"--{name}", str(value))]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *settings])

@@ -14,61 +14,38 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from simulator.prediction.operating import OperatingPoint, Service
 
-MOST_SERVICES = 3
-"""Services with sentences and a table each; of more, one row each is printed without --verbose."""
+MOST_SERVICES = 3  # services with sentences and a table each; of more, one row each is printed without --verbose
+MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most tokens/s at equal memory
 
-MOST_PRUNINGS = 6
-"""Prunings in a table without --verbose: those with the most tokens/s at equal memory."""
 
 # fmt: off
-Concurrency = Annotated[
-    int | None,
-    opt("--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
-        "Default: the most that fit the dense model."),
-]
-Seq = Annotated[str, opt("--seq", "N", "Tokens of each prompt.")]
-Ttft = Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")]
-Tpot = Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")]
-Price = Annotated[float | None, opt("--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")]
-Confidence = Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")]
-Family = Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")]
-Sparsity = Annotated[
-    str | None,
-    opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."),
-]
-Csv = Annotated[str | None, opt("--csv", "FILE", "Write the operating points as CSV (- for standard output).")]
-Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw throughput over time per token: .pdf, .svg or .png.")]
-Verbose = Annotated[
-    bool,
-    opt("--verbose", None, "Also print every concurrency of the grid, all prunings and all notes."),
-]
-# fmt: on
-
-
 @options.expanded("phase", "batch", "concurrency", "seq")
 def command(
     model: options.Model,
     hardware: options.Hardware,
-    family: Family = None,
-    method: options.Method = None,
-    pruned: options.Pruned = None,
-    prune: options.Prune = None,
-    sparsity: Sparsity = None,
-    concurrency: Concurrency = None,
-    ttft: Ttft = None,
-    tpot: Tpot = None,
-    confidence: Confidence = 0.5,
-    price: Price = None,
-    seq: Seq = "2048",
+    prunings: options.Prunings = options.PRUNINGS,
+    concurrency: Annotated[int | None, opt(
+        "--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
+        "Default: the most that fit the dense model.")] = None,
+    ttft: Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")] = None,
+    tpot: Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")] = None,
+    confidence: Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")] = 0.5,
+    price: Annotated[float | None, opt(
+        "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None,
+    seq: Annotated[str, opt("--seq", "N", "Tokens of each prompt.")] = "2048",
     run: options.Run = options.RUN,
     ideal: options.Ideal = False,
     option: options.Option = None,
     same_stack: options.SameStack = False,
     json: options.Json = False,
-    csv: Csv = None,
-    figure: Figure = None,
-    verbose: Verbose = False,
+    csv: Annotated[str | None, opt(
+        "--csv", "FILE", "Write the operating points as CSV (- for standard output).")] = None,
+    figure: Annotated[str | None, opt(
+        "--figure", "FILE", "Also draw throughput over time per token: .pdf, .svg or .png.")] = None,
+    verbose: Annotated[bool, opt(
+        "--verbose", None, "Also print every concurrency of the grid, all prunings and all notes.")] = False,
 ) -> None:
+    # fmt: on
     """Compare dense and pruned models in a server.
 
     A pruned model leaves memory for more sequences, and keeps limits of latency at a higher load. Begins with the
@@ -89,12 +66,8 @@ def command(
         found = serve(
             model,
             parsing.devices(hardware, same_stack),
-            None if family is None else parsing.names("--family", family),
-            None if sparsity is None else parsing.fractions("--sparsity", sparsity),
-            lengths[0],
-            method=[] if method is None else parsing.names("--method", method),
-            pruned=[] if pruned is None else parsing.names("--pruned", pruned),
-            prune=prune or [],
+            **prunings.parsed(),
+            seq=lengths[0],
             engine=requested.engine,
             concurrency=concurrency,
             ttft_s=None if ttft is None else parsing.duration("--ttft", ttft),
@@ -109,9 +82,10 @@ def command(
     if output.write([point.to_dict() for point in (*found.points, *curves)]):
         _print(found.services, verbose)
     if figure:
-        from simulator.cli.drawing import draw_services
+        from simulator.figures.style import save_figure
+        from simulator.figures.throughput import services_of
 
-        draw_services(found.services, figure)
+        save_figure(services_of(found.services), figure)
     render.notes((*requested.notes, *found.notes), verbose)
 
 
@@ -187,6 +161,7 @@ def _print_rows(services: Sequence[Service]) -> None:
 
 def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
     """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
+    from simulator.prediction.conclusions import probability_text
     from simulator.prediction.operating import OperatingPoint
     from simulator.prediction.service import money
 
@@ -197,6 +172,9 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
 
     def cost(name: str) -> Callable[[OperatingPoint], str]:
         return lambda p: money(getattr(p, name)) if p.concurrency else "-"
+
+    def chance(p: OperatingPoint) -> str:
+        return "-" if math.isnan(p.probability) else probability_text(p.probability)
 
     def layout(request: bool, detail: int) -> Iterator[render.Column]:
         names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]
@@ -210,7 +188,7 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
         yield column("time to\nfirst token", lambda p: _time(p, "ttft", 2 if detail else 0))
         yield column("time per\noutput token", lambda p: _time(p, "tpot", detail))
         if not all(math.isnan(p.probability) for p in points):
-            yield column("limits\nhold", _chance)
+            yield column("limits\nhold", chance)
         if not all(math.isnan(p.cost_output) for p in points):
             yield column("cost/M\noutput", cost("cost_output"))
             yield column("cost/M\nall", cost("cost_all"))
@@ -241,9 +219,3 @@ def _time(p: OperatingPoint, name: str, detail: int) -> str:
         return "-"
     value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
     return render.seconds_between(value, lower, upper, short=detail == 1) if detail else render.seconds(value)
-
-
-def _chance(p: OperatingPoint) -> str:
-    from simulator.prediction.conclusions import probability_text
-
-    return "-" if math.isnan(p.probability) else probability_text(p.probability)

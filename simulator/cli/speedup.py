@@ -16,31 +16,20 @@ if TYPE_CHECKING:
     from simulator.prediction.result import Result, Results
     from simulator.prediction.runnable import Runnable
 
+# sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated
 MOST_SENTENCES = 8
-"""Sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated."""
 
-MOST_COLUMNS = 3
-"""Batches or lengths from which they are rows of a table, not tables of their own."""
+MOST_COLUMNS = 3  # batches or lengths from which they are rows of a table, not tables of their own
 
+# characters of the first two columns of a table over batches or lengths, and of the column of a pruning
 AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19
-"""Characters of the first two columns of a table over batches or lengths, and of the column of a pruning."""
-
-
-Sparsity = Annotated[
-    str | None,
-    opt("--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."),
-]
 
 
 @options.expanded()
 def speedup(
     model: options.Model,
     hardware: options.Hardware,
-    family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None,
-    method: options.Method = None,
-    pruned: options.Pruned = None,
-    prune: options.Prune = None,
-    sparsity: Sparsity = None,
+    prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
     known: options.Known = options.KNOWN,
     ideal: options.Ideal = False,
@@ -60,10 +49,9 @@ def speedup(
     one.
     """
     output = render.Output(json, csv, [figure])
-    chosen = None if family is None else parsing.names("--family", family)
-    methods = [] if method is None else parsing.names("--method", method)
-    extra = parsing.settings("--option", option)
-    if extra and not methods and (chosen is None or len(chosen) > 1 or chosen == ["all"]):
+    chosen, extra = prunings.parsed(), parsing.settings("--option", option)
+    families = chosen["family"] or ["all"]
+    if extra and not chosen["method"] and (len(families) > 1 or families == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
     from simulator.hardware.library import load_hardware
     from simulator.prediction.caveats import uncalibrated
@@ -73,35 +61,21 @@ def speedup(
     requested = run.requests(known, model=model, ideal=ideal)
     devices = [load_hardware(name) for name in parsing.devices(hardware, same_stack)]
     with render.progress("predicting") as report:
-        found = table(
-            model,
-            devices,
-            chosen,
-            None if sparsity is None else parsing.fractions("--sparsity", sparsity),
-            requested.phase,
-            requested.batch,
-            requested.seq,
-            method=methods,
-            pruned=[] if pruned is None else parsing.names("--pruned", pruned),
-            prune=prune or [],
-            engine=requested.engine,
-            scenario=requested.scenario,
-            options=extra,
-            progress=report,
-        )
-    named = bool(prune or pruned or method)  # with --family, only --json has whether each runs
+        found = table(model, devices, **chosen, **requested.axes, options=extra, progress=report)
+    # with --family, only --json has whether each runs
+    named = bool(prunings.prune or prunings.pruned or prunings.method)
     answers: list[Runnable] = []
     if json or csv or named:
         answers = runnables(found, replace(requested.scenario, model=model), requested.engine, devices if named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
         _print(found, answers, memory, verbose)
     if figure:
-        from simulator.cli.drawing import draw_speedups
+        from simulator.figures.speedup import speedups_of
+        from simulator.figures.style import save_figure
 
-        draw_speedups([replace(r, family=r.name) for r in found], figure)
-    render.notes(
-        (*requested.notes, *uncalibrated(found, requested.scenario.dense_s is not None), *found.notes), verbose
-    )
+        save_figure(speedups_of([replace(r, family=r.name) for r in found]), figure)
+    defaults = uncalibrated(found, requested.scenario.dense_s is not None)
+    render.notes((*requested.notes, *defaults, *found.notes), verbose)
 
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
@@ -132,7 +106,7 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 
 def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    """Return whether the engine runs a model, and how many sequences the memory holds, as the end of a sentence."""
+    """Return whether the engine runs a model, and how many sequences fit, as the end of a sentence."""
     runs = answer.clause if answer else ""
     if answer and answer.works and not answer.aligned:
         runs += f", but {answer.alignment}"
@@ -242,16 +216,13 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
                 bounds = [render.ratio(r.roofline_bound) if r else "-" for r in found]
                 columns.append(render.Column("roofline\nbound", ["", *bounds]))
             if detail > 3:
-                columns.append(
-                    render.Column(f"{h}\ntime", ["", *(render.seconds(r.pruned_s) if r else "-" for r in found)])
-                )
+                times = [render.seconds(r.pruned_s) if r else "-" for r in found]
+                columns.append(render.Column(f"{h}\ntime", ["", *times]))
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
-            whole = dense[h]
-            ends = whole.dense_s, whole.dense_lower, whole.dense_upper
-            dense_time = (
-                render.seconds_between(*ends, short=len(hardware) > 1) if interval else render.seconds(whole.dense_s)
-            )
-            cells = [dense_time, *(shown(r) if r else "-" for r in found)]
+            ends = dense[h].dense_s, dense[h].dense_lower, dense[h].dense_upper
+            short = len(hardware) > 1
+            whole = render.seconds_between(*ends, short=short) if interval else render.seconds(ends[0])
+            cells = [whole, *(shown(r) if r else "-" for r in found)]
             columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}

@@ -9,24 +9,19 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
+
 # fmt: off
-Grid = Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")]
-Output = Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")]
-Jobs = Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")]
-Scheduler = Annotated[str | None, opt("--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")]
-Most = Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")]
-# fmt: on
-
-
 def command(
-    grid: Grid,
-    output: Output,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
-    most: Most = 100_000_000,
+    grid: Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")],
+    output: Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")],
+    jobs: Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")] = None,
+    scheduler: Annotated[str | None, opt(
+        "--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")] = None,
+    most: Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")] = 100_000_000,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
+    # fmt: on
     """Predict every combination of a grid.
 
     Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of the dataset.
@@ -35,8 +30,8 @@ def command(
 
     if scheduler is not None and jobs is not None:
         raise InputError("--jobs and --scheduler: expected one of them")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = cores if jobs is None else jobs
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with render.progress("predicting") as report:
         done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
     row = {

@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator.engines.engine import load_engine
-from simulator.figures.panels import rooflines_of, speedups_of, waterfalls_of
-from simulator.figures.save import svg_text
-from simulator.figures.titles import device_title, engine_title, model_title
+from simulator.figures.gemms import rooflines_of
+from simulator.figures.speedup import speedups_of
+from simulator.figures.style import device_title, engine_title, svg_text
+from simulator.figures.waterfall import waterfalls_of
+from simulator.models.library import model_title
 from simulator.prediction.breakeven import break_even
 from simulator.prediction.caveats import uncalibrated
 from simulator.prediction.conclusions import of_speedups

@@ -1,128 +1,265 @@
-"""Draw figures of single GEMMs: staircases of tiles and waves, and predicted against measured times."""
+"""Draw GEMMs: their rates on the roofline of a device, and staircases: their time rises in steps of tiles and waves."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
 
-from simulator.figures.subject import Made, NothingToDraw, Paper
-from simulator.figures.titles import device_title
-from simulator.operators.base import ELEMENT_BYTES
-from simulator.uncertainty.operators import gemm_time
+from simulator.arrays import FloatArray
+from simulator.figures import layout, style
+from simulator.prediction.explain import Explanation
+from simulator.prediction.gemms import GemmRecord, gemm_points
 
-if TYPE_CHECKING:
-    from simulator.figures.staircase import Stairs
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.uncertainty.operators import OperatorTimes
+SAME = 1.01  # points closer than this factor in both directions are one point with a joint label
 
-TOKENS = np.arange(1, 513)
-"""Rows of the staircase of tiles: every number, because a step may be at any of them."""
+# the roof at the datasheet's rate, and at the highest clock, which devices with a boost reach
+DATASHEET: dict[str, Any] = {"color": style.BLACK, "linewidth": 1.1}
+HIGHEST: dict[str, Any] = {"color": style.BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
 
-MORE_TOKENS = np.arange(16, 4097, 8)
-"""Rows of the staircase of waves."""
+# markers of the GEMMs of the two models; where they coincide, the square is in the circle
+DENSE: dict[str, Any] = {"marker": "o", "color": style.BLUE, "markersize": 5, "linestyle": "none"}
+DENSE |= {"markerfacecolor": "none"}
+PRUNED: dict[str, Any] = {"marker": "s", "color": style.VERMILLION, "markersize": 2.6, "linestyle": "none"}
 
+_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
 
-def staircase(p: Paper) -> Made:
-    """Draw time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
-    from simulator.figures.staircase import staircase_figure
+_IDEAL: dict[str, Any] = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
+_HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
+_BAND: dict[str, Any] = {"color": style.BLUE, "alpha": 0.18, "linewidth": 0}
+_POINT: dict[str, Any] = {"color": style.VERMILLION, "marker": "o", "markersize": 2.4, "linestyle": "none"}
+_POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
-    panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
-    panels += [_over_width(p, hw) for hw in p.devices]
-    used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
-    named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
-    caption = (
-        f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
-        f"the fused q, k, v projection of {p.title} over the tokens; middle: its rate; bottom: time of the gate "
-        "projection as width pruning narrows it, cold weights. Line: prediction; band: "
-        f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
-    )
-    caption += f"; circles: measured ({named})." if named else "."
-    return staircase_figure(panels, interval=p.interval), caption, ()
+Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
 
 
-def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many; weights are as warm as in
-    the measurements, if there are any."""
-    from simulator.figures.staircase import Stairs
+@dataclass(frozen=True)
+class Roof:
+    """One device with its GEMMs: a panel."""
 
-    n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
-    tokens = TOKENS if row == "tiles" else MORE_TOKENS
-    copies, seen_m, seen_s = None, np.zeros(0), np.zeros(0)
-    seen = p.measured.get(hw.label)
-    if seen is not None:
-        rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
-        seen_m, seen_s = seen.m[rows], seen.seconds[rows]
-        copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
-    t = gemm_time(tokens, n, k, hw, dtype=p.scenario.dtype, copies=copies, level=p.scenario.level)
-    highest_s = _at_the_highest_clock(p, hw, tokens, n, k)
-    names = {"row": row, "column": device_title(hw.label), "x_label": "M (tokens)", "note": f"N {n}, K {k}"}
-    if row == "tiles":
-        seen_y, columns = 1e6 * seen_s, _microseconds(t, highest_s)
-    else:
-        work = 2e-12 * tokens * n * k
-        seen_y = 2e-12 * seen_m * n * k / seen_s
-        columns = {"predicted": work / t.seconds, "lower": work / t.upper, "upper": work / t.lower}
-        columns |= {"ideal": work / t.roofline_s, "highest": work / highest_s if highest_s.size else ()}
-    y_label = "time (µs)" if row == "tiles" else "TFLOP/s"
-    return Stairs(**names, y_label=y_label, x=tokens, measured_x=seen_m, measured=seen_y, **columns)
+    title: str
+    peak_flop_per_s: float  # datasheet peaks
+    bandwidth_bytes_per_s: float
+    names: Sequence[str]  # one per GEMM
+    intensity: ArrayLike  # FLOP/byte
+    achieved_flop_per_s: ArrayLike
+    pruned: ArrayLike  # whether a point belongs to the pruned model
+    headroom: float = 1.0  # highest clock over the datasheet's: largest rate over the peak
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Datasheet peaks, TFLOP/s and TB/s."""
+        return self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+
+    def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
+        """Return intensity (FLOP/byte), achieved TFLOP/s, and whether a point is pruned."""
+        x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
+        return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
+
+    def ranges(self) -> Limits:
+        """Return ranges that hold all points, and the ridge of the roof unless it is so far that it would squeeze the
+        points."""
+        x, y, _ = self.columns()
+        peak, bandwidth = self.peaks
+        ridge = peak / bandwidth
+        low, high = float(x.min()) / 2.2, float(x.max()) * 2.2
+        if ridge / 15 < high:
+            low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
+        bottom = min(float(y.min()) / 2, peak, low * bandwidth)
+        return low, high, bottom, min(peak * self.headroom, high * bandwidth) * 2.0
+
+    def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
+        """Return corners of the roof between two intensities: intensity and TFLOP/s. With the headroom, this is the
+        roof of the highest clock, which no time that streams its operands from memory can exceed."""
+        peak, bandwidth = headroom * self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+        at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
+        return at, np.minimum(peak, at * bandwidth)
+
+    def drawn(self) -> list[tuple[str, int, int | None]]:
+        """Return, for every drawn point, its name, its index, and the index of the dense point that a pruned point came
+        from: the nearest in intensity. GEMMs whose points coincide, dense and pruned, have one with a joint name."""
+        x, y, pruned = self.columns()
+        logs = np.log(np.stack([x, y], axis=1))
+        points: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            points.setdefault(name, []).append(i)
+        groups: list[list[str]] = []
+        for name, own in points.items():
+            for group in groups:
+                first = points[group[0]]
+                same = pruned[own].tolist() == pruned[first].tolist()
+                if same and np.abs(logs[own] - logs[first]).max() < np.log(SAME):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
+        out: list[tuple[str, int, int | None]] = []
+        for group in groups:
+            dense = [i for i in points[group[0]] if not pruned[i]]
+            for i in points[group[0]]:
+                origin = min(dense, key=lambda j: abs(float(logs[j, 0] - logs[i, 0]))) if pruned[i] and dense else None
+                out.append((", ".join(group), i, origin))
+        return out
 
 
-def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
-    """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
-    from simulator.figures.staircase import Stairs
-
-    inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
-    widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    t = gemm_time(p.seq, widths, k, hw, dtype=p.scenario.dtype, level=p.scenario.level)
-    highest_s = _at_the_highest_clock(p, hw, p.seq, widths, k)
-    names = {
-        "row": "pruned width",
-        "column": device_title(hw.label),
-        "x_label": "N (inner width kept)",
-        "note": f"M {p.seq}, K {k}",
-    }
-    return Stairs(**names, y_label="time (µs)", x=widths, **_microseconds(t, highest_s))
-
-
-def _at_the_highest_clock(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int) -> NDArray[np.float64]:
-    """Return the roofline at a device's highest clock, s; empty if the datasheet's clock is the highest."""
-    if hw.clock_headroom <= 1.0:
-        return np.zeros(0)
-    dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
-    compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
-    moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
-    return np.asarray(np.maximum(compute_s, moved_s))
-
-
-def _microseconds(t: OperatorTimes, highest_s: NDArray[np.float64]) -> dict[str, Any]:
-    """Return columns of a staircase from times."""
-    times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s, "highest": highest_s}
-    return {name: 1e6 * seconds for name, seconds in times.items()}
+def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
+    """Draw devices side by side on common axes: circles for the dense model, squares for the pruned model, names next
+    to the points where there is room; ``columns`` is the number of panels per row, ``names`` the legend's title."""
+    columns = columns or layout.in_a_row(len(roofs))
+    width = layout.width_of(columns)
+    with style.paper_style():
+        handles = [Line2D([], [], **DATASHEET, label="datasheet")]
+        if any(np.any(r.pruned) for r in roofs):
+            handles = [Line2D([], [], **DENSE, label="dense"), Line2D([], [], **PRUNED, label="pruned"), *handles]
+        if any(r.headroom > 1.0 for r in roofs):
+            handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
+        titles = [layout.wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
+        panel_in = 1.9 + 0.13 * max(title.count("\n") + 1 for title in titles)
+        figure, axes, _ = layout.panel_list(len(roofs), panel_in, 0.3, columns, handles=handles, legend=names)
+        low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
+        limits = min(low), max(high), min(bottom), max(top)
+        for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
+            _draw_roof(ax, roof, limits)
+            ax.set_title(title, pad=5)
+            ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(roofs))
+            ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
+            if i + columns >= len(roofs):
+                ax.set_xlabel("arithmetic intensity (FLOP/byte)")
+        layout.laid_out(figure)  # places of names, and the slope of a roof on the page, are known only now
+        for ax, roof in zip(axes, roofs):
+            _name(ax, roof, limits)
+    return figure
 
 
-def scatter(p: Paper) -> Made:
-    """Draw every measured GEMM of each device against its prediction."""
-    from simulator.figures.scatter import Cloud, agreement, scatter_figure
+def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
+    (x, y, pruned), (low, high, bottom, top) = roof.columns(), limits
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
+    highest = roof.bend(low, high, roof.headroom)
+    ax.plot(*roof.bend(low, high), **DATASHEET, zorder=2)
+    ax.fill_between(*highest, top, color="#F0F0F0", linewidth=0, zorder=0)
+    if roof.headroom > 1.0:
+        ax.plot(*highest, **HIGHEST, zorder=1.9)
+    for _, i, origin in roof.drawn():
+        if origin is not None:
+            ax.plot([x[origin], x[i]], [y[origin], y[i]], color=style.GREY, linewidth=0.6, zorder=3)
+        ax.plot([x[i]], [y[i]], **(PRUNED if pruned[i] else DENSE), zorder=5 if pruned[i] else 4)
+    layout.log_axis(ax.xaxis, low, high, 5)
+    layout.log_axis(ax.yaxis, bottom, top, 6)
 
-    clouds, errors = [], []
-    for hw in p.devices:
-        seen = p.measured.get(hw.label)
-        if seen is None:
-            continue
-        predicted = seen.predict(hw, p.scenario.dtype)
-        title = device_title(hw.label)
-        clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
-        a = agreement(seen.seconds, predicted)
-        errors.append(f"{title}: {seen.source}, median error {100 * a.median:.1f} %, bias {100 * a.bias:+.1f} %")
-    if not clouds:
-        names = ", ".join(hw.label for hw in p.devices)
-        raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
-    held = all(c.held_out for c in clouds)
-    fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
-    caption = (
-        f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
-        f"is the density of rows; {fitted}. {'; '.join(errors)}."
-    )
-    return scatter_figure(clouds), caption, ()
+
+def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
+    """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to their points."""
+    low, high, _, top = limits
+    peak, bandwidth = roof.peaks
+    ridge, highest = peak / bandwidth, roof.bend(low, high, roof.headroom)
+    rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1.0 else "")
+    if high > ridge:
+        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_LABEL)
+    if low < ridge:
+        middle = float(np.sqrt(low * min(ridge, high)))
+        (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
+        where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_LABEL}
+        where["rotation"] = float(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
+        ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
+    x, y, pruned = roof.columns()
+    named = {i: name for name, i, _ in roof.drawn() if pruned[i] or not pruned.any()}
+    at = list(named)
+    along = np.geomspace(low, high, 100)
+    roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
+    above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
+    layout.write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
+
+
+def rooflines_of(found: Sequence[Explanation]) -> Figure:
+    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
+    return roofline_figure([roof_of(e, title) for e, title in layout.titled(found)], columns=layout.side_by_side(found))
+
+
+def roof_of(e: Explanation, title: str) -> Roof:
+    """Return the dense and pruned GEMMs of an explanation's layers on its device's roofline, as a panel. The head is
+    omitted: it computes one position of a prompt, far from the other points."""
+    models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
+    points = [gemm_points(w, e.hardware) for w in models]
+    names = [name.replace("_", " ") for p in points for name in p.role]
+    intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
+    pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
+    peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s
+    return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)
+
+
+def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
+    """Draw single GEMMs on the roofline, one panel per device."""
+    roofs = []
+    for name in dict.fromkeys(r.hardware for r in rows):
+        own = [r for r in rows if r.hardware == name]
+        names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
+        points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
+        peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
+        roofs.append(Roof(style.device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
+    warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
+    return roofline_figure(roofs, names=f"M × N × K{warm}")
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """One panel."""
+
+    row: str  # kind of staircase
+    column: str  # the device
+    x_label: str
+    note: str  # fixed sizes, written into the panel
+    y_label: str
+    x: ArrayLike  # sizes
+    values: Mapping[str, FloatArray]  # predicted, lower, upper, ideal (datasheet roofline), highest (clock, if above)
+    measured_x: ArrayLike = ()
+    measured: ArrayLike = ()
+
+
+def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
+    """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
+    where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
+    width = layout.width_of(len(set(where["column"])))
+    with style.paper_style():
+        handles: list[Any] = [
+            Line2D([], [], color=style.BLUE, linewidth=1.0, label="predicted"),
+            Patch(**_BAND, label=interval),
+            Line2D([], [], **_IDEAL, label="datasheet roofline"),
+        ]
+        if any("highest" in p.values for p in panels):
+            handles.append(Line2D([], [], **_HIGHEST, label="at the highest clock"))
+        if any(np.size(p.measured) for p in panels):
+            handles.append(Line2D([], [], **_POINT, label="measured"))
+        figure, axes = layout.panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
+        for p in panels:
+            ax = axes[p.row, p.column]
+            _draw_stairs(ax, p)
+            ax.set_xlabel(p.x_label, labelpad=2)
+            ax.set_ylabel(p.y_label if p.column == panels[0].column else "")
+        figure.align_ylabels()
+        return layout.laid_out(figure)
+
+
+def _draw_stairs(ax: Axes, p: Stairs) -> None:
+    x, values = np.asarray(p.x, dtype=float), p.values
+    every = [*(values[name] for name in values if name not in ("predicted", "lower")), np.asarray(p.measured)]
+    top = max(float(np.max(v)) for v in every if np.size(v)) * 1.05
+    ax.fill_between(x, values["lower"], values["upper"], **_BAND, zorder=2)
+    ax.plot(x, values["ideal"], **_IDEAL, zorder=2.5)
+    if "highest" in values:
+        ax.plot(x, values["highest"], **_HIGHEST, zorder=2.5)
+    ax.plot(x, values["predicted"], color=style.BLUE, linewidth=0.9, zorder=3)
+    if np.size(p.measured):
+        ax.plot(p.measured_x, p.measured, **_POINT, zorder=4)
+    ax.set(xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02), ylim=(0.0, top))
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
+    ax.text(0.97, 0.05, p.note, fontsize=6, color=style.PALE_INK, **where)

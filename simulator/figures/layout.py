@@ -1,4 +1,5 @@
-"""Lay out figures: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one legend.
+"""Lay out figures: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one legend, and
+names next to points where they cover neither another name nor a point.
 
 Use :func:`panel_grid` if rows and columns have a meaning, :func:`panel_list` for panels in sequence.
 """
@@ -7,24 +8,24 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.errors import InputError
-from simulator.figures.style import COLUMN_IN, PAGE_IN
+from simulator.arrays import BoolArray, FloatArray
+from simulator.figures.style import BLACK, COLUMN_IN, GREY, PAGE_IN, device_title, engine_title
+from simulator.prediction.scenario import batch_name
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+FigurePoints = Mapping[str, NDArray[Any]]  # points of a figure: arrays of one length by name
+Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column
 
-FigurePoints = Mapping[str, NDArray[Any]]
-"""Points of a figure: arrays of one length by name."""
-
-Panels = Mapping[tuple[str, str], "Axes"]
-"""Axes by the labels of their row and column."""
+# columns of figures that show speedups, and the attributes of a result
+SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 
 # fmt: off
 _MANTISSAS: tuple[tuple[float, ...], ...] = (
@@ -39,21 +40,33 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 )
 # fmt: on
 
+MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 
-def columns_of(title: str, texts: Mapping[str, Sequence[str]], numbers: Mapping[str, ArrayLike]) -> FigurePoints:
-    """Return points of a figure as arrays; InputError if columns are empty or differ in length."""
-    columns: dict[str, NDArray[Any]] = {name: np.asarray(values, dtype=object) for name, values in texts.items()}
-    columns |= {name: np.asarray(values) for name, values in numbers.items()}
-    sizes = {name: len(values) for name, values in columns.items()}
-    if 0 in sizes.values() or len(set(sizes.values())) > 1:
-        raise InputError(f"{title}: expected columns of one length from 1 up, got {sizes}")
-    return columns
+MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
+GAP_PT = 2.0  # horizontal room between two names, points
+LONG = 22  # characters of a joint name from which its parts are written below each other
+
+_DISTANCES_PT = (3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0)
+_DIRECTIONS = (
+    *((1.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (1.0, -1.0), (-1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)),
+    *((1.0, -0.4), (-1.0, -0.4), (1.0, 0.4), (-1.0, 0.4), (0.4, -1.0), (-0.4, -1.0), (0.4, 1.0), (-0.4, 1.0)),
+)
+
+
+def arrays(points: Mapping[str, Sequence[Any]]) -> FigurePoints:
+    """Return columns of points as arrays, texts as objects."""
+    return {n: np.asarray(v, dtype=object if len(v) and isinstance(v[0], str) else None) for n, v in points.items()}
+
+
+def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
+    """Return the points of one panel."""
+    chosen = (data["row"] == row) & (data["column"] == column)
+    return {name: values[chosen] for name, values in data.items()}
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return round numbers between two values on a logarithmic axis: at most ``most``, and none so close to the next
-    that their texts would overlap.
-    """
+    """Return at most ``most`` round numbers between two values on a logarithmic axis, so far from each other that their
+    texts do not overlap."""
     ticks: list[float] = []
     closest = (high / low) ** (0.7 / most)
     for mantissas in _MANTISSAS:
@@ -74,8 +87,6 @@ def log_axis(axis: Any, low: float, high: float, most: int) -> None:
 
 def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
     """Put ticks at these values only, written by ``text(value, position)``."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(text))
@@ -91,38 +102,57 @@ def in_a_row(panels: int) -> int:
     return 2 if panels == 4 else min(panels, 3)
 
 
-def panel_grid(
-    row: Iterable[str], column: Iterable[str], panel_in: float, around_in: float, width_in: float = PAGE_IN, **axes: Any
-) -> tuple[Figure, Panels]:
-    """Return a figure with a panel per row and column, in the order in which their labels first occur.
+def width_of(panels: int) -> float:
+    """Return the width of a figure, inches: one column for one panel (in a row), else a page."""
+    return COLUMN_IN if panels == 1 else PAGE_IN
 
-    ``row`` and ``column`` have one label per point; ``panel_in`` is the height of a panel, ``around_in`` the height of
-    everything above and below the panels (inches); ``axes`` as for :meth:`matplotlib.figure.Figure.subplots`.
-    """
-    rows, columns = list(dict.fromkeys(row)), list(dict.fromkeys(column))
-    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, axes)
-    return figure, {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+
+def panel_grid(
+    data: Mapping[str, Iterable[str]],
+    panel_in: float,
+    around_in: float,
+    width_in: float = PAGE_IN,
+    names: Mapping[str, str] | None = None,
+    **look: Any,
+) -> tuple[Figure, Panels]:
+    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order in which they first
+    occur, and with the names of columns and rows above and right of the panels; ``names`` are other names of rows.
+    ``around_in`` is the height above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
+    rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
+    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
+    panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+    where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
+    for (r, c), ax in panels.items():
+        if r == rows[0]:
+            ax.set_title(wrapped(c, (width_in - 0.9) / len(columns)), pad=5)
+        if c == columns[-1]:
+            ax.annotate((names or {}).get(r, r), (1, 0.5), rotation=270, va="center", fontsize=7, **where)
+    return figure, panels
 
 
 def panel_list(
-    count: int, panel_in: float, around_in: float, columns: int | None = None, **axes: Any
+    count: int, panel_in: float, around_in: float, columns: int | None = None, **look: Any
 ) -> tuple[Figure, list[Axes], int]:
     """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
     columns = columns or in_a_row(count)
-    width_in = COLUMN_IN if columns == 1 else PAGE_IN
-    figure, grid = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, axes)
+    rows = -(-count // columns)
+    figure, grid = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
     for unused in grid.flat[count:]:
         unused.remove()
     return figure, list(grid.flat[:count]), columns
 
 
-def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, axes: Any) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, around_in + rows * panel_in), layout="constrained")
+def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any) -> Any:
+    """Return a figure and its axes, with a legend of the entries ``handles`` under the title ``legend``; other options
+    are those of :meth:`matplotlib.figure.Figure.subplots`."""
+    handles, legend = look.pop("handles", ()), look.pop("legend", "")
+    lines = legend_lines(handles, width_in) if handles else 0
+    figure = Figure(figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
-    return figure, figure.subplots(rows, columns, squeeze=False, **axes)
+    if handles:
+        legend_below(figure, handles, lines, legend)
+    return figure, figure.subplots(rows, columns, squeeze=False, **look)
 
 
 def wrapped(title: str, room_in: float) -> str:
@@ -134,20 +164,7 @@ def wrapped(title: str, room_in: float) -> str:
     return "\n".join(lines)
 
 
-def name_panels(panels: Panels, rows: Mapping[str, str]) -> None:
-    """Write names of the columns above the first row, and the names in ``rows`` right of the last column."""
-    (first, _), (_, last) = next(iter(panels)), list(panels)[-1]
-    figure: Any = next(iter(panels.values())).figure
-    room_in = (figure.get_figwidth() - 0.9) / len({c for _, c in panels})
-    for (r, c), ax in panels.items():
-        if r == first:
-            ax.set_title(wrapped(c, room_in), pad=5)
-        if c == last and r in rows:
-            where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
-            ax.annotate(rows[r], (1, 0.5), rotation=270, va="center", fontsize=7, **where)
-
-
-def cells(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
+def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
     """Draw panels as tables without grid or spines: names of cells are below the last row and left of the first
     column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
@@ -166,7 +183,7 @@ def legend_lines(handles: Sequence[Any], width_in: float) -> int:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
-    """Draw one legend for the whole figure below its panels; its title is the label that the x axes share."""
+    """Draw one legend for the figure below its panels; its title is the label that the x axes share."""
     across = -(-len(handles) // lines)
     legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
     legend.set_title(x_label or None, {"size": 7})
@@ -183,3 +200,128 @@ def laid_out(figure: Figure, y_label: str = "") -> Figure:
         places = [ax.get_position() for ax in figure.axes]
         text.set_y(0.5 * (min(p.y0 for p in places) + max(p.y1 for p in places)))
     return figure
+
+
+def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
+    """Return attributes of some rows, one list each, under the figure's names for them."""
+    found = list(rows)
+    return {column: [getattr(row, name) for row in found] for column, name in names.items()}
+
+
+def interval(level: float) -> str:
+    """Return the label of bars and bands."""
+    return f"{100 * level:.4g} % interval"
+
+
+def device(r: Any) -> str:
+    """Return the titles of the device and engine of a result or a frontier."""
+    return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
+
+
+def setting_label(r: Any) -> str:
+    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
+    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
+
+
+def across(devices: int, engines: int = 1) -> int | None:
+    """Return the number of panels per row: the devices, or the engines of one device, if they are two or three."""
+    panels = devices if devices > 1 else engines
+    return panels if panels in (2, 3) else None
+
+
+def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
+    """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
+    else the more numerous of devices and engines are columns, the others rows."""
+    if len({device(r) for r in found}) <= MOST_ACROSS:
+        return {"row": list(rows), "column": [device(r) for r in found]}
+    devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
+    column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
+    return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
+
+
+def titled(found: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Return explanations with the titles of their panels: device and engine, and what varies of the request."""
+    several = len({(e.result.phase, e.result.batch, e.result.seq) for e in found}) > 1
+    return [(e, device(e.result) + (f"\n{setting_label(e.result)}" if several else "")) for e in found]
+
+
+def side_by_side(found: Sequence[Any]) -> int | None:
+    """Return the number of panels per row of explanations, as :func:`across`."""
+    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
+    return across(devices, engines)
+
+
+def write_labels(
+    ax: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    texts: Sequence[str],
+    clear_of: Sequence[tuple[ArrayLike, ArrayLike]],
+    *,
+    reach_pt: float = 125.0,
+    color: str = BLACK,
+) -> None:
+    """Write a name next to each point, as near as there is room, at most ``reach_pt`` typographic points away, with a
+    line to the point if it is far; points whose markers overlap have a joint name.
+
+    Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout must be final.
+    """
+    figure: Any = ax.figure
+    scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point
+    places = ax.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1))
+    others = [ax.transData.transform(np.stack([np.asarray(v, float) for v in p], axis=1)) for p in clear_of]
+    taken = _boxes(np.concatenate([places, *others]), MARKER_PT * scale)
+    style: dict[str, Any] = {"fontsize": 6, "color": color, "zorder": 6, "in_layout": False}
+    style |= {"ha": "center", "va": "center"}
+    names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
+    inside = ax.get_window_extent().extents
+    groups: list[list[int]] = []  # points within a distance of the first of their group, from the top down
+    for i in np.argsort(-places[:, 1], kind="stable").tolist():
+        near = (g for g in groups if np.hypot(*(places[i] - places[g[0]])) < 2 * MARKER_PT * scale)
+        if (group := next(near, None)) is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    for group in groups:
+        own_names = list(dict.fromkeys(texts[i] for i in group))
+        text = (", " if sum(map(len, own_names)) < LONG else "\n").join(own_names)
+        point = places[group].mean(axis=0)
+        x0, y0 = to_data.transform(point).tolist()
+        label = ax.text(x0, y0, text, **style)
+        extent = label.get_window_extent()
+        label.remove()
+        size = np.array([extent.width + GAP_PT * scale, extent.height])
+        for center, far, strict in _candidates(point, size, scale, reach_pt):
+            own = np.concatenate([center - 0.5 * size, center + 0.5 * size])
+            line = np.linspace(point, center, 24) if far else np.zeros((0, 2))
+            line = line[~_overlaps(_boxes(line, 0.0), own)]
+            along = _boxes(line, 0.0)
+            within = (own[:2] >= inside[:2]).all() and (own[2:] <= inside[2:]).all()
+            clash = _overlaps(np.concatenate([taken, names]), own).any()
+            crosses = strict and any(_overlaps(along, name).any() for name in names)
+            if within and not clash and not crosses:
+                names, taken = np.concatenate([names, own[None]]), np.concatenate([taken, along])
+                x0, y0 = to_data.transform(center).tolist()
+                ax.text(x0, y0, text, **style)
+                if far:
+                    ax.plot(*to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
+                break
+
+
+def _boxes(centers: FloatArray, half: float) -> FloatArray:
+    """Return squares around points as rows x0, y0, x1, y1."""
+    return np.concatenate([centers - half, centers + half], axis=1)
+
+
+def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
+    return np.asarray((boxes[:, :2] < box[2:]).all(axis=1) & (boxes[:, 2:] > box[:2]).all(axis=1))
+
+
+def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
+    """Yield centres of a text around a point, the nearest first, whether it needs a line to the point, and whether the
+    line must not cross names: at first it must not."""
+    for strict in (True, False):
+        for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
+            for direction in np.array(_DIRECTIONS):
+                away = direction * distance * scale / np.hypot(*direction)
+                yield point + away + 0.5 * np.sign(direction) * size, distance > _DISTANCES_PT[0], strict

@@ -1,10 +1,8 @@
-"""Read measured GEMM times that figures compare with predictions, from arrays or from a CSV or Parquet file.
+"""Draw predictions next to measurements: times of GEMMs that are read from a file, and speedups.
 
-The simulator ships no measurements (package ``calibration`` does); the caller passes them in. A file has columns ``m``,
-``n``, ``k`` and one of ``seconds``, ``latency_s``, ``latency_ms``, ``latency_us``; optional are ``copies`` (number of
-rotated weights; without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of
-:data:`simulator.codes.DTYPES`; without them bf16) and ``predicted_s`` (a held-out prediction of the row). Further
-columns are ignored.
+A file has columns ``m``, ``n``, ``k`` and one of :data:`TIMES`; optional are ``copies`` (number of rotated weights;
+without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.codes.DTYPES`; without
+them bf16) and ``predicted_s`` (a held-out prediction of the row). Further columns are ignored.
 """
 
 from __future__ import annotations
@@ -12,27 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike, NDArray
 
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray
 from simulator.codes import DTYPES
 from simulator.errors import InputError
+from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
+from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
 from simulator.files.csv import read_csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
+from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import gemm_time
 
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-
-
+# columns that may hold the time, and their unit in seconds
 TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}
-"""Columns that may hold the time, and their unit in seconds."""
-
 OPTIONAL = ("copies", "dtype", "weight_dtype", "predicted_s")
+
+MOST_DOTS = 1500  # more points become a density
+RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a count on the edge stand for others
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,9 @@ class MeasuredGemms:
     predicted_s: FloatArray | None = None  # held-out predictions
     stack: str = ""  # software stack that was measured; "": that of the device's profile
 
-    def __len__(self) -> int:
-        return len(self.seconds)
-
-    def of_weight(self, n: int, k: int) -> NDArray[np.bool_]:
+    def of_weight(self, n: int, k: int) -> BoolArray:
         """Return a mask of the rows with this weight."""
-        mask: NDArray[np.bool_] = (self.n == n) & (self.k == k)
-        return mask
+        return np.asarray((self.n == n) & (self.k == k))
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predictions of all rows, s: the given ones, else the profile's under the same rotation of weights,
@@ -66,8 +65,7 @@ class MeasuredGemms:
 
 
 def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
-    """Read measured GEMMs from a CSV or Parquet file (which needs pyarrow): rows with ``dtype`` for activations and
-    weights.
+    """Read measured GEMMs from a CSV or Parquet file: rows with ``dtype`` for activations and weights.
 
     InputError if the file cannot be read, a column is missing, a value is not above zero, or no row is of the format.
     """
@@ -97,15 +95,8 @@ def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", l
         raise InputError(f"{label}: no row of {dtype}")
     used = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
     found = {name: _numbers(columns[name], name, label)[keep] for name in used}
-    return MeasuredGemms(
-        source,
-        m=found["m"],
-        n=found["n"],
-        k=found["k"],
-        seconds=found[time] * TIMES[time],
-        copies=found.get("copies"),
-        predicted_s=found.get("predicted_s"),
-    )
+    seconds = found.pop(time) * TIMES[time]
+    return MeasuredGemms(source, seconds=seconds, **found)  # type: ignore[arg-type]
 
 
 def _formats(column: Sequence[Any]) -> NDArray[Any]:
@@ -130,3 +121,156 @@ def _numbers(column: Sequence[Any], name: str, source: str) -> FloatArray:
         bad = int(np.flatnonzero(~good)[0])
         raise InputError(f"{source}: column {name}, row {bad + 1}: expected a {right}, got {out[bad]:g}")
     return out
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Measured and predicted times of one device or engine, s."""
+
+    title: str
+    measured_s: ArrayLike
+    predicted_s: ArrayLike
+    held_out: bool = False  # the fit did not use these measurements
+    what: str = "GEMMs"  # kind of times
+
+
+def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, float, float, float]:
+    """Return the mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error
+    as bias."""
+    error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
+    size = np.abs(error)
+    return float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
+
+
+def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
+    """Draw predicted against measured times, two panels per cloud: times above, their ratio below."""
+    with paper_style():
+        columns = in_a_row(len(clouds))
+        rows = -(-len(clouds) // columns)
+        figure, axes, _ = panel_list(2 * rows * columns, 1.35, 0.1, columns, height_ratios=[2.4, 1.0] * rows)
+        for i in range(rows * columns):
+            first, second = (axes[(2 * (i // columns) + k) * columns + i % columns] for k in (0, 1))
+            if i >= len(clouds):
+                first.remove()
+                second.remove()
+                continue
+            _pair(first, second, clouds[i])
+            first.set_title(clouds[i].title, pad=5)
+            second.set_xlabel("measured time", labelpad=2)
+            first.set_ylabel("predicted time" if i % columns == 0 else "")
+            second.set_ylabel("predicted /\nmeasured" if i % columns == 0 else "")
+        figure.align_ylabels()
+        return laid_out(figure)
+
+
+def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
+    x, y = (1e6 * np.asarray(v, dtype=float) for v in (cloud.measured_s, cloud.predicted_s))
+    low, high = float(min(x.min(), y.min())) / 1.25, float(max(x.max(), y.max())) * 1.25
+    for ax in (first, second):
+        ax.set(xscale="log", yscale="log", xlim=(low, high))
+    first.set_ylim(low, high)
+    second.set_ylim(1 / RATIO, RATIO)
+    _points(first, x, y, (low, high), (low, high))
+    _ratios(second, x, y / x, (low, high))
+    first.plot([low, high], [low, high], color="black", linewidth=0.6, zorder=4)
+    second.axhline(1.0, color="black", linewidth=0.6, zorder=4)
+    for edge in (0.9, 1.1):
+        second.axhline(edge, color=PALE_INK, linewidth=0.5, linestyle=(0, (3, 2)), zorder=4)
+    for axis in (first.xaxis, first.yaxis, second.xaxis):
+        _time_axis(axis, low, high)
+    first.tick_params(labelbottom=False)
+    second.set_yticks([0.7, 0.9, 1.1, 1.4], ["0.7", "0.9", "1.1", "1.4"])
+    second.minorticks_off()
+    mean, median, p95, _ = agreement(x, y)
+    lines = [f"{len(x):,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * mean:.1f} %"]
+    lines += [f"median {100 * median:.1f} %", f"95th percentile {100 * p95:.0f} %"]
+    where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
+    first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
+
+
+def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
+    """Draw ratios within :data:`RATIO`; above and below, draw arrows with their number and the farthest value."""
+    above, below = ratio > RATIO, ratio < 1 / RATIO
+    inside = ~(above | below)
+    _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
+    style: dict[str, Any] = {"color": VERMILLION, "linestyle": "none", "markersize": 3.2, "markeredgewidth": 0}
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 6, "zorder": 6, "bbox": paper}
+    for beyond, edge, marker, most in ((above, RATIO, "^", np.max), (below, 1 / RATIO, "v", np.min)):
+        if beyond.any():
+            ax.plot(x[beyond], np.full(beyond.sum(), edge), marker=marker, clip_on=False, zorder=5, **style)
+            (y, va, word) = (0.96, "top", "above") if edge > 1.0 else (0.05, "bottom", "below")
+            text = f"{beyond.sum()} {word}, to {most(ratio[beyond]):.3g}"
+            ax.text(0.98, y, text, color=VERMILLION, va=va, **where)
+
+
+def _time_axis(axis: Any, low: float, high: float) -> None:
+    """Put powers of ten of a microsecond on a logarithmic axis, or other round numbers if there are fewer than two
+    powers; at most four, each with a suitable unit."""
+    powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
+    ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
+    fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
+
+
+def time_text(microseconds: float) -> str:
+    """Format a round time in few characters."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= 0.999 * size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds:.3g} µs"
+
+
+def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
+    """Draw dots, or a density if they are too many (as pixels, because a file of 40,000 dots opens slowly)."""
+    if len(x) <= MOST_DOTS:
+        size = 1.8 if len(x) > 100 else 2.8
+        ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)
+        return
+    bins = [np.geomspace(*across, 111), np.geomspace(*up, 91 if up == across else 46)]
+    count, _, _ = np.histogram2d(x, y, bins=bins)
+    shades: Any = LinearSegmentedColormap.from_list("density", ["#BFDDF0", BLUE, "#00263D"])
+    filled = np.ma.masked_equal(count.T, 0.0)
+    norm = LogNorm(1, max(2.0, float(count.max())))
+    ax.pcolormesh(bins[0], bins[1], filled, cmap=shades, norm=norm, rasterized=True, zorder=3)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Speedups of one setting, one row per family."""
+
+    title: str
+    family: Sequence[str]
+    published: ArrayLike
+    predicted: ArrayLike
+    lower: ArrayLike
+    upper: ArrayLike
+
+
+def published_figure(panels: Sequence[Beside], *, observed: str = "published") -> Figure:
+    """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
+
+    NaN leaves a row empty.
+    """
+    with paper_style():
+        columns, names = in_a_row(len(panels)), panels[0].family
+        height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
+        figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns)
+        handles = [
+            Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
+            Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),
+        ]
+        for i, (ax, p) in enumerate(zip(axes, panels)):
+            published, predicted, lower, upper = (
+                np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)
+            )
+            rows = np.arange(len(p.family))[::-1]
+            ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
+            for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):
+                style = style_of(name)
+                ax.plot([low, high], [y, y], color=style.color, linewidth=1.6, solid_capstyle="butt", alpha=0.6)
+                ax.plot([value], [y], **style.marks(linestyle="none", markersize=4.5))
+            ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
+            ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
+            ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
+        legend_below(figure, handles, 1, "speedup")
+        return laid_out(figure)

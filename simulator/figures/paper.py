@@ -7,61 +7,113 @@ arrays; this module gets them from the simulator.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from simulator.arrays import FloatArray
 from simulator.codes import ROLES
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
-from simulator.figures.gemms import scatter, staircase
-from simulator.figures.kept import SKIPPED_PAIRS, kept_axes
-from simulator.figures.panels import across, columns, device, fronts_of, placed, roof_of, speedups_of, steps_of
-from simulator.figures.style import label
-from simulator.figures.subject import Made, NothingToDraw, Paper
-from simulator.figures.titles import engine_title
-from simulator.models.library import load_model
+from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
+from simulator.figures.layout import across, columns, device, interval, placed
+from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_figure
+from simulator.figures.pareto import fronts_of
+from simulator.figures.speedup import speedups_of
+from simulator.figures.style import device_title, engine_title, label
+from simulator.figures.tables import SKIPPED_PAIRS, crossover_figure, efficiency_figure, kept_axes, taxonomy_figure
+from simulator.figures.waterfall import steps_of, waterfall_figure
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model, model_title
+from simulator.operators.base import ELEMENT_BYTES
+from simulator.prediction.crossover import winners
 from simulator.prediction.explain import explanations
+from simulator.prediction.pareto import fronts
+from simulator.prediction.prunings import Pruning, families
+from simulator.prediction.quality import choose_axis, load_quality
+from simulator.prediction.result import Result
+from simulator.prediction.scenario import Scenario, profiles
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from simulator.prediction.result import Result
-    from simulator.workload import Workload
+from simulator.uncertainty.operators import gemm_time
+from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
-MAP_SPARSITY = 0.5
-"""Sparsity at which families are compared: all of them support it (2:4 supports no other)."""
+MAP_SPARSITY = 0.5  # sparsity at which families are compared: all of them support it (2:4 supports no other)
 
 ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
+
+# family, sparsity, phase and batch of each row of waterfalls: costs of rounding, kernels and routers
 WATERFALL_CASES = (
     ("width", 0.3, "prefill", 1),
     ("semi_structured", 0.5, "decode", 1),
     ("dynamic_depth", 0.5, "decode", 8),
 )
-"""Family, sparsity, phase and batch of each row of waterfalls: costs of rounding, kernels and routers."""
 
 # fmt: off
-OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({  # columns of the taxonomy and their roles
     "q": ("q",), "k, v": ("k", "v"), "q · kᵀ": ("attention",), "o": ("o",), "gate, up": ("gate", "up"),
     "down": ("down",), "lm_head": ("lm_head",),
 })
 # fmt: on
-"""Columns of the taxonomy and their roles."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-LEAST_BOUND = 1.05
-"""Minimum roofline bound for an efficiency: a share of a smaller gain would mean little."""
+LEAST_BOUND = 1.05  # minimum roofline bound for an efficiency: a share of a smaller gain would mean little
+QUALITY_MODEL = "llama-2-7b"  # model of the frontier if the paper's model has quality of fewer than two families
 
-QUALITY_MODEL = "llama-2-7b"
-"""Model of the frontier if the paper's model has quality of fewer than two families."""
+# rows of the staircases: every number for tiles, because a step may be at any of them
+TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)
+
+Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
+
+
+class NothingToDraw(InputError):
+    """A figure without data; the message names the required data."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The subject of a paper."""
+
+    model: ModelConfig
+    devices: tuple[HardwareProfile, ...]
+    scenario: Scenario = field(default_factory=Scenario)  # number formats, engine
+    seq: int = 2048  # tokens of a prompt, or positions of a cache, if a figure does not vary them
+    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to compare with predictions
+
+    @property
+    def title(self) -> str:
+        """Title of the model."""
+        return model_title(self.model.name)
+
+    @property
+    def scenario_text(self) -> str:
+        """Model, number format and engine in words."""
+        return f"{self.title}, {self.scenario.dtype}, {engine_title(self.scenario.engine_name)}"
+
+    @property
+    def interval(self) -> str:
+        """Label of bars and bands."""
+        return interval(self.scenario.level)
+
+
+def paper(
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    *,
+    scenario: Scenario | None = None,
+    seq: int = 2048,
+) -> Paper:
+    """Return a paper about a model on some devices, with names resolved."""
+    config = load_model(model) if isinstance(model, str) else model
+    return Paper(config, tuple(profiles(hardware)), scenario or Scenario(), seq)
 
 
 @dataclass(frozen=True)
@@ -99,8 +151,6 @@ def _without_sparse24(p: Paper) -> str:
 
 
 def _taxonomy(p: Paper) -> Made:
-    from simulator.figures.taxonomy import taxonomy_figure
-
     if p.model.experts or p.model.latent:
         raise NothingToDraw(f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention")
     general = {name: FAMILIES[name] for name in general_families()}
@@ -132,8 +182,6 @@ def _taxonomy(p: Paper) -> Made:
 
 
 def _roofline(p: Paper) -> Made:
-    from simulator.figures.roofline import roofline_figure
-
     roofs = [
         roof_of(e, f"{device(e.result)}\n{_where(e.result)}")
         for phase, batch in ROOFLINE_CASES
@@ -163,15 +211,13 @@ def _speedup(p: Paper) -> Made:
 
 
 def _efficiency(p: Paper) -> Made:
-    from simulator.figures.efficiency import efficiency_figure
-
     found = table(
         [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, [p.seq], scenario=p.scenario
     )
     results = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
     cells = columns(results, family="family", batch="batch") | placed(results, [r.phase for r in results])
-    figure = efficiency_figure(efficiency=shares, **cells)
+    figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
         f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.scenario_text}, {p.seq} tokens per sequence. 1: the whole gain of "
@@ -182,8 +228,6 @@ def _efficiency(p: Paper) -> Made:
 
 
 def _waterfall(p: Paper) -> Made:
-    from simulator.figures.waterfall import waterfall_figure
-
     panels, notes, own = [], [], p.scenario.engine
     sparse24 = next((name for name in (own, *sparse24_engines()) if _has_sparse24(p, name)), own)
     for family, sparsity, phase, batch in WATERFALL_CASES:
@@ -207,10 +251,6 @@ def _waterfall(p: Paper) -> Made:
 
 
 def _crossover(p: Paper) -> Made:
-    from simulator.figures.crossover import crossover_figure
-    from simulator.prediction.crossover import winners
-    from simulator.prediction.prunings import Pruning, families
-
     shapes = tuple(itertools.product(BATCHES, LENGTHS))
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
     maps = [
@@ -222,7 +262,7 @@ def _crossover(p: Paper) -> Made:
     winner = [r.family if gain else "" for r, gain in zip(best, gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
-    figure = crossover_figure(winner=winner, certain=certain, **cells)
+    figure = crossover_figure(cells | {"winner": winner, "certain": certain})
     caption = (
         f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its speedup: "
         f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: the winner is uncertain, because the "
@@ -232,10 +272,85 @@ def _crossover(p: Paper) -> Made:
     return figure, caption + _without_sparse24(p), ()
 
 
-def _pareto(p: Paper) -> Made:
-    from simulator.prediction.pareto import fronts
-    from simulator.prediction.quality import choose_axis, load_quality
+def _staircase(p: Paper) -> Made:
+    """Draw time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
+    panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
+    panels += [_over_width(p, hw) for hw in p.devices]
+    used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
+    named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
+    caption = (
+        f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
+        f"the fused q, k, v projection of {p.title} over the tokens; middle: its rate; bottom: time of the gate "
+        "projection as width pruning narrows it, cold weights. Line: prediction; band: "
+        f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
+    )
+    caption += f"; circles: measured ({named})." if named else "."
+    return staircase_figure(panels, interval=p.interval), caption, ()
 
+
+def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
+    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many; weights are as warm as in
+    the measurements, if there are any."""
+    n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
+    tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
+    seen_m, seen_s = np.zeros(0), np.zeros(0)
+    if (seen := p.measured.get(hw.label)) is not None:
+        rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
+        seen_m, seen_s = seen.m[rows], seen.seconds[rows]
+        copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
+    times = _times(p, hw, tokens, n, k, copies)
+    device, names = device_title(hw.label), ("M (tokens)", f"N {n}, K {k}")
+    if row == "tiles":
+        columns = {name: 1e6 * seconds for name, seconds in times.items()}
+        return Stairs(row, device, *names, "time (µs)", tokens, columns, seen_m, 1e6 * seen_s)
+    columns = {name: 2e-12 * tokens * n * k / seconds for name, seconds in times.items()}
+    columns["lower"], columns["upper"] = columns["upper"], columns["lower"]
+    return Stairs(row, device, *names, "TFLOP/s", tokens, columns, seen_m, 2e-12 * seen_m * n * k / seen_s)
+
+
+def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
+    """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
+    inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
+    widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
+    columns = {name: 1e6 * seconds for name, seconds in _times(p, hw, p.seq, widths, k).items()}
+    names = "N (inner width kept)", f"M {p.seq}, K {k}"
+    return Stairs("pruned width", device_title(hw.label), *names, "time (µs)", widths, columns)
+
+
+def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None) -> dict[str, FloatArray]:
+    """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
+    dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
+    t = gemm_time(m, n, k, hw, dtype=dtype, copies=copies, level=p.scenario.level)
+    compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
+    moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
+    times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
+    return times | ({"highest": np.maximum(compute_s, moved_s)} if hw.clock_headroom > 1.0 else {})
+
+
+def _scatter(p: Paper) -> Made:
+    """Draw every measured GEMM of each device against its prediction."""
+    clouds, errors = [], []
+    for hw in p.devices:
+        if (seen := p.measured.get(hw.label)) is None:
+            continue
+        predicted = seen.predict(hw, p.scenario.dtype)
+        title = device_title(hw.label)
+        clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
+        _, median, _, bias = agreement(seen.seconds, predicted)
+        errors.append(f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %")
+    if not clouds:
+        names = ", ".join(hw.label for hw in p.devices)
+        raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
+    held = all(c.held_out for c in clouds)
+    fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
+    caption = (
+        f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
+        f"is the density of rows; {fitted}. {'; '.join(errors)}."
+    )
+    return scatter_figure(clouds), caption, ()
+
+
+def _pareto(p: Paper) -> Made:
     model, notes = p.model, []
     try:
         table = load_quality().of_model(model.name)
@@ -248,7 +363,7 @@ def _pareto(p: Paper) -> Made:
         model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], scenario=p.scenario)
-    figure = fronts_of(found, [f"{f.phase}, batch {f.batch}" for f in found])
+    figure = fronts_of(found)
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
         f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
@@ -260,9 +375,7 @@ def _pareto(p: Paper) -> Made:
     return figure, caption, (*notes, *more)
 
 
-_MAKERS = (_taxonomy, _roofline, _speedup, _efficiency, _waterfall, staircase, scatter, _pareto, _crossover)
+_MAKERS = (_taxonomy, _roofline, _speedup, _efficiency, _waterfall, _staircase, _scatter, _pareto, _crossover)
+# figures by name, in the order of a paper
 FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType({f.__name__.lstrip("_"): f for f in _MAKERS})
-"""Figures by name, in the order of a paper."""
-
-MEASURED: tuple[str, ...] = ("staircase", "scatter")
-"""Figures that show measured GEMMs."""
+MEASURED = ("staircase", "scatter")  # figures that show measured GEMMs

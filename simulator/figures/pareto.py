@@ -1,93 +1,65 @@
 """Draw speedup against quality loss: small multiples with the frontier as a staircase.
 
-Points on the frontier are full, others faint. The fraction removed is next to each point on the frontier, and next to
-others where there is room. A strip below each panel shows the fastest family within each quality budget, hatched if it
-is dynamic.
+Points on the frontier are full, others faint; the fraction removed is next to them where there is room. A strip below
+each panel shows the fastest family within each quality budget, hatched if it is dynamic.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from simulator.arrays import FloatArray
 from simulator.figures import layout
-from simulator.figures.labels import write_labels
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
-from simulator.prediction.pareto import frontier
+from simulator.prediction.pareto import Front, frontier
+from simulator.prediction.scenario import batch_name
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-LINEAR_UP_TO = 0.6
-"""Losses up to this value have a linear axis; a perplexity can rise by several times."""
-
-BEND = 0.1
-"""Loss at which an axis with larger losses changes from linear to logarithmic."""
-
-REMOVED = "removed (%)"
-"""Label of the numbers next to points."""
-
-STRIP = 0.045
-"""Height of the strip of fastest families, as a share of a panel's height."""
+LINEAR_UP_TO = 0.6  # losses up to this value have a linear axis; a perplexity can rise by several times
+BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic
+STRIP = 0.045  # height of the strip of fastest families, as a share of a panel's height
 
 
-def pareto_figure(
-    row: Sequence[str],
-    column: Sequence[str],
-    family: Sequence[str],
-    method: Sequence[str],
-    sparsity: ArrayLike,
-    loss: ArrayLike,
-    speedup: ArrayLike,
-    lower: ArrayLike,
-    upper: ArrayLike,
-    *,
-    axis: str,
-    protocol: str = "",
-    interval: str = "90 % interval",
-) -> Figure:
-    """Draw speedup against quality loss with its frontier.
-
-    One entry per point: labels of the setting and the device (panels, in the order of their first occurrence), family
-    and method, fraction removed, relative loss of quality (a fraction; all on the metric ``axis`` under one
-    ``protocol``), speedup and its interval. InputError if there are no points or the arrays differ in length.
-    """
-    texts = {"row": row, "column": column, "family": family, "method": method}
-    numbers = {"sparsity": sparsity, "loss": loss, "speedup": speedup, "lower": lower, "upper": upper}
-    data = layout.columns_of("points of the figure", texts, numbers)
+def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
+    """Draw speedup against quality loss with its frontier, all on one metric under one protocol; ``rows`` has one label
+    per frontier, by default phase, batch and length."""
+    lengths = len({f.seq for f in fronts}) > 1
+    rows = rows or [
+        f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in fronts
+    ]
+    points = [p for f in fronts for p in f.points]
+    found = layout.columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP)
+    for name, labels in layout.placed(fronts, rows).items():
+        found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
+    data, axis = layout.arrays(found), fronts[0].axis
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
     only = {f: next(iter(m)) if len(m) == 1 else "" for f, m in methods.items()}
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
-        handles = _handles(only, interval)
-        lines = layout.legend_lines(handles, PAGE_IN)
-        figure, panels = layout.panel_grid(
-            data["row"], data["column"], 1.9, 0.66 + 0.14 * lines, sharex=True, sharey=True
-        )
+        handles = _handles(only, layout.interval(fronts[0].level))
+        bends = float(data["loss"].max()) > LINEAR_UP_TO
+        scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
+        title = f"quality loss (%): {axis.metric}{scale}\n{textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))}".rstrip()
+        look: dict[str, Any] = {"handles": handles, "legend": title, "sharex": True, "sharey": True}
+        figure, panels = layout.panel_grid(data, 1.9, 0.66, **look)
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
         pad = (high / low) ** 0.05
         for ax in panels.values():
             ax.set(yscale="log", ylim=(low / pad, high * pad))
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
-        layout.name_panels(panels, {r: r for r in data["row"]})
-        bends = 100 * float(data["loss"].max()) > 100 * LINEAR_UP_TO
-        scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-        title = f"quality loss (%): {axis}{scale}\n{textwrap.fill(protocol, int(PAGE_IN / 0.058))}".rstrip()
-        layout.legend_below(figure, handles, lines, title)
         # names of points depend on the final layout
         layout.laid_out(figure, "speedup (log scale)")
-        for (r, c), ax in panels.items():
-            chosen = (data["row"] == r) & (data["column"] == c)
-            _panel(ax, {name: values[chosen] for name, values in data.items()})
+        for place, ax in panels.items():
+            _panel(ax, layout.of_panel(data, *place))
     return figure
 
 
@@ -137,23 +109,23 @@ def _panel(ax: Axes, data: layout.FigurePoints) -> None:
         ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, facecolor=style.color, edgecolor="white", alpha=0.9, **strip)
     for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
         own = np.flatnonzero(optimal == best)
-        write_labels(ax, x[own], y[own], [names[i] for i in own], [(x, y), *clear_of], reach_pt=reach_pt, color=color)
+        layout.write_labels(
+            ax, x[own], y[own], [names[i] for i in own], [(x, y), *clear_of], reach_pt=reach_pt, color=color
+        )
 
 
 def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     names = [f"{label(f)} ({method})" if method else label(f) for f, method in only.items()]
     marks = [
         Line2D([], [], **style_of(f, i).marks(linestyle="none"), label=name)
         for i, (f, name) in enumerate(zip(only, names))
     ]
     bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
+    removed = bar | {"marker": "$25$", "markersize": 8, "markeredgewidth": 0.1}
     return [
         *marks,
         Line2D([], [], color=INK, linewidth=0.9, label="frontier"),
         Line2D([], [], color=INK, **bar, label=interval),
-        Line2D([], [], color=BLACK, marker="$25$", markersize=8, markeredgewidth=0.1, linestyle="none", label=REMOVED),
+        Line2D([], [], color=BLACK, **removed, label="removed (%)"),
         Patch(color="#B8B8B8", linewidth=0, label="strip: fastest family"),
     ]

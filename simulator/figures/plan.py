@@ -7,25 +7,23 @@ lower panel has speedup against quality loss in the first setting of the search,
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from simulator.figures import layout
-from simulator.figures.panels import device, interval
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
-from simulator.figures.titles import model_title
 from simulator.models.block import Block
+from simulator.models.library import model_title
+from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
 from simulator.prediction.scenario import batch_name
 from simulator.units import ratio
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from simulator.plans.search import AlternativePlan, Plan, PlanPoint
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
 
@@ -45,8 +43,6 @@ _TARGET: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8}
 
 def plan_figure(plan: Plan) -> Figure:
     """Draw a plan on the width of a page: its layers above, its frontier below."""
-    from matplotlib.figure import Figure
-
     with paper_style():
         figure = Figure(figsize=(PAGE_IN, 4.8), layout="constrained")
         engine: Any = figure.get_layout_engine()
@@ -59,7 +55,14 @@ def plan_figure(plan: Plan) -> Figure:
         changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
         title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
         axes["attention"].set_title(layout.wrapped(title, PAGE_IN - 0.6), loc="left", pad=14)
-        _legend_of_layers(axes["attention"])
+        layers = [
+            Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
+            Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),
+            Patch(**_LINEAR, label="replaced by a linear layer"),
+            Line2D([], [], **_REMOVED, markersize=4, label="removed"),
+        ]
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+        axes["attention"].legend(handles=layers, ncols=4, handlelength=1.2, columnspacing=1.0, borderpad=0.0, **place)
         _losses(axes["loss"], plan)
         handles = _frontier(axes["frontier"], plan)
         axes["legend"].axis("off")
@@ -70,8 +73,8 @@ def plan_figure(plan: Plan) -> Figure:
 
 
 def kept(sublayer: str, block: Block, dense: Block) -> float:
-    """Return the share of a sublayer that stays: the width of an MLP, number times width of experts, and the smaller
-    share of the heads and the KV heads of attention."""
+    """Return the share of a sublayer that stays: width of an MLP or of all experts, else the smaller share of the heads
+    and the KV heads."""
     if sublayer == "attention":
         return min(block.heads / dense.heads, block.kv_heads / dense.kv_heads)
     if dense.experts:
@@ -127,20 +130,6 @@ def _losses(ax: Axes, plan: Plan) -> None:
     ax.text(1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color=PALE_INK)
 
 
-def _legend_of_layers(ax: Axes) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
-        Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),
-        Patch(**_LINEAR, label="replaced by a linear layer"),
-        Line2D([], [], **_REMOVED, markersize=4, label="removed"),
-    ]
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "borderpad": 0.0}
-    ax.legend(handles=handles, ncols=4, handlelength=1.2, columnspacing=1.0, **place)
-
-
 def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the entries of a legend."""
     chosen = next(point for point in plan.frontier if point.chosen)
@@ -159,36 +148,31 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
 
     ax.set_yscale("log")
     handles = [drawn(near, f"plans of least loss{more if hidden else ''}", 3, **_FRONTIER)]
-    handles += [drawn([a.point], name, 4, **_look(a)) for name, a in others.items()]
+    for name, a in others.items():
+        style = RULES[a.chosen_by]
+        face = "white" if a.budget == "same" else style.color
+        look = style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)
+        handles.append(drawn([a.point], name, 4, **look))
     reached = f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
     handles.insert(0, drawn([chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
     first = plan.results[0]
-    handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=interval(first.level))
+    handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level))
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
-    sure = (
-        f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
-        if plan.confidence > 0.5
-        else ""
-    )
+    chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
+    sure = chance if plan.confidence > 0.5 else ""
     styles = iter(["--", "-.", ":"])
     for t in plan.targets:
         if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             label = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}{sure}"
-            style = {**_TARGET, "linestyle": next(styles), "label": textwrap.fill(label, _WIDE)}
-            handles.append(ax.axhline(chosen.speedup * share, **style, zorder=1.6))
+            line = {**_TARGET, "linestyle": next(styles), "label": textwrap.fill(label, _WIDE)}
+            handles.append(ax.axhline(chosen.speedup * share, **line, zorder=1.6))
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
     many = f"{first.devices} × " if first.devices > 1 else ""
-    title = f"{many}{device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
+    title = f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
     ax.set_title(textwrap.fill(title, 52) + several, pad=5)
     ax.set_xlabel(textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2)
     ax.set_ylabel("speedup (log scale)")
     return handles
-
-
-def _look(a: AlternativePlan) -> dict[str, Any]:
-    style = RULES[a.chosen_by]
-    face = "white" if a.budget == "same" else style.color
-    return style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)

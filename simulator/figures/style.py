@@ -1,26 +1,33 @@
-"""Define the style of figures: a style sheet, widths of a two-column paper, and the look of each pruning family.
+"""Define the look of figures: style sheet, page widths, families, titles of devices and engines, and files.
 
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers can distinguish. There
 are more families than colours, so marker and fill identify a family too: static families have filled markers and solid
-lines, dynamic families hollow markers and dashed lines; the static and dynamic form of an idea share a colour.
+lines, dynamic families hollow markers and dashed lines. Both forms of an idea share a colour.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from simulator.engines.engine import list_engines, load_engine
+from simulator.engines.generations import split
+from simulator.errors import InputError
+from simulator.files.write import check_target, write_whole
+from simulator.hardware.library import list_hardware, load_hardware
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
-
-COLUMN_IN = 3.35
-"""Width of one column, inches."""
-
-PAGE_IN = 7.0
-"""Width of both columns, inches."""
+COLUMN_IN, PAGE_IN = 3.35, 7.0  # widths of one and of both columns of a paper, inches
 
 # fmt: off
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -46,6 +53,7 @@ class Style:
         return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
 
 
+# in the order of legends: static families first
 STYLES: MappingProxyType[str, Style] = MappingProxyType(
     {
         "depth": Style(BLUE, "o", label="Depth"),
@@ -62,10 +70,7 @@ STYLES: MappingProxyType[str, Style] = MappingProxyType(
         "experts": Style(PURPLE, "*", "-.", label="Experts"),
     }
 )
-"""Style of each family, in the order of legends: static ones first."""
-
-DENSE = Style(BLACK, "o", "--", True, label="dense")
-"""Style of the dense model where it has a curve."""
+DENSE = Style(BLACK, "o", "--", True, label="dense")  # the dense model where it has a curve
 
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
@@ -87,9 +92,38 @@ def label(name: str) -> str:
 
 def in_order(names: Any) -> list[str]:
     """Return names without repeats: families in the order of legends, then the other names in the given order."""
-    once = list(dict.fromkeys(names))
-    known = list(STYLES)
+    once, known = list(dict.fromkeys(names)), list(STYLES)
     return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))
+
+
+def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
+    """Return styles of candidates, given their families: the first of a family has the family's style, others have
+    colours and markers that no candidate has."""
+    first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
+    styles = {name: STYLES[family] for family, name in first.items()}
+    used = {(style.color, style.marker) for style in styles.values()}
+    colors = {color for color, _ in used}
+    free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
+    free.sort(key=lambda style: style.color in colors)
+    return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}
+
+
+@lru_cache(maxsize=256)
+def device_title(label: str) -> str:
+    """Return the title of a device ("A100 80GB SXM") from the label of its profile: those words of the vendor's title
+    that are in its name, and a software stack that was selected by name. An unknown label is its own title."""
+    found = re.fullmatch(r"(?P<name>[^@ ]+)(?:@(?P<stack>\S+))?(?P<more>.*)", label)
+    if found is None or found["name"] not in list_hardware():
+        return label
+    words = [re.sub(r"(SXM)\d", r"\1", word) for word in load_hardware(found["name"]).title.split()]
+    named = [word for word in words if word.lower() in found["name"].split("_")]
+    stack = f" ({engine_title(found['stack'])} kernels)" if found["stack"] else ""
+    return f"{' '.join(named or words)}{stack}{found['more']}"
+
+
+def engine_title(name: str) -> str:
+    """Return the title of an engine ("Transformers (eager)") from its name."""
+    return load_engine(name).short_title or name if split(name)[0] in list_engines() else name
 
 
 @contextlib.contextmanager
@@ -101,3 +135,46 @@ def paper_style() -> Iterator[None]:
         matplotlib.rcParams.update(matplotlib.rcParamsDefault)
         matplotlib.rcParams.update(matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False))
         yield
+
+
+SUFFIXES = (".pdf", ".svg", ".png")
+# no dates: the bytes must not change between runs
+_METADATA = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
+
+
+def check_figure(path: str | Path) -> Path:
+    """Return a path to which a figure can be written; InputError for another suffix or a bad folder."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: expected a name that ends in .pdf, .svg or .png")
+    return check_target(path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure, whole, in the format of its suffix; the same figure has the same bytes."""
+    target = check_figure(path)
+    suffix = target.suffix.lower()
+    out = io.BytesIO()
+    with paper_style():
+        figure.savefig(out, format=suffix[1:], metadata=_METADATA[suffix])
+    write_whole(target, _of_few_colors(out.getvalue()) if suffix == ".png" else out.getvalue())
+
+
+def svg_text(figure: Figure) -> str:
+    """Return a figure, whose layout is final, as an SVG element for a page."""
+    out = io.StringIO()
+    with paper_style():
+        figure.set_layout_engine(None)  # else Matplotlib draws it once more
+        figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _of_few_colors(png: bytes) -> bytes:
+    """Return the same picture with a palette: a third of the bytes."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(out, "png", dpi=picture.info["dpi"])
+    return out.getvalue()

@@ -1,29 +1,22 @@
-"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step.
-
-Steps that hardly matter are folded into one (:func:`folded`), whose factor is their product.
-"""
+"""Draw the loss waterfall: from the nominal to the predicted speedup, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, wrapped
-from simulator.figures.style import BLUE, COLUMN_IN, GREEN, INK, PAGE_IN, VERMILLION, paper_style
+from simulator.arrays import FloatArray
+from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, side_by_side, titled, width_of, wrapped
+from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
+from simulator.prediction.explain import Explanation
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-NEGLIGIBLE = 0.0005
-"""A factor this close to 1 has no effect: its step has a line but no bar."""
-
-FOLDED = 0.01
-"""Factors this close to 1 are folded into one step."""
+NEGLIGIBLE = 0.0005  # a factor this close to 1 has no effect: its step has a line but no bar
+FOLDED = 0.01  # factors this close to 1 are folded into one step
 
 
 @dataclass(frozen=True)
@@ -36,18 +29,16 @@ class Steps:
     nominal: float  # 1 / (1 - sparsity)
     lower: float  # interval of the predicted speedup
     upper: float
-    notes: Sequence[str] = ()  # what each step means
 
     @property
-    def reached(self) -> NDArray[np.float64]:
+    def reached(self) -> FloatArray:
         """Speedup before the first step and after each."""
         return np.asarray(self.nominal * np.cumprod([1.0, *self.factors]))
 
 
 def folded(panels: Sequence[Steps]) -> list[Steps]:
     """Fold the steps whose factors are within :data:`FOLDED` of 1 in every panel into a last step, if they are two or
-    more. Its factor is the product of theirs, so the waterfall ends at the same speedup.
-    """
+    more. Its factor is the product of theirs, so the waterfall ends at the same speedup."""
     small = np.all([np.abs(np.asarray(p.factors) - 1.0) <= FOLDED for p in panels], axis=0)
     count = int(small.sum())
     if count < 2:
@@ -55,25 +46,33 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
     kept, others = np.flatnonzero(~small).tolist(), np.flatnonzero(small).tolist()
 
     def fold(p: Steps) -> Steps:
-        joined = "; ".join(f"{p.names[i]} ×{p.factors[i]:.3f}" for i in others)
+        names = [*(p.names[i] for i in kept), f"other ({count} steps)"]
         return replace(
-            p,
-            names=[*(p.names[i] for i in kept), f"other ({count} steps)"],
-            factors=[*(p.factors[i] for i in kept), float(np.prod([p.factors[i] for i in others]))],
-            notes=[*(p.notes[i] for i in kept), joined] if p.notes else (),
+            p, names=names, factors=[*(p.factors[i] for i in kept), float(np.prod([p.factors[i] for i in others]))]
         )
 
     return [fold(p) for p in panels]
 
 
-def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
-    """Draw waterfalls side by side, steps of a row on common lines; each row is :func:`folded`.
+def steps_of(e: Explanation, title: str) -> Steps:
+    """Return the loss waterfall of an explanation as a panel."""
+    (nominal, *steps), r = e.steps, e.result
+    names, factors = [s.name for s in steps], [s.factor for s in steps]
+    return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
-    ``columns`` is the number of panels per row, by default at most three; the figure is one column wide for one panel,
-    else a page. All panels have the same steps.
-    """
+
+def waterfalls_of(found: Sequence[Explanation]) -> Figure:
+    """Draw the waterfalls of explanations, one panel each."""
+    lengths = len({e.result.seq for e in found}) > 1
+    panels = [steps_of(e, f"{title}{f', seq {e.result.seq}' if lengths else ''}") for e, title in titled(found)]
+    return waterfall_figure(panels, columns=side_by_side(found))
+
+
+def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
+    """Draw waterfalls with the same steps side by side; each row is :func:`folded` and has its steps on common lines.
+    ``columns`` is the number of panels per row."""
     columns = columns or in_a_row(len(panels))
-    room_in = ((COLUMN_IN if columns == 1 else PAGE_IN) - 1.3) / columns  # next to the names of the steps
+    room_in = (width_of(columns) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
     rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
     panels = [p for row in rows for p in row]
@@ -82,21 +81,15 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
         lines = [len(row[0].names) + 2 for row in rows]
         panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + 0.13 * titles
         figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, height_ratios=lines)
-        low, high = common_range(panels, 0.34)
+        values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
+        low, high = float(values.min()), float(values.max())
+        span = max(high / low, 1.1)
         for i, (ax, panel) in enumerate(zip(axes, panels)):
-            _draw(ax, panel, low, high)
+            _draw(ax, panel, low / span**0.08, high * span**0.34)  # with room for the factors next to the bars
             ax.tick_params(labelleft=i % columns == 0)
             if i + columns >= len(panels):
                 ax.set_xlabel("speedup (log scale)")
         return laid_out(figure)
-
-
-def common_range(panels: Sequence[Steps], room: float) -> tuple[float, float]:
-    """Return the range of all bars and intervals, with ``room`` (a share of it) for the factor next to each bar."""
-    values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
-    low, high = float(values.min()), float(values.max())
-    span = max(high / low, 1.1)
-    return low / span**0.08, high * span**room
 
 
 def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
@@ -110,13 +103,14 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     ax.spines["left"].set_visible(False)
     ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     places = np.arange(count + 1)
-    ax.vlines(reached, places + 0.33, places + 0.67, color="#777777", linewidth=0.5, zorder=1.8)  # from bar to bar
+    line: dict[str, Any] = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
+    ax.vlines(reached, places + 0.33, places + 0.67, **line)  # from bar to bar
     ax.barh([0, last], [panel.nominal - 1.0, predicted - 1.0], left=1.0, height=0.66, color=["#C8C8C8", BLUE], zorder=2)
     _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):
         before, after = float(reached[i - 1]), float(reached[i])
         if abs(factor - 1.0) <= NEGLIGIBLE:
-            ax.vlines(after, i - 0.33, i + 0.33, color="#777777", linewidth=0.5, zorder=1.8)
+            ax.vlines(after, i - 0.33, i + 0.33, **line)
             continue
         # with a hatch, because gains and losses must differ in grey print
         style: dict[str, Any] = {"facecolor": VERMILLION, "edgecolor": VERMILLION}

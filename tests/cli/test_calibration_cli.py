@@ -18,12 +18,10 @@ from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
-from calibration.measure.interrupt import Interrupted
-from calibration.records.parquet import read_records, write_records
+from calibration.measure.run import Interrupted
 from calibration.records.store import read_store
-from calibration.records.timing_table import Records, Source
-from calibration.runners.runs import DATASHEET, keep_apart
-from calibration.runners.targets import target_operators, target_workloads
+from calibration.records.timing_table import Records, Source, read_records, write_records
+from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
 from simulator.cli.program import REMOVED
 from simulator.codes import ROLES
 from simulator.errors import InputError
@@ -309,7 +307,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
         asked.append({ROLES[role] for role in target_workloads(*args, **options)[0][0].role})
         raise InputError("enough")
 
-    monkeypatch.setattr("calibration.runners.targets.target_workloads", wanted)
+    monkeypatch.setattr("calibration.runners.runs.target_workloads", wanted)
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]

@@ -28,7 +28,7 @@ WRITERS = {
     "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
     "sweep": "sweep grid.yaml -o out/rows",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
-    "validate": "validate h100 h100_sxm/collective/trtllm --html out/v.html",
+    "validate": "validate h100 h100_sxm/collective/trtllm --markdown out/v.md",
 }
 """A command for every kind of file that is written."""
 

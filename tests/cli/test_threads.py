@@ -15,8 +15,7 @@ from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import thread_notes
 from calibration.fit.profile import fit_profile
-from calibration.records.parquet import write_records
-from calibration.records.timing_table import Records, Source
+from calibration.records.timing_table import Records, Source, write_records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware

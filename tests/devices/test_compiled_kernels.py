@@ -21,8 +21,8 @@ if find_spec("triton") is None:  # not imported: that would fix whether this pro
 from compiled_kernels import SHARED_KB, Case, Figures, cases, figures, page, problems  # noqa: E402
 from pretended_cuda import kernels  # noqa: E402
 
-from calibration.devices import tile_shapes  # noqa: E402
-from calibration.devices.tile_shapes import TileShape  # noqa: E402
+from calibration.devices import skipping as tile_shapes  # noqa: E402
+from calibration.devices.skipping import TileShape  # noqa: E402
 
 CASES = cases()
 MAIN = [case for case in CASES if case.operands]

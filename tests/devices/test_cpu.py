@@ -11,16 +11,22 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
-from decoder_reference import layout_mask  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
-from calibration.devices import attention as att  # noqa: E402
 from calibration.devices.cpu import CpuDevice, available_memory_bytes, default_threads, last_level_cache_bytes  # noqa: E402
-from calibration.devices.eager_layer import HEAD_DIM, HIDDEN, EagerLayer  # noqa: E402
-from calibration.devices.operators import Arena, build, is_out_of_memory, random_tensor, rotary, rotary_tables  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402
+    HEAD_DIM,
+    HIDDEN,
+    Arena,
+    EagerLayer,
+    build,
+    is_out_of_memory,
+    random_tensor,
+    rotary,
+    rotary_tables,
+)
 from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
-from calibration.runners.decoder.routed import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 
@@ -81,76 +87,6 @@ def test_gather_gemm_touches_only_its_rows(arena: Arena) -> None:
     computed = (y != 0).any(dim=1)
     assert int(computed.sum()) == 3
     _close(y[computed], dense[computed])
-
-
-def _attention_inputs(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2) -> tuple[Any, Any, Any]:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, heads, q_len, 16, generator=generator)
-    k, v = (torch.randn(2, kv_heads, kv_len, 16, generator=generator) for _ in range(2))
-    return q, k, v
-
-
-def _reference(q: Any, k: Any, v: Any, mask: Any) -> Any:
-    """Softmax attention written out, in float64."""
-    repeat = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
-    scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).float()
-
-
-@pytest.mark.parametrize(("q_len", "kv_len"), [(16, 16), (5, 21), (1, 9)])
-def test_prefill_attention(q_len: int, kv_len: int) -> None:
-    q, k, v = _attention_inputs(q_len, kv_len)
-    mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
-    _close(att.prefill_attention(q, k, v, att.causal_mask(q_len, kv_len, "cpu")), _reference(q, k, v, mask))
-
-
-def test_decode_attention() -> None:
-    for heads in ((4, 2), (6, 1), (4, 4)):
-        q, k, v = _attention_inputs(1, 37, *heads)
-        _close(att.decode_attention(q, k, v), _reference(q, k, v, torch.ones(1, 37, dtype=torch.bool)))
-
-
-@pytest.mark.parametrize(("q_len", "kv_len", "block"), [(64, 64, 16), (50, 50, 16), (32, 96, 16), (64, 64, 64)])
-@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
-def test_block_sparse_attention(q_len: int, kv_len: int, block: int, density: float) -> None:
-    q, k, v = _attention_inputs(q_len, kv_len)
-    layout = att.block_layout(q_len, kv_len, block, density)
-    reference = _reference(q, k, v, layout_mask(layout, q_len, kv_len, block))
-    _close(att.block_sparse_attention(layout, q_len, kv_len, block)(q, k, v), reference)
-
-
-def test_a_mask_never_goes_with_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Together they leave a GPU the unfused kernel alone."""
-    given, seen = F.scaled_dot_product_attention, []
-
-    def noted(*tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any) -> Any:
-        seen.append(attn_mask is not None)
-        assert not (enable_gqa and attn_mask is not None)
-        assert tensors[0].shape[1] == tensors[1].shape[1] or enable_gqa
-        return given(*tensors, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    q, k, v = _attention_inputs(32, 96)
-    att.prefill_attention(q, k, v, att.causal_mask(32, 96, "cpu"))
-    att.block_sparse_attention(att.block_layout(32, 96, 16, 0.5), 32, 96, 16)(q, k, v)
-    places = torch.arange(0, 96, 3).expand(2, 32)
-    out = routed_attention(q, k, v, places)
-    assert all(seen)
-    monkeypatch.undo()
-    mask = torch.arange(96)[None] <= places[0][:, None]
-    _close(out, _reference(q, k, v, mask))
-
-
-@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
-def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
-    layout = att.block_layout(4096, 4096, 64, density)
-    causal = 64 * 65 / 2
-    assert density * causal <= int(layout.sum()) <= density * causal + 64
-    assert bool(layout.diagonal().all())
-    assert not layout.triu(1).any()
-    with pytest.raises(ValueError, match="expected a multiple of the block"):  # off the diagonal
-        att.block_sparse_attention(torch.ones(1, 2, dtype=torch.bool), 8, 12, 8)
 
 
 @pytest.mark.parametrize("role", ELEMENTWISE_ROLES[ELEMENTWISE_ROLES.index("qk_norm") :])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,11 +21,10 @@ from test_telemetry import FakeNvml  # noqa: E402
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices import cuda_timing as timing  # noqa: E402
-from calibration.devices.capture_probe import Probed  # noqa: E402
-from calibration.devices.cuda import CudaDevice, translate  # noqa: E402
-from calibration.devices.cuda_timing import PREHEAT_S  # noqa: E402
+from calibration.devices.cuda import CudaDevice  # noqa: E402
+from calibration.devices.cuda_timing import PREHEAT_S, CaptureProbe, NotCapturable, Probed, kernel_names, serve  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
-from calibration.devices.protocol import OPERATORS  # noqa: E402
+from calibration.devices.protocol import OPERATORS, CaptureFailed  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402
 from calibration.measure.run import run  # noqa: E402
 from calibration.measure.timing import Protocol  # noqa: E402
@@ -295,10 +297,14 @@ class LoadedNvml(FakeNvml):
         return super().__getattr__(name)
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_telemetry_is_read_while_launches_run(fake: FakeCuda, graphs: bool) -> None:
+def _not_capturable(op: Operator) -> Probed:
+    return Probed(False, "planted")
+
+
+@pytest.mark.parametrize("probe", [None, _not_capturable])
+def test_telemetry_is_read_while_launches_run(fake: FakeCuda, probe: Any) -> None:
     fake.kernel_s = 1e-3
-    device = _device(fake, graphs=graphs, nvml=LoadedNvml(fake))
+    device = _device(fake, probe=probe, nvml=LoadedNvml(fake))
     assert device.snapshot().clock_hz == 210e6  # nothing runs yet
     kept: list[Any] = []
     plan = replace(in_order([replace(GEMM, m=8)], Rates(1e14, 1e12)), drift_check=GEMM)
@@ -310,7 +316,7 @@ def test_telemetry_is_read_while_launches_run(fake: FakeCuda, graphs: bool) -> N
 
 def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(fake: FakeCuda) -> None:
     fake.host_s = 2e-3
-    prepared = _device(fake, graphs=False).prepare(GEMM)
+    prepared = _device(fake, probe=_not_capturable).prepare(GEMM)
     fake.held.clear()
     prepared.sample(4)
     assert len(fake.held) == 4
@@ -320,14 +326,13 @@ def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is
 
 
 def test_without_graphs(fake: FakeCuda) -> None:
-    device = _device(fake, graphs=False)
+    device = _device(fake, probe=_not_capturable)
     hot = device.prepare(replace(GEMM, cold=False))
     assert hot.sample(10) == pytest.approx(1e-5)
     assert "flush" not in hot.method
     assert device._timer._flush is None
-    with pytest.raises(Unsupported, match="disabled"):
+    with pytest.raises(Unsupported, match="launch_graph needs CUDA graphs; planted"):
         device.prepare(Operator("launch_graph"))
-    assert device.describe().stack["timing"] == "events"
     eager = device.prepare(Operator("launch_eager"))
     assert eager.sample(10) > 0
     assert "host clock" in eager.method
@@ -398,7 +403,7 @@ def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Except
         device.prepare(GEMM)
     assert "\n" not in str(caught.value)
     fake.launch_error = None
-    prepared = _device(fake, graphs=False).prepare(GEMM)
+    prepared = _device(fake, probe=_not_capturable).prepare(GEMM)
     fake.launch_error = error
     with pytest.raises(kind):
         prepared.sample(1)
@@ -415,7 +420,6 @@ def test_a_device_is_lost_only_if_a_trivial_kernel_fails_too(fake: FakeCuda) -> 
         with pytest.raises(DeviceLost) as caught:
             device.prepare(GEMM)
         assert "\n" not in str(caught.value)
-    assert type(translate(LAUNCH_ERROR, "gemm", lambda: True)) is Unsupported
 
 
 def test_a_refused_operator_costs_one_shape_and_a_lost_device_is_not_met_again_at_the_same_operator(
@@ -466,6 +470,113 @@ def test_a_gpu_that_is_not_there_is_one_line() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="sees no CUDA GPU"):
             open_device("cuda")
+
+
+# -- the child process that captures an operator first
+
+NO_CHILD = Probed(reason="no child process can open the GPU")
+CHILD = """
+import json, os, sys, time
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    m = json.loads(line)["m"]
+    if m == 1:
+        os._exit(3)
+    if m == 2:
+        time.sleep(60)
+    answer = {"captured": m > 3, "reason": "" if m > 3 else "not capturable", "kernels": ["a", str(os.getpid())]}
+    print(json.dumps(answer), flush=True)
+    if m == 3:
+        break
+"""
+
+
+def _gemm(m: int) -> Operator:
+    return Operator("gemm", m=m, n=128, k=64)
+
+
+def _probe(code: str, limit_s: float = 20.0) -> CaptureProbe:
+    return CaptureProbe([sys.executable, "-c", code], limit_s)
+
+
+def test_one_child_answers_until_a_failed_capture_ends_it() -> None:
+    probe = _probe(CHILD)
+    first, second = probe(_gemm(4)), probe(_gemm(5))
+    assert first == second == Probed(True, "", first.kernels)
+    assert first.kernels[0] == "a"
+    assert probe(_gemm(3)).captured is False
+    third = probe(_gemm(4))  # by another child
+    assert third.captured
+    assert third.kernels != first.kernels
+    probe.close()
+
+
+def test_a_child_that_crashes_or_hangs_costs_its_operator() -> None:
+    probe = _probe(CHILD)
+    with pytest.raises(Unsupported, match="a child process that captured it ended with status 3"):
+        probe(_gemm(1))
+    assert probe(_gemm(4)).captured
+    probe.close()
+    hasty = _probe(CHILD, limit_s=1.0)
+    with pytest.raises(Unsupported, match="gave no answer within 1 s"):
+        hasty(_gemm(2))
+
+
+def test_where_no_child_can_open_the_gpu_nothing_is_known_and_none_is_started_again() -> None:
+    probe = _probe("raise SystemExit(1)")
+    assert probe(GEMM) == NO_CHILD
+    probe._command = ("no such program",)
+    assert probe(GEMM) == NO_CHILD
+
+
+class Planted:
+    """A device whose preparation raises what is planted."""
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self.errors, self.closed = list(errors), 0
+
+    def prepare(self, operator: Operator) -> Any:
+        if error := self.errors.pop(0):
+            raise error
+
+    def kernels(self, operator: Operator) -> tuple[str, ...]:
+        return ("kernel of " + operator.kind,)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_the_child_answers_for_its_device_and_ends_when_a_capture_fails() -> None:
+    for error in (NotCapturable("not capturable: planted"), CaptureFailed("not capturable: planted")):
+        device = Planted(None, OutOfMemory("no room"), error, None)
+        requests, answers = [json.dumps(vars(GEMM))] * 4, io.StringIO()
+        serve(device, requests, answers)
+        ready, *found = [json.loads(line) for line in answers.getvalue().splitlines()]
+        assert ready == {"ready": True}
+        assert [answer["captured"] for answer in found] == [True, None, False]
+        assert found[0]["kernels"] == ["kernel of gemm"]
+        assert found[2]["reason"] == "not capturable: planted"
+        assert device.closed == 2  # nothing is kept between two questions
+
+
+def test_names_of_kernels_are_those_of_the_device_once_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.autograd import DeviceType
+
+    class Profile:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[Any]:
+            on = [("a" * 200, DeviceType.CUDA), ("aten::mm", DeviceType.CPU), ("b", DeviceType.CUDA)]
+            return [type("Event", (), {"name": name, "device_type": kind}) for name, kind in on * 2]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    calls: list[str] = []
+    names = kernel_names(lambda: calls.append("launch"), lambda: calls.append("wait"))
+    assert names == ("a" * 80, "b")
+    assert calls == ["launch", "wait"]
 
 
 @needs_gpu

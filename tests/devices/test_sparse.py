@@ -14,8 +14,7 @@ from decoder_reference import CONFIG, TOKENS, run  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
 
 from calibration.devices import Operator, Unsupported  # noqa: E402
-from calibration.devices.operators import Arena, build  # noqa: E402
-from calibration.devices.sparse import linear, sparse_weight  # noqa: E402
+from calibration.devices.operators import Arena, build, linear, sparse_weight  # noqa: E402
 from calibration.runners.decoder.families import each_projection, prune_decoder, two_of_four  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 

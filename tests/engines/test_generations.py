@@ -14,7 +14,7 @@ from simulator.cli import run
 from simulator.engines.engine import check_engine, list_engines, load_engine
 from simulator.engines.generations import numbers, reached
 from simulator.errors import InputError
-from simulator.figures.titles import engine_title
+from simulator.figures.style import engine_title
 from simulator.prediction.scenario import scenarios
 
 pytestmark = pytest.mark.quick

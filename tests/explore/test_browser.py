@@ -84,6 +84,13 @@ def fits(tab: Any) -> bool:
     return bool(tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
+def settle(tab: Any) -> None:
+    """Wait until the page's program has run: until then it shows elements of the run before."""
+    state = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state')"
+    tab.wait_for_function(f"{state} === 'notRunning' && document.querySelector('[data-testid=stCode]') !== null")
+    tab.wait_for_function("[...document.querySelectorAll('figure img')].every(e => e.complete && e.naturalWidth > 0)")
+
+
 def drawn(tab: Any, selector: str) -> list[Any]:
     """Widths of figures as drawn, which are also those of their names."""
     return list(tab.evaluate(f"[...document.querySelectorAll('{selector}')].map(e => e.getBoundingClientRect().width)"))
@@ -94,8 +101,7 @@ def test_the_page_answers_changes_and_downloads(
 ) -> None:
     tab.goto(f"{url}/?sparsity={quote('25%')}&evil={quote('<img src=x onerror=alert(1)>')}")
     tab.get_by_text("Settings of the address that were ignored: evil").wait_for()
-    tab.get_by_test_id("stCode").wait_for()
-    assert all(tab.evaluate("[...document.querySelectorAll('figure img')].map(e => e.complete && e.naturalWidth > 0)"))
+    settle(tab)
     assert len(drawn(tab, "figure img")) == 3
     assert all(300 <= width <= 600 for width in drawn(tab, "figure img"))
     assert fits(tab)
@@ -106,6 +112,7 @@ def test_the_page_answers_changes_and_downloads(
     batch.press("Enter")
     tab.wait_for_url("**batch=64**")
     tab.get_by_text("(decode, batch 64, seq 2048)").first.wait_for()
+    settle(tab)
     assert fits(tab)
     line = tab.get_by_test_id("stCode").inner_text().splitlines()[0]
     with tab.expect_download() as download:

@@ -1,5 +1,5 @@
-"""Figures: the same bytes for the same arrays, embedded fonts, nothing outside the page, no two texts on top of each
-other.
+"""Figures: the same bytes for the same predictions, embedded fonts, nothing outside the page, no two texts on top of
+each other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,50 +18,41 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simulator
 from calibration.cli.figures import shipped_gemms
+from simulator.engines.engine import list_engines
 from simulator.errors import InputError
+from simulator.figures.gemms import Roof, roofline_figure
 from simulator.figures.measured import read_measured_gemms
-from simulator.figures.roofline import Roof, roofline_figure
-from simulator.figures.save import check_figure, save_figure
-from simulator.figures.speedup import speedup_figure
-from simulator.figures.style import COLUMN_IN, PAGE_IN, STYLES, in_order, style_of
+from simulator.figures.speedup import speedups_of
+from simulator.figures.style import (
+    COLUMN_IN,
+    PAGE_IN,
+    STYLES,
+    check_figure,
+    device_title,
+    engine_title,
+    in_order,
+    label,
+    save_figure,
+    style_of,
+)
 from simulator.figures.waterfall import Steps, waterfall_figure
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.models.library import list_models, load_model, model_title
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from matplotlib.figure import Figure
 
-NAMES = [
-    "rounding",
-    "parts not pruned",
-    "memory-bound operators",
-    "tile quantisation",
-    "alignment",
-    "launch",
-    "host time",
-]
+NAMES = ["rounding", "parts not pruned", "memory-bound operators", "tile quantisation", "alignment", "launch", "host"]
 
 
-def points(families: list[str], sparsities: list[float], rows: list[str], columns: list[str]) -> dict[str, Any]:
-    """Arrays of a made-up but plausible grid."""
-    grid = list(itertools.product(rows, columns, families, sparsities))
-    rng = np.random.default_rng(3)
-    s = np.array([g[3] for g in grid])
-    bound = 1 / (1 - 0.95 * s)
-    speed = 1 + (bound - 1) * rng.uniform(-0.3, 1.0, len(grid))
-    return {
-        "row": [g[0] for g in grid],
-        "column": [g[1] for g in grid],
-        "candidate": [g[2] for g in grid],
-        "at": s,
-        "speedup": speed,
-        "lower": speed * 0.93,
-        "upper": speed * 1.08,
-        "bounds": {"FLOP bound": bound, "roofline bound": 0.98 * bound},
-    }
+def speedups(
+    families: list[str], sparsities: list[float], gpus: list[str], phases: Any = "prefill", **axes: Any
+) -> Any:
+    rows = simulator.table("llama-3.1-8b", gpus, families, sparsities, phases, **axes).rows
+    return speedups_of(rows)
 
 
 def steps(title: str, factors: list[float]) -> Steps:
@@ -77,22 +69,21 @@ def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3
     return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
 
 
-EVERY, GPUS = list(STYLES), ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
-SETTINGS = ["prefill, batch 1", "prefill, batch 64", "decode, batch 1", "decode, batch 64"]
-LONG = ["llama-3.1-8b, generate, batch 64, 128 new, seq 2048"]
-SIX = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+GPUS = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
+BOTH: dict[str, Any] = {"phases": ["prefill", "decode"], "batch": [1, 64]}
+FOUR, SIX = ["depth", "width", "token", "low_rank"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+# one of each kind, at the sizes that are printed
 # fmt: off
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "dots": lambda: speedup_figure(**points(EVERY, [0.1, 0.25, 0.5], SETTINGS, GPUS)),
-    "dots, one device": lambda: speedup_figure(**points(EVERY, [0.1, 0.5], SETTINGS[:1], GPUS[:1])),
-    "dots, five devices": lambda: speedup_figure(**points(EVERY, SIX[::4], SETTINGS[:1], [*GPUS, "l40s", "h200_sxm"])),
-    "dots, one point": lambda: speedup_figure(**points(["depth"], [0.3], SETTINGS[:1], GPUS[:1])),
-    "dots, long label": lambda: speedup_figure(**points(EVERY[:3], [0.3], LONG, GPUS)),
-    "dots, two rows": lambda: speedup_figure(**points(EVERY[:4], [0.3], [*SETTINGS, "generate, batch 1"], GPUS)),
-    "curves, four": lambda: speedup_figure(**points(EVERY[:4], [0.1, 0.25, 0.5], SETTINGS[:1], GPUS[:2])),
-    "curves": lambda: speedup_figure(**points(["depth", "width"], [0.1, 0.25, 0.5], SETTINGS[:2], GPUS)),
-    "curves, one device": lambda: speedup_figure(**points(["depth", "width"], SIX, SETTINGS[:1], GPUS[:1])),
-    "curves, all": lambda: speedup_figure(**points(EVERY, SIX, [f"batch {b}" for b in range(9)], GPUS[:2])),
+    "dots": lambda: speedups(["all"], [0.1, 0.25, 0.5], GPUS, **BOTH),
+    "dots, one device": lambda: speedups(["all"], [0.1, 0.5], GPUS[:1]),
+    "dots, five devices": lambda: speedups(["all"], SIX[::4], [*GPUS, "l40s", "h200_sxm"]),
+    "dots, one point": lambda: speedups(["depth"], [0.3], GPUS[:1]),
+    "dots, long label": lambda: speedups(FOUR, [0.3], GPUS, "generate", batch=64),
+    "dots, two rows": lambda: speedups(FOUR, [0.3], GPUS, ["prefill", "decode", "generate"], batch=[1, 64]),
+    "curves": lambda: speedups(FOUR[:2], [0.1, 0.25, 0.5], GPUS, batch=[1, 64]),
+    "curves, one device": lambda: speedups(FOUR[:2], SIX, GPUS[:1]),
+    "curves, all": lambda: speedups(["all"], SIX, GPUS[:2], ["prefill", "decode", "generate"], batch=[1, 8, 64]),
     "waterfall": lambda: waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]),
     "waterfalls": lambda: waterfall_figure(
         [steps(f"{g}, reference", [1.0, 0.9, 1.0, 0.97, 0.75, 0.8, 1.06]) for g in GPUS]
@@ -101,7 +92,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "rooflines": lambda: roofline_figure([roof(g, m) for g, m in zip(GPUS, (2048.0, 64.0, 1.0), strict=True)]),
 }
 # fmt: on
-"""One of each kind, at the sizes that are printed."""
 
 
 @pytest.fixture(scope="module")
@@ -109,24 +99,16 @@ def drawn() -> dict[str, Figure]:
     return {name: make() for name, make in FIGURES.items()}
 
 
-@pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])
-def test_the_same_arrays_give_the_same_bytes(suffix: str, tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    for name in ("dots, one point", "roofline"):  # waterfalls: in the next test
-        save_figure(drawn[name], tmp_path / f"1{suffix}")
-        save_figure(FIGURES[name](), tmp_path / f"2{suffix}")
-        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes(), name
-
-
 def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: Path) -> None:
     code = (
-        "import sys; import matplotlib; from simulator.figures.save import *;"
+        "import sys; import matplotlib; from simulator.figures.style import *;"
         "from simulator.figures.waterfall import *;"
         "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'});"
         "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); figure = waterfall_figure([panel]);"
         "[save_figure(figure, path) for path in sys.argv[1:]]"
     )
-    here = [tmp_path / f"here{suffix}" for suffix in (".svg", ".pdf")]
-    there = [tmp_path / f"there{suffix}" for suffix in (".svg", ".pdf")]
+    here = [tmp_path / f"here{suffix}" for suffix in (".svg", ".pdf", ".png")]
+    there = [tmp_path / f"there{suffix}" for suffix in (".svg", ".pdf", ".png")]
     figure = waterfall_figure([Steps("x", ["a", "b"], [0.9, 1.1], 1.3, 1.2, 1.4)])
     for path in here:
         save_figure(figure, path)
@@ -208,17 +190,6 @@ def test_every_family_has_a_look_of_its_own() -> None:
     assert in_order(reversed(list(STYLES))) == list(STYLES)
 
 
-@pytest.mark.quick
-def test_points_are_drawn_where_they_are() -> None:
-    data = points(["depth", "width"], [0.1, 0.5], ["decode"], ["h100"])
-    (ax,) = speedup_figure(**data).axes
-    lines = {line.get_color(): line for line in ax.lines if line.get_marker() in "os" and len(line.get_xdata()) == 2}
-    for name in ("depth", "width"):
-        own = [i for i, f in enumerate(data["candidate"]) if f == name]
-        np.testing.assert_allclose(lines[style_of(name).color].get_xdata(), data["at"][own])
-        np.testing.assert_allclose(lines[style_of(name).color].get_ydata(), data["speedup"][own])
-
-
 def roofs(ax: Any) -> tuple[Any, Any]:
     """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is none)."""
     lines = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
@@ -271,11 +242,6 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
         (lambda: check_figure("x.jpg"), "x.jpg: expected a name that ends in .pdf, .svg or .png"),
         (lambda: check_figure("x"), "expected a name that ends in"),
         (lambda: check_figure("no/such/folder/x.pdf"), "does not exist"),
-        (lambda: speedup_figure([], [], [], [], [], [], []), "expected columns of one length"),
-        (
-            lambda: speedup_figure(["a"], ["b"], ["depth"], [0.1, 0.2], [1.0], [1.0], [1.0]),
-            "expected columns of one length",
-        ),
     ],
 )
 def test_bad_input_is_one_line(call: Any, says: str) -> None:
@@ -303,3 +269,32 @@ def test_a_figure_is_written_whole_or_not_at_all(
     with Image.open(target) as picture:
         assert picture.mode == "P"  # a palette: a third of the bytes
         assert picture.info["dpi"] == pytest.approx((300, 300), rel=1e-3)
+
+
+def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
+    for names, title in (
+        (list_hardware(), device_title),
+        (list_engines(), engine_title),
+        (list_models(), model_title),
+        (FAMILIES, label),
+    ):
+        titles = [title(name) for name in names]
+        assert len(set(titles)) == len(titles)
+        assert not any("_" in t for t in titles if "Nemotron" not in t)
+    for name in list_models():
+        assert load_model(model_title(name)).name == name or name.startswith("llama-2")  # published as "...-hf"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("a100_sxm_80gb", "A100 80GB SXM"),
+        ("rtx_4090", "RTX 4090"),
+        ("rtx_4090@vllm", "RTX 4090 (vLLM kernels)"),
+        ("rtx_4090 (anchored)", "RTX 4090 (anchored)"),
+        ("gpu of mine", "gpu of mine"),
+    ],
+)
+def test_a_device_has_the_words_that_people_say(name: str, title: str) -> None:
+    assert device_title(name) == title

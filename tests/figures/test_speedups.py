@@ -1,4 +1,4 @@
-"""Speedups are drawn over the field that varies, with a ring where a candidate begins to pay."""
+"""Speedups are drawn over the field that varies, services over their time per token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from test_figures import check_print
 
 import simulator
-from simulator.figures.panels import speedups_of, styles_of, varying
-from simulator.figures.speedup import PAYS, pays_from
+from simulator.figures.speedup import PAYS, pays_from, speedups_of, varying
+from simulator.figures.style import styles_of
+from simulator.figures.throughput import services_of
 from simulator.prediction.breakeven import GAIN, break_even
 
 MODEL = "llama-3.1-8b"
@@ -93,3 +94,26 @@ def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[f
     assert pays_from([1, 2, 4], lower) == first
     turned = pays_from([4, 2, 1], lower[::-1])
     assert turned == (None if first is None else 2 - first), "whatever the order of the values"
+
+
+def test_curves_are_the_points_of_the_service() -> None:
+    prune = ["width 0.25", "depth 0.25", "depth 0.5", "kv_cache 0.5"]
+    scenario = simulator.Scenario(new_tokens=256)
+    found = simulator.serve(
+        "llama-3.1-8b", "h100", prune=prune, engine=["vllm", "sglang"], tpot_s=0.02, scenario=scenario
+    )
+    figure = services_of(found.services)
+    check_print(figure)
+    assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, vLLM", "H100 SXM, SGLang"]
+    assert services_of(found.services[:1]).axes[0].get_title() == "Llama-3.1-8B, H100 SXM, vLLM"
+    service, ax = found.services[0], figure.axes[0]
+    full, kept = service.kinds["equal memory"], service.kinds["within limits"]
+    assert {t.get_text() for t in ax.texts} == {"limit 20 ms", *(f"{p.name} ({p.concurrency:,})" for p in full)}
+    curves = [line for line in ax.lines if line.get_markersize() == 2.6]
+    rings = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 8]
+    looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves}
+    assert len(looks) == len(curves) == len(full) == len(prune) + 1
+    for curve, point in zip(curves, full, strict=True):
+        assert (np.diff(curve.get_xdata()) > 0).all()
+        assert curve.get_xydata()[-1] == pytest.approx([1e3 * point.tpot_s, point.tokens_per_s])
+    np.testing.assert_allclose(rings, [(1e3 * point.tpot_s, point.tokens_per_s) for point in kept])

@@ -26,7 +26,7 @@ from simulator.operators.base import Machine
 from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.operators import OperatorTimes
 
-HW = load_hardware("h100_sxm")
+HW, A100 = load_hardware("h100_sxm"), load_hardware("a100_sxm_80gb")
 DEVICE = Machine.of(HW)
 MOVED = {
     "prefill": {"t0_s": 7e-6, "e_tc": 0.6, "kappa": 1.4, "e_io": 0.5},
@@ -239,3 +239,36 @@ def test_tiles_of_decode_are_found_where_products_show_and_only_there(tile: floa
         assert fit.constants.values["e_tc"] == pytest.approx(0.6, rel=0.02)
     elsewhere = timed(shapes("decode", 300, 3), defaults("decode"))
     assert fit_attention(elsewhere, "hopper").constants.values["tile_rows"] == 0.0
+
+
+def latent_calls(rows: int, form: dict[str, float]) -> AttentionFit:
+    """Decode over a latent cache of a kernel of some structure."""
+    rng = np.random.default_rng(3)
+    heads, batch = 2.0 ** rng.integers(0, 8, rows), 2.0 ** rng.integers(0, 10, rows)
+    length, one = np.round(2.0 ** rng.uniform(4, 15, rows)), np.ones(rows)
+    shape = batch, one, length, heads, one, 576.0 * one
+    geometry = Geometry(*shape, value_dim=512.0 * one, latent=True, warm=one)
+    calls = AttentionCalls("decode", True, geometry, Machine.of(A100), Machine.of(A100).peak_flop_per_s)
+    truth = {name: constant.default("ampere") for name, constant in CONSTANTS["mla_decode"].items()} | form
+    return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)), 2.0)
+
+
+@pytest.mark.parametrize(("rows", "split_keys"), [(64.0, 128.0), (16.0, 1e6)])
+def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float) -> None:
+    c = latent_calls(400, {"rows": rows, "split_keys": split_keys, "e_d": 0.7, "unit_bytes_per_s": 2e10})
+    fit = fit_attention(c, "ampere", fold_by=("heads",))
+    assert (fit.section["rows"], fit.section["split_keys"]) == (rows, split_keys)
+    assert fit.section["e_d"] == pytest.approx(0.7, rel=0.05)
+    assert fit.section["unit_bytes_per_s"] == pytest.approx(2e10, rel=0.05)
+    assert fit.section.arrays["kinds"].tolist() == [[pytest.approx(np.log2(576)), 0, 0]]
+    hw = A100.calibrated({("mla_decode", "bf16"): fit.section})
+    g = c.calls.geometry
+    t = decode_time(g.batch, g.kv_len, g.heads, g.kv_heads, g.head_dim, hw, value_dim=512, latent=True, cold=False)
+    assert np.abs(t.seconds / c.seconds - 1.0).mean() < 0.02
+
+
+@pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 0.075), ("mla_decode", 0.05)])
+def test_latent_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
+    result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
+    assert result["mape"] < mape
+    assert result["coverage"] > 0.85

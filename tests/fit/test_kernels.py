@@ -13,21 +13,25 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
 from calibration.evidence.report import markdown
 from calibration.evidence.validate import validate
+from calibration.fit.kernels import fit_sparse24
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import Rates, in_order
 from calibration.measure.run import run
+from calibration.measurements import published
 from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm@sglang")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")
 OF = {"gather_gemm": ("gemm", "block_step"), "attention_block_sparse": ("attention_prefill", "sparse_block")}
+RATIOS = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] == "H100-class"]
+FEW = np.array([float(r["m"]) for r in RATIOS]) <= 256
 
 
 def planted(kind: str, value: float, hw: HardwareProfile = HW) -> HardwareProfile:
@@ -170,3 +174,32 @@ def test_a_replayed_device_gives_back_what_was_planted() -> None:
     value = constant(fit_profile(HW, records), "attention_block_sparse")
     assert value.std_error is not None
     assert abs(value.value - 30.0) < 3.0 * value.std_error < 6.0
+
+
+def ratio_errors(hw: HardwareProfile) -> np.ndarray:
+    """Return the log errors of the ratios of an H100 in fp8."""
+    m, n, k, dense, pruned = (np.array([float(r[c]) for r in RATIOS]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    times = [gemm_time(m, n, k, hw, dtype="fp8", kernel=name, cold=False).seconds for name in ("dense", "sparse24")]
+    return np.asarray(np.log(times[0] / times[1] / (dense / pruned)))
+
+
+def test_ratios_of_few_tokens_tell_how_compressed_weights_arrive() -> None:
+    hw = load_hardware("h100")
+    start = {**hw.sections["gemm", "fp8"].constants}
+    start |= {"sparse_step": Fitted(0.65, status="default"), "sparse_load": Fitted(0.66, status="default")}
+    unfitted = with_section(hw, "fp8", replace(hw.sections["gemm", "fp8"], constants=start))
+    fitted = fit_sparse24(unfitted, "fp8")
+    assert fitted.constants["sparse_load"].status == fitted.constants["sparse_step"].status == "fitted"
+    before, after = (np.abs(ratio_errors(h)) for h in (unfitted, with_section(hw, "fp8", fitted)))
+    assert before[FEW].min() > 0.15
+    assert np.median(after[FEW]) <= 0.10
+    assert fitted.accuracy["median_2to4"] <= 0.10
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("a100", "bf16"), ("l40s", "bf16")])
+def test_without_few_tokens_or_rows_the_load_stays(gpu: str, dtype: str) -> None:
+    """Ratios of an A100 start at 2,048 tokens; an L40S has none."""
+    hw = load_hardware(gpu)
+    fitted = fit_sparse24(hw, dtype)
+    assert fitted.constants["sparse_load"] == hw.sections["gemm", dtype].constants["sparse_load"]
+    assert fitted.constants["sparse_step"].status == ("fitted" if gpu == "a100" else "default")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import base_profile
-from calibration.fit.limits import within_ranges
+from calibration.fit.profile import within_ranges
 from calibration.records.store import read_store
 from simulator.cli import run
 from simulator.hardware.library import load_hardware

@@ -17,7 +17,7 @@ from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.predict import LaunchTime, parts_of, predict
 from calibration.measure.plan import next_rows
 from calibration.records.timing_table import Records, Source
-from calibration.runners.targets import operator_of, target_operators, target_workloads
+from calibration.runners.runs import operator_of, target_operators, target_workloads
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware

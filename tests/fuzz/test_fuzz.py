@@ -28,9 +28,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, stored_as, tensors_of
 
-from calibration.records.parquet import write_records
 from calibration.records.store import Header, encode_line
-from calibration.records.timing_table import Records, Source
+from calibration.records.timing_table import Records, Source, write_records
 from simulator.cli import run
 from simulator.models.headers import BITS
 from simulator.models.library import load_model

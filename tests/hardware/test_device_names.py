@@ -12,8 +12,7 @@ import pytest
 from calibration.devices.protocol import Description, Gpu
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN, Snapshot
-from calibration.fit.base_profile import base_profile
-from calibration.fit.device_names import NAMES, architecture_of, shipped_name
+from calibration.fit.base_profile import NAMES, architecture_of, base_profile, shipped_name
 from simulator.hardware.library import list_hardware, load_hardware
 
 with open(Path(__file__).parent / "device_names.csv", encoding="utf-8") as file:

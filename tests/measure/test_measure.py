@@ -9,7 +9,7 @@ import pytest
 from planted import SHAPES, go, items, plan_of
 
 from calibration.devices.protocol import Operator
-from calibration.devices.replay import Faults, ReplayDevice
+from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.measure.plan import DRIFT_CHECK
 from calibration.records.store import Header, records_of
@@ -21,7 +21,7 @@ ALL = len(SHAPES)
 
 
 def _truth(record: Mapping[str, Any]) -> float:
-    return ReplayDevice().seconds(Operator.from_record(record["operator"]))
+    return roofline_timings()(Operator.from_record(record["operator"]))
 
 
 class Slowed(ReplayDevice):
@@ -36,7 +36,7 @@ def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
     records = records_of(kept, Header("planted"))
     rows = records.select(records.purpose != PURPOSES.index(DRIFT_CHECK))
     shapes = zip(rows.m.tolist(), rows.n.tolist(), rows.k.tolist(), strict=True)
-    exact = [ReplayDevice().seconds(Operator("gemm", m=m, n=n, k=k)) for m, n, k in shapes]
+    exact = [roofline_timings()(Operator("gemm", m=m, n=n, k=k)) for m, n, k in shapes]
     return len(rows), max(rows.seconds / exact - 1.0)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
 
-from calibration.devices.replay import Faults, ReplayDevice
+from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.measure.plan import DRIFT_CHECK, base_plan
 from calibration.measure.probe import probe
 from calibration.measure.run import run
@@ -38,7 +38,7 @@ def test_the_budget_holds_though_estimates_are_wrong(budget_s: float, factor: fl
 
 def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
     _, first = go(ReplayDevice(faults=Faults(lost_at=12)))
-    slower = ReplayDevice(lambda op: 1.1 * ReplayDevice().seconds(op))
+    slower = ReplayDevice(lambda op: 1.1 * roofline_timings()(op))
     outcome, second = go(slower, previous=first)
     assert outcome.counts.resumed == 12  # with the operator that lost the device
     keys = [r["key"] for r in items(first) + items(second)]

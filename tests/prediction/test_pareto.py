@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from planted_points import point, row
 
 from simulator.cli import run
 from simulator.errors import InputError
-from simulator.figures.pareto import pareto_figure
-from simulator.figures.save import save_figure
+from simulator.figures.pareto import fronts_of
+from simulator.figures.style import save_figure
 from simulator.prediction.pareto import bands, frontier, fronts, margins, marked, read_measured
 from simulator.prediction.quality import QualityTable, choose_axis, load_quality
 
@@ -200,16 +201,11 @@ def test_command_refuses(arguments: list[str], expected: str, capsys: pytest.Cap
 
 
 def test_figure_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
-    families = ["depth", "depth", "width", "semi_structured", "dynamic_depth"]
-    loss, speed = [0.1, 0.2, 0.15, 4.0, -0.01], [1.1, 1.2, 1.3, 1.5, 0.98]
-    ends = [1.0, 1.1, 1.2, 1.3, 0.9], [1.2, 1.3, 1.4, 1.8, 1.0]
-    for name in ("a.pdf", "b.pdf"):
-        where = ["prefill"] * 5, ["h100", "a100"] + ["h100"] * 3
-        figure = pareto_figure(
-            *where, families, list("vwxyz"), [0.25] * 5, loss, speed, *ends, axis="ppl", protocol="p"
-        )
+    table = load_quality().of_model("llama-2-7b")
+    found, _ = fronts("llama-2-7b", ["h100", "a100"], table, choose_axis(table))
+    small = [replace(f, points=tuple(replace(p, loss=0.1 * p.loss) for p in f.points)) for f in found]
+    for name, drawn in (("a.pdf", found), ("b.pdf", found), ("small.pdf", small)):
+        figure = fronts_of(drawn)
         save_figure(figure, tmp_path / name)
-    assert len(figure.axes) == 2
+        assert [ax.get_xscale() for ax in figure.axes] == ["linear" if drawn is small else "symlog"] * 2
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
-    with pytest.raises(InputError, match="one length"):
-        pareto_figure(["a"], [], [], [], [], [], [], [], [], axis="x")

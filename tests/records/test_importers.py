@@ -14,10 +14,9 @@ import pytest
 
 from calibration.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
-from calibration.records.parquet import write_records
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
 from calibration.records.store import Header, Store
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
 from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
 
@@ -155,12 +154,11 @@ def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_n
     assert write_records(moved) == write_records(csv)
 
 
-def test_mixed_number_formats_need_a_choice(path: Path) -> None:
+def test_one_of_mixed_number_formats_is_chosen(path: Path) -> None:
     formats = ("bfloat16,bf16", "fp8,fp8", "bf16,int8")
     rows = [f"{m},4096,4096,{names},40" for m in range(1, 31) for names in formats]
     csv(path, "\n".join(["m,n,k,dtype,weight_dtype,latency_us", *rows]))
-    refused(r"mixes number formats \(bf16 30, fp8 30, int8_wo 30 rows\); choose one", import_table, path, hw=H100)
-    assert set(import_table(path, hw=H100, dtype="all").records.labels()) == {"bf16", "fp8", "int8_wo"}
+    assert set(import_table(path, hw=H100).records.labels()) == {"bf16", "fp8", "int8_wo"}
     chosen = import_table(path, hw=H100, dtype="int8_wo")
     assert set(chosen.records.labels()) == {"int8_wo"}
     assert dict(chosen.refusals) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
@@ -236,7 +234,7 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     columns = {"gemm_dtype": formats, "m": [1] * 9, "n": [4096] * 9, "k": [4096] * 6 + [65536] + [4096] * 2}
     columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7, 0.03, 0.02]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
-    result = import_table(path, hw=A100, dtype="all")
+    result = import_table(path, hw=A100)
     unknown = "the time includes a conversion of activations that no narrow row tells"
     assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
     assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "bf16"]
@@ -268,18 +266,18 @@ def mla_columns(**more: Any) -> dict[str, Any]:
 
 def test_aiconfigurator_latent_attention(tmp_path: Path) -> None:
     path = aic(tmp_path / "t.parquet", mla_columns(), "SGLang", "mla_generation")
-    decode = import_table(path, hw=A100, dtype="all").records
+    decode = import_table(path, hw=A100).records
     assert decode.is_operator("mla_decode").all()
     assert (decode.heads.tolist(), decode.kv_heads.tolist()) == ([16, 128], [1, 1])  # heads of this device, one latent
     assert (decode.head_dim.tolist(), decode.n.tolist()) == ([576] * 2, [512] * 2)
     assert (decode.kv_len.tolist(), decode.labels().tolist()) == ([1024] * 2, ["bf16", "fp8_wo"])
     prompt = mla_columns(isl=[512, 512], step=[0, 0])
     path = aic(tmp_path / "u.parquet", prompt, "TRTLLM", "mla_context")
-    records = import_table(path, hw=A100, dtype="all").records
+    records = import_table(path, hw=A100).records
     assert (records.kv_heads.tolist(), records.head_dim.tolist()) == ([16, 128], [192] * 2)
     assert records.n.tolist() == [128] * 2
     path = aic(tmp_path / "v.parquet", prompt, "SGLang", "mla_context")  # kernel "k": not that of prompts
-    refused("2 rows: a prompt on the path of a decode", import_table, path, hw=A100, dtype="all")
+    refused("2 rows: a prompt on the path of a decode", import_table, path, hw=A100)
 
 
 def test_latent_attention_is_held_against_physics() -> None:
@@ -296,7 +294,7 @@ def test_latent_attention_is_held_against_physics() -> None:
 def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     columns = {"nccl_dtype": ["half", "int8", "half"], "num_gpus": [2, 8, 8], "message_size": [256, 512, 1 << 28]}
     path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.01, 0.02, 0.9]}, op="alltoall")
-    result = import_table(path, hw=A100, dtype="all")
+    result = import_table(path, hw=A100)
     records = result.records
     # 512 MiB, of which 7/8 leave the device, in 0.9 ms: 522 GB/s on links of 300
     assert dict(result.refusals) == {"faster than memory, L2 or link allow": 1}
@@ -328,7 +326,7 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
         "moe_ep_size": [1, 1, 1, 8, 1, 1, 1], "latency": [0.08, 1.3, 0.7, 0.5, 0.4, 0.5, 2.0],
         "distribution": ["balanced", "power_law_1.2", "balanced", "balanced", "uniform", "balanced", "balanced"],
     }  # fmt: skip
-    result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100, dtype="all")
+    result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     r = result.records
     assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == ([1, 64, 64], [768, 384, 768], [0.0, 1.2, 0.0])
     assert (r.experts.tolist(), r.active.tolist(), r.cold.any()) == ([128] * 3, [8.0] * 3, False)
@@ -338,14 +336,14 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
         "number format w4afp8 is not modelled",
     ]  # fmt: skip
     columns["latency"][0] = 0.01  # 75 MB in 10 us
-    again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100, dtype="all")
+    again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     assert again.refusals["faster than memory, L2 or link allow"] == 1
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
     columns = attention_columns(4, latency=[0.02] * 4, window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1])
     columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
-    result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100, dtype="all")
+    result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100)
     records = result.records
     assert dict(result.refusals) == {"beam search": 1}
     assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
@@ -358,17 +356,6 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     assert context.is_operator("attention_prefill").all()
 
 
-def test_decode_rows_above_the_memory_peak_are_dropped_for_the_collection_known_for_it(tmp_path: Path) -> None:
-    # 64 sequences of 4096 positions: 1.07 GB of cache, 527 us at 2.039 TB/s
-    columns = attention_columns(2, latency=[0.5, 0.6], batch_size=[64, 64], step=[4095, 4095])
-    path = aic(tmp_path / "t.parquet", columns, "TRTLLM", "generation_attention")
-    result = import_table(path)  # the rule needs no profile
-    assert dict(result.refusals) == {"decode faster than the memory's 2.039 TB/s, known of this collection": 1}
-    small = attention_columns(2, latency=[0.002, 0.006])  # 4 MB, which the L2 holds
-    assert len(import_table(aic(tmp_path / "u.parquet", small, "TRTLLM", "generation_attention")).records) == 1
-    assert import_table(tmp_path / "u.parquet").notes[-1].startswith("only 1 usable rows")
-
-
 def test_the_real_collections(wheel_tables: Path) -> None:
     def rows(table: str, hardware: str, dtype: str = "all") -> ImportResult:
         return import_table(wheel_tables / table, hw=datasheet(hardware), dtype=dtype)
@@ -379,8 +366,6 @@ def test_the_real_collections(wheel_tables: Path) -> None:
         result = rows(f"{system}/gemm/trtllm/1.3.0rc20/gemm_perf.parquet", system, "bf16")
         assert len(result.records) == 35700
         assert result.refusals["dtype fp8_block, not bf16"] == 29268
-    decode = rows("a100_sxm/attention/trtllm/1.0.0/generation_attention_perf.parquet", "a100_sxm_80gb")
-    assert (len(decode.results), decode.refusals.total) == (4675, 351)
     vllm = rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm", "bf16")
     assert vllm.refusals["compute-bound, on operands that were not random numbers"] > 10000
 
@@ -408,18 +393,6 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
     bandwidth = float(moved[large][0] / others.records.seconds[large][0])
     assert 0.7 < bandwidth / hw.bandwidth_bytes_per_s < 1.3  # 176 MB, more than the L2 holds
-
-
-def test_the_2to4_table_keeps_experiments_apart(shared_data: Path) -> None:
-    result = import_table(shared_data / "sparse24_gemm.csv", dtype="all")
-    records = result.records
-    assert result.refusals.total == 35
-    assert all("two chained GEMMs" in reason for reason in result.refusals)
-    assert any("67 rows name several number formats" in note for note in result.notes)
-    runs = np.array([s.run for s in records.sources])[records.source]
-    one = records.select(runs == "LLaMA-2-7B.down")
-    dense, sparse = (float(one.seconds[one.is_operator(op) & (one.n == 4096)][0]) for op in ("gemm", "gemm_2to4"))
-    assert dense / sparse == pytest.approx(890 / 560)
 
 
 def one(**columns: Any) -> Records:

@@ -23,9 +23,8 @@ from calibration.measurements.wheel import (
     read_choice,
     shipped_part,
 )
-from calibration.records.parquet import write_records
 from calibration.records.screening import compute_bound, too_fast
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source, write_records
 from simulator.codes import ROLES
 from simulator.errors import InputError
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, published
-from calibration.measurements import serving as made
+from calibration.measurements import build as made
 from simulator.codes import DTYPES
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split

@@ -16,9 +16,8 @@ from calibration.devices.protocol import OPERATORS as KINDS
 from calibration.devices.protocol import Operator
 from calibration.fit.profile import fit_profile
 from calibration.records import store as store_module
-from calibration.records.parquet import read_records, write_records
 from calibration.records.store import Header, Store, encode_line, parse, read_store, records_of, shape_of, untimed
-from calibration.records.timing_table import OPERATORS, Flag, Records, Source
+from calibration.records.timing_table import OPERATORS, Flag, Records, Source, read_records, write_records
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 

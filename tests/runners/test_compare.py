@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,10 +26,18 @@ from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
-from calibration.runners.agreement import by_phase, repeatability, summary  # noqa: E402
 from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
-from calibration.runners.compare import ComparedCases, ComparedSpeedup, rows_of  # noqa: E402
+from calibration.runners.compare import (  # noqa: E402
+    ComparedCases,
+    ComparedSpeedup,
+    by_phase,
+    conclusions,
+    repeatability,
+    rows_of,
+    summary,
+)
 from calibration.runners.decoder import timing  # noqa: E402
+from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.decoder.timing import time_pair  # noqa: E402
 from calibration.runners.pairs import PairTimes  # noqa: E402
@@ -270,6 +282,28 @@ def test_agreement_by_hand() -> None:
     assert {name: b["count"] for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
+def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> None:
+    def row(family: str, measured: float, predicted: float) -> Any:
+        ends = {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted}
+        about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "phase": "decode"}
+        error = predicted / measured - 1.0
+        return Mock(
+            family=family,
+            pruning=f"{family} at 50 %",
+            measured=measured,
+            predicted=predicted,
+            roofline_bound=2.0,
+            error=error,
+            **ends,
+            **about,
+        )
+
+    first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
+    assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
+    assert worst == "Worst: width at 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
+    assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "config.json"
@@ -351,3 +385,64 @@ def test_bad_input_is_one_line_and_status_2(
     assert BAD[change] in err.splitlines()[-1]
     assert all(line.startswith(("note:", "status:", "prunesim:")) for line in err.splitlines())
     assert not (tmp_path / "run").exists()
+
+
+# -- launches of a pass
+
+NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
+
+
+class PlantedCuda:
+    """``torch.cuda`` that captures by noting what ran while a graph was open."""
+
+    def __init__(self, passes: list[str]) -> None:
+        self.passes, self.captured, self.replays = passes, -1, 0
+        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.stream, self.synchronize = nullcontext, lambda: None
+        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        before = len(self.passes)
+        yield
+        self.captured = len(self.passes) - before
+
+
+@pytest.mark.parametrize("family", ["", "low_rank", "token", "kv_cache"])
+def test_prefill_and_decode_are_captured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+
+    def noted(name: str) -> Any:
+        given = getattr(timing, name)
+        return lambda *args, **options: (passes.append(name), given(*args, **options))[1]
+
+    for name in ("prefill", "decode"):
+        monkeypatch.setattr(timing, name, noted(name))
+    made = random_decoder(CONFIG, dtype="fp32")
+    decoder = replace(prune_decoder(made, family, 0.5) if family else made, device="cuda:0")  # its tensors are not
+    for phase in ("prefill", "decode"):
+        planted = PlantedCuda(passes)
+        for name, value in vars(planted).items():
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+        monkeypatch.setattr(torch.cuda, "graph", planted.graph)
+        sample = timing._ready(decoder, 1, 8, phase, "cuda_graph", lambda: 0.0)
+        assert (planted.captured, passes[-1]) == (1, phase)  # after warm-up, one pass
+        done = len(passes)
+        sample(5)
+        assert (planted.replays, len(passes)) == (5, done)
+
+
+def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = random_decoder(CONFIG, dtype="fp32")
+    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
+    executor = timing.Executor(_device(), CONFIG, "fp32", 0)
+    for family in DYNAMIC:
+        pruned = prune_decoder(made, family, 0.5)
+        assert executor._runtime(pruned) == "eager"
+        assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
+    monkeypatch.setattr(*NO_TRITON)
+    runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
+    assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}

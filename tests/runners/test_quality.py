@@ -1,10 +1,12 @@
-"""Quality of pruned models: scores against their definition, the model's own code, the command on a tiny model."""
+"""Quality of pruned models and of single layers: scores by definition, the model's own code, commands."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,25 +20,17 @@ from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.families import prune_decoder  # noqa: E402
-from calibration.runners.decoder.model import Decoder, random_decoder  # noqa: E402
-from calibration.runners.decoder.run import window_logits  # noqa: E402
-from calibration.runners.quality import decoder_of, logits_of, score  # noqa: E402
+from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
+from calibration.runners.quality import DENSE, changes_of, decoder_of, fewer_heads, logits_of, measure_layers, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
+from simulator.models.library import load_model  # noqa: E402
+from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
+from simulator.plans.variants import variant  # noqa: E402
 from simulator.prediction.quality import load_quality  # noqa: E402
 
-CONFIG = replace(
-    decoder_reference.CONFIG,
-    hidden=64,
-    inner=128,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    rotary_dim=16,
-    vocab=97,
-    layers=5,
-    windows=(0,) * 5,
-)
+_SHAPE = {"hidden": 64, "inner": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab": 97}
+CONFIG = replace(decoder_reference.CONFIG, layers=5, windows=(0,) * 5, **_SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +182,192 @@ def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert run(["quality", str(dense), *size, "--pruned", str(tmp_path / "pruned"), "--family", "depth",
                 "--sparsity", "0.33"]) == 0  # fmt: skip
     assert capsys.readouterr().out.count('"kl_nats": ') == 2
+
+
+# -- single layers
+
+SMALL = replace(decoder_reference.CONFIG, heads=8, kv_heads=4, inner=64, layers=3, windows=(0,) * 3, qkv_bias=True)
+SCORED, CALIBRATION = torch.randint(SMALL.vocab, (2, 2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small() -> Decoder:
+    return random_decoder(SMALL, dtype="fp32")
+
+
+def _library(**texts: list[str]) -> Library:
+    """A library with some variants of all layers."""
+    usual = SMALL.usual
+    blocks = [variant(name, text, usual) for name, some in texts.items() for text in some]
+    return Library(SMALL, ((usual, *blocks),) * SMALL.layers)
+
+
+def _measured(decoder: Decoder, **texts: list[str]) -> dict[tuple[str, str, str], float]:
+    rows = measure_layers(decoder, list(SCORED), list(CALIBRATION), changes_of(_library(**texts)))
+    return {row.key: row.kl_div for row in rows}
+
+
+def _parts(layer: Layer) -> tuple[Attention, Mlp]:
+    assert layer.attention is not None
+    assert layer.mlp is not None
+    return layer.attention, layer.mlp
+
+
+def _at(decoder: Decoder, number: int, layer: Layer) -> Decoder:
+    return replace(decoder, layers=(*decoder.layers[:number], layer, *decoder.layers[number + 1 :]))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_scores_are_those_of_whole_passes(small: Decoder, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "MOST_LOGIT_BYTES", 2e9 if keep else 0)
+    found = _measured(small, attention=["kv=2", "none"], mlp=["none"])
+    assert list(found)[:4] == [DENSE, ("0", "kv=2", "dense"), ("0", "none", "dense"), ("0", "dense", "none")]
+    assert found[DENSE] == pytest.approx(0.0, abs=1e-6)
+    for number, layer in enumerate(small.layers):
+        attention, _ = _parts(layer)
+        for key, changed in (
+            (("kv=2", "dense"), replace(layer, attention=fewer_heads(attention, 8, 2, small.head_dim))),
+            (("none", "dense"), replace(layer, attention=None)),
+            (("dense", "none"), replace(layer, mlp=None)),
+        ):
+            both = (partial(window_logits, one) for one in (small, _at(small, number, changed)))
+            whole = score(*both, SCORED)
+            assert found[(str(number), *key)] == pytest.approx(whole.kl_nats, rel=1e-3)
+            assert whole.kl_nats > 1e-3
+
+
+def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
+    attention, mlp = _parts(small.layers[1])
+    gate = mlp.gate.weight.clone()
+    gate[::2] = 0.0  # an activation of 0, whatever the output weights
+    loud = mlp.down.weight * torch.where(torch.arange(64) % 2 == 0, 10.0, 1.0)
+    planted = replace(mlp, gate=replace(mlp.gate, factors=(gate,)), down=replace(mlp.down, factors=(loud,)))
+    found = _measured(_at(small, 1, Layer(attention, planted)), mlp=["32", "16"])
+    assert found["1", "dense", "32"] == pytest.approx(0.0, abs=1e-6)
+    assert found["1", "dense", "16"] > 1e-3
+
+
+def test_joined_kv_heads_are_means() -> None:
+    """Attention whose neighbouring KV heads are equal loses nothing with half of them; the mean of others is exact."""
+    decoder = random_decoder(SMALL, dtype="fp32")
+    attention, mlp = _parts(decoder.layers[0])
+    d = decoder.head_dim
+    twice = torch.arange(4 * d).view(4, d)[[0, 0, 2, 2]].flatten()
+    pairs = replace(attention, k=attention.k.rows(twice), v=attention.v.rows(twice))
+    found = _measured(_at(decoder, 0, Layer(pairs, mlp)), attention=["kv=2", "kv=1"])
+    assert found["0", "kv=2", "dense"] == pytest.approx(0.0, abs=1e-6)
+    assert found["0", "kv=1", "dense"] > 1e-4
+    one = fewer_heads(attention, 8, 1, d)
+    assert (one.heads, one.kv_heads) == (8, 1)
+    torch.testing.assert_close(one.k.weight, attention.k.weight.view(4, d, -1).mean(0))
+    torch.testing.assert_close(one.v.bias, attention.v.bias.view(4, d).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "silent"),
+    [
+        ("heads=4", [0, 3, 5, 6]),  # one of each group
+        ("heads=4 kv=2", [0, 1, 6, 7]),  # whole groups
+        ("heads=6 kv=3", [2, 3]),
+    ],
+)
+def test_query_heads_without_output_go_first(small: Decoder, text: str, silent: list[int]) -> None:
+    attention, mlp = _parts(small.layers[2])
+    weight = attention.o.weight.clone().view(SMALL.hidden, 8, -1)
+    weight[:, silent] = 0.0
+    planted = replace(attention, o=replace(attention.o, factors=(weight.flatten(1),)))
+    found = _measured(_at(small, 2, Layer(planted, mlp)), attention=[text])
+    assert found["2", text, "dense"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers", reason="reading a model needs transformers")
+    pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
+    path: Path = tmp_path_factory.mktemp("models")
+    write_checkpoint(path / "tiny")
+    (path / "text.txt").write_text(TEXT)
+    (path / "choices.yaml").write_text("attention: [dense, kv=1, none]\nmlp: [64, none]\nlayers: {1: {mlp: [dense]}}\n")
+    return path
+
+
+@pytest.fixture
+def command(folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The words of a command that scores the choices of the tiny model, with some more words."""
+    words = ["quality", str(folder / "tiny"), "--per-layer", "--choices", str(folder / "choices.yaml")]
+    words += ["--text", str(folder / "text.txt"), "--windows", "2", "--length", "60", "-o", str(tmp_path / "s.csv")]
+    return lambda *more: [*words, *more]
+
+
+def test_the_command_writes_a_library(
+    command: Callable[..., list[str]], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command()) == 0
+    out = capsys.readouterr().out
+    assert "KL divergence (nats/token) of one changed sublayer; dense perplexity" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["0", "1", "2"]
+    model = load_model(str(folder / "tiny"))
+    library = read_library(tmp_path / "s.csv", model)
+    assert library.texts(0) == [
+        ("dense", "dense"),
+        ("kv=1", "dense"),
+        ("none", "dense"),
+        ("dense", "64"),
+        ("dense", "none"),
+    ]
+    assert library.texts(1) == [("dense", "dense"), ("kv=1", "dense"), ("none", "dense")]
+    assert set(library.values) == {"kl_div", "perplexity"}
+    for column in library.values["kl_div"]:
+        assert column[0] == pytest.approx(0.0, abs=1e-6)
+        assert (column[1:] > 1e-6).all()
+    assert len({float(column[0]) for column in library.values["perplexity"]}) == 1
+    assert run(command("--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 1 + 4 + 2 + 4
+    assert len(changes_of(generated_library(model))) > len(rows)  # the default
+
+
+def test_a_killed_run_is_resumed(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(command("-o", str(tmp_path / "whole.csv"))) == 0
+    scored, passes = quality._Dense.score, list[Any]()
+
+    def counted(self: Any, key: Any, last: Any) -> Any:
+        if len(passes) == 6:
+            raise KeyboardInterrupt
+        passes.append(last)
+        return scored(self, key, last)
+
+    monkeypatch.setattr(quality._Dense, "score", counted)
+    assert run(command()) == 130
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 6
+    passes.clear()
+    capsys.readouterr()
+    assert run(command()) == 0
+    assert "6 rows exist; 5 left" in capsys.readouterr().err
+    assert len(passes) == 5
+    assert (tmp_path / "s.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    passes.clear()
+    assert run(command()) == 0  # nothing is left
+    assert not passes
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--family", "width"], "--per-layer: expected no --pruned, --family or --sparsity"),
+        (["--choices", "none.yaml"], "none.yaml"),
+        (["--windows", "30"], "too short; expected at least 3600"),
+    ],
+)
+def test_bad_input_per_layer_is_one_line(
+    command: Callable[..., list[str]], more: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command(*more)) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert reason in err

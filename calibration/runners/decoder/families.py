@@ -16,21 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from calibration.devices.operators import sparse_weight
 from calibration.devices.protocol import Unsupported
-from calibration.devices.sparse import sparse_weight
-from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Tensor
-from calibration.runners.decoder.routed import BlockAttention, CacheCut, TokenDropping, TokenRouting, best
-from calibration.runners.decoder.run import Rule
-from calibration.runners.decoder.widths import GroupRouting
+from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer, Mlp, Projection, Rule, Tensor
+from calibration.runners.decoder.rules import BlockAttention, CacheCut, GroupRouting, TokenDropping, TokenRouting, best
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
-from simulator.prediction.scenario import one_of
-from simulator.pruning import FAMILIES, _edits, check_fraction, listed_layers
+from simulator.pruning import FAMILIES, _edits, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
-ALIGN = 16
-"""Widths and ranks are rounded up to a multiple of this by default, as in the simulator's families."""
+ALIGN = 16  # widths and ranks are rounded up to a multiple of this by default, as in the simulator's families
 
 DYNAMIC: Mapping[str, Callable[..., Rule]] = {
     rule.family: rule for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
@@ -59,12 +55,7 @@ class Removed:
 def prune_decoder(
     decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
 ) -> Decoder:
-    """Prune a decoder by a family; families compose, and a dynamic family is the last except for depth.
-
-    ``sparsity`` and ``layers`` are those of :func:`simulator.prune`: a fraction in [0, 1), one per layer, or fractions
-    by part. ``options`` are parameters of the family's function, or fields of its rule. InputError: unknown family or
-    option, or a pruning that cannot run. Unsupported: the device has no kernel (2:4 needs a CUDA GPU).
-    """
+    """Prune a decoder by a family; its arguments are those of :func:`simulator.prune`, or fields of its rule."""
     check_family(family, sparsity, layers, options)
     options = _different(family, options)
     if sparsity is None and layers is None:
@@ -74,25 +65,18 @@ def prune_decoder(
         return decoder
     with torch.no_grad():
         if family in STATIC:
-            if decoder.rule is not None and family != "depth":
-                raise InputError(
-                    f"decoder: expected {family} before {decoder.rule.family}, which decides during a pass"
-                )
             return STATIC[family](decoder, removed, **options)
-        if decoder.rule is not None:
-            raise InputError(f"decoder: expected one dynamic family, got {decoder.rule.family} and {family}")
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
-    """Prune a decoder by steps of families, in their order (:attr:`calibration.runners.cases.Case.steps`)."""
+    """Prune a decoder by steps of families, in their order."""
     for step in steps:
         decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
     return decoder
 
 
 def check_steps(steps: Sequence[PruningStep]) -> None:
-    """Raise InputError, with its step, if a decoder cannot run some steps of families."""
     dynamic = ""
     for step in steps:
         if dynamic and step.name != "depth":
@@ -105,7 +89,6 @@ def check_steps(steps: Sequence[PruningStep]) -> None:
 
 
 def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, options: Mapping[str, Any]) -> None:
-    """Raise InputError if a decoder cannot run a family so."""
     known = {**STATIC, **DYNAMIC}
     if family not in known:
         raise unknown("pruning family", family, known)
@@ -119,10 +102,7 @@ def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, optio
 
 
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a family has here, or that differ from their defaults in the simulator.
-
-    The device determines the kernel of a dynamic family; :meth:`calibration.runners.cases.Case.of` checks it.
-    """
+    """Return the options that a family has here, or that differ from their defaults in the simulator."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
     dropped = {name for name, value in usual.items() if name not in own and options.get(name) == value}
     dropped |= {"kernel"} if family in DYNAMIC else set()
@@ -137,38 +117,22 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
         return Removed(dict.fromkeys(SUBLAYERS, np.ones(many)), layers=tuple(listed.tolist()))
     table = {}
     for name, fractions in (sparsity if by_part else dict.fromkeys(SUBLAYERS, sparsity)).items():
-        if by_part and name not in FAMILIES[family].targets:
-            raise unknown(f"part (for family {family})", name, FAMILIES[family].targets)
-        each = fractions if np.ndim(fractions) else [fractions] * many
-        if len(each) != many:
-            raise InputError(f"sparsity by layer: expected {many} fractions, got {len(each)}")
-        table[name] = np.array([check_fraction(fraction) for fraction in each])
+        table[name] = np.broadcast_to(np.asarray(fractions, dtype=np.float64), many).copy()
         if listed is not None and not from_list:
             table[name][~np.isin(np.arange(many), listed)] = 0.0
     return Removed(table, by_part, tuple(listed.tolist()) if from_list and listed is not None else None)
 
 
 def whole_share(share: float, of: int) -> int:
-    """Return ``share`` of ``of`` rounded to the nearest whole number, halves up."""
     return int(_edits.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    """Return ``keep`` of ``width`` rounded up to a multiple of ``align``, at most ``width``."""
     return int(_edits.aligned(np.array(width), np.array(keep), align))
 
 
-def rank_left(sparsity: float, n: int, k: int, align: int = ALIGN) -> int:
-    """Return the rank at which two factors of a weight (n, k) have the remaining share of its parameters."""
-    exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)
-    return min(max(math.ceil(exact / align), 1) * align, n, k)
-
-
 def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:
-    """Remove ``round(s L)`` layers, or sublayers of one or both kinds: the deepest except the last, which stays unless
-    tokens exit early. Of listed layers, a fraction removes some, deepest first.
-    """
-    one_of("option unit", unit, ("layer", "both", "attention", "mlp"))
+    """Remove layers or sublayers: the deepest except the last, which stays unless tokens exit early."""
     kinds = [("attention", "mlp")] if unit == "layer" and not removed.by_part else [("attention",), ("mlp",)]
     layers = list(decoder.layers)
     for kind in kinds if unit in ("layer", "both") else [(unit,)]:
@@ -187,9 +151,7 @@ def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit
 
 
 def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None) -> Decoder:
-    """Remove KV groups with their query heads (attention), query heads alone (heads), KV heads alone (kv), MLP channels
-    (mlp) and hidden features (hidden). ``inner`` is the width of all MLPs that are pruned.
-    """
+    """Remove heads, MLP channels and hidden features. ``inner`` is the width of all MLPs that are pruned."""
 
     def change(number: int, part: Any) -> Any:
         size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
@@ -208,8 +170,7 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
 
 
 def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float) -> Attention:
-    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone; ``size`` is that
-    of every feature of the heads."""
+    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is that of every feature."""
 
     def left(many: int, share: float) -> int:
         return max(whole_share(1.0 - share, many), 1) if share else many
@@ -265,49 +226,40 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
     """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
-    def factorise(number: int, role: str, p: Projection) -> Projection:
-        sparsity = removed.of_projection(number, role)
-        if not sparsity:
-            return p
+    def factorise(p: Projection, sparsity: float) -> Projection:
         weight = p.weight.float()
         n, k = weight.shape
-        sample = torch.randn(n, rank_left(sparsity, n, k, align), generator=generator)
+        exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
+        rank = min(max(math.ceil(exact / align), 1) * align, n, k)
+        sample = torch.randn(n, rank, generator=generator)
         basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
-    return each_projection(decoder, factorise)
+    return _each_pruned(decoder, removed, factorise)
 
 
 def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
     """Make projections 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
-    for fraction in np.unique(np.concatenate([*removed.table.values()])).tolist():
-        if fraction not in (0.0, 0.5):
-            raise InputError(f"semi_structured (2:4): expected sparsity 0.5, got {fraction:g}")
     if not decoder.device.startswith("cuda"):
         raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
     algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
 
-    def pack(number: int, role: str, p: Projection) -> Projection:
-        if not removed.of_projection(number, role):
-            return p
+    def pack(p: Projection, sparsity: float) -> Projection:
         found = algorithms.setdefault(tuple(p.weight.shape), {})
         return Projection((sparse_weight(two_of_four(p.weight), found),), p.bias)
 
-    return each_projection(decoder, pack)
+    return _each_pruned(decoder, removed, pack)
 
 
 def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
     """Set the smallest weights of projections to zero; dense kernels still compute them."""
 
-    def zero(number: int, role: str, p: Projection) -> Projection:
-        sparsity = removed.of_projection(number, role)
-        if not sparsity:
-            return p
+    def zero(p: Projection, sparsity: float) -> Projection:
         flat = p.weight.flatten()
         small = flat.abs().float().topk(whole_share(sparsity, len(flat)), largest=False).indices
         return Projection((flat.scatter(0, small, 0.0).view_as(p.weight),), p.bias)
 
-    return each_projection(decoder, zero)
+    return _each_pruned(decoder, removed, zero)
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -324,6 +276,14 @@ def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], P
     return decoder.changed(
         lambda i, part: replace(part, **{role: change(i, role, getattr(part, role)) for role in part.roles})
     )
+
+
+def _each_pruned(decoder: Decoder, removed: Removed, change: Callable[[Projection, float], Projection]) -> Decoder:
+    def changed(number: int, role: str, p: Projection) -> Projection:
+        sparsity = removed.of_projection(number, role)
+        return change(p, sparsity) if sparsity else p
+
+    return each_projection(decoder, changed)
 
 
 STATIC: Mapping[str, Callable[..., Decoder]] = {
@@ -345,17 +305,15 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
             if part is None or isinstance(rule, TokenRouting):
                 yield part and replace(part, router=router(2, generator))
                 continue
-            blocks = _head_blocks(part) if isinstance(part, Attention) else _channel_blocks(part, rule.channel_groups)
+            if isinstance(part, Attention):  # by KV group; the rows of q have this order already
+                blocks = Blocks(part.q.weight, part.o.weight.t().contiguous(), part.kv_heads)
+            else:
+                blocks = _channel_blocks(part, rule.channel_groups)
             yield replace(part, router=router(blocks.groups, generator), blocks=blocks)
 
     if isinstance(rule, TokenRouting | GroupRouting):
         decoder = replace(decoder, layers=tuple(Layer(*routed(layer)) for layer in decoder.layers))
     return replace(decoder, rule=rule)
-
-
-def _head_blocks(a: Attention) -> Blocks:
-    """Return query and output weights by KV group; the rows of q have this order already."""
-    return Blocks(a.q.weight, a.o.weight.t().contiguous(), a.kv_heads)
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:

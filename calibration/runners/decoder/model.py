@@ -1,22 +1,23 @@
-"""Weights of a Llama-style decoder, dense or pruned, as frozen data: projections, sublayers, layers.
+"""Weights of a Llama-style decoder, dense or pruned, as frozen data, and its forward pass.
 
 The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
-Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). :func:`random_decoder` makes a decoder with the shape of a model,
-:func:`from_weights` a decoder with the weights of a checkpoint.
+Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A pass is a prefill of prompts, a decode step of one token per sequence, or the
+logits of a whole window. A :class:`Rule` decides what a pass skips; the rule of a dense decoder skips nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
-from calibration.devices.operators import TORCH_DTYPE
-from calibration.devices.skipping import kernels
-from calibration.devices.sparse import linear
+from calibration.devices import skipping
+from calibration.devices.attention import decode_attention, prefill_attention
+from calibration.devices.operators import TORCH_DTYPE, gated, linear, rms_norm, rotary, rotary_tables
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
@@ -46,8 +47,9 @@ class Projection:
             rest = torch.arange(len(index), device=x.device) >= count
             return y if add_to is None else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
         for weight in self.factors[:-1]:
-            x = kernels().gather_gemm(x, weight, index, count)
-        return kernels().gather_gemm(x, self.factors[-1], index, count, self.bias, out=add_to, add=add_to is not None)
+            x = skipping.kernels().gather_gemm(x, weight, index, count)
+        last, added = self.factors[-1], add_to is not None
+        return skipping.kernels().gather_gemm(x, last, index, count, self.bias, out=add_to, add=added)
 
     @property
     def weight(self) -> Tensor:
@@ -57,12 +59,10 @@ class Projection:
         return self.factors[0]
 
     def rows(self, index: Tensor) -> Projection:
-        """Return the projection to some of its output features."""
         bias = None if self.bias is None else self.bias.index_select(0, index)
         return Projection((self.weight.index_select(0, index).contiguous(),), bias)
 
     def columns(self, index: Tensor) -> Projection:
-        """Return the projection of some of its input features."""
         return Projection((self.weight.index_select(1, index).contiguous(),), self.bias)
 
 
@@ -76,18 +76,14 @@ class Blocks:
 
     @property
     def width(self) -> int:
-        """Features of a group."""
         return len(self.outer) // self.groups
 
     def weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inner and outer weights of each group."""
         return zip(self.inner.chunk(self.groups), self.outer.chunk(self.groups), strict=True)
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Fields of both sublayers except their projections."""
-
     roles: ClassVar[tuple[str, ...]] = ()  # names of the projections: the last writes the hidden state, others read it
     norm: Tensor
     router: Tensor = None  # for dynamic depth and width
@@ -117,15 +113,13 @@ class Mlp(Sublayer):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer; a removed sublayer is None."""
-
     attention: Attention | None
     mlp: Mlp | None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder that can run; ``rule`` (a ``run.Rule``) determines what a pass skips."""
+    """A decoder that can run; ``rule`` (a :class:`Rule`) determines what a pass skips."""
 
     name: str
     dtype: str
@@ -142,18 +136,15 @@ class Decoder:
 
     @property
     def hidden(self) -> int:
-        """Width of the residual stream."""
         return int(self.embedding.shape[1])
 
     def projections(self) -> Iterator[tuple[int, str, Projection]]:
-        """Yield layer number, role and projection of every projection."""
         for number, layer in enumerate(self.layers):
             for sublayer in (layer.attention, layer.mlp):
                 for role in sublayer.roles if sublayer is not None else ():
                     yield number, role, getattr(sublayer, role)
 
     def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
-        """Apply a function of (layer number, sublayer) to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
             parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
@@ -188,11 +179,7 @@ def check_model(config: ModelConfig) -> None:
 def random_decoder(
     config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", layers: int | None = None, seed: int = 0
 ) -> Decoder:
-    """Return a decoder with the shape of a model and random weights that keep activations near one.
-
-    ``dtype`` is fp32, bf16 or fp16; ``layers`` may be fewer or more than the model has. Layers may differ in their
-    widths, or lack a sublayer. InputError: not a Llama-style model.
-    """
+    """Return a decoder with the shape of a model and random weights that keep activations near one."""
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -283,3 +270,164 @@ def from_weights(
         layers=tuple(made),
         **constants,
     )
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, with ``length`` filled positions."""
+
+    k: Tensor
+    v: Tensor
+    length: int
+
+
+@dataclass
+class PassState:
+    """State of a pass, kept for the next pass."""
+
+    decoder: Decoder
+    prompt: int  # tokens of the prompt
+    room: int = 0  # cache positions after those of the prefill
+    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, what)
+    position: int = 0  # position of the pass's first token; after the pass, of the next token
+    decoding: bool = False  # whether this is a decode step
+    layer: int = 0  # current layer
+    cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
+    sin: Tensor = None
+    caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer; layers without attention have none
+    kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
+
+    def note(self, what: str, value: Any) -> None:
+        if self.trace is not None:
+            self.trace[self.layer, what] = value
+
+    def mark(self) -> tuple[int, dict[int, int]]:
+        return self.position, {layer: cache.length for layer, cache in self.caches.items()}
+
+    def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
+        """Remove the tokens decoded after the mark."""
+        self.position, lengths = mark
+        for layer, length in lengths.items():
+            self.caches[layer].length = length
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.decoder.epsilon)
+
+    def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
+        """Normalise query or key heads, if the model does, and rotate them by the given or this pass's tables."""
+        heads = heads if norm is None else self.norm(heads, norm)
+        return rotary(heads, *(tables or (self.cos, self.sin)))
+
+    def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
+        return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
+
+    def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rotated key heads and value heads of normalised tokens to the cache; return them (decode: the cache)."""
+        k = self.turned(split_heads(a.k(h), a.kv_heads), a.k_norm)
+        v = split_heads(a.v(h), a.kv_heads)
+        if not self.decoding:
+            batch, heads, length, head_dim = k.shape
+            size = (batch, heads, length + self.room, head_dim)
+            self.caches[self.layer] = LayerCache(k.new_empty(size), v.new_empty(size), 0)
+        cache = self.caches[self.layer]
+        begin, cache.length = cache.length, cache.length + k.shape[2]
+        cache.k[:, :, begin : cache.length] = k
+        cache.v[:, :, begin : cache.length] = v
+        if self.decoding:
+            return cache.k[:, :, : cache.length], cache.v[:, :, : cache.length]
+        return k, v
+
+
+class Rule:
+    """Decisions of a pass; this base class skips nothing. ``PassState.kept`` is the memory of a rule."""
+
+    family: ClassVar[str] = ""
+    skips: ClassVar[bool] = False  # whether data determines the skipped work
+
+    def on_host(self, device: str) -> bool:
+        """Whether the host selects the kernels from data, which a CUDA graph cannot hold."""
+        return self.skips and not skipping.in_triton(device)
+
+    def enter(self, s: PassState, x: Tensor) -> Tensor:
+        return x
+
+    def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
+        h = s.norm(x, a.norm)
+        k, v = s.keys_values(a, h)
+        out = joined(self.attend(s, s.queries(a, h), k, v))
+        return x + a.o(out)
+
+    def attend(self, s: PassState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the outputs of the heads, in the shape of ``q`` (batch, heads, tokens, d)."""
+        return decode_attention(q, k, v) if s.decoding else prefill_attention(q, k, v)
+
+    def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
+        h = s.norm(x, m.norm)
+        return x + m.down(gated(m.gate(h), m.up(h)))
+
+
+DENSE = Rule()
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Map (batch, tokens, heads * d) to (batch, heads, tokens, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def prefill(
+    decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
+) -> tuple[Tensor, PassState]:
+    """Return logits (batch, vocab) after prompts (batch, seq), and the state, with ``room`` positions in its caches."""
+    with torch.no_grad():
+        state = PassState(decoder, tokens.shape[1], room, trace)
+        return logits_after(decoder, _through(state, tokens)[:, -1]), state
+
+
+def decode(decoder: Decoder, token: Tensor, state: PassState) -> Tensor:
+    """Add one token (batch, 1) of each sequence to the state's caches; return the logits (batch, vocab) after it."""
+    with torch.no_grad():
+        state.decoding = True
+        return logits_after(decoder, _through(state, token)[:, -1])
+
+
+def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_after(decoder, _through(PassState(decoder, len(ids)), ids[None])[0])
+
+
+def embedded(s: PassState, tokens: Tensor) -> Tensor:
+    """Return the residual stream before the first layer, and set the rotary tables of the tokens."""
+    decoder = s.decoder
+    x = F.embedding(tokens, decoder.embedding)
+    positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
+    tables = rotary_tables(positions, decoder.head_dim, x.dtype, decoder.frequencies)
+    s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
+    return x
+
+
+def through_layer(s: PassState, number: int, layer: Layer, x: Tensor) -> Tensor:
+    """Return the residual stream after a layer, the decoder's or another in its place."""
+    rule = s.decoder.rule or DENSE
+    s.layer = number
+    x = rule.enter(s, x)
+    if layer.attention is not None:
+        x = rule.attention(s, layer.attention, x)
+    if layer.mlp is not None:
+        x = rule.mlp(s, layer.mlp, x)
+    return x
+
+
+def logits_after(decoder: Decoder, last: Tensor) -> Tensor:
+    return F.linear(rms_norm(last, decoder.final_norm, decoder.epsilon), decoder.head)
+
+
+def _through(s: PassState, tokens: Tensor) -> Tensor:
+    x = embedded(s, tokens)
+    for number, layer in enumerate(s.decoder.layers):
+        x = through_layer(s, number, layer, x)
+    s.position += tokens.shape[1]
+    return x

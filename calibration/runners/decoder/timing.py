@@ -1,7 +1,4 @@
-"""Time two decoders in alternating passes: disturbances affect both, so their ratio is stable.
-
-:func:`time_pair` times two decoders; an :class:`Executor` times the pruned decoders of cases against the dense decoder.
-"""
+"""Time the pruned decoders of cases in alternation with the dense decoder."""
 
 from __future__ import annotations
 
@@ -13,20 +10,15 @@ from typing import Any
 import torch
 
 from calibration.devices.operators import is_out_of_memory
-from calibration.devices.protocol import CaptureFailed, Device, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device
 from calibration.runners.cases import Case
 from calibration.runners.decoder.families import check_steps, prune_by_steps
-from calibration.runners.decoder.model import Decoder, check_model, random_decoder
-from calibration.runners.decoder.run import decode, prefill
-from calibration.runners.pairs import PairRunner, PairTimes, alternate, looped
-from simulator.codes import PHASES, ROLES, Kind
+from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
+from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.prediction.scenario import one_of
 from simulator.workload import Workload
-
-RUNTIMES: tuple[str, ...] = ("cuda_graph", "eager")
-"""Launches of a pass: as one graph, or kernel by kernel."""
 
 
 def time_pair(
@@ -40,45 +32,26 @@ def time_pair(
     time_limit_s: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PairTimes:
-    """Time a phase of two decoders on one device in alternation.
-
-    Prefill excludes the choice of the next token; decode repeats one step at the same position, after ``seq`` cached
-    positions. Launches are eager or from a CUDA graph; :func:`~calibration.runners.pairs.alternate` has the rest.
-    Unsupported: no CUDA graphs, or kernels of the family depend on data.
-    """
-    one_of("phase", phase, PHASES[:2])
-    one_of("runtime", runtime, RUNTIMES)
-    first_sampler, second_sampler = (_ready(decoder, batch, seq, phase, runtime, clock) for decoder in (first, second))
-    return alternate(first_sampler, second_sampler, time_limit_s=time_limit_s, clock=clock)
+    """Time a phase of two decoders on one device in alternation; decode repeats one step at the same position."""
+    samplers = (_ready(decoder, batch, seq, phase, runtime, clock) for decoder in (first, second))
+    return alternate(*samplers, time_limit_s=time_limit_s, clock=clock)
 
 
-def _ready(
-    decoder: Decoder, batch: int, seq: int, phase: str, runtime: str, clock: Callable[[], float]
-) -> Callable[[int], float]:
-    """Return a function that runs a number of passes and returns the time per pass."""
-    cuda = decoder.device.startswith("cuda")
-    graph = runtime == "cuda_graph"
-    if graph and not cuda:
-        raise Unsupported(f"cuda_graph: device {decoder.device!r} has no CUDA graphs")
-    if graph and decoder.rule is not None and decoder.rule.on_host(decoder.device):
-        raise Unsupported(f"cuda_graph: {decoder.rule.family} selects kernels on the host, which no graph can hold")
+def _ready(decoder: Decoder, batch: int, seq: int, phase: str, runtime: str, clock: Callable[[], float]) -> Sampler:
     tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.embedding.device)
-    step = _decode_step(decoder, tokens) if phase == "decode" else lambda: prefill(decoder, tokens)
-    step = _recorded(step) if graph else step
-
-    return looped(step, torch.cuda.synchronize if cuda else lambda: None, clock)
-
-
-def _decode_step(decoder: Decoder, tokens: Any) -> Callable[[], Any]:
-    _, state = prefill(decoder, tokens, room=2)
-    mark, token = state.mark(), tokens[:, :1].clone()
+    if phase == "decode":
+        _, state = prefill(decoder, tokens, room=2)
+        mark, token = state.mark(), tokens[:, :1].clone()
 
     def step() -> Any:
+        if phase == "prefill":
+            return prefill(decoder, tokens)
         state.rewind(mark)
         return decode(decoder, token, state)
 
-    return step
+    wait = torch.cuda.synchronize if decoder.device.startswith("cuda") else lambda: None
+    return looped(_recorded(step) if runtime == "cuda_graph" else step, wait, clock)
 
 
 def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -124,20 +97,17 @@ class Executor(PairRunner):
         self.config, self.dtype, self.seed = config, dtype, seed
 
     def check(self, case: Case) -> None:
-        """Raise InputError if no decoder runs the steps, or the existing model, of a case."""
         if case.pruning.model is not None:
             check_model(case.pruning.model)
         check_steps(case.steps)
 
     def prepare(self, case: Case) -> None:
-        """Make the dense decoder."""
         self.dense = self._random(self.config)
 
     def _random(self, config: ModelConfig) -> Decoder:
         return random_decoder(config, dtype=self.dtype, device=self.device.name, seed=self.seed)
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
-        """Time a case; see :class:`PairRunner`."""
         if case.prune not in self.kept:
             self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
             model = case.pruning.model
@@ -145,22 +115,11 @@ class Executor(PairRunner):
             self.kept[case.prune] = made
         pruned = self.kept[case.prune]
         check_shapes(pruned, case.pruned)
-        limit_s = self.limit_s(end)
-
-        def pair(runtime: str) -> PairTimes:
-            return time_pair(
-                self.dense,
-                pruned,
-                batch=case.batch,
-                seq=case.seq,
-                phase=case.phase,
-                runtime=runtime,
-                time_limit_s=limit_s,
-            )
-
         runtime = self._runtime(pruned)
+        how: dict[str, Any] = {"runtime": runtime, "time_limit_s": self.limit_s(end)}
         try:
-            return pair(runtime), {"runtime": runtime}
+            times = time_pair(self.dense, pruned, batch=case.batch, seq=case.seq, phase=case.phase, **how)
+            return times, {"runtime": runtime}
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word

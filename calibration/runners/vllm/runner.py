@@ -1,4 +1,4 @@
-"""Time cases in vLLM: :class:`VllmRunner`, an executor of :mod:`calibration.runners.compare`.
+"""Time cases in vLLM.
 
 Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, greedy sampling, no end of
 sequence, no prefix cache.
@@ -8,51 +8,54 @@ sequence, no prefix cache.
 - generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make one token more.
 - serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one request.
 
-vLLM keeps the memory that it reserved until its process ends, so each model has a child process. If both fit, dense and
-pruned samples alternate; the idle process uses no GPU time. Else the dense model is timed first, then the pruned one,
-and slow changes of the machine affect the ratio. The dense process serves all cases, that of a pruned model all cases
-of this pruning. Their caches hold the largest case that was checked, so check all cases before the first record.
+vLLM keeps the memory that it reserved until its process ends, so each model has a child process for all its cases. If
+both fit, dense and pruned samples alternate; the idle process uses no GPU time. Else the dense model is timed first,
+then the pruned one, and slow changes of the machine affect the ratio. The caches hold the largest case that was
+checked, so check all cases before the first record.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
-from calibration.measure.timing import OK, InvalidTiming, median_interval
+from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import Case
-from calibration.runners.pairs import ENOUGH, LEAST, PRECISION, Runner
-from calibration.runners.vllm.models import Models
-from calibration.runners.vllm.process import RELEASES, EngineFailed, EngineProcess, check_installed, environment
+from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
-from simulator.errors import InputError
-from simulator.models.changes import write_config
+from simulator.codes import ROLES, Kind
+from simulator.engines.generations import numbers
+from simulator.errors import InputError, one_line
+from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
+from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
-from simulator.workload import WorkloadBatch
+from simulator.prediction.loading import shapes_of
+from simulator.prediction.runnable import will_run
+from simulator.workload import Workload, WorkloadBatch
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Number formats, and their names in vLLM."""
-
-STEPS = 64
-"""Decode steps of a sample."""
-WINDOWS = 2
-"""Samples of one steady state; each costs a ramp-up of one request."""
-WARM = 2
-"""Unmeasured samples of each model before those of a case."""
-LONGEST_S = 60.0
-"""Maximum time for the pairs of one case."""
-MOST = 50
-"""Maximum number of pairs."""
-PATIENCE_S = 900.0
-"""Longest wait for an answer; the first start of a model compiles it."""
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
+STEPS = 64  # decode steps of a sample
+WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
+WARM = 2  # unmeasured samples of each model before those of a case
+LONGEST_S = 60.0  # for the pairs of one case
+MOST = 50  # pairs
+PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED, _BATCHED_SERVING, _MOST_BATCHED = 2048, 8192, 32768  # tokens of one pass: vLLM's defaults, and a limit
 _BLOCK = 128  # tokens; at least a block of every attention backend
@@ -62,8 +65,6 @@ _SHARE = 0.92  # of the memory, as vLLM's default
 
 @dataclass(frozen=True)
 class LargestRequest:
-    """Largest request that engines must accept."""
-
     sequences: int = 1
     tokens: int = 0  # of one sequence, new ones included
     batched: int = _BATCHED  # tokens of one pass
@@ -79,27 +80,11 @@ class LargestRequest:
         )
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Samples of a model, s per pass (per request in serve)."""
-
-    seconds: Sequence[float]
-    first_token_s: Sequence[float] = ()  # waits for first tokens in serve
-
-    @classmethod
-    def join(cls, parts: Sequence[Samples]) -> Samples:
-        """Return the samples of parts in their order, rounded to ns."""
-        return cls(
-            [round(s, 9) for part in parts for s in part.seconds],
-            [round(s, 9) for part in parts for s in part.first_token_s],
-        )
-
-
+Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
 Started = tuple[ModelConfig, LargestRequest]
 
 
 def lengths(case: Case) -> tuple[int, int]:
-    """Return the prompt and new tokens of each request of a case."""
     if case.phase == "prefill":
         return case.seq, 1
     if case.phase == "decode":
@@ -110,27 +95,7 @@ def lengths(case: Case) -> tuple[int, int]:
 class VllmRunner(Runner):
     """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason.
 
-    Parameters
-    ----------
-    device : Device
-        CPU or CUDA device.
-    config : ModelConfig
-        Dense model.
-    content : mapping
-        Content of its ``config.json`` (:func:`simulator.models.changes.content_of`).
-    dtype : str
-        One of :data:`DTYPES`.
-    seed : int
-        Determines the random weights.
-    python : str
-        Interpreter that has vLLM; it may belong to another environment.
-    patience_s : float
-        Longest wait for an answer of vLLM, in seconds.
-
-    Raises
-    ------
-    InputError
-        If vLLM is not installed, or has no such model, number format or device.
+    ``content`` is that of the model's ``config.json``; ``python`` has vLLM and may belong to another environment.
     """
 
     def __init__(
@@ -144,10 +109,6 @@ class VllmRunner(Runner):
         python: str = sys.executable,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype: expected one of {', '.join(DTYPES)} in vLLM, got {dtype}")
-        if not device.name.startswith(("cpu", "cuda")):
-            raise InputError(f"device: expected cpu or cuda, which run vLLM, got {device.name!r}")
         self.models = Models(config, content)
         check_installed(python)
         super().__init__(device)
@@ -157,18 +118,13 @@ class VllmRunner(Runner):
         self.engines: dict[Started, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the models, made with the first
 
-    def prepare(self, case: Case) -> None:
-        """Nothing to do: the engines start with the first record."""
-
     def close(self) -> None:
-        """End the child processes and remove their files."""
         self._keep(())
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
     def check(self, case: Case) -> None:
-        """Raise InputError if vLLM cannot run the pruned model of a case, or would build other shapes."""
         formats = {case.dense.meta.dtype, self.dtype}
         if len(formats) > 1 or (case.dense.weight_dtype != case.dense.dtype).any():
             raise InputError(f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM")
@@ -179,7 +135,6 @@ class VllmRunner(Runner):
         self.sizes = sizes
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; ``seconds`` exclude starts of vLLM."""
         try:
             self.check(case)
             return {"status": OK, **self._timed(case, seconds)}
@@ -197,45 +152,27 @@ class VllmRunner(Runner):
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
-            found = self._alternating(case, [self._engine(model) for model in pair], limit)
+            engines = [self._engine(model) for model in pair]
+            for engine in engines * (1 if case.phase == "serve" else WARM):
+                self._sample(case, engine)
+            found = in_turns(lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, self.device.clock, MOST)
         else:
             found = self._in_turn(case, pair, limit)
-        dense, pruned = map(Samples.join, found)
-        count = min(len(dense.seconds), len(pruned.seconds))
-        waits = {"dense_first_token_s": dense.first_token_s, "pruned_first_token_s": pruned.first_token_s}
+        dense_s, pruned_s = ([round(s, 9) for seconds, _ in samples for s in seconds] for samples in found)
+        count = min(len(dense_s), len(pruned_s))
+        first = ([round(s, 9) for _, waits in samples for s in waits] for samples in found)
+        waits = dict(zip(("dense_first_token_s", "pruned_first_token_s"), first))
         versions = next(iter(self.engines.values())).versions
         return {
             "reason": release_note(versions["vllm"]),
             "runtime": "vllm",
             "loops": STEPS if case.phase == "decode" else 1,
-            "dense_s": dense.seconds[:count],
-            "pruned_s": pruned.seconds[:count],
+            "dense_s": dense_s[:count],
+            "pruned_s": pruned_s[:count],
             **(waits if case.phase == "serve" else {}),
             "versions": versions,
             "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
         }
-
-    def _alternating(
-        self, case: Case, engines: Sequence[EngineProcess], limit: float
-    ) -> tuple[list[Samples], list[Samples]]:
-        """Return samples of both models in alternation, until their ratio is precise or the time is over."""
-        for _ in range(1 if case.phase == "serve" else WARM):
-            for engine in engines:
-                self._sample(case, engine)
-        found: tuple[list[Samples], list[Samples]] = ([], [])
-        start = self.device.clock()
-        for pair in range(1, MOST + 1):
-            for i in (0, 1) if pair % 2 else (1, 0):
-                found[i].append(self._sample(case, engines[i]))
-            spent = self.device.clock() - start
-            if spent >= limit and pair >= LEAST:
-                break
-            if pair >= ENOUGH:
-                ratios = [a / b for x, y in zip(*found) for a, b in zip(x.seconds, y.seconds)]
-                middle, low, high = median_interval(ratios)
-                if high - low <= 2.0 * PRECISION * middle:
-                    break
-        return found
 
     def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
         """Return samples of one model, then of the other: only one fits in the memory."""
@@ -256,7 +193,7 @@ class VllmRunner(Runner):
         vocab, batch = self.models.dense.vocab, case.batch
         if case.phase == "serve":
             found = engine.ask("serve", concurrency=batch, tokens=tokens, output=output, vocab=vocab, windows=WINDOWS)
-            return Samples(found["seconds"], found["first_token_s"])
+            return found["seconds"], found["first_token_s"]
 
         def latency(output: int) -> float:
             found = engine.ask("latency", batch=batch, tokens=tokens, output=output, vocab=vocab)
@@ -265,10 +202,9 @@ class VllmRunner(Runner):
         seconds = (latency(output) - latency(1)) / STEPS if case.phase == "decode" else latency(output)
         if not seconds > 0.0:
             raise InvalidTiming(f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps")
-        return Samples([seconds])
+        return [seconds], []
 
     def _keep(self, models: Sequence[ModelConfig]) -> None:
-        """End all other processes, and too small ones, before further ones need their memory."""
         wanted = [(model, self.sizes) for model in models]
         for started in [one for one in self.engines if one not in wanted]:
             self.engines.pop(started).close()
@@ -313,19 +249,243 @@ class VllmRunner(Runner):
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
 
     def _bytes(self, model: ModelConfig) -> float:
-        """Return the memory of a process: weights, cache, activations and its own."""
         w = WorkloadBatch.of([lower(model, phase="prefill", seq=self.sizes.batched, dtype=self.dtype)])
         return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(model) + _OWN_BYTES
 
 
 def release_note(version: str) -> str:
     """Return a note for a release of vLLM whose interface was not compared; "" for others."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        with suppress(ValueError):
-            return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
-        return ()
-
-    first, last = map(numbers, RELEASES)
-    known = first <= numbers(version) <= last
+    first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
+    known = first <= own <= last
     return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
+
+
+WORKER = Path(__file__).with_name("worker.py")
+
+RELEASES = ("0.11.0", "0.33.0")
+"""First and last release of vLLM whose interface was compared with the worker's calls."""
+
+_LOG_BYTES = 200_000
+_CLOSING_S = 20.0
+_ERROR = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)")
+_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|Free memory on device|larger than the available KV cache memory"
+    r"|No available memory for the cache blocks",
+    re.IGNORECASE,
+)
+_ARGUMENT = re.compile(r"unexpected keyword argument|Unexpected keyword argument")
+_QUIET = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
+_GENERIC = re.compile(r"Engine core initialization failed|EngineCore encountered an issue|EngineDeadError|WorkerProc")
+
+
+class EngineFailed(RuntimeError):
+    """The child ended or did not answer; the message is the cause in one line."""
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the environment of a child on a device: its GPU, no network, no module search beside the program."""
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if device.startswith("cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = int(device.partition(":")[2] or 0)
+        env["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[0] else str(index)
+    return env
+
+
+def check_installed(python: str) -> None:
+    code = "import importlib.util; print(importlib.util.find_spec('vllm') is not None)"
+    try:
+        found = subprocess.run([python, "-c", code], env=environment("cpu"), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{python}: cannot be run ({error}); expected a Python interpreter with vLLM") from None
+    if found.stdout.strip() != "True":
+        raise InputError(f"vLLM is not installed for {python}; install it with: {python} -m pip install vllm")
+
+
+class EngineProcess:
+    """One model in vLLM in a child process; it is ready when made.
+
+    vLLM returns its memory only when its process ends, and a crash of an engine must not end a comparison.
+    ``settings`` are keyword arguments of ``vllm.LLM``, ``log`` receives the output of vLLM, ``python`` has vLLM,
+    ``patience_s`` is the longest wait for an answer, such as the start. OutOfMemory: the model or its cache does not
+    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or is silent.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], log: Path, *, python: str, env: Mapping[str, str], patience_s: float
+    ) -> None:
+        self.log, self.patience_s, self._rest = log, patience_s, b""
+        self._answers, theirs = os.pipe()
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    [python, str(WORKER), str(theirs), json.dumps(dict(settings))],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs,),
+                    env=dict(env),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(theirs)
+        try:
+            self.versions: dict[str, str] = self._answer()["versions"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, **request: Any) -> dict[str, Any]:
+        """Send a request of the worker's table ``TIMED`` and return its answer."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # the process has ended; its output has the reason
+            self.process.stdin.write(json.dumps({"what": what, **request}).encode() + b"\n")
+            self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        if self._answers < 0:
+            return
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_CLOSING_S if self.process.poll() is None else 0.0)
+        self._kill()
+        self.process.wait()
+        os.close(self._answers)
+        self._answers = -1
+
+    def _answer(self) -> dict[str, Any]:
+        end = time.monotonic() + self.patience_s
+        while b"\n" not in self._rest:
+            over = self.process.poll() is not None  # before the read: the last answer may still come
+            ready, _, _ = select.select([self._answers], [], [], 0.0 if over else 0.2)
+            part = os.read(self._answers, 1 << 16) if ready else b""
+            self._rest += part
+            if not part and (ready or over):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5.0)
+                raise self._failure(f"the vLLM process ended with status {self.process.returncode or 0}")
+            if not part and time.monotonic() > end:
+                self._kill()
+                raise EngineFailed(f"no answer of vLLM within {self.patience_s:g} s")
+        line, _, self._rest = self._rest.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise self._failure(str(found["error"]))
+        return found
+
+    def _kill(self) -> None:
+        """End all processes of the child's session, also those that outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _failure(self, error: str) -> Exception:
+        """Return the exception for an error of the child: its own, or if that names none the cause in the output."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5.0)  # it writes the rest of its output
+        text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
+        reason, found = one_line(error, 300), cause(text)
+        if found and _GENERIC.search(error):
+            reason = found
+        elif found and not _ERROR.search(error):
+            reason = f"{reason}: {found}"
+        if _MEMORY.search(reason) or _MEMORY.search(error):
+            return OutOfMemory(reason)
+        if _ARGUMENT.search(reason):
+            return Unsupported(f"{reason}; supported releases of vLLM: {' to '.join(RELEASES)}")
+        return EngineFailed(reason)
+
+
+def cause(output: str) -> str:
+    """Return the last error in the output of vLLM that names a cause, else the last line; "" without any."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if not _QUIET.search(line)]
+    found = [m for line in telling if (m := _ERROR.search(line)) and not _GENERIC.search(line)]
+    if found:
+        return one_line(f"{found[-1][1].rsplit('.', 1)[-1]}: {found[-1][2]}", 300)
+    return one_line(lines[-1], 300) if lines else ""
+
+
+# fmt: off
+CLASSES: Mapping[str, str] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM", "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM", "nemotron": "NemotronForCausalLM",
+    "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}
+# fmt: on
+"""Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)."""
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
+"""Keys of code, of stored formats and of parts that are not timed."""
+
+ModelShape = tuple[str | int, ...]  # kind, role, n, k, heads, KV heads, experts, window
+
+
+@dataclass(frozen=True)
+class Models:
+    """Writes the ``config.json`` of a dense model and of its prunings: vLLM builds a model from that file alone."""
+
+    dense: ModelConfig  # all layers or the first ones
+    content: Mapping[str, Any]  # of its config.json
+
+    def __post_init__(self) -> None:
+        name, kind = self.dense.name, self.dense.architecture
+        if not self.content:
+            raise InputError(f"{name}: vLLM needs a config.json to start from; expected a name or a file")
+        if kind not in CLASSES:
+            raise InputError(f"{name}: model_type {kind!r}: expected one of {', '.join(CLASSES)} to run in vLLM")
+        if self.dense.weight_dtype:
+            raise InputError(f"{name}: its weights are stored in {self.dense.weight_dtype}; expected 16 or 32 bits")
+        self.config_of(self.dense)
+
+    def config_of(self, model: ModelConfig) -> dict[str, Any]:
+        text = self.content.get("text_config")
+        own = {**self.content, **(text if isinstance(text, Mapping) else {})}
+        own = {key: value for key, value in own.items() if key not in _DROPPED and not key.startswith("_")}
+        own["model_type"] = self.dense.architecture
+        if model.experts:
+            key = next(key for key in _EXPERTS if key in own)
+            own |= {key: model.experts, "num_experts_per_tok": int(model.active)}
+        given = from_hf_config(own, name=model.name)
+        return {**own, **changed_keys(given, model, own), "architectures": [CLASSES[model.architecture]]}
+
+    def pruned(self, case: Case) -> ModelConfig:
+        """Return the pruned model of a case; InputError if vLLM cannot load it, or would build other shapes."""
+        meta = case.pruned.meta
+        if meta.devices > 1:
+            raise InputError(f"devices: expected 1 to run in vLLM, got {meta.devices}")
+        vllm = case.run_in("vllm").pruned
+        if (answer := will_run(vllm, config=replace(self.dense, mismatch=""))).works is False:
+            raise InputError(answer.sentence.removeprefix("No: ").rstrip("."))
+        model = shapes_of(self.dense, case.pruned)
+        self.config_of(model)
+        same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
+        built = lower(model, **{name: getattr(meta, name) for name in same})
+        expected, found = shapes(case.pruned), shapes(built)
+        if different := sorted((expected - found) + (found - expected)):
+            _, role, n, k, heads, *_ = different[0]
+            where = f"{heads} heads" if heads else f"n={n}, k={k}"
+            raise InputError(f"vLLM would not build the predicted shapes, such as {role} with {where}")
+        return model
+
+
+def shapes(w: Workload) -> Counter[ModelShape]:
+    timed = w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
+    names = ("n", "k", "heads", "kv_heads", "experts", "window")
+    out = Counter[ModelShape]()
+    for kind, role, count, *sizes in zip(
+        timed.kind, timed.role, timed.count, *(getattr(timed, name).tolist() for name in names)
+    ):
+        shape = (Kind(kind).name, ROLES[role], *sizes)
+        out[shape] += round(count)
+    return out

@@ -22,13 +22,11 @@ Answer = dict[str, Any]
 
 
 def prompts(vllm: Any, batch: int, tokens: int, vocab: int) -> list[Any]:
-    """Return prompts of random tokens, equal in every call."""
     choose = random.Random(0)
     return [vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens)) for _ in range(batch)]
 
 
 def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
-    """Return the time from sending a batch of prompts until all have ``output`` new tokens."""
     params = vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
     sent = prompts(vllm, batch, tokens, vocab)
     start = time.perf_counter()

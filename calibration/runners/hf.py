@@ -1,16 +1,20 @@
-"""Models of the library Transformers with the shapes of a workload, dense or pruned, and random weights.
+"""Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with random weights.
 
-Use :func:`build`. The library makes the model from a ``config.json`` where that states the shapes: fewer layers,
-narrower MLPs, fewer heads or experts, a smaller hidden size. Layers that differ, low-rank factors and missing sublayers
-are patched into the modules of the library; :attr:`HfModel.patched` states this.
+The library makes the model from a ``config.json`` where that states the shapes. Layers that differ, low-rank factors
+and missing sublayers are patched into the modules of the library.
+
+A prefill is a forward pass over the prompt that fills the keys and values and computes the last logits. Eager decode is
+the time per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A
+compiled model is the forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.devices.operators import TORCH_DTYPE
-from calibration.devices.protocol import Unsupported
-from calibration.devices.sparse import sparse_weight
+from calibration.devices.operators import TORCH_DTYPE, sparse_weight
+from calibration.devices.protocol import Device, Unsupported
+from calibration.runners.cases import Case
+from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.block import Block
@@ -29,22 +34,19 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import Workload
 
+# role of a projection -> its module in a decoder layer of Llama and the models derived from it
 PROJECTIONS: Mapping[str, str] = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
     **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
 }
-"""Role of a projection -> its module in a decoder layer of Llama and the models derived from it."""
-
+# special tokens may lie outside the vocabulary of a small model; passes here need none
 _NEUTRAL: Mapping[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-"""Special tokens, which may lie outside the vocabulary of a small model; passes here need none."""
 _SHARED = "shared_expert_intermediate_size"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of a decoder: its hidden size, and each layer."""
-
     hidden: int
     layers: tuple[Block, ...]
 
@@ -58,10 +60,7 @@ class Layout:
 
 
 def layout_of(w: Workload) -> Layout:
-    """Return the shapes of the decoder of a workload on one device.
-
-    InputError: it has operators that no static model of Transformers has (routers, scattered tokens, gathers).
-    """
+    """Return the shapes of the decoder of a workload; InputError if it decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
@@ -82,10 +81,7 @@ def layout_of(w: Workload) -> Layout:
 
 
 def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the library's configuration of the model that is patched to it.
-
-    InputError: Transformers cannot build the model, with the reason.
-    """
+    """Return the layout of a workload, and the library's configuration of the model that is patched to it."""
     from transformers import AutoConfig
 
     layout = layout_of(w)
@@ -105,26 +101,20 @@ def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[
     if not content or replace(from_hf_config(whole), name=new.name, blocks=()) != new:
         named = ", ".join(key for key in keys if key not in _NEUTRAL) or "its shapes"
         raise InputError(f"a config.json of {model.name} cannot state {named} together")
-    if any(_routed(b) != _routed(usual) for b in layout.layers if b.experts):
+    routed = {(b.experts, b.active, b.expert_inner) for b in (usual, *(b for b in layout.layers if b.experts))}
+    if len(routed) > 1:
         raise InputError("its experts differ by layer; Transformers runs equally many in all layers")
     try:
         config = AutoConfig.for_model(**whole)
     except Exception as error:  # the library's checks have no public base class
-        raise InputError(
-            f"Transformers refuses its config.json: {str(error).splitlines()[-1].strip().removeprefix('ValueError: ')}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise InputError(f"Transformers refuses its config.json: {reason}") from None
     config.head_dim = model.head_dim
     return layout, config
 
 
-def _routed(block: Block) -> tuple[int, float, int]:
-    return block.experts, block.active, block.expert_inner
-
-
 @dataclass(frozen=True)
 class HfModel:
-    """A causal language model of Transformers."""
-
     model: Any
     patched: str  # what the library does not build by itself; "" for nothing
 
@@ -138,32 +128,10 @@ class HfModel:
 def build(
     model: ModelConfig, content: Mapping[str, Any], w: Workload, *, dtype: str, device: str, seed: int = 0
 ) -> HfModel:
-    """Return the model of a workload with random weights.
+    """Return the model of a dense or pruned workload on one device, with random weights; InputError if it cannot be.
 
-    Parameters
-    ----------
-    model : ModelConfig
-        The dense model.
-    content : mapping
-        Content of its ``config.json``.
-    w : Workload
-        The dense or pruned model, on one device.
-    dtype : str
-        fp32, bf16 or fp16.
-    device : str
-        Device of torch.
-    seed : int
-        Seed of the weights.
-
-    Returns
-    -------
-    HfModel
-        The model in evaluation mode, with attention by torch's ``scaled_dot_product_attention`` where it has that.
-
-    Raises
-    ------
-    InputError
-        If Transformers cannot build the model.
+    ``model`` is the dense model, ``content`` that of its ``config.json``. Attention is torch's
+    ``scaled_dot_product_attention`` where the model can use it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -200,8 +168,8 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
     """Change one layer to a block; return what was changed."""
     out = []
     for role, where in PROJECTIONS.items():
-        there = block.heads if where.startswith("self_attn") else block.inner
-        if not there or (where.startswith("mlp") and not usual.inner):
+        size = block.heads if where.startswith("self_attn") else block.inner
+        if not size or (where.startswith("mlp") and not usual.inner):
             continue
         old = _module(layer, role)
         n, k, rank = old.out_features, old.in_features, block.rank(role)
@@ -215,7 +183,8 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
             out.append("low rank" if rank else narrower)
     if block.heads and (block.heads, block.kv_heads) != (usual.heads, usual.kv_heads):
         layer.self_attn.num_key_value_groups = block.heads // max(block.kv_heads, 1)
-    if missing := [name for name, there in _sublayers(block).items() if not there]:
+    there = {"self_attn": block.heads, "mlp": block.inner or block.experts}
+    if missing := [name for name, size in there.items() if not size]:
         for name in missing:
             layer.set_submodule(name, nn.Identity())
         layer.forward = partial(_without, layer, missing[0])
@@ -231,10 +200,6 @@ def _module(layer: nn.Module, role: str) -> Any:
         raise InputError(f"{type(layer).__name__} of Transformers has no {PROJECTIONS[role]} to patch") from None
 
 
-def _sublayers(block: Block) -> dict[str, bool]:
-    return {"self_attn": bool(block.heads), "mlp": bool(block.inner or block.experts)}
-
-
 def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> Any:
     """The pass of a layer with one sublayer, as that of Llama with both."""
     if missing == "mlp":
@@ -243,8 +208,6 @@ def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> An
 
 
 def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
-    """Return a projection of other shapes, or two factors, with random weights."""
-
     def linear(rows: int, columns: int, bias: bool) -> nn.Linear:
         new = nn.Linear(columns, rows, bias=bias, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.normal_(new.weight, std=1.0 / math.sqrt(columns))
@@ -288,3 +251,117 @@ def _check_weights(made: Any, w: Workload) -> None:
         found += sum(p.numel() for name, p in own if p.dim() > 1)
     if found != round(expected):
         raise InputError(f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted")
+
+
+TOKENS = 4  # decode steps of a sample of eager decode
+MOST_COMPILED = 1024  # passes of one process
+
+
+class HfRunner(PairRunner):
+    """Time models of Transformers: eager (engine hf), or compiled (engine compile)."""
+
+    def __init__(
+        self, device: Device, config: ModelConfig, content: Mapping[str, Any], dtype: str, *, compiled: bool, seed: int
+    ) -> None:
+        super().__init__(device)
+        self.config, self.content, self.dtype = config, content, dtype
+        self.compiled, self.seed = compiled, seed
+        self.kept: dict[str, HfModel] = {}  # the last pruned model
+
+    def check(self, case: Case) -> None:
+        check(self.config, self.content, case.pruned)
+
+    def prepare(self, case: Case) -> None:
+        self.kept["dense"] = self._build(case.dense)
+
+    def _build(self, w: Workload) -> HfModel:
+        return build(self.config, self.content, w, dtype=self.dtype, device=self.device.name, seed=self.seed)
+
+    def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
+        if case.prune not in self.kept:
+            self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
+            self.kept[case.prune] = self._build(case.pruned)
+        pruned = self.kept[case.prune]
+        sampler_of = compiled_sampler if self.compiled else eager_sampler
+        with torch.inference_mode():
+            dense_sampler, pruned_sampler = (sampler_of(one, case) for one in (self.kept["dense"], pruned))
+            times = alternate(dense_sampler, pruned_sampler, time_limit_s=self.limit_s(end))
+        return times, {"runtime": "compiled" if self.compiled else "eager", "patched": pruned.patched}
+
+
+def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:
+    """Return random tokens for a model, and a function that waits for its device."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    return tokens.to(model.device), wait
+
+
+class _Stamps:
+    """A logits processor that notes the time after every token of ``generate``."""
+
+    def __init__(self, synchronize: Callable[[], Any], tokens: int) -> None:
+        self.synchronize, self.tokens, self.at_s = synchronize, tokens, list[float]()
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if len(self.at_s) in (0, self.tokens):  # the host may run ahead between the first and the last
+            self.synchronize()
+        self.at_s.append(time.perf_counter())
+        return scores
+
+
+def eager_sampler(built: HfModel, case: Case) -> Sampler:
+    from transformers import DynamicCache, LogitsProcessorList
+
+    model = built.model
+    tokens, wait = _prompt(model, case)
+    if case.phase == "prefill":
+        return looped(lambda: model(tokens, use_cache=True, logits_to_keep=1), wait)
+    if case.phase == "generate":
+        many = case.dense.meta.new_tokens + 1  # the prefill makes the first
+        return looped(lambda: model.generate(tokens, max_new_tokens=many, do_sample=False), wait)
+    cache = DynamicCache(config=model.config)
+    model(tokens, use_cache=True, logits_to_keep=1, **{built.cache_name: cache})
+    longer = torch.cat([tokens, tokens[:, :1]], dim=1)
+
+    def one() -> float:
+        stamps = _Stamps(wait, TOKENS)
+        given = {built.cache_name: cache, "logits_processor": LogitsProcessorList([stamps])}
+        model.generate(longer, max_new_tokens=TOKENS + 1, do_sample=False, **given)
+        cache.crop(case.seq - cache.get_seq_length())
+        return (stamps.at_s[-1] - stamps.at_s[0]) / TOKENS
+
+    return lambda loops: sum(one() for _ in range(loops)) / loops
+
+
+def compiled_sampler(built: HfModel, case: Case) -> Sampler:
+    """Return the sampler of a phase of a compiled model; its first pass compiles."""
+    from transformers import StaticCache
+
+    # every model and phase has an entry of its own; beyond the limit torch would stop to compile
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
+    model = built.model
+    tokens, wait = _prompt(model, case)
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    compiled = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
+    cache = StaticCache(config=model.config, max_cache_len=case.seq + max(case.dense.meta.new_tokens, 1))
+    given = {"use_cache": True, "logits_to_keep": 1, built.cache_name: cache}
+    model(tokens, **given)  # allocates the cache, which a compiled pass must find
+    last = tokens[:, -1:].clone()
+    if case.phase == "decode":
+
+        def step() -> None:
+            compiled(last, **given)
+            cache.crop(-1)
+
+        return looped(step, wait)
+    cache.crop(-case.seq)
+
+    def request() -> None:
+        logits = compiled(tokens, **given).logits
+        for _ in range(case.dense.meta.new_tokens):
+            logits = compiled(logits[:, -1].argmax(-1, keepdim=True), **given).logits
+        cache.reset()
+
+    return looped(request, wait)

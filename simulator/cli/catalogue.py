@@ -1,0 +1,439 @@
+"""``prunesim hardware``, ``models``, ``engines``, ``methods``: list what is known by name, show one, check a file."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simulator.cli import options, render
+from simulator.cli.options import arg, opt
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.engines.engine import Engine
+    from simulator.hardware.profile import HardwareProfile
+    from simulator.models.config import ModelConfig
+    from simulator.pruning._methods import Method
+
+hardware = typer.Typer(help="Devices: list them, show one, check a profile.")
+
+
+@hardware.command("list")
+def _list_devices(json: options.Json = False) -> None:
+    """List the shipped devices."""
+    from simulator.hardware.library import list_hardware, load_hardware
+
+    profiles = [load_hardware(name) for name in list_hardware()]
+    if json:
+        rows = [hw.to_dict() for hw in profiles]
+        render.show_json([{k: v for k, v in row.items() if k not in ("sources", "sections")} for row in rows])
+        return
+
+    def also(hw: HardwareProfile) -> str:
+        return min((a for a in hw.aliases if "nvidia" not in a and hw.name not in a), key=len, default="")
+
+    columns = render.columns(
+        profiles,
+        ("<name", lambda hw: hw.name),
+        ("<architecture", lambda hw: hw.architecture),
+        ("bf16 dense", lambda hw: _tflops(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None)),
+        ("memory", lambda hw: render.size(hw.memory_bytes)),
+        ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
+        ("<stacks", _stacks),
+        ("<also", also),
+    )
+    render.show(render.narrowed(columns, 2))
+
+
+@hardware.command("show")
+def _show_devices(
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.", "--hardware")], json: options.Json = False
+) -> None:
+    """Show one device: datasheet, sources, fits.
+
+    Prints datasheet facts with their sources, and stack, status, accuracy and section scale of each fitted section: the
+    factor on correlated and independent errors at which 90 % of the held-out rows of its table are covered.
+    """
+    from simulator.hardware.library import load_hardware
+    from simulator.hardware.link import choices
+    from simulator.operators.base import unfitted
+    from simulator.operators.gemm import GEMM_CONSTANTS
+
+    hw = load_hardware(name)
+    if json:
+        render.show_json([hw.to_dict()])
+        return
+    facts = [
+        ("architecture", hw.architecture),
+        ("SMs", str(hw.sm_count)),
+        ("clocks", f"{hw.boost_clock_hz / 1e9:.3g} GHz boost, {hw.max_clock_hz / 1e9:.3g} GHz highest"),
+        ("memory", f"{render.size(hw.memory_bytes)} at {render.rate(hw.bandwidth_bytes_per_s, 'B/s')}"),
+        ("L2", render.size(hw.l2_bytes)),
+        ("power", f"{hw.power_w:.0f} W"),
+    ]
+    if hw.link is not None:
+        speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
+        others = ", ".join(choices(hw.link, hw.bridge)[1:])
+        facts.append(("link", f"{hw.link.text}, {speed}; others with --link: {others}"))
+    if hw.bridge is not None:
+        speed = f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.bridge.latency_s)}"
+        facts.append(("bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"))
+    also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
+    print(f"{hw.title}: {hw.label}{also}\n")
+    render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))
+    print()
+    columns = render.columns(
+        list(hw.rates.items()),
+        ("<format", lambda item: item[0]),
+        ("dense", lambda item: _tflops(item[1].flop_per_s)),
+        ("<accumulate", lambda item: item[1].accumulate),
+        ("2:4", lambda item: f"x{item[1].sparse_factor:g}"),
+        ("ridge point", lambda item: f"{item[1].flop_per_s / hw.bandwidth_bytes_per_s:.0f} FLOP/B"),
+    )
+    render.show(columns)
+    print("\nsources")
+    values: dict[str, list[str]] = {}
+    for key, text in hw.sources.items():
+        values.setdefault(text, []).append(key)
+    for text, keys in values.items():
+        print(f"  {', '.join(keys)}:\n    {text}")
+    print()
+    if hw.local_update is not None:
+        about = hw.local_update.provenance
+        print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
+    sections = hw.to_dict()["sections"]
+    if not sections:
+        generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
+        of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
+        print(f"not calibrated: {of} and wide intervals")
+        return
+    columns = render.columns(
+        sections,
+        ("<fitted part", lambda s: s["operator"]),
+        ("<format", lambda s: s["dtype"]),
+        ("<stack", lambda s: s["stack"] or "own"),
+        ("<status", lambda s: s["status"]),
+        ("rows", lambda s: s["rows"] or ""),
+        (
+            "error, p95",
+            lambda s: ", ".join(f"{100 * s['accuracy'][k]:.2g} %" for k in ("mape", "p95") if k in s["accuracy"]),
+        ),
+        ("section scale", lambda s: f"{s['section_scale']:.2g}"),
+    )
+    room = max(render.width() - render.table_width(columns) - 2, 12)
+    origins = [textwrap.shorten(s["origin"], room, placeholder="...") for s in sections]
+    render.show([*columns, render.Column("from", origins, right=False)])
+
+
+@hardware.command("check")
+def _check_devices(
+    file: Annotated[str, arg("FILE", "YAML profile or stack file.")], as_json: options.Json = False
+) -> None:
+    """Check a YAML profile and its stack files, or one of these.
+
+    Each problem is one line; the exit status is 2 when there is any.
+    """
+    from simulator.hardware.library import check_hardware
+
+    render.checked(file, check_hardware(file), as_json)
+
+
+@hardware.command("new")
+def _new_devices(
+    name: Annotated[str, arg("NAME", "Name of the GPU: lower-case letters, digits, _ - and .")],
+    out: Annotated[str, opt("--output -o", "FILE", "File to write. Default: NAME.yaml.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """Write a commented profile of a GPU to fill in."""
+    from simulator.hardware.library import new_hardware
+
+    path = new_hardware(name, out)
+    if as_json:
+        render.show_json({"file": str(path)})
+    else:
+        print(f"{path}: replace each FILL_IN by a value, then run: prunesim hardware check {path}")
+
+
+def _tflops(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e12:.4g} TFLOP/s"
+
+
+def _stacks(hw: HardwareProfile) -> str:
+    """Return the stacks that a device was fitted on, the default first; or the related GPU of inherited sections."""
+    names = [stack or "own" for stack in hw.stacks]
+    sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
+    if sibling and all(s.status == "inherited" for sections in hw.stacks.values() for s in sections.values()):
+        return sibling
+    return ", ".join(names) or "none"
+
+
+models = typer.Typer(help="Models: list those known by name, show the shapes of one.")
+
+
+@models.command("list")
+def _list_models(json: options.Json = False) -> None:
+    """List the models known by name."""
+    from simulator.models.library import list_models, load_model
+
+    models = [load_model(name) for name in list_models()]
+    if json:
+        render.show_json([m.to_dict() for m in models])
+        return
+    columns = render.columns(
+        models,
+        ("<name", lambda m: m.name),
+        ("parameters", lambda m: f"{m.parameters:,}"),
+        ("active", lambda m: f"{m.active_parameters / 1e9:.3g}e9" if m.experts else ""),
+        ("layers", lambda m: m.layers),
+        ("hidden", lambda m: m.hidden),
+        ("heads", lambda m: f"{m.heads}/{m.kv_heads}"),
+        ("inner", lambda m: m.inner or ""),
+        ("experts", lambda m: f"{m.experts}/{m.active:g}" if m.experts else ""),
+        ("vocabulary", lambda m: f"{m.vocab:,}"),
+        ("<architecture", lambda m: m.architecture),
+    )
+    render.show(render.narrowed(columns, 2))
+
+
+def _shapes(model: ModelConfig) -> str:
+    """Return the shapes of the layers as text; of the most frequent kind if they differ."""
+    kinds = len(set(model.layout))
+    layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
+    heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
+    if model.latent is not None:
+        heads = f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} + {model.latent.rotary}"
+    nets = [block for block in model.layout if block.delta]
+    if nets and model.delta is not None:
+        own = f"{nets[0].heads} value heads of {model.delta.value} on {nets[0].kv_heads} key heads of {model.delta.key}"
+        heads = f"{len(nets)} with a gated delta net of {own}, the others with {heads}"
+    mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
+    if model.experts:
+        mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
+    mostly = "mostly " if kinds > 1 and not nets else ""
+    return f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary {model.vocab:,}"
+
+
+@models.command("show")
+def _show_models(
+    name: Annotated[str, arg("NAME", "Name of a model, or its config.json (file or folder).", "MODEL")],
+    batch: Annotated[int, opt("--batch", "N", "Sequences in a batch.")] = 1,
+    seq: Annotated[int, opt("--seq", "N", "Prompt tokens of a sequence.")] = 2048,
+    json: options.Json = False,
+) -> None:
+    """Show one model: shapes, parameters, GEMMs."""
+    from simulator.codes import ROLES, Kind
+    from simulator.models.library import load_model
+    from simulator.models.lower import lower
+
+    if min(batch, seq) < 1:
+        raise InputError(f"batch {batch}, seq {seq}: expected whole numbers from 1 up")
+    model = load_model(name)
+    workload = lower(model, phase="prefill", batch=batch, seq=seq)
+    gemms = workload.take((workload.kind == Kind.GEMM) | (workload.kind == Kind.EXPERTS))
+    total = float(workload.flops.sum())
+    rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # different layers may share shapes
+    for i in range(len(gemms)):
+        shape = {"role": ROLES[gemms.role[i]], **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")}}
+        row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})
+        row |= {key: row[key] + float(getattr(gemms, key)[i]) for key in ("count", "flops")}
+    if json:
+        render.show_json([{**model.to_dict(), "flops": total, "gemms": list(rows.values())}])
+        return
+    active = f", {model.active_parameters:,} of them active" if model.experts else ""
+    size = render.size(2.0 * model.parameters)
+    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in 16 bits")
+    print(f"{_shapes(model)}\n")
+    columns = render.columns(
+        list(rows.values()),
+        ("<GEMM", lambda r: r["role"]),
+        ("M", lambda r: r["m"]),
+        ("N", lambda r: r["n"]),
+        ("K", lambda r: r["k"]),
+        ("times", lambda r: f"{r['count']:g}"),
+        ("share of FLOPs", lambda r: render.percent(r["flops"] / total)),
+    )
+    render.show(columns, f"prefill, batch {batch}, seq {seq}: {total:.4g} FLOP")
+    if model.found:
+        render.notes([model.found])
+
+
+engines = typer.Typer(help="Engines: list them, show one, check a file.")
+
+
+_EXPERTS = {"grouped": "together", "touched": "one by one: those in use", "all": "one by one: all"}
+
+
+@engines.command("list")
+def _list_engines(as_json: options.Json = False) -> None:
+    """List the shipped engines."""
+    from simulator.engines.engine import DEFAULT_ENGINE, list_engines, load_engine
+
+    engines = [load_engine(name) for name in list_engines()]
+    if as_json:
+        render.show_json([e.to_dict() for e in engines])
+        return
+    columns = render.columns(
+        engines,
+        ("<name", lambda e: e.name + (" (default)" if e.name == DEFAULT_ENGINE else "")),
+        ("<software", lambda e: e.title),
+        ("<host", _host),
+        ("<2:4 kernels", lambda e: ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"),
+        ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),
+    )
+    render.show(render.narrowed(columns, 2))
+
+
+@engines.command("show")
+def _show_engines(
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")], as_json: options.Json = False
+) -> None:
+    """Show one engine: each value with its source."""
+    from simulator.engines.engine import load_engine
+
+    engine = load_engine(name)
+    if as_json:
+        render.show_json([engine.to_dict()])
+        return
+    also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
+    print(f"{engine.title}: {engine.name}{also}\n")
+    for one in engine.generations:
+        current = " (these values)" if one.name == engine.generation else ""
+        print(f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}")
+    if engine.generations:
+        print()
+    rows = list(_values(engine))
+    columns = render.columns(rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2]))
+    room = max(render.width() - render.table_width(columns) - 2, 20)
+    sources = [textwrap.shorten(r[3], room, placeholder="...") for r in rows]
+    render.show([*columns, render.Column("source", sources, right=False)])
+    fill = partial(textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False)
+    print("\nsources")
+    for short, text in engine.sources.items():
+        print(fill(f"  {short}: {text}", subsequent_indent="    "))
+    for line in engine.notes:
+        print(f"\n{fill(line)}")
+
+
+@engines.command("check")
+def _check_engines(file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json: options.Json = False) -> None:
+    """Check a YAML file of an engine.
+
+    Each problem is one line; the exit status is 2 when there is any.
+    """
+    from simulator.engines.engine import check_engine
+
+    render.checked(file, check_engine(file), as_json)
+
+
+def _host(e: Engine) -> str:
+    """Return the host time of an engine as text."""
+    parts = [] if e.graph else ["every launch"]
+    parts += [f"{render.seconds(e.each_pass.value)}/pass"] if e.each_pass.value else []
+    parts += [f"{render.seconds(e.each_sequence.value)}/sequence"] if e.each_sequence.value else []
+    return " + ".join(parts) or "hidden"
+
+
+def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, value, spread over hosts and source of each value of an engine."""
+    yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
+    yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
+    yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
+    yield "prompt logits", e.logits, "", ""
+    yield "cache", e.cache, "", ""
+    yield "routed experts", _EXPERTS[e.experts], "", ""
+    for role, many in e.launches.items():
+        yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
+    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence, "gap in a graph": e.gap}
+    for name, time in times.items():
+        if time.value:
+            spread = f"x{math.exp(time.log_sd):.2f}"
+            yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
+    if e.host_correlation.source:
+        source = f"{e.host_correlation.source}{f': {e.host_correlation.note}' if e.host_correlation.note else ''}"
+        yield "correlation of host times", f"{e.host_correlation.value:g}", "", source
+    if e.schedule is not None:
+        for x in e.schedule.limits:
+            unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
+            where = f", GPUs from {render.size(x.memory)}{unless}" if x.memory else ""
+            yield f"step{where}", f"{x.tokens:,} tokens, {x.sequences:,} sequences", "", e.schedule.source
+        yield "longer prompts", "in chunks" if e.schedule.chunked else "whole", "", e.schedule.source
+        yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
+    shares = {
+        "memory of a server": e.memory,
+        "GEMM of one token": e.one_token,
+        "wait for other prompts": e.prefill_wait,
+        "wait of first tokens (sd)": e.first_wait_sd,
+        "custom modelling code": e.own_code,
+        "unexplained (log sd)": e.log_sd,
+    }
+    for name, share in shares.items():
+        if share.source:
+            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
+    source = f"{e.quantize.source}{f': {e.quantize.note}' if e.quantize.note else ''}"
+    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", source
+    yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
+    for library, found in e.sparse24.items():
+        where = f"on {', '.join(found.on)}" if found.on else ""
+        plan = "" if found.searched else "one plan for all shapes"
+        said = "; ".join(text for text in (plan, found.note) if text)
+        yield f"2:4, {library}", ", ".join(found.formats), where, f"{found.source}{f': {said}' if said else ''}"
+    if not e.sparse24:
+        yield "2:4 formats", "none", "", ""
+    for family, kernels in e.dynamic.items():
+        where = f"on {', '.join(kernels.on)}" if kernels.on else ""
+        yield f"kernels, {family}", "yes", where, f"{kernels.source}: {kernels.how}"
+    for dtype, width in e.widths.items():
+        yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
+    for feature, loading in e.loads.items():
+        yield f"loads, {feature}", "yes" if loading.value else "no", "", f"{loading.source}: {loading.how}"
+
+
+def methods(
+    name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None, as_json: options.Json = False
+) -> None:
+    """List published pruning methods.
+
+    Each has its family, removed work and paper. Use their names with --method of speedup and explain, and as methods:
+    in the grid of a sweep.
+    """
+    from simulator.pruning._methods import METHODS, load_method
+
+    found = list(METHODS.values()) if name is None else [load_method(name)]
+    if as_json:
+        render.show_json([_plain(m) for m in found])
+    elif name is None:
+        columns = render.columns(
+            found, ("<method", lambda m: m.name), ("<family", lambda m: m.family), ("<arXiv", lambda m: m.arxiv)
+        )
+        room = render.width() - render.table_width(columns) - 2
+        if room >= 24:
+            what = [textwrap.shorten(m.what, room, placeholder="...") for m in found]
+            columns.insert(2, render.Column("removed", what, right=False))
+        render.show(columns)
+        more = "prunesim methods NAME shows details; widths and ranks are rounded as in the family"
+        print(f"\n{textwrap.fill(more, render.width())}")
+    else:
+        plain = _plain(found[0])
+        if (budget := found[0].budget) is not None:
+            plain["sparsities"] = f"follow from the length: it keeps {budget:,} tokens; give no --sparsity"
+        for key, value in plain.items():
+            text = f"{key + ':':<12}{_text(value)}"
+            print(textwrap.fill(text, render.width(), subsequent_indent=" " * 12))
+
+
+def _plain(m: Method) -> dict[str, Any]:
+    names = ("name", "family", "what", "options", "sparsities", "phases", "models", "title", "arxiv")
+    return {name: getattr(m, name) for name in names}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={option}" for name, option in value.items()) or "defaults of the family"
+    return ", ".join(str(v) for v in value) or "see the paper"

@@ -1,0 +1,260 @@
+"""Draw tables of families: the taxonomy (what each family keeps and adds), the fastest family over batch and sequence,
+and the share of the roofline bound's gain that each family achieves at each batch."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import ListedColormap, Normalize, to_rgb, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.codes import Kernel
+from simulator.figures.layout import FigurePoints, arrays, as_table, laid_out, of_panel, panel_grid, short
+from simulator.figures.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    INK,
+    PAGE_IN,
+    PALE_INK,
+    VERMILLION,
+    in_order,
+    label,
+    paper_style,
+    style_of,
+)
+from simulator.workload import Workload
+
+# Axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K.
+SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
+
+AXES = ("M", "N", "K")
+WHOLE = 0.995  # shares from this value up count as unchanged
+
+_ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
+
+CERTAIN, PALE = 0.42, 0.14  # opacity of a cell whose winner is certain, and of a cell whose winner is not
+CLOSE, LOSS = 1.0, -0.5  # efficiencies of the darkest blue (the whole gain of the bound) and the darkest red
+
+_CELL_IN, _LINE_IN = 0.24, 0.155
+_SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
+# numbers fit into their cells, and measuring hundreds of them for the layout is slow
+_NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
+
+
+def crossover_figure(cells: Mapping[str, Any]) -> Figure:
+    """Draw the fastest family with its colour, marker and speedup in each cell.
+
+    Columns: ``row`` and ``column`` (labels of the phase and the device), ``batch``, ``seq``, ``winner`` (empty if no
+    family is faster than the dense model) and its ``speedup``, ``certain`` (else the cell is pale), and ``fits``
+    (whether the dense model fits the device's memory; else the cell is blank).
+    """
+    data = arrays(cells)
+    batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
+    shown = data["fits"].astype(bool)
+    with paper_style():
+        families = in_order(data["winner"][shown])
+        looks = [(style_of(n).marks(linestyle="none"), label(n)) for n in families if n]
+        handles: list[Any] = [Line2D([], [], **look, label=name) for look, name in looks]
+        blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
+        if "" in families:
+            handles.append(Patch(**blank, hatch="////", label="no speedup"))
+        if not data["certain"][shown].all():
+            handles.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain"))
+        if not shown.all():
+            handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
+        figure, panels = panel_grid(data, _CELL_IN * len(lengths), 0.66, handles=handles, legend="batch")
+        for place, ax in panels.items():
+            _draw_winners(ax, of_panel(data, *place), batches, lengths)
+        as_table(panels, [str(b) for b in batches], [short(n) for n in lengths])
+        return laid_out(figure, "sequence (tokens)")
+
+
+def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: list[int]) -> None:
+    """Draw cells and markers as few collections: a map has hundreds of each."""
+    ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(lengths) - 0.5))
+    data = {name: values[data["fits"].astype(bool)] for name, values in data.items()}
+    x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
+    y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
+    winner, gains = data["winner"], data["winner"] != ""
+
+    def draw(chosen: NDArray[np.bool_], **style: Any) -> None:
+        if chosen.any():
+            center = np.stack([x[chosen], y[chosen]], axis=1)
+            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **style))
+
+    colors = []
+    for name, certain in zip(winner[gains], data["certain"][gains]):
+        color, opacity = style_of(name).color, CERTAIN if certain else PALE
+        # black families are paler, so that the numbers in their cells are readable
+        colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
+    draw(gains, facecolors=colors, edgecolors="white", linewidths=0.6)
+    draw(~gains, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
+    for name in in_order(winner[gains]):
+        own = winner == name
+        ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
+    for i in np.flatnonzero(gains):
+        ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **_NUMBER)
+
+
+def efficiency_figure(points: Mapping[str, Any]) -> Figure:
+    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with NaN have a dash.
+    Columns: ``row`` and ``column`` (labels of the setting and the device), ``family``, ``batch``, ``efficiency``."""
+    data = arrays(points)
+    families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
+    with paper_style():
+        figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
+        for panel, ax in panels.items():
+            table, own = np.full((len(families), len(batches)), np.nan), of_panel(data, *panel)
+            for name, size, value in zip(own["family"], own["batch"], own["efficiency"]):
+                table[families.index(name), batches.index(int(size))] = value
+            _draw_table(ax, table)
+        as_table(panels, [str(b) for b in batches], [label(f) for f in families])
+        # a scale of the colours below the panels
+        shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
+        place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
+        bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=list(panels.values()), **place)
+        bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
+        bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # label of the x axes of the panels
+        bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
+        bar.outline.set_visible(False)
+        return laid_out(figure)
+
+
+def _draw_table(ax: Axes, table: NDArray[np.float64]) -> None:
+    count, across = table.shape
+    ax.set(xlim=(-0.5, across - 0.5), ylim=(count - 0.5, -0.5))
+    shades = [[_color(float(value)) for value in line] for line in table]
+    mesh = np.array([[color for color, _ in line] for line in shades])
+    ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)
+    for (i, j), value in np.ndenumerate(table):
+        ax.text(j, i, number(float(value)), color=shades[i][j][1], **_NUMBER)
+
+
+def number(value: float) -> str:
+    """Format an efficiency in few characters."""
+    if not np.isfinite(value):
+        return "–"
+    if value < -0.995:
+        return "<−1"
+    if value >= 9.95:
+        return ">9"
+    if abs(value) >= 0.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def _color(value: float) -> tuple[tuple[float, ...], str]:
+    """Return blue for a gain, darker closer to the bound, or red for a loss; and a readable colour for text on it."""
+    if not np.isfinite(value):
+        return (1.0, 1.0, 1.0), GREY
+    depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)
+    base = np.array(to_rgb(BLUE if value >= 0 else VERMILLION))
+    mixed = tuple(float(v) for v in 1.0 - (0.06 + 0.94 * depth) * (1.0 - base))
+    return mixed, "white" if np.dot((0.2126, 0.7152, 0.0722), mixed) < 0.52 else "black"  # by its luminance
+
+
+def kept_axes(
+    dense: Workload, pruned: Workload, roles: Sequence[str], attention: str = "N"
+) -> tuple[float, float, float]:
+    """Return the shares of the logical M, N and K of some operators that pruning keeps, over a whole pass.
+
+    M is the tokens of all layers together, N the outputs of a token, K the multiply-adds of an output. A removed layer
+    reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of features reduce N, or K if the features
+    are inputs. For attention M is queries, N keys and K the features of all heads; skipped query-key pairs reduce the
+    axis named.
+    """
+    before, after = (w.take(w.is_role(*roles) & ~w.overhead) for w in (dense, pruned))
+    if not len(before):
+        return (float("nan"),) * 3
+    share = float(after.flops.sum() / before.flops.sum())
+    if "attention" in roles:
+        (m0, k0), (m1, k1) = _queries_features(before), _queries_features(after)
+        m, k = m1 / m0, k1 / k0 if k1 else 1.0
+        n = share / (m * k)
+        return {"N": (m, n, k), "M": (m * n, 1.0, k), "K": (m, 1.0, k * n)}[attention]
+    if ((after.kernel == Kernel.GROUPS_N) | (after.kernel == Kernel.GROUPS_K)).any():
+        return (1.0, 1.0, share) if set(roles) & {"o", "down"} else (1.0, share, 1.0)
+    (m0, n0), (m1, n1) = _tokens_outputs(before), _tokens_outputs(after)
+    m, n = m1 / m0, n1 / n0 if n1 else 1.0
+    return m, n, share / (m * n) if m * n else 1.0
+
+
+def _tokens_outputs(w: Workload) -> tuple[float, float]:
+    """Return tokens of GEMMs in a pass, and outputs per token; a low-rank pair's second factor makes the output."""
+    out = w.stage != 1
+    return _mean((w.m * w.count)[out], w.n[out])
+
+
+def _queries_features(w: Workload) -> tuple[float, float]:
+    """Return queries of attention in a pass, and features per query over all heads."""
+    return _mean(w.batch * w.q_len * w.count, w.heads * w.head_dim)
+
+
+def _mean(rows: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
+    return float(rows.sum()), float((rows * values).sum() / rows.sum()) if rows.sum() else 0.0
+
+
+def taxonomy_figure(
+    family: Sequence[str], axis: Sequence[str], operators: Sequence[str], kept: ArrayLike, adds: Sequence[str]
+) -> Figure:
+    """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
+    lacks; a row is a family with the axis that it changes and the operators that it adds.
+
+    A cell has three bars. Unchanged axes are grey lines, so reductions are easy to see.
+    """
+    values = np.asarray(kept, dtype=float)
+    left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
+    with paper_style():
+        height = top + bottom + _ROW_IN * len(family)
+        figure = Figure(figsize=(PAGE_IN, height))
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(0, PAGE_IN), ylim=(height, 0))
+        ax.axis("off")
+        cell = (PAGE_IN - left - right) / len(operators)
+        for j, name in enumerate(operators):
+            ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
+        ax.text(PAGE_IN - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
+        ax.hlines(top - 0.04, 0.05, PAGE_IN - 0.05, color=INK, linewidth=0.6)
+        for i, name in enumerate(family):
+            y = top + (i + 0.5) * _ROW_IN
+            if i % 2 == 0:
+                ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", linewidth=0, zorder=0)
+            style = style_of(name, i)
+            ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
+            ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
+            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
+            extra: dict[str, Any] = {"fontsize": 6, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
+            ax.text(PAGE_IN - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
+            for j in range(len(operators)):
+                _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
+    return figure
+
+
+def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
+    """Draw three bars, each after the letter of its axis; the kept per cent follows if it is below 100."""
+    start, full = x + 0.13, width - 0.13 - 0.19
+    for b, share in enumerate(kept):
+        middle = y + (b - 1) * _STEP_IN
+        if not np.isfinite(share):
+            continue
+        reduced = share < WHOLE
+        letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if reduced else "#9A9A9A"}
+        ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
+        if reduced:
+            style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
+            ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
+            ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
+            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", ha="left", va="center_baseline", fontsize=6)
+        else:
+            ax.plot([start, start + full], [middle] * 2, color="#C4C4C4", linewidth=0.8, solid_capstyle="butt")
