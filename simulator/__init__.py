@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from simulator.plans.costs import Costs, costs
     from simulator.plans.search import Plan, search
     from simulator.plans.solve import Targets
+    from simulator.prediction.explain import Step, waterfall
     from simulator.prediction.result import Result, Results
     from simulator.prediction.scenario import Scenario
     from simulator.prediction.service import serve
-    from simulator.prediction.speedup import speedup, speedups
     from simulator.prediction.sweep import sweep
-    from simulator.prediction.table import predict, table
-    from simulator.prediction.waterfall import Step, waterfall
+    from simulator.prediction.table import predict, speedup, speedups, table
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
     from simulator.uncertainty.intervals import workload_time
@@ -56,12 +55,11 @@ _MODULES = {
     "plans.costs": "Costs costs",
     "plans.search": "Plan search",
     "plans.solve": "Targets",
-    "prediction.table": "predict table",
+    "prediction.table": "predict speedup speedups table",
     "prediction.result": "Result Results",
     "prediction.scenario": "Scenario",
     "prediction.service": "serve",
-    "prediction.waterfall": "Step waterfall",
-    "prediction.speedup": "speedup speedups",
+    "prediction.explain": "Step waterfall",
     "prediction.sweep": "sweep",
     "models.config": "ModelConfig",
     "models.library": "list_models load_model",

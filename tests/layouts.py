@@ -8,8 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.headers import BITS, Tensor
 from simulator.models.library import FOLDER
 

@@ -168,7 +168,7 @@ def _print_elsewhere(cells: Sequence[Cell]) -> None:
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
     from calibration.evidence.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
     from calibration.evidence.paper import HARDWARE, MODEL
-    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)

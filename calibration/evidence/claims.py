@@ -24,11 +24,11 @@ from calibration.evidence.paper import MODEL
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.prediction.caveats import uncalibrated_of
 from simulator.prediction.compare import SMALL_SHARE, against
 from simulator.prediction.pareto import Front, Point, fronts, independent, margins
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.scenario import profiles
+from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import general_families
 from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch

@@ -23,7 +23,7 @@ from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.codes import Phase
 from simulator.models.library import load_model
-from simulator.prediction.compare import prefill_passes
+from simulator.prediction.serving import prefill_passes
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 

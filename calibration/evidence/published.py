@@ -25,7 +25,7 @@ from simulator.models.lower import lower
 from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.scenario import dense_seconds
-from simulator.prediction.speedup import speedups
+from simulator.prediction.table import speedups
 from simulator.pruning import prune
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import workload_time

@@ -19,7 +19,7 @@ from simulator.models.library import shipped_model
 from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.measured import measured_of, request_of
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.speedup import speedup
+from simulator.prediction.table import speedup
 from simulator.units import percent
 
 SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9

@@ -27,7 +27,7 @@ from simulator.prediction.batch import batch_with
 from simulator.prediction.prunings import Pruning, prunings_of
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, once, one_of, whole_number
-from simulator.prediction.speedup import speedup
+from simulator.prediction.table import speedup
 from simulator.pruning._steps import PruningStep, in_order
 from simulator.units import percent
 from simulator.workload import Workload

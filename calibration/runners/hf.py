@@ -28,9 +28,8 @@ from calibration.runners.cases import Case
 from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
-from simulator.models.block import Block
 from simulator.models.changes import changed_keys
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import Workload
 

@@ -40,7 +40,7 @@ from simulator.errors import InputError
 from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, has, text_of
 from simulator.prediction.quality import QualityRow

@@ -23,7 +23,7 @@ from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.speedup import speedup
+from simulator.prediction.table import speedup
 from simulator.units import percent, ratio
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cpu" / "transformers"

@@ -42,8 +42,7 @@ def command(
     per layer use prunesim search.
     """
     from simulator.prediction.advise import Target, advise
-    from simulator.prediction.caveats import uncalibrated
-    from simulator.prediction.conclusions import of_advice
+    from simulator.prediction.sentences import of_advice, uncalibrated
 
     requested = run.requests(known, model=model, ideal=ideal)
     if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
@@ -71,7 +70,7 @@ def command(
 
 def _table(found: Advised, verbose: bool) -> None:
     """Print the best families of one setting, or the best of each of several."""
-    from simulator.prediction.conclusions import probability_text, settings_of
+    from simulator.prediction.sentences import probability_text, settings_of
 
     groups = settings_of(found.advice)
     one = len(groups) == 1
@@ -95,14 +94,16 @@ def _table(found: Advised, verbose: bool) -> None:
 def _written(folder: str, model: str, found: Advised) -> list[str]:
     """Write the configurations of the families that reach the target in the one setting; return notes on the files."""
     from simulator.models.changes import write_config
-    from simulator.prediction.advise import STATED
-    from simulator.prediction.conclusions import settings_of
-    from simulator.prediction.loading import config_of
+    from simulator.prediction.runnable import config_of
+    from simulator.prediction.sentences import settings_of
+    from simulator.pruning import FAMILIES
 
     if (many := len(settings_of(found.advice)) + len(found.dense)) > 1:
         raise InputError(f"--write: expected one device, engine and request, got {many}")
     written, notes = [], []
-    for r in (a.result for a in found.advice if a.reached and a.result.family in STATED):
+    for r in (a.result for a in found.advice if a.reached):
+        if any(FAMILIES[name].loading != "config" for name in r.family.split("+")):
+            continue
         try:
             content = config_of(model, r)
         except InputError as error:

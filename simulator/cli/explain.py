@@ -46,8 +46,9 @@ def explain(
     output = render.Output(json, figures=[figure, roofline])
     if family is not None and "," in family:
         raise InputError(f"--family {family!r}: expected one family to explain")
-    from simulator.prediction.explain import MOST_CONCLUSIONS, conclusion, conclusions, explanations
+    from simulator.prediction.explain import explanations
     from simulator.prediction.prunings import readable
+    from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
     requested = run.requests(known, model=model, ideal=ideal)
     existing, skipped = readable([] if pruned is None else parsing.names("--pruned", pruned))
@@ -70,7 +71,7 @@ def explain(
     ]
     if output.write(rows):
         render.conclude(*conclusions(found))
-        many = len(found) > MOST_CONCLUSIONS
+        many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
@@ -102,8 +103,13 @@ def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
     """Return notes on a measured time, calibration, assumptions and pruned checkpoints."""
-    from simulator.prediction.caveats import assumed_link, experts_assumed, inferred_line, uncalibrated
-    from simulator.prediction.prunings import difference_lines
+    from simulator.prediction.sentences import (
+        assumed_link,
+        difference_lines,
+        experts_assumed,
+        inferred_line,
+        uncalibrated,
+    )
 
     lines = []
     for e in found:
@@ -117,7 +123,7 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
 
 def _print(together: Sequence[Explanation]) -> None:
     """Print the waterfalls of some engines next to each other, with times and bounds."""
-    from simulator.prediction.explain import NOTABLE
+    from simulator.prediction.sentences import NOTABLE
 
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]

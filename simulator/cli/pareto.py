@@ -45,9 +45,9 @@ def pareto(
     """
     output = render.Output(json, csv, [figure])
     from simulator.models.library import load_model
-    from simulator.prediction.conclusions import MOST_FRONTS, of_fronts
     from simulator.prediction.pareto import fronts, read_measured
     from simulator.prediction.quality import choose_axis, load_quality
+    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts
 
     config = load_model(model)
     table = load_quality(quality).of_model(quality_model or config.name)
@@ -60,7 +60,7 @@ def pareto(
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
-        if verbose or len(found) <= MOST_FRONTS:
+        if verbose or len(found) <= MOST_SENTENCES:
             for front in found:
                 print(_front_text(front), end="\n\n")
             print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
@@ -74,7 +74,7 @@ def pareto(
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
-    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.sentences import uncalibrated
 
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
@@ -86,7 +86,7 @@ def pareto(
 
 def _show_trades(found: Sequence[Front]) -> None:
     """Print the best trade of each frontier, one per row."""
-    from simulator.prediction.conclusions import best_trade
+    from simulator.prediction.sentences import best_trade
 
     trades = [(front, best_trade(front)) for front in found]
     columns = render.columns(

@@ -92,7 +92,7 @@ def search(
         save_figure(plan_figure(plan), figure)
     if not output.write([plan.to_dict()]):
         return
-    from simulator.prediction.caveats import uncalibrated
+    from simulator.prediction.sentences import uncalibrated
 
     render.conclude(*_conclusion(plan))
     _layers(plan)
@@ -105,7 +105,7 @@ def search(
 
 def _conclusion(plan: Plan) -> list[str]:
     """Return the conclusion: the plan, then what a plan by parameters loses."""
-    from simulator.prediction.conclusions import speedup_text
+    from simulator.prediction.sentences import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
@@ -143,7 +143,7 @@ def _layers(plan: Plan) -> None:
 
 def _targets(plan: Plan) -> None:
     from simulator.plans.solve import NAMES, target_text
-    from simulator.prediction.conclusions import probability_text
+    from simulator.prediction.sentences import probability_text
 
     columns = render.columns(
         plan.targets,

@@ -12,7 +12,7 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.prediction.operating import OperatingPoint, Service
+    from simulator.prediction.service import OperatingPoint, Service
 
 MOST_SERVICES = 3  # services with sentences and a table each; of more, one row each is printed without --verbose
 MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most tokens/s at equal memory
@@ -91,24 +91,23 @@ def command(
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
     """Print the conclusion and a table for each service; of many services one row each."""
-    from simulator.prediction.service import best_point, sentences
+    from simulator.prediction.sentences import best_point, of_service
 
     if len(services) > MOST_SERVICES and not verbose:
         most = [0.0 if math.isnan(ratio) else ratio for ratio in (best_point(s).ratio for s in services)]
-        render.conclude(*sentences(services[most.index(max(most))]))
+        render.conclude(*of_service(services[most.index(max(most))]))
         _print_rows(services)
         return
     for i, service in enumerate(services):
         if i:
             print()
-        render.conclude(*sentences(service))
+        render.conclude(*of_service(service))
         _print_one(service, verbose)
 
 
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
-    from simulator.prediction.operating import LIMITS, MEMORY
-    from simulator.prediction.service import equal_memory, failing_text, ranked
+    from simulator.prediction.sentences import LIMITS, MEMORY, equal_memory, failing_text, ranked
 
     kinds, order = service.kinds, ranked(service)
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
@@ -140,8 +139,7 @@ def _print_one(service: Service, verbose: bool) -> None:
 
 def _print_rows(services: Sequence[Service]) -> None:
     """Print the best pruning of each service at equal memory, and within limits, one service per row."""
-    from simulator.prediction.operating import LIMITS, MEMORY
-    from simulator.prediction.service import ranked
+    from simulator.prediction.sentences import LIMITS, MEMORY, ranked
 
     limited = LIMITS if LIMITS in services[0].kinds else MEMORY
     rows = [[s.kinds[kind][ranked(s)[0]] for kind in (MEMORY, limited)] for s in services]
@@ -161,9 +159,8 @@ def _print_rows(services: Sequence[Service]) -> None:
 
 def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
     """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
-    from simulator.prediction.conclusions import probability_text
-    from simulator.prediction.operating import OperatingPoint
-    from simulator.prediction.service import money
+    from simulator.prediction.sentences import money, probability_text
+    from simulator.prediction.service import OperatingPoint
 
     points = [row for row in rows if isinstance(row, OperatingPoint)]
 

@@ -12,9 +12,9 @@ from simulator.cli.options import opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.prediction.breakeven import BreakEven
     from simulator.prediction.result import Result, Results
     from simulator.prediction.runnable import Runnable
+    from simulator.prediction.sentences import BreakEven
 
 # sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated
 MOST_SENTENCES = 8
@@ -54,8 +54,8 @@ def speedup(
     if extra and not chosen["method"] and (len(families) > 1 or families == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
     from simulator.hardware.library import load_hardware
-    from simulator.prediction.caveats import uncalibrated
     from simulator.prediction.runnable import runnables
+    from simulator.prediction.sentences import uncalibrated
     from simulator.prediction.table import table
 
     requested = run.requests(known, model=model, ideal=ideal)
@@ -80,15 +80,14 @@ def speedup(
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
-    from simulator.prediction.breakeven import break_even
-    from simulator.prediction.conclusions import of_speedups
+    from simulator.prediction.sentences import break_even, of_speedups, runs_clause
 
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
     over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
     if over and (verbose or len(even) <= MOST_SENTENCES):
         last = [runs.get(b.results[-1]) for b in even]  # the longest: a budget of tokens may keep all of the first
-        stops = [answer.clause if answer and answer.works is False else "" for answer in last]
+        stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
         render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
     else:
         clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
@@ -107,9 +106,11 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
     """Return whether the engine runs a model, and how many sequences fit, as the end of a sentence."""
-    runs = answer.clause if answer else ""
+    from simulator.prediction.sentences import runs_clause, unaligned
+
+    runs = runs_clause(answer) if answer else ""
     if answer and answer.works and not answer.aligned:
-        runs += f", but {answer.alignment}"
+        runs += f", but {unaligned(answer)}"
     fit = f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
     return runs + (fit if memory else "")
 

@@ -15,12 +15,10 @@ from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
-from simulator.prediction.breakeven import break_even
-from simulator.prediction.caveats import uncalibrated
-from simulator.prediction.conclusions import of_speedups
-from simulator.prediction.explain import Explanation, conclusions, explanations
+from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.runnable import runnables
 from simulator.prediction.scenario import Scenario, batch_name, engines_of, models_of, profiles
+from simulator.prediction.sentences import break_even, conclusions, of_speedups, runs_clause, uncalibrated
 from simulator.prediction.table import table
 from simulator.units import percent, ratio
 
@@ -124,7 +122,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     if 0 < len(even) <= MOST_SENTENCES:
         answer = [b.sentence for b in even]
     else:
-        answer = of_speedups(found.rows, [a.clause for a in answers] if named else ())
+        answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
     parts: dict[str, str] = {}
     if named:
         parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}

@@ -31,9 +31,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, model_title
 from simulator.operators.base import ELEMENT_BYTES
-from simulator.prediction.crossover import winners
 from simulator.prediction.explain import explanations
-from simulator.prediction.pareto import fronts
+from simulator.prediction.pareto import fronts, winners
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.result import Result

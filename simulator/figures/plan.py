@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from simulator.figures import layout
 from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.models.library import model_title
 from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text

@@ -15,7 +15,8 @@ from simulator.arrays import FloatArray
 from simulator.figures.layout import across, device, interval, laid_out, log_axis, panel_list, width_of, wrapped
 from simulator.figures.style import DENSE, GREY, INK, PALE_INK, paper_style, styles_of
 from simulator.models.library import model_title
-from simulator.prediction.operating import LIMITS, OperatingPoint, Service
+from simulator.prediction.sentences import LIMITS
+from simulator.prediction.service import OperatingPoint, Service
 
 LINE = 0.055  # height of a name, as a share of a panel's height
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from simulator.models.block import Block, DeltaNet, Latent
 from simulator.models.block_configs import read_block
+from simulator.models.config import Block, DeltaNet, Latent
 from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
 
-ConfigFields = dict[str, Any]
-"""Fields of :class:`simulator.ModelConfig`."""
+ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ def _layers(blocks: Sequence[Block]) -> ConfigFields:
 
 def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
     """Return each layer of the fields that :func:`_layers` returns."""
-    every: tuple[Block, ...] = fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
-    return every
+    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
 
 
 def _routed(
@@ -158,8 +156,7 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with experts or an MLP, in chunks of positions or over all of them without rotary positions.
 
-    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond.
-    """
+    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond."""
     layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
 
     def right(value: Any) -> bool:
@@ -199,8 +196,7 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], Confi
 def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear.
 
-    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else.
-    """
+    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else."""
     layers = values["layers"]
     if values.get("latent") or values.get("delta"):
         raise read.fail("block_configs", "expected none: latent attention and delta nets per layer are not supported")
@@ -347,5 +343,4 @@ NESTED: Mapping[str, str] = MappingProxyType(
 )
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
 
-FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")
-"""Such models whose older files have the keys of the decoder at the top."""
+FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")  # models whose older files have the decoder's keys at the top

@@ -1,13 +1,8 @@
 """Read and write the shapes of single layers as architecture searches state them: ``block_configs``.
 
-Two programs write them, with different keys:
-
-- DeciLM (model type ``nemotron-nas``): query heads per key/value head, ``n_heads_in_group``, and the MLP's width as
-  a multiple of the hidden size, ``ffn_mult``, which is rounded up to a multiple of 256.
-- NVIDIA ModelOpt (Puzzletron): ``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
-
-Use :func:`read_block` for one layer, :func:`block_config` and :func:`block_configs_of` to write.
-:func:`simulator.models.changes.config_of` writes a whole ``config.json``.
+DeciLM (model type ``nemotron-nas``) writes query heads per key/value head, ``n_heads_in_group``, and the MLP's width as
+a multiple of the hidden size, ``ffn_mult``, which is rounded up to a multiple of 256. NVIDIA ModelOpt (Puzzletron)
+writes ``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
 """
 
 from __future__ import annotations
@@ -17,13 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.keys import Reader
 
-ROUNDING = 256
-"""DeciLM rounds the widths of MLPs up to multiples of this number."""
-
+ROUNDING = 256  # deciLM rounds the widths of MLPs up to multiples of this number
 _MOE = {"experts": "num_local_experts", "active": "num_experts_per_tok", "expert_inner": "expert_intermediate_dim"}
 _UNSUPPORTED = {
     "mamba": "state-space layers are not supported",
@@ -84,11 +76,8 @@ def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
         return replace(dense, inner=of.integer("intermediate_size"), linear=other)
     if of.data.get("ffn_mult") is None:
         raise of.fail("ffn_mult", "missing; expected a number, here or in intermediate_size")
-    return replace(dense, inner=_rounded(of.number("ffn_mult", None, high=1000), hidden), linear=other)
-
-
-def _rounded(multiple: float, hidden: int) -> int:
-    return -int(2 * multiple * hidden / 3) // ROUNDING * -ROUNDING
+    exact = int(2 * of.number("ffn_mult", None, high=1000) * hidden / 3)
+    return replace(dense, inner=-exact // ROUNDING * -ROUNDING, linear=other)
 
 
 def _read_experts(of: Reader, dense: Block) -> Block:

@@ -20,14 +20,12 @@ from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES
-from simulator.models.block import Block
 from simulator.models.block_configs import block_configs_of, deci_config
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_config
 from simulator.models.library import FOLDER, list_models, load_model
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-
 DECI = "nemotron-nas"
 DECI_SOURCES: tuple[str, ...] = ("llama", "mistral", "ministral", DECI)
 """Architectures that compute the same as DeciLM, where their configuration states the same shapes."""
@@ -37,8 +35,7 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
 
     ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
-    the model ``new``: some architectures cannot state all shapes.
-    """
+    the model ``new``: some architectures cannot state all shapes."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
@@ -64,27 +61,8 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
 
     The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
     multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in the dense model's architecture.
-    If all layers are equal and complete, the content needs no ``block_configs`` and has none.
-
-    Parameters
-    ----------
-    dense_content : mapping
-        Content of the dense model's ``config.json`` (:func:`content_of`).
-    dense : ModelConfig
-        Dense model.
-    pruned : ModelConfig
-        Model with other widths, or without sublayers, per layer.
-
-    Returns
-    -------
-    dict
-        Content that :func:`simulator.load_model` reads as the same shapes as ``pruned``.
-
-    Raises
-    ------
-    InputError
-        One line, if no content states these shapes.
-    """
+    If all layers are equal and complete, the content needs no ``block_configs`` and has none. ``dense_content`` is the
+    dense model's ``config.json`` (:func:`content_of`). InputError if no content states these shapes."""
     if not dense_content:
         raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
     if pruned.layers != dense.layers:
@@ -97,7 +75,10 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
                 return {key: value for key, value in plain.items() if key != "_name_or_path"}
     stated = dense
     if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
-        stated = dense.each_block(lambda block: _with_heads(block, *heads))
+        (many,) = heads
+        stated = dense.each_block(
+            lambda b: replace(b, heads=many, kv_heads=math.gcd(b.kv_heads, many)) if b.heads else b
+        )
     configs = block_configs_of(pruned, stated)
     content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
     if dense.architecture in DECI_SOURCES and stated.heads == dense.heads:
@@ -116,11 +97,6 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     return found
 
 
-def _with_heads(block: Block, heads: int) -> Block:
-    """Return a layer with other query heads, and key/value heads that divide them, if it has attention."""
-    return replace(block, heads=heads, kv_heads=math.gcd(block.kv_heads, heads)) if block.heads else block
-
-
 def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
     """Return whether content has all shapes of a model; its name and its usual layer may be others."""
     try:
@@ -137,8 +113,7 @@ def content_of(
     """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
 
     A named model has only its shape keys, a model made in Python has no content. ``model`` is the loaded source, if
-    known.
-    """
+    known."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source

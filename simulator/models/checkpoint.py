@@ -2,7 +2,7 @@
 
 The axes of each named tensor are widths of its layer. Tensors must agree on each width, and the resulting model must
 have exactly the number of parameters in the headers. :mod:`simulator.models.tensors` has the axes of names,
-:mod:`simulator.models.packed` reads packed formats.
+:mod:`simulator.models.tensors` reads packed formats.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from simulator.errors import InputError, one_line
-from simulator.models.block import Block, Latent
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.difference import difference, runs
 from simulator.models.headers import Tensor
-from simulator.models.packed import FLOATS, WEIGHTS, Weight, logical
 from simulator.models.tensors import (
     ATTENTION,
     BUFFER,
     EXPERT,
     EXPERTS,
+    FLOATS,
     LAYER,
     MLP,
     NAME,
     OUTSIDE,
     ROUTED,
+    WEIGHTS,
     WIDE,
+    Weight,
     axes_of,
     factor_of,
+    logical,
 )
 
 MAX_WIDTH = 10_000_000
-
 SHORTCUTS = {"attention": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
 """Sublayer -> name of the matrix with which SliceGPT rotates its residual."""
 _MXFP4 = ("mxfp4", False)  # only of routed experts
@@ -122,8 +123,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
 
     :attr:`ModelConfig.found` reports the differences. Raises InputError, one line, if the tensors and their number of
-    parameters cannot be explained exactly.
-    """
+    parameters cannot be explained exactly."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -316,6 +316,7 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
 
     up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
     norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+    unit = model.qk_norm if model.qk_norm == "unit" else ""  # a norm without weights
     return replace(
         model,
         qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
@@ -326,15 +327,10 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         expert_bias=some(EXPERTS + ".*_bias", modules),
         shared_gate=some("mlp.shared_expert_gate", modules),
         sinks=some(ATTENTION + "sinks", modules),
-        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else _unit(model),
+        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else unit,
         norm="none" if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules) else model.norm,
         gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
-
-
-def _unit(model: ModelConfig) -> str:
-    """Return the norm of queries and keys that has no weights, if the model has it."""
-    return model.qk_norm if model.qk_norm == "unit" else ""
 
 
 def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
@@ -350,8 +346,7 @@ def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
 def _check(model: ModelConfig, layers: list[_Part]) -> None:
     """Raise InputError if layers have other parameters than their shapes require.
 
-    The error names a tensor that distinguishes the layer from the most similar correct layer.
-    """
+    The error names a tensor that distinguishes the layer from the most similar correct layer."""
     made = [model.block_parameters(block) for block in model.layout]
     names = [{*part.modules, *(f"{module}.bias" for module in part.biases)} for part in layers]
     wrong = [i for i, part in enumerate(layers) if part.parameters != made[i]]

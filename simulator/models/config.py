@@ -1,4 +1,19 @@
-"""Describe the shapes of a decoder-only transformer, and count its parameters: :class:`ModelConfig`."""
+"""Describe the shapes of a decoder-only transformer: one layer (:class:`Block`), the model (:class:`ModelConfig`) with
+its parameters, and the shapes that each of several devices computes (:func:`shard`).
+
+*Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value heads, inner width of
+the MLP and vocabulary. The residual stream is complete on each device. The row-parallel projections (o, down) and the
+split embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053).
+Fewer key/value heads than devices are replicated. Rows and their parameters then describe one device.
+
+*Expert* parallel is tensor parallel except for routed experts: each device holds complete experts, an equal number, and
+computes all tokens that use them; the others wait for the device with the highest load. The same all-reduce sums the
+outputs. Attention is not split by sequences, so every device sees all tokens and nothing is sent before the experts.
+
+*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
+latency is the sum over all layers, as on one device, plus ``devices - 1`` sends. Several micro-batches in flight are
+not modelled. Rows then describe the whole model; only memory is counted per device (:func:`simulator.memory`).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +28,79 @@ from simulator.arguments import AMOUNT, number, shown, whole
 from simulator.codes import DTYPES
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
-from simulator.models.block import Block, DeltaNet, Latent
+
+
+@dataclass(frozen=True)
+class Block:
+    """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
+
+    heads: int  # query heads; of a gated delta net, value heads
+    kv_heads: int  # of a gated delta net, key heads
+    inner: int  # inner width of the MLP; with routed experts, of the shared experts
+    experts: int = 0  # routed experts
+    active: float = 0.0  # routed experts that a token uses, on one device on average
+    expert_inner: int = 0
+    rotary: bool = True  # queries and keys are rotated
+    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
+    delta: bool = False  # a gated delta net instead of attention
+    ranks: tuple[tuple[str, int], ...] = ()  # projections (roles) that are stored as two factors, and their ranks
+    shortcuts: tuple[str, ...] = ()  # sublayers whose residual a hidden x hidden product rotates (SliceGPT)
+    out: int = 0  # features after the layer; 0: the hidden size
+
+    @property
+    def sublayers(self) -> int:
+        """Number of sublayers, attention and MLP, each with its norms."""
+        return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
+
+    def weights(self, role: str, n: int, k: int) -> int:
+        """Return the weights of a projection of n outputs and k inputs, of both factors if it is stored as two."""
+        rank = self.rank(role)
+        return rank * (n + k) if rank else n * k
+
+    def rank(self, role: str) -> int:
+        """Return the rank of a projection that is stored as two factors, else 0."""
+        return dict(self.ranks).get(role, 0)
+
+    def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
+        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``.
+
+        An engine that ``fuses`` projections leaves those that are stored as factors as they are."""
+        stored = {role for role, _ in self.ranks}
+        if fused in stored or (fuses and not stored & parts.keys()):
+            return {fused: sum(parts.values())}
+        return parts
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives keys and values."""
+
+    query_rank: int  # rank of the queries; 0: one projection makes them
+    rank: int  # rank of the cached vector
+    rotary: int  # rotated features of a query head, and of the key that all heads share
+    plain: int  # other features of a query or key head
+    value: int  # features of a value head
+
+    @property
+    def cached(self) -> int:
+        """Elements per position in the cache."""
+        return self.rank + self.rotary
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net (arXiv 2412.06464): a state of key x value features per value head instead of a cache."""
+
+    key: int  # features of a query or key head
+    value: int  # features of a value head
+    conv: int  # positions of the causal convolution of queries, keys and values
+
+    def widths(self, block: Block) -> tuple[int, int]:
+        """Return the features of all keys, and of all values, of a layer."""
+        return block.kv_heads * self.key, block.heads * self.value
+
 
 MOST_WIDTH = 2**31 - 1
-
 _POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")
 _COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts")
 """Fields that are whole numbers; those of _POSITIVE are at least 1."""
@@ -240,16 +324,6 @@ class ModelConfig(Displayed):
         return self.with_usual(change(self.usual), tuple(map(change, self.blocks)))
 
     @property
-    def q_width(self) -> int:
-        """Output features of the query projection."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Output features of the key (and of the value) projection."""
-        return self.kv_heads * self.head_dim
-
-    @property
     def norm_parameters(self) -> int:
         """Parameters of one norm over the hidden size."""
         return self.hidden * self._norm_vectors
@@ -337,3 +411,49 @@ class ModelConfig(Displayed):
         """Parameters that a token uses: all except those of unused routed experts."""
         idle = (many * (b.experts - b.active) * self.expert_parameters(b) for _, many, b in self.runs if b.experts)
         return self.parameters - round(sum(idle))
+
+
+PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")  # names of the ways to split a model
+
+
+def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
+    """Return the model that one of ``devices`` computes; in a pipeline the whole model.
+
+    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than
+    layers."""
+    if parallel not in PARALLEL:
+        raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
+    where = f"devices {devices}: {model.name} has"
+    if parallel == "pipeline" and devices > model.layers:
+        raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")
+    if parallel == "pipeline" or devices == 1:
+        return model
+
+    def of_block(block: Block) -> Block:
+        if reason := indivisible(block, devices, parallel):
+            raise InputError(f"{where} {reason}")
+        heads, kv_heads = block.heads // devices, max(block.kv_heads // devices, int(block.heads > 0))
+        share = replace(block, heads=heads, inner=block.inner // devices, kv_heads=kv_heads)
+        if not block.experts:
+            return share
+        if parallel == "expert":
+            return replace(share, experts=block.experts // devices, active=block.active / devices)
+        return replace(share, expert_inner=block.expert_inner // devices)
+
+    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad the last part
+
+
+def indivisible(block: Block, devices: int, parallel: str) -> str:
+    """Return why tensor or expert parallel cannot divide a layer equally among devices, or ""."""
+    sizes = {"{} attention heads": block.heads, "an MLP width of {}": block.inner}
+    if block.experts and parallel == "expert":
+        sizes["{} experts"] = block.experts
+    elif block.experts:
+        sizes["experts of a width of {}"] = block.expert_inner
+    for what, size in sizes.items():
+        if size % devices:
+            return f"{what.format(size)}; {parallel} parallel needs a multiple of {devices}"
+    few, many = sorted((block.kv_heads, devices))
+    if few and many % few:
+        return f"{block.kv_heads} key/value heads; {parallel} parallel needs a multiple or a divisor of {devices}"
+    return ""

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.engines.engine import sparse24_engines
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 
 _WIDTHS = {
     "heads": "{} heads",
@@ -22,8 +21,7 @@ _WIDTHS = {
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
 
-    Layers are matched by the numbers in a checkpoint, else in order.
-    """
+    Layers are matched by the numbers in a checkpoint, else in order."""
     found, last = [], dense
     numbers = pruned.numbers or tuple(range(pruned.layers))
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
@@ -31,9 +29,12 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         olds = tuple(dense.layout[at[number]] for number in numbers)
     else:
         olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
+    fewer = tuple(
+        replace(_without(old, new), experts=new.experts, active=new.active) for old, new in zip(olds, pruned.layout)
+    )
     shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
         (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
-        (_experts(numbers, olds, pruned.layout), tuple(map(_fewer, olds, pruned.layout)), {}),
+        (_experts(numbers, olds, pruned.layout), fewer, {}),
         (
             _width(dense, pruned, numbers, olds),
             tuple(replace(b, ranks=(), shortcuts=(), out=0) for b in pruned.layout),
@@ -98,10 +99,6 @@ def _without(old: Block, new: Block) -> Block:
     if not _maps(new) or "mlp" in new.linear:
         old = replace(old, inner=0, experts=0, active=0.0, expert_inner=0)
     return replace(old, linear=new.linear)
-
-
-def _fewer(old: Block, new: Block) -> Block:
-    return replace(_without(old, new), experts=new.experts, active=new.active)
 
 
 def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:

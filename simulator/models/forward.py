@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
@@ -20,10 +19,7 @@ _QUANTIZE = {"qkv": "quantize", "gate_up": "quantize", "o": "quantize_heads", "d
 """Role of the conversion of a product's activations."""
 
 _MXFP4 = dtype_code("mxfp4")
-
-_STATE = dtype_code("fp32")
-"""Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
-
+_STATE = dtype_code("fp32")  # format of the recurrent state of a delta net, as Transformers and SGLang keep it
 OperatorRow = dict[str, Any]
 
 
@@ -183,8 +179,7 @@ class PassRows:
 
         A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
         outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
-        (Transformers), it holds keys and values of every head, and a decode step computes those of its token.
-        """
+        (Transformers), it holds keys and values of every head, and a decode step computes those of its token."""
         own, whole = self.part.latent, self.request.copies
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
@@ -228,8 +223,7 @@ class PassRows:
     def cache_write(self, block: Block, elements: int) -> OperatorRow:
         """Return the row that writes keys and values to the cache.
 
-        A copied cache is first concatenated with the new position, then repeated for every query head.
-        """
+        A copied cache is first concatenated with the new position, then repeated for every query head."""
         r, part = self.request, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}

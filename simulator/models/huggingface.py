@@ -23,22 +23,18 @@ from simulator.models.config import ModelConfig
 from simulator.models.difference import sparsity_note
 from simulator.models.keys import Reader
 
-MAX_FILE_BYTES = 1_000_000
-"""Largest configuration file that is read; usual files have a few kilobytes."""
-
+MAX_FILE_BYTES = 1_000_000  # largest configuration file that is read; usual files have a few kilobytes
 SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "block_configs")
 """Keys at the top of a file that also hold for its ``text_config``."""
 
-MAX_NAME = 80
-"""Longest name of a model; the middle of a longer name is omitted."""
+MAX_NAME = 80  # longest name of a model; the middle of a longer name is omitted
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
     """Return the shapes in the content of a Hugging Face ``config.json``; other keys are ignored.
 
     Of a model with further parts (vision) these are the shapes of its text decoder, the object ``text_config``.
-    ``source`` names the content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``.
-    """
+    ``source`` names the content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``."""
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
     kind, read = _decoder(Reader(data, source))
@@ -113,8 +109,7 @@ def parse_config(text: str, source: str) -> Any:
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Return the shapes in a ``config.json``, or of a checkpoint folder.
 
-    In a folder, the headers of its ``*.safetensors`` take precedence over the ``config.json``.
-    """
+    In a folder, the headers of its ``*.safetensors`` take precedence over the ``config.json``."""
     file = Path(path)
     try:
         file = file.expanduser()

@@ -12,11 +12,8 @@ from simulator.errors import InputError
 MAX_VALUE = 10_000_000
 """Largest accepted width, head count, vocabulary or layer count; it prevents overflow of products."""
 
-MAX_POSITIONS = 1_000_000_000
-"""Largest number of positions that a model may state; Llama-4-Scout states 10,485,760."""
-
-MAX_LAYERS = 10_000
-"""Largest number of decoder layers, which limits the size of tables per layer."""
+MAX_POSITIONS = 1_000_000_000  # largest number of positions that a model may state; Llama-4-Scout states 10,485,760
+MAX_LAYERS = 10_000  # largest number of decoder layers, which limits the size of tables per layer
 
 
 def _is_number(value: Any) -> bool:
@@ -108,8 +105,7 @@ class Reader:
         """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
 
         A ``sliding_window`` of null means no window; if the key is missing, the default is used. The key is ignored
-        unless ``used``.
-        """
+        unless ``used``."""
         window = self.or_none("sliding_window", default) if used else 0
         types = self.layer_types(layers, ("full_attention", "sliding_attention"))
         if not types:

@@ -15,9 +15,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config, read_config
 
 FOLDER = resources.files(__package__)
-
-_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-"""A Hugging Face id, owner/name."""
+_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # a Hugging Face id, owner/name
 
 _VARIANT = re.compile(
     r"[-_](?:instruct|chat|it|hf|base|dynamic|block|static|awq|nvfp4|fp4|fp8|bf16|quantized|gptq(?:-int[48])?|w\d+a\d+)$",
@@ -78,8 +76,7 @@ def model_title(name: str) -> str:
 
 def shipped_model(name: str) -> ModelConfig | None:
     """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version; None for a path or
-    an unknown name. No other file is read.
-    """
+    an unknown name. No other file is read."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
     last = name.rsplit("/", 1)[-1]
@@ -132,10 +129,6 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return _shipped(name)
     if explicit or os.path.exists(source):
         return read_config(source)
-    raise unknown("model", source, list_models(), way=_download(source) if _ID.fullmatch(source) else "")
-
-
-def _download(name: str) -> str:
-    """Return how a user gets the ``config.json`` of a Hugging Face id; prunesim opens no connection."""
-    command = f"curl -L https://huggingface.co/{name}/resolve/main/config.json -o config.json"
-    return f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
+    command = f"curl -L https://huggingface.co/{source}/resolve/main/config.json -o config.json"
+    way = f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
+    raise unknown("model", source, list_models(), way=way if _ID.fullmatch(source) else "")

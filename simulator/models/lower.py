@@ -44,33 +44,23 @@ from simulator.codes import DTYPE_BYTES, DTYPES, PHASES, Phase, dtype_code
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
-from simulator.models.config import ModelConfig
+from simulator.models.config import ModelConfig, shard
 from simulator.models.forward import PassRows, Request
 from simulator.models.library import load_model
-from simulator.models.parallel import shard
 from simulator.operators.experts import EXPERT_SKEW
 from simulator.request import Meta
 from simulator.workload import Workload
 
-MAX_TOKENS = 2**40
-"""Largest batch x seq; larger counts would not be exact in float64."""
-
+MAX_TOKENS = 2**40  # largest batch x seq; larger counts would not be exact in float64
+# at 2 the busiest expert has 40,000 times the load of the least busy
 SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
-"""At 2 the busiest expert has 40,000 times the load of the least busy."""
-
 _PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
-
+# prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of decoding sequences
 LEAST_PROMPTS = 4
-"""Share of a budget, one in so many, that decoding sequences leave for prompts: servers limit their sequences to this
-end."""
-
-MAX_DECODES = 1_000_000
-"""Largest number of decode steps."""
-
+MAX_DECODES = 1_000_000  # largest number of decode steps
+# up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one: FLOPs and
+# bytes stay exact except where a window fills up; times change by less than 1e-4
 DECODE_LENGTHS = 1024
-"""Up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one.
-
-FLOPs and bytes stay exact except where a window fills up; times change by less than 1e-4."""
 
 
 def lower(
@@ -118,7 +108,7 @@ def lower(
     devices : int
         Number of devices, at least 1.
     parallel : {"tensor", "expert", "pipeline"}
-        How devices share the model, see :mod:`simulator.models.parallel`.
+        How devices share the model, see :mod:`simulator.models.config`.
     link : str, optional
         What joins the devices, of :data:`simulator.hardware.link.CONNECTIONS`. Default: the hardware's usual
         connection.
@@ -206,8 +196,7 @@ def stream_of(dtype: str) -> str:
 
 def cached_tokens(prefix: float, seq: int) -> int:
     """Return the tokens of a prompt of ``seq`` tokens that a prefix cache holds; ``prefix`` is tokens, or a share below
-    1. InputError if no token is left to compute.
-    """
+    1. InputError if no token is left to compute."""
     prefix = number("cached_prefix", prefix, _PREFIX)
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
     if tokens >= seq or (prefix >= 1.0 and tokens != prefix):
@@ -304,8 +293,7 @@ def _steps(steps: int) -> tuple[Array, Array]:
     """Return numbers of steps (decode steps, chunks of a prompt) that are done after a step, and how many steps each
     number represents.
 
-    The first steps and the last step are never shared: pruning depends on the first, cache memory on the last.
-    """
+    The first steps and the last step are never shared: pruning depends on the first, cache memory on the last."""
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
@@ -318,8 +306,7 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, fi
     """Return attention of consecutive layers from ``first``, at rising cache lengths, with ``times`` executions each.
 
     The result has one column per length and run of equal layers, and the rows first layer, layers, window, length and
-    executions. A window longer than the cache has no effect, so layers differ only from some length on.
-    """
+    executions. A window longer than the cache has no effect, so layers differ only from some length on."""
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):

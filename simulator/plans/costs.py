@@ -21,14 +21,14 @@ from simulator.capacity import cache_bytes, weights_bytes
 from simulator.codes import Part
 from simulator.display import Displayed
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
 from simulator.plans.library import Library, generated_library, read_library
 from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import compare, memory_columns
+from simulator.prediction.compare import compare
 from simulator.prediction.scenario import Scenario, profiles, scenarios, setting
+from simulator.prediction.serving import memory_columns
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals

@@ -31,8 +31,7 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.difference import runs
 from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
@@ -273,7 +272,7 @@ def _layers(text: str, many: int) -> range:
 
 def _harness(folder: Path, name: str) -> dict[str, float]:
     """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
-    from simulator.prediction.harness import read_results
+    from simulator.prediction.quality import read_results
 
     _, found = read_results(folder, name)
     return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}

@@ -17,18 +17,17 @@ from simulator.arguments import OneOrMore, flag
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
-from simulator.models.parallel import indivisible
 from simulator.plans.costs import PricedRequest, Probes, planned, quantities
 from simulator.plans.library import Library, combined, groups_of, importance, metric_of, read_library
 from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import scenario_results
-from simulator.prediction.operating import probability_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
+from simulator.prediction.service import probability_of
 from simulator.units import ratio
 
 if TYPE_CHECKING:

@@ -30,8 +30,7 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.plans.costs import PricedRequest, Probes, planned, quantities
 from simulator.plans.library import Library
 from simulator.prediction.scenario import dense_seconds

@@ -1,4 +1,4 @@
-"""Variants of layers, as texts and as :class:`~simulator.models.block.Block`.
+"""Variants of layers, as texts and as :class:`~simulator.models.config.Block`.
 
 Attention and MLP each have a text, which files and tables show:
 
@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 

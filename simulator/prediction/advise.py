@@ -21,7 +21,6 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import compare, results_of
-from simulator.prediction.operating import check_probability, probability_of
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import HasResult, Result, Results
 from simulator.prediction.scenario import (
@@ -33,6 +32,7 @@ from simulator.prediction.scenario import (
     profiles,
     scenarios,
 )
+from simulator.prediction.service import check_probability, probability_of
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
 
@@ -40,19 +40,10 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-LARGEST_SPARSITY = 0.9
-"""Largest sparsity of a family: no published method keeps a model useful beyond it."""
-
-COARSE, FINE = 0.02, 0.001
-"""Steps of the coarse and the fine grid of sparsities."""
-
-BOTH = "depth+width"
-"""Depth and width at the same sparsity each."""
-
+LARGEST_SPARSITY = 0.9  # largest sparsity of a family: no published method keeps a model useful beyond it
+COARSE, FINE = 0.02, 0.001  # steps of the coarse and the fine grid of sparsities
+BOTH = "depth+width"  # depth and width at the same sparsity each
 Point = tuple[str, float]  # a family or BOTH, and a sparsity
-
-STATED = ("depth", "width", "width_cross", BOTH)
-"""Families whose result is a model that a ``config.json`` can state."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +131,7 @@ def advise(
     """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or a speedup above 1.
 
     Requests, engines and scenario are those of :func:`simulator.table`. ``probability`` is the least probability of
-    reaching the target, from the speedup's interval; 0.5: the prediction reaches it.
-    """
+    reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)
     names, devices = [*families(("all",) if family is None else family, [config])], profiles(hardware)

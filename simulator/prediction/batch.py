@@ -1,7 +1,7 @@
-"""Prune every request of a scenario by every pruning, in few calls, into one batch of workloads.
+"""Prune every request of a scenario by every pruning, in few calls, into one batch of workloads: :func:`batch_of`.
 
-Use :func:`batch_of`. Most families depend only on widths, heads and layers, which all requests of a model share. One
-call of such a family prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
+Most families depend only on widths, heads and layers, which all requests of a model share. One call of such a family
+prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from simulator.prediction.scenario import Scenario
 from simulator.workload import Workload, WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
-
 RequestGroup = tuple[int, ...]  # indices of some requests of a scenario
 GroupRows = tuple[RequestGroup, Workload, IndexArray]  # requests, their pruned rows, and rows of each
 Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
@@ -90,6 +89,8 @@ def _pruned(
 
 def _together(scenario: Scenario, names: Collection[str]) -> Together:
     shapes, workloads = scenario.shapes, scenario.workloads
+    every = tuple(range(len(shapes)))
+    lengths = [tuple(i for i in every if shapes[i][1] == length) for length in dict.fromkeys(seq for _, seq in shapes)]
 
     def joined(group: RequestGroup) -> Workload:
         if len(group) == 1:
@@ -97,15 +98,8 @@ def _together(scenario: Scenario, names: Collection[str]) -> Together:
         meta = replace(workloads[group[0]].meta, batch=max(shapes[i][0] for i in group))
         return Workload.concat([workloads[i] for i in group], meta=meta)
 
-    groups = {"any": [tuple(range(len(shapes)))], "equal length": _by_length(shapes)}
+    groups = {"any": [every], "equal length": lengths}
     return {name: [(group, joined(group)) for group in groups[name]] for name in names}
-
-
-def _by_length(shapes: Sequence[tuple[int, int]]) -> list[RequestGroup]:
-    return [
-        tuple(i for i, (_, seq) in enumerate(shapes) if seq == length)
-        for length in dict.fromkeys(seq for _, seq in shapes)
-    ]
 
 
 def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[GroupRows]:
@@ -136,7 +130,8 @@ def _prune(
         if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
             return []  # the sparsity is the reason, not the request
     else:
-        lengths = _lengths(pruned, [_passes(scenario.workloads[i]) for i in group])
+        passes = [int((scenario.workloads[i].role == _EMBEDDING).sum()) for i in group]
+        lengths = _lengths(pruned, passes)
         if lengths is not None:
             return [(group, pruned, lengths)]
     return [part for i in group for part in _prune(scenario, (i,), scenario.workloads[i], call, reasons)]
@@ -159,7 +154,3 @@ def _lengths(pruned: Workload, passes: Sequence[int]) -> IndexArray | None:
         return None
     first = np.cumsum([0, *passes[:-1]])
     return np.diff(np.append(begins[first], len(pruned)))
-
-
-def _passes(w: Workload) -> int:
-    return int((w.role == _EMBEDDING).sum())

@@ -1,21 +1,7 @@
 """Read result files of serving benchmarks: :func:`read_bench` for one result, :func:`read_benches` for several.
 
 :mod:`simulator.prediction.measured` turns a result into the time of a pass. Every tool counts the token of the prefill
-as output: o output tokens are a prefill and o - 1 decode steps.
-
-Writers that the readers follow:
-
-- ``vllm/benchmarks/latency.py`` (commit 00cae07), ``throughput.py`` (1a91bc2) and ``serve.py`` (def9ce8) of
-  https://github.com/vllm-project/vllm; keys were compared for releases 0.11.0 and 0.33.0
-- ``python/sglang/benchmark/serving.py`` of https://github.com/sgl-project/sglang, commit 00f9ec4 (before:
-  ``python/sglang/bench_serving.py``)
-- ``ReportUtility.get_statistics_dict`` in ``tensorrt_llm/bench/dataclasses/reporting.py`` of
-  https://github.com/NVIDIA/TensorRT-LLM, commit 0249976, with the number formats of ``QuantAlgo`` there
-- ``genai-perf/genai_perf/export_data/json_exporter.py`` of
-  https://github.com/triton-inference-server/perf_analyzer, commits 4cc7650 (``input_config`` has the arguments) and
-  0f5cc07 (it has sections)
-- ``src/aiperf/exporters/metrics_json_exporter.py`` and ``common/models/export_models.py`` of
-  https://github.com/ai-dynamo/aiperf, commit 047d59d (schema 1.3; an export of 0.8.0 is in its tests)
+as output: o output tokens are a prefill and o - 1 decode steps. Each reader names the file that writes its format.
 """
 
 from __future__ import annotations
@@ -37,7 +23,6 @@ from simulator.files.read import read_bounded
 TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
 ENOUGH_ROUNDS = 10  # requests per request in flight from which ramp-up and ramp-down hardly change the mean time
-
 _TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
 _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
@@ -98,11 +83,9 @@ class Fields:
     path: str = ""
 
     def place(self, key: str) -> str:
-        """Return file and key, as errors begin."""
         return f"{self.source}: {self.path}{key}"
 
     def has(self, key: str) -> bool:
-        """Return whether a key has a value other than null."""
         return self.data.get(key) is not None
 
     def value(self, key: str) -> Any:
@@ -139,7 +122,6 @@ class Fields:
         return number(self.place(key), self.value(key), right)
 
     def seconds(self, key: str) -> float:
-        """Return a positive time in seconds."""
         return self.amount(key, SECONDS)
 
     def time(self, key: str) -> float:
@@ -186,8 +168,7 @@ def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hi
     """Return mean times of a request in a closed loop, and a note on their limits.
 
     With the times of all requests (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up
-    and ramp-down. Else the only sample is ``many`` x duration / requests.
-    """
+    and ramp-down. Else the only sample is ``many`` x duration / requests."""
     times = request_times(fields)
     blocks = len(times) // many - 2
     if blocks >= 1:
@@ -200,8 +181,7 @@ def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hi
 def loop_times(fields: Fields) -> tuple[float, float, float]:
     """Return mean times to the first token and per further token, and the time of a decode step, s (vLLM, SGLang).
 
-    The median time between chunks is that of a step only if each chunk has one token, else the step is 0.
-    """
+    The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
     tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
     one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
     return fields.time("mean_ttft_ms"), tpot, fields.time("median_itl_ms") if one_token else 0.0
@@ -223,7 +203,7 @@ def check_failed(fields: Fields, failed: int, key: str = "failed") -> None:
 
 def vllm_latency(fields: Fields) -> BenchRun:
     """Return a result of ``vllm bench latency --output-json FILE``: times of ``LLM.generate`` for one batch, whose size
-    and lengths the file does not state."""
+    and lengths the file does not state (github.com/vllm-project/vllm, vllm/benchmarks/latency.py, 00cae07)."""
     percentiles = fields.part("percentiles").data
     return BenchRun(
         fields.source,
@@ -237,11 +217,10 @@ def vllm_latency(fields: Fields) -> BenchRun:
 
 
 def vllm_throughput(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench throughput --output-json FILE``.
+    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2).
 
     All requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
-    (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``).
-    """
+    (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``)."""
     requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
     return BenchRun(
         fields.source,
@@ -256,12 +235,12 @@ def vllm_throughput(fields: Fields) -> BenchRun:
 
 
 def vllm_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP.
+    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
+    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0).
 
     The mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a
-    request per further token, ``median_itl_ms`` the median time between chunks of all streams.
-    ``--percentile-metrics`` omits ``mean_e2el_ms``, the time of a request, by default.
-    """
+    request per further token, ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics``
+    omits ``mean_e2el_ms``, the time of a request, by default."""
     check_closed_loop(fields)
     many, completed = fields.count("max_concurrency"), fields.count("completed")
     failed = fields.count("failed", 0) if "failed" in fields.data else fields.count("num_prompts") - completed
@@ -300,11 +279,11 @@ def vllm_serve(fields: Fields) -> BenchRun:
 
 
 def sglang_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP.
+    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP
+    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4).
 
     Keys are as in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
-    requests in flight. ``--output-details`` adds the time and the error of each request.
-    """
+    requests in flight. ``--output-details`` adds the time and the error of each request."""
     check_closed_loop(fields)
     many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
     errors = fields.data.get("errors")
@@ -341,12 +320,12 @@ def sglang_serve(fields: Fields) -> BenchRun:
 
 
 def trtllm_report(fields: Fields) -> BenchRun:
-    """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP.
+    """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP
+    (github.com/NVIDIA/TensorRT-LLM, tensorrt_llm/bench/dataclasses/reporting.py, 0249976).
 
     ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
     ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
-    above the number that the engine serves at once.
-    """
+    above the number that the engine serves at once."""
     engine, world, requests = fields.part("engine"), fields.part("world_info"), fields.part("request_info")
     performance, streaming = fields.part("performance"), fields.part("streaming_metrics")
     if fields.has("decoding_stats"):
@@ -385,11 +364,12 @@ def trtllm_report(fields: Fields) -> BenchRun:
 
 
 def genai_perf(fields: Fields) -> BenchRun:
-    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP.
+    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP
+    (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07;
+    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d).
 
     The mean time of a request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
-    request per further token, a TPOT.
-    """
+    request per further token, a TPOT."""
     tool = "AIPerf" if "aiperf_version" in fields.data or "was_cancelled" in fields.data else "genai-perf"
     given = fields.part("input_config")
     if fields.data.get("was_cancelled"):
@@ -424,7 +404,8 @@ def genai_perf(fields: Fields) -> BenchRun:
 def _in_flight(given: Fields) -> int:
     """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the stimulus or arguments
     (genai-perf); 0 if the export does not state them. InputError for any other load."""
-    phases = [p for p in given.rows("phases") if not _excluded(p)]
+    counted = (p for p in given.rows("phases") if not p.data.get("exclude_from_results"))
+    phases = [p for p in counted if "warmup" not in (p.data.get("name"), p.data.get("kind"))]
     if phases:
         types = [phase.text("type") for phase in phases]
         if types != ["concurrency"]:
@@ -440,11 +421,6 @@ def _in_flight(given: Fields) -> int:
     load = given.part("loadgen") if given.has("loadgen") else given
     check_closed_loop(load)
     return load.count("concurrency") if load.has("concurrency") else 0
-
-
-def _excluded(phase: Fields) -> bool:
-    """Return whether AIPerf excludes a phase from its results."""
-    return bool(phase.data.get("exclude_from_results")) or "warmup" in (phase.data.get("name"), phase.data.get("kind"))
 
 
 def _model(given: Fields) -> str:
@@ -500,22 +476,18 @@ def _parsed(place: str, text: str) -> Any:
 def _read(source: str, data: Any) -> BenchRun:
     if not isinstance(data, dict):
         raise InputError(f"{source}: expected a JSON object of {TOOLS}, got {shown(data)}")
-    reader = _reader(data)
-    if reader is None:
-        raise InputError(f"{source}: expected a result of {TOOLS}, got {', '.join(sorted(data)[:8]) or 'no key'}")
-    return reader(Fields(source, data))
+    for keys, reader in _READERS.items():
+        if data.keys() >= set(keys):
+            return reader(Fields(source, data))
+    raise InputError(f"{source}: expected a result of {TOOLS}, got {', '.join(sorted(data)[:8]) or 'no key'}")
 
 
-def _reader(data: Mapping[str, Any]) -> Callable[[Fields], BenchRun] | None:
-    """Return the reader of a result, found by keys that only its tool writes."""
-    if "avg_latency" in data:
-        return vllm_latency
-    if "elapsed_time" in data and "num_requests" in data:
-        return vllm_throughput
-    if "performance" in data and "request_info" in data:
-        return trtllm_report
-    if "input_config" in data:
-        return genai_perf
-    if "median_e2e_latency_ms" in data:
-        return sglang_serve
-    return vllm_serve if "request_throughput" in data else None
+# keys that only one tool writes -> its reader; the first that fits is taken
+_READERS: Mapping[tuple[str, ...], Callable[[Fields], BenchRun]] = {
+    ("avg_latency",): vllm_latency,
+    ("elapsed_time", "num_requests"): vllm_throughput,
+    ("performance", "request_info"): trtllm_report,
+    ("input_config",): genai_perf,
+    ("median_e2e_latency_ms",): sglang_serve,
+    ("request_throughput",): vllm_serve,
+}

@@ -8,16 +8,13 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import SECONDS, number
 from simulator.arrays import Array, FloatArray, IndexArray
-from simulator.capacity import RESERVE_BYTES, activation_bytes_of, cache_parts, memory_share, weights_bytes
-from simulator.codes import DTYPES, Kind, Phase
+from simulator.codes import DTYPES, Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.lower import cached_tokens
@@ -25,26 +22,23 @@ from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
 from simulator.passes import ForwardPass, by_kind, section_of
 from simulator.prediction.batch import Reject, batch_of, rejecting
-from simulator.prediction.labels import Labels
-from simulator.prediction.parts import removed_parts, sizes
-from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import COLUMNS, Results
+from simulator.prediction.prunings import Pruning, removed_parts, sizes
+from simulator.prediction.result import COLUMNS, Labels, Results
 from simulator.prediction.scenario import Scenario, by_budget
+from simulator.prediction.serving import memory_columns, serving
 from simulator.uncertainty.forward import forward_passes
-from simulator.uncertainty.intervals import Inferred, PredictionIntervals, prediction_intervals
+from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import WorkloadBatch, sums
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-SAME_SHAPE = 0.99
-"""Correlation of the errors of equal operators in two workloads; the kernels around them differ."""
+SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
 
 SMALL_SHARE = 0.05
 """Share of the time below which operators with default constants do not count: results are calibrated."""
 
-NAMED_SHARE = 0.01
-"""Share of the time from which operators with default constants are named."""
+NAMED_SHARE = 0.01  # share of the time from which operators with default constants are named
 
 
 def compare(
@@ -55,11 +49,8 @@ def compare(
     inferred from a measured time.
 
     ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
-    workload that cannot run.
-    """
+    workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
-    if dense_s is not None:
-        number("dense_s", dense_s, SECONDS)
     found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
     served = serving(p, found, level)
     code, share = p.bottleneck
@@ -238,50 +229,6 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 
-def memory_columns(
-    batch: WorkloadBatch, at: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
-) -> dict[str, Array | Labels]:
-    """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
-    meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
-    fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
-    activations = {phase: activation_bytes_of(batch, phase) for phase in Phase}
-    needed = fixed + each * batch.sequences + np.maximum(*activations.values())
-    # sequences up to which the activations of a pass grow
-    growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
-    engine = load_engine(meta.engine)
-    capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
-    limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
-    most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
-    columns: dict[str, Array | Labels] = {"capacity_bytes": capacity}
-    for name, which in (("dense", batch.dense[at]), ("pruned", at)):
-        columns[f"{name}_memory_bytes"] = needed[which]
-        columns[f"{name}_fits"] = needed[which] <= capacity
-        left, cache = np.maximum(capacity - fixed[which], 0.0), np.maximum(each[which], 1.0)
-        largest = np.full(len(at), np.inf)
-        for phase, activation in activations.items():
-            full = growing[phase][which]
-            own = activation[which] / np.minimum(batch.sequences[which], full)
-            beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
-            within = np.minimum(left / (cache + own), full)
-            largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-        largest = np.maximum(np.floor(largest + 1e-9), 0.0)
-        columns[f"{name}_largest_batch"] = np.minimum(largest, most).astype(np.int64)
-    return columns
-
-
-def _most_together(batch: WorkloadBatch) -> FloatArray:
-    """Return the sequences of each workload whose activations a pass can hold at once: beyond the token budget of a
-    prefill, activations do not grow; in a steady state they are those of its prefill."""
-    meta, rows = batch.rows.meta, batch.rows
-    if meta.phase == "serve":
-        return np.ones(len(batch))
-    if not meta.budget or meta.phase == "decode":
-        return np.full(len(batch), np.inf)
-    computed = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
-    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # of each prompt
-    return np.asarray(np.maximum(meta.budget // np.maximum(tokens, 1.0), 1.0))
-
-
 def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
     """Return for each workload and its dense workload together which operators have default constants, one bit per
     entry of :data:`TITLES`, and their share of the time, of the two the larger."""
@@ -317,59 +264,3 @@ def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.boo
     untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
     same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
     return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
-
-
-def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the prefill passes of each workload; in a steady state those during one request, of all requests."""
-    rows = workloads.rows
-    begins = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
-    return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
-
-
-def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
-    """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
-    ends of their intervals; NaN for other phases.
-
-    In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
-    The share depends on how requests arrive; on either side, its deviation, at most to none or all of the prompts, and
-    the relative error of the whole time are combined as a root of sum of squares. Measured times to the first token
-    deviate more, as they include queues of requests that start together.
-    """
-    meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
-    sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
-    ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
-    ttft, tpot = dict.fromkeys(ends, none), dict.fromkeys(ends, none)
-    rate = none
-    if meta.phase == "prefill":
-        ttft = ends
-    elif meta.phase == "decode":
-        rate, tpot = sequences / seconds, ends
-    else:
-        prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-        own, wait = prefill, p.engine.prefill_wait
-        if meta.phase == "serve":
-            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        rate = sequences * meta.new_tokens / seconds
-        first, before = (
-            _first_tokens(own, prefill, wait.value, sd, level) for sd in (p.engine.first_wait_sd.value, wait.sd)
-        )
-        ttft, tpot = (
-            _latency(part, ends) for part in (first, (prefill - before + decode)[[0, 2, 1]] / meta.new_tokens)
-        )
-    out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
-    return out | {f"tpot_{name}": part for name, part in tpot.items()}
-
-
-def _first_tokens(own: FloatArray, prefill: FloatArray, share: float, sd: float, level: float) -> FloatArray:
-    """Return the times (3, W) to the first token, s, if a request waits for a share of the other prompts, and at both
-    ends of that share."""
-    far = NormalDist().inv_cdf(0.5 + 0.5 * level) * sd
-    shares = np.clip([share, share - far, share + far], 0.0, 1.0)[:, None]
-    return np.asarray(own + shares * (prefill - own))
-
-
-def _latency(part: FloatArray, ends: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with its interval."""
-    below = np.hypot(np.log(ends["s"] / ends["lower"]), np.log(part[0] / part[1]))
-    above = np.hypot(np.log(ends["upper"] / ends["s"]), np.log(part[2] / part[0]))
-    return {"s": part[0], "lower": part[0] * np.exp(-below), "upper": part[0] * np.exp(above)}

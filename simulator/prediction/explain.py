@@ -1,4 +1,6 @@
-"""Explain predictions: a waterfall of the losses, and a conclusion in a sentence."""
+"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`), and the waterfalls
+of requests (:func:`explanations`).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,25 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from simulator.display import with_and
-from simulator.engines.engine import load_engine
+import numpy as np
+
+from simulator.arguments import SECONDS, number
+from simulator.arrays import FloatArray
+from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
-from simulator.prediction.caveats import better_than_bound, inferred_by
-from simulator.prediction.compare import scenario_results
-from simulator.prediction.prunings import prunings_of
+from simulator.operators.base import Estimate, Rows
+from simulator.passes import ForwardPass, by_kind
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import compare, scenario_results
+from simulator.prediction.prunings import applied, prunings_of
 from simulator.prediction.result import HasResult, Result
-from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios, setting
-from simulator.prediction.waterfall import Waterfall, waterfall
+from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
+from simulator.prediction.sentences import better_than_bound, inferred_by
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
-from simulator.units import percent, seconds
+from simulator.uncertainty.operators import gemm_steps_of, operator_time
 from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
@@ -27,14 +35,149 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
     from simulator.workload import Workload
 
-NOTABLE = 0.985
-"""Steps with a factor below it (or above its inverse) are mentioned."""
 
-MOST_CONCLUSIONS = 3
-"""Explanations with a conclusion of their own at the beginning."""
+@dataclass(frozen=True)
+class Step:
+    """One step of the waterfall.
 
-NARROWER = frozenset(("width", "width_cross", "low_rank"))
-"""Families that keep the number of kernels or raise it."""
+    Parameters
+    ----------
+    name : str
+        Name of the step.
+    factor : float
+        Ratio that multiplies the speedup before the step.
+    speedup : float
+        Speedup after the step, a ratio.
+    note : str
+        Meaning of the step.
+
+    Examples
+    --------
+    >>> Step("launch", 0.98, 1.27, "fixed time of each kernel").factor
+    0.98
+    """
+
+    name: str
+    factor: float
+    speedup: float
+    note: str
+
+
+class Waterfall(Displayed, tuple[Step, ...]):
+    """The steps from the nominal speedup to the predicted one, in order: a tuple of :class:`Step`."""
+
+    def _title(self) -> str:
+        return f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
+
+    def _columns(self) -> Mapping[str, Any]:
+        """Return one row per step."""
+        return by_column(self.to_dict()["steps"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``steps`` as dictionaries."""
+        return {"steps": as_plain(tuple(self))}
+
+
+NOTES: Mapping[str, str] = {
+    "rounding": "rounded to whole layers, head groups and aligned widths",
+    "parts not pruned": "unpruned attention, lm_head and norms: the FLOP bound",
+    "memory-bound operators": "limited by bytes, not FLOPs: the roofline bound",
+    "zeros the kernel computes": "the kernel computes or fetches zeros",
+    "tile quantisation": "shapes padded to whole tiles",
+    "wave quantisation": "the last wave of tiles leaves SMs idle",
+    "alignment": "widths off multiples of 8 (16-bit) use slower kernels",
+    "kernel efficiency": "efficiency of the kernels at these shapes",
+    "overhead operators": "routers, gathers, ... that pruning adds",
+    "launch": "fixed time of each kernel, gaps between kernels",
+    "host time": "launches and scheduling not hidden by the device",
+}
+"""Step -> meaning."""
+
+
+def waterfall(
+    dense: Workload, pruned: Workload, hw: str | HardwareProfile, *, dense_s: float | None = None
+) -> Waterfall:
+    """Return named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
+
+    Each step adds one effect to the times of both workloads; its factor is the change of their ratio.
+
+    Parameters
+    ----------
+    dense, pruned : Workload
+        As for :func:`simulator.speedup`.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
+    dense_s : float, optional
+        Measured time of ``dense``, s.
+
+    Returns
+    -------
+    Waterfall
+        The first step is "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
+
+    Raises
+    ------
+    InputError
+        As :func:`simulator.speedup`.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", engine="hf")
+    >>> pruned = simulator.prune(dense, "width", 0.25)
+    >>> steps = waterfall(dense, pruned, "h100")
+    >>> min(steps, key=lambda step: step.factor).name
+    'host time'
+    """
+    if dense_s is not None:
+        number("dense_s", dense_s, SECONDS)
+    batch = batch_with(dense, [pruned])
+    _, requested, realised = applied(dense, pruned)
+    hw = load_hardware(hw)
+    p = forward_passes(batch, hw)
+    effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
+
+    def ratio(column: FloatArray) -> float:
+        of_dense, of_pruned = batch.total(column)
+        return float(of_dense / of_pruned)
+
+    times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
+    values = [
+        1.0 / max(1.0 - realised, 1e-9),  # all layers may be removed
+        *(ratio(np.where(added, 0.0, column)) for column in (batch.flops, *effects.values())),
+        ratio(effects["kernel"]),
+        float(p.device_s[0] / p.device_s[1]),
+        float(times[0] / times[1]),
+    ]
+    before = 1.0 / (1.0 - requested)
+    steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
+    for (name, note), value in zip(NOTES.items(), values, strict=True):
+        steps.append(Step(name, value / before, value, note))
+        before = value
+    return Waterfall(steps)
+
+
+def _effects(p: ForwardPass) -> dict[str, FloatArray]:
+    """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to kernel in one
+    step."""
+    w, ideal = p.workloads.rows, p.ideal_s
+    effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
+    effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
+    for operator, rows, formats in by_kind(w):
+        for some, e in operator.effects(Rows(w, rows), p.hw, formats):
+            at, steps = rows[some], gemm_steps_of(operator_time(e, p.hw))
+            for name in effects.keys() & steps.keys():
+                effects[name][at] = steps[name] * w.count[at]
+    return effects
+
+
+def _fixed(p: ForwardPass) -> FloatArray:
+    """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
+    w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
+    for operator, rows, formats in by_kind(w):
+        fixed = operator.fixed(Rows(w, rows), p.hw, formats)
+        out[rows] = operator_time(fixed, p.hw).seconds if isinstance(fixed, Estimate) else fixed
+    return out * w.count
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,8 +229,7 @@ def explanations(
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
     ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
-    :func:`simulator.table`.
-    """
+    :func:`simulator.table`."""
     config, devices = load_model(model), profiles(hardware)
     if not (pruned or prune) and family is None and method is None:
         raise InputError("prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model")
@@ -114,53 +256,3 @@ def explanations(
                 out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
                 progress(len(out), len(requested) * len(prunings) * len(devices))
     return tuple(out)
-
-
-def conclusion(e: Explanation) -> str:
-    """Return nominal and predicted speedup, bottleneck and largest losses in a sentence, and advice for a host-bound
-    model in another."""
-    r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
-    gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
-    share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
-    nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
-    predicted = f"predicted {r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f})"
-    parts = [f"{nominal}, {predicted} on {setting(r)}, {r.bottleneck}-bound"]
-    if losses:
-        parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
-    elif r.speedup > 1:
-        parts.append(f"no single step loses more than {100 * (1 - NOTABLE):.1f} %")
-    if gains:
-        parts.append("gains: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in gains[:2]]))
-    if e.reason:
-        parts.append(e.reason)
-    if r.speedup_upper < 1:
-        parts.append("the pruned model is slower")
-    elif r.speedup_lower <= 1 and r.sparsity > 0:
-        parts.append("the interval includes 1.00x, so a gain is uncertain")
-    return f"{'; '.join(parts)}.{_host_bound(e)}"
-
-
-def conclusions(found: Sequence[Explanation]) -> list[str]:
-    """Return one to three conclusions of explanations: each :func:`conclusion`, or of more than three their range."""
-    if len(found) <= MOST_CONCLUSIONS:
-        return [conclusion(e) for e in found]
-    best, worst = (pick(found, key=lambda e: e.result.speedup).result for pick in (max, min))
-    first, settings = found[0].result, len({setting(e.result) for e in found})
-    what = first.pruning
-    several = f"{what} and {len(found) // settings - 1} more" if len(found) > settings else what
-    ends = " to ".join(
-        f"{r.speedup:.2f}x ({r.speedup_lower:.2f}-{r.speedup_upper:.2f}) on {setting(r)}" for r in (worst, best)
-    )
-    return [f"{several} of {first.model}, {settings} settings: predicted {ends}."]
-
-
-def _host_bound(e: Explanation) -> str:
-    """Return advice for a host-bound model, else ""."""
-    if not e.layer_s:
-        return ""
-    engine = load_engine(e.dense.meta.engine)
-    text = f"{engine.title}: the host needs {seconds(e.layer_s)} per layer; while the device needs less, narrower "
-    text += "layers give no speedup: use fewer layers or a CUDA graph"
-    if NARROWER & set(e.result.family.split("+")) and engine.own_code.source:
-        text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
-    return f" {text}."

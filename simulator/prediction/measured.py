@@ -30,12 +30,8 @@ from simulator.models.library import load_model, shipped_model
 from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.scenario import Scenario, one_of
 
-TOLERANCE = 0.02
-"""Relative difference by which mean lengths of a file may differ from those requested."""
-
-SLACK_TOKENS = 2.0
-"""Prompt tokens by which a mean length may always differ: tokens that a tokeniser adds."""
-
+TOLERANCE = 0.02  # relative difference by which mean lengths of a file may differ from those requested
+SLACK_TOKENS = 2.0  # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
 IN_FLIGHT = (0.7, 1.05)
 """Share of the requests in flight that may be in flight on average: fewer are during ramp-up and ramp-down."""
 
@@ -53,8 +49,7 @@ class MeasuredDense:
 
 def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
     """Return the measured time of the dense model, s, from the result file of a serving benchmark (``dense_s`` of a
-    scenario). Of several results in a file, the last one that matches the scenario's single shape is taken.
-    """
+    scenario). Of several results in a file, the last one that matches the scenario's single shape is taken."""
     return measured(path, scenario).seconds
 
 
@@ -87,7 +82,8 @@ def measured_of(run: BenchRun, scenario: Scenario) -> MeasuredDense:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
     seconds = pass_seconds(run, scenario.phase, batch, seq, scenario.new_tokens)
     if run.kind == "batch" and not run.concurrency:
-        check = f"--batch-size {batch} --input-len {seq} --output-len {_output(scenario.phase, scenario.new_tokens)}"
+        output = 1 if scenario.phase == "prefill" else scenario.new_tokens + 1
+        check = f"--batch-size {batch} --input-len {seq} --output-len {output}"
         notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
     return MeasuredDense(seconds, run, tuple(notes))
 
@@ -96,8 +92,7 @@ def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: in
     """Return the time of a pass of a phase that a result measured, s.
 
     ``batch`` is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
-    batch or other lengths; what the file does not state is not checked.
-    """
+    batch or other lengths; what the file does not state is not checked."""
     if run.kind == "batch":
         return _batch_seconds(run, phase, batch, seq, new_tokens)
     together = phase == "generate" and run.requests == batch > 1
@@ -125,8 +120,7 @@ def request_of(
     """Return phase, batch, seq and decode steps that a result measured.
 
     ``batch`` (requests in flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
-    states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file has them.
-    """
+    states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file has them."""
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}
     found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
@@ -160,14 +154,9 @@ def _batch_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: 
     return median(run.samples_s)
 
 
-def _output(phase: str, new_tokens: int) -> int:
-    """Return the output tokens of a request: that of the prefill and one per decode step."""
-    return 1 if phase == "prefill" else new_tokens + 1
-
-
 def _check_lengths(run: BenchRun, phase: str, seq: int, new_tokens: int) -> None:
     """Reject other mean lengths than those requested."""
-    output = _output(phase, new_tokens)
+    output = 1 if phase == "prefill" else new_tokens + 1  # that of the prefill and one per decode step
     if run.total_tokens:
         _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
     around = max(TOLERANCE * seq, SLACK_TOKENS)

@@ -1,9 +1,8 @@
-"""Join speedups with quality rows, and find the frontier: the points that no other point beats in both.
+"""Find which prunings are best: on the frontier of speed and quality, and the fastest at each batch and length.
 
 Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length, :func:`frontier` for
-arrays. Quality loss is the relative drop of one metric under one protocol (:mod:`simulator.prediction.quality`).
-Speedups are predicted with their interval, or measured by the caller. A *band* is the range of quality budgets in which
-one family is the fastest.
+arrays, :func:`winners` for the fastest prunings. Quality loss is the relative drop of one metric under one protocol
+(:mod:`simulator.prediction.quality`). A *band* is the range of quality budgets in which one family is the fastest.
 
 One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
 both share, such as those of the dense model, cancel in this ratio (:func:`margins`).
@@ -20,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
-from simulator.prediction.batch import batch_of
-from simulator.prediction.caveats import uncalibrated_of
+from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.quality import number_of
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, by_budget, profiles, scenarios
+from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ if TYPE_CHECKING:
     from simulator.workload import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
-
-DENSE = "dense"
-"""Family of the dense model's point: no loss, speedup 1."""
+DENSE = "dense"  # family of the dense model's point: no loss, speedup 1
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ class Front:
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
-    Equal points do not beat each other. Raises InputError without points or for a value that is not finite.
-    """
+    Equal points do not beat each other. Raises InputError without points or for a value that is not finite."""
     x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise InputError(f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}")
@@ -129,8 +127,7 @@ def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
     half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
 
-    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it.
-    """
+    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
     return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
@@ -146,8 +143,7 @@ def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, .
     """Return the family that is fastest at each quality budget among marked points, or the dense model.
 
     Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
-    is that of :func:`marked`.
-    """
+    is that of :func:`marked`."""
     best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
     ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
@@ -186,8 +182,7 @@ def fronts(
 
     Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
     another model of its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if
-    the model and the devices support no row. ``progress`` is called with frontiers done and their number.
-    """
+    the model and the devices support no row. ``progress`` is called with frontiers done and their number."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
@@ -232,8 +227,8 @@ def _below(
     order: Sequence[int],
     level: float,
 ) -> Halves:
-    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have
-    only their intervals."""
+    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have only
+    their intervals."""
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
     pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
@@ -278,12 +273,8 @@ def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup])
     shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
-        shared |= {
-            "speedup": known.speedup,
-            "speedup_lower": known.lower,
-            "speedup_upper": known.upper,
-            "bottleneck": "",
-        }
+        shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper}
+        shared["bottleneck"] = ""
     shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
 
@@ -291,8 +282,7 @@ def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup])
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
 """Optional columns of measured speedups; values that are not empty must equal those of the point."""
 
-SAME_SPARSITY = 5e-4
-"""Largest difference of equal fractions: tables print three digits."""
+SAME_SPARSITY = 5e-4  # largest difference of equal fractions: tables print three digits
 
 
 @dataclass(frozen=True)
@@ -315,29 +305,90 @@ def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
     """Read measured speedups from a CSV file, to replace predictions.
 
     Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
-    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format.
-    """
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
 def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     if cells["family"] not in FAMILIES:
         raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
-    sparsity, speedup = _number(cells, "sparsity"), _number(cells, "speedup")
+    sparsity, speedup = number_of(cells, "sparsity"), number_of(cells, "speedup")
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
-    lower, upper = (_number(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    lower, upper = (number_of(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
     if not 0.0 < lower <= speedup <= upper:
         got = f"{lower:g}, {speedup:g}, {upper:g}"
         raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
     return MeasuredSpeedup({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
 
 
-def _number(cells: Mapping[str, str], column: str) -> float:
-    try:
-        value = float(cells[column])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{column}: expected a number, got {cells[column]!r}")
-    return value
+OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
+
+
+@dataclass(frozen=True)
+class Winners:
+    """The fastest pruning of every cell."""
+
+    best: Results
+    gains: BoolArray  # whether it is faster than the dense model
+    certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1
+
+
+def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
+    """Return the fastest of some prunings on each device at each shape of a scenario. Prunings that a device, the
+    engine or a request does not support do not compete; InputError if there are no others."""
+    reasons: dict[str, None] = {}
+
+    def skip(_pruning: int | None, reason: str, _device: str) -> None:
+        reasons[reason] = None
+
+    operators = len(replace(scenario, shapes=scenario.shapes[:1]).workloads[0])
+    together, found = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
+    for start in range(0, len(scenario.shapes), together):
+        some = replace(scenario, shapes=scenario.shapes[start : start + together])
+        for one, devices in by_budget(some, hardware):
+            batch = batch_of(one, prunings, skip)
+            found += [w for hw in devices if len((w := _of_device(one, prunings, batch, hw, skip)).best)]
+    if not found:
+        raise InputError("; ".join(reasons) or "nothing to predict")
+    parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))
+    return Winners(Results.join([w.best for w in found]), *parts)
+
+
+def _of_device(
+    scenario: Scenario, prunings: Sequence[Pruning], batch: WorkloadBatch, hw: HardwareProfile, skip: Reject
+) -> Winners:
+    results = results_of(batch, prunings, [hw], scenario, skip)
+    if not len(results):
+        return Winners(results, np.zeros(0, bool), np.zeros(0, bool))
+    # predictions as a table of requests and prunings; NaN where there is none
+    place = {shape: i for i, shape in enumerate(scenario.shapes)}
+    shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
+    cell = np.array([place[shape] for shape in shapes]), results.pruning
+    row = np.full((len(place), len(prunings)), -1)
+    row[cell] = np.arange(len(results))
+    speedup = np.full(row.shape, -np.inf)
+    speedup[cell] = results.columns["speedup"]
+    fastest = np.argsort(-speedup, axis=1, kind="stable")  # of equal speedups the first
+    request = np.flatnonzero(row.max(axis=1) >= 0)
+    first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
+    best = results.take(row[request, first])
+    competes = (first != second) & (row[request, second] >= 0)
+    ratio = _lower_ratio(batch, hw, request, first, np.where(competes, second, first), scenario.level)
+    certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
+    return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
+
+
+def _lower_ratio(
+    batch: WorkloadBatch, hw: HardwareProfile, request: IndexArray, first: IndexArray, second: IndexArray, level: float
+) -> FloatArray:
+    """Return the lower end of the interval of the time of a second pruning over that of a first, at each request."""
+    dense, many = np.flatnonzero(batch.pruning < 0), len(request)
+    pruned = np.flatnonzero(batch.pruning >= 0)
+    index = np.zeros((len(dense), int(batch.pruning.max()) + 1), dtype=np.intp)
+    index[batch.dense[pruned], batch.pruning[pruned]] = pruned
+    pairs = batch.take(np.concatenate([dense, index[request, first], index[request, second]]))
+    other = np.arange(len(pairs))
+    other[len(dense) : len(dense) + many] += many
+    (middle,), (below,), _ = against(pairs, hw, [other], level)
+    return np.asarray(np.exp(middle - below)[len(dense) : len(dense) + many])

@@ -1,6 +1,8 @@
 """Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an existing pruned model.
 
-Use :func:`prunings_of` for the prunings that a user requests.
+Use :func:`prunings_of` for the prunings that a user requests, :func:`removed_parts` for what is left of each part of
+the model: layers, query and KV heads, inner widths of MLP and experts, experts, and the hidden size. Sizes are means
+over the layers that have the part, on all devices together.
 """
 
 from __future__ import annotations
@@ -13,27 +15,30 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from simulator.arrays import Array, BoolArray
+from simulator.codes import Kind
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.scenario import Scenario, check_fraction, distinct, once
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan, read_steps
+from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep, prune_steps
 from simulator.request import Applied
+from simulator.units import percent
 from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
-SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)
-"""Default sparsities."""
-
+SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
 ALIKE = ("engine", "phase", "batch", "seq", "new_tokens", "cached", "budget", "dtype", "devices", "parallel", "link")
 """Fields of ``Meta`` that a pruned and a dense workload must share."""
 
-Excluded = dict[str, list[float]]
-"""Reason -> excluded sparsities."""
+Excluded = dict[str, list[float]]  # reason -> excluded sparsities
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Pruning:
     @classmethod
     def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
         """Return the pruning that leads to an existing pruned model."""
-        families, share = difference_of(dense, pruned)
+        _, families, share = difference_of(dense, pruned)
         return cls((PruningStep("+".join(families) or "none", share),), model=pruned)
 
     def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
@@ -210,8 +215,7 @@ def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tu
     none, or if two have one name.
 
     Checkpoints often keep the name of the model that they were pruned from: several of one name are named after their
-    folders.
-    """
+    folders."""
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:
@@ -266,27 +270,16 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
 
 
 @lru_cache(maxsize=64)
-def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, ...], float]:
-    """Return the families in which a pruned model differs from its dense model, and the removed share of parameters."""
+def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+    """Return how a pruned model differs from its dense model in lines, its families, and the removed share of all
+    parameters."""
     from simulator.models.difference import difference
 
-    words = (re.match("[a-z_]+", line) for line in difference(dense, pruned))
+    lines = difference(dense, pruned)
+    words = (re.match("[a-z_]+", line) for line in lines)
     names = dict.fromkeys(word[0] for word in words if word and word[0] in FAMILIES)
-    left = (lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense))
-    return tuple(names), 1.0 - next(left) / next(left)
-
-
-def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return a line on a checkpoint whose tensors differ from its configuration, and one on how an existing model
-    differs from the dense model."""
-    own = (dense.found,) if dense.found else ()
-    if pruned == dense:
-        return own
-    from simulator.models.difference import difference
-
-    lines, share = difference(dense, pruned) or ("has the shapes of the dense model",), difference_of(dense, pruned)[1]
-    whole = (f"{100.0 * share:.1f} % of all parameters removed",) if len(lines) > 1 else ()
-    return (*own, f"{pruned.name}: {'; '.join((*lines, *whole))}")
+    after, before = (lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense))
+    return lines, tuple(names), 1.0 - after / before
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
@@ -304,7 +297,7 @@ def as_pruned(dense: Workload, pruned: Workload) -> Workload:
     other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
     if own and not other:
         return pruned
-    names, share = difference_of(ours, theirs) if other else ((), 0.0)
+    _, names, share = difference_of(ours, theirs) if other else ((), (), 0.0)
     step = Applied("+".join(names) or "none", share, share)
     if own[:1] == (step,):  # already recorded
         return pruned
@@ -317,3 +310,93 @@ def applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
     requested = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
     realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
     return "+".join(step.family for step in steps) or "none", requested, realised
+
+
+ROUNDED = 0.02
+"""Difference of the requested and the realised share of KV heads from which the part ``heads`` is mentioned."""
+
+
+def sizes(w: Workload) -> dict[str, float]:
+    """Return the sizes of the parts of a workload by name."""
+    first = np.cumsum(w.is_role("embedding")) <= 1  # a prefill may have several kinds of passes
+    down, outputs = readers(w, "down") & first, writers(w, "o") & first
+    attention, experts = w.is_attention & first, (w.kind == Kind.EXPERTS) & first
+    devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
+    norm = w.is_role("final_norm") & first
+
+    def mean(values: Array, rows: BoolArray, scale: float = 1.0) -> float:
+        many = float(w.layers[rows].sum())
+        return scale * float((values * w.layers)[rows].sum()) / many if many else 0.0
+
+    return {
+        "attention layers": float(w.layers[outputs].sum()),
+        "MLP layers": float(w.layers[down | experts].sum()),
+        "heads": mean(w.heads, attention, devices),
+        "KV heads": mean(w.kv_heads, attention, devices),
+        "inner width": mean(w.k, down, devices),
+        "experts": mean(w.experts, experts, devices if w.meta.parallel == "expert" else 1),
+        "expert width": mean(w.n, experts, devices if w.meta.parallel == "tensor" else 1),
+        "hidden size": float(w.n[norm].max(initial=0)),
+    }
+
+
+def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Workload) -> str:
+    """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
+    ``dense`` has the sizes of the dense workload."""
+    if any(family.parts is None for step in steps for family in step.families):
+        return ""
+    before, after, asked = dict(dense), sizes(pruned), _requested(steps)
+    names = list(before)
+    if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:
+        for found in (before, after):
+            found["layers"] = found.pop("attention layers")
+        names = ["layers", *names[2:]]
+    changed = [name for name in names if before[name] > 0 and before[name] != after[name]]
+    grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
+    out = []
+    for name in changed:
+        if grouped and name == "heads":
+            continue
+        share, sizes_text = 1.0 - after[name] / before[name], f"{_size(before[name])} to {_size(after[name])}"
+        if grouped and name == "KV heads":
+            sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
+        wanted = asked.get(name)
+        text = percent(share)
+        if wanted is not None and percent(wanted) != text:
+            text = f"{percent(wanted)} requested, {text} realised"
+        hint = "" if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED else _alone(steps, wanted)
+        out.append(f"{name} {text} ({sizes_text}){hint}")
+    return "; ".join(out)
+
+
+def _alone(steps: Sequence[PruningStep], wanted: float) -> str:
+    """Return how to prune query heads alone, if the request names groups of heads."""
+    named = any(part in ("", "attention") for step in steps for part in _fractions(step))
+    return f", as a KV head goes with its query heads: heads={wanted:g} removes query heads alone" if named else ""
+
+
+def _requested(steps: Sequence[PruningStep]) -> dict[str, float]:
+    """Return the requested share of each size that one step of all layers changes."""
+    out: dict[str, float] = {}
+    twice: set[str] = set()
+    for step in steps:
+        parts = FAMILIES[step.name].parts if step.name in FAMILIES else None
+        for part, fraction in _fractions(step).items():
+            for name in (parts or {}).get(part, ()):
+                if name in out:
+                    twice.add(name)
+                out[name] = fraction
+    return {name: fraction for name, fraction in out.items() if name not in twice}
+
+
+def _fractions(step: PruningStep) -> dict[str, float]:
+    if step.layers is not None or (step.options and dict(step.options).get("unit")):
+        return {}
+    if isinstance(step.sparsity, tuple):
+        pairs = (pair for pair in step.sparsity if isinstance(pair, tuple))
+        return {part: fraction for part, fraction in pairs if isinstance(fraction, float)}
+    return {} if step.sparsity is None else {"": step.sparsity}
+
+
+def _size(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:.1f}"

@@ -1,24 +1,27 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
 Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
-is checked against the two values. A CSV with the column ``results`` lists results of lm-evaluation-harness
-(:mod:`simulator.prediction.harness`). Numbers are comparable only on one axis: the same metric under the same protocol,
+is checked against the two values. Numbers are comparable only on one axis: the same metric under the same protocol,
 hence with the same dense value.
+
+A CSV with the columns ``results,family,sparsity`` lists a model per row, one of family ``dense``. ``results`` is a file
+that ``lm_eval --output_path`` of EleutherAI's lm-evaluation-harness writes, or its folder. Every metric that the dense
+and the pruned model share becomes a row, and so does the mean of ``acc`` over their tasks.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from simulator.errors import InputError, unknown
-from simulator.files.csv import csv_text, read_csv
+from simulator.errors import InputError, one_line, unknown
+from simulator.files.csv import CsvTable, csv_text, read_csv
+from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
-from simulator.prediction.harness import LISTED, MEAN, expanded
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -26,7 +29,6 @@ _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-
 LOSS_TOLERANCE = 5e-4  # of a stated relative loss, absolute or relative: tables print few digits
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -108,8 +110,7 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
     """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all.
 
     A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
-    ``strict`` this is an InputError.
-    """
+    ``strict`` this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]
@@ -164,7 +165,7 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
             raise InputError(f"{column}: is empty")
     if cells["family"] not in FAMILIES:
         raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
-    sparsity, dense, pruned = (_number(cells, c) for c in ("sparsity", "dense", "pruned"))
+    sparsity, dense, pruned = (number_of(cells, c) for c in ("sparsity", "dense", "pruned"))
     if not 0.0 <= sparsity < 1.0:
         hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}{hint}")
@@ -182,13 +183,14 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
     if not math.isfinite(row.relative_loss):
         raise InputError(f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}")
     if cells.get("relative_loss"):
-        written, given = _number(cells, "relative_loss"), row.relative_loss
+        written, given = number_of(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
             raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
     return row
 
 
-def _number(cells: Mapping[str, str], column: str) -> float:
+def number_of(cells: Mapping[str, str], column: str) -> float:
+    """Return the finite number of a cell."""
     try:
         value = float(cells[column])
     except ValueError:
@@ -238,3 +240,87 @@ def table_text(rows: Iterable[QualityRow]) -> str:
         text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
         out.append({**vars(r), **text})
     return csv_text(out, COLUMNS)
+
+
+LISTED, MEAN = ("results", "family", "sparsity"), "mean acc of "
+_NOT_METRICS, _MOST_BYTES = ("sample_len", "sample_count", "bypass"), 64_000_000
+
+
+class Value(NamedTuple):
+    """A value and how it was measured; ``task`` is the task of an accuracy."""
+
+    value: float
+    higher_is_better: bool
+    protocol: str
+    task: str = ""
+
+
+def expanded(listed: CsvTable, folder: Path) -> CsvTable:
+    """Return the rows of a quality table, given the CSV that lists results, and its folder."""
+    families = listed.column("family")
+    if (count := families.count("dense")) != 1:
+        raise InputError(f"{listed.label}: expected one row of family dense, got {count}")
+    models = listed.each(lambda cells: read_results(folder, cells["results"]))
+    read = iter(models)
+    found = listed.each(lambda cells: list(_rows(cells, models[families.index("dense")], next(read))))
+    rows = [(line, row) for line, some in zip(listed.lines, found) for row in some if row["family"] != "dense"]
+    if not rows:
+        raise InputError(f"{listed.label}: expected a row for a pruned model, with a metric above 0")
+    texts = [[*map(one_line, row.values())] for _, row in rows]
+    return CsvTable(listed.label, tuple(rows[0][1]), texts, [line for line, _ in rows])
+
+
+def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
+    """Return model and metrics of a results file, or of a folder of files of one model, newest last by their names."""
+    path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
+    inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if path.is_dir() else [path]
+    for file in sorted(inside, key=lambda file: file.name):
+        content = _mapping(parse_bounded(read_bounded(file, _MOST_BYTES), f"results: {file}", _MOST_BYTES))
+        values |= _values(content)
+        models[str(content.get("model_name") or file.parent.name)] = None
+        for some in _mapping(content.get("group_subtasks")).values():
+            parts.update(map(str, some) if isinstance(some, list) else ())
+    if not name or len(models) != 1 or not values:
+        raise InputError(f"results {name!r}: expected metrics of one model, got {len(values)} of {[*models]}")
+    whole = {v.task: v.value for v in values.values() if v.task and v.task not in parts}
+    if len(whole) > 1:
+        protocol = f"lm-evaluation-harness: {', '.join(sorted(whole))}"
+        values[f"{MEAN}{len(whole)} tasks"] = Value(sum(whole.values()) / len(whole), True, protocol)
+    return next(iter(models)), values
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """Yield the finite metrics of a file; standard errors and counts are not metrics."""
+    shots, versions, better = (_mapping(content.get(name)) for name in ("n-shot", "versions", "higher_is_better"))
+    for task, found in _mapping(content.get("results")).items():
+        stated = {"{}-shot": shots.get(task), "task version {}": versions.get(task)}
+        stated["limited to {} samples"] = _mapping(content.get("config")).get("limit")
+        texts = ["lm-evaluation-harness", *(text.format(v) for text, v in stated.items() if v is not None)]
+        for key, value in _mapping(found).items():
+            name, _, chosen = key.partition(",")  # the filter of the answers
+            number = type(value) in (int, float) and abs(value) < 1e300
+            if number and name not in _NOT_METRICS and not name.endswith("_stderr"):
+                shown = f"{task} {name}" + (f" ({chosen})" if chosen not in ("", "none") else "")
+                # older versions do not state the direction: lower perplexities and bits are better
+                lower = any(part in name for part in ("perplexity", "bits_per_byte", "loss"))
+                higher = _mapping(better.get(task)).get(name, not lower) is True
+                yield shown, Value(float(value), higher, ", ".join(texts), task * (shown == f"{task} acc"))
+
+
+def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned: tuple[str, dict[str, Value]]) -> Any:
+    """Yield the cells for each metric that both models have."""
+    if not (both := {key: (dense[1][key], pruned[1][key]) for key in dense[1] if key in pruned[1]}):
+        raise InputError(f"results: {cells['results']}: shares no metric with the dense model")
+    about = {"model": dense[0].rstrip("/").rpartition("/")[2].lower(), "source": f"lm-evaluation-harness: {pruned[0]}"}
+    about |= {name: cells.get(name, "") for name in ("family", "sparsity", "options")}
+    about["method"] = cells.get("method") or cells["family"]
+    for key, (a, b) in both.items():
+        if a.protocol != b.protocol and not key.startswith(MEAN):
+            raise InputError(f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}")
+        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # a mean of other tasks is no row
+            values = {"metric": key, "higher_is_better": str(a.higher_is_better), "protocol": a.protocol}
+            yield about | values | {"dense": repr(a.value), "pruned": repr(b.value)}

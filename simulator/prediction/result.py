@@ -1,4 +1,5 @@
-"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns.
+"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns, with texts as codes
+(:class:`Labels`).
 
 The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
 """
@@ -11,14 +12,53 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
-from simulator.prediction.labels import Columns, Labels, joined, plain
 from simulator.units import percent, ratio, seconds
 
 if TYPE_CHECKING:
     from simulator.prediction.prunings import Pruning
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A column of texts: codes, which are indices into the texts."""
+
+    codes: NDArray[np.int32]
+    texts: tuple[str, ...]
+
+    def __getitem__(self, index: Any) -> Labels:
+        return Labels(self.codes[index], self.texts)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def tolist(self) -> list[str]:
+        """Return the texts, one per row, as a list."""
+        return [self.texts[code] for code in self.codes.tolist()]
+
+    @property
+    def values(self) -> NDArray[np.object_]:
+        """Texts, one per row."""
+        return np.array(self.texts, dtype=object)[self.codes]
+
+
+Columns = Mapping[str, Any]  # columns of results: float64, int64 and bool arrays, and Labels; NaN for None
+
+
+def plain(column: Array | Labels) -> Array:
+    """Return a column as an array; texts as objects."""
+    return column.values if isinstance(column, Labels) else column
+
+
+def joined(held: Sequence[Array | Labels]) -> Labels:
+    """Concatenate text columns."""
+    labels = [column for column in held if isinstance(column, Labels)]
+    first = np.cumsum([0, *(len(column.texts) for column in labels)])
+    codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
+    return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -233,10 +273,7 @@ class Result(Displayed):
 
 
 _KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
-
-COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
-"""Field of a result -> type."""
-
+COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}  # field of a result -> type
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
 
 

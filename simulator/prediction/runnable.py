@@ -1,47 +1,43 @@
 """Answer "Will it run?" for a pruned model in a stock engine: can the engine load it, are its widths aligned, can the
-devices divide it, and has the engine kernels for it: :func:`runnable` for a pruning, :func:`will_run` for workloads.
+devices divide it, and has the engine kernels for it.
+
+Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model follows from the
+features of its checkpoint (:func:`loading`), which are read from its workload on one device; engines state in their
+YAML files which features they load (:mod:`simulator.engines.loading`). :func:`config_of` writes a ``config.json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from simulator.arrays import Array
-from simulator.codes import DTYPES, Kernel, Kind
+from simulator.arrays import Array, BoolArray
+from simulator.codes import DTYPES, Kernel, Kind, Part
 from simulator.display import Displayed, with_and
 from simulator.engines.engine import Engine, load_engine
+from simulator.engines.loading import FEATURES, Loading
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
+from simulator.models.changes import changed_keys, content_of
+from simulator.models.config import Block, ModelConfig, indivisible
 from simulator.models.library import load_model
-from simulator.models.parallel import indivisible
+from simulator.models.lower import lower
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.operators.gemm import aligned_elements, gemm_kernel
 from simulator.passes import by_formats, refusal
-from simulator.prediction.loading import blocks, loading
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import Results
+from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.speedup import speedup
-from simulator.pruning import FAMILIES
-from simulator.pruning._aligned import FIXED, aligned_up, widths
-from simulator.pruning._rows import layer_count
-from simulator.units import ratio
+from simulator.prediction.sentences import ZEROS, will_it_run
+from simulator.prediction.table import speedup
+from simulator.pruning import FAMILIES, prune
+from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, widths
 from simulator.workload import Workload, WorkloadBatch
 
-DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)
-"""Numbers of devices for which :attr:`Runnable.tensor_parallel` is evaluated."""
-
-GAIN = 1.005
-"""Smallest ratio that a sentence calls faster."""
-
-ZEROS = "dense kernels compute its scattered zeros, so they save no time"
-"""Why kernels do not use a pruning although they run it."""
-
+DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of devices for which Runnable.tensor_parallel is evaluated
 _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("MLP width", "query width")}
 """Widths that devices share."""
 
@@ -68,46 +64,17 @@ class Runnable(Displayed):
     kernels: bool  # whether the engine has kernels that use the pruning; unstructured zeros have none
     kernels_reason: str
 
+    @property
+    def sentence(self) -> str:
+        """The answer in words: yes or no, then why."""
+        return will_it_run(self)
+
     def _title(self) -> str:
         return self.sentence
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and :attr:`sentence` as ``runs``."""
-        return super().to_dict() | {"runs": self.sentence}
-
-    @property
-    def sentence(self) -> str:
-        """The answer in plain words: yes or no, then why."""
-        stops = [f"stock {self.engine} does not load {self.load_reason}"] if self.loadable is False else []
-        stops += [f"it has {self.divisible_reason}"] if not self.divisible else []
-        slow = [] if self.aligned else [self.alignment]
-        if not self.kernels:
-            (slow if self.kernels_reason == ZEROS else stops).append(self.kernels_reason)
-        if stops:
-            return ". ".join([f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)]) + "."
-        if self.loadable is None:
-            return f"Not known: {self.load_reason}."
-        if slow:
-            return f"Yes, but {'; '.join(slow)}."
-        return f"Yes: stock {self.engine} loads it {self.load_reason}."
-
-    @property
-    def clause(self) -> str:
-        """The answer as the last clause of a sentence about the model; "" if it is not known."""
-        return "" if self.works is None else f"; stock {self.engine} {'runs' if self.works else 'does not run'} it"
-
-    @property
-    def alignment(self) -> str:
-        """What is unaligned, and what the nearest aligned width gains; "" if all is aligned."""
-        if self.aligned:
-            return ""
-        over = f" over {self.devices} devices" if self.devices > 1 else ""
-        unit = f"{self.unaligned_dimension} {self.unaligned_width:,}{over} is not aligned"
-        if self.aligned_gain is None:
-            return f"{unit}; the nearest aligned width is {self.aligned_width:,}"
-        ends = f"{ratio(self.aligned_gain_lower or 0.0)}-{ratio(self.aligned_gain_upper or 0.0)}"
-        faster = f"{ratio(self.aligned_gain)}x faster ({ends})" if self.aligned_gain >= GAIN else "no faster"
-        return f"{unit}; {self.aligned_width:,} is {faster}"
+        """Return the fields, and the answer in words as ``runs``."""
+        return super().to_dict() | {"runs": will_it_run(self)}
 
 
 def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
@@ -115,8 +82,7 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     predicted on ``hw``.
 
     Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
-    model that the devices cannot divide is judged on one device.
-    """
+    model that the devices cannot divide is judged on one device."""
     alone = replace(scenario, devices=1)
     whole = pruning.apply(alone.workloads[0], alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -165,8 +131,7 @@ def will_run(
     """Return whether the stock engine of a workload on one device runs its model.
 
     ``config`` is the configuration of an existing checkpoint (default: that of the dense model), ``share`` the share of
-    each of several devices, ``divisible_reason`` why they cannot divide the model.
-    """
+    each of several devices, ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
     own, parts = pruned if share is None else share, blocks(pruned)
@@ -266,3 +231,151 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
+    """Return whether the stock engine loads the checkpoint of a model (None: its file does not state it), and how, or
+    why not. ``config`` is the configuration of the checkpoint, or of the dense model."""
+    present = tuple(features(w))
+    how = {name: engine.loads[name].how for name in present if name in engine.loads}
+    missing: dict[str, list[str]] = {}  # reason -> features
+    for name in how:
+        if reason := _refusal(engine.loads[name], name, w, config):
+            missing.setdefault(reason, []).append(FEATURES[name])
+    custom = engine.loads.get("custom_code")
+    if config is not None and config.custom_code and custom is not None and (missing or config.mismatch):
+        if custom.value:
+            return True, custom.how
+        missing.setdefault(custom.how, []).append(f"{FEATURES['custom_code']} ({config.custom_code})")
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in missing.items()]
+    if config is not None and config.mismatch:
+        fix = "" if missing else "; write its shapes into config.json"
+        reasons.insert(0, f"tensors that differ from config.json ({config.mismatch}){fix}")
+    if reasons:
+        return False, "; ".join(reasons)
+    if unknown := [FEATURES[name] for name in present if name not in how]:
+        return None, f"the file of engine {engine.name} does not state whether it loads {', '.join(unknown)}"
+    special = dict.fromkeys(text for name, text in how.items() if name != "uniform")
+    return True, " and ".join(special) or how["uniform"]
+
+
+def features(w: Workload) -> Iterator[str]:
+    """Yield the features (:data:`simulator.engines.loading.FEATURES`) of the checkpoint of a model on one device."""
+    yield "uniform"
+    attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
+    linear, inside = w.is_role("linear"), w.layer >= 0
+    hidden, plain = int(widths(w)["hidden size"].max(initial=0)), attention & (w.latent == 0) & (w.value_dim == 0)
+    if (w.heads[plain] * w.head_dim[plain] != hidden).any():
+        yield "heads"
+    if (w.heads[plain] % np.maximum(w.kv_heads[plain], 1)).any():
+        yield "groups"
+    mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))
+    mixing = attention | (w.kind == Kind.DELTA_NET) | (linear & (w.part == Part.ATTENTION))
+    if (_layers(w, mlp & inside) != _layers(w, mixing)).any():
+        yield "sublayers"
+    with_experts = covering(w, routed, w.experts) > 0  # their MLPs have another width
+    if any(_differ(down[(down > 0) & (with_experts == some)]) for some in (False, True)):
+        yield "layer_inner"
+    if _differ(w.heads[attention]):
+        yield "layer_heads"
+    if _differ(w.kv_heads[plain]):
+        yield "layer_kv_heads"
+    if _differ(w.experts[routed]) or _differ(w.n[routed]):
+        yield "layer_experts"
+    if (w.is_role("select") & w.overhead & (w.part == Part.MLP) & with_experts).any():
+        yield "expert_choice"
+    if linear.any():
+        yield "linear"
+    if (w.stage > 0).any():
+        yield "low_rank"
+    if w.is_role("residual_projection").any():
+        yield "residual_projections"
+    if (w.is_role("router") & w.overhead).any():
+        yield "routers"
+
+
+def blocks(w: Workload) -> tuple[Block, ...]:
+    """Return the different sublayers of a model on one device: attention, MLPs and experts, each as one block."""
+    attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
+    kv_heads = np.where(w.latent > 0, w.heads, w.kv_heads)
+    pairs = np.unique(np.stack([w.heads, kv_heads])[:, attention], axis=1).T.tolist()
+    groups = np.unique(np.stack([w.experts, w.n])[:, routed], axis=1).T.tolist()
+    return (
+        *(Block(heads, few, 0) for heads, few in pairs),
+        *(Block(0, 0, inner) for inner in np.unique(down[down > 0]).tolist()),
+        *(Block(0, 0, 0, experts=many, expert_inner=inner) for many, inner in groups),
+    )
+
+
+def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
+    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers."""
+    layers, attention, routed = layer_count(pruned), pruned.is_attention, pruned.kind == Kind.EXPERTS
+    found = widths(pruned)
+    latent = dense.latent is not None
+    usual = Block(
+        heads=_largest(pruned.heads[attention], dense.heads),
+        kv_heads=dense.kv_heads if latent else _largest(pruned.kv_heads[attention], dense.kv_heads),
+        inner=_largest(found["MLP width"], 0) if dense.inner else 0,
+        experts=_largest(pruned.experts[routed], 0),
+        active=float(pruned.active[routed].max(initial=0.0)),
+        expert_inner=_largest(pruned.n[routed], 0),
+    )
+    model = replace(
+        dense,
+        layers=layers,
+        windows=dense.windows[:layers],
+        hidden=_largest(found["hidden size"], dense.hidden),
+        blocks=(),
+    )
+    # layers of an architecture that differ, such as first layers without experts, differ in their places only
+    return model.with_usual(usual, dense.blocks[:layers])
+
+
+def _largest(values: Any, default: int) -> int:
+    return int(np.max(values, initial=0)) or default
+
+
+def config_of(source: str, r: Result) -> dict[str, Any]:
+    """Return the content of the ``config.json`` of a predicted pruned model; InputError if it has no such file."""
+    dense, content = load_model(source), content_of(source)
+    if not content:
+        raise InputError(f"{dense.name}: has no config.json to start from; expected a name or a file")
+    new = shapes_of(dense, prune(lower(dense, phase="decode", engine=""), r.prune))
+    keys = changed_keys(dense, new, content)
+    parallel = r.parallel if r.devices > 1 else "tensor"
+    built, whole = (lower(m, phase="decode", devices=r.devices, parallel=parallel) for m in (new, dense))
+    pruned = prune(whole, r.prune)
+    if pruned.parameters != built.parameters or not np.isclose(pruned.flops.sum(), built.flops.sum(), rtol=1e-9):
+        raise InputError(f"{r.pruning}: a config.json of {dense.architecture} cannot state its shapes")
+    return {**content, **keys}
+
+
+def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | None) -> str:
+    """Return why an engine does not load a feature of a model, or ""."""
+    if not found.value:
+        return found.how
+    if config is not None and found.model_types and (kind := _kind(config)) not in found.model_types:
+        only = f"only for model_type {' and '.join(found.model_types)}, " if len(found.model_types) <= 3 else ""
+        return f"{only}not for {kind}"
+    inner = widths(w)["MLP width"]
+    if feature == "layer_inner" and (odd := inner[inner % found.multiple > 0]).size:
+        return f"it describes multiples of {found.multiple}, not {int(odd[0]):,}"
+    return ""
+
+
+def _kind(config: ModelConfig) -> str:
+    """Return the model type whose code runs a model: Mistral without windows has the tensors and operators of Llama."""
+    plain_mistral = config.architecture == "mistral" and not any(config.windows)
+    return "llama" if plain_mistral else config.architecture
+
+
+def _layers(w: Workload, mask: Array) -> BoolArray:
+    """Return which layers have at least one of the masked rows."""
+    marks = np.zeros(layer_count(w) + 1, dtype=np.int64)
+    np.add.at(marks, w.layer[mask], 1)
+    np.add.at(marks, (w.layer + w.layers)[mask], -1)
+    return np.cumsum(marks)[:-1] > 0
+
+
+def _differ(values: Array) -> bool:
+    return len(values) > 0 and bool((values != values[0]).any())

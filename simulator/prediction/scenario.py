@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from simulator.arguments import LEVEL, SECONDS, OneOrMore, instance, listed, number, shown, whole
 from simulator.codes import DTYPES, PHASES
@@ -21,9 +21,9 @@ from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.link import check as check_link
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import PARALLEL as PARALLEL
 from simulator.models.library import load_model
 from simulator.models.lower import SKEW, lower
-from simulator.models.parallel import PARALLEL as PARALLEL
 from simulator.operators.experts import EXPERT_SKEW
 from simulator.pruning import check_fraction as check_fraction
 
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from simulator.workload import Workload
 
 T = TypeVar("T")
-
-MAX_TOKENS = 2**31 - 1
-"""Largest batch x sequence of a pass: row indices of kernels have 32 bits."""
+MAX_TOKENS = 2**31 - 1  # largest batch x sequence of a pass: row indices of kernels have 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +169,7 @@ def scenarios(
     seq: OneOrMore[int],
 ) -> list[Scenario]:
     """Return every combination of models, engines (none: the template's), phases, batches and lengths, in this order;
-    values are checked and used once.
-    """
+    values are checked and used once."""
     template = (
         Scenario() if template is None else instance("scenario", template, Scenario, "simulator.prediction.scenario")
     )
@@ -234,39 +231,17 @@ def dense_seconds(tokens_per_s: float | None, phase: str, batch: int, seq: int, 
     return batch * {"prefill": seq, "decode": 1}.get(phase, new_tokens) / tokens_per_s
 
 
-class HasDevice(Protocol):
-    """A prediction of one device."""
-
-    @property
-    def hardware(self) -> str: ...
-    @property
-    def devices(self) -> int: ...
-
-
-class HasSetting(HasDevice, Protocol):
-    """A prediction of one device, engine and request."""
-
-    @property
-    def engine(self) -> str: ...
-    @property
-    def phase(self) -> str: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def seq(self) -> int: ...
-
-
 def batch_name(phase: str) -> str:
     """Return the name of the number of sequences in a phase."""
     return "concurrency" if phase == "serve" else "batch"
 
 
-def setting(r: HasSetting) -> str:
+def setting(r: Any) -> str:
     """Return devices, engine and request of a prediction as part of a sentence."""
     return f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
 
 
-def device_text(r: HasDevice) -> str:
+def device_text(r: Any) -> str:
     """Return the device with its number, if the prediction is of several."""
     return f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware
 

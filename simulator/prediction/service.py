@@ -1,51 +1,405 @@
 """Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at what cost.
 
-Use :func:`serve`; :func:`sentences` states its conclusion. A pruned model is faster with equally many requests in
-flight; it also leaves memory for more of them, and keeps limits of latency at a higher load.
-:mod:`simulator.prediction.operating` finds the operating points.
+:func:`serve` does so for engines and devices; :func:`operating_points` for one. It predicts the steady state of
+continuous batching (phase ``serve``) over a grid of concurrencies in one batch, then over a second grid around the
+answer. A model fits up to the concurrency at which its weights and caches fill the memory, or up to the sequences that
+the engine admits. W: workloads, models at concurrencies.
+
+Limits of the time to the first token and per output token hold together with at most the smaller of the two
+probabilities, which is used: both times follow the same pass, so their errors move together.
+
+The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
+(``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
+and of decode steps in that time (``cost_prompt``, ``cost_new``).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from simulator.arguments import OneOrMore, listed, number, shown
-from simulator.display import Displayed, few
+import numpy as np
+
+from simulator.arguments import SECONDS, OneOrMore, Range, listed, number, shown
+from simulator.arrays import FloatArray, IndexArray
+from simulator.capacity import cache_parts, weights_bytes
+from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.prediction.caveats import uncalibrated
-from simulator.prediction.compare import scenario_results
-from simulator.prediction.conclusions import probability_text
-from simulator.prediction.operating import (
-    CURVE,
-    EQUAL,
-    LIMITS,
-    MEMORY,
-    PRICE,
-    Limits,
-    OperatingPoint,
-    Service,
-    operating_points,
-)
-from simulator.prediction.prunings import Excluded, difference_lines, exclude, excluded_lines, prunings_of, readable
-from simulator.prediction.runnable import runnable
-from simulator.prediction.scenario import Scenario, profiles, scenarios, whole_number
-from simulator.prediction.table import dense_notes
-from simulator.units import percent, ratio, seconds, size
+from simulator.prediction.batch import batch_of, rejecting
+from simulator.prediction.compare import alike, scenario_results
+from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines, prunings_of, readable
+from simulator.prediction.runnable import Runnable, runnable
+from simulator.prediction.scenario import MAX_TOKENS, Scenario, device_text, profiles, scenarios, whole_number
+from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
+from simulator.prediction.serving import memory_columns, serving
+from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
+from simulator.units import ratio, seconds
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
+REFINED = 16  # concurrencies of the second grid, for each model
+ROUNDS = 4  # rounds in which the largest concurrencies are found; they hardly change after the second
+PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
-NAMED = 3  # further prunings that a sentence names
-LEAST = 0.001  # relative change of a number of bytes from which it is stated
 
-_LIMITED = {"ttft": "time to the first token", "tpot": "time per output token"}
+def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
+    with the standard deviation that follows from that end of the interval."""
+    left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
+    deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
+    return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
+
+
+def check_probability(probability: float) -> None:
+    """Raise InputError for a required probability outside (0, 1)."""
+    if not 0.0 < probability < 1.0:
+        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most time to the first token and per output token, s, and the probability with which both must hold."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_probability(self.probability)
+        for name, limit in self.named.items():
+            number(name, limit, SECONDS)
+
+    @property
+    def named(self) -> Mapping[str, float]:
+        """The limits that are set, by name."""
+        both = {"ttft": self.ttft_s, "tpot": self.tpot_s}
+        return {name: limit for name, limit in both.items() if limit is not None}
+
+    @property
+    def text(self) -> str:
+        """The limits in words."""
+        words = {"ttft": "to the first token", "tpot": "per output token"}
+        return " and ".join(f"{seconds(limit)} {words[name]}" for name, limit in self.named.items())
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class OperatingPoint(Displayed):
+    """One model in a service at one number of requests in flight. Its fields are the keys of ``--json`` and the columns
+    of ``--csv``; numbers that do not exist are NaN: where no request fits, or limits do not hold even for one."""
+
+    point: str  # EQUAL, MEMORY, LIMITS or CURVE
+    model: str
+    hardware: str
+    engine: str
+    devices: int  # that share the model
+    seq: int  # tokens of a prompt
+    cached_prefix: int  # tokens of a prompt in the prefix cache
+    new_tokens: int  # tokens that each request decodes
+    pruning: str  # in words; "" for the dense model
+    prune: str  # text of --prune
+    family: str  # families joined by "+"
+    concurrency: int  # requests in flight; 0 if none fits or keeps the limits
+    fits: bool  # whether the memory and the engine hold so many
+    request_s: float
+    request_lower: float
+    request_upper: float
+    ttft_s: float
+    ttft_lower: float
+    ttft_upper: float
+    tpot_s: float
+    tpot_lower: float
+    tpot_upper: float
+    tokens_per_s: float  # new tokens/s per device
+    tokens_per_s_lower: float
+    tokens_per_s_upper: float
+    ratio: float = math.nan  # tokens/s over those of the dense model at its operating point of this kind
+    ratio_lower: float = math.nan
+    ratio_upper: float = math.nan
+    probability: float  # with which the limits hold; NaN without limits
+    unmet: str  # the limit that fails for a single request: "ttft" or "tpot"
+    excess: float  # predicted time over this limit
+    cost_output: float = math.nan  # cost of a million tokens in the currency of the price
+    cost_all: float = math.nan
+    cost_prompt: float = math.nan
+    cost_new: float = math.nan
+    largest_concurrency: int  # most requests in flight of this model
+    limited_by: str  # what sets it: "memory" or "engine"
+    weights_bytes: float  # on the fullest device
+    cache_bytes: float  # of one request
+    level: float  # of the intervals
+
+    @property
+    def name(self) -> str:
+        """The pruning in words, or "dense"."""
+        return self.pruning or "dense"
+
+    @property
+    def setting(self) -> str:
+        """Devices, engine and request as part of a sentence."""
+        cached = f", {self.cached_prefix} of them cached," if self.cached_prefix else ""
+        return f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
+
+    def _title(self) -> str:
+        rate = f"{self.tokens_per_s:,.4g} tokens/s per GPU" if self.concurrency else "nothing"
+        times = "" if math.isnan(self.ratio) else f", {ratio(self.ratio)}x of dense"
+        return f"{self.model} {self.name} on {self.setting}, {self.point}: {rate} at {self.concurrency}{times}"
+
+
+@dataclass(frozen=True, repr=False)
+class Service(Displayed):
+    """The operating points of the dense and the pruned models on one device in one engine."""
+
+    points: tuple[OperatingPoint, ...]  # by kind, each kind by model, the dense one first
+    curve: tuple[OperatingPoint, ...]  # each model at concurrencies from 1 to the largest that fits
+    limits: Limits
+    runs: tuple[Runnable, ...]  # whether the stock engine runs each pruned model
+
+    @property
+    def kinds(self) -> dict[str, list[OperatingPoint]]:
+        """Points by kind, the dense model first."""
+        out: dict[str, list[OperatingPoint]] = {}
+        for point in self.points:
+            out.setdefault(point.point, []).append(point)
+        return out
+
+    def _title(self) -> str:
+        first = self.points[0]
+        return f"{first.model} on {first.setting}: {len(self.points)} operating points"
+
+
+NO_LIMITS = Limits()
+Triple = tuple[FloatArray, FloatArray, FloatArray]  # values, and the lower and the upper ends of their intervals
+
+
+@dataclass(frozen=True)
+class ServePasses:
+    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both ends."""
+
+    batch: WorkloadBatch
+    p: PredictedPass
+    level: float
+    limits: Limits
+
+    @classmethod
+    def of(
+        cls, scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
+    ) -> ServePasses:
+        """Return the dense and the pruned models at some concurrencies."""
+        batch = _batch(scenario, prunings, at)
+        return cls(batch, forward_passes(batch, hw, scenario.level), scenario.level, limits)
+
+    def ratios(self, other: IndexArray) -> PredictionIntervals:
+        """Return the times of requests, s, and their ratios to those of other workloads, with intervals."""
+        return prediction_intervals(self.p, self.level, other, *alike(other, self.p))
+
+    def place(self, model: int, concurrency: int) -> int:
+        """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the batch."""
+        wanted = concurrency or self.batch.sequences.min()
+        return int(np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0])
+
+    @cached_property
+    def intervals(self) -> PredictionIntervals:
+        """Times of requests, s, with intervals."""
+        return self.ratios(np.arange(len(self.batch)))
+
+    @property
+    def request(self) -> Triple:
+        """Time of a request, s."""
+        return self.intervals.seconds, self.intervals.lower, self.intervals.upper
+
+    @cached_property
+    def waits(self) -> Mapping[str, Triple]:
+        """Time to the first token and per further token, s, by the name of its limit."""
+        found = serving(self.p, self.intervals, self.level)
+        return {name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"]) for name in ("ttft", "tpot")}
+
+    @cached_property
+    def tokens_per_s(self) -> Triple:
+        """New tokens/s per device."""
+        meta = self.batch.rows.meta
+        rate, fast, slow = (self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request)
+        return rate, slow, fast
+
+    @cached_property
+    def chances(self) -> Mapping[str, FloatArray]:
+        """Probability (W,) with which each limit holds."""
+        out = {}
+        for name, limit in self.limits.named.items():
+            times = zip(*(column.tolist() for column in self.waits[name]))
+            found = [probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level) for t, low, high in times]
+            out[name] = np.array(found)
+        return out
+
+    @cached_property
+    def bytes_held(self) -> tuple[FloatArray, FloatArray]:
+        """Bytes of the weights, and of the cache of one request, on the fullest device."""
+        return weights_bytes(self.batch), cache_parts(self.batch)[0]
+
+    def last_within(self, model: int, among: Iterable[int]) -> int:
+        """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
+        holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
+        return max((c for c in among if holds[self.place(model, c)]), default=0)
+
+
+def operating_points(
+    scenario: Scenario,
+    hw: HardwareProfile,
+    prunings: Sequence[Pruning],
+    names: Sequence[str],
+    *,
+    concurrency: int | None = None,
+    limits: Limits = NO_LIMITS,
+    price: float | None = None,
+) -> tuple[OperatingPoint, ...]:
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
+
+    ``scenario`` has one shape, whose batch is ignored; ``prunings`` run on the device, and ``names`` are their names.
+    Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
+    the smallest of the largest that fit the pruned models. InputError if no model fits."""
+    scenario, models = scenario.on(hw), range(1 + len(prunings))
+    largest = _largest(scenario, hw, prunings)
+    if concurrency is None:
+        concurrency = largest[0] or min(filter(None, largest))
+    steady = {*steps(max(largest)), concurrency}
+    grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
+    curve = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
+    kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
+    if limits.named:
+        firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
+        ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
+        finer = [sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends]
+        found = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
+        kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
+    points = _Points(hw, names, prunings, largest, price)
+    return (
+        *(point for kind, at in kinds.items() for point in points.of_kind(found, kind, at)),
+        *(points.one(curve, CURVE, m, c) for m in models for c in grids[m] if c),
+    )
+
+
+def steps(last: int) -> list[int]:
+    """Return a grid of concurrencies: powers of two and steps between, up to a last one."""
+    powers = [2**i for i in range(max(last, 1).bit_length())]
+    return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
+
+
+def _batch(scenario: Scenario, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
+    """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
+    shapes = tuple((c, scenario.shapes[0][1]) for c in sorted({*at} - {0}))
+    return batch_of(replace(scenario, shapes=shapes), prunings, rejecting)
+
+
+def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
+    """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
+    engine's limit. InputError if no model fits.
+
+    The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
+    that follows from a request at the largest."""
+    found = [1] * (1 + len(prunings))
+    for _ in range(ROUNDS):
+        batch = _batch(scenario, prunings, found)
+        every = np.arange(len(batch))
+        columns = memory_columns(batch, every, [hw], np.zeros_like(every))
+        models, at = batch.pruning.tolist(), batch.sequences.tolist()
+        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // scenario.shapes[0][1]).tolist()
+        new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
+        if not any(new.values()):
+            need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
+            room = float(np.asarray(columns["capacity_bytes"])[0]) / 2**30
+            have = f"needs {need:.1f} GiB, {room:.1f} GiB available; expected more devices (--tp)"
+            raise InputError(f"{hw.label}: no model fits: with one request, the smallest {have}")
+        found, before = [new.get(m, 0) for m in range(len(found))], found
+        if found == before:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What operating points of one device share."""
+
+    hw: HardwareProfile
+    names: Sequence[str]
+    prunings: Sequence[Pruning]
+    largest: Sequence[int]
+    price: float | None
+
+    def of_kind(self, found: ServePasses, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
+        """Return the points of a kind, of all models, each at its concurrency."""
+        if not at[0]:
+            return [self.one(found, kind, m, c) for m, c in enumerate(at)]
+        ratios = found.ratios(np.full(len(found.batch), found.place(0, at[0])))
+        every = np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper]) * found.batch.sequences / at[0]
+        return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
+
+    def one(
+        self, found: ServePasses, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
+    ) -> OperatingPoint:
+        """Return the point of a model (0: dense) at a concurrency."""
+        meta, i = found.batch.rows.meta, found.place(model, concurrency)
+        columns = {"request": found.request, **found.waits, "tokens_per_s": found.tokens_per_s}
+        if ratios is not None:
+            columns["ratio"] = ratios[0], ratios[1], ratios[2]
+        numbers: dict[str, float] = {}
+        for name, column in columns.items():
+            keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
+            numbers |= {key: float(values[i]) if concurrency else math.nan for key, values in zip(keys, column)}
+        chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
+        excess = {name: float(found.waits[name][0][i]) / limit for name, limit in found.limits.named.items()}
+        fails = kind == LIMITS and most and not concurrency
+        unmet = min(chances, key=lambda name: (chances[name], -excess[name])) if fails else ""
+        engine = load_engine(meta.engine)
+        limit = engine.limit(self.hw.memory_bytes, self.hw.name)
+        return OperatingPoint(
+            point=kind,
+            model=meta.model,
+            hardware=self.hw.label,
+            engine=engine.name,
+            devices=meta.devices,
+            seq=meta.seq,
+            cached_prefix=meta.cached,
+            new_tokens=meta.new_tokens,
+            pruning=self.names[model - 1] if model else "",
+            prune=self.prunings[model - 1].prune if model else "",
+            family=self.prunings[model - 1].family if model else "",
+            concurrency=concurrency,
+            fits=0 < concurrency <= most,
+            **numbers,
+            probability=min(chances.values()) if chances and (concurrency or unmet) else math.nan,
+            unmet=unmet,
+            excess=excess.get(unmet, math.nan),
+            **self.costs(found, i, concurrency),
+            largest_concurrency=most,
+            limited_by="engine" if limit is not None and most == limit.sequences else "memory",
+            weights_bytes=float(found.bytes_held[0][i]),
+            cache_bytes=float(found.bytes_held[1][i]),
+            level=found.level,
+        )
+
+    def costs(self, found: ServePasses, i: int, concurrency: int) -> dict[str, float]:
+        """Return the costs of a million tokens of one workload."""
+        if self.price is None or not concurrency:
+            return {}
+        meta, prefill = found.batch.rows.meta, float(found.p.phase_s[i, 0] / found.p.total_s[i])
+        million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
+        return {
+            "cost_output": million,
+            "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
+            "cost_prompt": million * prefill * (meta.new_tokens / meta.seq),
+            "cost_new": million * (1.0 - prefill),
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,170 +550,3 @@ def _too_many(service: Service) -> list[str]:
         for p in service.kinds[EQUAL]
         if not p.fits and (p.pruning or p.limited_by == "engine")
     ]
-
-
-def sentences(service: Service) -> list[str]:
-    """Return the conclusion on a service: at equal concurrency, at equal memory, and within limits if there are some.
-
-    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits.
-
-    >>> from simulator import serve
-    >>> lines = sentences(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
-    >>> print(lines[0][70:])
-    depth at 25 % makes llama-3.1-8b 1.32x faster (1.30-1.34); stock vllm runs it.
-    >>> print(lines[1][:108])
-    depth at 25 % serves 1.35x (1.31-1.39) as many tokens/s at equal memory: 1.42x as many sequences fit (303 in
-    """
-    kinds, best = service.kinds, ranked(service)[0]
-    out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
-    out.append(equal_memory(kinds[MEMORY][0], kinds[MEMORY][best]))
-    last = kinds[MEMORY][0], kinds[MEMORY][best]
-    if LIMITS in kinds:
-        last = kinds[LIMITS][0], kinds[LIMITS][ranked(service, LIMITS)[0]]
-        out.append(within_limits(service, *last))
-    return [*out[:-1], f"{out[-1][:-1]}{_cost(*last)}."]
-
-
-def ranked(service: Service, kind: str = MEMORY) -> list[int]:
-    """Return the indices of the pruned models (from 1) by their tokens/s at the points of a kind, the most first."""
-    rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
-    return sorted(range(1, len(rates)), key=lambda i: -rates[i])
-
-
-def best_point(service: Service) -> OperatingPoint:
-    """Return the pruned model with the most tokens/s at equal memory, there."""
-    return service.kinds[MEMORY][ranked(service)[0]]
-
-
-def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return why a pruned model serves more at equal memory: how many more sequences fit, and how long each takes."""
-    name = pruned.name
-    if not pruned.concurrency:
-        return f"{name} does not fit on {pruned.setting}: {_weights(pruned)}."
-    if not dense.concurrency:
-        here = f"{_count(pruned)} sequences fit: {pruned.tokens_per_s:,.0f} tokens/s per GPU"
-        return f"{dense.model} does not fit on {dense.setting}: {_weights(dense)}; with {name}, {here}."
-    if pruned.concurrency == dense.concurrency:
-        fit = f"as many sequences {'run' if pruned.limited_by == 'engine' else 'fit'} ({_count(pruned)})"
-    else:
-        times = ratio(pruned.concurrency / dense.concurrency)
-        fit = f"{times}x as many sequences fit ({_instead(dense, pruned)}{_smaller(dense, pruned)})"
-    longer = pruned.request_s / dense.request_s
-    start = f"{name} serves {_times(pruned)} as many tokens/s at equal memory"
-    return f"{start}: {fit}, and each request takes {ratio(longer)}x as long."
-
-
-def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return how much more a pruned model serves within limits, or which limit a model cannot keep."""
-    limits = service.limits
-    chance = f" (with a probability of {percent(limits.probability)})"
-    start = f"Within {limits.text}{chance}"
-    if not dense.concurrency and not pruned.concurrency:
-        return f"{start}, no request can be served: {_failing(service, dense)}; {_failing(service, pruned)}."
-    if not dense.concurrency:
-        rate = f"{pruned.tokens_per_s:,.0f} tokens/s per GPU with {_requests(pruned)}"
-        return f"{start}, {pruned.name} serves {rate}; {_failing(service, dense)}."
-    if not pruned.concurrency:
-        return f"{start}, the dense model serves {_requests(dense)}; {_failing(service, pruned)}."
-    more = f"{_requests(pruned)} instead of {dense.concurrency:,}"
-    return f"{start}, {pruned.name} serves {_times(pruned)} as many tokens/s: {more}."
-
-
-def failing_text(service: Service, point: OperatingPoint) -> str:
-    """Return which limit a model cannot keep even for one request, and by how much; "" if it keeps them."""
-    if not point.unmet:
-        return ""
-    time = seconds(service.limits.named[point.unmet] * point.excess)
-    start = f"{_LIMITED[point.unmet]} {time} for one request"
-    if point.excess > 1.0:
-        return f"{start}, {ratio(point.excess)}x the limit"
-    return f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
-
-
-def _failing(service: Service, point: OperatingPoint) -> str:
-    name = point.pruning or "the dense model"
-    text = failing_text(service, point)
-    return f"{name} fails ({text})" if text else f"{name} does not fit"
-
-
-def _equal_concurrency(service: Service, best: int) -> str:
-    """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
-    points = service.kinds[EQUAL]
-    dense, pruned = points[0], points[best]
-    start = f"With {_requests(dense)} on {dense.setting}, {pruned.name}"
-    text = f"{start} {_gain(pruned)}{service.runs[best - 1].clause}"
-    others = [
-        f"{p.name} {_times(p)}{f', which stock {p.engine} does not run' if service.runs[i - 1].works is False else ''}"
-        for i, p in enumerate(points)
-        if i not in (0, best)
-    ]
-    return f"{text}; others: {few(others, NAMED)}." if others else f"{text}."
-
-
-def _gain(point: OperatingPoint) -> str:
-    if point.ratio_upper < 1.0:
-        return f"makes {point.model} slower: {_times(point)}"
-    if point.ratio_lower <= 1.0:
-        return f"gives {point.model} no certain gain: {_times(point)}"
-    return f"makes {point.model} {_times(point).replace(' ', ' faster ', 1)}"
-
-
-def _times(point: OperatingPoint) -> str:
-    return f"{ratio(point.ratio)}x ({ratio(point.ratio_lower)}-{ratio(point.ratio_upper)})"
-
-
-def _requests(point: OperatingPoint) -> str:
-    return f"{point.concurrency:,} request{'s' if point.concurrency > 1 else ''} in flight"
-
-
-def _count(point: OperatingPoint) -> str:
-    limit = point.limited_by == "engine" and point.concurrency == point.largest_concurrency
-    return f"{point.concurrency:,}{', the limit of the engine' if limit else ''}"
-
-
-def _instead(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return two numbers of sequences."""
-    comma = "," if pruned.limited_by == "engine" else ""
-    return f"{_count(pruned)}{comma} instead of {_count(dense)}"
-
-
-def _smaller(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return by how much weights and cache shrink."""
-    parts = []
-    for name, ours, theirs in (
-        ("weights", pruned.weights_bytes, dense.weights_bytes),
-        ("the cache of each", pruned.cache_bytes, dense.cache_bytes),
-    ):
-        change = 1.0 - ours / max(theirs, 1.0)
-        if abs(change) >= LEAST:
-            verb = ("shrink" if change > 0.0 else "grow") + ("" if name == "weights" else "s")
-            parts.append((name, verb, percent(abs(change))))
-    if not parts:
-        return ""
-    (name, verb, by), *rest = parts
-    text = f", as {name} {verb} by {by}"
-    for name, other, by in rest:
-        text += f" and {name} by {by}" if other.rstrip("s") == verb.rstrip("s") else f" and {name} {other} by {by}"
-    return text
-
-
-def _weights(point: OperatingPoint) -> str:
-    return f"its weights take {size(point.weights_bytes)}{' of each device' if point.devices > 1 else ''}"
-
-
-def _cost(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return the cost of output as the end of a sentence."""
-    if math.isnan(pruned.cost_output):
-        return ""
-    instead = "" if math.isnan(dense.cost_output) else f" instead of {money(dense.cost_output)}"
-    return f"; a million output tokens cost {money(pruned.cost_output)}{instead}"
-
-
-def money(value: float) -> str:
-    """Return an amount of money without its currency.
-
-    >>> money(1.216), money(123.4), money(0.9), money(0.0123)
-    ('1.22', '123', '0.900', '0.0123')
-    """
-    digits = 0 if value >= 99.5 else 2 if value >= 1.0 else 3
-    return f"{value:,.{digits}f}" if value >= 0.1 else f"{value:.3g}"

@@ -32,9 +32,8 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.compare import scenario_results
 from simulator.prediction.grid import Grid, Piece, read_grid
-from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Excluded, exclude, excluded_lines
-from simulator.prediction.result import COLUMNS, Results
+from simulator.prediction.result import COLUMNS, Results, plain
 
 if TYPE_CHECKING:
     import pandas
@@ -43,7 +42,6 @@ MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
 CHECK_S = 2.0  # between checks of the workers while no piece is finished
 REACH_S = 10.0  # to reach a Dask scheduler
-
 STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"  # metadata of a part: its stamp; sparsities by exclusion
 PART_NAME = re.compile(r"part-\d{8}\.parquet")
 ADDRESS = re.compile(r"(tcp://)?(\[[0-9a-f:.]+\]|[^][/:\s]+):\d+")
@@ -138,8 +136,7 @@ def write_sweep(
     """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones.
 
     Parts of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into
-    the folder waits for the first. ``progress`` is called with configurations done and their number.
-    """
+    the folder waits for the first. ``progress`` is called with configurations done and their number."""
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
     size, own, hardware = grid.size, grid.digest(), grid.hardware

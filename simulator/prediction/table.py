@@ -1,44 +1,31 @@
-"""Predict the product of models, devices, engines, prunings, phases, batches and lengths.
+"""Predict speedups: of the product of models, devices, engines, prunings and requests (:func:`table`), of one pruning
+(:func:`predict`), or of workloads (:func:`speedup`, :func:`speedups`).
 
-Use :func:`table`. A combination that a family does not support (2:4 at 0.25) is excluded with a note if there are
-several prunings, and an error if there is only one.
+In a table, a combination that a family does not support (2:4 at 0.25) is excluded with a note if there are several
+prunings, and an error if there is only one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.arguments import OneOrMore, listed, shown
-from simulator.capacity import MOST_DEVICES, memory
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
-from simulator.models.library import load_model
-from simulator.prediction.caveats import (
-    BETTER,
-    assumed_link,
-    better_than_bound,
-    beyond_measured,
-    fallback,
-    inferred_by,
-    inferred_line,
-)
-from simulator.prediction.compare import scenario_results
-from simulator.prediction.labels import plain
-from simulator.prediction.prunings import (
-    Excluded,
-    Pruning,
-    difference_lines,
-    exclude,
-    excluded_lines,
-    prunings_of,
-    readable,
-)
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import results_of, scenario_results
+from simulator.prediction.prunings import Excluded, Pruning, applied, exclude, excluded_lines, prunings_of, readable
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario, batch_name, check_measured, models_of, profiles, scenarios
+from simulator.prediction.scenario import Scenario, check_measured, models_of, profiles, scenarios
+from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
+from simulator.pruning._steps import PruningStep
+from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -131,7 +118,7 @@ def table(
     found = []
     for done, one in enumerate(requested, start=1):
         results = scenario_results(one, prunings, devices, reject)
-        lines = [*dense_notes(results, one, devices), *_above_bound(results, prunings, one, devices)]
+        lines = [*dense_notes(results, one, devices), *above_bound(results, prunings, one, devices)]
         notes |= dict.fromkeys(lines)
         if len(results):
             found.append(results)
@@ -231,49 +218,92 @@ def predict(
     return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
 
 
-def dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
-    """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
-    about, config = scenario.workloads[0].meta, load_model(scenario.model)
-    if (reached := about.seq + about.new_tokens) > config.max_positions:
-        supported = f"{config.name} supports {config.max_positions} positions"
-        yield f"{supported}, but {reached} were requested; timed as if supported"
-    too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
-    for hw in devices:
-        (dense,) = scenario.on(hw).workloads
-        if hw.label in too_large:
-            where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
-            yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
-        if joined := assumed_link(hw, dense):
-            yield joined
-        if far := beyond_measured(dense, hw):
-            yield far
-        if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
-            yield inferred_line(inferred, hw.label, scenario.dense_s)
-        if other := fallback(hw, dense):
-            yield other
+def speedups(
+    dense: Workload,
+    pruned: Sequence[Workload],
+    hw: str | HardwareProfile,
+    level: float = 0.9,
+    *,
+    dense_s: float | None = None,
+) -> Results:
+    """Predict the speedups of many pruned versions of a dense workload on one device.
+
+    Parameters
+    ----------
+    dense : Workload
+        The dense workload, from :func:`simulator.lower`.
+    pruned : sequence of Workload
+        Pruned versions, from :func:`simulator.prune`, or of another model (such as a pruned checkpoint) lowered for the
+        same request.
+    hw : str or HardwareProfile
+        The device: a name, or a profile from :func:`simulator.load_hardware`.
+    level : float
+        Level of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of ``dense``, s. Shifts predictions and narrows intervals.
+
+    Returns
+    -------
+    Results
+        One :class:`~simulator.prediction.result.Result` per pruned workload, in order.
+
+    Raises
+    ------
+    InputError
+        If the device lacks a number format or 2:4 tensor cores that a workload needs, or if the workloads are not of
+        the same phase, batch, lengths, engine and devices.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
+    >>> pruned = [simulator.prune(dense, "depth", s) for s in (0.0, 0.25)]
+    >>> [round(r.speedup, 2) for r in speedups(dense, pruned, simulator.load_hardware("h100"))]
+    [1.0, 1.27]
+    """
+    hw = load_hardware(hw)
+    batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
+    prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
+    requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
+    batch = replace(batch, sparsity=requested, realised=realised)
+    about = dense.meta
+    scenario = Scenario(phase=about.phase, shapes=((about.batch, about.seq),), level=level, dense_s=dense_s)
+    return results_of(batch, prunings, [hw], scenario)
 
 
-def _too_large(dense: Workload, hw: HardwareProfile) -> str:
-    """Return why a model does not fit, and the devices or batch that fit."""
-    m, name = memory(dense, hw), batch_name(dense.meta.phase)
-    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
-    left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
-    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
-    way += f"; the largest {name} that fits is {largest}" if largest else ""
-    return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
+def speedup(
+    dense: Workload, pruned: Workload, hw: str | HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
+) -> Result:
+    """Predict the speedup of one pruned workload over its dense workload on a device.
 
+    Parameters
+    ----------
+    dense, pruned : Workload
+        The two workloads; ``pruned`` may be of another model, such as a pruned checkpoint, lowered for the same
+        request.
+    hw : str or HardwareProfile
+        The device: a name, or a profile.
+    level : float
+        Level of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of ``dense``, s. Shifts predictions and narrows intervals.
 
-def _above_bound(
-    results: Results, prunings: Sequence[Pruning], scenario: Scenario, devices: Sequence[HardwareProfile]
-) -> Iterator[str]:
-    """Yield one note per device on the speedup that is farthest above its roofline bound."""
-    above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
-    for hw in devices:
-        mine = np.flatnonzero((label == hw.label) & (above > BETTER))
-        if len(mine):
-            most = int(mine[above[mine].argmax()])
-            r, pruning = results[most], prunings[results.pruning[most]]
-            (dense,) = scenario.on(hw).workloads
-            why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
-            at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
-            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
+    Returns
+    -------
+    Result
+        Times, the speedup with its interval, bounds, bottleneck, memory and serving numbers.
+
+    Raises
+    ------
+    InputError
+        As :func:`speedups`.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
+    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", sparsity=0.25), "h100")
+    >>> bool(1.15 < r.lower < r.speedup < r.upper < 1 / 0.75)
+    True
+    """
+    return speedups(dense, [pruned], hw, level, dense_s=dense_s)[0]

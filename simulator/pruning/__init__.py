@@ -20,9 +20,8 @@ from simulator.arguments import flag, instance, plain, shown
 from simulator.arrays import Array, FloatArray
 from simulator.codes import ROLES, Part
 from simulator.errors import InputError, unknown
-from simulator.pruning._edits import merge_runs
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import covering, layer_count, projections, weights
+from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weights
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -50,8 +49,7 @@ class _Families(Mapping[str, Family]):
         return len(self._modules)
 
 
-FAMILIES: Mapping[str, Family] = _Families()
-"""Pruning families by name, in the order of tables."""
+FAMILIES: Mapping[str, Family] = _Families()  # pruning families by name, in the order of tables
 
 
 def general_families() -> tuple[str, ...]:

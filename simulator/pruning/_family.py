@@ -1,7 +1,7 @@
 """Define a pruning family, the sparsity of each row, and checks of options.
 
-A family is one file of this package with a constant ``FAMILY``; no list names it. The modules ``_rows`` (find rows),
-``_edits`` (change rows), ``_added`` (add rows) and ``_tokens`` (reduce tokens) serve all families.
+A family is one file of this package with a constant ``FAMILY``; no list names it. The module ``_rows`` serves all
+families.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
 """Parts of the family width whose removal leaves a share of what other parts leave."""
-ONE_SIZE: tuple[str, ...] = ("hidden",)
-"""Parts that have one size in all layers."""
+ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WHOLE: tuple[str, ...] = (
     *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
@@ -37,11 +36,8 @@ them."""
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
 """Names in a sparsity per part of families that prune single weights."""
 
-SCORE_BYTES = 4.0
-"""Bytes of a score or an index: fp32 or int32."""
-
-Pruned = tuple[Workload, float]
-"""The pruned workload, and its realised sparsity."""
+SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
+Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsity
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,13 @@ class Family(Displayed):
 
     name: str = field(init=False)
     axis: str  # logical GEMM dimension that it changes
-    dynamic: bool = False  # whether it decides per token at inference
+    # what an engine needs to run it: "config" (config.json states its shapes), "checkpoint" (tensors of other forms),
+    # or "kernels" (the pruning happens at inference: a dynamic family)
+    loading: str
+    # part of a request ("": a fraction without parts) -> sizes of which it is the requested share; None: sizes depend
+    # on the tokens of a request
+    parts: Mapping[str, tuple[str, ...]] | None
+    narrows: bool  # whether it makes kernels smaller without removing one
     summary: str
     cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
@@ -89,6 +91,11 @@ class Family(Displayed):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.function.__name__)
         object.__setattr__(self, "options", dict(self.function.__kwdefaults__ or {}))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the family decides per token at inference."""
+        return self.loading == "kernels"
 
     def _title(self) -> str:
         return f"{self.name}: {self.summary}"

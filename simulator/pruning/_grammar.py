@@ -28,11 +28,8 @@ from simulator.pruning._steps import PruningStep
 from simulator.units import parse_fraction, parse_value
 
 MOST_CHARACTERS = 2000
-PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")
-"""Endings of plans."""
-
-MOST_LAYERS = 10_000
-"""Largest accepted layer number; models have fewer layers."""
+PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")  # endings of plans
+MOST_LAYERS = 10_000  # largest accepted layer number; models have fewer layers
 
 _TOKEN = re.compile(
     r"(?P<name>[^\s+=%]+)\s*=\s*(?P<value>[^\s+=%]+(?:\s*%)?)|(?P<word>[^\s+=%]+(?:\s*%)?)|(?P<plus>\+)|(?P<wrong>[=%])"
@@ -40,32 +37,19 @@ _TOKEN = re.compile(
 
 
 def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
-
-    Parameters
-    ----------
-    text : str
-        Such as ``"width mlp=0.3 heads=0.2 + depth 0.25"``, or a path that ends in .yaml, .yml or .json.
-
-    Returns
-    -------
-    tuple of PruningStep
-        At least one step.
-
-    Raises
-    ------
-    InputError
-        With the place of the first mistake: the column in the text, or line and column in the file.
-    """
+    """Return the steps of a text such as ``"width mlp=0.3 + depth 0.25"``, or of a plan if the text is the path of a
+    YAML or JSON file. Errors have the place of the first mistake: the column in the text, or line and column in the
+    file."""
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
     if is_plan(text):
-        return _plan(Path(text.strip()))
+        problems = Problems(text.strip())
+        return _steps_of(read_text(Path(text.strip()), problems), problems)
     try:
         return _steps(text)
     except _MisplacedError as wrong:
         place = f", column {wrong.column}" if text.strip() else ""
-        raise InputError(f"pruning {_shortened(text)!r}{place}: {wrong}") from None
+        raise InputError(f"pruning {one_line(text, 120)!r}{place}: {wrong}") from None
 
 
 def is_plan(text: str) -> bool:
@@ -82,10 +66,6 @@ class _MisplacedError(InputError):
     def __init__(self, column: int, message: str) -> None:
         super().__init__(message)
         self.column = column
-
-
-def _shortened(text: str) -> str:
-    return one_line(text, 120)
 
 
 def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
@@ -196,18 +176,12 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < MOST_LAYERS:
             expected = "expected layer numbers such as 4-29 or 0,5,8-11"
-            raise _MisplacedError(column, f"{expected}, got {_shortened(text)!r}")
+            raise _MisplacedError(column, f"{expected}, got {one_line(text, 120)!r}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
-
-
-def _plan(path: Path) -> tuple[PruningStep, ...]:
-    """Read a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
-    problems = Problems(str(path))
-    return _steps_of(read_text(path, problems), problems)
 
 
 def plan_steps(text: str) -> tuple[PruningStep, ...]:
@@ -216,6 +190,7 @@ def plan_steps(text: str) -> tuple[PruningStep, ...]:
 
 
 def _steps_of(text: str | None, problems: Problems) -> tuple[PruningStep, ...]:
+    """Return the steps of a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
     steps = tuple[PruningStep, ...]()
     root = None if text is None else parse_yaml(text, problems)
     keys = ("prune", "layers")

@@ -143,8 +143,7 @@ def _decay(stage: Array, sparsity: float) -> Array:
             low = r
         else:
             high = r
-    share: Array = 1.0 - r**stage
-    return share
+    return 1.0 - r**stage
 
 
 def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:

@@ -1,13 +1,26 @@
-"""Find rows of a workload, and count their weights."""
+"""Find rows of a workload and count their weights; change, add, split and merge rows; reduce their tokens."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import Kernel, Kind
-from simulator.pruning._family import PROJECTIONS, WHOLE
+from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code, role_code
+from simulator.errors import InputError
+from simulator.pruning._family import PROJECTIONS, QKV, WHOLE, Choice, Pruned
 from simulator.workload import Workload
+
+INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
+"""Projections that read the residual stream."""
+
+NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")
+STREAM = ("embedding", *NORMS, "residual", "gather", "scatter", "quantize", "all_reduce", "send")
+"""Roles that move the residual stream; gathers of logits have their own width."""
 
 
 def layer_count(w: Workload) -> int:
@@ -17,14 +30,12 @@ def layer_count(w: Workload) -> int:
 
 def projections(w: Workload, *names: str) -> Array:
     """Return a mask of projections in the layers; without names, of all seven."""
-    mask: Array = w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
-    return mask
+    return w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
 
 
 def weighted(w: Workload) -> Array:
     """Return a mask of all weights in the layers: projections, latent attention, linear sublayers, experts."""
-    mask: Array = w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
-    return mask
+    return w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
 
 
 def zeros(w: Workload) -> Array:
@@ -77,8 +88,7 @@ def biases(w: Workload) -> Array:
 
 def weights(w: Workload) -> Array:
     """Return the parameters of all executions of each row, without biases."""
-    owned: Array = (w.params - biases(w)) * w.count
-    return owned
+    return (w.params - biases(w)) * w.count
 
 
 def removed(before: float, after: float) -> float:
@@ -89,3 +99,322 @@ def removed(before: float, after: float) -> float:
 def parameters_removed(w: Workload, out: Workload) -> float:
     """Return the fraction of weights in the layers that pruning removed."""
     return removed(*(float(weights(x)[weighted(x)].sum()) for x in (w, out)))
+
+
+def whole_share(share: Array | float, of: Array | float) -> Array:
+    """Return ``share`` of ``of``, rounded to the nearest whole number (halves up)."""
+    rounded: Array = np.floor(np.asarray(share) * np.asarray(of) + 0.5).astype(np.int64)
+    return rounded
+
+
+def aligned(width: Array, keep: Array, align: int) -> Array:
+    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most ``width``."""
+    wanted = np.ceil(keep * width / align - 1e-9).astype(np.int64) * align
+    return np.minimum(np.maximum(wanted, align), width)
+
+
+def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
+    """Return the workload with other values of some columns in some rows."""
+    return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
+
+
+def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
+    """Return GEMMs with other N and K; parameters change with them, and so does a bias (N parameters)."""
+    bias = biases(w)
+    before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
+    params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
+    return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
+
+
+def with_inner(w: Workload, kept: Array) -> Workload:
+    """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP do not change."""
+    down = readers(w, "down")
+    width = covering(w, down, w.k)
+    divisor, wide = np.maximum(width, 1), w.is_role("activation", "product", "quantize_inner") & (width > 0)
+    n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
+    return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
+
+
+def with_expert_width(w: Workload, kept: Array) -> Workload:
+    """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
+    routed = w.kind == Kind.EXPERTS
+    params = w.params * (kept / np.maximum(w.n, 1))
+    return changed(w, routed, n=kept, params=params)
+
+
+def moved(w: Workload, share: Array) -> dict[str, Array]:
+    """Return columns with a share of the bytes that each row reads and writes."""
+    return {"read_bytes": w.read_bytes * share, "write_bytes": w.write_bytes * share}
+
+
+def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
+    """Set a share of the projections' weights to zero; ``params`` counts nonzero weights and biases."""
+    rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
+    if (already := rows & zeros(w)).any():
+        which = Kernel(int(w.kernel[already].max())).name.lower()
+        raise InputError(f"{name}: expected dense projections, got sparse ones ({which}); set zeros only once")
+    bias = biases(w)
+    out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)
+    return out, parameters_removed(w, out)
+
+
+def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
+    """Return the workload with the masked rows twice, origin of each row, and masks of first and second copies."""
+    index = np.repeat(np.arange(len(w)), np.where(mask, 2, 1))
+    second = np.r_[False, index[1:] == index[:-1]]
+    return w.take(index), index, mask[index] & ~second, second
+
+
+def split_at(w: Workload, layer: int) -> Workload:
+    """Split rows whose run of layers contains the start of ``layer`` into two rows that share their count."""
+    across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
+    if not across.any():
+        return w
+    out, _, first, second = doubled(w, across)
+    layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
+    out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
+    return changed(out, second, layer=layer)
+
+
+def merge_runs(w: Workload) -> Workload:
+    """Merge neighbouring rows that differ only in consecutive layers: the inverse of ``expand`` and ``split_at``."""
+    if len(w) < 2:
+        return w
+    new = np.ones(len(w), dtype=bool)
+    new[1:] = (w.layer[1:] != w.layer[:-1] + w.layers[:-1]) | (w.layers[1:] == 0)
+    for name in w.SCHEMA.keys() - {"count", "layer", "layers"}:
+        column = getattr(w, name)
+        new[1:] |= column[1:] != column[:-1]
+    start = np.flatnonzero(new)
+    if len(start) == len(w):
+        return w
+    return w.take(start).replace(count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start))
+
+
+def sublayer_ends(w: Workload) -> Array:
+    """Return a mask of the last projection per sublayer, run of layers and phase: templates of added rows."""
+    routed = w.is_role("experts") & (w.layer >= 0)
+    shared = covering(w, routed, np.ones(len(w))) > 0  # experts come after the MLP that they share a sublayer with
+    ends: Array = routed | (writers(w, "o", "down", "linear") & ~(shared & (w.part == Part.MLP)))
+    return ends
+
+
+def hidden_at(w: Workload, at: Array) -> Array:
+    """Return the hidden size at sublayer ends."""
+    return np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
+
+
+def before_sublayer(w: Workload, rows: Array) -> Array:
+    """Return the positions (see :func:`insert`) before the sublayers of some rows."""
+    change = np.zeros(len(w), dtype=bool)
+    change[1:] = (w.part[1:] != w.part[:-1]) | (w.phase[1:] != w.phase[:-1])
+    return np.maximum.accumulate(np.where(change, np.arange(len(w)), 0))[rows] - 0.5
+
+
+def _stream(w: Workload, at: Array) -> Array:
+    """Return format codes of the residual stream at some rows: their format, or bf16 for 8 bits and fewer."""
+    own = w.dtype[at]
+    return np.where(DTYPE_BYTES[own] < 2.0, dtype_code("bf16"), own)
+
+
+def stream_bytes(w: Workload, at: Array) -> Array:
+    """Return the bytes per value of the residual stream at some rows."""
+    return DTYPE_BYTES[_stream(w, at)]
+
+
+def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
+    """Return elementwise rows in the stream's format, with layer, part, phase and count of the rows ``at``."""
+    base = {name: getattr(w, name)[at] for name in ("part", "phase", "layer", "layers", "count")}
+    stream, code = _stream(w, at), role_code(role)[0]
+    columns = {"kind": Kind.ELEMENTWISE, **base, "dtype": stream, "weight_dtype": stream, **columns}
+    return Workload.filled(w.meta, size=len(at), role=code, overhead=True, **columns)
+
+
+def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any) -> Workload:
+    """Return GEMMs over all tokens of the rows ``at``; they own parameters in the phase that counts parameters."""
+    # the decode steps of a generate own none
+    owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()
+    params = np.where(owns, np.asarray(n, dtype=np.float64) * k / w.repeats[at], 0.0)
+    return overheads(w, at, role, kind=Kind.GEMM, m=w.m[at], n=n, k=k, params=params, **columns)
+
+
+Inserted = list[tuple[Array, Workload]]
+"""Rows to insert, each with a position (possibly fractional) before which it is put."""
+
+
+def insertion(w: Workload, parts: Inserted) -> Array:
+    """Return the order that puts the rows of ``w`` followed by ``parts`` into their places."""
+    place = np.concatenate([np.arange(len(w), dtype=np.float64), *[at for at, _ in parts]])
+    return np.argsort(place, kind="stable")
+
+
+def insert(w: Workload, parts: Inserted) -> Workload:
+    """Return ``w`` with the rows of ``parts`` inserted; equal positions keep their order."""
+    return Workload.concat([w, *[rows for _, rows in parts]]).take(insertion(w, parts))
+
+
+EXACT_TOKENS = 16  # up to this number of tokens, every outcome of the binomial distribution has its own row
+CAPACITY_TOKENS = 512
+"""From this number of tokens, the computed number is the mean, as in capacity-based routers; its sd is below 5 %."""
+
+BINS = 5  # number of equally likely bins that approximate the binomial distribution between these two numbers
+
+
+@lru_cache(maxsize=4096)
+def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
+
+    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
+    it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
+    :data:`CAPACITY_TOKENS` it is the mean alone."""
+    if tokens <= 0 or keep >= 1.0:
+        return (tokens,), (1.0,)
+    if tokens <= EXACT_TOKENS:
+        many = np.arange(tokens + 1)
+        chance = np.array([math.comb(tokens, j) * keep**j * (1.0 - keep) ** (tokens - j) for j in range(tokens + 1)])
+    else:
+        if tokens >= CAPACITY_TOKENS:
+            means, weights = np.array([tokens * keep]), np.array([1.0])
+        else:
+            means, weights = _binned(tokens, keep)
+        low = np.floor(means)
+        both = np.concatenate([low, low + 1]).astype(np.int64)
+        many, inverse = np.unique(both, return_inverse=True)
+        shares = np.concatenate([weights * (low + 1 - means), weights * (means - low)])
+        chance = np.bincount(inverse.reshape(-1), weights=shares)
+    kept = (many > 0) & (chance > 0)
+    return tuple(int(j) for j in many[kept]), tuple(float(c) for c in chance[kept])
+
+
+def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
+    """Return means and weights of the bins of a binomial distribution."""
+    outcome = np.arange(tokens + 1)
+    factorial = np.array([math.lgamma(j + 1) for j in range(tokens + 1)])
+    choose = factorial[-1] - factorial - factorial[::-1]
+    mass = np.exp(choose + outcome * math.log(keep) + (tokens - outcome) * math.log1p(-keep))
+    mass /= mass.sum()
+    which = np.minimum((np.cumsum(mass) - mass / 2) * BINS, BINS - 1).astype(np.int64)
+    weights = np.bincount(which, weights=mass, minlength=BINS)
+    used = weights > 0
+    means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
+    weights = weights[used]
+    means *= tokens * keep / (means @ weights)  # exact mean, without rounding errors
+    return np.minimum(means, tokens), weights
+
+
+def split_tokens(w: Workload, keep: Array) -> Workload:
+    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability.
+
+    Tokens are ``m``, in decode attention ``batch``. Bytes of elementwise and collective rows scale with them.
+    Parameters are conserved."""
+    tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
+    if not len(chosen):
+        return w
+    pairs, inverse = np.unique(np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    points = [token_points(int(t), float(p)) for t, p in pairs.T]
+    times, conserve = np.ones(len(w), dtype=np.int64), np.ones(len(w))
+    times[chosen] = np.array([len(many) for many, _ in points])[inverse]
+    conserve[chosen] = np.array([1.0 / sum(chance) for _, chance in points])[inverse]
+    index = np.repeat(np.arange(len(w)), times)
+    out, own, split = w.take(index), tokens[index], (keep < 1.0)[index]
+    many, chance = own.astype(np.float64), np.ones(len(out))
+    both = [np.array(pair) for pair in points]
+    many[split], chance[split] = np.concatenate([both[pair] for pair in inverse.tolist()], axis=1)
+    share = many / np.maximum(own, 1)
+    return out.replace(
+        count=out.count * chance,
+        m=np.where(out.m > 0, many, out.m),
+        batch=np.where(out.kind == Kind.DECODE_ATTENTION, many, out.batch),
+        read_bytes=out.read_bytes * share,
+        write_bytes=out.write_bytes * share,
+        params=out.params * conserve[index],
+    )
+
+
+def tokens_of(w: Workload) -> Array:
+    """Return the tokens of every row: ``m``, in decode attention ``batch``."""
+    return np.where(w.kind == Kind.DECODE_ATTENTION, w.batch, w.m)
+
+
+def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
+    """Split fused qkv projections with sparsity ``s > 0`` into queries and the rest; return the rows' sparsity too."""
+    keys = covering(w, w.is_attention, w.kv_heads * w.head_dim)
+    fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
+    if not fused.any():
+        return w, s
+    if (w.stage[fused] == 2).any():
+        reason = "queries of a low-rank fused qkv projection cannot be computed separately"
+        raise InputError(f"{reason}; choose an engine that does not fuse them, such as hf")
+    out, index, first, rest = doubled(w, fused)
+    n = np.where(first, out.n - 2 * keys[index], 2 * keys[index])  # queries, and the gate of the outputs if any
+    out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
+    return changed(out, first, role=role_code("q")[0]), s[index]
+
+
+def query_share(w: Workload, keep: Array) -> Array:
+    """Return the share of rotary and query-key norm left if ``keep`` of the queries and all keys stay; else 1."""
+    heads, groups = (covering(w, w.is_attention, heads) for heads in (w.heads, w.kv_heads))
+    share: Array = (heads * keep + groups) / np.maximum(heads + groups, 1)
+    return np.where(w.is_role("rotary", "qk_norm") & (w.layer >= 0), share, 1.0)
+
+
+def prompt_of(w: Workload) -> Array:
+    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; else 0."""
+    none = np.iinfo(np.int64).max
+    out = np.full(layer_count(w) + 1, none)
+    decodes = bool((w.kind == Kind.DECODE_ATTENTION).any())
+    rows = w.take(w.kind == (Kind.DECODE_ATTENTION if decodes else Kind.PREFILL_ATTENTION))
+    # a decode step also attends to its own position
+    grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
+    length = rows.kv_len - (grown if decodes else 0)
+    for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
+        run, lengths = slice(first, first + many), length[(rows.layer == first) & (rows.layers == many)]
+        # the first decode step, or the last chunk of the prompt
+        out[run] = np.minimum(out[run], lengths.min() if decodes else lengths.max())
+    out[out == none] = 0
+    return np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
+
+
+FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
+
+
+def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
+    """Return the workload with the hidden size ``new`` in place of ``hidden``."""
+    stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == Kind.EXPERTS
+    reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
+    writes = writers(w, "o", "down", "linear")
+    n = np.where(writes | square | (stream & (w.n == hidden)), new, w.n)
+    share = np.where(stream, new / hidden, 1.0)
+    out = resized(w, n, np.where(reads | square | routed, new, w.k), **moved(w, share))
+    narrower = np.where(routed, new / hidden, share)
+    scaled = routed | (w.kind == Kind.ELEMENTWISE)
+    return out.replace(params=np.where(scaled, w.params * narrower, out.params))
+
+
+def widths(w: Workload) -> Mapping[str, Array]:
+    """Return the widths of a model on one device by name: one value per row, 0 for rows without this width."""
+    rows = {
+        "MLP width": (readers(w, "down"), w.k),
+        "expert width": (w.kind == Kind.EXPERTS, w.n),
+        "rank": (projections(w) & (w.stage == 1), w.n),
+        "hidden size": (readers(w, *QKV, "gate", "up", "gate_up"), w.k),
+        "query width": (readers(w, "o"), w.k),
+    }
+    return {name: np.where(mask, width, 0) for name, (mask, width) in rows.items()}
+
+
+def aligned_up(w: Workload, unit: Array) -> Workload:
+    """Return the workload with its widths rounded up to multiples of ``unit``, one per row, except :data:`FIXED`."""
+
+    def up(width: Array) -> Array:
+        return -(-width // unit) * unit
+
+    out = with_inner(w, covering(w, readers(w, "down"), up(w.k)))
+    out = with_expert_width(out, up(out.n))
+    inside = projections(out)
+    first, second = inside & (out.stage == 1), inside & (out.stage == 2)
+    out = resized(out, np.where(first, up(out.n), out.n), np.where(second, up(out.k), out.k))
+    of_hidden = widths(w)["hidden size"]
+    hidden, new = int(of_hidden.max(initial=0)), int(up(of_hidden).max(initial=0))
+    return out if hidden == new else with_hidden(out, hidden, new)

@@ -112,8 +112,7 @@ def _argument(sparsity: Sparsity) -> Any:
 def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = "") -> Workload:
     """Return the workload pruned by steps, of which those that remove layers are applied last.
 
-    Errors name the step, and the plan if the steps are of one.
-    """
+    Errors name the step, and the plan if the steps are of one."""
     step: PruningStep | None = None
     try:
         for step in in_order(steps, workload):
@@ -127,8 +126,7 @@ def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[Pruni
     """Yield the steps that prune a workload, in their order.
 
     Those of one family at different layers are one step. Those that remove layers are last, with the numbers that
-    layers then have.
-    """
+    layers then have."""
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]

@@ -8,20 +8,16 @@ from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.codes import Part
 from simulator.errors import InputError
-from simulator.pruning._edits import changed, merge_runs, whole_share
 from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import removed, weighted, weights
+from simulator.pruning._rows import changed, merge_runs, removed, weighted, weights, whole_share
 from simulator.workload import Workload
 
 
 def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
-    ``unit`` is "layer", "both" (equal numbers of both kinds, the same as "layer" unless some layers lack one),
-    "attention" or "mlp". The deepest layers except the last are removed, from the listed layers if there is a list;
-    with ``early_exit`` also the last: all tokens exit after the layers that stay. The choice matters only if layers
-    differ (alternating windows, widths per layer).
-    """
+    ``unit`` is "layer", "both" (equal numbers of both kinds), "attention" or "mlp". The deepest layers except the last
+    are removed, from the listed layers if there is a list; with ``early_exit`` also the last."""
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     flag("option early_exit", early_exit)
     if unit in SUBLAYERS and choice.form == "part":
@@ -36,8 +32,7 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", earl
 
 
 def _rows(w: Workload, parts: list[Part]) -> Array:
-    mask: Array = np.isin(w.part, parts) & (w.layer >= 0)
-    return mask
+    return np.isin(w.part, parts) & (w.layer >= 0)
 
 
 def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
@@ -68,6 +63,9 @@ def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | No
 FAMILY = Family(
     function=depth,
     axis="static M",
+    loading="config",
+    parts={"": ("layers",), "attention": ("attention layers",), "mlp": ("MLP layers",)},
+    narrows=False,
     order=1,
     summary="removes layers, or attention or MLP sublayers, with norm, residual and cache",
     cost="nothing",

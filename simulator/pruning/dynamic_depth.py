@@ -8,21 +8,25 @@ from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.codes import Kernel, Kind, Part, role_code
 from simulator.errors import InputError
-from simulator.pruning._added import (
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import (
     Inserted,
     before_sublayer,
+    changed,
     hidden_at,
     insert,
     insertion,
+    layer_count,
+    moved,
     overhead_gemm,
     overheads,
+    query_share,
+    split_fused_qkv,
+    split_tokens,
     stream_bytes,
     sublayer_ends,
+    whole_share,
 )
-from simulator.pruning._edits import changed, moved, whole_share
-from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import layer_count
-from simulator.pruning._tokens import query_share, split_fused_qkv, split_tokens
 from simulator.workload import Workload
 
 KEYS = (
@@ -52,27 +56,19 @@ def dynamic_depth(
     router: int = 2,
     unit: str = "sublayer",
 ) -> Pruned:
-    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer.
+    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer; parameters are conserved.
 
     k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see every key. With
     ``prune_kv`` a skipped token leaves no key in that layer, and attention sees ``1-s`` of the positions.
 
-    The number of tokens of a GEMM is binomial, see ``token_points``. At batch 1 in decode a sublayer runs with
-    probability ``1-s``. Prefill attention with dense keys keeps its rows and computes a share ``1-s`` of the query-key
-    pairs (density, block-sparse); decode attention has fewer sequences. Parameters are conserved.
+    The number of tokens of a GEMM is binomial (``token_points``). Prefill attention with dense keys keeps its rows and
+    computes a share ``1-s`` of the query-key pairs (block-sparse); decode attention has fewer sequences. Early exit is
+    a sparsity per layer that grows with depth: the share of tokens that have left before each layer.
 
-    Early exit is a sparsity per layer that grows with depth: the share of tokens that have left before each layer. Its
-    k and v of later layers are those of the last hidden state (CALM), so they stay dense. In a batch each token exits
-    alone and the others go on, with the same binomial numbers: an engine that runs a layer for the whole batch until
-    its last token has left saves less.
-
-    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer. With ``unit`` "layer" there is one per layer,
-    and tokens are selected and copied once per layer. With ``kernel`` "reference" (the taxonomy's benchmark,
-    github.com/EIT-NLP/LLM-Pruning, PruningInferSim) the mask is selected and, for several tokens, sorted.
-    GEMMs skip tiles and do not use cuBLAS; each writes zeros for skipped tokens (``fill``). Norms, rotary and the
-    product of gate and up process all tokens. With "gathered", tokens are gathered before a sublayer and scattered
-    after it, and everything between processes fewer tokens; a single token needs no copies.
-    """
+    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer, or with ``unit`` "layer" per layer. With
+    ``kernel`` "reference" (the taxonomy's benchmark, github.com/EIT-NLP/LLM-Pruning, PruningInferSim) GEMMs skip tiles
+    of tokens sorted by the mask, and each writes zeros for skipped tokens (``fill``). With "gathered", several tokens
+    are gathered before a sublayer and scattered after it."""
     dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
@@ -162,7 +158,9 @@ def _copies(w: Workload, ends: Array, last: Array, first: Array) -> Inserted:
 FAMILY = Family(
     function=dynamic_depth,
     axis="dynamic M",
-    dynamic=True,
+    loading="kernels",
+    parts=None,
+    narrows=False,
     order=7,
     summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "

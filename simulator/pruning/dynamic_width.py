@@ -7,11 +7,24 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import Kernel, Part
 from simulator.errors import InputError
-from simulator.pruning._added import before_sublayer, insert, overhead_gemm, overheads, stream_bytes, sublayer_ends
-from simulator.pruning._edits import aligned, changed, moved
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import covering, readers, writers
-from simulator.pruning._tokens import query_share, split_fused_qkv, tokens_of
+from simulator.pruning._rows import (
+    aligned,
+    before_sublayer,
+    changed,
+    covering,
+    insert,
+    moved,
+    overhead_gemm,
+    overheads,
+    query_share,
+    readers,
+    split_fused_qkv,
+    stream_bytes,
+    sublayer_ends,
+    tokens_of,
+    writers,
+)
 from simulator.workload import Workload
 
 KERNELS = ("reference", "gathered", "looped", "ideal")
@@ -22,8 +35,7 @@ SORT = 3
 """Kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
 benchmark at 1024^3 on an RTX 5090."""
 
-ALIGN = 16
-"""Width of a tensor instruction, to which the expected width of the groups in use is rounded up."""
+ALIGN = 16  # width of a tensor instruction, to which the expected width of the groups in use is rounded up
 
 
 def dynamic_width(
@@ -31,18 +43,13 @@ def dynamic_width(
 ) -> Pruned:
     """Compute each (token, group) tile of q, attention, o, gate, up and down with probability ``1-s``; keep k and v.
 
-    A GEMM over M tokens is sorted by the mask. A group is in use if any token chose it, with probability
-    ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens on average. The row becomes that number of tokens (rounded up)
-    times ``u`` of the width (rounded up to 16), block-sparse, with the density that preserves the FLOPs of the tiles. A
-    prefill therefore has fewer rows and reads all weights; a decode at batch 1 keeps its row and reads ``1-s`` of them.
-    Attention computes (in decode: reads) a share ``1-s`` of its head groups.
+    A group is in use if any of M tokens chose it, with probability ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens
+    on average. The row becomes that number of tokens (rounded up) times ``u`` of the width (rounded up to 16), with the
+    density that preserves the FLOPs of the tiles. Attention computes (in decode: reads) a share ``1-s`` of its groups.
 
-    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Kernels
-    that skip tiles ("reference") are less efficient than dense GEMMs, more so for narrow groups. Without such kernels
-    ("gathered", "looped") the hidden state of a token is copied for each of its groups (``gather``), and partial
-    outputs are read, added and written (``scatter``). "looped" has no grouped GEMM: each group in use is selected,
-    gathered, multiplied and scattered separately. A single token needs none of this. Parameters are conserved.
-    """
+    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Without
+    kernels that skip tiles ("gathered", "looped") the hidden state of a token is copied for each of its groups
+    (``gather``), and partial outputs are added (``scatter``); "looped" runs each group in use separately."""
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = split_fused_qkv(w, choice.rows)
@@ -119,7 +126,9 @@ def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loop
 FAMILY = Family(
     function=dynamic_width,
     axis="dynamic N, K",
-    dynamic=True,
+    loading="kernels",
+    parts=None,
+    narrows=False,
     order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask per sublayer; kernels slower than cuBLAS, more so for narrow groups (or "

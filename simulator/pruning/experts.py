@@ -8,25 +8,18 @@ from simulator.arguments import flag
 from simulator.arrays import Array
 from simulator.codes import Kind
 from simulator.errors import InputError
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import resized, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import covering, removed
+from simulator.pruning._rows import covering, insert, overheads, removed, resized, whole_share
 from simulator.workload import Workload
 
 
 def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False) -> Pruned:
     """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
 
-    Each remaining expert sees more tokens: the FLOPs are the same, with fewer weights to read. With ``merged``, each
-    group of experts becomes one, which costs as much as a kept expert; the router keeps its E outputs, and a table maps
-    the A chosen ones of a token to their groups (``select``). A token whose choices share a group still counts A times.
-
-    With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of them, at least one. With "average"
-    each token decides by the weights of its experts how many it uses (``select``): ``(1-s) A`` on average, at least
-    one. With expert parallel, these are numbers over all devices. A model, or listed layers, without routed experts are
-    rejected.
-    """
+    With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table maps the chosen ones
+    of a token to their groups (``select``). With ``fewer`` "active" all experts stay, and a token uses ``round((1-s)
+    A)`` of them, at least one; with "average" that number is a mean over tokens. With expert parallel, these are
+    numbers over all devices. A model, or listed layers, without routed experts are rejected."""
     one_of("fewer", fewer, ("experts", "active", "average"))
     if flag("option merged", merged) and fewer != "experts":
         raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")
@@ -69,6 +62,9 @@ def _selecting(w: Workload, out: Workload, pruned: Array) -> Workload:
 FAMILY = Family(
     function=experts,
     axis="static or dynamic N of experts",
+    loading="checkpoint",
+    parts={"": ("experts",)},
+    narrows=False,
     order=12,
     needs="experts",
     summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",

@@ -8,11 +8,8 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.codes import DTYPE_BYTES, Kind
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import changed, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
-from simulator.pruning._rows import removed, shorter_copies
-from simulator.pruning._tokens import prompt_of
+from simulator.pruning._rows import changed, insert, overheads, prompt_of, removed, shorter_copies, whole_share
 from simulator.workload import Workload
 
 
@@ -21,16 +18,11 @@ def kv_cache(
 ) -> Pruned:
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
-    With ``budget``, keep at most that many prompt positions: the sparsity is ``1 - budget / S``, and a shorter prompt
-    stays whole. With ``rolling``, a generated position replaces an older one: the cache never holds more positions than
-    it keeps of the prompt (or than ``budget``), the newest included.
+    With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position replaces an older
+    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``), the newest included.
 
-    The prefill saves nothing and adds work in every layer: the last ``observed`` queries score all keys (``mask``: it
-    reads K, writes and reads the scores), each KV head selects positions (``select``), and the cache is compacted
-    (``gather``: it reads and writes the kept positions). With ``observed`` 0 their place alone decides, without scores.
-    A decode workload excludes this work. The realised sparsity is the share of evicted prompt positions, averaged over
-    layers.
-    """
+    The prefill adds work in every layer: the last ``observed`` queries score all keys (``mask``), each KV head selects
+    positions (``select``), and the cache is compacted (``gather``). With ``observed`` 0 their place alone decides."""
     observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
@@ -71,7 +63,9 @@ def kv_cache(
 FAMILY = Family(
     function=kv_cache,
     axis="K of decode attention",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=11,
     together="equal length",
     summary="keeps a share of the prompt's cache, or a budget of positions",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.errors import InputError
-from simulator.pruning._edits import changed, doubled
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import biases, parameters_removed, projections, zeros
+from simulator.pruning._rows import biases, changed, doubled, parameters_removed, projections, zeros
 from simulator.workload import Workload
 
 
@@ -15,8 +14,7 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
     """Replace W of N x K by K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to ``align``, at most N, K.
 
     A fused projection is factorised as one weight; a tensor-parallel device factorises its own shard. The second factor
-    keeps the bias.
-    """
+    keeps the bias."""
     align = whole("align", align)
     rows = projections(w) & (choice.rows > 0)
     if (w.stage[rows] > 0).any():
@@ -38,6 +36,9 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
 FAMILY = Family(
     function=low_rank,
     axis="static K",
+    loading="checkpoint",
+    parts={},
+    narrows=True,
     order=5,
     summary="replaces each projection by two GEMMs of a small rank",
     cost="a second launch, thin GEMMs, bytes of the intermediate",

@@ -9,22 +9,17 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kernel, Kind
 from simulator.operators.attention import attention_pairs
-from simulator.pruning._added import insert, overheads
-from simulator.pruning._edits import changed
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
+from simulator.pruning._rows import changed, insert, overheads
 from simulator.workload import Workload
 
 
 def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None) -> Pruned:
     """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
 
-    With ``budget``, each query sees at most that many keys, so the sparsity grows with the length: in decode it is
-    ``1 - budget / S``; in a prefill early queries see fewer keys anyway. A request within the budget does not change.
-
-    Cost per attention: prefill pools queries and keys by block and scores them (``mask``: it reads Q and K, and writes
-    one score per block pair and head); decode scores two bounds of the keys in every cached block. Then blocks are
-    selected (``select``). Cache and parameters do not change.
-    """
+    With ``budget``, each query sees at most that many keys. Cost per attention: prefill pools queries and keys by block
+    and scores them (``mask``); decode scores two bounds of the keys in every cached block; blocks are selected
+    (``select``)."""
     one_of("block", block, (16, 64, 128))
     s, realised = (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
     rows = w.is_attention & (s > 0)
@@ -58,7 +53,9 @@ def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
 FAMILY = Family(
     function=sparse_attention,
     axis="dynamic N, K of attention",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=9,
     summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
     "share of the cache's blocks",

@@ -9,16 +9,26 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind, Part, Phase
 from simulator.errors import InputError
-from simulator.pruning._added import before_sublayer, hidden_at, insert, overheads, sublayer_ends
-from simulator.pruning._edits import changed, merge_runs, moved, split_at, whole_share
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import layer_count, removed, shorter_copies
-from simulator.pruning._tokens import prompt_of
+from simulator.pruning._rows import (
+    before_sublayer,
+    changed,
+    hidden_at,
+    insert,
+    layer_count,
+    merge_runs,
+    moved,
+    overheads,
+    prompt_of,
+    removed,
+    shorter_copies,
+    split_at,
+    sublayer_ends,
+    whole_share,
+)
 from simulator.workload import Workload
 
-START = 2
-"""Default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most."""
-
+START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
 _LAST = "lm_head", "all_gather", "softcap"
 """Operators of the head that compute all positions, or only the last of each prompt."""
 
@@ -26,12 +36,10 @@ _LAST = "lm_head", "all_gather", "softcap"
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
-    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. If
-    logits of all positions are requested, only remaining tokens have some. In decode only the cache is shorter. Cost
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. Cost
     per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
-    gathers the rest; "static" (tokens chosen before inference: pooling, stop words) only gathers. The realised sparsity
-    is that of the last layer, or for a sparsity per layer the mean over layers.
-    """
+    gathers the rest; "static" only gathers. The realised sparsity is that of the last layer, or the mean over
+    layers."""
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer
@@ -103,7 +111,9 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
 FAMILY = Family(
     function=token,
     axis="static or dynamic M",
-    dynamic=True,
+    loading="kernels",
+    parts={},
+    narrows=False,
     order=10,
     together="equal length",
     summary="drops prompt tokens from some layer on, also from the cache",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from simulator.codes import Kernel
-from simulator.pruning._edits import changed, zeroed
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
-from simulator.pruning._rows import projections
+from simulator.pruning._rows import changed, projections, zeroed
 from simulator.workload import Workload
 
-KERNELS = ("dense", "spmv")
-"""Dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token."""
+KERNELS = ("dense", "spmv")  # dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token
 
 
 def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "dense") -> Pruned:
     """Set the density of the projections to ``1-s``: bounds count the zeros, times are those of dense kernels.
 
     With ``kernel`` "spmv" GEMMs of one token (decode at batch 1) read only nonzero values, each with four bits for its
-    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25.
-    """
+    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25."""
     one_of("kernel", kernel, KERNELS)
     out, realised = zeroed(w, choice, Kernel.UNSTRUCTURED, "unstructured")
     if kernel == "spmv":
@@ -28,6 +25,9 @@ def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "den
 FAMILY = Family(
     function=unstructured,
     axis="static K",
+    loading="checkpoint",
+    parts={},
+    narrows=False,
     order=6,
     summary="sets weights of all projections to zero, without structure",
     cost="no speedup, as dense kernels compute zeros; bounds count them (kernel=spmv: a kernel for one token)",

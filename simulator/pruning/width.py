@@ -13,9 +13,19 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.errors import InputError
-from simulator.pruning._edits import aligned, moved, resized, whole_share, with_expert_width, with_inner
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import covering, parameters_removed, readers, writers
+from simulator.pruning._rows import (
+    aligned,
+    covering,
+    moved,
+    parameters_removed,
+    readers,
+    resized,
+    whole_share,
+    with_expert_width,
+    with_inner,
+    writers,
+)
 from simulator.pruning.width_cross import width_cross
 from simulator.workload import Workload
 
@@ -30,11 +40,8 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
 
     Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads alone; the cache stays),
-    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Heads are rounded to the nearest whole number.
-    On tensor-parallel devices all apply to the share of each device, so devices stay balanced. ``inner`` sets the
-    inner width of the whole model, for an existing pruned checkpoint. ``align=1`` gives the odd widths of channel
-    pruners.
-    """
+    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Tensor-parallel devices prune their own shares.
+    ``inner`` sets the inner width of the whole model, for an existing pruned checkpoint."""
     align, mlp = whole("align", align), choice.of("mlp")
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _experts(_mlp(attended, mlp, align, inner), mlp, align)
@@ -91,8 +98,7 @@ def _copied(
 ) -> dict[str, Array]:
     """Return bytes in which a copied cache is repeated as often as query heads now share a KV head.
 
-    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`.
-    """
+    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`."""
     rows = np.flatnonzero(w.is_role("cache_write") & (w.kv_len > 0))
     if not len(rows):
         return bytes_
@@ -131,6 +137,16 @@ def _experts(w: Workload, s: Array, align: int) -> Workload:
 FAMILY = Family(
     function=width,
     axis="static N -> K",
+    loading="config",
+    parts={
+        "": ("KV heads", "inner width", "expert width"),
+        "attention": ("KV heads",),
+        "heads": ("heads",),
+        "kv": ("KV heads",),
+        "mlp": ("inner width", "expert width"),
+        "hidden": ("hidden size",),
+    },
+    narrows=True,
     order=2,
     summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
     cost="alignment and tile effects of the narrower shapes",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from simulator.cli import render
-from simulator.prediction.operating import probability_of
+from simulator.prediction.service import probability_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 
 import simulator
 from simulator.cli import render
-from simulator.prediction.operating import OperatingPoint
+from simulator.prediction.service import OperatingPoint
 
 pytestmark = pytest.mark.quick
 LINE = "serve llama-3.1-8b --hardware h100 --new-tokens 256 --prune 'depth 0.25' --prune 'kv_cache 0.5'"

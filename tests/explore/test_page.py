@@ -18,7 +18,7 @@ from streamlit.testing.v1 import AppTest
 import simulator
 from simulator.cli import run
 from simulator.explore import app
-from simulator.prediction.conclusions import of_speedups
+from simulator.prediction.sentences import of_speedups
 
 PAGE = Path(app.__file__)
 

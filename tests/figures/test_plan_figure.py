@@ -11,7 +11,7 @@ import pytest
 from test_figures import check_print
 
 from simulator.figures.plan import kept, plan_figure
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
 

@@ -12,7 +12,7 @@ import simulator
 from simulator.figures.speedup import PAYS, pays_from, speedups_of, varying
 from simulator.figures.style import styles_of
 from simulator.figures.throughput import services_of
-from simulator.prediction.breakeven import GAIN, break_even
+from simulator.prediction.sentences import GAIN, break_even
 
 MODEL = "llama-3.1-8b"
 

@@ -12,7 +12,7 @@ from simulator.errors import InputError
 from simulator.files.json import MOST_CONTAINERS, parse_bounded, parse_json
 from simulator.models.library import load_model
 from simulator.prediction.benchmarks import read_bench
-from simulator.prediction.harness import read_results
+from simulator.prediction.quality import read_results
 
 pytestmark = pytest.mark.quick
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from simulator.errors import InputError
-from simulator.models.block import Block
 from simulator.models.changes import config_of, content_of, write_config
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import list_models, load_model
 

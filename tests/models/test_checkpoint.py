@@ -14,9 +14,8 @@ from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
-from simulator.models.block import Block, Latent
 from simulator.models.checkpoint import from_tensors
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.headers import MAX_HEADER_BYTES, Tensor
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower

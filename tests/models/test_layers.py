@@ -10,7 +10,7 @@ import pytest
 from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
-from simulator.models.block import Block, DeltaNet, Latent
+from simulator.models.config import Block, DeltaNet, Latent
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.models.lower import lower

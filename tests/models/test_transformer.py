@@ -20,7 +20,7 @@ from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
 from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
-from simulator.prediction.speedup import speedup
+from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Workload

@@ -11,7 +11,7 @@ from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.delta_net import delta_net
-from simulator.prediction.speedup import speedup
+from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Workload

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.models.block import Block
 from simulator.models.block_configs import block_config, block_configs_of
 from simulator.models.changes import config_of
+from simulator.models.config import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library

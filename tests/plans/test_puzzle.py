@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from simulator.errors import InputError
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.models.library import load_model
 from simulator.plans import puzzle

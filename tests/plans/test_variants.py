@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simulator.errors import InputError
-from simulator.models.block import Block
+from simulator.models.config import Block
 from simulator.models.library import load_model
 from simulator.plans.variants import ALIGNMENT, generated, joined, part_of, text_of, variant, without
 

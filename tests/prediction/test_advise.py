@@ -11,8 +11,8 @@ import pytest
 import simulator
 from simulator.errors import InputError
 from simulator.prediction.advise import BOTH, COARSE, FINE, LARGEST_SPARSITY, Advised, Target, advise
-from simulator.prediction.operating import probability_of
 from simulator.prediction.scenario import Scenario
+from simulator.prediction.service import probability_of
 from simulator.pruning import general_families
 
 MODEL, HARDWARE = "llama-3.1-8b", "a100_sxm_80gb"
@@ -103,12 +103,6 @@ def test_a_time_and_a_throughput_are_targets() -> None:
     assert a.result.tokens_per_s / 400.0 == pytest.approx(a.result.speedup / a.target)
 
 
-def test_setting_and_engine_are_respected() -> None:
-    (a,) = advise(MODEL, [HARDWARE], 1.4, family=["depth"], scenario=Scenario(engine="hf")).advice
-    assert (a.result.engine, a.result.phase) == ("hf", "decode")
-    assert predicted("depth", a.result.sparsity, "decode", "hf")[0] == pytest.approx(a.result.speedup, rel=1e-9)
-
-
 @pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), float("inf"), -2.0, 1e9])
 def test_bad_targets_are_refused(target: float) -> None:
     with pytest.raises(InputError, match="expected a speedup above 1"):
@@ -127,3 +121,9 @@ def test_bad_targets_are_refused(target: float) -> None:
 def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         advise(MODEL, hardware, 1.5, [phase], family=[family])
+
+
+def test_setting_and_engine_are_respected() -> None:
+    (a,) = advise(MODEL, [HARDWARE], 1.4, family=["depth"], scenario=Scenario(engine="hf")).advice
+    assert (a.result.engine, a.result.phase) == ("hf", "decode")
+    assert predicted("depth", a.result.sparsity, "decode", "hf")[0] == pytest.approx(a.result.speedup, rel=1e-9)

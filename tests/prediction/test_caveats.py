@@ -10,9 +10,9 @@ import pytest
 
 import simulator
 from simulator.codes import Kind
-from simulator.prediction.caveats import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.explain import explanations
 from simulator.prediction.scenario import Scenario
+from simulator.prediction.sentences import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
@@ -106,14 +106,3 @@ def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
     assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
     assert "rtx_4090" not in note
     assert "prunesim calibrate" in note, "what to do"
-
-
-def test_weights_in_a_format_without_fitted_kernels_count() -> None:
-    """GEMMs with 4-bit weights have their own section of a profile, or its defaults."""
-    shares = {}
-    for weights in ("bf16", "int4"):
-        (r,) = table(
-            ["llama-3.1-8b"], ["rtx_4090"], ["depth"], [0.25], scenario=Scenario(phase="decode", weight_dtype=weights)
-        )
-        shares[weights] = r.uncalibrated_share
-    assert shares["bf16"] < 0.05 < 0.5 < shares["int4"]

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from simulator import load_hardware, load_model, lower, predict, table
-from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
-from simulator.prediction.caveats import assumed_link
 from simulator.prediction.grid import read_grid
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import Scenario
+from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import sweep_results
 
 pytestmark = pytest.mark.quick
@@ -47,12 +46,6 @@ def test_an_assumed_pcie_link_of_four_devices_is_uncertain_and_nvswitch_is_not(p
     bridged = dense("h100_pcie", 4, "bridge", phase)
     assert pcie.dense_lower < bridged.dense_s < pcie.dense_upper
     assert pcie.dense_lower < host.dense_s < pcie.dense_upper
-
-
-def test_one_device_has_no_link() -> None:
-    alone = lower(load_model("llama-3.1-8b"), link="pcie")
-    assert alone.meta.link == ""
-    assert not (alone.kind == Kind.COLLECTIVE).any()
 
 
 def test_a_note_names_an_assumed_link_where_it_matters() -> None:

@@ -12,7 +12,7 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import against
-from simulator.prediction.crossover import winners
+from simulator.prediction.pareto import winners
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.scenario import Scenario
 
@@ -53,7 +53,7 @@ def test_a_large_map_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     scenario = Scenario(model=MODEL, phase="decode", shapes=SHAPES)
     prunings = [Pruning.of("width", 0.5), Pruning.of("token", 0.5)]
     whole = winners(scenario, prunings, [load_hardware("h100")])
-    monkeypatch.setattr("simulator.prediction.crossover.OPERATOR_ROWS", 1)
+    monkeypatch.setattr("simulator.prediction.pareto.OPERATOR_ROWS", 1)
     parts = winners(scenario, prunings, [load_hardware("h100")])
     assert [r.to_dict() for r in parts.best] == [r.to_dict() for r in whole.best]
     assert parts.certain.tolist() == whole.certain.tolist()

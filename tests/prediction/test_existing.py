@@ -12,8 +12,7 @@ from layouts import folder_of, save, tensors_of
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
+from simulator.models.config import Block, ModelConfig
 from simulator.prediction.explain import explanations
 from simulator.prediction.prunings import ALIKE
 from simulator.prediction.table import table

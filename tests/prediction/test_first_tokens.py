@@ -8,7 +8,7 @@ import pytest
 from calibration.evidence.published import serving_workload
 from calibration.measurements import published
 from simulator.models.library import load_model
-from simulator.prediction.operating import NO_LIMITS, ServePasses
+from simulator.prediction.service import NO_LIMITS, ServePasses
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 

@@ -82,13 +82,6 @@ def test_pruned_models_of_one_name_are_named_after_their_folders(models: list[st
     assert [r.pruned for r in simulator.table("llama-3.2-1b", "h100", pruned=models[:1])] == ["tiny"]
 
 
-def test_a_loaded_model_of_another_ones_name_is_rejected() -> None:
-    one = load_model("llama-3.2-1b")
-    other = replace(one, layers=12, windows=(0,) * 12)
-    with pytest.raises(InputError, match=r"model: llama-3\.2-1b and an object without a path: two models are called"):
-        simulator.table(["llama-3.2-1b", other], "h100", **ONE)
-
-
 def test_one_engine_or_model_by_two_names_counts_once(engines: list[str], models: list[str]) -> None:
     Path(engines[1]).write_text(Path(engines[0]).read_text())
     config = str(Path(models[0]) / "config.json")
@@ -96,3 +89,10 @@ def test_one_engine_or_model_by_two_names_counts_once(engines: list[str], models
     assert [(r.model, r.engine) for r in found] == [("tiny", "hf"), ("tiny", "vllm")]
     with_versions = simulator.table("llama-3.2-1b", "h100", engine=["vllm", "vllm@0.8"], **ONE)
     assert [r.engine for r in with_versions] == ["vllm", "vllm@0.8"]
+
+
+def test_a_loaded_model_of_another_ones_name_is_rejected() -> None:
+    one = load_model("llama-3.2-1b")
+    other = replace(one, layers=12, windows=(0,) * 12)
+    with pytest.raises(InputError, match=r"model: llama-3\.2-1b and an object without a path: two models are called"):
+        simulator.table(["llama-3.2-1b", other], "h100", **ONE)

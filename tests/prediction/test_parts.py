@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulator.models.lower import lower
-from simulator.prediction.parts import removed_parts, sizes
+from simulator.prediction.prunings import removed_parts, sizes
 from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.pruning._grammar import read_steps

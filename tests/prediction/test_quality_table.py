@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from simulator.cli import run
 from simulator.errors import InputError
 from simulator.files.csv import read_csv
 from simulator.models.library import list_models
@@ -169,14 +168,6 @@ def test_names_of_tables(tmp_path: Path) -> None:
         load_quality(path)
 
 
-def test_axis_with_most_families_comes_first() -> None:
-    table = load_quality().of_model("llama-2-7b")
-    first = table.on_axis(table.axes()[0])
-    assert len({r.family for r in first.rows}) >= 4
-    assert len({(r.metric, r.protocol) for r in first.rows}) == 1
-    assert choose_axis(table) == table.axes()[0]
-
-
 def test_choose_axis() -> None:
     table = load_quality("published").of_model("llama-2-7b")
     assert choose_axis(table, "mmlu").metric == "MMLU accuracy (%)"
@@ -187,13 +178,3 @@ def test_choose_axis() -> None:
         choose_axis(table, "bleu")
     with pytest.raises(InputError, match="mixed metrics or protocols; choose one"):
         choose_axis(table, strict=True)
-
-
-def test_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "mine.csv"
-    path.write_text(text({}, {"metric": "acc", "higher_is_better": "true", "sparsity": "0.2"}), encoding="utf-8")
-    assert run(["pareto", "llama-2-7b", "--hardware", "h100", "--quality", str(path)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "mixed metrics" in err

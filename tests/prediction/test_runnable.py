@@ -16,14 +16,13 @@ from simulator.engines import engine as engines
 from simulator.engines.loading import FEATURES
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
-from simulator.models.block import Block
-from simulator.models.config import ModelConfig
-from simulator.prediction.loading import features
+from simulator.models.config import Block, ModelConfig
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
+from simulator.prediction.runnable import Runnable, features, runnable, runnables, will_run
 from simulator.prediction.scenario import Scenario
+from simulator.prediction.sentences import runs_clause
 from simulator.pruning import FAMILIES
-from simulator.pruning._aligned import aligned_up
+from simulator.pruning._rows import aligned_up
 
 pytestmark = pytest.mark.quick
 
@@ -353,7 +352,7 @@ def test_fields_and_line() -> None:
     fields = found.to_dict()
     assert list(fields)[:4] == ["engine", "devices", "works", "loadable"]
     assert fields["runs"] == found.sentence == "Yes: stock vllm loads it with its shapes in config.json."
-    assert found.clause == "; stock vllm runs it"
+    assert runs_clause(found) == "; stock vllm runs it"
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert repr(found) == f"<Runnable: {found.sentence}>"
 

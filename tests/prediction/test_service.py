@@ -14,9 +14,9 @@ import simulator
 from simulator import Scenario, serve
 from simulator.capacity import memory
 from simulator.errors import InputError
-from simulator.prediction.operating import EQUAL, LIMITS, MEMORY, OperatingPoint, Service, steps
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.service import equal_memory, failing_text, ranked, sentences
+from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, of_service, ranked
+from simulator.prediction.service import OperatingPoint, Service, steps
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
@@ -117,7 +117,7 @@ def test_the_engine_limits_small_models() -> None:
     service = one("depth 0.5", model="llama-3.2-1b", seq=64)
     dense, pruned = service.kinds[MEMORY]
     assert (dense.concurrency, dense.limited_by, pruned.concurrency) == (1024, "engine", 1024)
-    assert "as many sequences run (1,024, the limit of the engine), and each request takes 0." in sentences(service)[1]
+    assert "as many sequences run (1,024, the limit of the engine), and each request takes 0." in of_service(service)[1]
     assert at(one("depth 0.5", model="llama-3.2-1b", seq=64, engine="hf"), MEMORY, 0).limited_by == "memory"
 
 
@@ -152,14 +152,6 @@ def test_both_limits_hold_together_and_confidence_costs_requests() -> None:
     assert equal[0] > equal[-1]
 
 
-def test_the_answer_within_limits_is_the_largest_that_holds() -> None:
-    point = at(one("depth 0.25", tpot_s=0.02), LIMITS)
-    step = max(1, round(0.04 * point.concurrency))
-    for c, holds in ((point.concurrency, True), (point.concurrency + step, False)):
-        beside = at(one("depth 0.25", tpot_s=0.02, concurrency=c), EQUAL)
-        assert (beside.probability >= 0.5) is holds
-
-
 def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> None:
     service = one("depth 0.5", ttft_s=10.0, tpot_s=0.005)
     dense, pruned = service.kinds[LIMITS]
@@ -171,11 +163,11 @@ def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> N
     assert failing_text(service, dense).startswith("time per output token 7.")
     assert pruned.concurrency > 0
     assert math.isnan(pruned.ratio)
-    assert "; the dense model fails (time per output token 7." in sentences(service)[2]
+    assert "; the dense model fails (time per output token 7." in of_service(service)[2]
     assert one("depth 0.5", ttft_s=1e-3, tpot_s=1e-4).kinds[LIMITS][0].unmet == "tpot", "of two, that by more"
     nothing = one("depth 0.5", ttft_s=0.001)
     assert [p.concurrency for p in nothing.kinds[LIMITS]] == [0, 0]
-    assert "no request can be served: the dense model fails (time to the first token" in sentences(nothing)[2]
+    assert "no request can be served: the dense model fails (time to the first token" in of_service(nothing)[2]
     uncertain = one("depth 0.5", tpot_s=1.02 * alone.tpot_s, probability=0.9)
     assert "below the limit with a probability of only" in failing_text(uncertain, uncertain.kinds[LIMITS][0])
 
@@ -204,7 +196,7 @@ def test_a_dense_model_that_does_not_fit_has_no_point_and_a_pruned_one_that_does
         assert math.isnan(dense.probability)
         assert pruned.concurrency > 0
         assert math.isnan(pruned.ratio)
-    lines = sentences(service)
+    lines = of_service(service)
     assert lines[0].startswith(
         "llama-3.1-70b does not fit on h100_sxm in vllm (seq 2048 + 256 new): its weights take 1"
     )

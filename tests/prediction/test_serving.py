@@ -15,13 +15,10 @@ from simulator.capacity import memory
 from simulator.engines.engine import list_engines, load_engine
 from simulator.errors import InputError
 from simulator.prediction.advise import advise
-from simulator.prediction.explain import explanations
-from simulator.prediction.grid import Grid
+from simulator.prediction.explain import explanations, waterfall
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario, dense_seconds
-from simulator.prediction.speedup import speedup
-from simulator.prediction.sweep import sweep_results
-from simulator.prediction.waterfall import waterfall
+from simulator.prediction.table import speedup
 from simulator.pruning import prune
 
 FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
@@ -96,16 +93,6 @@ def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_fir
     assert all_of_them.dense_tpot_s < half.dense_tpot_s < none.dense_tpot_s
 
 
-def test_more_requests_in_flight_are_more_tokens_a_second_and_slower_tokens() -> None:
-    found = table(family=["depth"], phase=["serve"], batch=[1, 4, 16, 64], scenario=Scenario(new_tokens=128))
-    rates, each = ([getattr(r, name) for r in found] for name in ("dense_tokens_per_s", "dense_tpot_s"))
-    assert rates == sorted(rates)
-    assert each == sorted(each)
-    assert rates[-1] < 64 * rates[0]
-    for r in found:
-        assert r.tokens_per_s > r.dense_tokens_per_s
-
-
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
 @pytest.mark.parametrize("setting", [Scenario(), Scenario(weight_dtype="int4", kv_dtype="fp8"), Scenario(devices=2)])
@@ -124,23 +111,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, se
                 fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
             assert fits == [True, False], (r.family, largest)
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
-
-
-def test_the_largest_batch_of_a_serve_is_of_its_caches() -> None:
-    hw, setting = simulator.load_hardware("h100"), Scenario(new_tokens=512)
-    for r in table(family=["depth", "width"], phase=["serve"], batch=[1, 9], seq=[4096], scenario=setting):
-        w = replace(setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch, 4096),)).workloads[0]
-        assert memory(w, hw).fits
-        w = replace(
-            setting, model="llama-3.1-8b", phase="serve", shapes=((r.dense_largest_batch + 1, 4096),)
-        ).workloads[0]
-        assert not memory(w, hw).fits
-        assert r.pruned_largest_batch > r.dense_largest_batch
-
-
-def test_where_weights_do_not_fit_no_batch_does() -> None:
-    (r,) = table(models=["llama-2-70b"], family=["depth"])
-    assert (r.dense_fits, r.dense_largest_batch) == (False, 0)
 
 
 # -- engines in tables -------------------------------------------------------------------------------------------------
@@ -194,18 +164,6 @@ def test_an_engine_of_one_s_own_without_4_bit_kernels_refuses_them(tmp_path: Pat
         table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
 
 
-def test_a_sweep_s_digest_follows_the_files_of_its_engines(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    text = Path(simulator.__file__).parent.joinpath("engines/hf.yaml").read_text()
-    path.write_text(text)
-    grid = Grid(("llama-3.2-1b",), ("h100",), (0.5,), ("decode",), (1,), (64,), engines=(str(path), "vllm"))
-    first = grid.digest()
-    assert first == grid.digest()
-    assert [r.engine for r in sweep_results(grid) if r.family == "depth"] == ["hf", "vllm"]
-    path.write_text(text + "# changed\n")
-    assert grid.digest() != first
-
-
 # -- a measured time ---------------------------------------------------------------------------------------------------
 
 
@@ -224,16 +182,6 @@ def test_a_measured_time_reaches_every_answer() -> None:
     pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
     assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
     assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
-
-
-def test_a_measured_time_of_many_pruned_models_is_that_of_each() -> None:
-    setting = Scenario(dense_s=0.0095)
-    many = table(scenario=setting).rows
-    for r in many:
-        (alone,) = table(family=[r.family], scenario=setting)
-        assert (alone.speedup, alone.speedup_lower, alone.pruned_s) == pytest.approx(
-            (r.speedup, r.speedup_lower, r.pruned_s), rel=1e-12
-        )
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import simulator
 from simulator.codes import DTYPES, PHASES, Kernel, Kind
 from simulator.errors import InputError
+from simulator.prediction.explain import waterfall
 from simulator.prediction.result import Result
-from simulator.prediction.speedup import speedup, speedups
-from simulator.prediction.waterfall import waterfall
+from simulator.prediction.table import speedup, speedups
 from simulator.pruning import general_families, prune
 from simulator.workload import Workload
 
@@ -254,13 +254,3 @@ def test_unstructured_zeros_have_bounds_but_no_speedup() -> None:
     assert s.flop_bound > 1.8
     assert s.speedup == pytest.approx(1.0)
     assert s.efficiency == pytest.approx(0.0, abs=1e-9)
-
-
-def test_many_speedups_at_once_equal_each_alone() -> None:
-    hw, dense = simulator.load_hardware("4090"), dense_of("llama-3.1-8b", "decode", 16, 777)
-    pruned = [composed(dense, [family], [0.25]) for family in general_families()]
-    for together, w in zip(speedups(dense, pruned, hw), pruned, strict=True):
-        alone = speedup(dense, w, hw)
-        got = [together.speedup, together.lower, together.upper, together.roofline_bound]
-        np.testing.assert_allclose(got, [alone.speedup, alone.lower, alone.upper, alone.roofline_bound], rtol=1e-12)
-        assert together.bottleneck == alone.bottleneck

@@ -26,9 +26,8 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.prediction.grid import Formats, Grid, read_grid
-from simulator.prediction.labels import plain
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import COLUMNS, Result
+from simulator.prediction.result import COLUMNS, Result, plain
 from simulator.prediction.sweep import Summary, sweep_results, write_sweep
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
@@ -75,15 +74,6 @@ def test_options_are_a_column_and_change_the_result() -> None:
     assert list(columns) == list(COLUMNS) == [f.name for f in fields(Result)]
     assert plain(columns["options"]).tolist() == ["", "align=512"]
     assert columns["realised_sparsity"][0] > columns["realised_sparsity"][1]
-
-
-def test_devices_that_cannot_run_a_format_are_left_out_with_a_note() -> None:
-    families, formats = (Pruning.of("depth"),), (Formats("fp8"),)
-    grid = replace(ONE, hardware=("a100_sxm_80gb", "h100_sxm"), families=families, dtypes=formats)
-    found = sweep_results(grid)
-    (note,) = found.notes
-    assert [r.hardware for r in found] == ["h100_sxm"]
-    assert "a100_sxm_80gb has no fp8" in note
 
 
 def test_pieces_cover_the_grid_once_and_are_bounded() -> None:

@@ -127,13 +127,6 @@ def test_settings_reach_the_prediction() -> None:
 
 
 @pytest.mark.quick
-def test_progress_counts_every_combination() -> None:
-    seen: list[tuple[int, int]] = []
-    table(hardware=["h100", "a100"], phase=["prefill", "decode"], progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(2, 4), (4, 4)]
-
-
-@pytest.mark.quick
 def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     found = table(sparsity=[0.25, 0.5])
@@ -143,19 +136,6 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
         found.to_pandas()
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("family", list(general_families()))
-def test_every_family_is_explained_exactly(family: str) -> None:
-    for e in explanations(
-        MODEL[0], ["h100", "a100"], family, 0.5, ["prefill", "decode"], [2], [512], engine=["trtllm"]
-    ):
-        reached = 1.0
-        for step in e.steps:
-            reached *= step.factor
-            assert reached == pytest.approx(step.speedup, rel=1e-9)
-        assert reached == pytest.approx(e.result.speedup, rel=1e-9)
 
 
 @pytest.mark.quick

@@ -123,23 +123,6 @@ def test_a_smaller_hidden_size_reaches_experts_and_latents() -> None:
     assert shapes(w, *roles) == inputs | outputs | ranks
 
 
-def test_fewer_experts() -> None:
-    w = lower(load_model("qwen3-30b-a3b"), phase="prefill", batch=1, seq=4096, devices=8, parallel="expert")
-    pruned = prune(w, "experts", 0.25)
-    rows = pruned.take(pruned.kind == Kind.EXPERTS)
-    assert (rows.experts.tolist(), rows.active.tolist()) == ([12], [1.0])  # 96 of 128, eight of them active, on eight
-    assert pruned.n[pruned.is_role("router")].tolist() == [96]
-    gone = 48 * (32 * 3 * 2048 * 768 / 8 + 32 * 2048)
-    assert w.parameters - pruned.parameters == pytest.approx(gone, rel=1e-12)
-    tokens = rows.flops.sum() / (2 * 48 * 3 * 2048 * 768)
-    assert tokens == 4096  # as many as before, on fewer experts
-    less = prune(w, "experts", 0.5, fewer="active")
-    assert less.flops[less.kind == Kind.EXPERTS].sum() * 2 == w.flops[w.kind == Kind.EXPERTS].sum()
-    assert less.parameters == w.parameters
-    with pytest.raises(InputError, match="expected a multiple of 8 devices, got 90 experts"):
-        prune(w, "experts", 0.3)
-
-
 @pytest.mark.parametrize(
     ("model", "sparsity", "options", "message"),
     [
@@ -159,3 +142,20 @@ def test_experts_of_a_model_or_layers_without_them_are_rejected(
     assert str(error.value) == f"family experts: expected {message}"
     zero = prune(dense, "experts", np.multiply(sparsity, 0.0).tolist(), **options)
     assert zero.flops.sum() == pytest.approx(dense.flops.sum(), rel=1e-12)
+
+
+def test_fewer_experts() -> None:
+    w = lower(load_model("qwen3-30b-a3b"), phase="prefill", batch=1, seq=4096, devices=8, parallel="expert")
+    pruned = prune(w, "experts", 0.25)
+    rows = pruned.take(pruned.kind == Kind.EXPERTS)
+    assert (rows.experts.tolist(), rows.active.tolist()) == ([12], [1.0])  # 96 of 128, eight of them active, on eight
+    assert pruned.n[pruned.is_role("router")].tolist() == [96]
+    gone = 48 * (32 * 3 * 2048 * 768 / 8 + 32 * 2048)
+    assert w.parameters - pruned.parameters == pytest.approx(gone, rel=1e-12)
+    tokens = rows.flops.sum() / (2 * 48 * 3 * 2048 * 768)
+    assert tokens == 4096  # as many as before, on fewer experts
+    less = prune(w, "experts", 0.5, fewer="active")
+    assert less.flops[less.kind == Kind.EXPERTS].sum() * 2 == w.flops[w.kind == Kind.EXPERTS].sum()
+    assert less.parameters == w.parameters
+    with pytest.raises(InputError, match="expected a multiple of 8 devices, got 90 experts"):
+        prune(w, "experts", 0.3)

@@ -46,7 +46,7 @@ from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
-from simulator.prediction.speedup import speedup  # noqa: E402
+from simulator.prediction.table import speedup  # noqa: E402
 
 HW = load_hardware("a100")
 

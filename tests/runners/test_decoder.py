@@ -32,7 +32,7 @@ from calibration.runners.decoder.model import Decoder, PassState, Rule, decode, 
 from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.models.block import Block, Latent  # noqa: E402
+from simulator.models.config import Block, Latent  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._grammar import read_steps  # noqa: E402

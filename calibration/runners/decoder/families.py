@@ -22,7 +22,7 @@ from calibration.runners.decoder.model import Attention, Blocks, Decoder, Layer,
 from calibration.runners.decoder.rules import BlockAttention, CacheCut, GroupRouting, TokenDropping, TokenRouting, best
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
-from simulator.pruning import FAMILIES, _edits, listed_layers
+from simulator.pruning import FAMILIES, _rows, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
@@ -124,11 +124,11 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
 
 
 def whole_share(share: float, of: int) -> int:
-    return int(_edits.whole_share(share, of))
+    return int(_rows.whole_share(share, of))
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    return int(_edits.aligned(np.array(width), np.array(keep), align))
+    return int(_rows.aligned(np.array(width), np.array(keep), align))
 
 
 def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:

@@ -45,8 +45,7 @@ from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
-from simulator.prediction.loading import shapes_of
-from simulator.prediction.runnable import will_run
+from simulator.prediction.runnable import shapes_of, will_run
 from simulator.workload import Workload, WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
