@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 import simulator
 from calibration.measurements import published
 from simulator.arrays import FloatArray
+from simulator.codes import ROLES, Kind, Part
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -43,8 +44,7 @@ from simulator.prediction.table import table
 from simulator.pruning import general_families, prune
 from simulator.uncertainty.forward import forward_passes, operator_times
 from simulator.units import percent
-from simulator.workload import ROLES, Kind, Part, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 Row = dict[str, Any]
 

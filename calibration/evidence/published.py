@@ -25,13 +25,14 @@ from calibration.evidence.scoring import Comparison, ScoredRows, score
 from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.capacity import memory
-from simulator.cost.gemm_shapes import Options
+from simulator.codes import Kernel, Phase
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.scenario import dense_seconds
 from simulator.prediction.serving import prefill_passes
@@ -41,8 +42,7 @@ from simulator.uncertainty.forward import forward_passes, ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
 from simulator.units import parse_fraction
-from simulator.workload import Kernel, Phase, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 MISS = 0.10  # relative error from which the likely reason is printed
 NO_VERSION: Mapping[str, str] = {"vllm": "v1"}  # generation of serving runs where the source does not state the version

@@ -37,19 +37,18 @@ from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.base import Machine
-from simulator.cost.experts import Layers
-from simulator.cost.gemm import Products
+from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import InputError, unknown
-from simulator.hardware.constants import COLLECTIVE_CONSTANTS
-from simulator.hardware.formats import formats_of
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
+from simulator.operators.attention import AttentionCalls
+from simulator.operators.base import Machine
+from simulator.operators.collective import COLLECTIVE_CONSTANTS
+from simulator.operators.experts import Layers
+from simulator.operators.gemm import Products
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.posterior import posterior_of
-from simulator.workload import ROLES, STACKS
 
 Row = dict[str, Any]
 

@@ -19,12 +19,12 @@ from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
+from simulator.codes import DTYPES
 from simulator.display import few, markdown_text
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.profile import HardwareProfile
 from simulator.units import percent
-from simulator.workload import DTYPES
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated

@@ -303,7 +303,7 @@ def line_of(name: str, done: Ended) -> str:
     if (done.folder / "records.jsonl").exists():
         parts.append("rows " + ", ".join(sorted(done.counts())))
     parts += [first] if first not in ("", "RUN/records.jsonl") else []
-    if not case.commands[-1].startswith("calibrate"):  # notes of fits follow from the plan
+    if "--measure-only" in case.commands[-1] or not case.commands[-1].startswith("calibrate"):  # else notes of a fit
         parts += sorted({_plain(note) for note in re.findall(r"^(?:note|prunesim): (.*)", done.notes, re.MULTILINE)})
     if (done.folder / "profile.yaml").exists():
         off = errors(case.gpu, done.profile)

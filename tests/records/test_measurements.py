@@ -25,8 +25,8 @@ from calibration.measurements.wheel import (
 )
 from calibration.records.screening import compute_bound, too_fast
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source, write_records
+from simulator.codes import ROLES
 from simulator.errors import InputError
-from simulator.workload import ROLES
 
 pytest.importorskip("pyarrow")
 build = pytest.importorskip("calibration.measurements.build")

@@ -13,6 +13,7 @@ import yaml
 
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, published
 from calibration.measurements import build as made
+from simulator.codes import DTYPES
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
 from simulator.errors import InputError
@@ -20,7 +21,6 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.quality import parse_options
 from simulator.pruning import FAMILIES, prune
-from simulator.workload import DTYPES
 
 pytestmark = pytest.mark.quick
 
