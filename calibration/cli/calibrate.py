@@ -78,8 +78,8 @@ def command(
     it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
     updates --hardware.
     """
-    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration
-    from calibration.fit.local_update import Updated
+    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
+    from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
     budget_s = seconds("--budget", budget)
@@ -122,8 +122,14 @@ def command(
         return
     update = done.fit if isinstance(done.fit, Updated) else None
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
+    row = {
+        "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
+        "anchored": as_row(done.fit) if isinstance(done.fit, Updated) else None,
+        "held_out": summary(done.held_out) if done.held_out else None,
+        "exact": summary(done.exact) if done.exact else None,
+    }
     show = partial(_show, output, done, describe(found.outcome))
-    _end(found, judged, _row(done), json, verbose, done.fit.notes, show)
+    _end(found, judged, row, json, verbose, done.fit.notes, show)
 
 
 def _end(
@@ -188,19 +194,6 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
         return ()
 
     _end(found, judged, row, json, verbose, done.fit.notes, show)
-
-
-def _row(done: Calibrated) -> dict[str, Any]:
-    from calibration.evidence.validate import summary
-    from calibration.fit.local_update import Updated, as_row
-
-    fit = done.fit
-    return {
-        "fitted": [] if isinstance(fit, Updated) else [part_row(p) for p in fit.parts],
-        "anchored": as_row(fit) if isinstance(fit, Updated) else None,
-        "held_out": summary(done.held_out) if done.held_out else None,
-        "exact": summary(done.exact) if done.exact else None,
-    }
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:

@@ -60,7 +60,11 @@ def command(
         _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
-    records = [{"what": "table 2", **_record(c)} for c in cells] + [{"what": "elsewhere", **_record(c)} for c in others]
+    records: list[dict[str, Any]] = []
+    for what, some in (("table 2", cells), ("elsewhere", others)):
+        for c in some:
+            inside = None if math.isnan(c.published) else c.inside
+            records.append({"what": what, **asdict(c), "error": c.error, "inside": inside})
     for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
         records += [{"what": what, **row} for row in part]
     if not render.Output(json).write(records):
@@ -108,11 +112,6 @@ def command(
 def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
     print()
     render.show(render.columns(rows, *columns), title)
-
-
-def _record(c: Cell) -> dict[str, Any]:
-    known = not math.isnan(c.published)
-    return {**asdict(c), "error": c.error if known else math.nan, "inside": c.inside if known else None}
 
 
 def _conclusion(cells: Sequence[Cell]) -> str:

@@ -185,17 +185,13 @@ def show_bounds(rows: list[Bound]) -> None:
         ("bound as\npredicted", ratio_of("predicted_bound")),
         ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
     )
-    where = "" if several_shapes(rows) else f", batch {first.batch}, seq {first.seq}"
+    where = "" if len({(r.batch, r.seq) for r in rows}) > 1 else f", batch {first.batch}, seq {first.seq}"
     render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
-
-
-def several_shapes(rows: Sequence[Any]) -> bool:
-    return len({(r.batch, r.seq) for r in rows}) > 1
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
     shape: tuple[str, Callable[[Any], object]] = "batch\nx seq", lambda r: f"{r.batch} x {r.seq}"
-    known = [shape] if several_shapes(rows) else []
+    known = [shape] if len({(r.batch, r.seq) for r in rows}) > 1 else []
     return [("<pruning", lambda r: one_line(r.pruning, 40)), ("<phase", lambda r: r.phase), *known]
 
 

@@ -14,7 +14,6 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.runs import RunResult
     from calibration.evidence.validate import Report
 
 
@@ -154,21 +153,17 @@ def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> N
         raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
     if render.Output(json).write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
-        shown = render.narrowed(_run_columns(results), 6)
-        render.show(shown, "Measured and predicted times per pass (serve: per request)")
+        columns = render.columns(
+            [(r, r.compared) for r in results if r.compared is not None],
+            ("<file", lambda rc: rc[0].source),
+            ("<model", lambda rc: rc[0].model),
+            ("<GPU", lambda rc: rc[1].gpu),
+            ("<engine", lambda rc: rc[1].engine),
+            ("<request", lambda rc: rc[0].request),
+            ("measured", lambda rc: render.seconds(rc[1].measured)),
+            ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
+            ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
+            ("inside", lambda rc: "yes" if rc[1].inside else "no"),
+        )
+        render.show(render.narrowed(columns, 6), "Measured and predicted times per pass (serve: per request)")
     render.notes([*skipped, *(note for r in results for note in r.notes)], verbose)
-
-
-def _run_columns(results: list[RunResult]) -> list[render.Column]:
-    return render.columns(
-        [(r, r.compared) for r in results if r.compared is not None],
-        ("<file", lambda rc: rc[0].source),
-        ("<model", lambda rc: rc[0].model),
-        ("<GPU", lambda rc: rc[1].gpu),
-        ("<engine", lambda rc: rc[1].engine),
-        ("<request", lambda rc: rc[0].request),
-        ("measured", lambda rc: render.seconds(rc[1].measured)),
-        ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
-        ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
-        ("inside", lambda rc: "yes" if rc[1].inside else "no"),
-    )

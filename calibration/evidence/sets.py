@@ -446,15 +446,6 @@ def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableC
     return [(t, found.get(("gemm bf16", at)) if kind != "gemm bf16" else None) for (kind, at), t in found.items()]
 
 
-def by_datasheet(name: str) -> HardwareProfile:
-    """Return a GPU as if it had no tables: with the defaults of its architecture where another GPU of it was fitted,
-    else with those of no architecture."""
-    hw = datasheet(name)
-    kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
-    kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
-    return hw if kin - {name} else replace(hw, architecture="cdna3")
-
-
 def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
@@ -484,7 +475,11 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> 
 def _unlisted(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
     for table, others in unlisted_tables(o.wheel):
-        (device, operator, stack), hw = table.parts, by_datasheet(SOURCES[table.measurement].hardware)
+        (device, operator, stack), hw = table.parts, datasheet(SOURCES[table.measurement].hardware)
+        # as if it had no tables: the defaults of its architecture must come from another GPU of it
+        kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
+        kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
+        hw = hw if kin - {SOURCES[table.measurement].hardware} else replace(hw, architecture="cdna3")
         sources = {"posterior": table.load()} | ({} if others is None else {"other rows": others.load()})
         for seed in o.seeds if table.load().data.groups().max() > 0 else ():  # one group cannot be split
             for r in evaluate_updates(hw, sources, (20, 100), seed):
