@@ -143,7 +143,20 @@ def command(
     write_whole(file, csv_text(records).encode())
     if render.Output(json).write(records):
         render.conclude(*_conclusion(rows, bound_errors(rows)))
-        show_bounds(rows)
+        first = rows[0]
+        columns = render.columns(
+            rows,
+            *case_columns(rows),
+            ("FLOP\nbound", ratio_of("flop_bound")),
+            ("byte\nbound", ratio_of("byte_bound")),
+            ("roofline\nbound", ratio_of("roofline_bound")),
+            ("measured\nbound", ratio_of("measured_bound")),
+            ("predicted\nspeedup", ratio_of("predicted")),
+            ("bound as\npredicted", ratio_of("predicted_bound")),
+            ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
+        )
+        where = "" if len({(r.batch, r.seq) for r in rows}) > 1 else f", batch {first.batch}, seq {first.seq}"
+        render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
         print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     lines = list(notes)
     if missing := sum(1 for row in rows if row.missing):
@@ -170,23 +183,6 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
         f"The largest measured bounds of {first.model} on {first.device}: {'; '.join(parts)}.",
         f"{first.hardware} predicts the bounds with a median error of {error}.",
     ]
-
-
-def show_bounds(rows: list[Bound]) -> None:
-    first = rows[0]
-    columns = render.columns(
-        rows,
-        *case_columns(rows),
-        ("FLOP\nbound", ratio_of("flop_bound")),
-        ("byte\nbound", ratio_of("byte_bound")),
-        ("roofline\nbound", ratio_of("roofline_bound")),
-        ("measured\nbound", ratio_of("measured_bound")),
-        ("predicted\nspeedup", ratio_of("predicted")),
-        ("bound as\npredicted", ratio_of("predicted_bound")),
-        ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
-    )
-    where = "" if len({(r.batch, r.seq) for r in rows}) > 1 else f", batch {first.batch}, seq {first.seq}"
-    render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:

@@ -253,6 +253,10 @@ class HeldOut:
         return load_model(self.model).experts > 0
 
     @property
+    def request_error(self) -> float:
+        return score(ScoredRows(self.group.request_s, self.request_s))["median"]
+
+    @property
     def ratio(self) -> FloatArray:
         """Predicted over measured time per token."""
         return self.tpot_s / self.group.tpot_s
@@ -335,7 +339,7 @@ def host_lines() -> Iterator[str]:
         error = ratio_scores([x for x in held_out if not x.experts])["median"]
         yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %"
         for x in held_out:
-            tpot, request = ratio_scores([x]), score(ScoredRows(x.group.request_s, x.request_s))
+            tpot = ratio_scores([x])
             errors = f"TPOT {100 * tpot['median']:.1f} % (bias {100 * tpot['median bias']:+.1f})"
             runs = f"{x.model} {x.dtype} on {x.hardware}, {len(x.ratio)} runs"
-            yield f"  {runs}: {errors}, request {100 * request['median']:.1f} %"
+            yield f"  {runs}: {errors}, request {100 * x.request_error:.1f} %"
