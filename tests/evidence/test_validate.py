@@ -15,16 +15,7 @@ from operator_times import decode_time, elementwise_time, prefill_time
 from planted_rows import HW, SOURCE, bare, check_golden, gemms, golden_records
 
 from calibration.evidence import validate as verdict
-from calibration.evidence.validate import (
-    Report,
-    ReportPart,
-    coverage,
-    markdown,
-    part_speedups,
-    summary,
-    validate,
-    write_markdown,
-)
+from calibration.evidence.validate import Report, ReportPart, coverage, markdown, part_speedups, summary, validate
 from calibration.fit.errors import accuracy_of
 from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.fit.profile import provenance_of
@@ -117,7 +108,7 @@ def test_golden_validation_report() -> None:
 
 def test_markdown_has_a_figure_of_each_part(tmp_path: Path) -> None:
     report = validate(HW, gemms(noise=0.03))
-    image, text = write_markdown(report, tmp_path / "report.md", title="A <title>")
+    image, text = verdict.write_markdown(report, tmp_path / "report.md", title="A <title>")
     assert text.read_text().startswith("# A &#60;title&#62;\n")
     assert f"]({image.name})" in text.read_text()
     assert image.read_bytes().startswith(b"\x89PNG")
