@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from calibration.measurements.wheel import datasheet
-from calibration.records.importers import ImportResult, import_table
+from calibration.records.importers import import_table
 from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
@@ -59,17 +59,12 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
     ("line", "reason"),
     [
         ("16,4096,4096,", "time is missing or not a number"),
-        ("16,4096,4096,nan", "time is missing or not a number"),
         ("16,4096,4096,fast", "time is missing or not a number"),
-        ("16,4096,4096,inf", "time is infinite"),
         ("16,4096,4096,0", "time is zero"),
         ("16,4096,4096,-3", "time is negative"),
-        (",4096,4096,30", "m is missing or not a number"),
         ("1_6,4096,4096,30", "m is missing or not a number"),
         ("16.5,4096,4096,30", "m is not a whole number"),
-        ("16,inf,4096,30", "n is not a whole number"),
         ("16,4096,0,30", "k is below 1"),
-        ("-16,4096,4096,30", "m is below 1"),
         ("1e15,4096,4096,30", "m is out of range"),
         ("8192,8192,8192,900", "faster than the arithmetic peak at the highest clock"),
         ("1,16384,16384,50", "faster than memory, L2 or link allow"),
@@ -354,20 +349,6 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     context = import_table(aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100).records
     assert (context.q_len.tolist(), context.kv_len.tolist()) == ([512], [612])
     assert context.is_operator("attention_prefill").all()
-
-
-def test_the_real_collections(wheel_tables: Path) -> None:
-    def rows(table: str, hardware: str, dtype: str = "all") -> ImportResult:
-        return import_table(wheel_tables / table, hw=datasheet(hardware), dtype=dtype)
-
-    a100 = rows("a100_sxm/gemm/trtllm/1.0.0/gemm_perf.parquet", "a100_sxm_80gb", "bf16")
-    assert (len(a100.records), int(a100.records.m.max())) == (9240, 8192)
-    for system in ("h100_sxm", "h200_sxm", "l40s"):
-        result = rows(f"{system}/gemm/trtllm/1.3.0rc20/gemm_perf.parquet", system, "bf16")
-        assert len(result.records) == 35700
-        assert result.refusals["dtype fp8_block, not bf16"] == 29268
-    vllm = rows("h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet", "h100_sxm", "bf16")
-    assert vllm.refusals["compute-bound, on operands that were not random numbers"] > 10000
 
 
 def test_the_rtx_4090_tables(shared_data: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.devices.protocol import Description, Operator
+from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, profile_of, settings_of
@@ -38,13 +38,6 @@ HW = load_hardware("a100")
 def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
     how = {"seq": [128], "scenario": Scenario(engine="reference"), **settings}
     return settings_of(MODEL, families=[family], sparsities=[sparsity], **how)[0]
-
-
-def test_depth_needs_no_shape_of_its_own() -> None:
-    (case,) = _cases("depth", phases=["decode"])
-    dense = plain_kernels(case.dense)
-    # lm_head is not in the layers
-    assert plain_kernels(case.pruned) == {s: count if s[1][1] == 49152 else count / 2 for s, count in dense.items()}
 
 
 def _flops(w: Workload, kind: str) -> float:
@@ -129,20 +122,6 @@ def test_too_little_time_leaves_cases_without_a_bound_and_a_rerun_goes_on(tmp_pa
     again = _measure(tmp_path, cases, ReplayDevice(**slow), budget_s=4000.0)
     assert again.outcome.counts.resumed == first.outcome.counts.timed
     assert not any(b.missing for b in bounds(cases, again.records, HW))
-
-
-def test_nothing_is_written_before_a_refusal(tmp_path: Path) -> None:
-    cases = _cases("width")
-    for options, message in (({"budget_s": 0.0}, "budget"), ({"dtype": "fp8"}, "bf16, fp16")):
-        with pytest.raises(InputError, match=message):
-            _measure(tmp_path, cases, **options)
-    assert not (tmp_path / "run").exists()
-    _measure(tmp_path, cases)
-    before = (tmp_path / "run" / "records.jsonl").read_bytes()
-    other = ReplayDevice(description=Description("replay", "another device", {"replay": "1"}))
-    with pytest.raises(InputError, match="another device"):
-        _measure(tmp_path, cases, other)
-    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
 
 
 def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_path: Path) -> None:
