@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from calibration.measurements.wheel import datasheet
 from calibration.records.importers import import_table
-from calibration.records.screening import L2_BYTES_PER_CLOCK, Refusals, Screen, least_seconds, too_fast
+from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
 from simulator.errors import InputError
@@ -402,14 +401,3 @@ def test_a_time_on_the_limit_passes_and_one_well_below_does_not() -> None:
         bottleneck = float(np.maximum(*least_seconds(one(**shape), H100))[0])
         assert not np.any(too_fast(one(**shape, seconds=bottleneck), H100))
         assert np.any(too_fast(one(**shape, seconds=bottleneck * 0.95), H100))
-
-
-def test_a_row_is_refused_once_for_the_first_reason() -> None:
-    screen = Screen(4)
-    screen.refuse(np.array([True, False, False, True]), "a")
-    screen.refuse(np.array([True, True, False, False]), "b")
-    screen.refuse_kept(np.array([True]), "c")
-    assert dict(screen.refusals()) == {"a": 2, "b": 1, "c": 1}
-    assert screen.refusals().rows == {"a": [1, 4], "b": [2], "c": [3]}
-    assert (screen.refusals().total, screen.kept.any()) == (4, False)
-    assert re.fullmatch(r"9 rows: r \(rows 1, 2, 3, \.\.\.\)", Refusals({"r": range(1, 10)}).lines()[0])

@@ -322,23 +322,3 @@ def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_
     notes = fit_profile(load_hardware("h100"), planted.replace(m=np.arange(1, len(planted) + 1))).notes
     assert any("flagged WAITED; the fit includes them; measure on an idle machine" in note for note in notes)
     assert not any("power limit" in note for note in notes)
-
-
-@pytest.mark.quick
-def test_columns_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown columns"):
-        Records.from_columns([Source("A")], size_m=1)
-    with pytest.raises(ValueError, match="column source: expected indices into 1 sources"):
-        Records.from_columns([Source("A")], m=1, source=1)
-    refused("dtype 'bf1' is unknown; did you mean", Records.from_rows, [{"dtype": "bf1"}], [Source("A")])
-    refused("dtype 'fp4' is unknown", table().of_dtype, "fp4")
-    with pytest.raises(ValueError, match="read-only"):
-        table().m[0] = 1
-
-
-def test_joined_tables_keep_equal_sources_once() -> None:
-    joined = Records.concat([table(), table().select(np.array([2]))])
-    assert len(joined.sources) == 2
-    assert joined.source.tolist() == [0, 0, 1, 1]
-    assert joined.groups().tolist()[2] == joined.groups().tolist()[3]
-    assert len(table().select(np.array([2])).tidy().sources) == 1

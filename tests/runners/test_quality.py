@@ -19,7 +19,6 @@ import decoder_reference  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
-from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
 from calibration.runners.quality import DENSE, changes_of, decoder_of, fewer_heads, logits_of, measure_layers, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
@@ -71,8 +70,8 @@ def _tokenizer(text: str, **_: object) -> SimpleNamespace:
 
 @pytest.fixture
 def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders of a dense and a pruned model: random decoders in place of what transformers would load from them."""
-    models = {"Tiny-Llama": decoder, "pruned": prune_decoder(decoder, "width", 0.5)}
+    """A folder of a model: a random decoder in place of what transformers would load from it."""
+    models = {"Tiny-Llama": decoder}
 
     def loaded(what: str, folder: str | Path, **_: object) -> Any:
         return _tokenizer if what == "AutoTokenizer" else models[Path(folder).name]
@@ -124,6 +123,7 @@ def test_command_scores_families_and_writes_a_table_for_pareto(
         (["--length", "4000"], "too short"),
         (["--text", "none.txt"], "none.txt: cannot be read"),
         (["-o", "no/folder/q.csv"], "no/folder"),
+        (["--pruned", "x", "--family", "width", "--sparsity", "0.2,0.5"], "one --family and one --sparsity"),
     ],
 )
 def test_command_refuses(more: list[str], expected: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
