@@ -106,12 +106,6 @@ def test_a_model_without_a_request_has_dashes_and_a_reason(cli: Any) -> None:
     assert re.search(r"dense: time per output token 7\.\d\d ms for one request, 1\.\d\dx the limit\.", out)
 
 
-def test_the_figure_is_drawn(cli: Any) -> None:
-    for path in ("one.png", "two.svg"):
-        cli(f"{LINE} --tpot 20ms --engine {'vllm' if path == 'one.png' else 'vllm,sglang'} --figure {path}")
-        assert Path(path).stat().st_size > 5000
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [

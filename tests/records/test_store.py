@@ -267,19 +267,6 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
 
 
-def test_a_gathered_gemm_says_whether_it_was_one_kernel() -> None:
-    gathered, plain = (vars(Operator(kind, m=8, n=64, k=32, rows=4)) for kind in ("gather_gemm", "gemm"))
-    methods = (gathered, "graph, one kernel (Triton)"), (gathered, "graph, a gather, a GEMM and a scatter"), (plain, "")
-    rows = [{"operator": operator, "median_s": 1e-6, "method": method} for operator, method in methods]
-    records = records_of(rows, HEADER)
-    assert records.fused.tolist() == [True, False, False]
-    assert read_records(write_records(records)).fused.tolist() == [True, False, False]
-    # a table without such rows is written as before there were any
-    three = records.select(~records.fused)
-    assert b"fused" in write_records(records)
-    assert b"fused" not in write_records(three)
-
-
 def test_codes_of_operators_that_files_hold_stay_what_they_are() -> None:
     assert OPERATORS[:3] == ("gemm", "gemm_2to4", "low_rank")
     names = ("collective", "layer_eager", "experts", "mla_prefill", "mla_decode", "grouped_gemm")
