@@ -101,12 +101,6 @@ def test_bad_input_is_one_line_and_status_2(line: str, says: str, cli: Any) -> N
     assert says in cli.refused(re.sub("^@", SPEEDUP, line))
 
 
-def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 16}
-    Path("config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
-    assert re.search("config.json.*hidden_size", cli.refused("speedup config.json --hardware h100"))
-
-
 @pytest.mark.quick
 def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     Path("mine.yaml").write_text("name: mine\n  title: [\n")
@@ -175,31 +169,11 @@ def test_csv_keeps_every_digit(cli: Any) -> None:
     assert cli.out(f"{line} --csv -") == Path("out.csv").read_text()
 
 
-def test_a_combination_a_family_does_not_support_is_left_out_with_a_note(cli: Any) -> None:
-    out, err = cli(f"{SPEEDUP} --engine reference --json")
-    records = json.loads(out)
-    assert {r["sparsity"] for r in records if r["family"] == "semi_structured"} == {0.5}
-    assert len({r["family"] for r in records}) == 11
-    (line,) = [line for line in err.splitlines() if "semi_structured" in line]
-    assert line.startswith("note: ")
-    assert "0.1, 0.25" in line
-
-
 def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
     out, err = cli("speedup llama-3.1-70b --hardware h100 --family depth --memory")
     assert "too large" in out
     assert "llama-3.1-70b" in err
     assert "too large" not in cli.out("speedup llama-3.1-8b --hardware h100 --family depth --memory")
-
-
-def test_an_assumed_connection_is_noted_unless_it_is_named(cli: Any) -> None:
-    line = "speedup llama-3.1-8b --hardware a6000 --family depth --phase prefill --batch 8 --devices 2"
-    assert "a6000: its devices are assumed to have pcie4 with peer access" in cli(line)[1]
-    assert "are assumed to have" not in cli(f"{line} --link bridge")[1]
-    explained = cli(f"{line.replace('speedup', 'explain')} --sparsity 0.25")[1]
-    assert "are assumed to have" in explained
-    shown = cli.out("hardware show a6000")
-    assert "pcie4 with peer access, 32.0 GB/s one way, 1.60 us; others with --link: bridge, pcie-host" in shown
 
 
 @pytest.mark.parametrize("available", [60, 80, 100, 120, 200])
@@ -211,18 +185,6 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
     assert "…" not in out
     for name in ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "sparse_attention", "kv_cache"):
         assert name in out
-
-
-def test_gemm_prints_steps_that_end_at_its_time(cli: Any) -> None:
-    line = "gemm 1,2048 4096 4096 --hardware a100,h100"
-    records = cli.json(line)
-    cases = [(m, hardware) for hardware in ("a100_sxm_80gb", "h100_sxm") for m in (1, 2048)]
-    assert [(r["m"], r["hardware"]) for r in records] == cases
-    for r in records:
-        assert list(r["steps_s"]) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
-        assert r["steps_s"]["launch"] == r["seconds"]
-        assert r["lower_s"] < r["seconds"] < r["upper_s"]
-    assert cli.out(f"{line} --explain").count("effect") == 4
 
 
 def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:

@@ -390,13 +390,6 @@ def test_grids_too_large_are_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r'"tables" \(pyarrow is not installed\): .* pip install -e "\.\[tables\]"'):
-        write_sweep(ONE, tmp_path / "rows")
-    assert not list(tmp_path.iterdir())
-
-
 def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("layers:\n  0-7: width mlp=0.5\n")
