@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+F = torch.nn.functional
+
 import torch.nn.attention.flex_attention as torch_flex  # noqa: E402
 from decoder_reference import layout_mask  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
@@ -20,6 +22,7 @@ from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import decode_attention, find_library, prefill_attention, with_backend  # noqa: E402
 from calibration.devices.cuda import open_named  # noqa: E402
 from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
+from calibration.runners.decoder.rules import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -96,6 +99,28 @@ def test_decode_attention() -> None:
     for heads in ((4, 2), (6, 1), (4, 4)):
         q, k, v = _tensors(1, 37, *heads)
         _close(decode_attention(q, k, v), _reference(q, k, v, torch.ones(1, 37, dtype=torch.bool)))
+
+
+def test_a_mask_never_goes_with_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they leave a GPU the unfused kernel alone."""
+    given, seen = F.scaled_dot_product_attention, []
+
+    def noted(*tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any) -> Any:
+        seen.append(attn_mask is not None)
+        assert not (enable_gqa and attn_mask is not None)
+        assert tensors[0].shape[1] == tensors[1].shape[1] or enable_gqa
+        return given(*tensors, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = _tensors(32, 96)
+    prefill_attention(q, k, v, attention.causal_mask(32, 96, "cpu"))
+    attention.block_sparse_attention(attention.block_layout(32, 96, 16, 0.5), 32, 96, 16)(q, k, v)
+    places = torch.arange(0, 96, 3).expand(2, 32)
+    out = routed_attention(q, k, v, places)
+    assert all(seen)
+    monkeypatch.undo()
+    mask = torch.arange(96)[None] <= places[0][:, None]
+    _close(out, _reference(q, k, v, mask))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])

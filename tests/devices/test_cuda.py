@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 
+from test_telemetry import FakeNvml  # noqa: E402
+
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
 from calibration.devices import cuda_timing as timing  # noqa: E402
@@ -22,6 +24,9 @@ from calibration.devices.cuda import CudaDevice  # noqa: E402
 from calibration.devices.cuda_timing import PREHEAT_S, CaptureProbe, Probed  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
+from calibration.measure.plan import Rates, in_order  # noqa: E402
+from calibration.measure.run import run  # noqa: E402
+from calibration.measure.timing import Protocol  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.quick
@@ -55,6 +60,7 @@ class Graph:
 
     def replay(self) -> None:
         self.cuda.replays += 1
+        self.cuda.queued += 1
         self.cuda.order.append("replay")
         self.cuda.now += self.launches * self.cuda.kernel_s + self.cuda.gap_s
 
@@ -71,7 +77,7 @@ class FakeCuda:
         self.host_s, self.held = 0.0, []
         self.launch_error: Exception | None = None
         self.lost: Exception | None = None
-        self.order = list[str]()
+        self.queued, self.order = 0, list[str]()  # launches since the last synchronisation
         self.Event = lambda enable_timing: Event(self, enable_timing)
         self.CUDAGraph = lambda: Graph(self)
         self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
@@ -83,6 +89,7 @@ class FakeCuda:
         self._sleep = self.held.append
 
     def synchronize(self) -> None:
+        self.queued = 0
         if self.lost is not None:
             raise self.lost
 
@@ -91,6 +98,7 @@ class FakeCuda:
     def launch(self) -> None:
         if self.launch_error is not None:
             raise self.launch_error
+        self.queued += not self.capturing
         time.sleep(self.host_s)
         self.captured += self.capturing
         self.now += 0.0 if self.capturing else self.kernel_s
@@ -231,8 +239,37 @@ def test_load_precedes_the_first_measurement_and_follows_a_pause(
     assert load_s(replace(GEMM, m=1)) >= 0.3
 
 
+class LoadedNvml(FakeNvml):
+    """NVML of a GPU that is at its power limit under load, and idle without queued launches."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+
+    def __getattr__(self, name: str) -> Any:
+        busy = self.cuda.queued > 0
+        if name == "nvmlDeviceGetClockInfo":
+            return lambda handle, kind: (1410 if busy else 210) if kind == self.NVML_CLOCK_SM else 2619
+        if name == "nvmlDeviceGetCurrentClocksEventReasons":
+            return lambda handle: 0x4 if busy else 0x1
+        return super().__getattr__(name)
+
+
 def _not_capturable(op: Operator) -> Probed:
     return Probed(False, "planted")
+
+
+@pytest.mark.parametrize("probe", [None, _not_capturable])
+def test_telemetry_is_read_while_launches_run(fake: FakeCuda, probe: Any) -> None:
+    fake.kernel_s = 1e-3
+    device = _device(fake, probe=probe, nvml=LoadedNvml(fake))
+    assert device.snapshot().clock_hz == 210e6  # nothing runs yet
+    kept: list[Any] = []
+    plan = replace(in_order([replace(GEMM, m=8)], Rates(1e14, 1e12)), drift_check=GEMM)
+    run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=0.02, max_samples=40))
+    assert len(kept) == 3
+    for reading in (record[name] for record in kept for name in ("before", "after")):
+        assert (reading["clock_hz"], reading["throttle"]) == (1410e6, ["sw_power_cap"])
 
 
 def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(fake: FakeCuda) -> None:
