@@ -1,8 +1,4 @@
-"""Check arguments of the Python interface; an error is one line: argument, expected value, given value.
-
-Use :func:`array` for numbers that broadcast, :func:`together` to broadcast arrays, :func:`number` and :func:`whole` for
-one number, :func:`flag`, :func:`text` and :func:`instance` for other values.
-"""
+"""Check arguments of the Python interface; an error is one line: argument, expected value, given value."""
 
 from __future__ import annotations
 
@@ -48,14 +44,7 @@ LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
 
 
 def array(name: str, value: Any, right: Range) -> FloatArray:
-    """Return numbers as float64 with their shape; truth values, text and complex numbers are rejected.
-
-    >>> array("m", [1, 2048], COUNT)
-    array([1.000e+00, 2.048e+03])
-    >>> array("m", 2.5, COUNT)
-    Traceback (most recent call last):
-    simulator.errors.InputError: m: expected whole numbers from 1 up, got 2.5
-    """
+    """Return numbers as float64 with their shape; truth values, text and complex numbers are rejected."""
     given = plain(value)
     if given.dtype.kind not in "iuf":
         raise _wrong(name, right, value)
@@ -84,12 +73,7 @@ def plain(value: Any) -> NDArray[Any]:
 
 
 def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
-    """Broadcast arrays to one shape.
-
-    >>> together(m=np.zeros(2), n=np.zeros(3))
-    Traceback (most recent call last):
-    simulator.errors.InputError: m, n: expected shapes that broadcast, got (2,), (3,)
-    """
+    """Broadcast arrays to one shape."""
     if len({a.shape for a in arrays.values()}) == 1:
         return list(arrays.values())
     try:
@@ -101,12 +85,7 @@ def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def number(name: str, value: Any, right: Range) -> float:
-    """Return one number.
-
-    >>> number("level", float("nan"), LEVEL)
-    Traceback (most recent call last):
-    simulator.errors.InputError: level: expected a number between 0 and 1, such as 0.9, got nan
-    """
+    """Return one number."""
     if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             if right.holds(found := float(value)):
@@ -115,11 +94,7 @@ def number(name: str, value: Any, right: Range) -> float:
 
 
 def whole(value: Any) -> int | None:
-    """Return a whole number as an int; None for other values, also truth values.
-
-    >>> whole(np.int64(3)), whole(2.5), whole("8"), whole(True)
-    (3, None, None, None)
-    """
+    """Return a whole number as an int; None for other values, also truth values."""
     try:
         return None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
@@ -152,11 +127,7 @@ OneOrMore: TypeAlias = T | Sequence[T]
 
 
 def listed(name: str, values: Any) -> list[Any]:
-    """Return a list of one value or several; a text is one value.
-
-    >>> listed("engine", "vllm"), listed("batch", (1, 8)), listed("batch", 1)
-    (['vllm'], [1, 8], [1])
-    """
+    """Return a list of one value or several; a text is one value."""
     if values is None or isinstance(values, bytes | Mapping):
         raise InputError(f"{name}: expected a value or a list, got {shown(values)}")
     if not isinstance(values, str):

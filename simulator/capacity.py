@@ -1,6 +1,4 @@
-"""Compute the memory of workloads, and whether they fit on a device.
-
-Use :func:`memory` for one workload, the functions below for a batch. Memory is that of the fullest device:
+"""Compute the memory of workloads, and whether they fit on a device. Memory is that of the fullest device:
 
 - weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
@@ -8,8 +6,7 @@ Use :func:`memory` for one workload, the functions below for a batch. Memory is 
   the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
   the current prefill hold all positions, and a cached prefix is stored once, unless positions are evicted.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
-  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits. One pass of the
-  engine's steps, without an allocator's fragmentation.
+  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits.
 - a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
 """
 
@@ -23,11 +20,13 @@ from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, instance, number
 from simulator.arrays import FloatArray
+from simulator.codes import DTYPE_BYTES, ROLES, Kind, Part, Phase
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
-from simulator.workload import DTYPE_BYTES, ROLES, Kernel, Kind, Part, Phase, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.operators import BY_CODE
+from simulator.operators.base import Rows
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -122,22 +121,12 @@ def memory_share(w: Workload) -> float:
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of the parameters of each workload."""
     w = workloads.rows
-    element = DTYPE_BYTES[np.where(w.kind == Kind.DELTA_NET, w.dtype, w.weight_dtype)]
-    gemm = w.kind == Kind.GEMM
-    each = w.params * element
-    sparse = gemm & ((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED))
-    if sparse.any():
-        # per kept value: rows that run less or more than once per layer share weights
-        values = np.maximum(w.n * w.k * w.density, 1.0)
-        beyond = w.params * w.repeats - values
-        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
-        whole = np.where(w.kernel == Kernel.SPARSE24, w.weight_bytes_each, w.n * w.k * element)
-        each = np.where(sparse, (w.params - bias) * whole / values + bias * element, each)
+    each = w.each(lambda operator, rows: operator.parameter_bytes(rows))
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
     inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
-    tied = np.where(gemm & head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy
+    tied = np.where(head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy
     first = workloads.total(np.where(~inside & ~head, stored, 0.0))
     last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
     return np.asarray(
@@ -155,7 +144,7 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
     """Return the bytes of the cache of one sequence of each workload, and what prompts need beyond while they are
     computed, whatever the number of sequences."""
     w = workloads.rows
-    every = w.is_attention | (w.kind == Kind.DELTA_NET)
+    every = w.is_cached
     if w.meta.phase != "serve":
         return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(len(workloads))
     decode = every & (w.phase == Phase.DECODE)
@@ -188,11 +177,11 @@ def _longest(
     if shared is not None:
         owner = workloads.owner[at]
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
-    seen = np.where(window > 0, np.minimum(kv, window), kv)
     batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
-    latent, heads = w.latent[at], w.kv_heads[at] * (w.head_dim[at] + w.value_features[at])
-    each = batch * np.where(latent > 0, latent, heads) * seen * DTYPE_BYTES[w.weight_dtype[at]]
-    each = np.where(w.kind[at] == Kind.DELTA_NET, batch / np.maximum(w.batch[at], 1) * w.state_bytes_each[at], each)
+    each = np.zeros(len(at))
+    for code in np.unique(w.kind[at]).tolist():
+        own = np.flatnonzero(w.kind[at] == code)
+        each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
     # decodes of generate have one row per length; the longest counts
@@ -232,9 +221,8 @@ def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    # gathered tokens of routed experts, and their gate and up
-    routed = largest("experts", tokens * w.active * (w.k + 2.0 * w.n))
-    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, routed)), outer[:, _HEAD])
+    inside = np.where(here, w.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
+    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD])
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 
 

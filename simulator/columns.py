@@ -27,19 +27,7 @@ def column(dtype: type, default: Any) -> Any:
 
 
 class Table(Displayed):
-    """Read-only columns of equal length with declared types.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True, eq=False)
-    ... class Parts(Table):
-    ...     kind: Array = column(np.int8, 0)
-    ...     length: Array = column(np.float64, 1.0)
-    ...     maker: str = ""
-    ...     CODES = {"kind": ("bolt", "nut")}
-    >>> parts = Parts.from_rows([{"kind": "nut"}, {"length": 2}], "me")
-    >>> parts.kind.tolist(), parts.length.tolist(), parts.take(parts.length > 1) == Parts.from_columns("me", length=[2])
-    ([1, 0], [1.0, 2.0], True)
-    """
+    """Read-only columns of equal length with declared types."""
 
     SCHEMA: ClassVar[Mapping[str, tuple[type, Any]]]  # column -> declared type and default
     CODES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -91,10 +79,8 @@ class Table(Displayed):
 
     @classmethod
     def _of(cls: type[T], values: Mapping[str, Any], new: Iterable[str] | None = None) -> T:
-        """Return a table of all field values without checks, for columns derived from checked columns.
-
-        ``new`` names the columns that are not those of another table, by default all.
-        """
+        """Return a table of all field values without checks, for columns derived from checked columns. ``new`` names
+        the columns that are not those of another table, by default all."""
         for name in cls.SCHEMA if new is None else new:
             values[name].setflags(write=False)
         out = object.__new__(cls)
@@ -114,10 +100,8 @@ class Table(Displayed):
 
     @classmethod
     def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
-        """Return a table of columns; scalars broadcast, missing columns have their default.
-
-        ``others`` are fields of all rows. ``size`` is the number of rows, by default that of the longest column.
-        """
+        """Return a table of columns; scalars broadcast, missing columns have their default. ``others`` are fields of
+        all rows. ``size`` is the number of rows, by default that of the longest column."""
         cls._known(columns)
         if size is None:
             size = max((plain(values).size for values in columns.values()), default=0)
@@ -143,10 +127,8 @@ class Table(Displayed):
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
-        """Return a table of ``rows``, mappings from column to value; columns with codes accept names.
-
-        ``others`` are fields of all rows.
-        """
+        """Return a table of ``rows``, mappings from column to value; columns with codes accept names. ``others`` are
+        fields of all rows."""
         rows = list(rows)
         names = {name: None for row in rows for name in row}
         cls._known(names)
@@ -159,10 +141,8 @@ class Table(Displayed):
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
         """Return a table of ``rows`` as :meth:`from_rows`, of numbers from 0 up and names that this package computed.
-
         They are in range unless they are too large to be exact; only then are they checked, which takes longer.
-        ``others`` are fields of all rows.
-        """
+        ``others`` are fields of all rows."""
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):
             for name, value in row.items():

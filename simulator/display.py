@@ -23,20 +23,7 @@ MOST_LETTERS = 320
 
 
 class Displayed:
-    """Base class of returned objects.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True, repr=False)
-    ... class Pass(Displayed):
-    ...     name: str
-    ...     total_s: float
-    ...     def _title(self) -> str:
-    ...         return f"{self.name} takes {1e3 * self.total_s} ms"
-    >>> Pass("prefill", 0.0123)
-    <Pass: prefill takes 12.3 ms>
-    >>> Pass("prefill", 0.0123).to_dict()
-    {'name': 'prefill', 'total_s': 0.0123}
-    """
+    """Base class of returned objects."""
 
     def _title(self) -> str:
         """Return a description in one line."""
@@ -51,10 +38,8 @@ class Displayed:
         return dict(as_plain(self))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table.
-
-        Raises InputError if pandas is not installed.
-        """
+        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table. Raises
+        InputError if pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -67,14 +52,8 @@ class Displayed:
 
 
 def as_plain(value: Any) -> Any:
-    """Return a value as nested dictionaries, lists, finite numbers and texts; NaN and infinity become None.
-
-    A dataclass becomes a dictionary of its fields with ``repr``.
-
-    >>> from pathlib import PurePosixPath
-    >>> as_plain({"sizes": (1, 2), "file": PurePosixPath("a"), "share": float("nan")})
-    {'sizes': [1, 2], 'file': 'a', 'share': None}
-    """
+    """Return a value as nested dictionaries, lists, finite numbers and texts; NaN and infinity become None. A dataclass
+    becomes a dictionary of its fields with ``repr``."""
     # NumPy values have tolist; NumPy is not imported here, since simple commands do not need it
     if hasattr(value, "tolist") or isinstance(value, str | int | float | None):
         return finite(value)
@@ -86,39 +65,23 @@ def as_plain(value: Any) -> Any:
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns of all their names; missing values are None.
-
-    >>> by_column([{"a": 1}, {"a": 2, "b": 3}])
-    {'a': [1, 2], 'b': [None, 3]}
-    """
+    """Return rows as columns of all their names; missing values are None."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def with_and(parts: Sequence[str]) -> str:
-    """Return names as a list in a sentence.
-
-    >>> with_and(["launch"]), with_and(["launch", "host time", "alignment"])
-    ('launch', 'launch, host time and alignment')
-    """
+    """Return names as a list in a sentence."""
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def few(names: Iterable[str], most: int = 4) -> str:
-    """Return the first few distinct names as text, with the number of further names.
-
-    >>> few("abcabc", 2), few("ab")
-    ('a, b and 1 more', 'a, b')
-    """
+    """Return the first few distinct names as text, with the number of further names."""
     known = list(dict.fromkeys(names))
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return ", ".join(islice(known, most)) + more
 
 
 def markdown_text(text: str) -> str:
-    """Return a text on one line for Markdown, with entities for markup characters.
-
-    >>> markdown_text("<b> a|b *c*")
-    '&#60;b&#62; a&#124;b &#42;c&#42;'
-    """
+    """Return a text on one line for Markdown, with entities for markup characters."""
     return re.sub(r"[\\`*\[\]<>&|]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))

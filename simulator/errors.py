@@ -29,14 +29,8 @@ class InputError(ValueError):
 
 
 def one_line(text: str, most: int = 4000) -> str:
-    """Return a text as one printable line of at most ``most`` characters.
-
-    Blanks replace line ends and tabs, escapes replace other unprintable characters. The middle of a long text is
-    omitted.
-
-    >>> one_line("a\\tb\\u202e"), one_line("x" * 100, 20)
-    ('a b\\\\u202e', 'xxxxxxxx ... xxxxxxx')
-    """
+    """Return a text as one printable line of at most ``most`` characters. Blanks replace line ends and tabs, escapes
+    replace other unprintable characters. The middle of a long text is omitted."""
     text = _cut(text, most)
     if text.isprintable():
         return text
@@ -49,14 +43,8 @@ def _cut(text: str, most: int) -> str:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = (), way: str = "") -> InputError:
-    """Return the error for a name that is not one of ``choices``, with the closest names.
-
-    ``listed`` replaces ``choices`` in the list of known names, if choices contain aliases. ``way`` is a sentence that
-    states what to do.
-
-    >>> str(unknown("GPU", "h10", ["h100", "a100"]))
-    "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100"
-    """
+    """Return the error for a name that is not one of ``choices``, with the closest names. ``listed`` replaces
+    ``choices`` in the list of known names, if choices contain aliases. ``way`` is a sentence that states what to do."""
     known, given = sorted(choices), one_line(str(name), 80)
     parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))  # an id can begin with its owner
     close = next(filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)), [])
@@ -66,11 +54,7 @@ def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] 
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:
-    """Return the error for a missing package of an optional extra; extras are installed from a checkout.
-
-    >>> print(needs_extra("a table", "tables", "pandas"))
-    a table needs the extra "tables" (pandas is not installed): in the checkout of prunesim, pip install -e ".[tables]"
-    """
+    """Return the error for a missing package of an optional extra; extras are installed from a checkout."""
     install = f'pip install -e ".[{extra}]"{more}'
     return InputError(
         f'{what} needs the extra "{extra}" ({package} is not installed): in the checkout of prunesim, {install}'

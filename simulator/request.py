@@ -20,7 +20,7 @@ class Meta:
     """Request that a workload was lowered from, and its pruning steps."""
 
     model: str = ""
-    phase: str = "decode"  # one of simulator.workload.PHASES
+    phase: str = "decode"  # one of simulator.codes.PHASES
     batch: int = 1  # sequences; in serve, requests in flight
     seq: int = 1  # prompt tokens per sequence; in decode, cached positions
     new_tokens: int = 0  # new tokens per request of generate or serve

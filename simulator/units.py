@@ -54,11 +54,7 @@ _HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLO
 
 
 def parse_quantity(text: str, unit: str) -> float:
-    """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of :data:`UNITS`.
-
-    >>> parse_quantity("50 MiB", "B")
-    52428800.0
-    """
+    """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of :data:`UNITS`."""
     body = text.strip(" ")
     match = _NUMBER.match(body)
     symbol = body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u") if match else ""
@@ -75,11 +71,7 @@ def parse_quantity(text: str, unit: str) -> float:
 
 
 def parse_fraction(text: str) -> float:
-    """Convert a text such as ``0.25`` or ``25 %`` to a number.
-
-    >>> parse_fraction("0.25"), parse_fraction("12.5%")
-    (0.25, 0.125)
-    """
+    """Convert a text such as ``0.25`` or ``25 %`` to a number."""
     body = text.strip()
     match = _NUMBER.fullmatch(body.removesuffix("%").rstrip())
     if match is None:
@@ -88,11 +80,7 @@ def parse_fraction(text: str) -> float:
 
 
 def parse_count(text: str) -> int:
-    """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts.
-
-    >>> parse_count("64"), parse_count("32k"), parse_count("1.5k")
-    (64, 32768, 1536)
-    """
+    """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts."""
     body = text.strip()
     size = {"k": 1024, "K": 1024, "M": 1024**2}.get(body[-1:], 1)
     match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
@@ -103,11 +91,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_parameters(text: str) -> float:
-    """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000.
-
-    >>> parse_parameters("49B"), parse_parameters("350M")
-    (49000000000.0, 350000000.0)
-    """
+    """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000."""
     body = text.strip()
     size = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(body[-1:].upper(), 1)
     match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
@@ -117,11 +101,7 @@ def parse_parameters(text: str) -> float:
 
 
 def parse_ratio(text: str) -> float:
-    """Convert a text such as ``1.5`` or ``1.5x`` to a number.
-
-    >>> parse_ratio("1.5x")
-    1.5
-    """
+    """Convert a text such as ``1.5`` or ``1.5x`` to a number."""
     match = _NUMBER.fullmatch(text.strip().removesuffix("x").rstrip())
     if match is None:
         raise InputError(f"expected a ratio such as 1.5x, got {_shown(text)}")
@@ -129,11 +109,7 @@ def parse_ratio(text: str) -> float:
 
 
 def parse_value(text: str) -> bool | int | float | str:
-    """Convert a text to true or false, a whole number, a number or, else, itself.
-
-    >>> [parse_value(text) for text in ("16", "0.5", "true", "mlp")]
-    [16, 0.5, True, 'mlp']
-    """
+    """Convert a text to true or false, a whole number, a number or, else, itself."""
     if text in ("true", "false"):
         return text == "true"
     match = _NUMBER.fullmatch(text)
@@ -160,15 +136,8 @@ def _unit_problem(symbol: str, unit: str) -> str:
 
 
 def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
-    """Return an SI number as text with a suitable prefix and ``digits`` significant digits.
-
-    Without ``digits`` the text is exact: :func:`parse_quantity` returns the same float.
-
-    >>> format_quantity(3.35e12, "B/s"), format_quantity(52428800.0, "B"), format_quantity(3e-6, "s")
-    ('3.35 TB/s', '50 MiB', '3 us')
-    >>> format_quantity(1.23456e9, "Hz", digits=3)
-    '1.23 GHz'
-    """
+    """Return an SI number as text with a suitable prefix and ``digits`` significant digits. Without ``digits`` the text
+    is exact: :func:`parse_quantity` returns the same float."""
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
     if digits is None and unit == "B" and value.is_integer():
@@ -195,22 +164,13 @@ def _plain(number: Decimal) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time as text with three significant digits.
-
-    >>> seconds(0.0123456), seconds(3e-6), seconds(41.2)
-    ('12.3 ms', '3.00 us', '41.2 s')
-    """
+    """Return a time as text with three significant digits."""
     return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
 
 
 def seconds_between(value: float, lower: float, upper: float, *, short: bool = False) -> str:
-    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, the ends rounded outwards.
-
-    >>> seconds_between(0.0123456, 0.0101, 0.0142), seconds_between(0.0123456, 0.0101, 0.0142, short=True)
-    ('12.3 ms (10.1-14.2)', '12.3 ms (10-15)')
-    >>> seconds_between(0.0073, 0.00629, 0.00891, short=True)
-    '7.3 ms (6.2-9.0)'
-    """
+    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, the ends rounded
+    outwards."""
     text = seconds(value)
     unit_s = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[text.split()[1]]
     digits = len(text.split()[0].partition(".")[2])
@@ -224,47 +184,27 @@ def seconds_between(value: float, lower: float, upper: float, *, short: bool = F
 
 
 def size(value: float) -> str:
-    """Return an amount of memory as text with a binary prefix.
-
-    >>> size(80 * 2**30), size(50 * 2**20), size(16.06e9)
-    ('80.0 GiB', '50.0 MiB', '15.0 GiB')
-    """
+    """Return an amount of memory as text with a binary prefix."""
     return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
 
 
 def parameters(value: float) -> str:
-    """Return a number of parameters as text with a decimal prefix.
-
-    >>> parameters(8030261248), parameters(84.96e6)
-    ('8.03 B', '85.0 M')
-    """
+    """Return a number of parameters as text with a decimal prefix."""
     return _prefixed(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
 
 
 def rate(value: float, unit: str) -> str:
-    """Return a rate per second as text with a decimal prefix.
-
-    >>> rate(3.35e12, "B/s"), rate(989.4e12, "FLOP/s")
-    ('3.35 TB/s', '989 TFLOP/s')
-    """
+    """Return a rate per second as text with a decimal prefix."""
     return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
 
 
 def ratio(value: float) -> str:
-    """Return a speedup or bound as text.
-
-    >>> ratio(1.234), ratio(12.34), ratio(float("inf"))
-    ('1.23', '12.3', 'inf')
-    """
+    """Return a speedup or bound as text."""
     return f"{value:.2f}" if value < 10 or not math.isfinite(value) else f"{value:.3g}"
 
 
 def percent(value: float) -> str:
-    """Return a fraction as text in percent, with at most one decimal.
-
-    >>> percent(0.25), percent(0.1234)
-    ('25 %', '12.3 %')
-    """
+    """Return a fraction as text in percent, with at most one decimal."""
     return f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
@@ -278,11 +218,7 @@ def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a value for JSON: infinite numbers and NaN become null at any depth, NumPy values become plain ones.
-
-    >>> finite(float("nan")) is None, finite(1.5), finite({"x": (float("inf"),)})
-    (True, 1.5, {'x': [None]})
-    """
+    """Return a value for JSON: infinite numbers and NaN become null at any depth, NumPy values become plain ones."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

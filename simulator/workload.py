@@ -1,16 +1,15 @@
-"""Define a workload: the operators of one forward pass as a frozen table of columns.
+"""Define a workload: the operators of one forward pass as a frozen table of columns, and many such tables as one.
 
-:func:`simulator.lower` makes a workload, :func:`simulator.prune` changes it, cost models time it. A row is one operator
-shape. Its ``count`` is the number of executions: identical layers share a row, and counts of dynamic methods can be
-fractional.
+A row is one operator shape. Its ``count`` is the number of executions: identical layers share a row, and counts of
+dynamic methods can be fractional.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -18,109 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
-from simulator.arrays import Array
+from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.codes import DTYPES, ROLES, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.columns import Table, column
-from simulator.counts import attention_pairs, delta_bytes, delta_state_bytes, spmv_bytes
 from simulator.errors import InputError
+from simulator.operators import BY_CODE, MOST_CODES
+from simulator.operators.attention import attention_pairs
+from simulator.operators.base import Operator, Rows
 from simulator.request import NO_REQUEST, Meta
-from simulator.routing import experts_touched
 from simulator.units import percent, size
-
-
-class Kind(IntEnum):
-    """Kind of an operator, which selects its cost model."""
-
-    GEMM = 0
-    PREFILL_ATTENTION = 1
-    DECODE_ATTENTION = 2
-    ELEMENTWISE = 3
-    COLLECTIVE = 4
-    HOST = 5  # not in workloads: marks errors of the host
-    EXPERTS = 6  # routed experts of a layer
-    DELTA_NET = 7  # gated delta net of a layer
-
-
-# plain numbers, as a lookup of an enumeration member takes a microsecond in Python 3.11
-_GEMM, _PREFILL, _DECODE = int(Kind.GEMM), int(Kind.PREFILL_ATTENTION), int(Kind.DECODE_ATTENTION)
-_EXPERTS, _DELTA_NET = int(Kind.EXPERTS), int(Kind.DELTA_NET)
-
-
-class Part(IntEnum):
-    """Part of the decoder; depth pruning removes ATTENTION and MLP parts of layers."""
-
-    EMBEDDING = 0
-    ATTENTION = 1
-    MLP = 2
-    HEAD = 3
-
-
-class Kernel(IntEnum):
-    """Kernel of an operator, which determines whether zeros save time."""
-
-    DENSE = 0  # computes zeros
-    SPARSE24 = 1  # 2:4 sparse tensor cores, compressed weights
-    UNSTRUCTURED = 2  # scattered zeros: counted in bounds, timed as dense
-    BLOCK_SPARSE = 3  # skips tiles: attention blocks, or tokens of a GEMM sorted by a mask
-    GROUPS_N = 4  # skips groups of output features of a GEMM per token
-    GROUPS_K = 5  # skips groups of input features of a GEMM per token
-    SPMV = 6  # scattered zeros times one token; stores nonzero values with their distances
-
-
-class Phase(IntEnum):
-    """Phase of inference of a row."""
-
-    PREFILL = 0
-    DECODE = 1
-
-
-PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
-"""Phases that :func:`simulator.lower` accepts."""
-
-STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
-"""Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
-
-DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
-"""Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
-
-fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is only for weights."""
-
-DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
-"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""
-
-# fmt: off
-ROLES: tuple[str, ...] = (
-    # GEMMs of a decoder layer
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
-    # GEMMs outside the layers, and those that pruning adds
-    "lm_head", "router", "residual_projection",
-    # attention
-    "attention",
-    # elementwise
-    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
-    "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
-    # collectives
-    "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
-    # latent attention: projections to the ranks, from the query rank, from the latent vector, and halves of the latter
-    "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
-    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared experts
-    "linear", "experts", "shared_gate",
-    # zeros for skipped tokens; gate times up if a GEMM includes the activation
-    "fill", "product",
-    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
-    "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
-    # conversion of activations for narrow products (quantize: of the residual stream): outputs of heads, inner features
-    "quantize_heads", "quantize_inner",
-)
-# fmt: on
-"""Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""
-
-_ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
-_DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
-
-
-def role_code(*names: str) -> Array:
-    """Return the codes of role names."""
-    return np.array([_ROLE_CODE[name] for name in names], dtype=np.int16)
 
 
 @lru_cache(maxsize=512)
@@ -131,14 +36,10 @@ def _role_table(names: tuple[str, ...]) -> Array:
     return table
 
 
-def dtype_code(name: str) -> int:
-    """Return the code of a number format."""
-    if name not in _DTYPE_CODE:
-        raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
-    return _DTYPE_CODE[name]
-
-
-_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"kind": Kind, "part": Part, "phase": Phase, "kernel": Kernel})
+_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"part": Part, "phase": Phase, "kernel": Kernel})
+_KINDS = tuple(BY_CODE[code].name if code in BY_CODE else "" for code in range(MOST_CODES))
+_IS_ATTENTION = np.array([name in ("prefill_attention", "decode_attention") for name in _KINDS])
+_CACHED = np.array([code in BY_CODE and BY_CODE[code].cached for code in range(MOST_CODES)])
 _RANGES = {"layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole=True), "density": SHARE}
 
 
@@ -152,7 +53,8 @@ class Workload(Table):
     Parameters
     ----------
     kind, role, part, phase : array of int, shape (rows,)
-        Codes of cost model (:class:`Kind`), operator (:data:`ROLES`), part of the decoder and phase.
+        Codes of the operator (:data:`simulator.operators.OPERATORS`), its role (:data:`simulator.codes.ROLES`), part of
+        the decoder and phase.
     layer, layers : array of int, shape (rows,)
         First layer of the row, -1 outside the layers, and number of consecutive layers, 0 outside the layers.
     count : array of float, shape (rows,)
@@ -161,7 +63,8 @@ class Workload(Table):
         GEMM: tokens, output features and input features. Experts: tokens, inner width of one expert, hidden size. Delta
         net: tokens of all sequences, features of all values.
     experts, active, skew : array, shape (rows,)
-        Routed experts of the device, experts per token on average, and imbalance (:mod:`simulator.routing`).
+        Routed experts of the device, experts per token on average, and imbalance
+        (:func:`simulator.operators.experts.experts_chance`).
     stage : array of int, shape (rows,)
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
     batch, q_len, kv_len : array of int, shape (rows,)
@@ -180,10 +83,10 @@ class Workload(Table):
     density : array of float, shape (rows,)
         Share of the multiply-adds that are neither zero nor skipped.
     kernel : array of int, shape (rows,)
-        Code of the kernel (:class:`Kernel`).
+        Code of the kernel (:class:`simulator.codes.Kernel`).
     dtype, weight_dtype : array of int, shape (rows,)
-        Codes (:data:`DTYPES`) of activations and arithmetic, and of the second operand: weights, the K/V cache, or the
-        state of a delta net.
+        Codes (:data:`simulator.codes.DTYPES`) of activations and arithmetic, and of the second operand: weights, the
+        K/V cache, or the state of a delta net.
     read_bytes, write_bytes : array of float, shape (rows,)
         Elementwise: bytes read and written per execution. Collective: ``read_bytes`` is the payload.
     params : array of float, shape (rows,)
@@ -232,8 +135,8 @@ class Workload(Table):
     block: Array = column(np.int64, 0)
     density: Array = column(np.float64, 1.0)
     kernel: Array = column(np.int8, Kernel.DENSE)
-    dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])
-    weight_dtype: Array = column(np.int8, _DTYPE_CODE["bf16"])
+    dtype: Array = column(np.int8, dtype_code("bf16"))
+    weight_dtype: Array = column(np.int8, dtype_code("bf16"))
     read_bytes: Array = column(np.float64, 0.0)
     write_bytes: Array = column(np.float64, 0.0)
     params: Array = column(np.float64, 0.0)
@@ -251,6 +154,12 @@ class Workload(Table):
         if name in _ENUMS or name in cls.CODES:
             most = len(_ENUMS.get(name, cls.CODES.get(name, ()))) - 1
             return array(f"column {name}", given, Range(0.0, most, f"whole numbers from 0 to {most}", whole=True))
+        if name == "kind":
+            code = array("column kind", given, SIZE)
+            if not np.isin(code, list(BY_CODE)).all():
+                known = ", ".join(f"{c} ({operator.name})" for c, operator in sorted(BY_CODE.items()))
+                raise InputError(f"column kind: expected codes of operators, {known}; got another")
+            return code
         right = _RANGES.get(name, SIZE if issubclass(kind, np.integer) else AMOUNT)
         return array(f"column {name}", given, right)
 
@@ -262,7 +171,13 @@ class Workload(Table):
     def _columns(self) -> Mapping[str, Any]:
         """Return columns with names instead of codes, and FLOPs and bytes."""
         held = {name: np.array([one.name.lower() for one in of])[getattr(self, name)] for name, of in _ENUMS.items()}
-        return {**super()._columns(), **held, "flops": self.flops, "bytes": self.bytes}
+        return {
+            **super()._columns(),
+            "kind": np.array(_KINDS)[self.kind],
+            **held,
+            "flops": self.flops,
+            "bytes": self.bytes,
+        }
 
     def is_role(self, *names: str) -> Array:
         """Return a mask of the rows with one of the roles ``names``, of :data:`ROLES`."""
@@ -272,8 +187,22 @@ class Workload(Table):
     @property
     def is_attention(self) -> Array:
         """Mask of prefill and decode attention."""
-        mask: Array = (self.kind == _PREFILL) | (self.kind == _DECODE)
+        mask: Array = _IS_ATTENTION[self.kind]
         return mask
+
+    @property
+    def is_cached(self) -> Array:
+        """Mask of operators that keep keys, values or states of each sequence."""
+        mask: Array = _CACHED[self.kind]
+        return mask
+
+    def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
+        """Return the value that each row's operator gives, of one execution; rows of an operator are asked at once."""
+        out = np.zeros(len(self))
+        for code in np.flatnonzero(np.bincount(self.kind)).tolist():
+            rows = np.flatnonzero(self.kind == code)
+            out[rows] = value(BY_CODE[code], Rows(self, rows))
+        return out
 
     @property
     def pairs(self) -> Array:
@@ -291,72 +220,23 @@ class Workload(Table):
         return np.where(self.value_dim > 0, self.value_dim, self.head_dim)
 
     @property
-    def key_elements(self) -> Array:
-        """Elements per position that an attention row reads: keys and values of all heads, or the latent vector."""
-        heads = self.kv_heads * (self.head_dim + self.value_features)
-        return np.where((self.kind == _DECODE) & (self.latent > 0), self.latent, heads)
-
-    @property
-    def state_bytes_each(self) -> Array:
-        """Bytes of the states of all sequences of a delta net: recurrent ones, last positions of the convolution."""
-        sizes = self.heads, self.kv_heads, self.head_dim, self.value_dim, self.window
-        each = delta_state_bytes(*sizes, DTYPE_BYTES[self.weight_dtype], DTYPE_BYTES[self.dtype])
-        return np.where(self.kind == _DELTA_NET, self.batch * each, 0.0)
-
-    @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights that one execution of a GEMM row reads, compressed if the kernel stores no zeros.
+        """Bytes of weights that one execution of a row reads, compressed if the kernel stores no zeros.
 
         Of routed experts, only those in use are read.
         """
-        stored: Array = DTYPE_BYTES[self.weight_dtype]
-        if np.count_nonzero(self.kernel):
-            pairs, scattered = self.kernel == Kernel.SPARSE24, self.kernel == Kernel.UNSTRUCTURED
-            # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
-            index = np.where(pairs, 0.25 * self.density, 0.125)
-            # an index takes more bytes than few zeros save
-            kept = np.where(pairs | scattered, np.minimum(stored, self.density * stored + index), stored)
-            stored = np.where(self.kernel == Kernel.SPMV, spmv_bytes(self.density, stored), kept)
-        out: Array = np.where(self.kind == _GEMM, self.n.astype(np.float64) * self.k * stored, 0.0)
-        if len(rows := np.flatnonzero(self.kind == _EXPERTS)):
-            w = self.take(rows)
-            out[rows] = 3.0 * w.n * w.k * stored[rows] * experts_touched(w.m, w.experts, w.active, w.skew)
-        return out
+        return self.each(lambda operator, rows: operator.weight_bytes(rows))
 
     @property
     def flops(self) -> Array:
-        """FLOPs of all executions of each row.
-
-        GEMMs have 2MNK, attention 2 (d_key + d_value) per query-key pair and head, experts 6NK per token and expert in
-        use, a delta net 6 d_key d_value per token and value head, other operators none.
-        """
-        m, n, k = (c.astype(np.float64) for c in (self.m, self.n, self.k))
-        gemm = 2.0 * m * n * k
-        attention = 2.0 * self.batch * self.heads * (self.head_dim + self.value_features) * self.pairs
-        each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, attention, 0.0))
-        each = np.where(self.kind == _EXPERTS, 3.0 * gemm * self.active, each)
-        each = np.where(self.kind == _DELTA_NET, 6.0 * m * self.heads * self.head_dim * self.value_dim, each)
-        out: Array = each * self.density * self.count
+        """FLOPs of all executions of each row."""
+        out: Array = self.each(lambda operator, rows: operator.flops(rows)) * self.density * self.count
         return out
 
     @property
     def bytes(self) -> Array:
         """Minimum bytes of all executions of each row: operands are read once, results are written once."""
-        act = DTYPE_BYTES[self.dtype]
-        weights = self.weight_bytes_each
-        gemm = weights + act * self.m.astype(np.float64) * (self.k + self.n)
-        cache = 1.0 * self.batch * self.keys_seen * self.key_elements * DTYPE_BYTES[self.weight_dtype]
-        cache = np.where(self.kind == _DECODE, cache * self.density, cache)
-        query = 1.0 * self.batch * self.heads * self.q_len * (self.head_dim + self.value_features) * act
-        moved = self.read_bytes + self.write_bytes
-        each = np.where(self.kind == _GEMM, gemm, np.where(self.is_attention, cache + query, moved))
-        streams = weights + 2.0 * act * self.m * self.k  # experts: activations that no fusion avoids
-        each = np.where(self.kind == _EXPERTS, streams, each)
-        if len(rows := np.flatnonzero(self.kind == _DELTA_NET)):
-            w = self.take(rows)
-            features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
-            each[rows] = delta_bytes(w.m, w.batch, features, w.state_bytes_each, act[rows])
-        out: Array = each * self.count
+        out: Array = self.each(lambda operator, rows: operator.bytes(rows)) * self.count
         return out
 
     @property
@@ -378,3 +258,201 @@ class Workload(Table):
         layer = np.where(out.layers > 0, out.layer + offset, -1)
         share = 1.0 / times[index]
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
+
+
+FEW_ROWS = 200
+"""Number of rows below which a search for equal operators costs more than timing them twice."""
+
+_SEGMENT = np.zeros(len(Part), dtype=np.int64)
+_SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
+_SEGMENT[Part.HEAD] = 2
+
+
+def segment_of(w: Workload) -> NDArray[np.int64]:
+    """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the layers."""
+    return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of rows of each workload with the same segment, kind and role, which share errors and launches."""
+
+    cell: IndexArray  # of each row: workload x group
+    segment: IndexArray  # (:func:`segment_of`) of each group, as the next two
+    kind: IndexArray
+    role: IndexArray
+    count: FloatArray  # workload x group: executions
+
+    @property
+    def of_row(self) -> IndexArray:
+        """Group of each row."""
+        return self.cell % len(self.segment)
+
+    def sums(self, column: FloatArray) -> FloatArray:
+        """Return the sums of a column of the rows, workload x group."""
+        return sums(self.cell, column, self.count.shape)
+
+
+def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    """Return the sums of a column by cell of a table."""
+    out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
+    return np.asarray(out, dtype=np.float64).reshape(shape)
+
+
+@dataclass(frozen=True)
+class WorkloadBatch:
+    """Concatenated workloads, dense and pruned, with one phase, formats and engine."""
+
+    rows: Workload  # rows of all workloads; its meta is that of the first workload
+    lengths: IndexArray  # rows of each workload, at least 1
+    sequences: IndexArray  # of each workload, all with a cache; a dynamic method may skip some in a step
+    dense: IndexArray  # index of the dense workload of each; a dense workload has itself
+    pruning: IndexArray  # index into the requested prunings; -1: dense
+    sparsity: FloatArray  # requested
+    realised: FloatArray  # after rounding
+
+    def __post_init__(self) -> None:
+        if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
+            expected = f"at least one workload, each of at least 1 row, {len(self.rows)} together"
+            raise ValueError(f"lengths: expected {expected}")
+
+    @classmethod
+    def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
+        """Return a batch of workloads, all as dense ones."""
+        many = len(workloads)
+        return cls(
+            rows=Workload.concat(workloads),
+            lengths=np.array([len(w) for w in workloads], dtype=np.intp),
+            sequences=np.array([w.meta.batch for w in workloads], dtype=np.intp),
+            dense=np.arange(many),
+            pruning=np.full(many, -1),
+            sparsity=np.zeros(many),
+            realised=np.zeros(many),
+        )
+
+    @classmethod
+    def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
+        """Concatenate batches."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(
+            rows=Workload.concat([b.rows for b in batches]),
+            lengths=np.concatenate([b.lengths for b in batches]),
+            sequences=np.concatenate([b.sequences for b in batches]),
+            dense=np.concatenate([b.dense for b in batches]),
+            pruning=np.concatenate([b.pruning for b in batches]),
+            sparsity=np.concatenate([b.sparsity for b in batches]),
+            realised=np.concatenate([b.realised for b in batches]),
+        )
+
+    def take(self, index: IndexArray) -> WorkloadBatch:
+        """Return the workloads ``index``, which includes their dense workloads."""
+        lengths, place = self.lengths[index], np.full(len(self), -1)
+        place[index] = np.arange(len(index))
+        first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
+        return WorkloadBatch(
+            rows=self.rows.take(first + np.arange(int(lengths.sum()))),
+            lengths=lengths,
+            sequences=self.sequences[index],
+            dense=place[self.dense[index]],
+            pruning=self.pruning[index],
+            sparsity=self.sparsity[index],
+            realised=self.realised[index],
+        )
+
+    def rows_of(self, index: int) -> IndexArray:
+        """Return the indices of the rows of one workload."""
+        return int(self.starts[index]) + np.arange(int(self.lengths[index]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def starts(self) -> IndexArray:
+        """First row of each workload."""
+        return np.asarray(np.cumsum(self.lengths) - self.lengths)
+
+    @cached_property
+    def owner(self) -> IndexArray:
+        """Workload of each row."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def total(self, column: FloatArray) -> FloatArray:
+        """Return the sum of a column of the rows, by workload."""
+        return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
+
+    def largest(self, column: Any) -> Any:
+        """Return the maximum of a column of the rows, by workload."""
+        return np.maximum.reduceat(column, self.starts)
+
+    @cached_property
+    def flops(self) -> FloatArray:
+        """FLOPs of all executions of each row."""
+        return self.rows.flops
+
+    @cached_property
+    def bytes(self) -> FloatArray:
+        """Minimum bytes of all executions of each row."""
+        return self.rows.bytes
+
+    def bound(self, column: FloatArray) -> FloatArray:
+        """Return the ratio of sums of a column, dense to pruned, by workload, without overhead operators."""
+        totals = self.total(np.where(self.rows.overhead, 0.0, column))
+        return np.asarray(totals[self.dense] / totals)
+
+    @cached_property
+    def flop_bound(self) -> FloatArray:
+        """Ratio of FLOPs, dense to pruned, of each workload."""
+        return self.bound(self.flops)
+
+    @cached_property
+    def byte_bound(self) -> FloatArray:
+        """Ratio of bytes, dense to pruned, of each workload."""
+        return self.bound(self.bytes)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
+        """First row of each kind of operator (latent attention is separate), and the workloads that have the kind
+        themselves or in their dense workload."""
+        code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
+        for kind in np.flatnonzero(np.bincount(code)).tolist():
+            rows = np.flatnonzero(code == kind)
+            has = np.bincount(self.owner[rows], minlength=len(self)) > 0
+            out.append((int(rows[0]), has | has[self.dense]))
+        return tuple(out)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Groups of the rows."""
+        w = self.rows
+        code = (segment_of(w) * MOST_CODES + w.kind) * len(ROLES) + w.role
+        occurs = np.bincount(code) > 0
+        used = np.flatnonzero(occurs)
+        cell = self.owner * len(used) + (np.cumsum(occurs) - 1)[code]
+        place, role = np.divmod(used, len(ROLES))
+        segment, kind = np.divmod(place, MOST_CODES)
+        return Groups(cell, segment, kind, role, sums(cell, w.count, (len(self), len(used))))
+
+    @cached_property
+    def shapes(self) -> tuple[Workload, IndexArray]:
+        """Operators with different times, and the operator of each row; a table of few rows is returned unchanged."""
+        w, every = self.rows, np.arange(len(self.rows))
+        if len(w) < FEW_ROWS:
+            return w, every
+        small = w.kind.astype(np.int64)
+        role = np.where(w.kind == Kind.GEMM, 0, w.role)
+        for codes, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+            small = small * many + codes
+        columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+        columns += [w.experts, w.value_dim, w.latent]
+        columns += [c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)]
+        key = np.zeros(len(w), dtype=np.uint64)
+        for values in columns:  # a mixing hash; equal hashes are checked below
+            key ^= np.ascontiguousarray(values).view(np.uint64)
+            key *= np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        which = which.reshape(-1)
+        if any((values[first][which] != values).any() for values in columns):  # two operators have one hash
+            return w, every
+        return w.take(first), which

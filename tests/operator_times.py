@@ -7,8 +7,8 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
-from simulator.cost import attention, collective, delta_net, elementwise, experts
-from simulator.cost.base import Estimate
+from simulator.operators import attention, collective, delta_net, elementwise, experts
+from simulator.operators.base import Estimate
 from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
 

@@ -16,11 +16,11 @@ from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import datasheet
 from simulator import gemm_time
+from simulator.codes import STACKS
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Provenance, Section
-from simulator.workload import STACKS
 
 NAME = "a100_sxm_80gb.trtllm"
 

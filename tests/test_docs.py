@@ -23,8 +23,9 @@ from calibration.build_profiles import RECIPES
 from calibration.cli import commands_page as pages
 from simulator.cli import run
 from simulator.engines.engine import Engine
-from simulator.hardware.constants import CLASSES, CONSTANTS
-from simulator.hardware.constants import COLLECTIVE_CONSTANTS as LINK
+from simulator.operators import CONSTANTS
+from simulator.operators.collective import COLLECTIVE_CONSTANTS as LINK
+from simulator.operators.elementwise import CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,6 +52,20 @@ def blocks(path: Path) -> Iterator[Block]:
             yield Block("bash", found[4], text[: found.start(4)].count("\n") + 1)
         else:
             yield Block(found[2], found[3], text[: found.start(3)].count("\n") + 1, found[1] or "")
+
+
+def edit(shown: str, folder: Path) -> None:
+    """Change a file as a page shows: its name after +++, then parts that begin with @@."""
+    first, *parts = re.split(r"^@@.*\n", shown, flags=re.MULTILINE)
+    target = folder / first.split()[-1]
+    text = target.read_text(encoding="utf-8")
+    for part in parts:
+        lines = part.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(before) == 1, part
+        text = text.replace(before, after)
+    target.unlink()  # a link to the file of the checkout
+    target.write_text(text, encoding="utf-8")
 
 
 def name_of(path: Path) -> str:
@@ -163,6 +178,8 @@ def follow(path: Path, folder: Path) -> Counter[str]:
             assert target.resolve().is_relative_to(folder.resolve()), where
             assert not target.exists(), where
             target.write_text(block.text, encoding="utf-8")
+        elif what == "diff":
+            edit(block.text, folder)
         elif what == "bash":
             printed = run_shell(block.text, folder) or printed
         elif what == "python":
@@ -210,7 +227,7 @@ def test_every_value_of_an_engine_is_explained() -> None:
 @pytest.mark.slow
 def test_the_examples_of_how_to_add_things_work(tree: Path) -> None:
     done = follow(ROOT / "docs" / "adding.md", tree)
-    assert done >= Counter(file=6, bash=5, python=3, text=5)
+    assert done >= Counter(file=7, diff=1, bash=5, python=4, text=5)
 
 
 OTHERS = [p for p in PAGES if p.name not in ("adding.md", "model.md")]

@@ -19,9 +19,9 @@ import pytest
 from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
 
 import simulator
-from simulator.cost.collective import COLLECTIVES
+from simulator.codes import Kernel
+from simulator.operators.collective import COLLECTIVES
 from simulator.prediction.scenario import Scenario
-from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.counts import attention_pairs
-from simulator.workload import Kernel, Kind, Workload
+from simulator.codes import Kernel, Kind
+from simulator.operators.attention import attention_pairs
+from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 

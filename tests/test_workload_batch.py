@@ -14,11 +14,11 @@ from model_shapes import PUBLISHED
 
 from simulator import capacity
 from simulator.capacity import RESERVE_BYTES, memory
+from simulator.codes import Kernel, Part
 from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
 from simulator.models.library import load_model
-from simulator.workload import Kernel, Part, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

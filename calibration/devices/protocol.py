@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 from simulator.errors import InputError, unknown
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 _GEMM = ("m", "n", "k")
 _ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
@@ -80,7 +80,7 @@ class Operator:
     """One thing to time. ``kind`` determines the relevant fields; the others keep their defaults."""
 
     kind: str  # one of OPERATORS
-    dtype: str = "bf16"  # one of simulator.workload.DTYPES
+    dtype: str = "bf16"  # one of simulator.codes.DTYPES
     m: int = 0  # GEMMs, elementwise: tokens
     n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
     k: int = 0  # GEMMs: input features

@@ -31,8 +31,7 @@ from simulator.prediction.scenario import profiles
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import general_families
 from simulator.units import percent
-from simulator.workload import Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE = "holds", "does not hold", "undecided", "does not apply"
 CLAIMS: Mapping[str, str] = {

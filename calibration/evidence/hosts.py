@@ -21,11 +21,11 @@ from calibration.evidence.published import serving_workload
 from calibration.evidence.scoring import ScoredRows, score
 from calibration.measurements import published
 from simulator.arrays import FloatArray
+from simulator.codes import Phase
 from simulator.models.library import load_model
 from simulator.prediction.serving import prefill_passes
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload import Phase
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # of h0 and hs, s: a scheduler in Python
 OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run

@@ -22,14 +22,14 @@ from calibration.fit.section import Fit, fit_section
 from calibration.fit.solver import HUBER
 from calibration.records.timing_table import Records, Source
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.base import Machine
-from simulator.cost.experts import Layers
-from simulator.cost.gemm import Products
+from simulator.codes import formats_of
 from simulator.errors import InputError
-from simulator.hardware.formats import formats_of
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Section
+from simulator.operators.attention import AttentionCalls
+from simulator.operators.base import Machine
+from simulator.operators.experts import Layers
+from simulator.operators.gemm import Products
 from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.posterior import posterior_of
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from calibration.measurements import published
 from simulator.arrays import Array
+from simulator.codes import ROLES, Kind, Part
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -23,8 +24,7 @@ from simulator.prediction.result import Result
 from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.uncertainty.forward import forward_passes, operator_times
-from simulator.workload import ROLES, Kind, Part, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

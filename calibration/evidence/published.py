@@ -15,13 +15,14 @@ import numpy as np
 from calibration.evidence.scoring import Comparison
 from calibration.measurements import published
 from simulator.capacity import memory
-from simulator.cost.gemm_shapes import Options
+from simulator.codes import Kernel
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.scenario import dense_seconds
 from simulator.prediction.table import speedups
@@ -30,7 +31,7 @@ from simulator.uncertainty.forward import ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
 from simulator.units import parse_fraction
-from simulator.workload import Kernel, Workload
+from simulator.workload import Workload
 
 MISS = 0.10
 """Relative error from which the likely reason is printed."""

@@ -37,13 +37,13 @@ from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
-from simulator.cost.base import Machine
+from simulator.codes import ROLES, STACKS
 from simulator.errors import unknown
-from simulator.hardware.constants import COLLECTIVE_CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
-from simulator.workload import ROLES, STACKS
+from simulator.operators.base import Machine
+from simulator.operators.collective import COLLECTIVE_CONSTANTS
 
 
 @dataclass(frozen=True)

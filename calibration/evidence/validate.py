@@ -16,9 +16,9 @@ from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
+from simulator.codes import DTYPES
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPES
 
 SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6
 """Share of the datasheet bandwidth and fixed time of the rule of thumb max(FLOP / peak, bytes / (0.8 bandwidth)) + 3

@@ -21,15 +21,13 @@ from calibration.fit.section import FOLDS, Fit
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.attention_model import Geometry, decode_core, decode_work, prefill_work
-from simulator.cost.base import Machine
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constant import Constant
-from simulator.hardware.constants import CONSTANTS
+from simulator.codes import DTYPE_BYTES, DTYPES
 from simulator.hardware.sections import Provenance, Section
+from simulator.operators import CONSTANTS
+from simulator.operators.attention import AttentionCalls, Geometry, decode_core, decode_work, prefill_work
+from simulator.operators.base import Constant, Machine
+from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
-from simulator.workload import DTYPE_BYTES, DTYPES
 
 # operators of records and sections that are fitted here
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
@@ -117,7 +115,7 @@ class AttentionFit(Fit):
 
     @property
     def kinds(self) -> FloatArray:
-        """Properties that distinguish kernels (n, 3), as in :class:`simulator.cost.attention.Kernels`."""
+        """Properties that distinguish kernels (n, 3), as in :class:`simulator.operators.attention.Kernels`."""
         g = self.calls.geometry
         narrow = np.asarray(g.cache_bytes) < np.asarray(g.element_bytes)
         columns = np.log2(g.head_dim), np.asarray(g.window) > 0, narrow

@@ -18,13 +18,13 @@ from calibration.devices.telemetry import Reading
 from calibration.measure.timing import Protocol, measure
 from calibration.records.screening import work
 from calibration.records.timing_table import Records
+from simulator.codes import DTYPES
 from simulator.errors import InputError
 from simulator.files.fields import Quantity
-from simulator.hardware.formats import Rate
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import QUANTITIES, RATE
-from simulator.workload import DTYPES
+from simulator.operators.base import Rate
 
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
 UNKNOWN = "unknown for this device; a placeholder that no prediction uses"

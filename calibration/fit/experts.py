@@ -13,11 +13,11 @@ from calibration.fit.residual import Regularisation
 from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.base import Machine
-from simulator.cost.experts import ALIGNED, PARTS, Layers
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import EXPERTS_CONSTANTS as CONSTANTS
-from simulator.workload import ROLES
+from simulator.codes import ROLES
+from simulator.operators.base import Machine
+from simulator.operators.experts import ALIGNED, PARTS, Layers
+from simulator.operators.experts import EXPERTS_CONSTANTS as CONSTANTS
+from simulator.operators.residual_grid import ResidualGrid
 
 PRIOR = 1.5  # log standard deviation of the constants around their defaults
 ROWS = 4000  # rows that the constants are fitted on; more do not change them
@@ -80,5 +80,5 @@ def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
 
 
 def experts_part(records: Any) -> IndexArray:
-    """Return the index into :data:`simulator.cost.experts.PARTS` of expert records."""
+    """Return the index into :data:`simulator.operators.experts.PARTS` of expert records."""
     return np.asarray(np.argmax(np.asarray(records.role)[:, None] == PART_ROLES, axis=1))

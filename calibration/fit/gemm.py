@@ -20,14 +20,13 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, 
 from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.base import Machine
-from simulator.cost.gemm import Products
-from simulator.cost.gemm_kernel import EDGE
-from simulator.cost.gemm_model import weight_only_constants
-from simulator.cost.residual_grid import ResidualGrid, RowResidual
-from simulator.hardware.constants import GEMM_CONSTANTS as CONSTANTS
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Provenance, Section
+from simulator.operators.base import Machine
+from simulator.operators.gemm import EDGE, Products
+from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
+from simulator.operators.gemm_model import weight_only_constants
+from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 ROWS = 6000  # rows that the constants are fitted on; more do not change them
 # rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used

@@ -16,10 +16,9 @@ from calibration.fit.solver import FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
 from calibration.records.timing_table import OPERATORS, Records
 from simulator.arrays import FloatArray
-from simulator.cost.gemm_kernel import with_section
-from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted, Section
+from simulator.operators import CONSTANTS
 from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs

@@ -26,8 +26,9 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import OTHER_STACK, HardwareProfile
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import LocalUpdate
+from simulator.operators.base import OTHER_STACK
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 

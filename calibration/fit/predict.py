@@ -18,18 +18,18 @@ from calibration.fit.gemm import weight_copies
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records
 from simulator.arrays import IndexArray
-from simulator.cost import attention
-from simulator.cost.base import Estimate, bottleneck
-from simulator.cost.collective import collective
-from simulator.cost.elementwise import elementwise
-from simulator.cost.experts import PARTS, experts
-from simulator.cost.gemm_shapes import Options
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import attention
+from simulator.operators.base import Estimate, bottleneck
+from simulator.operators.collective import collective
+from simulator.operators.elementwise import elementwise
+from simulator.operators.experts import PARTS, experts
+from simulator.operators.gemm import Options
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
 from simulator.uncertainty.forward import host_launch
 from simulator.uncertainty.operators import OperatorTimes, gemm_predicted, operator_time, predicted
 from simulator.uncertainty.posterior import HOST_KIND, posterior_of
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, Kernel
 
 UNTIMED = "the time is not positive and finite"
 

@@ -28,17 +28,16 @@ from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
-from simulator.cost.base import Machine
-from simulator.cost.collective import COLLECTIVES, Messages
-from simulator.cost.elementwise import Moves, class_code
+from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
-from simulator.hardware.constants import CLASSES, CONSTANTS
-from simulator.hardware.formats import labels
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Provenance, Section
-from simulator.workload import DTYPES, ROLES, role_code
+from simulator.operators import CONSTANTS
+from simulator.operators.base import Machine
+from simulator.operators.collective import COLLECTIVES, Messages
+from simulator.operators.elementwise import CLASSES, Moves, class_code
 
 Mask = NDArray[np.bool_]
 

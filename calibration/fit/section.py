@@ -1,7 +1,7 @@
 """Fit a section of a profile: constants, residual, held-out errors and section scale, written once for every operator.
 
-An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model (:class:`simulator.cost.base.Calls`), the
-search for its constants, and the blank grid of its residual.
+An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model, the search for its constants, and the
+blank grid of its residual.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from calibration.fit.errors import accuracy_of, section_scale
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.base import Calls
-from simulator.cost.residual_grid import ResidualGrid
 from simulator.hardware.sections import Provenance, Section
+from simulator.operators.base import Calls
+from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
 
 FOLDS = 5

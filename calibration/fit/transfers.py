@@ -16,10 +16,9 @@ from calibration.fit.residual import Regularisation
 from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
-from simulator.cost.collective import COLLECTIVES, Messages
-from simulator.cost.elementwise import Moves
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import CLASSES, COLLECTIVE_CONSTANTS, ELEMENTWISE_CONSTANTS
+from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Messages
+from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
+from simulator.operators.residual_grid import ResidualGrid
 
 ELEMENTWISE_PRIOR = 0.7  # log standard deviation of a class's constants around those of all classes
 FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning of their names

@@ -4,7 +4,7 @@ The CSV files are those of the repository's ``bench_data/*/h20``; its benchmark 
 each was measured, and so which rows are the time of a kernel. SGLang runs these kernels (stack ``sglang``), except in
 decode attention: the table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on
 Hopper is FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
-Gated delta nets have no table: their files hold nine different rows (``tests/cost/test_delta_net.py``).
+Gated delta nets have no table: their files hold nine different rows (``tests/operators/test_delta_net.py``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.cost.measured_shapes`)."""
+"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.operators.measured_shapes`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import Array
-from simulator.hardware.arrays import EXACT_NAMES as NAMES
+from simulator.codes import DTYPES
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPES
+from simulator.operators.measured_shapes import EXACT_NAMES as NAMES
 
 UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
 

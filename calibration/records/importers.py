@@ -14,12 +14,12 @@ from calibration.records.screening import Refusals, Screen, compute_bound, join_
 from calibration.records.store import MARK, content_records, parse, untimed
 from calibration.records.timing_table import COUNTS, NEEDED, Records, is_records, read_records
 from simulator.arrays import Array
-from simulator.cost.experts import POWER
 from simulator.errors import InputError
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators.experts import POWER
 
 FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 

@@ -13,9 +13,9 @@ from scipy import ndimage
 from calibration.records.screening import Screen
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
 from simulator.arrays import Array, FloatArray
-from simulator.cost.experts import PARTS
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.errors import InputError, one_line, unknown
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
+from simulator.operators.experts import PARTS
 
 RawColumns = Mapping[str, Array]
 
@@ -441,7 +441,7 @@ GROUPED_SHAPE = (
     *("num_experts", "num_local_experts", "topk", "hidden_size", "intermediate_size", "tokens_per_expert"),
     *("up_proj_us", "down_proj_us"),
 )
-AROUND_MEAN = -0.3  # skew of the rule that distributes tokens (simulator.cost.experts.dealt_load)
+AROUND_MEAN = -0.3  # skew of the rule that distributes tokens (simulator.operators.experts.dealt_load)
 FEWEST = 4  # experts from which the number of tokens is known within 9 %, the standard deviation of what was drawn
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records
 from simulator.arrays import Array
-from simulator.counts import attention_pairs
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.hardware.profile import HardwareProfile
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES
+from simulator.operators.attention import attention_pairs
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict

@@ -23,10 +23,10 @@ from typing import Any
 from calibration.devices.protocol import elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
 from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 
 SCHEMA_VERSION = 2  # 2: purpose "drift_check"
 MARK = b'{"prunesim":"records",'

@@ -20,11 +20,11 @@ import numpy as np
 
 from calibration.devices.protocol import OPERATORS as KINDS
 from simulator.arrays import Array
+from simulator.codes import DTYPES, ROLES
 from simulator.columns import Table, column
 from simulator.errors import InputError, unknown
 from simulator.files.parquet import load_pyarrow, read_parquet
 from simulator.files.read import read_bounded
-from simulator.workload import DTYPES, ROLES
 
 T = TypeVar("T", bound="Records")
 

@@ -16,6 +16,7 @@ import numpy as np
 from calibration.devices.protocol import Device
 from calibration.fit.base_profile import base_profile
 from calibration.runners.runs import DATASHEET, PROFILE, check_folder
+from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -29,7 +30,7 @@ from simulator.prediction.scenario import Scenario, once, one_of, whole_number
 from simulator.prediction.table import speedup
 from simulator.pruning._steps import PruningStep, in_order
 from simulator.units import percent
-from simulator.workload import PHASES, Workload
+from simulator.workload import Workload
 
 SPARSITIES: tuple[float, ...] = (0.25, 0.5)  # default fractions of families
 

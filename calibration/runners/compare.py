@@ -30,6 +30,7 @@ from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
+from simulator.codes import PHASES
 from simulator.display import few
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers
@@ -40,7 +41,6 @@ from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks import BenchRun
 from simulator.prediction.measured import pass_seconds
 from simulator.units import ratio
-from simulator.workload import PHASES
 
 # engines of our decoder in plain PyTorch, and of Transformers under torch.compile
 EXECUTED, COMPILED = (str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml"))

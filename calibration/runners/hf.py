@@ -26,11 +26,12 @@ from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
 from calibration.runners.cases import Case
 from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
 from simulator.models.config import Block, ModelConfig
 from simulator.models.huggingface import from_hf_config
-from simulator.workload import ROLES, Kernel, Kind, Workload
+from simulator.workload import Workload
 
 # role of a projection -> its module in a decoder layer of Llama and the models derived from it
 PROJECTIONS: Mapping[str, str] = {

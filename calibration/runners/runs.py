@@ -31,6 +31,7 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
+from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -41,8 +42,7 @@ from simulator.prediction.scenario import Scenario
 from simulator.pruning import prune
 from simulator.uncertainty import factors
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 

@@ -25,10 +25,11 @@ from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import MeasuredRun, begin, measure_plan
 from simulator.arrays import FloatArray
-from simulator.cost import attention
+from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import attention
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 ALIGN = 16  # features that remain after unstructured pruning are rounded to a multiple, as in structured families
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {

@@ -61,7 +61,8 @@ def _show_devices(
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.link import choices
-    from simulator.hardware.sections import unfitted
+    from simulator.operators.base import unfitted
+    from simulator.operators.gemm import GEMM_CONSTANTS
 
     hw = load_hardware(name)
     if json:
@@ -107,7 +108,7 @@ def _show_devices(
         print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
     sections = hw.to_dict()["sections"]
     if not sections:
-        generic = "generic" in unfitted("gemm", hw.section("gemm", next(iter(hw.rates))), hw.architecture)
+        generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
         of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
         print(f"not calibrated: {of} and wide intervals")
         return
@@ -225,9 +226,9 @@ def _show_models(
     json: options.Json = False,
 ) -> None:
     """Show one model: shapes, parameters, GEMMs."""
+    from simulator.codes import ROLES, Kind
     from simulator.models.library import load_model
     from simulator.models.lower import lower
-    from simulator.workload import ROLES, Kind
 
     if min(batch, seq) < 1:
         raise InputError(f"batch {batch}, seq {seq}: expected whole numbers from 1 up")

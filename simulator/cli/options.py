@@ -153,8 +153,8 @@ class Run:
 
     def requests(self, known: Known | None = None, *, model: str = "", ideal: bool = False) -> Requests:
         """Parse the options, with a measured time of the dense ``model``, if any."""
+        from simulator.operators.experts import EXPERT_SKEW
         from simulator.prediction.scenario import Scenario
-        from simulator.routing import EXPERT_SKEW
 
         if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
             raise InputError("--concurrency: expected with --phase serve, instead of --batch")

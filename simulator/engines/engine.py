@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import shown
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 from simulator.display import Displayed
 from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.engines.generations import SINCE, Generation, numbers, selected, split
@@ -28,7 +29,6 @@ from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Forma
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Flag, Keys, Map, Number, Quantity, SourceName, String, Strings, Text, read
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
-from simulator.workload import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 
 SCHEMA_VERSION = 1
 FUSIONS: tuple[str, ...] = ("qkv", "gate_up")

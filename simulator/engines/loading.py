@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated
 
+from simulator.codes import DTYPES
 from simulator.files.fields import Flag, Number, SourceName, String, Strings, Text
-from simulator.workload import DTYPES
 
 FEATURES: Mapping[str, str] = MappingProxyType(
     {

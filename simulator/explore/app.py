@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 
+from simulator.codes import DTYPES, PHASES
 from simulator.display import markdown_text
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import list_engines
@@ -27,7 +28,6 @@ from simulator.prediction.scenario import PARALLEL, Scenario, check_fraction, wh
 from simulator.pruning import FAMILIES
 from simulator.pruning._grammar import is_plan
 from simulator.units import parse_count, parse_fraction, parse_quantity
-from simulator.workload import DTYPES, PHASES
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000

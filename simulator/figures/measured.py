@@ -1,7 +1,7 @@
 """Draw predictions next to measurements: times of GEMMs that are read from a file, and speedups.
 
 A file has columns ``m``, ``n``, ``k`` and one of :data:`TIMES`; optional are ``copies`` (number of rotated weights;
-without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.workload.DTYPES`; without
+without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.codes.DTYPES`; without
 them bf16) and ``predicted_s`` (a held-out prediction of the row). Further columns are ignored.
 """
 
@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import BoolArray, FloatArray
+from simulator.codes import DTYPES
 from simulator.errors import InputError
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
 from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
@@ -28,7 +29,6 @@ from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import gemm_time
-from simulator.workload import DTYPES
 
 # columns that may hold the time, and their unit in seconds
 TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
-from simulator.cost.base import ELEMENT_BYTES
+from simulator.codes import ROLES
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
@@ -30,6 +30,7 @@ from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, model_title
+from simulator.operators.base import ELEMENT_BYTES
 from simulator.prediction.explain import explanations
 from simulator.prediction.pareto import fronts, winners
 from simulator.prediction.prunings import Pruning, families
@@ -39,7 +40,7 @@ from simulator.prediction.scenario import Scenario, profiles
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.uncertainty.operators import gemm_time
-from simulator.workload import ROLES, Workload
+from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
 MAP_SPARSITY = 0.5  # sparsity at which families are compared: all of them support it (2:4 supports no other)

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.codes import Kernel
 from simulator.figures.layout import FigurePoints, arrays, as_table, laid_out, of_panel, panel_grid, short
 from simulator.figures.style import (
     BLACK,
@@ -32,7 +33,7 @@ from simulator.figures.style import (
     paper_style,
     style_of,
 )
-from simulator.workload import Kernel, Workload
+from simulator.workload import Workload
 
 # Axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K.
 SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})

@@ -23,16 +23,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from simulator.hardware.constants import CLASSES
-from simulator.workload import Kind
+from simulator.operators import MOST_CODES
+from simulator.operators.elementwise import CLASSES
+from simulator.operators.measured_shapes import check_exact
 
 Arrays = Mapping[str, NDArray[Any]]
-
-EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
-"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
-
-EXACT_BITS: tuple[int, ...] = (22, 21, 21)
-"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
 
 MAX_BYTES = 64_000_000  # of a file, and of the sum of its arrays
 MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
@@ -52,7 +47,7 @@ _LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = Mapping
         "independent": ((), "(rows,)", 0.0, MOST_LOG**2),
         "correlated": ((), "(rows,)", 0.0, MOST_LOG),
         "coordinates": ((3,), "(rows, 3)", -100.0, 100.0),
-        "kind": ((), "(rows,)", 0.0, float(max(Kind))),
+        "kind": ((), "(rows,)", 0.0, float(MOST_CODES - 1)),
     }
 )
 """Array of a local update -> further axes (0: of any length), shape in words, lowest and highest value."""
@@ -115,10 +110,8 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones.
-
-    The prefix is ``operator.dtype`` or ``local_update``.
-    """
+    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones. The
+    prefix is ``operator.dtype`` or ``local_update``."""
     arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
@@ -180,20 +173,6 @@ def clipped(arrays: Arrays) -> Arrays:
     found = {name: np.clip(array, *_FITTED[name]) for name, array in arrays.items() if name in _FITTED}
     same = all(np.array_equal(array, arrays[name]) for name, array in found.items())
     return arrays if same else MappingProxyType({**arrays, **found})
-
-
-def check_exact(arrays: Arrays) -> None:
-    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths, or bad values."""
-    if missing := [name for name in EXACT_NAMES if name not in arrays]:
-        raise ValueError(f"exact shapes: array {missing[0]} is missing")
-    *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
-    if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
-        found = [np.shape(arrays[name]) for name in EXACT_NAMES]
-        raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
-    if not all(((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all() for a, bits in zip(shape, EXACT_BITS)):
-        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
-    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
-        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
 
 def _check_values(operator: str, arrays: Arrays) -> None:

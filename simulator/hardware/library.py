@@ -11,14 +11,13 @@ from pathlib import Path
 from string import Template
 from types import MappingProxyType
 
+from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.formats import labels
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
 from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
 from simulator.hardware.sections import ANY_DTYPE, inherited
-from simulator.workload import STACKS
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
@@ -239,10 +238,8 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
 
 
 def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
-    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path.
-
-    Raises InputError if the name is invalid or a shipped GPU's, or if the file exists.
-    """
+    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path. Raises
+    InputError if the name is invalid or a shipped GPU's, or if the file exists."""
     from simulator.files.write import write_whole  # late: loading a profile writes nothing
 
     named = plain_name(name)

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 from simulator.errors import InputError, unknown
+from simulator.operators.base import Link
 
 CONNECTIONS: tuple[str, ...] = ("nvswitch", "xgmi", "bridge", "pcie", "pcie-host")
 
@@ -37,67 +38,7 @@ PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
 without it, 42 us of a small all-reduce on eight RTX 4090 over its 14 ring steps
 (https://github.com/NVIDIA/nccl/issues/1530)."""
 
-FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
-"""Kinds of links with defaults of their own."""
-
 _PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
-
-
-@dataclass(frozen=True)
-class Link:
-    """Connection between devices."""
-
-    kind: str  # nvlink4, pcie5, xgmi
-    bandwidth_bytes_per_s: float  # in one direction
-    latency_s: float  # of one message step
-    max_devices: int
-    connection: str = ""  # of CONNECTIONS; "": by kind
-    beyond: Link | None = None  # connects more devices than max_devices
-    group: int = 1  # neighbours in a ring that share one port of this link, as they are joined otherwise
-    stated: bool = False  # the user named the connection
-
-    def __post_init__(self) -> None:
-        if not self.connection:
-            usual = {"nvlink": "nvswitch", "xgmi": "xgmi"}.get(self.kind.rstrip("0123456789").lower(), "pcie")
-            object.__setattr__(self, "connection", usual)
-
-    @property
-    def family(self) -> str:
-        """ "pcie", or "nvlink" for links on which all devices see each other's memory."""
-        return "pcie" if self.connection.startswith("pcie") else "nvlink"
-
-    @property
-    def defaults(self) -> str:
-        """Kind of defaults that constants of collectives have over this link."""
-        if self.connection == "pcie-host":
-            return "pcie_host"
-        return self.kind if self.kind in FITTED_KINDS else self.family
-
-    @property
-    def most_devices(self) -> int:
-        """Largest number of devices, over :attr:`beyond` too."""
-        return self.beyond.most_devices if self.beyond else self.max_devices
-
-    def between(self, devices: int) -> Link:
-        """Return the link that bounds a collective of some devices: itself, or the one beyond pairs."""
-        return self.beyond if self.beyond and devices > self.max_devices else self
-
-    @property
-    def name(self) -> str:
-        """Name that :func:`named` accepts on a GPU of another default too: with the generation of PCIe."""
-        return self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
-
-    @property
-    def text(self) -> str:
-        """What joins the devices, in a few words."""
-        if self.connection == "bridge" and self.beyond:
-            return f"{self.kind} bridges between pairs, {self.beyond.kind} beyond"
-        return {
-            "nvswitch": f"{self.kind} between all devices",
-            "xgmi": f"{self.kind} to each other device",
-            "pcie": f"{self.kind} with peer access",
-            "pcie-host": f"{self.kind} through host memory (no peer access)",
-        }.get(self.connection, self.kind)
 
 
 def check(name: str) -> str:
@@ -108,12 +49,7 @@ def check(name: str) -> str:
 
 
 def named(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
-    """Return a connection of a GPU by its name; InputError for NVLink that the GPU does not have.
-
-    >>> usual = Link("pcie4", 32e9, 1.6e-6, 8)
-    >>> named("pcie-host", usual, None, "ada", "l40s").text
-    'pcie4 through host memory (no peer access)'
-    """
+    """Return a connection of a GPU by its name; InputError for NVLink that the GPU does not have."""
     check(name)
     if link is not None and name in (link.connection, link.name):
         return replace(link, stated=True)

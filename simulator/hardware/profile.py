@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import COUNT, Range, number
+from simulator.codes import STACKS
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
-from simulator.hardware.attention_constants import DECODE_KERNELS
-from simulator.hardware.formats import Rate
-from simulator.hardware.link import Link, named
+from simulator.hardware.link import named
 from simulator.hardware.sections import (
     ANY_DTYPE,
     LocalUpdate,
@@ -25,14 +24,11 @@ from simulator.hardware.sections import (
     section_row,
     unfitted_section,
 )
+from simulator.operators.attention import DECODE_KERNELS
+from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
-from simulator.workload import STACKS
 
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
-
-OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
-"""Scale of the prior of systematic errors, for a section fitted on another stack than the user's (evaluated on held-out
-stacks and labs), on the stack that the engine runs, in another version, and on the user's own stack."""
 
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 
@@ -208,7 +204,7 @@ class HardwareProfile(Displayed):
         same = not own_stack
         return replace(self, sections=sections, stacks=stacks, stack="", own_stack=own_stack, same_stack=same)
 
-    def error_scales(self, section: Section) -> tuple[float, float]:
+    def error_scales(self, section: FittedValues) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
         fitted = section.status == "calibrated" and section.stack == (self.stack or self.own_stack)
         # the user's own calibration of one stack holds for engines that run its kernels, not for others
@@ -266,6 +262,10 @@ class HardwareProfile(Displayed):
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
 
+    def beyond(self) -> HardwareProfile:
+        """Return the device with the link beyond the pairs of its bridges."""
+        return _beyond(self)
+
     def _runs_another(self, section: Section) -> bool:
         """Return whether the engine has a decode kernel of its own, known to differ from that of a fit."""
         tiles = section.constants.get("tile_rows")
@@ -275,11 +275,9 @@ class HardwareProfile(Displayed):
 
 
 def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:
-    """Return a profile with ``stacks``, one of which is preferred.
-
-    The preferred stack is the first of ``first`` that exists, else the user's own calibration, else the first of
-    :data:`STACKS`. Sections that it lacks are inherited from the other stacks, in that order.
-    """
+    """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first of ``first`` that
+    exists, else the user's own calibration, else the first of :data:`STACKS`. Sections that it lacks are inherited from
+    the other stacks, in that order."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile
@@ -311,6 +309,16 @@ def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
 
     stacks = {stack: without(sections) for stack, sections in profile.stacks.items()}
     return replace(profile, link=link, sections=without(profile.sections), stacks=MappingProxyType(stacks))
+
+
+@lru_cache(maxsize=64)
+def _beyond(profile: HardwareProfile) -> HardwareProfile:
+    return replace(profile, link=profile.link.beyond if profile.link else None)
+
+
+def with_section(profile: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
+    """Return a profile with another GEMM section of a number format."""
+    return replace(profile, sections={**profile.sections, ("gemm", dtype): section})
 
 
 @lru_cache(maxsize=64)

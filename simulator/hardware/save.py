@@ -1,8 +1,4 @@
-"""Write profiles to files.
-
-:func:`save_hardware` writes a whole profile, :func:`save_stack` the sections of one software stack, by the declarations
-in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes.
-"""
+"""Write profiles to files, by the declarations in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simulator.codes import STACKS
 from simulator.errors import InputError, unknown
 from simulator.files.fields import lines_of
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.link import Link
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.schema import (
     QUANTITIES,
@@ -40,7 +35,8 @@ from simulator.hardware.schema import (
     stack_from_text,
 )
 from simulator.hardware.sections import Sections
-from simulator.workload import STACKS
+from simulator.operators import CONSTANTS
+from simulator.operators.base import Link
 
 
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
@@ -123,10 +119,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _calibrated(
     path: Path, sections: Sections, update: Arrays | None = None
 ) -> tuple[str, bytes, dict[str, dict[str, SectionEntry]]]:
-    """Return the name and the bytes of the array file, and the sections as the YAML names them.
-
-    The name contains the digest, so the old pair of files stays readable until the new YAML is in place.
-    """
+    """Return the name and the bytes of the array file, and the sections as the YAML names them. The name contains the
+    digest, so the old pair of files stays readable until the new YAML is in place."""
     arrays = {}
     held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
     for prefix, own in (held if update is None else {**held, "local_update": update}).items():

@@ -1,7 +1,4 @@
-"""Declare the YAML of a hardware profile and of its stack files, and read them.
-
-The results are a :class:`HardwareProfile` or its sections, or a list of all problems.
-"""
+"""Declare the YAML of a hardware profile and of its stack files, and read them."""
 
 import math
 import re
@@ -11,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
+from simulator.codes import DTYPES, STACKS, labels
 from simulator.errors import InputError
 from simulator.files.fields import (
     BAD,
@@ -31,11 +29,8 @@ from simulator.files.fields import (
     unknown_key,
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
-from simulator.hardware import formats
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.constants import CONSTANTS
-from simulator.hardware.formats import Rate
-from simulator.hardware.link import CONNECTIONS, Link
+from simulator.hardware.link import CONNECTIONS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
@@ -47,7 +42,8 @@ from simulator.hardware.sections import (
     Section,
     Sections,
 )
-from simulator.workload import DTYPES, STACKS
+from simulator.operators import CONSTANTS
+from simulator.operators.base import Link, Rate
 
 T = TypeVar("T")
 
@@ -180,7 +176,7 @@ class _Formats(MapOf):
     """Sections of an operator by number format, of which the device has a rate."""
 
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
-        known = ("*",) if path[1] in ANY_DTYPE else formats.labels(reader.context["rates"])
+        known = ("*",) if path[1] in ANY_DTYPE else labels(reader.context["rates"])
         return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
 
 
@@ -242,21 +238,15 @@ class StackFile:
 
 
 def plain_name(name: str) -> str:
-    """Return a name as it is compared: in lower case, with underscores instead of blanks and dashes.
-
-    >>> plain_name("RTX 4090")
-    'rtx_4090'
-    """
+    """Return a name as it is compared: in lower case, with underscores instead of blanks and dashes."""
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
 def profile_from_text(
     text: str, path: Path, problems: Problems, fetch: Fetch, taken: Mapping[str, str] = MappingProxyType({})
 ) -> HardwareProfile | None:
-    """Return the profile of a YAML text, or None with problems.
-
-    ``fetch`` reads the arrays of a section; ``taken`` maps plain names that other profiles have to these profiles.
-    """
+    """Return the profile of a YAML text, or None with problems. ``fetch`` reads the arrays of a section; ``taken`` maps
+    plain names that other profiles have to these profiles."""
     root = _root(text, problems)
     if root is None:
         return None

@@ -14,8 +14,8 @@ from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import unknown
 from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
 from simulator.files.yaml import Node
-from simulator.hardware.attention_constants import DECODE_KERNELS
-from simulator.hardware.constants import CONSTANTS
+from simulator.operators import CONSTANTS
+from simulator.operators.attention import DECODE_KERNELS
 
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
@@ -116,14 +116,6 @@ def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[
         "rows": about.rows if about else 0,
         "origin": origin,
     }
-
-
-def unfitted(operator: str, section: Section, architecture: str) -> tuple[str, ...]:
-    """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
-    if section.status != "default":
-        return ()
-    known = any(architecture in constant.defaults for constant in CONSTANTS[operator].values())
-    return ("default",) if known else ("default", "generic")
 
 
 @lru_cache(maxsize=64)

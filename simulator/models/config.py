@@ -25,9 +25,9 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import AMOUNT, number, shown, whole
+from simulator.codes import DTYPES
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
-from simulator.workload import DTYPES
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 from simulator.models.config import Block, ModelConfig
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""

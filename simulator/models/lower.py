@@ -40,15 +40,16 @@ import numpy as np
 
 from simulator.arguments import Range, number, shown, text, whole
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, DTYPES, PHASES, Phase, dtype_code
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.models.config import ModelConfig, shard
 from simulator.models.forward import PassRows, Request
 from simulator.models.library import load_model
+from simulator.operators.experts import EXPERT_SKEW
 from simulator.request import Meta
-from simulator.routing import EXPERT_SKEW
-from simulator.workload import DTYPE_BYTES, DTYPES, PHASES, Phase, Workload, dtype_code
+from simulator.workload import Workload
 
 MAX_TOKENS = 2**40  # largest batch x seq; larger counts would not be exact in float64
 # at 2 the busiest expert has 40,000 times the load of the least busy
@@ -97,7 +98,7 @@ def lower(
     new_tokens : int
         Decode steps of ``generate`` and ``serve``, 1 to 1,000,000; 0 in other phases.
     dtype : str
-        Number format of the arithmetic, one of ``simulator.workload.DTYPES``.
+        Number format of the arithmetic, one of ``simulator.codes.DTYPES``.
     weight_dtype : str, optional
         Number format of the projections. Default: that of the checkpoint, else ``dtype``.
     kv_dtype : str, optional
@@ -112,7 +113,7 @@ def lower(
         What joins the devices, of :data:`simulator.hardware.link.CONNECTIONS`. Default: the hardware's usual
         connection.
     skew : float
-        Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.routing.experts_chance`.
+        Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.operators.experts.experts_chance`.
     token_budget : int, optional
         Most prompt and decode tokens of one step, at least 1. Default: the engine's on GPUs of much memory
         (:class:`simulator.engines.schedule.Schedule`); engines without a schedule compute all prompts in one pass.

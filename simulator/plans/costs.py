@@ -18,6 +18,7 @@ import numpy as np
 from simulator.arguments import OneOrMore
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.capacity import cache_bytes, weights_bytes
+from simulator.codes import Part
 from simulator.display import Displayed
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import Block, ModelConfig
@@ -31,8 +32,7 @@ from simulator.prediction.serving import memory_columns
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals
-from simulator.workload import Part, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 COLUMNS: tuple[str, ...] = (
     *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),  # layer -1: outside the layers

@@ -33,6 +33,7 @@ from simulator.files.read import read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.config import Block, ModelConfig
 from simulator.models.difference import runs
+from simulator.models.library import load_model
 from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
 from simulator.units import percent
@@ -90,6 +91,8 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
     path = Path(source).expanduser()
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
+        if load_model(str(source)).layout != model.layout:
+            raise InputError(f"{source}: has the scores of {source}; expected those of {model.name}")
     if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
     content = read_bounded(path, MOST_BYTES)

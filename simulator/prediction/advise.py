@@ -34,7 +34,7 @@ from simulator.prediction.scenario import (
 )
 from simulator.prediction.service import check_probability, probability_of
 from simulator.units import ratio, seconds
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -15,13 +15,13 @@ import numpy as np
 
 from simulator.arguments import instance, listed
 from simulator.arrays import IndexArray
-from simulator.cost.forward import refusal
+from simulator.codes import Kernel, role_code
 from simulator.errors import InputError
 from simulator.models.library import load_model
+from simulator.passes import refusal
 from simulator.prediction.prunings import Pruning, check_alike
 from simulator.prediction.scenario import Scenario
-from simulator.workload import Kernel, Workload, role_code
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
 RequestGroup = tuple[int, ...]  # indices of some requests of a scenario

@@ -8,19 +8,19 @@ so its interval is narrower than the interval of either speedup. Equal shapes ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array, FloatArray, IndexArray
-from simulator.cost.base import BOTTLENECKS
-from simulator.cost.forward import ForwardPass, by_kind, section_of
+from simulator.codes import DTYPES, Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.hardware.formats import label_of
 from simulator.models.lower import cached_tokens
+from simulator.operators import TITLES
+from simulator.operators.base import BOTTLENECKS
+from simulator.passes import ForwardPass, by_kind, section_of
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.result import COLUMNS, Labels, Results
@@ -28,23 +28,12 @@ from simulator.prediction.scenario import Scenario, by_budget
 from simulator.prediction.serving import memory_columns, serving
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
-from simulator.workload import DTYPES, Kind
-from simulator.workload_batch import WorkloadBatch, sums
+from simulator.workload import WorkloadBatch, sums
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
-
-# fmt: off
-PARTS: Mapping[str, str] = MappingProxyType({
-    "gemm": "GEMMs", "experts": "experts",
-    "attention_prefill": "prefill attention", "attention_decode": "decode attention",
-    "mla_prefill": "latent prefill attention", "mla_decode": "latent decode attention",
-    "elementwise": "elementwise operators", "delta_net": "gated delta nets",
-})
-# fmt: on
-"""Section of a profile -> name of its operators in notes."""
 
 SMALL_SHARE = 0.05
 """Share of the time below which operators with default constants do not count: results are calibrated."""
@@ -56,7 +45,7 @@ def compare(
     batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
 ) -> tuple[dict[str, Array], Inferred | None]:
     """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
-    index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``PARTS``), on one device; and what is
+    index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``TITLES``), on one device; and what is
     inferred from a measured time.
 
     ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
@@ -242,13 +231,12 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
 
 def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
     """Return for each workload and its dense workload together which operators have default constants, one bit per
-    entry of :data:`PARTS`, and their share of the time, of the two the larger."""
-    (w, which), many = p.workloads.shapes, len(PARTS)
-    part, places = np.full(len(w), many), {name: i for i, name in enumerate(PARTS)}
-    for kind, rows, dtype, weight in by_kind(w):
-        name = section_of(w, int(rows[0]))
-        label = label_of(dtype, weight) if kind in (Kind.GEMM, Kind.EXPERTS) else dtype
-        if name and p.hw.section(name, label).status == "default":
+    entry of :data:`TITLES`, and their share of the time, of the two the larger."""
+    (w, which), many = p.workloads.shapes, len(TITLES)
+    part, places = np.full(len(w), many), {name: i for i, name in enumerate(TITLES)}
+    for operator, rows, formats in by_kind(w):
+        name, label = section_of(w, int(rows[0])), operator.label(formats.dtype, formats.second)
+        if name in TITLES and p.hw.section(name, label).status == "default":
             part[rows] = places[name]
     if (part == many).all():
         none = np.zeros(len(p.workloads))
@@ -261,9 +249,9 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
 
 
 def _names(codes: Array | Labels) -> Labels:
-    """Return sets of :data:`PARTS`, one bit each, as texts joined by "+"."""
+    """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
     found, place = np.unique(np.asarray(codes), return_inverse=True)
-    texts = ("+".join(name for i, name in enumerate(PARTS) if code >> i & 1) for code in found.tolist())
+    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found.tolist())
     return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
 
 

@@ -13,13 +13,12 @@ import numpy as np
 
 from simulator.arguments import SECONDS, number
 from simulator.arrays import FloatArray
-from simulator.cost.elementwise import elementwise
-from simulator.cost.forward import ForwardPass, by_formats, section_of
-from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
+from simulator.operators.base import Estimate, Rows
+from simulator.passes import ForwardPass, by_kind
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare, scenario_results
 from simulator.prediction.prunings import applied, prunings_of
@@ -28,9 +27,8 @@ from simulator.prediction.scenario import Scenario, check_measured, profiles, sc
 from simulator.prediction.sentences import better_than_bound, inferred_by
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
-from simulator.uncertainty.operators import gemm_steps, operator_time
-from simulator.workload import Kind
-from simulator.workload_batch import WorkloadBatch
+from simulator.uncertainty.operators import gemm_steps_of, operator_time
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -165,24 +163,20 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
     w, ideal = p.workloads.rows, p.ideal_s
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
-    for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        options = Options(dtype, weight, w.kernel[rows], density=w.density[rows], block=w.block[rows])
-        for name, seconds in gemm_steps(w.m[rows], w.n[rows], w.k[rows], p.hw, options).items():
-            if name in effects:
-                effects[name][rows] = seconds * w.count[rows]
+    for operator, rows, formats in by_kind(w):
+        for some, e in operator.effects(Rows(w, rows), p.hw, formats):
+            at, steps = rows[some], gemm_steps_of(operator_time(e, p.hw))
+            for name in effects.keys() & steps.keys():
+                effects[name][at] = steps[name] * w.count[at]
     return effects
 
 
 def _fixed(p: ForwardPass) -> FloatArray:
-    """Return the fixed time of rows other than GEMMs, s: elementwise without bytes, a constant of attention."""
+    """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
-    for kind in (Kind.ELEMENTWISE, Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION, Kind.DELTA_NET):
-        for rows, dtype, _ in by_formats(w, kind):
-            if kind == Kind.ELEMENTWISE:
-                empty = elementwise(0.0, 0.0, p.hw, role=w.role[rows], dtype=dtype)
-                out[rows] = operator_time(empty, p.hw).seconds
-            else:
-                out[rows] = p.hw.section(section_of(w, rows[0]), dtype)["t0_s"]
+    for operator, rows, formats in by_kind(w):
+        fixed = operator.fixed(Rows(w, rows), p.hw, formats)
+        out[rows] = operator_time(fixed, p.hw).seconds if isinstance(fixed, Estimate) else fixed
     return out * w.count
 
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.cost.gemm_shapes import Options
-from simulator.hardware.formats import label_of
+from simulator.codes import DTYPES, ROLES, Kernel, Kind, dtype_code, label_of
+from simulator.operators.gemm import Options
 from simulator.prediction.scenario import once, one_of, profiles, whole_number
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
-from simulator.workload import DTYPES, ROLES, Kernel, Kind, Workload, dtype_code
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from simulator._version import __version__
+from simulator.codes import DTYPES, PHASES
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
@@ -38,7 +39,6 @@ from simulator.prediction.scenario import (
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.pruning._methods import load_method
 from simulator.units import parse_value
-from simulator.workload import DTYPES, PHASES
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from simulator.arguments import instance
+from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
 from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.scenario import Scenario, one_of
-from simulator.workload import PHASES
 
 TOLERANCE = 0.02  # relative difference by which mean lengths of a file may differ from those requested
 SLACK_TOKENS = 2.0  # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.prediction.quality import Axis, QualityRow, QualityTable
-    from simulator.workload_batch import WorkloadBatch
+    from simulator.workload import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
 DENSE = "dense"  # family of the dense model's point: no loss, speedup 1

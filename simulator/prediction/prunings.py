@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arrays import Array, BoolArray
+from simulator.codes import Kind
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -28,7 +29,7 @@ from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep, prune_steps
 from simulator.request import Applied
 from simulator.units import percent
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
@@ -350,13 +351,15 @@ def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], prun
         for found in (before, after):
             found["layers"] = found.pop("attention layers")
         names = ["layers", *names[2:]]
-    changed = [name for name in names if before[name] > 0 and before[name] != after[name]]
+    changed = [name for name in names if before[name] > 0 and (before[name] != after[name] or asked.get(name))]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
     for name in changed:
         if grouped and name == "heads":
             continue
         share, sizes_text = 1.0 - after[name] / before[name], f"{_size(before[name])} to {_size(after[name])}"
+        if not share:
+            sizes_text = f"still {_size(before[name])}"
         if grouped and name == "KV heads":
             sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
         wanted = asked.get(name)

@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array, BoolArray
-from simulator.cost.base import ELEMENT_BYTES
-from simulator.cost.forward import by_formats, refusal
-from simulator.cost.gemm import aligned_elements
-from simulator.cost.gemm_kernel import gemm_kernel
+from simulator.codes import DTYPES, Kernel, Kind, Part
 from simulator.display import Displayed, with_and
 from simulator.engines.engine import Engine, load_engine
 from simulator.engines.loading import FEATURES, Loading
@@ -28,6 +25,9 @@ from simulator.models.changes import changed_keys, content_of
 from simulator.models.config import Block, ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.operators.base import ELEMENT_BYTES
+from simulator.operators.gemm import aligned_elements, gemm_kernel
+from simulator.passes import by_formats, refusal
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
 from simulator.prediction.scenario import Scenario
@@ -35,8 +35,7 @@ from simulator.prediction.sentences import ZEROS, will_it_run
 from simulator.prediction.table import speedup
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, widths
-from simulator.workload import DTYPES, Kernel, Kind, Part, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of devices for which Runnable.tensor_parallel is evaluated
 _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("MLP width", "query width")}

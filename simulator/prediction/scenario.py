@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from simulator.arguments import LEVEL, SECONDS, OneOrMore, instance, listed, number, shown, whole
+from simulator.codes import DTYPES, PHASES
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError, unknown
@@ -23,9 +24,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import PARALLEL as PARALLEL
 from simulator.models.library import load_model
 from simulator.models.lower import SKEW, lower
+from simulator.operators.experts import EXPERT_SKEW
 from simulator.pruning import check_fraction as check_fraction
-from simulator.routing import EXPERT_SKEW
-from simulator.workload import DTYPES, PHASES
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig

@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.capacity import MOST_DEVICES, memory
-from simulator.cost.base import octaves_outside
-from simulator.cost.forward import SECTIONS, by_formats, section_of
+from simulator.codes import DTYPES, ROLES, Kind, label_of
 from simulator.display import few, with_and
 from simulator.engines.engine import load_engine
-from simulator.hardware.formats import label_of
 from simulator.hardware.link import choices
-from simulator.hardware.sections import unfitted
 from simulator.models.library import load_model
+from simulator.operators import BY_CODE, MOST_CODES, TITLES
+from simulator.operators.base import octaves_outside, unfitted
+from simulator.operators.gemm import GEMM_CONSTANTS
+from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import PARTS, SMALL_SHARE, compare
+from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
 from simulator.prediction.result import plain
 from simulator.prediction.scenario import batch_name, device_text, setting
@@ -31,7 +32,7 @@ from simulator.pruning import FAMILIES
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import percent, ratio, seconds, size
-from simulator.workload import DTYPES, ROLES, Kind, Workload
+from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -673,12 +674,12 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     of decode attention that is unused, as the engine has another kernel, is named."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
-    if "generic" in unfitted("gemm", hw.section("gemm", dtype), hw.architecture):
+    if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
         return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
         return assumed
     own, served, labels = engine.stacks[0], hw.serving(engine.stacks), sections_of(w)
-    stacks = {PARTS[part]: served.section(part, label).stack for part, label in labels.items() if part in PARTS}
+    stacks = {TITLES[part]: served.section(part, label).stack for part, label in labels.items() if part in TITLES}
     fitted = [stack for stack in stacks.values() if stack]
     out = []
     for stack in dict.fromkeys(fitted):
@@ -722,8 +723,8 @@ def sections_of(w: Workload) -> dict[str, str]:
     kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
     out = {}
     for row in sorted(np.unique(kinds, return_index=True)[1].tolist()):
-        dtype, weights = DTYPES[w.dtype[row]], w.kind[row] in (Kind.GEMM, Kind.EXPERTS)
-        out[section_of(w, row)] = label_of(dtype, DTYPES[w.weight_dtype[row]]) if weights else dtype
+        operator, formats = BY_CODE[int(w.kind[row])], (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]])
+        out[section_of(w, row)] = operator.label(*formats)
     return out
 
 
@@ -748,9 +749,8 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
         return f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
-    part = section_of(dense, row) or "elementwise"
-    section = _timed(dense, hw)[1].section(part, DTYPES[dense.dtype[row]])
-    what = PARTS[SECTIONS[kind]] if kind in (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION) else ROLES[role]
+    section = _timed(dense, hw)[1].section(section_of(dense, row), DTYPES[dense.dtype[row]])
+    what = BY_CODE[kind].titles[0] if dense.is_attention[row] else ROLES[role]
     at = " and ".join(f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned")))
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
     return f"{better} {kernels} run {what} at {at} of the roofline"
@@ -762,7 +762,7 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
     every = list(found)
     parts = {part for r in every for part in r.uncalibrated.split("+")}
     share = max((r.uncalibrated_share for r in every), default=0.0)
-    return "+".join(part for part in PARTS if part in parts), share
+    return "+".join(part for part in TITLES if part in parts), share
 
 
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
@@ -775,7 +775,7 @@ def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}
     for device, (parts, _) in sorted(of.items(), key=lambda item: -item[1][1]):
-        devices.setdefault(with_and([PARTS[part] for part in parts.split("+")]), []).append(device)
+        devices.setdefault(with_and([TITLES[part] for part in parts.split("+")]), []).append(device)
     what = [
         f"{names} on {with_and(some)} ({'up to ' if len(some) > 1 else ''}{100.0 * of[some[0]][1]:.0f} % of the time)"
         for names, some in devices.items()
@@ -794,5 +794,5 @@ def _timed(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwarePro
 def _by_role(w: Workload, hw: HardwareProfile) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return time and roofline of each kind x role of a workload, s, without overhead operators."""
     t, code = _timed(w, hw)[0], w.kind.astype(np.int64) * len(ROLES) + w.role
-    size, kept = len(Kind) * len(ROLES), np.where(w.overhead, 0.0, w.count)
+    size, kept = MOST_CODES * len(ROLES), np.where(w.overhead, 0.0, w.count)
     return np.bincount(code, t.seconds * kept, size), np.bincount(code, t.roofline_s * kept, size)

@@ -43,7 +43,7 @@ from simulator.prediction.serving import memory_columns, serving
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile

@@ -10,11 +10,11 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import RESERVE_BYTES, activation_bytes_of, cache_parts, memory_share, weights_bytes
-from simulator.cost.forward import ForwardPass
+from simulator.codes import Phase
 from simulator.engines.engine import load_engine
+from simulator.passes import ForwardPass
 from simulator.uncertainty.intervals import PredictionIntervals
-from simulator.workload import Phase
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.arrays import Array

@@ -60,7 +60,7 @@ def table(
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
         :data:`simulator.prediction.prunings.SPARSITIES`.
     phase, batch, seq : one or more
-        Phases of :data:`simulator.workload.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
+        Phases of :data:`simulator.codes.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
     method : one or more
         Published methods instead of families, keys of :data:`simulator.METHODS`; by default at the sparsities that
         their papers report.

@@ -18,11 +18,12 @@ import numpy as np
 
 from simulator.arguments import flag, instance, plain, shown
 from simulator.arrays import Array, FloatArray
+from simulator.codes import ROLES, Part
 from simulator.errors import InputError, unknown
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
 from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weights
 from simulator.request import Applied
-from simulator.workload import ROLES, Part, Workload
+from simulator.workload import Workload
 
 __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import PHASES
 from simulator.display import Displayed
 from simulator.errors import InputError
-from simulator.workload import PHASES, Workload
+from simulator.workload import Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}

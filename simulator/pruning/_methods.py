@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import PHASES, Part
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._family import check_fraction
 from simulator.pruning._rows import layer_count, projections, weights
-from simulator.workload import PHASES, Part, Workload
+from simulator.workload import Workload
 
 Form = Callable[[float, Workload], tuple[Any, ...]]
 """Function from the requested sparsity and the dense workload to the sparsity of each family."""

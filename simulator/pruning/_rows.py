@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.errors import InputError
 from simulator.pruning._family import PROJECTIONS, QKV, WHOLE, Choice, Pruned
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Part, Phase, Workload, dtype_code, role_code
+from simulator.workload import Workload
 
 INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
 """Projections that read the residual stream."""

@@ -6,10 +6,11 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.arrays import Array
+from simulator.codes import Part
 from simulator.errors import InputError
 from simulator.pruning._family import SUBLAYERS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import changed, merge_runs, removed, weighted, weights, whole_share
-from simulator.workload import Part, Workload
+from simulator.workload import Workload
 
 
 def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:

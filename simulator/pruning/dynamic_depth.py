@@ -6,6 +6,7 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.arrays import Array
+from simulator.codes import Kernel, Kind, Part, role_code
 from simulator.errors import InputError
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import (
@@ -26,7 +27,7 @@ from simulator.pruning._rows import (
     sublayer_ends,
     whole_share,
 )
-from simulator.workload import Kernel, Kind, Part, Workload, role_code
+from simulator.workload import Workload
 
 KEYS = (
     *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import Kernel, Part
 from simulator.errors import InputError
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import (
@@ -24,7 +25,7 @@ from simulator.pruning._rows import (
     tokens_of,
     writers,
 )
-from simulator.workload import Kernel, Part, Workload
+from simulator.workload import Workload
 
 KERNELS = ("reference", "gathered", "looped", "ideal")
 """GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a

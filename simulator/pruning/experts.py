@@ -6,10 +6,11 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.arrays import Array
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import covering, insert, overheads, removed, resized, whole_share
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 
 def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False) -> Pruned:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import flag
+from simulator.codes import DTYPE_BYTES, Kind
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
 from simulator.pruning._rows import changed, insert, overheads, prompt_of, removed, shorter_copies, whole_share
-from simulator.workload import DTYPE_BYTES, Kind, Workload
+from simulator.workload import Workload
 
 
 def kv_cache(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from simulator.codes import Kernel
 from simulator.errors import InputError
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned
 from simulator.pruning._rows import projections, zeroed
-from simulator.workload import Kernel, Workload
+from simulator.workload import Workload
 
 
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.counts import attention_pairs
+from simulator.codes import DTYPE_BYTES, Kernel, Kind
+from simulator.operators.attention import attention_pairs
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import changed, insert, overheads
-from simulator.workload import DTYPE_BYTES, Kernel, Kind, Workload
+from simulator.workload import Workload
 
 
 def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None) -> Pruned:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, Kind, Part, Phase
 from simulator.errors import InputError
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.pruning._rows import (
@@ -25,7 +26,7 @@ from simulator.pruning._rows import (
     sublayer_ends,
     whole_share,
 )
-from simulator.workload import DTYPE_BYTES, Kind, Part, Phase, Workload
+from simulator.workload import Workload
 
 START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
 _LAST = "lm_head", "all_gather", "softcap"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from simulator.codes import Kernel
 from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import changed, projections, zeroed
-from simulator.workload import Kernel, Workload
+from simulator.workload import Workload
 
 KERNELS = ("dense", "spmv")  # dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.codes import DTYPE_BYTES, Kind
 from simulator.errors import InputError
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
 from simulator.pruning._rows import (
@@ -26,7 +27,7 @@ from simulator.pruning._rows import (
     writers,
 )
 from simulator.pruning.width_cross import width_cross
-from simulator.workload import DTYPE_BYTES, Kind, Workload
+from simulator.workload import Workload
 
 HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
 """Projections whose outputs belong to query heads, or to the heads of a gated delta net."""

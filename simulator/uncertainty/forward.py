@@ -1,13 +1,7 @@
 """Forward passes with the errors of their operators, and the errors of whole passes and of their ratios.
 
-Use :func:`forward_passes` for a batch of workloads, :func:`ratio_half` for single operators at two shapes. The log
-error of a pass is the sum of the log errors of its operators, weighted by their share of the time.
-
-Symbols
--------
-W : workloads
-G : groups of operators with one error
-c : error factors
+The log error of a pass is the sum of the log errors of its operators, weighted by their share of the time. W are
+workloads, G groups of operators with one error, c error factors.
 """
 
 from __future__ import annotations
@@ -21,11 +15,12 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import Array
-from simulator.cost.forward import ForwardPass, engine_factors, estimates, gaps, refusal, streams
-from simulator.cost.host import Host, launches
+from simulator.codes import Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
+from simulator.host import Host, launches
+from simulator.passes import ForwardPass, engine_factors, estimates, gaps, refusal, streams
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -36,8 +31,7 @@ from simulator.uncertainty.factors import (
 )
 from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, predicted
 from simulator.uncertainty.posterior import Posterior, posterior_of
-from simulator.workload import Kernel, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 _CHUNK = 64  # few enough for the second-level cache
 
@@ -48,10 +42,8 @@ Errors = list[tuple[Any, Uncertainty]]
 def operator_times(
     w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None
 ) -> tuple[OperatorTimes, Errors]:
-    """Return the time of one execution of every row, whatever the mix of operators, and their errors.
-
-    With an ``engine``, GEMMs differ from the measured ones as :func:`simulator.cost.forward.engine_factors` states.
-    """
+    """Return the time of one execution of every row, whatever the mix of operators, and their errors. With an
+    ``engine``, GEMMs differ from the measured ones as :func:`simulator.passes.engine_factors` states."""
     columns = empty_times(len(w))
     errors: Errors = []
     for rows, e in estimates(w, hw):
@@ -126,10 +118,8 @@ class PredictedPass(ForwardPass):
 
 
 def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9) -> PredictedPass:
-    """Return the passes of a batch in the engine of its workloads; every distinct operator is timed once.
-
-    ``level`` is that of the intervals. InputError for operators that the device or the engine cannot run.
-    """
+    """Return the passes of a batch in the engine of its workloads; every distinct operator is timed once. ``level`` is
+    that of the intervals. InputError for operators that the device or the engine cannot run."""
     instance("hw", hw, HardwareProfile, "load_hardware")
     engine = load_engine(workloads.rows.meta.engine)
     if reason := refusal(workloads, hw.architecture):
@@ -228,11 +218,9 @@ class PassUncertainty:
         return self._less_measured(prior, self._measured)
 
     def ratio_variance(self, other: NDArray[np.intp], same: Array) -> Array:
-        """Return the variance (W,) of the log of the ratio of each time to that of pass ``other`` (W,).
-
-        ``same`` (W, G): 1 where a group is the same in both passes; less where only its number changed, by which all
-        its errors differ; 0 where its shape changed, so that its independent error is another.
-        """
+        """Return the variance (W,) of the log of the ratio of each time to that of pass ``other`` (W,). ``same`` (W,
+        G): 1 where a group is the same in both passes; less where only its number changed, by which all its errors
+        differ; 0 where its shape changed, so that its independent error is another."""
         systematic = self.systematic[other] - self.systematic
         correlated = self._correlated_variance[other] + self._correlated_variance
         covariance = self._correlated_covariance(other, np.arange(len(other)))

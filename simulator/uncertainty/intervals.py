@@ -2,7 +2,7 @@
 
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Its two speeds (:mod:`simulator.cost.host`) are functions of two independent normals: ``first``, the speed of
+device. Its two speeds (:mod:`simulator.host`) are functions of two independent normals: ``first``, the speed of
 passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host and
 at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
 interval as a root of sum of squares.
@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 
 from simulator.arguments import instance
 from simulator.arrays import FloatArray
+from simulator.codes import ROLES
 from simulator.hardware.library import load_hardware
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.operators import TIMES, OperatorTimes
 from simulator.units import seconds, seconds_between
-from simulator.workload import ROLES, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -109,11 +109,9 @@ def prediction_intervals(
     mixed: NDArray[np.bool_],
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
-    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,).
-
-    ``same`` (W, G) is that of ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches
-    another mix than in the other pass; ``measured`` is the index of a pass and its measured time, s.
-    """
+    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same`` (W, G) is that of
+    ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches another mix than in the other
+    pass; ``measured`` is the index of a pass and its measured time, s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
     scale = coverage_factor * level_scale(level)
@@ -169,12 +167,10 @@ def _conditioned(
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the ends of intervals of logs (h, W) at some hosts: the first is the prediction, each further pair the
-    ends of one unknown; ``square`` holds squared half-widths at each.
-
-    Device errors matter more next to one host than next to another. On either side, half of their square is that next
-    to the typical host, half that next to the host farthest on that side. On planted hosts and kernels that take
-    equally long, the typical host alone covers 81 %, this rule 86 %.
-    """
+    ends of one unknown; ``square`` holds squared half-widths at each. Device errors matter more next to one host than
+    next to another. On either side, half of their square is that next to the typical host, half that next to the host
+    farthest on that side. On planted hosts and kernels that take equally long, the typical host alone covers 81 %, this
+    rule 86 %."""
     square, every, ends = np.maximum(square, 0.0), np.arange(log.shape[1]), []
     for side in (-1.0, 1.0):
         change = side * (log - log[0])

@@ -1,8 +1,4 @@
-"""Predicted times of operators with prediction intervals.
-
-Use :func:`gemm_time` for GEMMs, :func:`operator_time` for the estimate of any cost model
-(:mod:`simulator.cost`), :func:`predicted` for its errors too.
-"""
+"""Predicted times of operators with prediction intervals."""
 
 from __future__ import annotations
 
@@ -15,12 +11,12 @@ from numpy.typing import NDArray
 
 from simulator.arguments import flag
 from simulator.arrays import Array, FloatArray
-from simulator.cost import gemm
-from simulator.cost.base import BOTTLENECKS, Estimate
-from simulator.cost.gemm_shapes import Options
 from simulator.display import Displayed, as_plain
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import gemm
+from simulator.operators.base import BOTTLENECKS, Estimate
+from simulator.operators.gemm import Options
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
 from simulator.uncertainty.posterior import posterior_of
 from simulator.units import seconds, seconds_between
@@ -28,10 +24,8 @@ from simulator.units import seconds, seconds_between
 
 @dataclass(frozen=True, repr=False)
 class OperatorTimes(Displayed):
-    """Times of operators, arrays of one shape, s.
-
-    ``bottleneck`` holds codes, indices into :data:`simulator.cost.base.BOTTLENECKS`; ``bottlenecks`` their names.
-    """
+    """Times of operators, arrays of one shape, s. ``bottleneck`` holds codes, indices into
+    :data:`simulator.operators.base.BOTTLENECKS`; ``bottlenecks`` their names."""
 
     seconds: FloatArray  # predicted kernel time, launch overhead inside a CUDA graph included
     lower: FloatArray  # prediction interval at the requested level
@@ -70,10 +64,8 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 
 
 def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals from an estimate, and the errors of the times.
-
-    The profile's local update moves the times. No end of an interval is below the floor of physics.
-    """
+    """Return times with prediction intervals from an estimate, and the errors of the times. The profile's local update
+    moves the times. No end of an interval is below the floor of physics."""
     half_scale = level_scale(level)
     uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
     time, shape = e.time, np.shape(e.time)
@@ -122,8 +114,7 @@ def gemm_predicted(
             columns[name][rows] = getattr(times, name)
         found = dict(times.details)
         if detail:
-            fixed = np.minimum(found["fixed_s"] * found["residual"], times.seconds)
-            found |= {"roofline": times.roofline_s, "kernel": times.seconds - fixed, "launch": times.seconds}
+            found |= gemm_steps_of(times)
         found["measured"] = np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
         for name, values in found.items():
             details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
@@ -200,15 +191,13 @@ def gemm_time(
     return gemm_predicted(m, n, k, load_hardware(hw), options, level, detail=flag("detail", detail))[0]
 
 
+def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:
+    """Return the details of times of GEMMs, with the steps that follow from the times."""
+    details = times.details
+    fixed = np.minimum(details["fixed_s"] * details["residual"], times.seconds)
+    return {**details, "roofline": times.roofline_s, "kernel": times.seconds - fixed, "launch": times.seconds}
+
+
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
-"""Steps of :func:`gemm_steps`."""
-
-
-def gemm_steps(m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options | None = None) -> Mapping[str, Array]:
-    """Return the time of GEMMs built up effect by effect, s.
-
-    "roofline" is max(FLOP / peak, bytes / bandwidth); "tile" adds the chosen tile's padding, "wave" the idle SMs of the
-    last wave, "alignment" n or k off 16 bytes; "kernel" is everything except the fixed time, "launch" the whole time.
-    """
-    times, _ = gemm_predicted(m, n, k, hw, options or Options(), detail=True)
-    return {name: times.details[name] for name in STEPS}
+"""Steps of a GEMM's time, each with all before it: max(FLOP / peak, bytes / bandwidth), the chosen tile's padding, idle
+SMs of the last wave, n or k off 16 bytes, everything except the fixed time, the whole time."""

@@ -1,12 +1,6 @@
-"""The local update: the posterior of the error model given measured times.
+"""The local update: the posterior of the error model given y = log(measured / predicted) of n measured times.
 
-Use :func:`posterior_of` for the posterior of a profile, :meth:`Posterior.at` for the errors of other times.
-
-Symbols
--------
-y : log(measured / predicted) of n measured times
-s : factor on the variance of an error factor, learned from the data
-g : factor on the other variances by kind of operator, likewise
+s are factors on the variance of an error factor, g on the other variances by kind of operator; both are learned.
 """
 
 from __future__ import annotations
@@ -18,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array
+from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import MOST_CODES
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty, correlation
-from simulator.workload import Kind
 
 MOST_LOG = 1.5
 """Log of measured over predicted beyond which a measured time counts no further: attention of two stacks differs by
@@ -75,17 +70,14 @@ class Posterior:
         kind: NDArray[np.intp],
         log_ratio: Array,
     ) -> Posterior:
-        """Return the posterior given n measured times: rows of :class:`Uncertainty` (``systematic`` (n, c) of all
-        error factors) and log(measured / predicted).
-
-        Outliers count less (Student's t of 4 degrees). Expectation-maximisation also estimates how far this stack
-        differs (the variance of each error factor; the prior counts as :data:`PRIOR_FACTORS` factors) and how noisy
-        each kind of operator is (the prior counts as :data:`PRIOR_NOISE` rows). Z-scores of each row, predicted from
-        the others, give the coverage factor of its kind, shrunk to the prior's by :data:`PRIOR_ROWS` rows: rows of one
-        kind of operator say nothing about the tails of another.
-        """
+        """Return the posterior given n measured times: rows of :class:`Uncertainty` (``systematic`` (n, c) of all error
+        factors) and log(measured / predicted). Outliers count less (Student's t of 4 degrees). Expectation-maximisation
+        also estimates how far this stack differs (the variance of each error factor; the prior counts as
+        :data:`PRIOR_FACTORS` factors) and how noisy each kind of operator is (the prior counts as :data:`PRIOR_NOISE`
+        rows). Z-scores of each row, predicted from the others, give the coverage factor of its kind, shrunk to the
+        prior's by :data:`PRIOR_ROWS` rows: rows of one kind of operator say nothing about the tails of another."""
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
-        s, w, g = np.ones(factors), np.ones(n), np.ones(max(Kind) + 1)
+        s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
         similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
         e, cause = np.maximum(independent, 1e-6), _causes()
         for i in range(_ROUNDS + 1):

@@ -27,7 +27,7 @@ import simulator
 from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
-from simulator.cost.base import Machine
+from simulator.operators.base import Machine
 from simulator.prediction.grid import Grid
 from simulator.prediction.sweep import piece_results
 

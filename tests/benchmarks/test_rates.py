@@ -12,8 +12,8 @@ from scale import grid
 
 from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
-from simulator.cost.base import Machine
 from simulator.hardware.library import load_hardware
+from simulator.operators.base import Machine
 from simulator.prediction.sweep import piece_results, write_sweep
 from simulator.uncertainty.operators import gemm_time
 

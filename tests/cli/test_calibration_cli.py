@@ -23,11 +23,11 @@ from calibration.records.store import read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
 from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
 from simulator.cli.program import REMOVED
+from simulator.codes import ROLES
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_time
-from simulator.workload import ROLES
 
 H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
 CPU = Description("cpu", "Some CPU (4 threads)", {"torch": "2.9", "threads": "4"}, 8e9, 32e6)

@@ -24,11 +24,15 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
 
+from decoder_reference import CONFIG
 from planted_cuda import installed
 from planted_gpu import GPUS, NO_TROUBLES, Kernel, Troubles
 
 from calibration.devices.protocol import Operator
 from calibration.records.store import read_store
+from calibration.runners.decoder import timing
+from calibration.runners.decoder.families import prune_decoder
+from calibration.runners.decoder.model import random_decoder
 from simulator.cli import run
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -166,6 +170,18 @@ def test_a_decoder_on_a_planted_gpu_is_as_fast_as_predicted(ended: Callable[[str
         itertools.product(("depth", "width", "low_rank"), ("prefill", "decode"))
     )
     assert statistics.median(abs(float(row["error"])) for row in rows) < 0.05
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("family", ["", "token", "kv_cache"])
+def test_a_captured_pass_is_one_launch(family: str, phase: str) -> None:
+    with installed("H100") as cuda:
+        dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
+        pruned = prune_decoder(dense, family, 0.5) if family else dense
+        sample = timing._ready(pruned, 1, 64, phase, "cuda_graph", cuda.read)
+        with cuda.watched() as launches:
+            sample(5)
+    assert len(launches) == 5
 
 
 def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 import simulator
 from simulator.cli import run
+from simulator.codes import ROLES
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
 from simulator.errors import InputError
 from simulator.prediction.scenario import Scenario
-from simulator.workload import ROLES
 
 pytestmark = pytest.mark.quick
 

@@ -18,10 +18,9 @@ from calibration.fit.attention import AttentionFit
 from calibration.fit.gemm import GemmFit, products
 from calibration.measurements.wheel import datasheet
 from calibration.records.screening import LATENT
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.attention_model import Geometry
-from simulator.cost.base import Machine
 from simulator.errors import InputError
+from simulator.operators.attention import AttentionCalls, Geometry
+from simulator.operators.base import Machine
 from simulator.uncertainty.operators import gemm_time
 
 HW = datasheet("h100_sxm")

@@ -21,9 +21,9 @@ from calibration.fit.errors import accuracy_of
 from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.fit.profile import provenance_of
 from calibration.records.timing_table import PURPOSES, Flag, Records, Source
+from simulator.codes import ROLES
 from simulator.errors import InputError
 from simulator.uncertainty.operators import gemm_time
-from simulator.workload import ROLES
 
 
 @pytest.mark.quick

@@ -11,9 +11,9 @@ import pytest
 from calibration.fit.gemm import GemmFit, fit_gemm, products, starting_constants
 from calibration.fit.residual import FewRows, evaluate, gemm_blocks, solve
 from calibration.fit.solver import ConstantsFit
-from simulator.cost.base import Machine
-from simulator.cost.gemm_kernel import with_section
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import with_section
+from simulator.operators.base import Machine
 from simulator.uncertainty.operators import gemm_time
 
 HW = load_hardware("h100_sxm")

@@ -18,13 +18,12 @@ from calibration.fit.attention import AttentionFit, calls_of, fit_attention
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import FittedPart
 from calibration.measurements.wheel import datasheet
-from simulator.cost.attention import AttentionCalls
-from simulator.cost.attention_model import Geometry
-from simulator.cost.base import Machine
-from simulator.cost.residual_grid import ResidualGrid
-from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.operators import CONSTANTS
+from simulator.operators.attention import AttentionCalls, Geometry
+from simulator.operators.base import Machine
+from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.operators import OperatorTimes
 
 HW, A100 = load_hardware("h100_sxm"), load_hardware("a100_sxm_80gb")

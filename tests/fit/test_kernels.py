@@ -21,10 +21,9 @@ from calibration.measure.run import run
 from calibration.measurements import published
 from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
-from simulator.cost.gemm_kernel import with_section
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 

@@ -21,11 +21,11 @@ from calibration.fit.base_profile import base_profile
 from calibration.fit.profile import within_ranges
 from calibration.records.store import read_store
 from simulator.cli import run
-from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.hardware.sections import ANY_DTYPE, Fitted, Provenance, Section
+from simulator.operators import CONSTANTS
 
 ODD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e40)
 ORIGIN = Provenance("x", "x", "x", "x", "x", "x", 30)

@@ -22,7 +22,6 @@ from simulator import load_model, lower, workload_time
 from simulator.errors import InputError
 from simulator.hardware import library, save
 from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
-from simulator.hardware.constants import CONSTANTS
 from simulator.hardware.library import (
     check_hardware,
     list_hardware,
@@ -32,10 +31,12 @@ from simulator.hardware.library import (
     reference,
     shipped_names,
 )
-from simulator.hardware.profile import ARCHITECTURES, ENGINE_STACK, OTHER_STACK, SAME_STACK, STACKS, HardwareProfile
+from simulator.hardware.profile import ARCHITECTURES, STACKS, HardwareProfile
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
+from simulator.operators import CONSTANTS
+from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK
 from simulator.units import EXAMPLES
 
 pytestmark = pytest.mark.quick

@@ -11,8 +11,9 @@ import pytest
 from calibration.fit.profile import fit_profile
 from calibration.records.timing_table import Records, Source
 from simulator import load_hardware, predict
-from simulator.hardware.profile import OTHER_STACK, SAME_STACK, HardwareProfile
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
+from simulator.operators.base import OTHER_STACK, SAME_STACK
 
 TORCH, VLLM = Source("GPU", {"torch": "2.13"}), Source("GPU", {"vLLM": "0.19"})
 

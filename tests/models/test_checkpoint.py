@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
+from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import Block, Latent, ModelConfig
@@ -19,7 +20,6 @@ from simulator.models.headers import MAX_HEADER_BYTES, Tensor
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
 from simulator.prediction.table import table
-from simulator.workload import DTYPES, Kernel
 
 LLAMA = load_model("llama-2-7b")
 MOE = replace(load_model("mistral-7b-v0.1"), windows=(0,) * 32, inner=0, experts=8, active=2.0, expert_inner=14336)

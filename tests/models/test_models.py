@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from model_shapes import PUBLISHED, outer_tensors, parameters_of
 
+from simulator.codes import Kernel
 from simulator.errors import InputError
 from simulator.models.forward import SPARSE
 from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, read_config
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
 from simulator.prediction.table import table
-from simulator.workload import Kernel
 
 pytestmark = pytest.mark.quick
 

@@ -13,13 +13,13 @@ from model_shapes import PUBLISHED
 
 import simulator
 from simulator.capacity import activation_bytes, cache_bytes, memory, weights_bytes
+from simulator.codes import Kind, Phase
 from simulator.engines.engine import list_engines
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import general_families, prune
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload import Kind, Phase, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
+from simulator.codes import Kind, Phase
 from simulator.errors import InputError
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
-from simulator.workload import Kind, Phase, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 MODEL = "llama-3.2-1b"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
 
 from simulator.capacity import memory
+from simulator.codes import DTYPES, PHASES, ROLES, Kind, Part, Phase
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -22,7 +23,7 @@ from simulator.models.library import list_models, load_model
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
-from simulator.workload import DTYPES, PHASES, ROLES, Kind, Part, Phase, Workload
+from simulator.workload import Workload
 
 lower = partial(
     lowering.lower, phase="prefill", engine=""

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.codes import Kind
 from simulator.prediction.explain import explanations
 from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload import Kind
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

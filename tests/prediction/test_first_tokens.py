@@ -10,7 +10,7 @@ from calibration.measurements import published
 from simulator.models.library import load_model
 from simulator.prediction.service import NO_LIMITS, ServePasses
 from simulator.uncertainty.forward import forward_passes
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 SOME = 90
 """Runs of each engine that are predicted, drawn by chance."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import simulator
-from simulator.cost.host import launches
+from simulator.codes import Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.host import launches
+from simulator.operators.experts import experts_touched
 from simulator.prediction.table import table
-from simulator.routing import experts_touched
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
-from simulator.workload import Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
@@ -119,3 +120,18 @@ def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
     both = forward_passes(WorkloadBatch.of([plain, latent]), H200)
     alone = [workload_time(w, H200).device_s for w in (plain, latent)]
     assert both.device_s == pytest.approx(alone)
+
+
+def test_the_fixed_time_of_experts_is_launch_time() -> None:
+    dense = simulator.lower(simulator.load_model("mixtral-8x7b"), phase="decode", batch=1, seq=512)
+    pruned, hw = simulator.prune(dense, "width", 0.5), simulator.load_hardware("h100").serving(("vllm",))
+    section = hw.section("experts", "bf16")
+    kernels, launches_of = [], []
+    for scale in (1.0, 2.0):
+        constants = {**section.constants, "t0_s": replace(section.constants["t0_s"], value=scale * section["t0_s"])}
+        changed = replace(hw, sections={**hw.sections, ("experts", "bf16"): replace(section, constants=constants)})
+        steps = {step.name: step for step in simulator.waterfall(dense, pruned, changed)}
+        kernels.append(steps["kernel efficiency"].speedup)
+        launches_of.append(steps["launch"].factor)
+    assert kernels[1] == pytest.approx(kernels[0], rel=0.01)
+    assert launches_of[1] < launches_of[0] - 0.02

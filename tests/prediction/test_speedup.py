@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
+from simulator.codes import DTYPES, PHASES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.prediction.explain import waterfall
 from simulator.prediction.result import Result
 from simulator.prediction.table import speedup, speedups
 from simulator.pruning import general_families, prune
-from simulator.workload import DTYPES, PHASES, Kernel, Kind, Workload
+from simulator.workload import Workload
 
 MODELS = ("llama-3.2-1b", "pythia-6.9b", "opt-13b", "phi-3-mini-4k", "gemma-2-9b", "qwen3-8b")
 DEVICES = ("h100_sxm", "a100_sxm_80gb", "rtx_4090", "l40s")

@@ -15,6 +15,7 @@ import pytest
 
 import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
+from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.files.write import write_whole
 from simulator.prediction.batch import batch_of
@@ -23,7 +24,7 @@ from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import COLUMNS, Result, Results
 from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families
-from simulator.workload import PHASES, Workload
+from simulator.workload import Workload
 
 MODEL = ["llama-3.1-8b"]
 

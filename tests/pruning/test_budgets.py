@@ -7,12 +7,13 @@ import pytest
 from tiny_decoder import GQA, workload
 
 import simulator
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.prediction.explain import explanations
 from simulator.prediction.grid import Grid
 from simulator.prediction.table import table
 from simulator.pruning import prune
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 

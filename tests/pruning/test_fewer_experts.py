@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.codes import ROLES
 from simulator.pruning import prune
 from simulator.pruning._methods import METHODS
-from simulator.workload import ROLES, Workload
+from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny_decoder import GQA, workload
 
+from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.request import Applied
-from simulator.workload import PHASES
 
 pytestmark = pytest.mark.quick
 

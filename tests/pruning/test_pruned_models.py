@@ -10,12 +10,12 @@ import pytest
 from model_shapes import PUBLISHED, expert_tensors, layer_tensors
 
 from simulator.capacity import cache_bytes
+from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, general_families, prune
-from simulator.workload import ROLES, Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 

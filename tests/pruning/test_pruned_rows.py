@@ -9,10 +9,11 @@ import pytest
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 
 import simulator
+from simulator.codes import PHASES, ROLES, Kernel, Kind
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
-from simulator.workload import PHASES, ROLES, Kernel, Kind, Workload
+from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.5, 0.7)
 SHAPES = {**DECODERS, "llama-3.1-8b": Decoder(4096, 32, 32, 8, 128, 14336, 128256)}

@@ -8,9 +8,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, projections, workload
 
+from simulator.codes import PHASES, Kernel
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, general_families, prune
-from simulator.workload import PHASES, Kernel, Workload
+from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 

@@ -16,8 +16,8 @@ from calibration.records.importers import import_table
 from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
+from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
-from simulator.workload import DTYPES, ROLES
 
 pytestmark = pytest.mark.quick
 

@@ -9,7 +9,7 @@ import pytest
 
 from calibration.measurements import load_measurements
 from calibration.measurements.infersim import read_table
-from simulator.workload import DTYPES
+from simulator.codes import DTYPES
 
 HEAD = "heads,kv_heads,head_dim,dtype,kv_dtype,batch_size,kv_len,latency_us"
 

@@ -16,8 +16,8 @@ from calibration.measurements.infersim import REPOSITORY, SOURCES
 from calibration.measurements.wheel import CHOICES, HEAD_DIMS, PACKAGE, choose, datasheet, shipped_part
 from calibration.records.screening import too_fast
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source, write_records
+from simulator.codes import ROLES
 from simulator.errors import InputError
-from simulator.workload import ROLES
 
 pytest.importorskip("pyarrow")
 build = pytest.importorskip("calibration.measurements.build")

@@ -25,11 +25,12 @@ from calibration.runners.upper_bound import (
     shapes_of,
 )
 from simulator.cli import run
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.prediction.scenario import Scenario
-from simulator.workload import Kind, Workload
+from simulator.workload import Workload
 
 MODEL = "smollm2-135m"
 HW = load_hardware("a100")

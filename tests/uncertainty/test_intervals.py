@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import simulator
+from simulator.codes import Kind, Part, Phase
 from simulator.engines.engine import list_engines
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SAME_SHAPE, compare
@@ -20,8 +21,7 @@ from simulator.request import Meta
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
-from simulator.workload import Kind, Part, Phase, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 H100 = simulator.load_hardware("h100")
 

@@ -15,9 +15,10 @@ from calibration.runners.cases import Case
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
 from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
-from simulator.workload import ROLES, Kind, Workload
+from simulator.workload import Workload
 
 
 def time_pair(

@@ -38,6 +38,7 @@ from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import Case
 from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
+from simulator.codes import ROLES, Kind
 from simulator.engines.generations import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.changes import changed_keys, write_config
@@ -45,8 +46,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
 from simulator.prediction.runnable import shapes_of, will_run
-from simulator.workload import ROLES, Kind, Workload
-from simulator.workload_batch import WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
 STEPS = 64  # decode steps of a sample

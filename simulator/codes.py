@@ -1,0 +1,137 @@
+"""Names and codes that tables, operators, profiles and engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arrays import Array
+from simulator.errors import InputError
+
+
+class Kind(IntEnum):
+    """Codes of operators (:data:`simulator.operators.OPERATORS`) that other modules name, and of errors of the host."""
+
+    GEMM = 0
+    PREFILL_ATTENTION = 1
+    DECODE_ATTENTION = 2
+    ELEMENTWISE = 3
+    COLLECTIVE = 4
+    HOST = 5  # not in workloads: marks errors of the host
+    EXPERTS = 6  # routed experts of a layer
+    DELTA_NET = 7  # gated delta net of a layer
+
+
+class Part(IntEnum):
+    """Part of the decoder; depth pruning removes ATTENTION and MLP parts of layers."""
+
+    EMBEDDING = 0
+    ATTENTION = 1
+    MLP = 2
+    HEAD = 3
+
+
+class Kernel(IntEnum):
+    """Kernel of an operator, which determines whether zeros save time."""
+
+    DENSE = 0  # computes zeros
+    SPARSE24 = 1  # 2:4 sparse tensor cores, compressed weights
+    UNSTRUCTURED = 2  # scattered zeros: counted in bounds, timed as dense
+    BLOCK_SPARSE = 3  # skips tiles: attention blocks, or tokens of a GEMM sorted by a mask
+    GROUPS_N = 4  # skips groups of output features of a GEMM per token
+    GROUPS_K = 5  # skips groups of input features of a GEMM per token
+    SPMV = 6  # scattered zeros times one token; stores nonzero values with their distances
+
+
+class Phase(IntEnum):
+    """Phase of inference of a row."""
+
+    PREFILL = 0
+    DECODE = 1
+
+
+PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
+"""Phases that :func:`simulator.lower` accepts."""
+
+STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
+"""Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
+
+DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
+"""Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
+
+fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is only for weights."""
+
+DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
+"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""
+
+# fmt: off
+ROLES: tuple[str, ...] = (
+    # GEMMs of a decoder layer
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+    # GEMMs outside the layers, and those that pruning adds
+    "lm_head", "router", "residual_projection",
+    # attention
+    "attention",
+    # elementwise
+    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
+    "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
+    # collectives
+    "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
+    # latent attention: projections to the ranks, from the query rank, from the latent vector, and halves of the latter
+    "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
+    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared experts
+    "linear", "experts", "shared_gate",
+    # zeros for skipped tokens; gate times up if a GEMM includes the activation
+    "fill", "product",
+    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
+    "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
+    # conversion of activations for narrow products (quantize: of the residual stream): outputs of heads, inner features
+    "quantize_heads", "quantize_inner",
+)
+# fmt: on
+"""Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""
+
+_ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
+_DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
+
+
+def role_code(*names: str) -> Array:
+    """Return the codes of role names."""
+    return np.array([_ROLE_CODE[name] for name in names], dtype=np.int16)
+
+
+def dtype_code(name: str) -> int:
+    """Return the code of a number format."""
+    if name not in _DTYPE_CODE:
+        raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
+    return _DTYPE_CODE[name]
+
+
+LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
+)
+"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs.
+
+These are 8- and 4-bit weights with 16-bit activations, and fp8 with a scale per block of weights."""
+
+
+def labels(rates: Iterable[str]) -> tuple[str, ...]:
+    """Return the number formats that sections of a device with ``rates`` can have."""
+    known = tuple(rates)
+    return *known, *(label for label, needed in LABELS.items() if any(dtype in known for dtype in needed))
+
+
+def label_of(dtype: str, weight: str) -> str:
+    """Return the number format of the section for activations and weights; the inverse of :func:`formats_of`."""
+    return weight if weight == dtype or weight in LABELS else f"{weight}_wo"
+
+
+def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
+    """Return the formats of activations and of weights that a section is for, on a device with ``rates``."""
+    known = tuple(rates)
+    arithmetic = next((dtype for dtype in LABELS.get(label, ()) if dtype in known), label)
+    return arithmetic, label.removesuffix("_wo")

@@ -1,0 +1,46 @@
+"""The operators of a forward pass: one file each. :data:`OPERATORS` lists them; nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from simulator.operators.attention import DecodeAttention, PrefillAttention
+from simulator.operators.base import Constant, Operator
+from simulator.operators.collective import Collective
+from simulator.operators.delta_net import DeltaNet
+from simulator.operators.elementwise import Elementwise
+from simulator.operators.experts import Experts
+from simulator.operators.gemm import Gemm
+from simulator.operators.runtime import RUNTIME_CONSTANTS
+
+OPERATORS: tuple[Operator, ...] = (
+    Gemm(),
+    PrefillAttention(),
+    DecodeAttention(),
+    Elementwise(),
+    Collective(),
+    Experts(),
+    DeltaNet(),
+)
+
+BY_CODE: Mapping[int, Operator] = MappingProxyType({operator.code: operator for operator in OPERATORS})
+"""Operators by their code in the column ``kind``."""
+
+MOST_CODES = max(BY_CODE) + 1
+
+_BY_SECTION = {section: constants for operator in OPERATORS for section, constants in operator.constants.items()}
+_WRITTEN_FIRST = ("gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode", "elementwise")
+CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
+    {section: _BY_SECTION[section] for section in _WRITTEN_FIRST} | {"runtime": RUNTIME_CONSTANTS} | _BY_SECTION
+)
+"""Constants of each section of a profile, in the order in which a file has them."""
+
+TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        section: title
+        for operator in sorted(OPERATORS, key=lambda operator: not operator.weighted)
+        for section, title in zip(operator.constants, operator.titles)
+    }
+)
+"""Section of a profile -> its operators in notes; those with weights come first."""

@@ -1,0 +1,665 @@
+"""Attention: prompts (causal FlashAttention) and decode (one query against a KV cache), plain and latent.
+
+*Prefill*: a kernel of 64-query tiles walks the key blocks that its causal mask and window leave. All tiles share the
+SMs; the longest is a chain that no number of SMs shortens; queries, keys, values and outputs cross memory, or come from
+L2 while they fit. The 4/3-norm errs by 4.1 % on all rows of the A100 and 6.5 % on those of the H100, a 2-norm by 6.1
+and 6.8 %.
+
+*Decode*: the work units are (sequence, KV head, some query rows). Where they are fewer than the SMs, the cache of a
+unit is split and the parts merged; where they are more, they run in waves. Beside that, the whole cache crosses memory.
+The start of a unit, the scheduling of a sequence and whole waves take the error over all rows from 19 to 4.2 % (H100)
+and 4.9 % (A100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, Kind
+from simulator.errors import InputError
+from simulator.operators.base import (
+    AIC,
+    ENGINE_STACK,
+    OTHER_STACK,
+    SAME_STACK,
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    Rows,
+    Sizes,
+    element_bytes,
+    from_l2,
+    largest_part,
+    row,
+    unfitted,
+)
+from simulator.operators.residual_grid import ResidualGrid
+
+# fmt: off
+# sources of the defaults of constants
+_CONTEXT = (f"fits on the context tables of {AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
+    "head_dim 128")
+_RIDGE = ("; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet rate leave "
+    "2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal errors on H100 and H200, and "
+    "7 % on the H20 (InferSim), whose SMs compute a quarter of the H100's products")
+_GENERATION = (f"fits on the generation tables of {AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
+    "bf16)")
+_TILES = ("0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare other values "
+    "where the products of 16 rows take a quarter of the time of reading or more (H20)")
+_MMA = f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {AIC} (A100, L40S, RTX PRO 6000)"
+_MLA = (f"fits on the MLA tables of {AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200, decode on Hopper "
+    "SGLang's; bf16)")
+
+# unit, range, source, meaning, default by architecture
+
+PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and of further launches of its library",
+        ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
+    "e_tc": row("1", 0.1, 1.1, _CONTEXT + _RIDGE, "share of the datasheet tensor rate that the two products achieve",
+        ampere=0.505, ada=0.426, hopper=1.0, other=0.5),
+    "exp_per_s": row("1/s", 1e9, 1e13, _CONTEXT + _RIDGE, "exponentials/s of an SM, in addition to its products",
+        ampere=3.7e10, ada=3.7e10, hopper=2.3e10, other=3.7e10),
+    "tile_s": row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
+    "sequence_s": row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
+    "kappa": row("1", 0.05, 6.0, _CONTEXT, "time of the longest tile alone, in units of its share of a full SM",
+        ampere=1.56, ada=1.18, hopper=0.88, other=1.2),
+    "e_io": row("1", 0.05, 1.0, _CONTEXT,
+        "share of the datasheet bandwidth at which queries, keys, values and outputs move",
+        ampere=0.305, ada=0.38, hopper=0.48, other=0.35),
+    "l2_gain": row("1", 1.0, 10.0, _CONTEXT, "rate of these operands from L2 over the rate from DRAM",
+        ampere=1.09, ada=3.35, hopper=1.98, other=1.3),
+    "l2_share": row("1", 0.1, 4.0, _CONTEXT, "bytes over L2 size at which half are in L2",
+        ampere=0.64, ada=1.07, hopper=0.53, other=0.7),
+    "packs": row("1", 0.0, 1.0, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
+        "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
+        hopper=1.0, other=0.0),
+    "pads": row("1", 0.0, 1.0, "tiles of tensor cores are padded, loops of a CPU are not",
+        "1: a tile of few queries takes the time of a full tile; 0: the time of its queries", cpu=0.0, other=1.0),
+    "sparse_block": row("1", 0.0, 256.0,
+        "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
+        "edge of skipped blocks at which the remaining blocks cost twice their dense share", other=16.0),
+})
+
+DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and of further launches of its library",
+        ampere=1.05e-5, ada=4.1e-6, hopper=6.65e-6, other=8e-6),
+    "unit_s": row("s", 1e-9, 2e-5, _GENERATION, "start and end of a work unit on an SM",
+        ampere=1.5e-6, ada=6.5e-7, hopper=2.3e-6, other=2e-6),
+    "wide_s": row("s", 1e-10, 2e-5, _GENERATION,
+        "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
+        ampere=4e-7, hopper=1.7e-6, other=5e-7),
+    "sequence_s": row("s", 1e-11, 1e-6, _GENERATION, "scheduling one sequence of the batch",
+        ampere=1.2e-8, ada=2.6e-9, hopper=1.1e-8, other=5e-9),
+    "unit_bytes_per_s": row("B/s", 1e9, 1e12, _GENERATION, "rate at which one work unit reads its cache",
+        ampere=1.4e10, ada=4e10, hopper=7.2e10, other=4e10),
+    "e_d": row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth that a long cache achieves",
+        ampere=0.95, ada=0.83, hopper=0.93, other=0.85),
+    "split_s": row("s", 1e-9, 2e-5, _GENERATION, "a second kernel that merges the parts of split caches",
+        ampere=1e-8, ada=2.2e-6, hopper=1.65e-6, other=1.5e-6),
+    "merge_s": row("s", 1e-9, 2e-5, _GENERATION, "further time of that kernel for 16 times the splits",
+        ampere=4.6e-6, ada=1.1e-6, hopper=1.9e-6, other=2e-6),
+    "l2_gain": row("1", 1.0, 10.0, _GENERATION, "rate of a cache in L2 over the rate from DRAM",
+        ampere=1.0, ada=7.0, hopper=3.0, other=2.0),
+    "l2_share": row("1", 0.1, 4.0, _GENERATION,
+        "cache bytes over L2 size at which half are in L2", ada=1.01, other=0.71),
+    "rows": row("1", 1.0, 128.0, "96 and 128 rows start no second unit in the A100 and H100 tables",
+        "largest number of query rows of one KV head per unit", other=128.0),
+    "units_per_sm": row("1", 0.25, 8.0, _GENERATION, "units per SM for which the splits are chosen",
+        ada=2.0, other=1.0),
+    "split_keys": row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys per split, at least", other=128.0),
+    "regroup": row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
+        "further time of a cache whose KV heads serve several query heads, as a CPU packs it", cpu=1.0, other=0.0),
+    "e_tc": row("1", 0.05, 1.1, _MMA, "share of the datasheet rate that the products of padded rows achieve",
+        other=0.5),
+    "tile_rows": row("1", 0.0, 128.0, _TILES,
+        "rows that the query heads of a KV head are padded to a multiple of; 0: reading the cache hides all products",
+        other=0.0),
+})
+
+DECODE_KERNELS: Mapping[tuple[str, str], Mapping[str, float]] = MappingProxyType({
+    ("hopper", ""): {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
+    ("hopper", "sglang"): {"tile_rows": 128.0, "e_tc": 0.85},
+    ("hopper", "vllm"): {"tile_rows": 64.0, "e_tc": 0.54},
+})
+"""Constants of decode kernels that differ from the defaults, by architecture and the stack that an engine runs ("": no
+engine); they apply where that kernel was not fitted.
+
+"": FlashInfer, which computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ)
+and has two units per SM, as in its fit on the L40S. SGLang's default is FlashAttention-3: tiles of 128 rows
+(hopper/tile_size.h) at the rate of its prompts, 0.75 (H100) to 0.95 (H20) of the datasheet's. vLLM's fork of it has 64
+rows (use_one_mma_wg) at 0.63 of that rate: the ratio of both for fp8 caches in the tables of H100 and H200, which SMs
+bound and not memory. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to 0.45 of
+FlashInfer's rate."""
+
+_LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
+
+
+def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
+    """Return constants of attention, some with other defaults for latent attention."""
+    own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
+    return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
+
+
+_PROMPT = _latent(PREFILL_CONSTANTS,
+    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
+    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
+    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6), sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
+    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8), l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5))
+_DECODE = _latent(DECODE_CONSTANTS,
+    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6), unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
+    wide_s=(1e-10,) * 6, sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
+    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10), e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
+    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6), merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
+    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8), rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
+    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6), tile_rows=(1.0,) * 6)
+MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_PROMPT, "e_tc": replace(_PROMPT["e_tc"], high=2.2),
+})
+MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
+    "e_tc": row("1", 0.05, 2.2, _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
+        "tables of H100 and H200 do not determine it",
+        "share of the datasheet rate of the activations' format that the two products achieve; above 1 if they run in "
+        "the format of a narrower cache, or if the time of work units includes them",
+        ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
+})
+# fmt: on
+_PREFILLS = MappingProxyType({"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS})
+_DECODES = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS})
+
+
+def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
+    """Return the query-key pairs under a causal mask, for one sequence and head. Query i of q_len (from 0) has the
+    position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit)."""
+    q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
+    first, last = kv - q + 1, kv  # keys seen by the first and the last query
+    full: Array = q * (first + last) / 2
+    if not np.count_nonzero(w):
+        return full
+    # queries whose window is shorter than their position
+    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
+    seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
+    return np.where(w > 0, seen, full)
+
+
+TILE = 64.0
+"""Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128 of either."""
+
+
+@dataclass(frozen=True)
+class Geometry(Sizes):
+    """Sizes of attention calls: arrays of one shape, with which the rest broadcasts."""
+
+    batch: FloatArray  # sequences
+    q_len: FloatArray  # query positions of one, the last of its key positions
+    kv_len: FloatArray
+    heads: FloatArray
+    kv_heads: FloatArray
+    head_dim: FloatArray  # features of a head
+    window: Any = 0.0  # positions, 0 for none
+    density: Any = 1.0  # share of the query-key blocks computed; in decode, of the cache read
+    block: Any = 0.0  # edge of the blocks skipped, 0 for none
+    element_bytes: Any = 2.0  # of an activation
+    cache_bytes: Any = 2.0
+    warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
+    value_dim: Any = None  # features of a value, where they are others than of a key (0: they are not)
+    latent: Any = False  # values are the first features of the keys, and stored with them
+
+    @property
+    def sides(self) -> Any:
+        """Features of a key and a value of a head, over those of a key alone."""
+        if self.value_dim is None:
+            return 2.0
+        return np.where(np.asarray(self.value_dim) > 0, 1.0 + self.value_dim / self.head_dim, 2.0)
+
+    @property
+    def stored(self) -> Any:
+        """Features stored of a key and its value, over those of the key."""
+        return self.sides if self.latent is False else np.where(self.latent, 1.0, self.sides)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Time of attention calls without residual, s, and the parts that it joins."""
+
+    total_s: FloatArray
+    by_bottleneck: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
+    loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
+
+
+@dataclass(frozen=True)
+class PrefillWork:
+    """What a prefill attention computes and moves, arrays of one shape."""
+
+    calls: Geometry
+    tiles: FloatArray  # query tiles, all heads and sequences
+    blocks: FloatArray  # key blocks of all tiles
+    chain: FloatArray  # key blocks of the longest tile
+    flops: FloatArray  # of the query-key pairs the mask leaves
+    moved_bytes: FloatArray  # queries, outputs, keys and values, each once
+    cost: FloatArray | float  # time of the blocks left, over that of all of them
+
+
+def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
+    tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
+    blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
+    if not np.any(window):
+        return tiles, blocks, last
+    first = np.floor((kv - q - window + 1.0) / TILE)  # seen first by the first tile; below 0 in a window not yet full
+    whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
+    skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
+    longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
+    windowed = window > 0
+    return tiles, np.where(windowed, np.maximum(blocks - skipped, tiles), blocks), np.where(windowed, longest, last)
+
+
+def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
+    """Tiles, blocks, FLOPs and bytes of prefill attention; of the constants only those of its structure enter."""
+    window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
+    tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
+    if c["pads"] <= 0.0:
+        part = a.q_len / TILE - np.floor(a.q_len / TILE)
+        blocks = np.where(part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks)
+    units = a.batch * a.heads
+    all_tiles, all_blocks = units * tiles, units * blocks
+    if c["packs"] > 0:
+        packed = np.minimum(all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE))
+        all_tiles, all_blocks = packed, all_blocks * (packed / all_tiles)
+    seen = np.where(window > 0, np.minimum(a.kv_len, a.q_len + window - 1.0), a.kv_len)
+    sides = a.sides
+    queries, keys = sides * a.element_bytes * a.heads * a.q_len, a.stored * a.cache_bytes * a.kv_heads * seen
+    flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
+    cost: FloatArray | float = 1.0
+    if np.any(density < 1.0):
+        # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
+        edge = np.asarray(a.block, dtype=np.float64)
+        dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
+        cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * dearer, 1.0), 1.0)
+        # whole queries gone: fewer tiles, the last of which sees as many keys as before
+        left = np.where(edge > 0, 1.0, density)
+        all_tiles, all_blocks = all_tiles * left, all_blocks * left
+        flops = flops * density
+    return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
+
+
+def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
+    """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
+    per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
+    block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
+    starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
+    throughput = starts + work.blocks * block_s / device.sm_count
+    chain = c["kappa"] * (c["tile_s"] + work.chain * block_s)
+    memory = work.moved_bytes / (c["e_io"] * device.bandwidth_bytes_per_s) * from_l2(work.moved_bytes, device, c)
+    powers = [part * np.cbrt(part) for part in (throughput, chain, memory)]
+    norm = sum(powers)
+    root = np.sqrt(norm)
+    total = c["t0_s"] + root * np.sqrt(root)
+    launch = c["t0_s"] / total
+    rest = (1.0 - launch) / norm
+    compute, latency, moved = (power * rest for power in powers)
+    waves = np.maximum(work.tiles / device.sm_count, 1.0)
+    loadings = {"launch": launch, "compute": compute, "latency": latency, "memory": moved}
+    loadings["occupancy"] = compute * np.log(np.ceil(waves) / waves)
+    parts = {"compute": throughput, "latency": chain, "memory": memory, "launch": c["t0_s"]}
+    return Parts(total, parts, loadings)
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """What a decode attention computes and moves, arrays of one shape."""
+
+    calls: Geometry
+    kv: FloatArray  # keys read, after window and density
+    pairs: FloatArray  # batch times KV heads
+    group: FloatArray  # query heads a KV head
+    key_bytes: FloatArray  # cache bytes of one key of one KV head, its value included
+    flops: FloatArray
+    cache_bytes: FloatArray
+    io_bytes: FloatArray  # queries and outputs
+
+    @property
+    def moved_bytes(self) -> FloatArray:
+        """All bytes, none of them from L2."""
+        return self.cache_bytes + self.io_bytes
+
+
+def decode_work(a: Geometry) -> DecodeWork:
+    """Keys, FLOPs and bytes of decode attention."""
+    seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
+    kv = seen * np.asarray(a.density, dtype=np.float64)
+    pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
+    flops = 2.0 * sides * a.batch * a.heads * a.head_dim * kv
+    io = sides * a.element_bytes * a.batch * a.heads * a.head_dim
+    return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
+
+
+def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
+    """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
+    slots = c["units_per_sm"] * device.sm_count
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # of a kernel's factor on the rows the rounding
+    # begun parts count, else the time would fall at each new part
+    splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
+    waves = np.ceil(units * splits / slots)
+    keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
+    unit = work.calls.batch * c["sequence_s"] + waves * (c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"])
+    cache = work.cache_bytes
+    if np.any(work.calls.warm):
+        cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)
+    cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
+    memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
+    merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
+    fixed = c["t0_s"] + merge
+    parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
+    if np.any(tile := c["tile_rows"]):  # tensor cores compute whole tiles, however few query heads share a KV head
+        rows = tile * np.ceil(work.group / np.maximum(tile, 1.0) - 1e-4)
+        parts["compute"] = work.flops * (rows / work.group) / (c["e_tc"] * device.peak_flop_per_s)
+    work_s = np.sqrt(sum(part * part for part in parts.values()))
+    total = fixed + work_s
+    rest = 1.0 / (total * work_s)
+    loadings: dict[str, FloatArray] = {"launch": c["t0_s"] / total}
+    loadings |= {name: part * part * rest for name, part in parts.items()}
+    loadings["merge"] = merge / total
+    return Parts(total, {**parts, "launch": fixed}, loadings)
+
+
+_TRITON = ("sglang", "vllm")  # run Triton's kernels where no other was written for latent attention
+
+OTHER_KERNEL = 1.0
+"""Octaves of head width that a window, or a cache of another format, counts for in the distance from a fitted
+kernel."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The v kernels of one section: for heads of a width, with a sliding window or none, with a cache in the format of
+    the arithmetic or a narrower one. Each is fitted separately."""
+
+    kinds: FloatArray  # (v, 3): log2 of the features a head, 1 with a window, 1 with a narrower cache
+    factors: FloatArray  # (v, c) logs of their constants over the section's, in the order of the registry
+    grid: ResidualGrid | None = None  # of all, one after the other along its first coordinate
+
+    @classmethod
+    def of(cls, section: FittedValues) -> Kernels:
+        """Return the kernels of a section's arrays; a section without them has one, for 128 features per head."""
+        kinds = np.asarray(section.arrays.get("kinds", [[7.0, 0.0, 0.0]]), dtype=np.float64)
+        factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
+        return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
+
+    def which(self, a: Geometry, narrow: bool) -> tuple[Any, Any]:
+        """Return the kernel nearest to each call, and its distance in octaves; numbers where all calls share one."""
+        width, window = np.asarray(a.head_dim), np.asarray(a.window) > 0
+        if width.size and (width == width.flat[0]).all() and (window == window.flat[0]).all():
+            width, window = width.flat[0], window.flat[0]
+        log_width, windowed, narrower = self.kinds.T
+        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (window[..., None] != windowed)
+        apart = apart + OTHER_KERNEL * (narrow != narrower)
+        return apart.argmin(axis=-1), apart.min(axis=-1)
+
+    def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
+        """Return the constants of each call: numbers where the kernels share them."""
+        out: dict[str, Any] = dict(common)
+        for name, logs in zip(common, self.factors.T):
+            if logs.any():
+                out[name] = common[name] * np.exp(logs)[which]
+        return out
+
+    def residual(self, position: Any, which: Any) -> FloatArray | None:
+        """Return the log factor of each call at a position in the grid of its kernel."""
+        if self.grid is None:
+            return None
+        start, step = self.grid.start[0], self.grid.step[0]
+        nodes = self.grid.values.shape[0] // len(self.kinds)
+        first = which * (nodes * step) + np.clip(position[0], start, start + (nodes - 1) * step)
+        return np.asarray(self.grid((first, *position[1:])))
+
+
+@dataclass(frozen=True)
+class AttentionCalls(Calls):
+    """Attention calls of one phase on one device."""
+
+    phase: str  # "prefill" or "decode"
+    latent: bool  # multi-head latent attention
+    geometry: Geometry
+    machine: Machine
+    fastest: float  # FLOP/s of the arithmetic that a kernel may use
+    distance: Any = 0.0  # octaves from the nearest fitted kernel
+    unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
+    makeshift: bool = False  # decode over a latent cache without a kernel written for it
+
+    @property
+    def operator(self) -> str:
+        return f"{'mla' if self.latent else 'attention'}_{self.phase}"
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s."""
+        if self.phase == "decode":
+            return decode_core(decode_work(self.geometry), self.machine, c).total_s
+        return prefill_core(prefill_work(self.geometry, c), self.machine, c).total_s
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost; ``c`` may hold arrays, where kernels have constants of their own."""
+        g, decodes = self.geometry, self.phase == "decode"
+        work: DecodeWork | PrefillWork
+        if decodes:
+            work = decode_work(g)
+            parts = decode_core(work, self.machine, c)
+            position = np.log2(work.group), np.log2(work.pairs * np.ceil(work.group / 128.0)), np.log2(work.kv)
+            length, kind = g.kv_len, Kind.DECODE_ATTENTION
+        else:
+            work = prefill_work(g, c)
+            parts = prefill_core(work, self.machine, c)
+            sharing = g.heads if self.latent else g.kv_heads  # keys of one head or of all
+            position = np.log2(g.heads / sharing), np.log2(g.batch * g.heads), np.log2(g.q_len)
+            length, kind = g.q_len, Kind.PREFILL_ATTENTION
+        shape = parts.total_s.shape
+        compute_s, bytes_s = work.flops / self.fastest, work.moved_bytes / self.machine.bandwidth_bytes_per_s
+        loadings: dict[str, Any] = {**parts.loadings, **dict.fromkeys(self.unfitted, 1.0)}
+        if np.any(np.asarray(self.distance) > 0.0):
+            loadings["kernel"] = np.broadcast_to(self.distance, shape)
+        if np.any(np.asarray(g.density) < 1.0):
+            loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
+        sizes, warm = (length, g.batch * g.kv_heads, g.heads / g.kv_heads), np.asarray(g.warm, dtype=np.bool_)
+        return Estimate(
+            operator="mla_decode" if decodes and self.latent else self.phase,
+            kind=int(kind),
+            time=parts.total_s,
+            floor=np.maximum(compute_s / self.machine.headroom, np.where(warm, 0.0, bytes_s)),
+            roofline=np.maximum(compute_s, bytes_s),
+            bottleneck=largest_part(parts.by_bottleneck, shape),
+            loadings=loadings,
+            coordinates=np.stack([np.log2(size).ravel() for size in sizes], axis=1),
+            position=position,
+            unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a profile says about one phase and two number formats."""
+
+    machine: Machine
+    section: FittedValues
+    fastest: float
+    common: Mapping[str, float]
+    kernels: Kernels
+    narrow: bool  # a cache narrower than the arithmetic
+    makeshift: bool
+    unfitted: tuple[str, ...]
+
+
+@lru_cache(maxsize=128)
+def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
+    section, cache = hw.section(operator, dtype), kv_dtype or dtype
+    cache_bytes = element_bytes(cache)
+    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in (_PREFILLS | _DECODES)[operator]}
+    machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
+    if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
+        fastest = max(fastest, hw.peak_flop_per_s(cache))
+    known = operator == "attention_decode" and (hw.architecture, hw.engine_stack) in DECODE_KERNELS
+    factors = () if known else unfitted(section, (_PREFILLS | _DECODES)[operator], hw.architecture)
+    narrow = cache_bytes < machine.element_bytes
+    makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
+    return _Ready(machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors)
+
+
+def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
+    """Return whether kernels of decode over a latent cache may differ entirely from those fitted."""
+    if hw.architecture in ("hopper", "blackwell_sm100"):
+        # SGLang converts the whole cache on Hopper if it is fp8: no time of the calls alone
+        own = section.stack == "sglang" == (hw.engine_stack or section.stack)
+        return own and narrow and hw.architecture == "hopper"
+    similar = not narrow and section.stack in _TRITON and hw.engine_stack in _TRITON
+    return hw.error_scales(section)[0] >= OTHER_STACK and not similar
+
+
+def _estimate(
+    phase: str, hw: Device, dtype: str, kv_dtype: str | None, *, value_dim: Any = 0, latent: Any = False, **sizes: Any
+) -> Estimate:
+    """Return the cost of calls of one phase, from the profile's section for it."""
+    known = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
+    mla = bool(known.any())
+    if mla and not known.all():
+        raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
+    r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
+    named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+    arrays = np.broadcast_arrays(*(np.asarray(sizes[name], dtype=np.float64) for name in named))
+    sizes |= dict(zip(named, arrays, strict=True))
+    sizes |= {"value_dim": np.asarray(value_dim) if mla else None, "latent": latent if mla else False}
+    geometry = Geometry(**sizes, element_bytes=r.machine.element_bytes, cache_bytes=r.machine.weight_bytes)
+    which, distance = r.kernels.which(geometry, r.narrow)
+    calls = AttentionCalls(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
+    e = calls.estimate(r.kernels.constants(r.common, which))
+    return e.with_residual(r.kernels.residual(e.position, which), r.section)
+
+
+# fmt: off
+def prefill(
+    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
+) -> Estimate:
+    """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
+    Options are ``window`` (0: none), ``density``, the share of the query-key blocks that is computed, and ``block``,
+    their edge (0: nothing is skipped): small blocks cost more than their share (uncalibrated: the interval is wider).
+    Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
+    ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
+    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head."""
+    if np.any(longer := np.asarray(q_len) > np.asarray(kv_len)):
+        raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
+    return _estimate("prefill", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, **options)
+
+
+def decode(
+    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
+) -> Estimate:
+    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. As
+    :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM, as
+    in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
+    sizes = {"batch": batch, "q_len": 1, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
+    return _estimate("decode", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, warm=not cold, **options)
+# fmt: on
+
+
+# attention differs by 10 to 100 % between stacks, by 11 % in the median between two collections of one kernel (vLLM's
+# Triton kernel on a B200, releases 0.22 and 0.24), by 2 to 6 % from its own fit
+_SAME_KERNELS = {SAME_STACK: 0.1, ENGINE_STACK: 0.45}
+
+
+class Attention(Operator):
+    """What prompts and decode steps share."""
+
+    sizes: ClassVar[tuple[str, ...]] = ("batch", "kv_len", "heads", "kv_heads", "head_dim")
+    cached = True
+
+    def flops(self, w: Rows) -> Any:
+        """2 (d_key + d_value) per query-key pair and head."""
+        return 2.0 * w.batch * w.heads * (w.head_dim + w.value_features) * w.pairs
+
+    def bytes(self, w: Rows) -> Any:
+        """Keys and values that some query sees, queries and outputs."""
+        cache = self.cache_bytes_read(w)
+        return cache + 1.0 * w.batch * w.heads * w.q_len * (w.head_dim + w.value_features) * DTYPE_BYTES[w.dtype]
+
+    def cache_bytes_read(self, w: Rows) -> Any:
+        """Bytes of keys and values that are read; of a prompt, those of all heads."""
+        elements = w.kv_heads * (w.head_dim + w.value_features)
+        return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
+
+    def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
+        """Keys and values of all heads, or the latent vector, of the positions inside the window."""
+        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+        seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
+        return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
+
+    def section(self, w: Rows) -> str:
+        return list(self.constants)[int(w.value_dim[0] > 0)]
+
+    def _options(self, w: Rows, formats: Formats) -> dict[str, Any]:
+        options = {"value_dim": w.value_dim, "window": w.window, "density": w.density}
+        return options | {"dtype": formats.dtype, "kv_dtype": formats.second}
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
+        return hw.section(self.section(w), formats.dtype)["t0_s"]
+
+
+class PrefillAttention(Attention):
+    """Attention of prompts."""
+
+    code, name = int(Kind.PREFILL_ATTENTION), "prefill_attention"
+    sizes = (*Attention.sizes, "q_len")
+    constants = _PREFILLS
+    titles = ("prefill attention", "latent prefill attention")
+    # fmt: off
+    errors = MappingProxyType({"prefill": ErrorSize(0.10, 0.03, {"launch": 0.014}, _SAME_KERNELS, 0.6, {
+        "launch": 0.42, "compute": 0.19, "memory": 0.44, "latency": 0.48, "occupancy": 0.5, "sparse": 0.15,
+        "default": 0.12, "generic": 0.20, "kernel": 0.12,
+    })})
+    # fmt: on
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        sizes = w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim
+        yield slice(None), prefill(*sizes, hw, block=w.block, **self._options(w, formats))
+
+
+class DecodeAttention(Attention):
+    """Attention of one new position per sequence."""
+
+    code, name = int(Kind.DECODE_ATTENTION), "decode_attention"
+    constants = _DECODES
+    titles = ("decode attention", "latent decode attention")
+    # fmt: off
+    errors = MappingProxyType({
+        "decode": ErrorSize(0.16, 0.045, {"launch": 0.017}, _SAME_KERNELS, 0.6, {
+            "launch": 0.21, "memory": 0.12, "latency": 0.3, "merge": 0.5, "sparse": 0.10, "compute": 0.12,
+            "default": 0.12, "generic": 0.20, "kernel": 0.12,
+        }),
+        "mla_decode": ErrorSize(0.05, 0.045, {"launch": 0.017}, _SAME_KERNELS, 0.6, {
+            "launch": 0.08, "memory": 0.03, "latency": 0.12, "compute": 0.08, "merge": 0.2, "sparse": 0.10,
+            "default": 0.20, "generic": 0.20, "kernel": 0.12,
+        }),
+    })
+    # fmt: on
+
+    def cache_bytes_read(self, w: Rows) -> Any:
+        """Bytes of the cache that are read: keys and values of all heads, or the latent vector."""
+        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+        return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        sizes = w.batch, w.kv_len, w.heads, w.kv_heads, w.head_dim
+        yield slice(None), decode(*sizes, hw, latent=w.latent, **self._options(w, formats))

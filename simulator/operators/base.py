@@ -1,0 +1,438 @@
+"""What an operator is: sizes, work, constants, time and errors. One file of this package defines each.
+
+An operator is a subclass of :class:`Operator` and an entry of :data:`simulator.operators.OPERATORS`. Its cost model is
+a subclass of :class:`Calls`, equal-length arrays of sizes with the datasheet facts they need, whose method
+:meth:`Calls.estimate` turns constants into an :class:`Estimate`. Prediction intervals, fits, held-out errors and local
+updates follow from the estimate. docs/adding.md adds an operator as an example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.codes import DTYPE_BYTES, DTYPES, formats_of, label_of
+from simulator.errors import InputError
+
+OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
+"""Scale of the prior of systematic errors, for a section fitted on another stack than the user's (evaluated on held-out
+stacks and labs), on the stack that the engine runs, in another version, and on the user's own stack."""
+
+AIC = "aiconfigurator-core 0.12.0"
+"""Package whose tables most defaults were fitted on."""
+
+
+FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
+"""Kinds of links with defaults of their own."""
+
+BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
+"""What can take most of an operator's time; arrays hold the index."""
+
+ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True)))
+"""Bytes of one element by number format."""
+
+
+def bottleneck(name: str) -> int:
+    """Return the code of a bottleneck."""
+    return BOTTLENECKS.index(name)
+
+
+def largest_part(parts: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Return the code of the bottleneck with the largest part, per operator; ``parts`` maps bottlenecks to times."""
+    times = np.empty((len(parts), *shape))
+    for i, part in enumerate(parts.values()):
+        times[i] = part
+    codes = np.array([bottleneck(name) for name in parts], dtype=np.int8)
+    return np.asarray(codes[times.argmax(axis=0)])
+
+
+def element_bytes(dtype: str, what: str = "dtype") -> float:
+    """Return the bytes of one element; InputError for an unknown number format."""
+    if dtype not in ELEMENT_BYTES:
+        raise InputError(f"{what} {dtype!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
+    return ELEMENT_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Arithmetic rate of one number format."""
+
+    flop_per_s: float  # dense, from the datasheet, at boost clock
+    accumulate: str  # number format of the sums
+    sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
+
+
+@dataclass(frozen=True)
+class Link:
+    """Connection between devices."""
+
+    kind: str  # nvlink4, pcie5, xgmi
+    bandwidth_bytes_per_s: float  # in one direction
+    latency_s: float  # of one message step
+    max_devices: int
+    connection: str = ""  # of CONNECTIONS; "": by kind
+    beyond: Link | None = None  # connects more devices than max_devices
+    group: int = 1  # neighbours in a ring that share one port of this link, as they are joined otherwise
+    stated: bool = False  # the user named the connection
+
+    def __post_init__(self) -> None:
+        if not self.connection:
+            usual = {"nvlink": "nvswitch", "xgmi": "xgmi"}.get(self.kind.rstrip("0123456789").lower(), "pcie")
+            object.__setattr__(self, "connection", usual)
+
+    @property
+    def family(self) -> str:
+        """ "pcie", or "nvlink" for links on which all devices see each other's memory."""
+        return "pcie" if self.connection.startswith("pcie") else "nvlink"
+
+    @property
+    def defaults(self) -> str:
+        """Kind of defaults that constants of collectives have over this link."""
+        if self.connection == "pcie-host":
+            return "pcie_host"
+        return self.kind if self.kind in FITTED_KINDS else self.family
+
+    @property
+    def most_devices(self) -> int:
+        """Largest number of devices, over :attr:`beyond` too."""
+        return self.beyond.most_devices if self.beyond else self.max_devices
+
+    def between(self, devices: int) -> Link:
+        """Return the link that bounds a collective of some devices: itself, or the one beyond pairs."""
+        return self.beyond if self.beyond and devices > self.max_devices else self
+
+    @property
+    def name(self) -> str:
+        """Name that :func:`named` accepts on a GPU of another default too: with the generation of PCIe."""
+        return self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
+
+    @property
+    def text(self) -> str:
+        """What joins the devices, in a few words."""
+        if self.connection == "bridge" and self.beyond:
+            return f"{self.kind} bridges between pairs, {self.beyond.kind} beyond"
+        return {
+            "nvswitch": f"{self.kind} between all devices",
+            "xgmi": f"{self.kind} to each other device",
+            "pcie": f"{self.kind} with peer access",
+            "pcie-host": f"{self.kind} through host memory (no peer access)",
+        }.get(self.connection, self.kind)
+
+
+class FittedValues(Protocol):
+    """Fitted values of one operator and number format, as :class:`simulator.hardware.sections.Section` has them."""
+
+    @property
+    def constants(self) -> Mapping[str, Any]: ...
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def section_scale(self) -> float: ...
+    def __getitem__(self, name: str) -> float: ...
+
+
+class Device(Protocol):
+    """Facts of a device, as :class:`simulator.hardware.profile.HardwareProfile` has them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def rates(self) -> Mapping[str, Rate]: ...
+    @property
+    def sm_count(self) -> int: ...
+    @property
+    def bandwidth_bytes_per_s(self) -> float: ...
+    @property
+    def l2_bytes(self) -> float: ...
+    @property
+    def power_w(self) -> float: ...
+    @property
+    def clock_headroom(self) -> float: ...
+    @property
+    def link(self) -> Link | None: ...
+    @property
+    def own_link(self) -> bool: ...
+    @property
+    def engine_stack(self) -> str: ...
+    @property
+    def sections(self) -> Mapping[tuple[str, str], FittedValues]: ...
+    def rate(self, dtype: str) -> Rate: ...
+    def peak_flop_per_s(self, dtype: str) -> float: ...
+    def section(self, operator: str, dtype: str) -> FittedValues: ...
+    def error_scales(self, section: FittedValues) -> tuple[float, float]: ...
+    def over(self, link: str) -> Device: ...
+    def beyond(self) -> Device: ...
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Datasheet facts of one arithmetic on one device, SI."""
+
+    peak_flop_per_s: float
+    bandwidth_bytes_per_s: float
+    l2_bytes: float
+    sm_count: int
+    headroom: float  # highest clock over boost clock
+    element_bytes: float  # of an activation
+    weight_bytes: float  # of a stored weight, indices included; of attention, of the KV cache
+    persistent: bool  # thread blocks stay on their SM and take tile after tile
+    packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+    least_rows: float = 1.0  # rows of the smallest tile that is used
+    ragged: bool = False  # skipped tiles end at once: SMs continue one by one, not in waves
+    serial: bool = False  # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
+
+    @classmethod
+    def of(cls, hw: Device, label: str = "bf16") -> Machine:
+        """Return the facts of a profile for a number format of its sections; InputError for arithmetic that the device
+        lacks."""
+        dtype, weight = formats_of(label, hw.rates)
+        return cls(
+            peak_flop_per_s=hw.rate(dtype).flop_per_s,
+            bandwidth_bytes_per_s=float(hw.bandwidth_bytes_per_s),
+            l2_bytes=float(hw.l2_bytes),
+            sm_count=int(hw.sm_count),
+            headroom=max(1.0, float(hw.clock_headroom)),
+            element_bytes=ELEMENT_BYTES[dtype],
+            weight_bytes=ELEMENT_BYTES[weight],
+            persistent=hw.architecture in ("hopper", "blackwell_sm100"),
+            packs=hw.architecture == "cpu",
+        )
+
+
+def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float]) -> FloatArray:
+    """Return the time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that from DRAM. The
+    power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with powers 4, 8, 16."""
+    ratio = footprint_bytes / (c["l2_share"] * machine.l2_bytes)
+    for _ in range(3):  # to the eighth power
+        ratio = ratio * ratio
+    return np.asarray(1.0 - (1.0 - 1.0 / c["l2_gain"]) / (1.0 + ratio))
+
+
+@dataclass(frozen=True)
+class MeasuredOperators:
+    """Operators whose very shape was measured: their time replaces the prediction."""
+
+    rows: BoolArray  # (n,) which of them
+    seconds: FloatArray  # of those rows
+    log_half: FloatArray  # log half-width of the 90 % interval of those times
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of n operators, arrays of one shape; times are in units of ``unit_s`` seconds."""
+
+    operator: str  # prefix of its error factors
+    kind: int  # code of `simulator.codes.Kind`: errors are correlated within one kind
+    time: Array  # analytical time times the residual's factor
+    floor: Any  # the least time that physics allows
+    roofline: Array  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
+    bottleneck: NDArray[Any]  # int8: index into BOTTLENECKS
+    # error factor of the operator -> loading: the derivative of the log of the time by the log of the part it changes
+    loadings: Mapping[str, Any]
+    coordinates: Array  # (n, 3) log2 of sizes, octaves: the closer, the more alike are errors
+    position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
+    section: FittedValues | None = None  # the fitted part of the profile that was used
+    noise: Mapping[str, Any] = field(default_factory=dict)  # further shares of the time that add independent error
+    outside: Any = None  # octaves outside the sizes that the fit saw
+    unlike: Any = None  # share of the time in a kernel that may differ entirely from the fitted one
+    active: Any = None  # 0 where nothing runs, so that nothing is uncertain
+    measured: MeasuredOperators | None = None
+    unit_s: float = 1.0
+    details: Mapping[str, Array] = field(default_factory=dict)  # what the model chose, seconds and counts
+
+    def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
+        """Return the estimate with the residual of a profile's section: None where the section has none."""
+        time = self.time if log_factor is None else self.time * np.exp(log_factor)
+        return replace(self, time=time, section=section)
+
+
+S = TypeVar("S", bound="Sizes")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of n operators; fields that are arrays have a value per operator, the others hold for all."""
+
+    def take(self: S, rows: Any) -> S:
+        """Return some of the operators, by mask or index."""
+        taken: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Sizes):
+                taken[f.name] = value.take(rows)
+            elif isinstance(value, np.ndarray) and value.ndim:
+                taken[f.name] = value[rows]
+        return replace(self, **taken)
+
+
+@dataclass(frozen=True)
+class Calls(Sizes, ABC):
+    """A cost model: n operators of one kind on one device, and what they cost."""
+
+    @property
+    @abstractmethod
+    def operator(self) -> str:
+        """Section of a profile that stores the constants."""
+
+    @abstractmethod
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost by the analytical model, without residual, from constants by name."""
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s; a fit asks for it many times."""
+        e = self.estimate(c)
+        return np.asarray(e.time * e.unit_s)
+
+
+def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
+    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, added up over the axes."""
+    return np.asarray((np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1))
+
+
+def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
+    """Return the octaves outside the sizes that a section was fitted on; None where the section does not store them."""
+    if section is None or "measured" not in section.arrays:
+        return None
+    low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
+    return octaves_outside(coordinates, low, high)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One constant of a cost model; fits and profiles have values from ``low`` to ``high``."""
+
+    unit: str  # SI, "1" for a ratio
+    low: float
+    high: float
+    meaning: str
+    defaults: Mapping[str, float]  # by architecture; "*": all others
+    source: str
+
+    def default(self, architecture: str) -> float:
+        return self.defaults.get(architecture, self.defaults["*"])
+
+
+def unfitted(section: FittedValues, constants: Mapping[str, Constant], architecture: str) -> tuple[str, ...]:
+    """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
+    if section.status != "default":
+        return ()
+    known = any(architecture in constant.defaults for constant in constants.values())
+    return ("default",) if known else ("default", "generic")
+
+
+def row(unit: str, low: float, high: float, source: str, meaning: str, *, other: float, **defaults: float) -> Constant:
+    """Return a constant with defaults by architecture; ``other``: of all others."""
+    return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
+
+
+def joined(unit: str, low: float, high: float, source: str, meaning: str, **defaults: float) -> Constant:
+    """Return a constant with defaults by kind of link, where that of PCIe holds for each of its kinds."""
+    kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
+    return row(unit, low, high, source, meaning, **{**kinds, **defaults})
+
+
+@dataclass(frozen=True)
+class ErrorSize:
+    """Errors of one operator, log units."""
+
+    correlated: float  # standard deviation of what no error factor explains
+    independent: float  # least standard deviation of it
+    by_share: Mapping[str, float] = field(default_factory=dict)  # share of the time -> standard deviation it adds
+    scales: Mapping[float, float] = field(default_factory=dict)  # scale of a profile -> scale of this operator
+    engine_scale: float = 1.0  # of the errors that are not systematic, where the fit is of the engine's own kernels
+    # error factor (a loading of the estimate) -> prior standard deviation of the part it changes
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+class Formats(NamedTuple):
+    """Number formats of some rows, and what the kernels of their engine differ by."""
+
+    dtype: str  # of activations and arithmetic
+    second: str  # of weights, cache or state
+    # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
+    searched: bool = True
+
+
+class Rows:
+    """Some rows of a workload; a column, or a property of the workload by row, is cut when it is first asked for."""
+
+    def __init__(self, table: Any, at: Any) -> None:
+        self.table, self.at = table, at
+
+    def __getattr__(self, name: str) -> Any:
+        values = getattr(self.table, name)[self.at]
+        setattr(self, name, values)
+        return values
+
+
+class Operator(ABC):
+    """An operator. Methods get rows of this operator alone and return a value for one execution of each."""
+
+    code: ClassVar[int]  # in the column ``kind``, in saved profiles too
+    name: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]  # columns that are at least 1 in a row that is timed
+    constants: ClassVar[
+        Mapping[str, Mapping[str, Constant]]
+    ]  # by section of a profile; a second is of latent attention
+    titles: ClassVar[tuple[str, ...]] = ()  # of the operators of each section, in notes on uncalibrated ones
+    errors: ClassVar[Mapping[str, ErrorSize]]  # by ``Estimate.operator``
+    weighted: ClassVar[bool] = False  # number formats of sections are those of kernels that read weights
+    cached: ClassVar[bool] = False  # keeps keys, values or states of each sequence
+
+    def flops(self, w: Rows) -> Any:
+        """FLOPs, zeros included."""
+        return 0.0
+
+    @abstractmethod
+    def bytes(self, w: Rows) -> Any:
+        """Minimum bytes: operands are read once, results are written once."""
+
+    def weight_bytes(self, w: Rows) -> Any:
+        """Bytes of weights that are read, compressed if the kernel stores no zeros."""
+        return 0.0
+
+    def parameter_bytes(self, w: Rows) -> Any:
+        """Bytes of the parameters of a row in memory."""
+        return w.params * DTYPE_BYTES[w.weight_dtype]
+
+    def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
+        """Bytes that a layer keeps of some sequences of ``positions``."""
+        return 0.0
+
+    def inner_elements(self, w: Rows) -> Any:
+        """Elements of activations that exist only inside the operator."""
+        return 0.0
+
+    def section(self, w: Rows) -> str:
+        """Section of a profile that times the first row."""
+        return next(iter(self.constants))
+
+    def label(self, dtype: str, second: str) -> str:
+        """Number format of that section."""
+        return label_of(dtype, second) if self.weighted else dtype
+
+    @abstractmethod
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        """Yield some of the rows and their cost on a device."""
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate | FloatArray | float:
+        """Time without any work, s; an estimate where measured times of the user's machine correct it."""
+        return 0.0
+
+    def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        """Yield rows whose kernels have steps of the waterfall between roofline and kernel, in ``Estimate.details``."""
+        return iter(())

@@ -1,0 +1,207 @@
+"""Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer, without its projections.
+
+A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt is computed in
+chunks of 64 tokens (arXiv 2406.06484): five kernels of small products, whose intermediate results cross memory; one of
+the kernels takes chunk after chunk, as each needs the state of the last one.
+
+One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
+heads). The others were chosen from what similar kernels achieve: docs/model.md has the errors of nine rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, Kind
+from simulator.operators.base import (
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    Rows,
+    element_bytes,
+    largest_part,
+    row,
+)
+from simulator.operators.residual_grid import ResidualGrid
+
+# fmt: off
+# sources of the defaults of constants
+_DELTA = "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in docs/model.md"
+_STEPS = "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2 MB of each"
+
+DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": row("s", 1e-6, 1e-4, _DELTA, "fixed time of convolution and recurrence of a decode step: two kernels in a "
+        "CUDA graph", other=8e-6),
+    "prompt_s": row("s", 1e-6, 2e-4, _DELTA, "fixed time of convolution and the five kernels of a prompt",
+        other=2.4e-5),
+    "chunk_s": row("s", 1e-8, 1e-4, _DELTA, "time of one step of the chain of chunks: a load from DRAM, and two "
+        "products that depend on each other", other=1.5e-6),
+    "e_tc": row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
+        "attention, whose tiles are larger", other=0.4),
+    "e_d": row("1", 0.05, 1.0, _STEPS, "share of the datasheet bandwidth at which states and intermediate results "
+        "move", other=0.57),
+    "e_conv": row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
+        "three positions, 6 bytes of a sector of 32", other=0.3),
+})
+# fmt: on
+
+
+def delta_state_bytes(
+    heads: Array, key_heads: Array, key: Array, value: Array, conv: Array, state_bytes: Array, element_bytes: Array
+) -> Array:
+    """Return the bytes that a gated delta net keeps of one sequence. Each value head has a state of ``key`` x ``value``
+    elements, each channel of the convolution its last positions."""
+    channels: Array = 2.0 * key_heads * key + 1.0 * heads * value
+    return np.asarray(1.0 * heads * key * value * state_bytes + np.maximum(conv - 1, 0) * channels * element_bytes)
+
+
+def delta_bytes(tokens: Array, batch: Array, features: Array, states: Array, element_bytes: Array) -> Array:
+    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences. States
+    are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step."""
+    computed = np.minimum(tokens / np.maximum(batch, 1), 1.0)
+    return np.asarray(element_bytes * tokens * features + states * computed * np.where(tokens <= batch, 2.0, 1.0))
+
+
+CHUNK = 64.0
+"""Tokens of a chunk."""
+
+
+@dataclass(frozen=True)
+class DeltaNets(Calls):
+    """Gated delta nets of one device."""
+
+    operator = "delta_net"
+    machine: Machine  # weight_bytes: of an element of the state
+    tokens: FloatArray
+    batch: FloatArray
+    heads: FloatArray
+    key_heads: FloatArray
+    key: FloatArray
+    value: FloatArray
+    conv: FloatArray
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost: arithmetic and bytes overlap in part, the chain of chunks and the fixed time add up."""
+        tokens, heads, machine = self.tokens, self.heads, self.machine
+        batch = np.minimum(self.batch, tokens)  # a dynamic method may skip sequences
+        each, act = tokens / batch, machine.element_bytes
+        step = each <= 1.0
+        channels = 2.0 * self.key_heads * self.key + heads * self.value
+        state = batch * heads * self.key * self.value * machine.weight_bytes * np.where(step, 2.0, 1.0)
+        stream = act * tokens * (channels + heads * self.value)
+        tail = act * batch * np.maximum(self.conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
+        chunks = np.ceil(each / CHUNK)
+        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens, chunks filled up
+        # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
+        between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * self.key + 4.0 * self.value)
+        between = between + 2.0 * act * self.key * self.value / CHUNK
+        products = CHUNK * (3.0 * self.key + 2.0 * self.value) + 3.0 * self.key * self.value
+        bandwidth = machine.bandwidth_bytes_per_s
+        memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
+        memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
+        compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
+        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
+        launch = np.where(step, c["t0_s"], c["prompt_s"])
+        bytes_s = (state + stream + tail) / bandwidth
+        flops_s = 6.0 * tokens * heads * self.key * self.value / machine.peak_flop_per_s
+        work = np.hypot(compute, memory)
+        total = np.asarray(launch + chain + work)
+        rest = 1.0 / (np.maximum(work, 1e-30) * total)
+        position = np.log2(each), np.log2(batch * heads), np.log2(self.key * self.value)
+        return Estimate(
+            operator="delta_net",
+            kind=int(Kind.DELTA_NET),
+            time=total,
+            floor=np.maximum(bytes_s, flops_s / machine.headroom),
+            roofline=np.maximum(bytes_s, flops_s),
+            bottleneck=largest_part(
+                {"compute": compute, "memory": memory, "latency": chain, "launch": launch}, total.shape
+            ),
+            loadings={
+                "launch": launch / total,
+                "compute": compute**2 * rest,
+                "memory": memory**2 * rest,
+                "latency": chain / total,
+            },
+            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+            position=position,
+        )
+
+
+@lru_cache(maxsize=128)
+def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
+    section = hw.section("delta_net", dtype)
+    machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
+    return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
+
+
+# fmt: off
+def delta_net(
+    tokens: Any, batch: Any, heads: Any, key_heads: Any, key: Any, value: Any, hw: Device, *, conv: Any = 4,
+    dtype: str = "bf16", state_dtype: str = "fp32",
+) -> Estimate:
+    """Return the cost of gated delta nets over ``tokens`` of ``batch`` sequences: one token per sequence is a decode
+    step, more are a prompt. ``heads`` value heads of ``value`` features share ``key_heads`` heads of queries and keys
+    of ``key`` features, after a causal convolution over ``conv`` positions (0: none)."""
+    sizes = np.broadcast_arrays(tokens, batch, heads, key_heads, key, value, conv)
+    machine, section, constants = _ready(hw, dtype, state_dtype)
+    e = DeltaNets(machine, *(np.asarray(size, dtype=np.float64) for size in sizes)).estimate(constants)
+    residual = ResidualGrid.from_arrays(section.arrays)
+    return e.with_residual(None if residual is None else residual(e.position), section)
+# fmt: on
+
+
+class DeltaNet(Operator):
+    """Gated delta nets: ``m`` tokens of ``batch`` sequences; ``weight_dtype`` is the format of the state."""
+
+    code, name = int(Kind.DELTA_NET), "delta_net"
+    sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
+    constants = MappingProxyType({"delta_net": DELTA_NET_CONSTANTS})
+    titles = ("gated delta nets",)
+    # no rows of a second GPU or stack: priors as wide as those of a prompt's attention
+    # fmt: off
+    errors = MappingProxyType({"delta_net": ErrorSize(0.10, 0.05, factors={
+        "launch": 0.4, "compute": 0.35, "memory": 0.22, "latency": 0.5,
+    })})
+    # fmt: on
+    cached = True
+
+    def flops(self, w: Rows) -> Any:
+        """6 d_key d_value per token and value head."""
+        return 6.0 * w.m * w.heads * w.head_dim * w.value_dim
+
+    def bytes(self, w: Rows) -> Any:
+        features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
+        return delta_bytes(w.m, w.batch, features, self.state_bytes(w), DTYPE_BYTES[w.dtype])
+
+    def parameter_bytes(self, w: Rows) -> Any:
+        return w.params * DTYPE_BYTES[w.dtype]
+
+    def state_bytes(self, w: Rows) -> Any:
+        """Recurrent states, and the last positions of the convolution."""
+        sizes = w.heads, w.kv_heads, w.head_dim, w.value_dim, w.window
+        return w.batch * delta_state_bytes(*sizes, DTYPE_BYTES[w.weight_dtype], DTYPE_BYTES[w.dtype])
+
+    def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
+        return sequences / np.maximum(w.batch, 1) * self.state_bytes(w)
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
+        dtype, state = formats.dtype, formats.second
+        yield slice(None), delta_net(w.m, w.batch, *heads, hw, conv=w.window, dtype=dtype, state_dtype=state)
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
+        return hw.section("delta_net", formats.dtype)["t0_s"]

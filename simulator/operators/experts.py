@@ -1,0 +1,395 @@
+"""Routed experts (MoE): the experts of a layer on one device, without the router, in parts that are timed apart.
+
+Two grouped products (gate and up; down) take most of the time. Each expert's tokens fill tiles of a few heights, the
+last one of an expert in part; the height that takes least time is chosen. A tile takes the time of its arithmetic and
+that of loading the expert's weights into an SM. The weights of every expert that some token uses cross memory at the
+same time. The other kernels sort, permute, activate and sum: they move activations. Here m, n and k are tokens, the
+width of an expert and the hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.arguments import Range
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, Kind, label_of
+from simulator.operators.base import (
+    AIC,
+    ENGINE_STACK,
+    SAME_STACK,
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    Rows,
+    element_bytes,
+    from_l2,
+    largest_part,
+    row,
+    unfitted,
+)
+from simulator.operators.residual_grid import ResidualGrid
+
+# fmt: off
+# sources of the defaults of constants
+_MOE = (f"joint fit to the MoE tables of {AIC} (all formats, tensor parallel alone) and to grouped products of an H20 "
+    "(alibaba/InferSim@f2293da), by architecture around a fit to all GPUs")
+_MOE_E_TC = f"{_MOE}; the H20, whose SMs are the H100's at a quarter of the tensor rate, separates it from b_sm"
+_H20 = "grouped products of an H20, alone (alibaba/InferSim@f2293da, DeepGEMM, kernel times)"
+
+EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0_s": row("s", 1e-6, 2e-4, _MOE, "fixed time of all kernels except the products: sorting of tokens, activation, "
+        "sum", ampere=2.1e-5, ada=7.6e-6, hopper=1.9e-5, blackwell=3.2e-5, blackwell_sm100=1.5e-5, other=2e-5),
+    "product_s": row("s", 1e-7, 1e-4, _H20, "fixed time of one grouped product", other=5.2e-6),
+    "expert_s": row("s", 1e-11, 1e-6, _MOE, "further fixed time per expert of the device",
+        ampere=5.4e-8, ada=1.6e-8, hopper=2.3e-8, blackwell=3.4e-8, blackwell_sm100=1.4e-9, other=2.6e-8),
+    "e_tc": row("1", 0.05, 1.0, _MOE_E_TC, "share of the datasheet rate in the arithmetic of a tile", other=0.85),
+    "b_sm": row("B/s", 1e10, 1e13, _MOE, "rate at which an SM loads the weights of a tile",
+        ampere=3.2e10, ada=3.3e10, hopper=1.5e11, blackwell=7.8e10, blackwell_sm100=2.3e11, other=4.4e10),
+    "least_rows": row("1", 8.0, 64.0, _MOE, "rows of the smallest tile in arithmetic: fewer take as long",
+        ada=36, hopper=44, blackwell=16, ampere=16, blackwell_sm100=16, other=29),
+    "tail": row("1", 0.01, 4.0, _MOE, "tiles that an SM computes alone at the end of a product", other=0.04),
+    "e_d": row("1", 0.1, 1.0, _MOE, "share of the datasheet bandwidth that weights from DRAM achieve",
+        ampere=0.99, ada=0.81, hopper=0.96, blackwell=0.83, blackwell_sm100=0.95, other=0.88),
+    "e_io": row("1", 0.03, 3.0, _MOE, "share of that bandwidth of permuting, activating and summing activations",
+        ampere=0.42, ada=0.64, hopper=0.33, blackwell=0.6, blackwell_sm100=0.37, other=0.45),
+    "l2_gain": row("1", 1.0, 10.0, _MOE, "rate of weights in L2 over the rate from DRAM",
+        ampere=8.1, ada=10, hopper=9, blackwell=4.7, blackwell_sm100=7.2, other=8.7),
+    "l2_share": row("1", 0.1, 4.0, _MOE, "bytes of weights in use over L2 size at which half are in L2",
+        ampere=0.36, ada=1, hopper=0.49, blackwell=0.96, blackwell_sm100=0.27, other=0.93),
+    "narrow": row("1", 0.1, 256.0, _MOE, "columns added to the width of every expert",
+        ampere=1.8, ada=1.4, hopper=22, blackwell=0.25, blackwell_sm100=64, other=12),
+    "align": row("1", 0.01, 10.0, f"{_MOE}; geometric mean over stacks",
+        "further time of an expert whose width is not a multiple of 16",
+        ada=1.1, hopper=0.82, blackwell=0.04, blackwell_sm100=0.4, other=0.47),
+})
+# fmt: on
+
+EXPERT_RANGE = 200.0
+"""Load of the busiest over the least busy expert at a skew of 1, that of the power law with exponent 1.01 in tables."""
+EXPERT_SKEW = 0.8
+"""Skew of a model that serves mixed requests.
+
+Of the 128 experts of Qwen3-30B-A3B, 51 % take 90 % of the tokens of prose, code and math, and the entropy of their load
+is 11 % below that of equal loads; both correspond to 0.8. For code the numbers are 45 % and 15 % (0.95 to 1). Source:
+gpu-container handbook, "Routing De-risk", counts of llama-imatrix
+(mcp-tool-shop-org.github.io/gpu-container/handbook/derisk)."""
+EXPERT_QUANTILES = 16
+"""Number of load quantiles that represent all experts."""
+
+
+def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
+    """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest. A token
+    uses ``active`` experts on average, each at most once. The log of the load grows evenly; the busiest has
+    :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy."""
+    share, skew = np.broadcast_arrays(np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64))
+    if not skew.any():
+        return np.asarray(share[None])
+    rank = (np.arange(EXPERT_QUANTILES) + 0.5) / EXPERT_QUANTILES - 0.5
+    chance = EXPERT_RANGE ** (rank.reshape(-1, *[1] * share.ndim) * skew)
+    for _ in range(16):  # other experts take the share above 1
+        chance = np.minimum(chance * (share / chance.mean(axis=0)), 1.0)
+    return np.asarray(chance)
+
+
+def experts_touched(m: Any, experts: Any, active: Any, skew: Any = 0.0) -> Array:
+    """Return the expected number of ``experts`` that at least one of ``m`` tokens uses. Tokens choose ``active``
+    experts each, independently; ``skew`` is the imbalance of loads (:func:`experts_chance`)."""
+    m, experts, active, skew = np.broadcast_arrays(np.asarray(m, dtype=np.float64), experts, active, skew)
+    idle = (1.0 - experts_chance(experts, active, skew)) ** m
+    return np.asarray(experts * (1.0 - idle.mean(axis=0)))
+
+
+TILES = (16.0, 64.0, 128.0)
+"""Rows of the tiles that a kernel may choose."""
+TILE_COLUMNS = 128.0
+"""Columns of a tile."""
+PARTS = ("layer", "gate_up", "down")
+"""What a time includes: all kernels of the layer except the router's, or one of the two grouped products."""
+ALIGNED = 16.0
+"""Widths of an expert that are no multiple of it are slow."""
+QUANTILES = 32
+"""Experts by load that represent all of a benchmark's."""
+
+SCALED = ("fp8_block", "nvfp4", "mxfp4")
+"""Formats with a scale for every block of weights: here stacks differ most, by a factor of two on the B200 (DeepGEMM
+and CUTLASS against Triton and FlashInfer)."""
+OCTAVES = (0.4, 0.6, 0.6)
+"""Octaves of error coordinates per octave of tokens per expert, of width, of experts: errors of held-out models
+correlate by 0.73 over one octave of tokens and 0.59 over two, 0.68 and 0.52 over octaves of width (medians of 38
+tables)."""
+
+POWER = Range(-1.0, 1e30, "finite numbers from -1 up")
+"""Rules by which benchmarks distribute tokens, see :func:`dealt_load`."""
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class Load:
+    """How tokens are distributed over the experts of a device."""
+
+    touched: FloatArray  # experts that some token uses
+    tiles: tuple[FloatArray, ...]  # tiles of each height of TILES that their tokens fill, all experts together
+    rows: FloatArray  # tokens of all experts together
+
+
+def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any, devices: Any = 1.0) -> Load:
+    """Return the load of tokens that choose independently, as in a model: an expert's number of tokens is near a
+    Poisson number. If several ``devices`` share the experts, it is that of the device with the highest load."""
+    chance = experts_chance(experts, active, skew)
+    some, mean = 1.0 - (1.0 - chance) ** m, m * chance
+    # a spread wider than a tile leaves the last one half empty; one tile holds what is far below it
+    tiles = (
+        np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
+        for rows in TILES
+    )
+    load = Load(experts * some.mean(axis=0), tuple(experts * t for t in tiles), m * active)
+    return _highest(load, chance, m, experts, active, devices) if np.any(np.greater(devices, 1.0)) else load
+
+
+def _highest(
+    load: Load, chance: FloatArray, m: FloatArray, experts: FloatArray, active: FloatArray, devices: Any
+) -> Load:
+    """Return the load of the highest of ``devices``, which hold experts regardless of their use, from that of a mean
+    device: both numbers are near normal, and of d normal numbers the highest is near the quantile (d - 3/8) / (d + 1/4)
+    (G. Blom, "Statistical estimates and transformed beta-variables", 1958)."""
+    known, which = np.unique(devices, return_inverse=True)
+    quantiles = np.array([_NORMAL.inv_cdf((d - 0.375) / (d + 0.25)) for d in known])
+    deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(experts * (1.0 - 1.0 / np.asarray(devices)))
+    some, mean, most = load.touched / experts, m * chance, np.minimum(active * devices, experts)
+    touched = np.minimum(load.touched + deviations * np.sqrt(some * (1.0 - some)), np.minimum(experts, m * most))
+    spread = np.sqrt((mean * (1.0 - chance)).mean(axis=0) + mean.var(axis=0))
+    rows = np.minimum(load.rows + deviations * spread, m * most)
+    more = rows / np.maximum(load.rows, 1e-30)
+    return Load(touched, tuple(touched + (tiles - load.touched) * more for tiles in load.tiles), rows)
+
+
+def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: Any) -> Load:
+    """Return the load of tokens that benchmarks distribute. aiconfigurator's collectors do it in turn (``power`` 0), or
+    by a rounded power law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by
+    rounding go to experts without any. DeepGEMM's draw each number from the mean less to the mean plus a share
+    (``power`` is minus the share), rounded down."""
+    choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
+    even, few = choices / experts, choices <= experts
+    if power.any():
+        rank = (np.arange(QUANTILES)[:, None] + 0.5) / QUANTILES
+        share = np.floor(even * (1.0 - power * (2.0 * rank - 1.0)) + 1e-9)
+        low, high = np.where(few, 0.01, 1.0), np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
+        inverse = 1.0 - np.where(power > 0, power, 1.01)
+        load = (low**inverse + rank * (high**inverse - low**inverse)) ** (1.0 / inverse)
+        counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
+        idle = (counts < 1.0).mean(axis=0)
+        over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
+        counts = np.select([power > 0, power < 0], [np.where(counts < 1.0, over, counts), share], even)
+    else:
+        counts = even[None]
+    tiles = (np.where(counts < 1.0, counts, np.ceil(counts / rows)).mean(axis=0) for rows in TILES)
+    return Load(experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles), choices)
+
+
+@dataclass(frozen=True)
+class Layers(Calls):
+    """Expert layers of one device, or single products of them."""
+
+    operator = "experts"
+    machine: Machine
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    experts: FloatArray
+    active: FloatArray
+    skew: FloatArray
+    dealt: bool = True  # tokens are distributed by rule, as in a benchmark
+    warm: Any = True  # weights are in L2 as far as they fit, as in a benchmark that repeats one layer
+    part: Any = 0  # index into PARTS
+    devices: Any = 1.0  # that share the experts; if tokens choose
+    unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
+
+    @cached_property
+    def load(self) -> Load:
+        """How tokens are distributed over the experts."""
+        sizes = self.m, self.experts, self.active, self.skew
+        return dealt_load(*sizes) if self.dealt else drawn_load(*sizes, self.devices)
+
+    @cached_property
+    def products(self) -> tuple[Any, Any]:
+        """Whether each row's time includes the products of gate and up, and of down."""
+        return np.not_equal(self.part, PARTS.index("down")), np.not_equal(self.part, PARTS.index("gate_up"))
+
+    @cached_property
+    def whole(self) -> Any:
+        """Whether each row's time is that of the whole layer."""
+        return np.equal(self.part, PARTS.index("layer"))
+
+    @cached_property
+    def elements(self) -> FloatArray:
+        """Weights of an expert in the timed products."""
+        up, down = self.products
+        return np.asarray((2.0 * up + down) * self.n * self.k)
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost; warm weights come out of L2 where they fit."""
+        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
+        (up, down), whole = self.products, self.whole
+        slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
+        # of a tile of each height, per weight: arithmetic of its rows, and loading the weight into an SM
+        row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
+        loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
+        tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
+        every = np.stack([tiles * s for tiles, s in zip(load.tiles, tile_s, strict=True)])
+        chosen = np.argmin(every, axis=0)
+        # the last tile of an SM is alone: its main loop is as long as the product is deep
+        alone = c["tail"] * TILE_COLUMNS * machine.sm_count * tile_s[chosen] * (up * k + down * n)
+        compute = (every.min(axis=0) * self.elements + alone) * slower
+        weights = self.elements * load.touched * machine.weight_bytes
+        memory = weights / (c["e_d"] * machine.bandwidth_bytes_per_s) * slower
+        if np.any(self.warm):
+            held = from_l2(3.0 * n * k * load.touched * machine.weight_bytes, machine, c)
+            memory = memory * np.where(self.warm, held, 1.0)
+        # 16-bit: tokens permuted, products of gate and up read and their activation written, results read and added up
+        moved = 2.0 * whole * (load.rows * (2.0 * k + 3.0 * n) + 2.0 * m * k)
+        io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
+        launch = whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
+        computed = np.choose(chosen, [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)])
+        padding = np.log(np.maximum(computed / np.maximum(load.rows, 1e-30), 1.0))
+        return self._estimate(launch, io, compute, memory, padding)
+
+    def _estimate(
+        self, launch: FloatArray, io: FloatArray, compute: FloatArray, memory: FloatArray, padding: FloatArray
+    ) -> Estimate:
+        """Return the cost from its parts, s: arithmetic and weights overlap in part, the rest adds up."""
+        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
+        work = np.hypot(compute, memory)
+        total = np.asarray(launch + io + work)
+        rest = 1.0 / (np.maximum(work, 1e-30) * total)
+        computing = compute**2 * rest
+        loadings: dict[str, Any] = {"launch": launch / total, "compute": computing, "memory": memory**2 * rest}
+        loadings |= {"io": io / total, "padding": computing * np.minimum(padding, 1.0)}
+        loadings |= dict.fromkeys(self.unfitted, 1.0)
+        if (self.skew > 0.0).any():
+            loadings["skew"] = np.clip(self.skew, 0.0, 1.0)
+        if np.any(np.greater(self.devices, 1.0)):
+            more = load.rows / np.maximum(m * self.active, 1e-30)
+            loadings["balance"] = work / total * np.log(np.maximum(more, 1.0))
+        if (n % ALIGNED).any():
+            loadings["alignment"] = np.where(n % ALIGNED, loadings["compute"] + loadings["memory"], 0.0)
+        compute_s = 2.0 * self.elements * load.rows / machine.peak_flop_per_s
+        streams = 2.0 * m * k * machine.element_bytes * self.whole
+        bytes_s = (self.elements * load.touched * machine.weight_bytes + streams) / machine.bandwidth_bytes_per_s
+        position = np.log2(m * self.active / self.experts), np.log2(n), np.log2(self.experts)
+        octaves = [scale * np.ravel(x) for scale, x in zip(OCTAVES, position, strict=True)]
+        parts = {"compute": compute, "memory": np.maximum(memory, io), "launch": launch}
+        return Estimate(
+            operator="experts",
+            kind=int(Kind.EXPERTS),
+            time=total,
+            floor=np.maximum(compute_s / machine.headroom, np.where(self.warm, 0.0, bytes_s)),
+            roofline=np.maximum(compute_s, bytes_s),
+            bottleneck=largest_part(parts, total.shape),
+            loadings=loadings,
+            coordinates=np.stack(octaves, axis=1),
+            position=position,
+        )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a profile says about two number formats."""
+
+    machine: Machine
+    section: FittedValues
+    constants: Mapping[str, float]
+    residual: ResidualGrid | None
+    unfitted: tuple[str, ...]
+
+
+@lru_cache(maxsize=128)
+def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
+    element_bytes(weight)
+    label, factors = label_of(dtype, weight), tuple[str, ...]()
+    machine, section = Machine.of(hw, label), hw.section("experts", label)
+    if section.status == "default" and weight != dtype:  # fitted kernels of the dense format read narrower weights
+        section = hw.section("experts", dtype)
+        factors = () if section.status == "default" else ("quantised",)
+    scaled = weight in SCALED and section.status != "default"  # defaults are the middle of all stacks
+    factors = (*factors, *(["scaled"] if scaled else []), *unfitted(section, EXPERTS_CONSTANTS, hw.architecture))
+    constants = {name: section[name] for name in EXPERTS_CONSTANTS}
+    return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
+
+
+# fmt: off
+def experts(
+    m: Any, n: Any, k: Any, experts: Any, active: Any, hw: Device, *, skew: Any = 0.0,
+    dtype: str = "bf16", weight_dtype: str | None = None,
+    devices: Any = 1, dealt: bool = False, warm: bool = False, part: str = "layer",
+) -> Estimate:
+    """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
+    size k, of which a token uses ``active`` on average (no whole number where devices share the experts). ``skew`` is
+    that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the layer, the
+    time is that of the device with the highest load, for which the others wait. Benchmarks are predicted with tokens
+    ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer without
+    overwriting L2, and a ``part`` of :data:`PARTS`."""
+    given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
+    m, n, k, experts, active, skew, devices = (np.asarray(a, dtype=np.float64) for a in given)
+    r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
+    layers = Layers(r.machine, m, n, k, experts, active, skew, dealt, warm, timed, devices, r.unfitted)
+    e = layers.estimate(r.constants)
+    return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
+# fmt: on
+
+
+class Experts(Operator):
+    """Routed experts of a layer on one device; ``batch`` devices share them, or 0."""
+
+    code, name = int(Kind.EXPERTS), "experts"
+    sizes = ("m", "n", "k", "experts")
+    constants = MappingProxyType({"experts": EXPERTS_CONSTANTS})
+    titles = ("experts",)
+    # stacks differ by 5 to 40 % in the median, two versions of SGLang and of vLLM on Hopper by 2 to 7 %
+    # fmt: off
+    errors = MappingProxyType({
+        "experts": ErrorSize(0.085, 0.035, {"compute": 0.03}, {SAME_STACK: 0.15, ENGINE_STACK: 0.5}, factors={
+            "launch": 0.35, "compute": 0.38, "memory": 0.07, "io": 0.5, "padding": 0.25, "skew": 0.05,
+            "balance": 0.2, "alignment": 0.6, "quantised": 0.25, "scaled": 0.2, "default": 0.1, "generic": 0.15,
+        })
+    })
+    # fmt: on
+    weighted = True
+
+    def flops(self, w: Rows) -> Any:
+        """6NK per token and expert in use."""
+        return 6.0 * w.m * w.n * w.k * w.active
+
+    def bytes(self, w: Rows) -> Any:
+        """Weights in use, and activations that no fusion avoids."""
+        return self.weight_bytes(w) + 2.0 * DTYPE_BYTES[w.dtype] * w.m * w.k
+
+    def weight_bytes(self, w: Rows) -> Any:
+        """Weights of the experts that some token uses."""
+        return 3.0 * w.n * w.k * DTYPE_BYTES[w.weight_dtype] * experts_touched(w.m, w.experts, w.active, w.skew)
+
+    def inner_elements(self, w: Rows) -> Any:
+        """Gathered tokens, and their gate and up."""
+        return w.m * w.active * (w.k + 2.0 * w.n)
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        sizes, devices = (w.m, w.n, w.k, w.experts, w.active), np.maximum(w.batch, 1)
+        dtype, weight = formats.dtype, formats.second
+        yield slice(None), experts(*sizes, hw, skew=w.skew, devices=devices, dtype=dtype, weight_dtype=weight)
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> FloatArray:
+        c = _ready(hw, formats.dtype, formats.second).constants
+        return np.asarray(c["t0_s"] + c["expert_s"] * w.experts + 2.0 * c["product_s"])

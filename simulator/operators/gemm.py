@@ -1,0 +1,673 @@
+"""GEMM: y[m, n] = x[m, k] w[k, n]. The analytical model (:mod:`simulator.operators.gemm_model`) meets a profile.
+
+A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed constants; a GPU
+without a fit has those of its architecture (:func:`clocked`). The residual is a grid over log2 of m, n, k. Shapes that
+a profile has measured take the measured time. No prediction beats the datasheet at the highest clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, plain, text, together
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
+from simulator.errors import InputError, unknown
+from simulator.operators.base import (
+    AIC,
+    ELEMENT_BYTES,
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    Rows,
+    bottleneck,
+    element_bytes,
+    octaves_outside_fit,
+    row,
+    unfitted,
+)
+from simulator.operators.gemm_model import (
+    WGMMA_ROWS,
+    Analytical,
+    ReadyModel,
+    analytical_time,
+    cube,
+    ready_model,
+    weight_only_constants,
+)
+from simulator.operators.measured_shapes import MeasuredShapes, measured_shapes
+from simulator.operators.residual_grid import ResidualGrid, RowResidual
+
+# fmt: off
+# sources of the defaults of constants
+_TABLES = f"fit to the bf16 GEMM tables of {AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
+_NARROW = (f"fp8 and bf16 sections fitted to {AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and SGLang): "
+    "geometric mean of ten ratios")
+_GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
+    "alignment; size assumed")
+_OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of 11468, 0.33 s "
+    "with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them for one halving); blackwell: up to "
+    "35 % of the gain lost (arXiv 2606.09080, appendix C, RTX PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the "
+    "time, 0.35 more for three halvings); others: least squares of the log times of both, half to twice it")
+_OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
+_SPARSE = ("ratios of 2:4 to dense times; ampere: least squares, A100 (SliceGPT, arXiv 2401.15024, table 12; PyTorch "
+    "pull requests 90119 and 96147) and RTX 3060 (torchao issue 174); hopper: between fp8 of torchao's CUTLASS kernels "
+    "(arXiv 2503.16672) and one fp16 GEMM (PyTorch pull request 177866); blackwell: least squares, RTX 5090 from 4,096 "
+    "tokens on (ZhuYe0729/fake); others: assumed, the geometric mean of these")
+_COMPRESSED = ("blackwell: RTX 5090 to 64 tokens (ZhuYe0729/fake); others: assumed, the geometric mean share of the "
+    "saved bytes that two kernels gain at few tokens: 0.50 (RTX 5090: 0.7x to 1.1x of 1.78x) and 0.87 (fp8 on Hopper: "
+    "1.39x of 1.6x)")
+_PLAN = ("blackwell: RTX 5090 (ZhuYe0729/fake), least squares to 64 tokens, whatever n; others: assumed, the geometric "
+    "mean of that and of a dense step")
+_PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
+    "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
+_ASSUMED = "uncalibrated: assumed"
+_QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those rows of {AIC}, a100_sxm trtllm, with "
+    "the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no bias); of the 9.5 us they start "
+    "later, 4.7 are TensorRT's layer profiler, which its int8 kernels show too")
+
+GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "t0": row("s", 1e-7, 5e-5, _TABLES,
+        "fixed time of a kernel in a CUDA graph",
+        ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
+    "e_tc": row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate that the main loop achieves",
+        ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.97, blackwell_sm100=0.7, cpu=0.8, other=0.8),
+    "tau": row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
+        ampere=3.0e-7, ada=2.23e-7, hopper=8.6e-8, blackwell=2.0e-7, cpu=1e-8, other=2e-7),
+    "b_e": row("B/s", 1e8, 1e13, _TABLES, "rate at which one SM stores its finished tile",
+        ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
+    "b_l2": row("B/s", 1e10, 1e15, _TABLES, "rate at which L2 feeds operands to all SMs",
+        ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
+    "e_d": row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth that DRAM achieves",
+        ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
+    "b_hit": row("B/s", 1e10, 1e15, _TABLES, "rate of operands in L2",
+        ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
+    "c_l2": row("1", 0.05, 1.0, _TABLES, "footprint, as a share of L2, of which half stays in L2",
+        ampere=0.8, ada=1.0, hopper=0.75, blackwell=0.8, cpu=0.8, other=0.8),
+    "l2_power": row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
+    "t_s": row("s", 0.0, 1e-4, _TABLES, "fixed time of summing the parts of a split-K",
+        ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
+    "b_s": row("B/s", 1e9, 1e15, _TABLES, "rate at which these parts are written and read",
+        ampere=2.0e12, ada=2.0e12, hopper=3.0e12, blackwell=2.0e12, cpu=1e11, other=2e12),
+    "narrow_step": row("1", 0.05, 1.3, _NARROW,
+        "e_tc of formats below 16 bits without their own fit over that of 16 bits", cpu=0.6, other=0.93),
+    "align_step": row("1", 0.0, 3.0, _OFF_16,
+        "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and sqrt(3) times that at a "
+        "quarter and an eighth",
+        ampere=0.85, blackwell=0.20, cpu=0.02, other=0.38),
+    "align_step_8bit": row("1", 0.0, 30.0, _OFF_16_NARROW,
+        "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
+    "align_load": row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
+        ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
+    "sparse_step": row("1", 0.1, 1.2, _SPARSE,
+        "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
+        ampere=0.9, hopper=0.65, blackwell=1.05, cpu=0.5, other=0.85),
+    "sparse_load": row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels",
+        blackwell=1.0, other=0.66),
+    "sparse_time": row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
+        "further fixed time of a 2:4 kernel over a dense kernel", other=2e-6),
+    "sparse_tau": row("s", 1e-9, 5e-6, _PLAN,
+        "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block walks the whole k",
+        blackwell=6.4e-7, other=3.6e-7),
+    "quant_time": row("s", 0.0, 1e-4, _QUANTISED,
+        "further fixed time of a weight-only quantised kernel over a dense kernel", other=5e-6),
+    "quant_step": row("1", 0.05, 1.2, _QUANTISED,
+        "e_tc of weight-only quantised kernels over that of dense kernels", other=0.73),
+    "block_step": row("1", 0.1, 1.2, _ASSUMED,
+        "e_tc of kernels that skip blocks of rows over that of dense kernels", other=0.85),
+    "pack": row("1", 0.01, 10.0, _PACKING,
+        "time to rearrange the weights before a GEMM on a CPU, over the time to read them", other=0.85),
+    "pack_m": row("1", 1.0, 64.0, _PACKING, "rows from which a GEMM on a CPU rearranges its weights", other=4.0),
+})
+# fmt: on
+
+_DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
+
+PRECISION = np.float32
+"""Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
+
+CHUNK = 4096
+"""Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
+
+EXACT, MOST_PRODUCT = 2.0**24, 1e16
+"""Largest size, and product of sizes, of a shape in :data:`PRECISION`: beyond, it does not tell whole numbers apart, or
+the cube of a slow device's microseconds overflows. Such shapes are timed in float64."""
+
+# alignment is looked at in 32 bits
+_WIDTH = Range(1.0, 2.0**31 - 1.0, "whole numbers from 1 to 2147483647", whole=True)
+_COPIES = Range(1.0, math.inf, "whole numbers from 1 up", whole=True)  # infinitely many: always cold
+KERNELS: tuple[str, ...] = tuple(kernel.name.lower() for kernel in Kernel)
+"""Names of kernels; the index is the code."""
+_CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`simulator.gemm_time`, and what engines differ by."""
+
+    dtype: str = "bf16"
+    weight_dtype: str | None = None
+    kernel: Any = "dense"
+    cold: bool = True
+    copies: Any = None
+    density: Any = 1.0
+    block: Any = 0
+    # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
+    searched: bool = True
+
+
+def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:
+    """Return kernel codes, and m, n, k, copies and block where given, of one shape; InputError for bad arguments."""
+    text("dtype", path.dtype)
+    if path.weight_dtype is not None:
+        text("weight_dtype", path.weight_dtype)
+    codes = _kernel_codes(path.kernel)
+    given = {"m": array("m", m, COUNT), "n": array("n", n, _WIDTH), "k": array("k", k, _WIDTH)}
+    given["n"] = _stored(given["n"], codes, path)
+    if path.copies is not None:
+        given["copies"] = array("copies", path.copies, _COPIES)
+    elif not flag("cold", path.cold):
+        given["copies"] = np.asarray(1.0)
+    if np.any(block := array("block", path.block, SIZE)):
+        given["block"] = block
+    codes, *same = together(kernel=codes, **given)
+    return codes, dict(zip(given, same))
+
+
+def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
+    """Return codes of kernels given as names, members of :class:`Kernel` or codes."""
+    given = plain(kernel)
+    if given.dtype.kind not in "UO":
+        return array("kernel", kernel, _CODE).astype(np.int8)
+    for name in given.ravel().tolist():
+        if name not in KERNELS:
+            raise unknown("kernel", str(name), KERNELS)
+    return np.array([KERNELS.index(name) for name in given.ravel().tolist()], dtype=np.int8).reshape(given.shape)
+
+
+def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
+    """Return the outputs of dense products with as many bytes as SpMV kernels store, in whole rows of eight."""
+    density = array("density", path.density, SHARE)
+    if not np.any(codes == _SPMV):
+        return n
+    codes, rows, density = together(kernel=codes, n=n, density=density)
+    value = ELEMENT_BYTES[path.weight_dtype or path.dtype]
+    return np.where(codes == _SPMV, np.ceil(rows * spmv_bytes(density, value) / (8.0 * value)) * 8.0, rows)
+
+
+def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
+    """Return a mask of shapes that single precision would round or overflow; None where there are none."""
+
+    def large(m: Any, n: Any, k: Any) -> Any:
+        return (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
+
+    return large(m, n, k) if len(m) and large(m.max(), n.max(), k.max()) else None
+
+
+def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
+    """Yield a kernel code, some of the flat rows that run it, and their precision."""
+    size, found, large = codes.size, np.unique(codes).tolist() or [_DENSE], _large(m, n, k)
+    if len(found) == 1 and large is None:
+        for start in range(0, max(size, 1), CHUNK):
+            yield found[0], slice(start, start + CHUNK), PRECISION
+        return
+    groups = [(code, codes.reshape(-1) == code) for code in found]
+    parts = [(code, mask, PRECISION) for code, mask in groups]
+    if large is not None:
+        parts = [(code, mask & ~large, PRECISION) for code, mask in groups]
+        parts += [(code, mask & large, np.float64) for code, mask in groups]
+    for code, mask, precision in parts:
+        at = np.flatnonzero(mask)
+        for start in range(0, len(at), CHUNK):
+            yield code, at[start : start + CHUNK], precision
+
+
+def spmv_bytes(density: Any, value_bytes: Any) -> Array:
+    """Return the bytes per weight, zeros included, that a kernel for scattered zeros stores. Each value has four bits
+    for its distance to the previous value; after 16 empty places a zero is stored. This gives 1 / (1 - zeros^16) stored
+    values per nonzero value (MACKO, github.com/vlejd/macko_spmv)."""
+    kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
+    return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
+
+
+CLOCKED: Mapping[str, float] = MappingProxyType(
+    {"ampere": 0.78e12, "ada": 1.03e12, "hopper": 1.41e12, "blackwell": 0.78e12, "blackwell_sm100": 2.25e12}
+)
+"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs that the defaults of ``e_tc`` come from: A100,
+L40S, H100, RTX PRO 6000, B200 (SXM). A GPU with fewer keeps a higher clock: see :func:`clocked`."""
+UNLIMITED = 0.9
+"""Share of the datasheet rate where power limits no clock: an H20 reaches 0.93 in fp8 (InferSim), and less in the
+16-bit steps of SGLang, which are 6 % longer than with 0.81 and 16 % longer than with 1; the RTX 4090 reaches 1.02."""
+
+EDGE = 1e-4
+"""Steps before the last node at which a coordinate of the residual stops."""
+
+GROUPS = {Kernel.GROUPS_N: 20.0, Kernel.GROUPS_K: 52.0}
+"""Features per group at which skipping groups costs as much as computing them: a main loop takes 1 + (features /
+group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are
+7 % slower than whole tokens, groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
+GROUPS_STEP = 0.9
+"""e_tc of those kernels over that of dense ones (same source)."""
+
+SPARSE24_PARTS: Mapping[str, str] = {
+    "sparse_step": "compute",
+    "sparse_load": "memory",
+    "sparse_time": "launch",
+    "sparse_tau": "serial",
+}
+"""Constants that 2:4 kernels alone have -> the part of the time that each changes."""
+
+
+@dataclass(frozen=True)
+class GemmKernel:
+    """What a profile says about GEMMs of one number format, weight format and kernel, as numbers."""
+
+    model: ReadyModel
+    section: FittedValues | None
+    residual: ResidualGrid | None
+    row_residual: RowResidual | None
+    shapes: MeasuredShapes | None  # measured with cold weights, used instead of the model
+    align_step: float
+    align_load: float
+    load_scale: float
+    pad_m: float
+    group: float  # features, of GROUPS; 0 where no groups are skipped
+    unfitted: tuple[str, ...]  # error factors of what no fit has seen
+    dense: GemmKernel | None = None  # of weights alone in fewer bits: the kernel without them, which computes the same
+    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time of which no table of its architecture tells
+
+
+@lru_cache(maxsize=128)
+def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True) -> GemmKernel:
+    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown.
+    ``searched`` is that of :class:`Options`."""
+    rate, weight = hw.rate(dtype), weight_dtype or dtype
+    element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
+    label = label_of(dtype, weight)
+    own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
+    section = hw.section("gemm", label if own else dtype)
+    c = {name: float(section[name]) for name in GEMM_CONSTANTS}
+    if section.status == "default":
+        c["e_tc"] = clocked(c["e_tc"] * (1.0 if element >= 2.0 else c["narrow_step"]), hw)
+    load_scale, pad_m, serial = 1.0, 1.0, False
+    assumed: tuple[str, ...] = ()
+    factors = [*unfitted(section, GEMM_CONSTANTS, hw.architecture)]
+    weight_only = ELEMENT_BYTES[weight] < element
+    compressed = kernel == Kernel.SPARSE24 and not weight_only
+    if kernel == Kernel.SPARSE24:
+        if rate.sparse_factor <= 1.0:
+            raise InputError(f"{hw.name} has no 2:4 sparse tensor cores for {dtype}")
+        known, assumed = sparse24_constants(section, hw.architecture)
+        c |= known
+        peak *= rate.sparse_factor
+        c["e_tc"] *= c["sparse_step"]
+        # half the values and two bits of index for each; of the two operands L2 feeds, one is the compressed weight
+        weight_bytes = 0.5 * weight_bytes + 0.125
+        if compressed:
+            pad_m, serial = 8.0, not searched
+            c["t0"] += c["sparse_time"]
+            load_scale /= c["sparse_load"]
+        else:  # as the dense kernel of the format (Sparse-Marlin): a step waits for the bytes of its weights
+            assumed = tuple(part for part in assumed if part == "compute")
+            c["tau"] *= weight_bytes / ELEMENT_BYTES[weight]
+        c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
+        factors.append("sparse24")
+    elif kernel == Kernel.BLOCK_SPARSE or kernel in GROUPS:
+        c["e_tc"] *= GROUPS_STEP if kernel in GROUPS else c["block_step"]
+        factors.append("blocks")
+    elif kernel == Kernel.SPMV:
+        factors.append("spmv")
+    if weight_only and not own:
+        c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
+        factors.append("quantised")
+    hopper_default = section.status == "default" and hw.architecture == "hopper"
+    machine = replace(
+        Machine.of(hw, dtype),
+        peak_flop_per_s=peak,
+        weight_bytes=weight_bytes,
+        least_rows=WGMMA_ROWS if hopper_default and not weight_only else 1.0,
+        ragged=kernel in GROUPS,
+        serial=serial,
+    )
+    residual = ResidualGrid.from_arrays(section.arrays)
+    if residual is not None:
+        residual = replace(residual, values=residual.values.astype(PRECISION), inset=EDGE)
+    # measured shapes of another format or device say nothing exact here: a fallback section has none
+    plain = kernel == Kernel.DENSE and own and section.status == "calibrated"
+    return GemmKernel(
+        model=ready_model(machine, c, PRECISION),
+        section=section,
+        residual=residual,
+        row_residual=RowResidual.from_arrays(section.arrays),
+        shapes=measured_shapes(section.arrays) if plain else None,
+        align_step=c["align_step" if element >= 2.0 else "align_step_8bit"],
+        align_load=c["align_load"],
+        load_scale=load_scale,
+        pad_m=pad_m,
+        group=GROUPS.get(kernel, 0.0),
+        unfitted=tuple(factors),
+        dense=gemm_kernel(hw, dtype, None, kernel) if weight_only and kernel == Kernel.DENSE else None,
+        assumed=assumed,
+    )
+
+
+def clocked(e_tc: float, hw: Device) -> float:
+    """Return the default share of the datasheet rate on a device that may need less power for it, or more. Under a
+    power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and 1.02 of
+    rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach :data:`UNLIMITED` of
+    the rate."""
+    rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
+    if hw.architecture not in CLOCKED or not rates:
+        return e_tc
+    return min(e_tc * math.sqrt(CLOCKED[hw.architecture] * hw.power_w / rates[0]), max(e_tc, UNLIMITED))
+
+
+def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells. A
+    constant that no fit moved is the default of the device's own architecture, which may differ from that of an
+    inherited section."""
+    values, assumed = {}, []
+    for name, part in SPARSE24_PARTS.items():
+        constant, own = GEMM_CONSTANTS[name], section.constants[name]
+        values[name] = constant.default(architecture) if own.status == "default" else own.value
+        if own.status == "default" and architecture not in constant.defaults:
+            assumed.append(part)
+    return values, tuple(assumed)
+
+
+TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
+"""Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
+
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
+
+
+@dataclass(frozen=True)
+class Products(Calls):
+    """GEMMs y[m, n] = x[m, k] w[k, n] of one machine, as a fit takes them: dense and aligned, in float64."""
+
+    operator = "gemm"
+    machine: Machine
+    m: FloatArray
+    n: FloatArray
+    k: FloatArray
+    copies: FloatArray  # weights that each benchmark used in turn, inf for cold ones
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost, microseconds."""
+        kernel = GemmKernel(ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
+        given = {"m": self.m, "n": self.n, "k": self.k}
+        return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
+
+    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+        """Return the analytical time alone, s."""
+        copies = None if self._cold else self.copies
+        return 1e-6 * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
+
+    def seconds_of(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
+        """Return the analytical time with each of several sets of constants, (sets, rows): in one go, which for few
+        rows takes hardly longer than one set."""
+        sets, rows = len(many), len(self.m)
+        columns = {name: np.array([c[name] for c in many]) for name in many[0]}
+        varied = {name: column for name, column in columns.items() if np.ptp(column)}
+        model = ready_model(self.machine, {**many[0], **varied}).for_each(rows)
+        m, n, k, copies = (np.tile(a, sets) for a in (self.m, self.n, self.k, self.copies))
+        return 1e-6 * analytical_time(m, n, k, model, None if self._cold else copies).total_us.reshape(sets, rows)
+
+    @property
+    def _cold(self) -> bool:
+        return bool(np.isinf(self.copies).all())
+
+
+def estimates(
+    m: Any, n: Any, k: Any, hw: Device, options: Options, *, steps: bool = False
+) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
+    """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
+    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps."""
+    codes, given = read_shapes(m, n, k, options)
+    flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
+
+    def parts() -> Iterator[tuple[Any, Estimate]]:
+        for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
+            kind = Kernel(code)
+            if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
+                raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
+            # zeros without structure run as a dense product
+            kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
+            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
+            yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
+
+    return codes.shape, parts()
+
+
+def estimate(
+    kernel: GemmKernel, given: Mapping[str, Array], precision: Any = np.float64, steps: bool = False
+) -> Estimate:
+    """Return the cost of GEMMs of one kernel from arrays m, n, k, and copies and block where they have any; in us."""
+    model, machine = kernel.model, kernel.model.machine
+    m, n, k = (given[name].astype(precision) for name in "mnk")
+    copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None  # inf: cold
+    byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
+    compute = n * k * m * (2.0 * flop_us)
+    moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
+    rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
+    halvings: Array | float = alignment_halvings(n, k, machine.element_bytes)
+    if not np.any(halvings) or not (kernel.align_step or kernel.align_load):
+        halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    step_scale: Array | float = 1.0 + kernel.align_step * halvings**0.5
+    if kernel.group and "block" in given:
+        features = np.where(given["block"] > 0, given["block"], np.inf)
+        step_scale = step_scale * (1.0 + (kernel.group / features) ** 1.5).astype(precision)
+    load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
+    a = analytical_time(rows, n, k, model, copies, step_scale, load_scale)
+    position = np.log2(rows), np.log2(n), np.log2(k)
+    coordinates, factor = np.stack(position, axis=1), np.float32(1.0)
+    if kernel.residual is not None:
+        log_factor = kernel.residual(position)
+        if kernel.row_residual is not None:
+            log_factor = log_factor + kernel.row_residual(rows)
+        factor = np.exp(log_factor)
+    # single precision must not round below the physics
+    floor = np.maximum(compute * (1.0 / machine.headroom), a.dram_bytes * byte_us) * (1.0 + 5e-7)
+    loadings, idle = _loadings(a, model, rows, n, k, step_scale, load_scale)
+    loadings |= {name: np.float32(1.0) for name in kernel.unfitted}
+    if "serial" not in kernel.assumed:
+        loadings.pop("serial", None)
+    parts = [loadings[part] for part in ("compute", "memory") if part in kernel.assumed]
+    if parts:
+        loadings["sparse24 default"] = sum(parts)
+    if "generic" in kernel.unfitted:  # every GPU draws much the same share of its DRAM's bandwidth
+        loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
+    time, bottlenecks = a.total_us * factor, _bottleneck(a, model, k)
+    if kernel.dense is not None:  # weights in fewer bits save memory time, not arithmetic
+        dense = estimate(kernel.dense, given, precision)
+        least = dense.time * dense.loadings["compute"]
+        time, bottlenecks = np.maximum(time, least), np.where(least > time, dense.bottleneck, bottlenecks)
+    out = Estimate(
+        operator="gemm",
+        kind=int(Kind.GEMM),
+        time=time,
+        floor=floor,
+        roofline=np.maximum(compute, moved),
+        bottleneck=bottlenecks,
+        loadings=loadings,
+        coordinates=coordinates,
+        position=position,
+        section=kernel.section,
+        noise={"idle": idle},
+        outside=octaves_outside_fit(coordinates, kernel.section),
+        measured=None if kernel.shapes is None or copies is not None else kernel.shapes.at(*(given[x] for x in "mnk")),
+        unit_s=1e-6,
+    )
+    return replace(out, details=_details(kernel, out, a, factor, *(given[x] for x in "mnk"))) if steps else out
+
+
+def _loadings(
+    a: Analytical, model: ReadyModel, m: Array, n: Array, k: Array, step_scale: Any, load_scale: Any
+) -> tuple[dict[str, Any], Any]:
+    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle. The fixed
+    time is one part; arithmetic is another, of which the latency of a step, L2's feed and idle SMs take shares; memory
+    is the third, of which L2 takes a share."""
+    c = a.compute3
+    launch = model.t0_us / a.total_us
+    memory = cube(a.memory_us)
+    work = (1.0 - launch) / (c + memory)
+    compute, memory = c * work, memory * work
+    dram_us = 1e6 / (model.machine.bandwidth_bytes_per_s * model.constants["e_d"])
+    dram = a.dram_bytes + (load_scale - 1.0) * (n * k * model.machine.weight_bytes)
+    hit = memory * np.clip(1.0 - dram * dram_us / a.memory_us, 0.0, 1.0)
+    loadings: dict[str, Any] = {"launch": launch, "compute": compute, "memory": memory, "l2": hit}
+    idle: Array | float = 0.0
+    if not model.machine.packs:
+        waits = (1.0 - (model.flop_us / model.step_us) ** 4)[:, 0][a.tile]
+        latency = compute * waits
+        if not model.machine.persistent:
+            feed = model.feed_us[:, 0][a.tile] * a.tiles * np.ceil(k * (1.0 / model.step_elements))
+            feed = np.minimum(cube(feed) / c, 1.0)
+            loadings["feed"] = compute * feed
+            latency = latency * (1.0 - feed)
+        if model.machine.serial:
+            serial = a.serial3 / c
+            loadings["serial"] = compute * serial
+            latency = latency * (1.0 - serial)
+        loadings["latency"] = latency
+        for tile_m, tile_n in TILES:
+            waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) * (1.0 / model.machine.sm_count)
+            loadings[f"idle {tile_m}x{tile_n}"] = compute * _idle(waves)
+        idle = compute * _idle(a.tiles * (1.0 / model.machine.sm_count))
+    if np.ndim(step_scale):
+        loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
+    return loadings, idle
+
+
+def _idle(waves: Array) -> Array:
+    """Return the log of whole waves over waves, 0 where there is at most one."""
+    return np.asarray(np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0))
+
+
+def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
+    """Return the largest part of each shape; a main loop may wait for its step's latency or for L2's feed."""
+    waits = np.where(model.step_us > 1.5 * model.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
+    out: NDArray[np.int8] = waits[a.tile, 0]
+    if not model.machine.persistent:
+        feed = model.feed_us[a.tile, 0] * a.tiles * k * (1.0 / model.step_elements)
+        out[cube(feed) > 0.5 * a.compute3] = _L2
+    if model.machine.serial:
+        out[2.0 * a.serial3 > a.compute3] = _LATENCY
+    out[cube(a.memory_us) > a.compute3] = _MEMORY
+    out[a.total_us < 2.0 * model.t0_us] = _LAUNCH
+    return out
+
+
+def _details(
+    kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
+) -> dict[str, Array]:
+    """Return what the model chose, and the times of the steps between the roofline and the kernel, s."""
+    model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
+    tile_m, tile_n, split = model.tile_m[a.tile, 0] * one, model.tile_n[a.tile, 0] * one, a.split * one
+    fixed_s = model.t0_us * 1e-6 * one
+    halvings = alignment_halvings(n, k, machine.element_bytes)
+    weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
+    memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
+    tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
+    padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
+    blocks = tiles * split / machine.sm_count
+    idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
+    slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
+    return {
+        "tile_m": tile_m,
+        "tile_n": tile_n,
+        "split_k": split,
+        "waves": a.tiles * one * a.split / machine.sm_count,
+        "compute_s": np.cbrt(a.compute3) * one * 1e-6,
+        "memory_s": a.memory_us * one * 1e-6,
+        "fixed_s": fixed_s,
+        "residual": factor * one,
+        "tile": np.maximum(padded, memory),
+        "wave": np.maximum(padded * idle, memory),
+        "alignment": np.maximum(slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)),
+    }
+
+
+def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
+    """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
+    Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off."""
+    kind = np.int32 if n.dtype == np.float32 else np.int64
+    low = n.astype(kind) | k.astype(kind)
+    whole = aligned_elements(element_bytes).bit_length() - 1
+    sizes = 2 ** np.arange(1 if element_bytes >= 2.0 else whole, whole + 1)
+    return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))
+
+
+def aligned_elements(element_bytes: float) -> int:
+    """Return the elements in 16 bytes, as a power of two: kernels are fastest for rows of a multiple of them."""
+    return int(2 ** round(math.log2(16 / element_bytes)))
+
+
+class Gemm(Operator):
+    """Products of activations with weights."""
+
+    code, name = int(Kind.GEMM), "gemm"
+    sizes = ("m", "n", "k")
+    constants = MappingProxyType({"gemm": GEMM_CONSTANTS})
+    titles = ("GEMMs",)
+    # fmt: off
+    errors = MappingProxyType({"gemm": ErrorSize(0.045, 0.065, {"launch": 0.08, "idle": 0.12}, factors={
+        "launch": 0.17, "compute": 0.045, "memory": 0.03, "l2": 0.60, "latency": 0.10, "feed": 0.09,
+        "idle 128x256": 0.10, "idle 128x128": 0.10, "idle 64x128": 0.10, "alignment": 0.25, "sparse24": 0.10,
+        "sparse24 default": 0.28, "serial": 0.35, "blocks": 0.10, "quantised": 0.25, "spmv": 0.04,
+        "default": 0.12, "generic": 0.30,
+    })})
+    # fmt: on
+    weighted = True
+
+    def flops(self, w: Rows) -> Any:
+        return 2.0 * w.m * w.n * w.k
+
+    def bytes(self, w: Rows) -> Any:
+        return self.weight_bytes(w) + DTYPE_BYTES[w.dtype] * w.m.astype(np.float64) * (w.k + w.n)
+
+    def weight_bytes(self, w: Rows) -> Any:
+        stored: Array = DTYPE_BYTES[w.weight_dtype]
+        if np.count_nonzero(w.kernel):
+            pairs, scattered = w.kernel == Kernel.SPARSE24, w.kernel == Kernel.UNSTRUCTURED
+            # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
+            index = np.where(pairs, 0.25 * w.density, 0.125)
+            # an index takes more bytes than few zeros save
+            kept = np.where(pairs | scattered, np.minimum(stored, w.density * stored + index), stored)
+            stored = np.where(w.kernel == Kernel.SPMV, spmv_bytes(w.density, stored), kept)
+        return w.n.astype(np.float64) * w.k * stored
+
+    def parameter_bytes(self, w: Rows) -> Any:
+        element = DTYPE_BYTES[w.weight_dtype]
+        sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
+        if not sparse.any():
+            return w.params * element
+        # per kept value: rows that run less or more than once per layer share weights
+        values = np.maximum(w.n * w.k * w.density, 1.0)
+        beyond = w.params * w.repeats - values
+        bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
+        whole = np.where(w.kernel == Kernel.SPARSE24, self.weight_bytes(w), w.n * w.k * element)
+        return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
+        return estimates(w.m, w.n, w.k, hw, replace(options, searched=formats.searched))[1]
+
+    def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        """Padding to tiles, idle SMs and alignment."""
+        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
+        return estimates(w.m, w.n, w.k, hw, options, steps=True)[1]

@@ -1,0 +1,208 @@
+"""A forward pass: from the times of operators to the time of a workload in an engine (``Meta.engine``).
+
+W are workloads, G groups of rows that share phase, place in the pass, kind and role. Prediction intervals come from
+:func:`simulator.uncertainty.forward.forward_passes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.arguments import COUNT, array
+from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind
+from simulator.engines.engine import Engine, load_engine, sparse24_engines
+from simulator.hardware.profile import HardwareProfile
+from simulator.host import Host
+from simulator.operators import BY_CODE
+from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows, bottleneck
+from simulator.workload import Workload, WorkloadBatch, sums
+
+_HOST, _LAUNCH, _COMPUTE = map(bottleneck, ("host", "launch", "compute"))
+_CACHE_WRITE = ROLES.index("cache_write")
+
+
+def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
+    """Yield the rows of a kind by pair of number formats (one in nearly every workload)."""
+    return ((rows, formats.dtype, formats.second) for operator, rows, formats in by_kind(w) if operator.code == kind)
+
+
+def by_kind(w: Workload) -> Iterator[tuple[Operator, IndexArray, Formats]]:
+    """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
+    codes = (w.kind.astype(np.int64) * len(DTYPES) + w.dtype) * len(DTYPES) + w.weight_dtype
+    codes = codes * 2 + (w.value_dim > 0)
+    for code in np.flatnonzero(np.bincount(codes)).tolist():
+        kind, formats = divmod(code // 2, len(DTYPES) ** 2)
+        dtype, second = divmod(formats, len(DTYPES))
+        yield BY_CODE[kind], np.flatnonzero(codes == code), Formats(DTYPES[dtype], DTYPES[second])
+
+
+def section_of(w: Workload, row: int) -> str:
+    """Return the section of a profile that times a row."""
+    return BY_CODE[int(w.kind[row])].section(Rows(w, [row]))
+
+
+def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Estimate]]:
+    """Yield rows of a workload and the cost of one execution of each, whatever the mix of operators."""
+    engine = load_engine(w.meta.engine)
+    for operator, at, formats in by_kind(w):
+        rows, sparse24 = Rows(w, at), engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
+        for name in operator.sizes:
+            array(name, getattr(rows, name), COUNT)
+        searched = sparse24 is None or sparse24.searched
+        for some, e in operator.estimates(rows, hw, formats._replace(searched=searched)):
+            yield at[some], e
+
+
+def engine_factors(
+    w: Workload, hw: HardwareProfile, engine: Engine, seconds: FloatArray, roofline_s: FloatArray, codes: NDArray[Any]
+) -> FloatArray:
+    """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured. Clocks fall
+    under load. One token may have a separate kernel. ``codes`` are bottlenecks."""
+    out = np.ones(len(w))
+    loaded = hw.section("runtime", "*")["sustained"]
+    rows = w.kind == Kind.GEMM
+    before = seconds[rows]
+    after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
+    after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
+    out[rows] = np.maximum(after, np.minimum(roofline_s[rows], before)) / before
+    return out
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Forward passes of a batch of workloads on a device in an engine; seconds. Rows and groups count all their
+    executions, and all kernels of an operator that is not fused."""
+
+    workloads: WorkloadBatch
+    hw: HardwareProfile  # as the engine uses it
+    engine: Engine
+    bottleneck_of_row: NDArray[Any]  # code
+    streams: FloatArray  # times each row's kernels stream its data
+    row_s: FloatArray  # on the device
+    group_s: FloatArray  # (W, G) sums of the rows and of the gaps
+    group_gap_s: FloatArray  # (W, G) between the kernels, idle or the host's
+    host: Host
+
+    @property
+    def gap_s(self) -> FloatArray:
+        """(W,) between the kernels."""
+        return np.asarray(self.group_gap_s.sum(axis=1))
+
+    @cached_property
+    def device_s(self) -> FloatArray:
+        """(W,) kernels, gaps included."""
+        return np.asarray(self.group_s.sum(axis=1))
+
+    def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
+        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
+        typical host (:mod:`simulator.host`), and the part of it (0 to 1) that follows the device."""
+        total, shown = (part.sum(axis=-1) for part in self._phases(work, passes))
+        return total, shown / np.maximum(total, 1e-300)
+
+    def _phases(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
+        return self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+
+    @cached_property
+    def _typical(self) -> tuple[FloatArray, FloatArray]:
+        """Time by phase on the typical host, and how much of it follows the device."""
+        return self._phases(0.0, 0.0)
+
+    @property
+    def phase_s(self) -> FloatArray:
+        """(W, 2) time by phase, prefill and decode."""
+        return self._typical[0]
+
+    @cached_property
+    def total_s(self) -> FloatArray:
+        """(W,) time."""
+        return np.asarray(self.phase_s.sum(axis=1))
+
+    @property
+    def host_s(self) -> FloatArray:
+        """(W,) time of the host, to launch and to schedule, hidden or not."""
+        return np.asarray(sum(self.host.spent()))
+
+    @cached_property
+    def device_share(self) -> FloatArray:
+        """(W,) part of the time that follows the device."""
+        return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
+
+    @property
+    def ideal_s(self) -> FloatArray:
+        """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
+        w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
+        # of a format that the device does not compute in, only the bytes count
+        rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
+        compute_s = self.workloads.flops * (1.0 / rates)[w.dtype]
+        out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
+        rate = hw.link.between(w.meta.devices).bandwidth_bytes_per_s if hw.link else np.inf
+        link = w.read_bytes * w.count / rate
+        return np.where(w.kind == Kind.COLLECTIVE, link, out)
+
+    @property
+    def share(self) -> FloatArray:
+        """Share of each row in the device's time of its workload."""
+        return self.row_s / self.device_s[self.workloads.owner]
+
+    @property
+    def host_bound(self) -> BoolArray:
+        """(W,) whether the host, not the device, takes most of the time."""
+        return np.asarray(self.device_share < 0.5)
+
+    @property
+    def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
+        """(W,) the bottleneck with the largest share of the time, a code, and that share."""
+        cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
+        share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
+        share[:, _LAUNCH] += self.gap_s
+        share *= (self.device_share / np.maximum(share.sum(axis=1), 1e-300))[:, None]
+        share[:, _HOST] += 1.0 - self.device_share
+        return share.argmax(axis=1).astype(np.int8), share.max(axis=1)
+
+
+def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
+    """Return how many kernels stream the data of each row. Keys and values have one kernel each; every other unfused
+    elementwise kernel streams all the data."""
+    groups = workloads.groups
+    kernels = engine.kernels[groups.role]
+    every = (groups.kind == Kind.ELEMENTWISE) & (groups.role != _CACHE_WRITE)
+    return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
+
+
+def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray) -> FloatArray:
+    """Return the time (W, G) between the kernels of each group, s: idle inside a graph. A CPU is its own host: it waits
+    after every kernel, and launches the further kernels of an operator. ``launched`` are the kernels."""
+    groups, runtime = workloads.groups, hw.section("runtime", "*")
+    if hw.architecture != "cpu":
+        graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
+        return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
+    beside = np.where(groups.kind == Kind.ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
+    return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
+
+
+def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
+    """Return why an engine has no kernels for some of its workloads, on an architecture or ("") on any; else ""."""
+    w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
+    gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
+    sparse24 = gemm & (w.kernel == Kernel.SPARSE24)
+    for codes in sorted(set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))):
+        dtype, weight = (DTYPES[code] for code in codes)
+        if engine.sparse24_kernels(dtype, weight, architecture) is None:
+            have = ", ".join(sparse24_engines(dtype, weight, architecture))
+            formats = f"{weight} " if engine.sparse24 else ""
+            place = f" on {architecture}" if engine.sparse24_kernels(dtype, weight) else ""
+            return f"{engine.name} has no {formats}2:4 kernels{place}; these engines have: {have or 'none'}"
+    narrow = gemm & (DTYPE_BYTES[w.dtype] >= 2.0) & (DTYPE_BYTES[w.weight_dtype] < 2.0)
+    for code in sorted(set(w.weight_dtype[narrow].tolist())):
+        if DTYPES[code] not in engine.weight_only:
+            have = ", ".join(engine.weight_only) or "none"
+            hint = "; dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""
+            return f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has: {have}{hint}"
+    return ""

@@ -1,0 +1,191 @@
+"""The GEMM model: physics, alignment, formats, the steps, and the small print of its interface."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.codes import Kernel
+from simulator.hardware.library import load_hardware
+from simulator.operators.base import Machine
+from simulator.operators.gemm import CHUNK, alignment_halvings
+from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
+from simulator.operators.gemm_model import ReadyModel, analytical_time, ready_model
+from simulator.uncertainty.operators import TIMES, gemm_time
+
+pytestmark = pytest.mark.quick
+
+GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
+sizes = st.integers(1, 40_000)
+widths = st.integers(1, 8192).map(lambda i: 8 * i)
+
+
+def defaults(architecture: str) -> dict[str, float]:
+    return {name: constant.default(architecture) for name, constant in CONSTANTS.items()}
+
+
+def model_of(gpu: str, dtype: Any = np.float64) -> ReadyModel:
+    return ready_model(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    m=sizes,
+    n=widths,
+    k=widths,
+    gpu=st.sampled_from(GPUS),
+    kernel=st.sampled_from(["dense", "sparse24", "unstructured", "block_sparse"]),
+)
+def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) -> None:
+    hw = load_hardware(gpu)
+    t = gemm_time(m, n, k, hw, kernel=kernel)
+    peak = hw.peak_flop_per_s("bf16", sparse=kernel == "sparse24") * hw.clock_headroom
+    stored = 1.125 if kernel == "sparse24" else 2.0
+    assert t.seconds >= 2.0 * m * n * k / peak
+    assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
+    assert t.lower <= t.seconds <= t.upper
+    assert t.lower >= 2.0 * m * n * k / peak
+
+
+@settings(max_examples=100, deadline=None)
+@given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
+def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
+    """The analytical model: a step up to the next whole tile may be cheaper only by two tiles' difference in
+    efficiency."""
+    model = model_of(gpu)
+    shape = np.array([[m], [n], [k]], dtype=np.float64)
+    larger = shape.copy()
+    larger[axis] += (128, 256, 128)[axis]
+    small, large = (analytical_time(*sizes, model).total_us[0] for sizes in (shape, larger))
+    assert large >= 0.85 * small  # split-K: one more whole k-step of a tile can balance better
+
+
+def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> None:
+    machine = Machine(1e12, 3e10, 1e6, 2, 1.0, 4.0, 4.0, False, packs=True)
+    constants = defaults("cpu") | {"pack": 1.0, "pack_m": 4.0, "t0": 1e-7, "e_d": 1.0}
+    model = ready_model(machine, constants)
+    m, wide = np.array([1.0, 3.0, 4.0, 5.0]), np.full(4, 4096.0)
+    t = analytical_time(m, wide, wide, model)
+    weights_us = 4e6 * 4096.0**2 / 3e10
+    np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
+    np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
+    np.testing.assert_allclose(t.total_us, t.memory_us + np.cbrt(t.compute3) + 0.1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
+    machine, c = Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture)
+    twice, halved = ("tau", "t_s"), ("b_e", "b_l2", "b_hit", "b_s")
+    slow = c | {name: 2 * c[name] for name in twice} | {name: c[name] / 2 for name in halved}
+    rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
+    half = replace(machine, peak_flop_per_s=rates[0], bandwidth_bytes_per_s=rates[1])
+    shapes = np.array([[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]], dtype=np.float64).T
+    fast, slowed = analytical_time(*shapes, ready_model(machine, c)), analytical_time(*shapes, ready_model(half, slow))
+    np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
+def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, least: float) -> None:
+    hw = load_hardware(gpu)
+    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)  # a kernel that reads as fast as DRAM can shows nothing
+    for n, k in (([8810, 8816], 4096), (4096, [8810, 8816])):
+        odd, aligned = gemm_time(m, n, k, hw).seconds
+        assert odd > least * aligned or aligned * floor < 1.02
+
+
+def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
+    """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472 (NIRVANA, table 8)."""
+    off, on = (
+        gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum() for w in (11468, 11472)
+    )
+    assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
+
+
+@pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
+def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
+    odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
+    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "decode", "prefill"),
+    [(gpu, {"kernel": "sparse24"}, (1.03, 16 / 9), (1.1, 2.0)) for gpu in GPUS]
+    + [
+        ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
+        ("h100", {"kernel": "unstructured", "density": 0.5}, (1, 1), (1, 1)),
+    ],
+)
+def test_other_kernels_gain_where_their_saving_is_the_limit(
+    gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
+) -> None:
+    """2:4 saves arithmetic at prefill and up to 7 of 16 bytes in decode, narrow weights where weights are the traffic,
+    zeros anywhere nowhere."""
+    plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
+    for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
+        assert least <= gain <= most
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
+    hw = load_hardware(gpu)
+    m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
+    steps = gemm_time(m, n, k, hw, detail=True).details
+    time = gemm_time(m, n, k, hw)
+    assert (steps["launch"] == time.seconds).all()
+    compute = 2.0 * m * n * k / hw.peak_flop_per_s("bf16")
+    roofline = np.maximum(compute, 2.0 * (n * k + m * (n + k)) / hw.bandwidth_bytes_per_s)
+    np.testing.assert_allclose(steps["roofline"], roofline, rtol=1e-6)
+    assert (steps["tile"] >= steps["roofline"] * (1 - 1e-6)).all()
+    assert (steps["wave"] >= steps["tile"]).all()
+    assert (steps["alignment"][2:] > 1.1 * steps["wave"][2:]).all()
+    assert (steps["alignment"][:2] == steps["wave"][:2]).all()
+
+
+def test_bottlenecks_are_named_and_levels_nest() -> None:
+    hw = load_hardware("h100")
+    t, narrow, wide = (
+        gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, level=v) for v in (0.9, 0.5, 0.99)
+    )
+    assert t.bottlenecks.tolist() == ["launch", "memory", "compute"]
+    assert (wide.lower <= narrow.lower).all()
+    assert (narrow.lower < narrow.seconds).all()
+    assert (narrow.upper < wide.upper).all()
+
+
+def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
+    hw = replace(load_hardware("a100"), sections={})  # a fit may find no difference
+    cold, warm = (gemm_time(1, 2048, 2048, hw, cold=c).seconds for c in (True, False))
+    assert warm < 0.95 * cold
+    assert gemm_time(1, 2048, 2048, hw, copies=1000).seconds == pytest.approx(float(cold), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+@pytest.mark.parametrize("kernels", [1, len(Kernel)])
+def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
+    hw, rng = load_hardware("h100"), np.random.default_rng(size)
+    m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
+    kernel = np.arange(size) % kernels
+    m = np.where(kernel == Kernel.SPMV, 1.0, m)
+    whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
+    for i in {0, size // 2, size - 1}:
+        alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
+        assert all(getattr(whole, name)[i] == getattr(alone, name) for name in TIMES)
+        assert all(values[i] == alone.details[name] for name, values in whole.details.items())
+
+
+def test_whole_waves_are_whole() -> None:
+    """108 tiles on 108 SMs are one wave, at any precision; one row more begins another wave, and more rows fill it."""
+    for sm in (56, 84, 108, 114, 128, 132, 142, 188):
+        machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
+        for dtype in (np.float64, np.float32):
+            m = np.array([128 * sm, 128 * sm + 1, 128 * sm + 1024], dtype=dtype)
+            n, k = np.full(3, 256, dtype=dtype), np.full(3, 8192, dtype=dtype)
+            whole, begun, filled = analytical_time(m, n, k, ready_model(machine, defaults("ampere"), dtype)).total_us
+            assert begun > 1.3 * whole
+            assert filled < 1.1 * begun
