@@ -173,7 +173,7 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
                 patch.setattr(torch.cuda, name, getattr(cuda, name))
         patch.setattr(torch.version, "cuda", "12.8")
         patch.setattr(torch, "Generator", Generator)
-        patch.setitem(sys.modules, "pynvml", planted_nvml(cuda))
+        patch.setitem(sys.modules, "pynvml", planted_nvml(cuda) if troubles.nvml else None)
         patch.setattr(cuda_device, "build", planted_build(cuda))
         patch.setattr(cuda_timing.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
         patch.setattr(attention, "_attend", _attend)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 ILLEGAL = (
@@ -66,6 +67,8 @@ GPUS: Mapping[str, Gpu] = {
 class Troubles:
     """What goes wrong. Times are simulated seconds since the device was opened."""
 
+    noise: float = 0.0  # relative standard deviation of a sample
+    drift_per_s: float = 0.0  # share of the clock that is lost per second
     power_cap: float = 1.0  # share of the clock that is left to kernels bound by arithmetic, with its reason
     throttle: tuple[float, float] = (math.inf, math.inf)  # from, until: thermal throttling to 60 % of the clock
     lost_at_s: float = math.inf  # an illegal memory access; every later call fails
@@ -74,6 +77,7 @@ class Troubles:
     capture_fails_at_s: float = math.inf  # captures fail from then on, though a child process could do them
     stuck: bool = True  # a failed capture leaves the allocator in capture, as before torch 2.12
     memory_bytes: float = math.inf  # the largest allocation
+    nvml: bool = True
     launch_s: float | None = None  # host time of a launch, if it is not that of the GPU
 
 
@@ -113,6 +117,7 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         self.cuda.alive()
+        self.cuda.draw()
         self.at = max(self.cuda.free, self.cuda.now)
 
     def query(self) -> bool:
@@ -155,6 +160,7 @@ class PlantedCuda:
         self.lost = self.hot = False
         self.captures_underway = self.in_child = False
         self.capturing: Graph | None = None
+        self.rng, self.factor = np.random.default_rng(0), 1.0
         self.record: list[Mapping[Kernel, int]] | None = None
         # classes, because libraries name them in annotations
         self.Event = _bound(Event, self)
@@ -178,7 +184,14 @@ class PlantedCuda:
     @property
     def clock_share(self) -> float:
         """Share of the highest clock at which kernels run now."""
-        return (self.troubles.power_cap if self.hot else 1.0) * (0.6 if self.throttled else 1.0)
+        t = self.troubles
+        cap = t.power_cap if self.hot else 1.0
+        return max(0.3, cap * (1.0 - t.drift_per_s * self.now)) * (0.6 if self.throttled else 1.0)
+
+    def draw(self) -> None:
+        """Draw the noise of the next sample."""
+        if self.troubles.noise:
+            self.factor = math.exp(self.troubles.noise * self.rng.standard_normal())
 
     # kernels
     def alive(self) -> None:
@@ -202,7 +215,7 @@ class PlantedCuda:
         self.hot = sum(k.arithmetic_s for k in kernels) > sum(k.memory_s for k in kernels)
         share = self.clock_share
         took = sum(count * (self.gpu.floor_s + kernel.seconds(share)) for kernel, count in kernels.items())
-        self.free = max(self.free, self.now) + took
+        self.free = max(self.free, self.now) + took * self.factor
 
     @contextmanager
     def watched(self) -> Iterator[list[Mapping[Kernel, int]]]:
@@ -248,6 +261,7 @@ class PlantedCuda:
         self.alive()
         if self.capturing is not None:
             raise torch.AcceleratorError(CAPTURING)
+        self.draw()
         self.now = max(self.now, self.free)
 
     def empty_cache(self) -> None:

@@ -1,6 +1,8 @@
 """Whole commands on planted GPUs: what a calibration recovers, and what is reported when something goes wrong.
 
-Each case runs once per session; the tests read what it printed and wrote.
+Each case runs once per session; the tests read what it printed and wrote. ``golden/planted_cuda.txt`` has a line per
+case. Where a change is meant to move a line, ``PRUNESIM_GOLDEN=write python -m pytest tests/cli/test_planted_cuda.py``
+rewrites the file.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ import contextlib
 import csv
 import io
 import itertools
+import os
 import re
 import shlex
 import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import gemm_time
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "planted_cuda.txt"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 MODEL = "llama-3.1-8b --device cuda --layers 2 --seq 256 --sparsity 0.5"
@@ -71,14 +75,19 @@ CASES: Mapping[str, Planted] = {
     "compare hf": Planted("H100", (*CALIBRATE, f"{COMPARE} --engine hf --phase prefill")),
     "compare lost": Planted("H100", (COMPARE,), Troubles(lost_at_s=0.3)),
     "compare too large": Planted("H100", (COMPARE,), Troubles(memory_bytes=100e6)),
+    "noise": Planted("H100", MEASURE, Troubles(noise=0.05)),
+    "drift": Planted("H100", MEASURE, Troubles(drift_per_s=0.01)),
     "power cap": Planted("H100", MEASURE, Troubles(power_cap=0.75)),
     "throttling": Planted("H100", MEASURE, Troubles(throttle=(4.0, 6.0))),
+    "throttling throughout": Planted("H100", MEASURE, Troubles(throttle=(0.0, 1e9))),
     "lost": Planted("H100", MEASURE, Troubles(lost_at_s=6.0)),
     "refused": Planted(
         "H100", (f"upper-bound {MODEL} -o RUN --family depth --budget 10s",), Troubles(refused=(4096, 4096))
     ),
     "capture": Planted("H100", MEASURE, Troubles(uncapturable=("scaled_dot_product_attention",))),
     "late capture": Planted("H100", MEASURE * 2, Troubles(capture_fails_at_s=4.0), NO_TROUBLES),
+    "out of memory": Planted("H100", MEASURE, Troubles(memory_bytes=100e6)),
+    "no NVML": Planted("H100", MEASURE, Troubles(nvml=False)),
 }
 
 
@@ -265,3 +274,36 @@ def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(ended:
 def _method(row: Mapping[str, Any]) -> str:
     """The beginning of a method, up to numbers and details."""
     return re.split(r" of \d| after |,|;", row["method"])[0]
+
+
+def line_of(name: str, done: Ended) -> str:
+    """Return a case, its exit statuses, what its last command concludes and notes, and errors of planted constants."""
+    case = CASES[name]
+    planted = {field.name for field in fields(Troubles) if getattr(case.troubles, field.name) != field.default}
+    what = ", ".join(f"{field} {getattr(case.troubles, field)}" for field in sorted(planted)) or "nothing"
+    first = re.split(r": |\n\n", done.out.replace(str(done.folder), "RUN"))[0].replace("\n", " ")
+    parts = [f"planted: {what}", f"exit {' '.join(map(str, done.statuses))}"]
+    if (done.folder / "records.jsonl").exists():
+        parts.append("rows " + ", ".join(sorted(done.counts())))
+    parts += [first] if first not in ("", "RUN/records.jsonl") else []
+    if "--measure-only" in case.commands[-1] or not case.commands[-1].startswith("calibrate"):  # else notes of a fit
+        parts += sorted({_plain(note) for note in re.findall(r"^(?:note|prunesim): (.*)", done.notes, re.MULTILINE)})
+    if (done.folder / "profile.yaml").exists():
+        off = errors(case.gpu, done.profile)
+        parts.append("constants " + ", ".join(f"{what} {100 * error:+.0f} %" for what, error in off.items()))
+    return f"{name} ({case.gpu}): " + " | ".join(parts)
+
+
+OPERATORS = re.compile(r"\b\w+ \w+ (cold|hot)( \w+=[\w.]+)+(, | and \d+ more)?")
+
+
+def _plain(note: str) -> str:
+    """A note without operators and numbers, which follow from the order of a plan."""
+    return re.sub(r"[+-]?\d[\d.,]*", "#", OPERATORS.sub("", note))[:160]
+
+
+def test_the_campaign_reports_what_was_planted(ended: Callable[[str], Ended]) -> None:
+    text = "".join(f"{line_of(name, ended(name))}\n" for name in CASES)
+    if os.environ.get("PRUNESIM_GOLDEN") == "write":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")

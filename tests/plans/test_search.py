@@ -183,7 +183,7 @@ def test_published_depth_losses_are_the_scores_of_last_resort() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({}, "at least one of"),
+        ({}, "expected at least one, such as"),
         ({"speedup": 0.9}, "above 1"),
         ({"latency_s": -1.0}, "positive"),
         ({"parameters": float("nan")}, "positive"),
