@@ -68,7 +68,7 @@ def three_folds() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have no figures, which take half the time of a calibration: where a test is about something else."""
-    monkeypatch.setattr("calibration.evidence.report.ENOUGH_TO_DRAW", float("inf"))
+    monkeypatch.setattr("calibration.evidence.validate.ENOUGH_TO_DRAW", float("inf"))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -1,45 +1,50 @@
-"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes, in one step."""
+"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes, in one step; and what all
+commands share that measure."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.fit import part_row, show_fit, show_update
-from calibration.cli.measure import (
-    Budget,
-    Dtype,
-    Folder,
-    Hardware,
-    Seed,
-    Threads,
-    describe,
-    finish,
-    measured,
-    outcome_row,
-    seconds,
-)
+from calibration.cli.fit import part_row, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.evidence.validate import Judgement
+    from calibration.measure.run import Outcome
+    from calibration.runners.compare import ComparedCases
     from calibration.runners.runs import Calibrated, MeasuredRun
 
-DeviceName = Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")]
+RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
+_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
+Budget = Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")]
+Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of the run.")]
+Hardware = Annotated[
+    str, opt("--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")
+]
+Threads = Annotated[
+    int | None, opt("--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")
+]
+Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
-Family = Annotated[str, opt("--family", "LIST", "With --for: pruning families.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")]
-MeasureOnly = Annotated[bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")]
-Quick = Annotated[bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")]
 
 
 def command(
-    device: DeviceName,
+    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")],
     output: Folder,
     budget: Budget = "10min",
     dtype: Dtype = "bf16",
@@ -47,11 +52,17 @@ def command(
     phase: options.Phase = "prefill,decode",
     batch: options.Batch = "1",
     seq: options.Seq = "2048",
-    family: Family = "depth,width,width_cross,low_rank",
-    sparsity: Sparsity = "0.25,0.5",
+    family: Annotated[
+        str, opt("--family", "LIST", "With --for: pruning families.")
+    ] = "depth,width,width_cross,low_rank",
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = "0.25,0.5",
     hardware: Hardware = "",
-    quick: Quick = False,
-    measure_only: MeasureOnly = False,
+    quick: Annotated[
+        bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")
+    ] = False,
+    measure_only: Annotated[
+        bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")
+    ] = False,
     threads: Threads = None,
     seed: Seed = 0,
     json: options.Json = False,
@@ -67,8 +78,8 @@ def command(
     it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
     updates --hardware.
     """
-    from calibration.evidence.verdict import of_calibration
-    from calibration.fit.local_update import Updated
+    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
+    from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
     budget_s = seconds("--budget", budget)
@@ -106,34 +117,44 @@ def command(
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
     except InputError as error:  # too few or useless rows: the run is there, a profile is not
-        _nothing_fitted(output, found, error, json, verbose)
+        text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
+        _end(found, Judgement(DO_NOT_USE, (text,), (str(error),)), {}, json, verbose)
+        return
     update = done.fit if isinstance(done.fit, Updated) else None
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
-    lines: tuple[str, ...] = done.fit.notes
-    if render.Output(json).write([judged.as_row() | _row(outcome_row(found), done)]):
+    row = {
+        "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
+        "anchored": as_row(done.fit) if isinstance(done.fit, Updated) else None,
+        "held_out": summary(done.held_out) if done.held_out else None,
+        "exact": summary(done.exact) if done.exact else None,
+    }
+    show = partial(_show, output, done, describe(found.outcome))
+    _end(found, judged, row, json, verbose, done.fit.notes, show)
+
+
+def _end(
+    found: MeasuredRun,
+    judged: Judgement,
+    row: dict[str, Any],
+    json: bool,
+    verbose: bool,
+    notes: tuple[str, ...] = (),
+    show: Callable[[], tuple[str, ...]] = tuple,
+) -> None:
+    """Print the judgement and what ``show`` prints, which returns further notes, and exit with the status."""
+    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)} | row]):
         render.conclude(*judged.sentences)
-        lines += _show(output, done, describe(found.outcome))
-    finish(found.outcome, lines, verbose)
+        notes += show()
+    finish(found.outcome, notes, verbose)
     if judged.status:
         raise typer.Exit(judged.status)
-
-
-def _nothing_fitted(output: str, found: MeasuredRun, error: InputError, json: bool, verbose: bool) -> NoReturn:
-    from calibration.evidence.verdict import DO_NOT_USE, Judgement
-
-    text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
-    judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)}]):
-        render.conclude(*judged.sentences)
-    finish(found.outcome, verbose=verbose)
-    raise typer.Exit(judged.status)
 
 
 def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
-    from calibration.evidence.verdict import USE, Judgement, with_disturbed
+    from calibration.evidence.validate import USE, Judgement, with_disturbed
     from calibration.fit.predict import LaunchTime
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
@@ -145,8 +166,9 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     done = fit_run(output, anchor=True)
     before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
-    layer_s = float(np.median(timed.seconds[timed.is_operator("layer_eager")]))
-    bare_launch_s = float(np.median(timed.seconds[timed.is_operator("launch_eager")]))
+    layer_s, bare_s = (
+        float(np.median(timed.seconds[timed.is_operator(name)])) for name in ("layer_eager", "launch_eager")
+    )
     new, old = (
         render.seconds_between(host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half))
         for host in (now, before)
@@ -155,8 +177,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     profile = Path(output) / "profile.yaml"
     use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
     judged = with_disturbed(Judgement(USE, (use,)), profile, done.disturbed)
-    row = judged.as_row() | {
-        "measured": outcome_row(found),
+    row = {
         "launch_s": now.launch_s,
         "half": math.expm1(now.half),
         "layer_s": now.layer_s,
@@ -164,44 +185,23 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
         "launch_before_s": before.launch_s,
         "half_before": math.expm1(before.half),
         "measured_layer_s": layer_s,
-        "measured_bare_launch_s": bare_launch_s,
+        "measured_bare_launch_s": bare_s,
         "notes": list(done.fit.notes),
     }
-    if render.Output(json).write([row]):
-        render.conclude(*judged.sentences)
-        bare = render.seconds(bare_launch_s)
-        print(f"measured: {render.seconds(layer_s)} per layer, {bare} per launch outside a layer")
-    finish(found.outcome, done.fit.notes, verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
 
+    def show() -> tuple[str, ...]:
+        print(f"measured: {render.seconds(layer_s)} per layer, {render.seconds(bare_s)} per launch outside a layer")
+        return ()
 
-def _row(outcome: dict[str, Any], done: Calibrated) -> dict[str, Any]:
-    from calibration.evidence.validate import summary
-    from calibration.fit.local_update import Updated, as_row
-
-    fit = done.fit
-    return {
-        "measured": outcome,
-        "fitted": [] if isinstance(fit, Updated) else [part_row(p) for p in fit.parts],
-        "anchored": as_row(fit) if isinstance(fit, Updated) else None,
-        "held_out": summary(done.held_out) if done.held_out else None,
-        "exact": summary(done.exact) if done.exact else None,
-    }
+    _end(found, judged, row, json, verbose, done.fit.notes, show)
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
     """Print the fit and the reports; return notes."""
-    from calibration.cli.fit import fixed_notes
     from calibration.cli.validate import show_report, skipped_notes
-    from calibration.fit.local_update import Updated
 
     print(f"measured: {measured}\n")
-    if isinstance(done.fit, Updated):
-        show_update(done.fit)
-    else:
-        show_fit(done.fit)
-    lines = () if isinstance(done.fit, Updated) else fixed_notes(done.fit)
+    lines = show_fitted(done.fit)
     about = {"on held-out shapes": done.held_out, "cost model alone, on the shapes measured exactly": done.exact}
     for title, report in about.items():
         if report is not None:
@@ -211,3 +211,70 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
     if done.held_out:
         print(f"\n{Path(output) / 'report.md'}")
     return lines
+
+
+def measured(
+    device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
+) -> MeasuredRun:
+    """Measure a device into a folder with progress; ``how`` are options of ``measure``."""
+    from calibration.devices import open_device
+    from calibration.runners.runs import check_folder
+
+    check_folder(output)
+    opened = open_device(device, threads=threads)
+    try:
+        with render.progress("measuring") as report:
+            found = measure(output, opened, progress=report, note=render.status, **how)
+    finally:
+        opened.close()
+    restart_if_needed(found.outcome, render.status)
+    return found
+
+
+def describe(outcome: Outcome) -> str:
+    c = outcome.counts
+    parts = [f"{c.timed + c.resumed} operators timed", f"{c.resumed} of them earlier" if c.resumed else ""]
+    for name in ("noisy", "throttled", "skipped", "unsupported", "refused", "failed", "left"):
+        if count := getattr(c, name):
+            parts.append(f"{count} {name}")
+    return f"{', '.join(filter(None, parts))} in {render.seconds(outcome.elapsed_s)}"
+
+
+def outcome_row(found: MeasuredRun) -> dict[str, Any]:
+    outcome = found.outcome
+    row = {"planned": len(found.plan.items), "elapsed_s": outcome.elapsed_s, "stopped": outcome.stopped}
+    return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}
+
+
+def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
+    """Print why a run stopped early, ``notes`` and the problems of the run; exit with its status if it stopped."""
+    stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
+    render.notes((*stopped, *notes, *outcome.problems), verbose)
+    if stopped:
+        raise typer.Exit(130 if outcome.stopped == "interrupted" else 1)
+
+
+def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
+    """Restart this program if a run needs a new process (a failed capture of a CUDA graph spoils its process), which
+    resumes from the records. Another program, such as a notebook, is not restarted."""
+    script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
+    ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
+    count = int(done) if done.isdecimal() else MOST_RESTARTS
+    if not outcome.needs_new_process or count >= MOST_RESTARTS or not ours:
+        return
+    note(f"{outcome.stopped}; resuming in a new process")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ[RESTARTS] = str(count + 1)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def seconds(option: str, text: str) -> float:
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or (match[2] or "s") not in _SECONDS:
+        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
+    value = float(match[1]) * _SECONDS[match[2] or "s"]
+    if value <= 0.0:
+        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
+    return value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from calibration.evidence.pages import DOCS, head
-from calibration.evidence.report import table
+from calibration.evidence.scoring import table
 from simulator.files.write import write_whole
 
 

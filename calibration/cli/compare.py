@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.measure import Folder, Seed, restart_if_needed, seconds
+from calibration.cli.calibrate import Folder, Seed, restart_if_needed, seconds
 from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
@@ -25,26 +25,24 @@ if TYPE_CHECKING:
     from calibration.runners.compare import ComparedCases, ComparedSpeedup
     from simulator.hardware.profile import HardwareProfile
 
-Engine = Annotated[
-    str, opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.")
-]
-Python = Annotated[str, opt("--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")]
-Bench = Annotated[
-    list[str] | None,
-    opt("--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."),
-]
-RunDevice = Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")]
-
 
 @options.expanded()
 def command(
     model: Model,
     output: Folder,
-    device: RunDevice = "",
+    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")] = "",
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
-    engine: Engine = "reference",
-    bench: Bench = None,
-    vllm_python: Python = "",
+    engine: Annotated[
+        str,
+        opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm."),
+    ] = "reference",
+    bench: Annotated[
+        list[str] | None,
+        opt("--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."),
+    ] = None,
+    vllm_python: Annotated[
+        str, opt("--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")
+    ] = "",
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -170,7 +168,7 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
 
 def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]) -> None:
-    from calibration.evidence.report import table
+    from calibration.evidence.scoring import table
     from calibration.runners.compare import file_name
     from simulator.display import markdown_text
     from simulator.figures.style import save_figure

@@ -22,28 +22,22 @@ if TYPE_CHECKING:
 
 HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 
-# fmt: off
-Output = Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")]
-Only = Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")]
-Formats = Annotated[str, opt("--format", "LIST", "pdf, png, svg.")]
-Seq = Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")]
-MeasuredFiles = Annotated[
-    list[str] | None,
-    opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated."),
-]
-# fmt: on
-
 
 def command(
     model: options.Model,
-    output: Output,
+    output: Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")],
     hardware: options.Hardware = HARDWARE,
-    only: Only = None,
-    formats: Formats = FORMATS,
-    seq: Seq = 2048,
+    only: Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")] = None,
+    formats: Annotated[str, opt("--format", "LIST", "pdf, png, svg.")] = FORMATS,
+    seq: Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")] = 2048,
     engine: options.Engine = DEFAULT_ENGINE,
     dtype: options.Dtype = "bf16",
-    measured: MeasuredFiles = None,
+    measured: Annotated[
+        list[str] | None,
+        opt(
+            "--measured", "DEVICE=FILE", "Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated."
+        ),
+    ] = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:

@@ -1,50 +1,49 @@
-"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows."""
+"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows; and reading the
+records that a command line names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.rows import RecordsArgument, load_rows
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
+    from calibration.records.timing_table import Records
+    from simulator.hardware.profile import HardwareProfile
 
 # fmt: off
-Output = Annotated[
-    str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
-]
-Base = Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")]
 Map = Annotated[
     list[str] | None,
     opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
 ]
-DeviceName = Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")]
-Prior = Annotated[
-    str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
-]
 # fmt: on
-Anchor = Annotated[bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")]
 
 
 def command(
-    records: RecordsArgument,
-    output: Output,
-    hardware: Base,
+    records: Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")],
+    output: Annotated[
+        str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
+    ],
+    hardware: Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")],
     column_map: Map = None,
-    device: DeviceName = "",
-    dtype: DtypeOnly = None,
-    prior: Prior = None,
-    anchor: Anchor = False,
+    device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = "",
+    dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")] = None,
+    prior: Annotated[
+        str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
+    ] = None,
+    anchor: Annotated[
+        bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")
+    ] = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -58,8 +57,7 @@ def command(
     Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is fitted: the rows, of any
     operators, shift all predictions together and narrow their intervals. Prints their effects on this machine.
     """
-    from calibration.evidence.validate import validate
-    from calibration.evidence.verdict import disturbed_share, of_fit, of_update
+    from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
     from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.exact_shapes import without_exact
@@ -73,8 +71,7 @@ def command(
     if anchor and prior:
         raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
-    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
-    rows, notes = load_rows(records, base, column_map=mapping, device=device, screened=not anchor)
+    rows, notes = load_rows(records, base, column_map=column_map, device=device, screened=not anchor)
     try:
         if anchor:
             fit: Updated | ProfileFit = update_profile(base, rows, dtype=dtype)
@@ -89,17 +86,51 @@ def command(
     if isinstance(fit, Updated):
         judged = of_update(fit, output, base.name)
         found = [judged.as_row() | as_row(fit)]
-        fit_notes = fit.notes
     else:
         judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
         found = [judged.as_row() | part_row(part) for part in fit.parts]
-        fit_notes = (*fit.notes, *fixed_notes(fit))
+    notes += fit.notes
     if render.Output(json).write(found):
         render.conclude(*judged.sentences)
-        show_update(fit) if isinstance(fit, Updated) else show_fit(fit)
-    render.notes((*notes, *fit_notes), verbose)
+        notes += show_fitted(fit)
+    render.notes(notes, verbose)
     if judged.status:
         raise typer.Exit(judged.status)
+
+
+def load_rows(
+    paths: Sequence[str],
+    hw: HardwareProfile | None = None,
+    *,
+    column_map: Sequence[str] | None = None,
+    device: str = "",
+    screened: bool = True,
+) -> tuple[Records, tuple[str, ...]]:
+    """Return the records of files, run folders and shipped measurements, with notes on the refused rows of each file;
+    ``column_map`` are texts NAME=COLUMN."""
+    from calibration.measurements import list_measurements, load_measurements
+    from calibration.records.importers import import_table
+    from calibration.records.timing_table import Records
+
+    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
+    parts, notes = [], []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            path = path / "records.jsonl"
+        if not path.exists() and name in list_measurements():
+            parts.append(load_measurements(name))
+            continue
+        if not path.exists() and not path.suffix:
+            known = f"shipped measurements: {', '.join(list_measurements())}"
+            raise InputError(f"records {name!r}: no file, folder or shipped measurement has this name; {known}")
+        found = import_table(path, hw=hw, column_map=mapping, device=device, screened=screened)
+        parts.append(found.records)
+        if found.refusals:
+            counts = f"{len(found.records):,} rows kept, {found.refusals.total:,} refused"
+            notes.append(f"{path}: {counts}: {'; '.join(found.refusals.lines())}")
+        notes += [f"{path}: {line}" for line in found.notes]
+    return Records.concat(parts), tuple(notes)
 
 
 def part_row(part: FittedPart) -> dict[str, Any]:
@@ -116,7 +147,14 @@ def part_row(part: FittedPart) -> dict[str, Any]:
     }
 
 
-def show_fit(fit: ProfileFit) -> None:
+def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
+    """Print a fit or an update; return a note on the constants of each section that were not fitted."""
+    from calibration.fit.local_update import Updated
+
+    if isinstance(fit, Updated):
+        _show_update(fit)
+        return ()
+
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
 
@@ -130,10 +168,6 @@ def show_fit(fit: ProfileFit) -> None:
         ("p95", accuracy("p95")),
     )
     render.show(columns, fit.profile.title)
-
-
-def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
-    """Return a note on the constants of each section that were not fitted."""
     out = []
     for p in fit.parts:
         if fixed := [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]:
@@ -141,7 +175,7 @@ def fixed_notes(fit: ProfileFit) -> tuple[str, ...]:
     return tuple(out)
 
 
-def show_update(done: Updated) -> None:
+def _show_update(done: Updated) -> None:
     def percent(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f} %"
 

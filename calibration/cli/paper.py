@@ -16,8 +16,7 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.claims import ClaimOutcome
-    from calibration.evidence.paper import Cell
+    from calibration.evidence.paper import Cell, ClaimOutcome
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -61,9 +60,13 @@ def command(
         _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
-    records = [{"what": "table 2", **_record(c)} for c in cells] + [{"what": "elsewhere", **_record(c)} for c in others]
+    records: list[dict[str, Any]] = []
+    for what, some in (("table 2", cells), ("elsewhere", others)):
+        for c in some:
+            inside = None if math.isnan(c.published) else c.inside
+            records.append({"what": what, **asdict(c), "error": c.error, "inside": inside})
     for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
-        records += [{"what": what, **asdict(x)} for x in part]
+        records += [{"what": what, **row} for row in part]
     if not render.Output(json).write(records):
         return
     render.conclude(_conclusion(cells))
@@ -72,48 +75,43 @@ def command(
     _print_columns(
         "Layers to drop for the same prefill speedup (section 5.3)",
         depths,
-        ("<family at 50 %", lambda e: e.family),
-        ("published", lambda e: render.percent(e.published)),
-        ("by the paper's\ntable", lambda e: "-" if math.isnan(e.by_table) else render.percent(e.by_table)),
-        ("predicted,\nbatch 1", lambda e: render.percent(e.batch_1)),
-        ("predicted, mean\nof the batches", lambda e: render.percent(e.mean)),
+        ("<family at 50 %", lambda e: e["family"]),
+        ("published", lambda e: render.percent(e["published"])),
+        ("by the paper's\ntable", lambda e: "-" if math.isnan(e["by_table"]) else render.percent(e["by_table"])),
+        ("predicted,\nbatch 1", lambda e: render.percent(e["batch_1"])),
+        ("predicted, mean\nof the batches", lambda e: render.percent(e["mean"])),
     )
     _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
         split,
-        ("<phase", lambda p: p.phase),
-        ("<part", lambda p: p.part),
-        ("published", lambda p: render.seconds(p.measured_s)),
-        ("predicted", lambda p: render.seconds(p.predicted_s)),
-        ("error", lambda p: f"{100 * p.error:+.0f} %"),
+        ("<phase", lambda p: p["phase"]),
+        ("<part", lambda p: p["part"]),
+        ("published", lambda p: render.seconds(p["measured_s"])),
+        ("predicted", lambda p: render.seconds(p["predicted_s"])),
+        ("error", lambda p: f"{100 * (p['predicted_s'] / p['measured_s'] - 1):+.0f} %"),
     )
     _print_columns(
         "Time outside GEMMs (section 5.4)",
         growth,
-        ("<family at 50 %", lambda g: g.family),
-        ("<phase", lambda g: g.phase),
-        ("published", lambda g: f"{100 * (g.published - 1):+.0f} %"),
-        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g.by_batch)),
+        ("<family at 50 %", lambda g: g["family"]),
+        ("<phase", lambda g: g["phase"]),
+        ("published", lambda g: f"{100 * (g['published'] - 1):+.0f} %"),
+        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g["by_batch"])),
     )
     _print_columns(
         "The authors' kernel charts",
         charts,
-        ("<kernel (RTX 5090, 50 %)", lambda c: c.part),
-        ("tokens", lambda c: c.size),
-        ("published", lambda c: f"{c.published:.2f}x"),
-        ("predicted", lambda c: f"{c.predicted:.2f}x"),
-        ("error", lambda c: f"{100 * c.error:+.0f} %"),
+        ("<kernel (RTX 5090, 50 %)", lambda c: c["part"]),
+        ("tokens", lambda c: c["size"]),
+        ("published", lambda c: f"{c['published']:.2f}x"),
+        ("predicted", lambda c: f"{c['predicted']:.2f}x"),
+        ("error", lambda c: f"{100 * (c['predicted'] / c['published'] - 1):+.0f} %"),
     )
 
 
 def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
     print()
     render.show(render.columns(rows, *columns), title)
-
-
-def _record(c: Cell) -> dict[str, Any]:
-    known = not math.isnan(c.published)
-    return {**asdict(c), "error": c.error if known else math.nan, "inside": c.inside if known else None}
 
 
 def _conclusion(cells: Sequence[Cell]) -> str:
@@ -126,55 +124,55 @@ def _conclusion(cells: Sequence[Cell]) -> str:
 
 def _print_table(cells: Sequence[Cell]) -> None:
     """Print published and predicted speedups, one row per family and sparsity."""
-    rows = list(dict.fromkeys((c.family, c.sparsity) for c in cells))
     columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
-    render.show(render.columns(rows, *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
+    render.show(render.columns(list(_rows(cells)), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
     print("*: outside its 90 % interval")
 
 
-def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
-    at = _by_row(cells, phase)
-    return [
-        (f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"),
-        ("<predicted", lambda r: _predicted(at[r])),
-        ("error", lambda r: f"{100 * at[r].error:+.1f} %"),
-    ]
-
-
-def _both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
-    both = [_by_row(cells, phase) for phase in ("prefill", "decode")]
-    return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
-
-
-def _by_row(cells: Sequence[Cell], phase: str) -> dict[tuple[str, float], Cell]:
+def _rows(cells: Sequence[Cell], phase: str = "prefill") -> dict[tuple[str, float], Cell]:
     return {(c.family, c.sparsity): c for c in cells if c.phase == phase}
 
 
-def _predicted(c: Cell) -> str:
-    return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
+def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
+    def predicted(r: tuple[str, float]) -> str:
+        c = at[r]
+        return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
+
+    at = _rows(cells, phase)
+    published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
+    return [published, ("<predicted", predicted), ("error", lambda r: f"{100 * at[r].error:+.1f} %")]
 
 
 def _print_elsewhere(cells: Sequence[Cell]) -> None:
     """Print predictions (prefill / decode) on other devices, one table per engine."""
+
+    def both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
+        both = [_rows(cells, phase) for phase in ("prefill", "decode")]
+        return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
+
     for engine in dict.fromkeys(c.engine for c in cells):
-        of_engine = [c for c in cells if c.engine == engine]
-        rows = list(dict.fromkeys((c.family, c.sparsity) for c in of_engine))
-        columns: list[Column] = [*_LABELS]
-        for hw in dict.fromkeys(c.hardware for c in of_engine):
-            columns.append((hw, _both_phases([c for c in of_engine if c.hardware == hw])))
-        _print_columns(f"Predicted speedups in {engine}, prefill / decode", rows, *columns)
+        some = [c for c in cells if c.engine == engine]
+        names = dict.fromkeys(c.hardware for c in some)
+        columns = [(name, both_phases([c for c in some if c.hardware == name])) for name in names]
+        _print_columns(f"Predicted speedups in {engine}, prefill / decode", list(_rows(some)), *_LABELS, *columns)
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    from calibration.evidence.claims import CLAIMS, NOT_APPLICABLE, claim_outcomes
-    from calibration.evidence.paper import HARDWARE, MODEL
+    from calibration.evidence.paper import CLAIMS, HARDWARE, MODEL, NOT_APPLICABLE, UNDECIDED, claim_outcomes
     from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
     if render.Output(json).write([asdict(o) for o in found]):
         outcomes = {letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)}
-        render.conclude(*(_count(letter, some) for letter, some in outcomes.items()))
+        sentences = []
+        for letter, some in outcomes.items():
+            counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
+            verbs = {UNDECIDED: "is undecided"}
+            told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
+            many = f"{sum(counts.values()) or len(some)} combinations of GPU, engine and phase"
+            sentences.append(f"Claim ({letter}) {told or 'applies in none'} of {many}.")
+        render.conclude(*sentences)
         for (letter, some), text in zip(outcomes.items(), CLAIMS.values()):
             print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
             render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
@@ -187,18 +185,8 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
     render.notes(uncalibrated(found))
 
 
-def _count(letter: str, some: Sequence[ClaimOutcome]) -> str:
-    from calibration.evidence.claims import NOT_APPLICABLE, UNDECIDED
-
-    counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
-    verbs = {UNDECIDED: "is undecided"}
-    told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
-    many = sum(counts.values()) or len(some)
-    return f"Claim ({letter}) {told or 'applies in none'} of {many} combinations of GPU, engine and phase."
-
-
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
-    from calibration.evidence.claims import NOT_APPLICABLE
+    from calibration.evidence.paper import NOT_APPLICABLE
 
     def margin(o: ClaimOutcome, value: float | None) -> str:
         return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
@@ -219,8 +207,8 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 
 def _claim_text(o: ClaimOutcome) -> str:
-    """The verdict at each sparsity, the comparison that decides, and the details."""
-    from calibration.evidence.claims import decided
+    """The verdict at each sparsity, and the comparison that decides."""
+    from calibration.evidence.paper import decided
 
     at: dict[str, list[str]] = {}
     for sparsity, margin in o.margins:
@@ -229,7 +217,7 @@ def _claim_text(o: ClaimOutcome) -> str:
     parts = [verdicts, f"decided by {o.decided_by}" + (f" ({o.needed})" if o.needed else "")]
     if o.elsewhere:
         parts.append(f"on the frontier where another family is claimed: {', '.join(o.elsewhere)}")
-    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(filter(None, [*parts, o.details]))}"
+    return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(parts)}"
 
 
 def _draw(cells: Sequence[Cell], path: str) -> None:

@@ -16,41 +16,31 @@ if TYPE_CHECKING:
 
 FAMILY, SPARSITY = "depth,width", "0.1,0.2"
 
-# fmt: off
-Model = Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")]
-Pruned = Annotated[
-    str | None,
-    opt("--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed."),
-]
-PerLayer = Annotated[
-    bool, opt("--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")
-]
-Choices = Annotated[
-    str | None, opt("--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.")
-]
-Output = Annotated[
-    str | None,
-    opt("-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."),
-]
-Family = Annotated[str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")]
-Sparsity = Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")]
-Text = Annotated[str | None, opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")]
-Windows = Annotated[int, opt("--windows", "N", "Windows of text.")]
-Length = Annotated[int, opt("--length", "N", "Tokens per window.")]
-# fmt: on
-
 
 def command(
-    model: Model,
-    pruned: Pruned = None,
-    output: Output = None,
-    family: Family = FAMILY,
-    sparsity: Sparsity = SPARSITY,
-    per_layer: PerLayer = False,
-    choices: Choices = None,
-    text: Text = None,
-    windows: Windows = 8,
-    length: Length = 512,
+    model: Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")],
+    pruned: Annotated[
+        str | None,
+        opt("--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        opt("-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."),
+    ] = None,
+    family: Annotated[str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")] = FAMILY,
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")] = SPARSITY,
+    per_layer: Annotated[
+        bool, opt("--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")
+    ] = False,
+    choices: Annotated[
+        str | None,
+        opt("--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones."),
+    ] = None,
+    text: Annotated[
+        str | None, opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")
+    ] = None,
+    windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8,
+    length: Annotated[int, opt("--length", "N", "Tokens per window.")] = 512,
     json: options.Json = False,
 ) -> None:
     """Measure the quality of a small pruned model.

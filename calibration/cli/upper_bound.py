@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.measure import (
+from calibration.cli.calibrate import (
     Budget,
     Dtype,
     Folder,
@@ -35,11 +35,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-DeviceName = Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")]
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
-Family = Annotated[str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")]
-Sparsity = Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")]
-Layers = Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")]
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,18 @@ class CaseOptions:
     batch: options.Batch = "1"
     seq: options.Seq = "2048"
     new_tokens: options.NewTokens = 128
-    family: Family = None
-    sparsity: Sparsity = None
+    family: Annotated[
+        str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")
+    ] = None
+    sparsity: Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")] = (
+        None
+    )
     prune: options.Prune = None
     pruned: options.Pruned = None
     budget: Budget = "10min"
     dtype: Dtype = "bf16"
     hardware: Hardware = ""
-    layers: Layers = None
+    layers: Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")] = None
     threads: Threads = None
 
     def cases(
@@ -111,7 +111,7 @@ class CaseOptions:
 @options.expanded()
 def command(
     model: Model,
-    device: DeviceName,
+    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
     output: Folder,
     selection: CaseOptions = CaseOptions(budget="5min"),
     engine: options.Engine = "reference",
@@ -143,7 +143,20 @@ def command(
     write_whole(file, csv_text(records).encode())
     if render.Output(json).write(records):
         render.conclude(*_conclusion(rows, bound_errors(rows)))
-        show_bounds(rows)
+        first = rows[0]
+        columns = render.columns(
+            rows,
+            *case_columns(rows),
+            ("FLOP\nbound", ratio_of("flop_bound")),
+            ("byte\nbound", ratio_of("byte_bound")),
+            ("roofline\nbound", ratio_of("roofline_bound")),
+            ("measured\nbound", ratio_of("measured_bound")),
+            ("predicted\nspeedup", ratio_of("predicted")),
+            ("bound as\npredicted", ratio_of("predicted_bound")),
+            ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
+        )
+        where = "" if len({(r.batch, r.seq) for r in rows}) > 1 else f", batch {first.batch}, seq {first.seq}"
+        render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
         print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     lines = list(notes)
     if missing := sum(1 for row in rows if row.missing):
@@ -172,30 +185,9 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
     ]
 
 
-def show_bounds(rows: list[Bound]) -> None:
-    first = rows[0]
-    columns = render.columns(
-        rows,
-        *case_columns(rows),
-        ("FLOP\nbound", ratio_of("flop_bound")),
-        ("byte\nbound", ratio_of("byte_bound")),
-        ("roofline\nbound", ratio_of("roofline_bound")),
-        ("measured\nbound", ratio_of("measured_bound")),
-        ("predicted\nspeedup", ratio_of("predicted")),
-        ("bound as\npredicted", ratio_of("predicted_bound")),
-        ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
-    )
-    where = "" if several_shapes(rows) else f", batch {first.batch}, seq {first.seq}"
-    render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
-
-
-def several_shapes(rows: Sequence[Any]) -> bool:
-    return len({(r.batch, r.seq) for r in rows}) > 1
-
-
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
     shape: tuple[str, Callable[[Any], object]] = "batch\nx seq", lambda r: f"{r.batch} x {r.seq}"
-    known = [shape] if several_shapes(rows) else []
+    known = [shape] if len({(r.batch, r.seq) for r in rows}) > 1 else []
     return [("<pruning", lambda r: one_line(r.pruning, 40)), ("<phase", lambda r: r.phase), *known]
 
 

@@ -8,67 +8,55 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calibration.cli.rows import load_rows
-from simulator.cli import options, parsing, render
+from calibration.cli.fit import Map, load_rows
+from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.runs import RunResult
     from calibration.evidence.validate import Report
-
-# fmt: off
-Profile = Annotated[
-    str | None, arg("PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.")
-]
-Tables = Annotated[list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")]
-Map = Annotated[
-    list[str] | None,
-    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
-]
-DtypeOnly = Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")]
-Markdown = Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")]
-Runs = Annotated[
-    str | None,
-    opt("--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of PROFILE."),
-]
-ModelOf = Annotated[str, opt("--model", "MODEL", "With --runs: model of files that do not name a known one.")]
-HardwareOf = Annotated[str, opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file.")]
-EngineOf = Annotated[str, opt("--engine", "NAME", "With --runs: engine. Default: that of the tool.")]
-WeightsOf = Annotated[str, opt("--weight-dtype", "NAME", "With --runs: format of weights. Default: that of the file.")]
-CacheOf = Annotated[str, opt("--kv-dtype", "NAME", "With --runs: format of the K/V cache. Default: that of the file.")]
-DevicesOf = Annotated[int | None, opt("--devices", "N", "With --runs: GPUs that share the model. Default: 1.")]
-BatchOf = Annotated[int | None, opt("--batch", "N", "With --runs: batch of files that do not state it.")]
-SeqOf = Annotated[int | None, opt("--seq", "N", "With --runs: prompt tokens of files that do not state them.")]
-NewOf = Annotated[
-    int | None, opt("--new-tokens", "N", "With --runs: decode steps of files that do not state them; 0 is a prefill.")
-]
-# fmt: on
 
 
 @dataclass(frozen=True)
 class Given:
     """Conditions of result files (:class:`calibration.evidence.runs.Conditions`)."""
 
-    model: ModelOf = ""
-    hardware: HardwareOf = ""
-    engine: EngineOf = ""
-    weight_dtype: WeightsOf = ""
-    kv_dtype: CacheOf = ""
-    devices: DevicesOf = None
-    batch: BatchOf = None
-    seq: SeqOf = None
-    new_tokens: NewOf = None
+    model: Annotated[str, opt("--model", "MODEL", "With --runs: model of files that do not name a known one.")] = ""
+    hardware: Annotated[str, opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file.")] = ""
+    engine: Annotated[str, opt("--engine", "NAME", "With --runs: engine. Default: that of the tool.")] = ""
+    weight_dtype: Annotated[
+        str, opt("--weight-dtype", "NAME", "With --runs: format of weights. Default: that of the file.")
+    ] = ""
+    kv_dtype: Annotated[
+        str, opt("--kv-dtype", "NAME", "With --runs: format of the K/V cache. Default: that of the file.")
+    ] = ""
+    devices: Annotated[int | None, opt("--devices", "N", "With --runs: GPUs that share the model. Default: 1.")] = None
+    batch: Annotated[int | None, opt("--batch", "N", "With --runs: batch of files that do not state it.")] = None
+    seq: Annotated[int | None, opt("--seq", "N", "With --runs: prompt tokens of files that do not state them.")] = None
+    new_tokens: Annotated[
+        int | None,
+        opt("--new-tokens", "N", "With --runs: decode steps of files that do not state them; 0 is a prefill."),
+    ] = None
 
 
 @options.expanded()
 def command(
-    profile: Profile = None,
-    tables: Tables = None,
+    profile: Annotated[
+        str | None,
+        arg("PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it."),
+    ] = None,
+    tables: Annotated[
+        list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")
+    ] = None,
     column_map: Map = None,
-    dtype: DtypeOnly = None,
-    markdown: Markdown = None,
-    runs: Runs = None,
+    dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")] = None,
+    markdown: Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")] = None,
+    runs: Annotated[
+        str | None,
+        opt(
+            "--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of PROFILE."
+        ),
+    ] = None,
     given: Given = Given(),
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -94,9 +82,7 @@ def command(
     if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")
-    from calibration.evidence.report import write_markdown
-    from calibration.evidence.validate import summary, validate
-    from calibration.evidence.verdict import of_validation
+    from calibration.evidence.validate import of_validation, summary, validate, write_markdown
     from calibration.fit.base_profile import thread_notes
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
@@ -104,8 +90,7 @@ def command(
     if markdown:
         check_target(markdown)
     hw = load_hardware(profile)
-    mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
-    rows, notes = load_rows(tables, hw, column_map=mapping, device="")
+    rows, notes = load_rows(tables, hw, column_map=column_map)
     report = validate(hw, rows, dtype=dtype)
     notes = (*thread_notes(hw, report.device), *notes)
     if markdown:
@@ -129,26 +114,23 @@ def skipped_notes(report: Report) -> tuple[str, ...]:
 
 def show_report(report: Report, title: str = "") -> None:
     """Print the accuracy of every part; a star marks rows of the profile's fit."""
-    from calibration.evidence.validate import part_summary
+    from calibration.evidence.validate import number, part_summary
 
     parts = [part_summary(part) for part in report.parts]
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None or value != value else f"{100 * value:.2f}"
 
     columns = render.columns(
         parts,
         ("<operator", lambda p: f"{p['operator']} {p['dtype']}{' *' if p['fitted_on_these_rows'] else ''}"),
         ("rows", lambda p: f"{p['rows']:,}"),
-        ("MAPE\n%", lambda p: percent(p["errors"]["mape"])),
-        ("median\n%", lambda p: percent(p["errors"]["median"])),
-        ("p95\n%", lambda p: percent(p["errors"]["p95"])),
-        ("bias\n%", lambda p: percent(p["errors"]["bias"])),
-        ("speedup\nmedian %", lambda p: percent(p["speedup"].get("median"))),
-        ("speedup\np95 %", lambda p: percent(p["speedup"].get("p95"))),
-        ("coverage\n%", lambda p: percent(p["coverage"][0]["coverage"])),
-        ("roofline\nMAPE %", lambda p: percent(p["roofline"]["mape"])),
-        ("0.8 bw + 3 us\nMAPE %", lambda p: percent(p["simple"]["mape"])),
+        ("MAPE\n%", lambda p: number(p["errors"]["mape"], 2)),
+        ("median\n%", lambda p: number(p["errors"]["median"], 2)),
+        ("p95\n%", lambda p: number(p["errors"]["p95"], 2)),
+        ("bias\n%", lambda p: number(p["errors"]["bias"], 2)),
+        ("speedup\nmedian %", lambda p: number(p["speedup"].get("median"), 2)),
+        ("speedup\np95 %", lambda p: number(p["speedup"].get("p95"), 2)),
+        ("coverage\n%", lambda p: number(p["coverage"][0]["coverage"], 2)),
+        ("roofline\nMAPE %", lambda p: number(p["roofline"]["mape"], 2)),
+        ("0.8 bw + 3 us\nMAPE %", lambda p: number(p["simple"]["mape"], 2)),
         ("<section", lambda p: p["status"]),
     )
     about = title or f"on measurements of {report.device}, {report.software}"
@@ -157,7 +139,7 @@ def show_report(report: Report, title: str = "") -> None:
         print("* the profile was fitted on these rows; on shapes held out of the fit:")
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
-                shown = [f"{label} {percent(values.get(label.lower()))}" for label in ("MAPE", "median", "p95")]
+                shown = [f"{label} {number(values.get(label.lower()), 2)}" for label in ("MAPE", "median", "p95")]
                 print(f"  {name}: {', '.join(shown)} %")
 
 
@@ -171,21 +153,17 @@ def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> N
         raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
     if render.Output(json).write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
-        shown = render.narrowed(_run_columns(results), 6)
-        render.show(shown, "Measured and predicted times per pass (serve: per request)")
+        columns = render.columns(
+            [(r, r.compared) for r in results if r.compared is not None],
+            ("<file", lambda rc: rc[0].source),
+            ("<model", lambda rc: rc[0].model),
+            ("<GPU", lambda rc: rc[1].gpu),
+            ("<engine", lambda rc: rc[1].engine),
+            ("<request", lambda rc: rc[0].request),
+            ("measured", lambda rc: render.seconds(rc[1].measured)),
+            ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
+            ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
+            ("inside", lambda rc: "yes" if rc[1].inside else "no"),
+        )
+        render.show(render.narrowed(columns, 6), "Measured and predicted times per pass (serve: per request)")
     render.notes([*skipped, *(note for r in results for note in r.notes)], verbose)
-
-
-def _run_columns(results: list[RunResult]) -> list[render.Column]:
-    return render.columns(
-        [(r, r.compared) for r in results if r.compared is not None],
-        ("<file", lambda rc: rc[0].source),
-        ("<model", lambda rc: rc[0].model),
-        ("<GPU", lambda rc: rc[1].gpu),
-        ("<engine", lambda rc: rc[1].engine),
-        ("<request", lambda rc: rc[0].request),
-        ("measured", lambda rc: render.seconds(rc[1].measured)),
-        ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
-        ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
-        ("inside", lambda rc: "yes" if rc[1].inside else "no"),
-    )

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibration.evidence import hosts, pages
-from calibration.evidence.report import table
+from calibration.evidence import pages
+from calibration.evidence.published import host_lines
+from calibration.evidence.scoring import table
 from calibration.evidence.sets import SETS, SetOptions, evaluate_sets
 from simulator.cli import parsing
 from simulator.errors import InputError
@@ -26,7 +27,7 @@ def text_of(given: argparse.Namespace) -> str:
     if name == "list":
         return table(["set", "held out"], [[name, one.held_out] for name, one in SETS.items()], left=(0, 1)) + "\n"
     if name == "hosts":
-        return "\n".join(hosts.host_lines()) + "\n"
+        return "\n".join(host_lines()) + "\n"
     if name == "engines":
         return pages.filled("engines", pages.engine_tables())
     sizes = [None if size == "all" else parsing.integers("--sizes", size)[0] for size in given.sizes.split(",")]

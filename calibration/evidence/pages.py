@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from calibration.evidence.hosts import HeldOut, held_out_models
-from calibration.evidence.measured import Row
 from calibration.evidence.paper import figure_2
 from calibration.evidence.published import (
     MISS,
     NOT_USED,
+    HeldOut,
     compare_dense,
     compare_gemms,
     compare_serving,
     compare_speedups,
+    held_out_models,
+    ratio_scores,
 )
-from calibration.evidence.report import table
-from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.sets import WHOLE, against_targets, means
+from calibration.evidence.scoring import Comparison, score_of, table
+from calibration.evidence.sets import WHOLE, Row, against_targets, means
 from calibration.measurements import published
 from simulator.engines.engine import list_engines, load_engine
 from simulator.engines.loading import FEATURES, Loading
@@ -33,6 +33,7 @@ from simulator.hardware.library import load_hardware
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
 # fmt: off
+# Columns of a table, and of a table of held-out stacks: title, score, digits; those without a value are omitted.
 COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m<=16", 1),
     ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
@@ -45,7 +46,6 @@ STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio width", "ratio width", 0),
 )
 # fmt: on
-"""Columns of a table, and of a table of held-out stacks: title, score, digits; those without a value are omitted."""
 KINDS: Mapping[str, str] = {
     "dense": "times of dense models",
     "measured": "of them on GPUs with kernel tables",
@@ -53,30 +53,24 @@ KINDS: Mapping[str, str] = {
     "given": "the same, given their dense time",
     "serve": "times per output token of serving runs",
 }
-PROMPTS: Mapping[str, tuple[float, float]] = {
+PROMPTS: Mapping[str, tuple[float, float]] = {  # prompt lengths of the serving runs -> ends of the range
     "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
     "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
 }  # fmt: skip
-"""Prompt lengths of the serving runs -> ends of the range."""
-LOADS: Mapping[str, tuple[float, float]] = {
+LOADS: Mapping[str, tuple[float, float]] = {  # concurrency per new token: prompts that arrive with a decode step
     "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
     "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
 }  # fmt: skip
-"""Concurrency per new token: prompts that arrive with a decode step -> ends of the range."""
-
-
-def _read(page: str) -> str:
-    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
 
 
 def head(page: str) -> str:
     """Return the text of a page before its first section or table."""
-    return re.split(r"^(?=## |\|)", _read(page), maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(r"^(?=## |\|)", (DOCS / f"{page}.md").read_text("utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def filled(page: str, tables: Sequence[str]) -> str:
     """Return a page with its tables replaced by new tables, in order."""
-    prose = re.split(r"(?:^\|.*\n)+", _read(page), flags=re.MULTILINE)
+    prose = re.split(r"(?:^\|.*\n)+", (DOCS / f"{page}.md").read_text("utf-8"), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
         raise InputError(f"docs/generated/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
     return prose[0] + "".join(f"{new}\n{text}" for new, text in zip(tables, prose[1:], strict=True))
@@ -103,26 +97,25 @@ def accuracy_text(rows: Sequence[Row], targets_of: Sequence[Row]) -> str:
 def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
     """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line per stack and number
     of its rows (0: as shipped), and their means at the end."""
-    lines = means(rows, title)
+    lines, scores = means(rows, title), COLUMNS
+    groups = [[r] for r in lines]
+    columns = [("method", [r["method"] for r in lines]), ("rows", [str(r["rows"] or "all") for r in lines])]
     if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
-        at = {(r["held_out"], r["rows"]): r for r in lines}
-        places = [(name, size, [name]) for name in held_out for size in sorted({r["rows"] for r in lines})]
-        places += [("mean", size, held_out) for size in sorted({r["rows"] for r in lines})]
+        scores, sizes, at = (
+            STACK_COLUMNS,
+            sorted({r["rows"] for r in lines}),
+            {(r["held_out"], r["rows"]): r for r in lines},
+        )
+        places = [(name, size, [name]) for name in held_out for size in sizes]
+        places += [("mean", size, held_out) for size in sizes]
         columns = [("held out", [name for name, *_ in places]), ("rows", [str(size) for _, size, _ in places])]
         groups = [[at.get((name, size), {}) for name in names] for _, size, names in places]
-        scores = STACK_COLUMNS
-    else:
-        columns = [("method", [r["method"] for r in lines]), ("rows", [str(r["rows"] or "all") for r in lines])]
-        groups, scores = [[r] for r in lines], COLUMNS
     for name, key, digits in scores:
         if held_out or any(key in r for r in lines):
-            columns.append((name, [_cell(group, key, digits) for group in groups]))
+            unit = 1.0 if key == "speedup spearman" else 100.0
+            values = [float(np.mean([r.get(key, np.nan) for r in group])) * unit for group in groups]
+            columns.append((name, ["" if value != value else f"{value:.{digits}f}" for value in values]))
     return columns
-
-
-def _cell(group: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
-    value = float(np.mean([r.get(key, np.nan) for r in group])) * (1.0 if key == "speedup spearman" else 100.0)
-    return "" if value != value else f"{value:.{digits}f}"
 
 
 def engine_tables() -> list[str]:
@@ -130,19 +123,22 @@ def engine_tables() -> list[str]:
     engine parameters were fitted, by hand where rows are few; rows of split "judge" from other sources."""
     given = compare_speedups(given=True)
     found = {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
-    sparse, narrow = compare_gemms("2:4"), compare_gemms("narrower")
+    sparse, narrow, held_out = compare_gemms("2:4"), compare_gemms("narrower"), held_out_models()
     common = {kind: [c for c in rows if not c.own_code] for kind, rows in found.items()}
     judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in common.items()}
-    judged["measured"] = [
-        c for c in judged["dense"] if load_hardware(c.gpu).section("gemm", "bf16").status != "default"
-    ]
+    calibrated = {c.gpu: load_hardware(c.gpu).section("gemm", "bf16").status != "default" for c in judged["dense"]}
+    judged["measured"] = [c for c in judged["dense"] if calibrated[c.gpu]]
+    by_engine = [(kind, c.engine, c.split, c) for kind, some in common.items() if kind != "serve" for c in some]
     large = [c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS]
+    reasons = [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large]
     assumed = dict.fromkeys((c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed)
-    reasons = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
-    excluded, held_out = {**Counter(filter(None, reasons)), **NOT_USED}, held_out_models()
-    by_engine = [
-        (kind, c.engine, c.split, c) for kind in KINDS if kind in found for c in common[kind] if kind != "serve"
-    ]
+    left_out = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
+    excluded = {**Counter(filter(None, left_out)), **NOT_USED}
+    parts = []
+    for p in figure_2():
+        measured, predicted = p["measured_s"], p["predicted_s"]
+        error = _signed(predicted / measured - 1.0, 0)
+        parts.append([p["phase"], p["part"], _seconds(measured), _seconds(predicted), error])
     return [
         _groups(["kind"], [(kind, c) for kind in KINDS for c in judged[kind]]),
         _groups(["kind", "engine", "split"], by_engine),
@@ -150,25 +146,14 @@ def engine_tables() -> list[str]:
         _held_out_table(held_out),
         _load_table(held_out),
         _groups(["engine", "gpu"], [(c.engine, c.gpu, c) for c in common["serve"]]),
-        table(
-            ["phase", "part", "measured", "predicted", "error"],
-            [
-                [p.phase, p.part, _seconds(p.measured_s), _seconds(p.predicted_s), _signed(p.error, 0)]
-                for p in figure_2()
-            ],
-            left=(0, 1),
-        ),
+        table(["phase", "part", "measured", "predicted", "error"], parts, left=(0, 1)),
         _comparisons(found["dense"], _seconds),
         _comparisons(common["speedup"]),
         _comparisons(common["given"]),
         _comparisons([c for c in given if c.own_code and c.split == "judge"]),
         _comparisons(sparse),
         _comparisons(narrow),
-        table(
-            ["what", "where", "error", "likely reason"],
-            [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large],
-            left=(0, 1, 3),
-        ),
+        table(["what", "where", "error", "likely reason"], reasons, left=(0, 1, 3)),
         table(["source", "assumed"], list(assumed), left=(0, 1)),
         table(["rows", "why"], [[str(n), why] for why, n in excluded.items()], left=(1,)),
     ]
@@ -206,27 +191,16 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
     for engine in dict.fromkeys(x.engine for x in groups):
         members = [x for x in groups if x.engine == engine]
         for x in members:
-            request = score(ScoredRows(x.group.request_s, x.request_s))["median"]
-            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * request:.1f} %"])
+            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * x.request_error:.1f} %"])
         cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
-    header = [
-        "engine",
-        "held-out model",
-        "GPU",
-        "format",
-        "rows",
-        "TPOT: median error",
-        "bias",
-        "request: median error",
-    ]
-    return table(header, cells, left=range(4))
+    header = ["engine", "held-out model", "GPU", "format", "rows"]
+    return table([*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4))
 
 
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
     """Return number, median absolute error and bias of the times per token of some rows of groups (default: all)."""
-    ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
-    s = score(ScoredRows(np.ones(len(ratio)), ratio))
-    return str(len(ratio)), f"{100 * s['median']:.1f} %", _signed(s["median bias"])
+    s = ratio_scores(groups, rows)
+    return f"{s['runs']:.0f}", f"{100 * s['median']:.1f} %", _signed(s["median bias"])
 
 
 def _load_table(groups: Sequence[HeldOut]) -> str:

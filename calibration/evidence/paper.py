@@ -1,45 +1,64 @@
-"""The benchmark of the taxonomy paper (arXiv 2606.09080): its table, equal depths, time by part and kernels, predicted.
+"""The taxonomy paper "Beyond FLOPs" (arXiv 2606.09080): its benchmark, predicted, and its two claims, tested.
 
-The published numbers are in ``calibration/measurements/published_paper.csv``, quoted from a reading note of the paper.
-The conditions are those of the paper's code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim): batch 1, 8, 16, 32 at
-1024 tokens, logits of all positions, a CUDA graph. Nothing is fitted to a cell of the table.
+The published numbers (``calibration/measurements/published_paper.csv``) are quoted from a reading note of the paper.
+The conditions are those of its code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim): batch 1, 8, 16, 32 at 1024
+tokens, logits of all positions, a CUDA graph. Nothing is fitted to a cell of the table. Rows are dictionaries, as
+``prunesim paper --json`` prints them.
+
+A claim consists of comparisons of two pruned models. Each has a *margin*: a difference divided by the half-width of its
+interval on the side towards 0. From 1 up the difference is positive with the whole interval, from -1 down negative.
+The interval is that of the difference: what two models have in common cancels. Where all of several differences must be
+positive, the smallest margin counts; where one is enough, the largest. A claim has the margin of the comparison that
+decides it: from 1 up it *holds*, from -1 down it *does not hold*, else it is *undecided*. Claim (a) *does not apply*
+where memory is not the bottleneck.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+import simulator
 from calibration.measurements import published
-from simulator.arrays import Array
+from simulator.arrays import FloatArray
 from simulator.codes import ROLES, Kind, Part
+from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.prediction.compare import SMALL_SHARE, against
+from simulator.prediction.pareto import Front, Point, fronts, independent, margins
+from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.result import Result
+from simulator.prediction.scenario import profiles
+from simulator.prediction.sentences import uncalibrated_of
 from simulator.prediction.table import table
-from simulator.pruning import prune
+from simulator.pruning import general_families, prune
 from simulator.uncertainty.forward import forward_passes, operator_times
+from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
 
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
+Row = dict[str, Any]
 
 MODEL, HARDWARE, ENGINE = "llama-3.1-8b", "rtx_pro_6000", "reference"
 BATCHES, SEQ, PHASES = (1, 8, 16, 32), 1024, ("prefill", "decode")
 PRINTED = 0.005  # half a unit of the last printed digit of a published speedup
 
+# Parts of Figure 2 -> roles; other kernels are elementwise, gaps between kernels are "graph execution"
 PARTS: Mapping[str, tuple[str, ...]] = {
     "gate/up/down": ("gate", "up", "down"),
     "attention": ("attention",),
     "q/k/v/o": ("q", "k", "v", "o"),
     "lm_head": ("lm_head",),
 }
-"""Parts of Figure 2 -> roles; other kernels are elementwise, gaps between kernels are "graph execution"."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,6 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction."""
         return self.predicted / self.published - 1.0
 
     @property
@@ -75,8 +93,7 @@ def table_2(
 ) -> list[Cell]:
     """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
     engine."""
-    rows = [r for r in published("paper") if r["what"] == "table 2"]
-    known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in rows}
+    known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
     asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine, "progress": progress}
@@ -85,81 +102,54 @@ def table_2(
     own, out = (load_hardware(HARDWARE).label, ENGINE), []
     for key, results in found.items():
         results.sort(key=lambda r: r.batch)
-        ends = np.array([(r.speedup, r.speedup_lower, r.speedup_upper) for r in results]).mean(axis=0).tolist()
-        values: list[Any] = [known[key[2:]] if key[:2] == own else float("nan"), *ends]
-        out.append(Cell(*key, *values, tuple(r.speedup for r in results)))  # type: ignore[call-arg]
+        predicted, low, high = np.mean([(r.speedup, r.speedup_lower, r.speedup_upper) for r in results], axis=0)
+        printed = known[key[2:]] if key[:2] == own else float("nan")
+        by_batch = tuple(r.speedup for r in results)
+        out.append(Cell(*key, printed, float(predicted), float(low), float(high), by_batch))
     return out
 
 
-@dataclass(frozen=True)
-class EqualDepth:
-    """Fraction of the layers to drop for the prefill speedup of a family at 50 %."""
-
-    family: str
-    published: float
-    by_table: float  # from the published speedups of the family and of depth; NaN without the family in the table
-    mean: float  # predicted over the table's batches
-    batch_1: float  # predicted at batch 1
+def _published(what: str) -> list[Mapping[str, str]]:
+    return [r for r in published("paper") if r["what"] == what]
 
 
-def equal_depths() -> list[EqualDepth]:
-    """Return families at 50 % and the depth pruning with the same prefill speedup (section 5.3).
-
-    Hidden sizes are pruned as by SliceGPT, with its residual projections.
-    """
-    rows = [r for r in published("paper") if r["what"] == "section 5.3"]
-    model = load_model(MODEL)
+def equal_depths() -> list[Row]:
+    """Return families at 50 % and the fraction of layers to drop for the same prefill speedup (section 5.3): published;
+    by the published table (NaN without the family there); predicted, as a mean over the batches and at batch 1."""
+    rows, model = _published("section 5.3"), load_model(MODEL)
     bench = partial(table, [model], [HARDWARE], phase=["prefill"], batch=BATCHES, seq=[SEQ], engine=[ENGINE])
-    fractions = [i / model.layers for i in range(model.layers)]
-    depth = _by_batch(bench(family=["depth"], sparsity=fractions))
-    speedups = _by_batch(bench(family=[r["family"] for r in rows if r["family"] != "width_cross"], sparsity=[0.5]))
-    speedups |= _by_batch(bench(method=["slicegpt"], sparsity=[0.5]))
-    by_depth = np.array([depth["depth", s] for s in fractions])
+    fractions = np.arange(model.layers) / model.layers
+    families = [r["family"] for r in rows if r["family"] != "width_cross"]  # which is pruned as by SliceGPT
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for r in (
+        *bench(family=["depth"], sparsity=fractions.tolist()),
+        *bench(family=families, sparsity=[0.5]),
+        *bench(method=["slicegpt"], sparsity=[0.5]),
+    ):
+        found.setdefault((r.family, r.sparsity), {})[r.batch] = r.speedup
+    speedups = {key: np.array([by_batch[b] for b in BATCHES]) for key, by_batch in found.items()}
+    by_depth = np.array([speedups["depth", s] for s in fractions])
     tables = {(c.family, c.sparsity): c.published for c in table_2() if c.phase == "prefill"}
     # the time that dropping layers saves is proportional to their number
     saved = float(np.mean([(1.0 - 1.0 / tables["depth", s]) / s for s in (0.25, 0.5)]))
-
-    def depth_of(speeds: Array, speedup: float) -> float:
-        return float(np.interp(1.0 / speedup, 1.0 / speeds[::-1], np.array(fractions)[::-1]))
-
     out = []
-    for r in rows:
-        speeds = np.array(speedups[r["family"], 0.5])
-        mean, first = (depth_of(by_depth[:, at].mean(axis=1), speeds[at].mean()) for at in (slice(None), [0]))
-        printed = tables.get((r["family"], 0.5), float("nan"))
-        out.append(EqualDepth(r["family"], float(r["value"]), (1.0 - 1.0 / printed) / saved, mean, first))
+    for row in rows:
+        family, numbers = row["family"], {"published": float(row["value"])}
+        numbers["by_table"] = (1.0 - 1.0 / tables.get((family, 0.5), float("nan"))) / saved
+        for name, at in (("mean", slice(None)), ("batch_1", slice(1))):
+            times, time = 1.0 / by_depth[::-1, at].mean(axis=1), 1.0 / speedups[family, 0.5][at].mean()
+            numbers[name] = float(np.interp(time, times, fractions[::-1]))
+        out.append({"family": family, **numbers})
     return out
 
 
-def _by_batch(records: Iterable[Result]) -> dict[tuple[str, float], list[float]]:
-    out: dict[tuple[str, float], list[float]] = {}
-    for r in sorted(records, key=lambda r: r.batch):
-        out.setdefault((r.family, r.sparsity), []).append(r.speedup)
-    return out
+def figure_2() -> list[Row]:
+    """Return the times of the parts of prefill and decode, and of the whole.
 
-
-@dataclass(frozen=True)
-class FigurePart:
-    """A part of a pass: its time in the paper and its predicted time."""
-
-    phase: str
-    part: str
-    measured_s: float
-    predicted_s: float
-
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return self.predicted_s / self.measured_s - 1.0
-
-
-def figure_2() -> list[FigurePart]:
-    """Return the parts of prefill and decode, and the whole.
-
-    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code computes logits of all
-    positions, which take as long as the part of the graph. In prefill, graph and head are therefore compared together.
+    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head, but its code computes logits of all
+    positions, which take as long as the part of the graph. The two are therefore compared together.
     """
-    rows, out = [r for r in published("paper") if r["what"] == "figure 2"], []
+    rows, out = _published("figure 2"), list[Row]()
     for phase in dict.fromkeys(r["phase"] for r in rows):
         parts = [r for r in rows if r["phase"] == phase]
         (total,) = (float(r["value"]) for r in parts if r["metric"] == "seconds")
@@ -173,93 +163,286 @@ def figure_2() -> list[FigurePart]:
         predicted["graph execution"] = float(p.gap_s[0])
         for times in (shares, predicted) if phase == "prefill" else ():
             times["graph execution and lm_head"] = times.pop("graph execution") + times.pop("lm_head")
-        out += [FigurePart(phase, name, share * total, predicted[name]) for name, share in shares.items()]
-        out.append(FigurePart(phase, "all", total, float(p.total_s[0])))
+        both = {name: (share * total, predicted[name]) for name, share in shares.items()}
+        both["all"] = total, float(p.total_s[0])
+        out += [{"phase": phase, "part": name, "measured_s": m, "predicted_s": t} for name, (m, t) in both.items()]
     return out
 
 
-@dataclass(frozen=True)
-class Growth:
-    """Time outside GEMMs of a pruned pass over the time outside GEMMs of the dense pass."""
-
-    family: str
-    phase: str
-    published: float
-    by_batch: tuple[float, ...]  # predicted
-
-
-def outside_gemms() -> list[Growth]:
-    """Return the growth of the time outside GEMMs at 50 % of dynamic depth and low rank (section 5.4), with the gaps
-    between kernels."""
+def outside_gemms() -> list[Row]:
+    """Return the time outside GEMMs, with the gaps between kernels, of dynamic depth and low rank at 50 % over that of
+    the dense pass (section 5.4), predicted by batch."""
     hw, model, out = load_hardware(HARDWARE), load_model(MODEL), []
-    for r in (r for r in published("paper") if r["what"] == "section 5.4"):
+    for r in _published("section 5.4"):
         ratios = []
         for batch in BATCHES:
             dense = lower(model, phase=r["phase"], batch=batch, seq=SEQ, engine=ENGINE)
             p = forward_passes(WorkloadBatch.of([dense, prune(dense, r["family"], float(r["sparsity"]))]), hw)
             outside = np.bincount(p.workloads.owner, p.row_s * (p.workloads.rows.kind != Kind.GEMM)) + p.gap_s
             ratios.append(float(outside[1] / outside[0]))
-        out.append(Growth(r["family"], r["phase"], float(r["value"]), tuple(ratios)))
+        out.append({"family": r["family"], "phase": r["phase"], "published": float(r["value"]), "by_batch": ratios})
     return out
 
 
-@dataclass(frozen=True)
-class KernelChart:
-    """A speedup in the authors' kernel charts: one operator at 50 % against the dense one, published and predicted."""
-
-    family: str
-    part: str
-    size: int  # tokens
-    published: float
-    predicted: float
-    note: str
-
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return self.predicted / self.published - 1.0
-
-
-def kernel_charts() -> list[KernelChart]:
-    """Return the charts of the authors' kernels (RTX 5090).
-
-    The device has no kernel table, so published dense times are used where they exist; between them the rate of a dense
-    GEMM is interpolated.
-    """
-    rows = [r for r in published("paper") if r["what"] == "kernel"]
+def kernel_charts() -> list[Row]:
+    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens. The
+    device has no kernel table: the published dense times are used, and between them their rate is interpolated."""
+    rows = _published("kernel")
     hw, out = load_hardware(rows[0]["hardware"]), []
     cubes = {float(r["seq"]): float(r["value"]) for r in rows if r["family"] == "dense"}  # s by side
     sides, seconds = np.array(list(cubes)), np.array(list(cubes.values()))
     for r in (r for r in rows if r["family"] != "dense"):
-        tokens = int(r["seq"])
+        tokens, side = int(r["seq"]), 4096 if "n and k of 4096" in r["note"] else int(r["seq"])
         if r["part"] == "queries":
-            dense_s, pruned_s = _queries(tokens, hw)
+            dense = lower(load_model(MODEL), phase="prefill", batch=1, seq=tokens, engine=ENGINE)
+            pruned = prune(dense, "dynamic_depth", 0.5)  # half of the queries of attention, and their sorting
+            rows_ = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
+            dense_s = _seconds(dense, dense.is_role("attention"), hw)
         else:
-            side = 4096 if "n and k of 4096" in r["note"] else tokens
-            pruned_s, flops = _product(r["family"], r["part"], tokens, side, hw), 2.0 * tokens * side**2
+            axis, kernel, *groups = r["part"].replace(" groups of ", " ").split()
+            options: dict[str, Any] = {"channel_groups": side // int(groups[0])} if groups else {}
+            layer = {"layer": 0, "layers": 1, "part": int(Part.MLP), "m": tokens, "n": side, "k": side}
+            w = Workload.from_rows([{"role": "gate", **layer}, {"role": "down", **layer}])
+            pruned = prune(w, r["family"], 0.5, kernel=kernel, **options)
+            around = ("down", "scatter") if axis == "K" else ("gate", "gather")
+            rows_ = pruned.is_role(*around, "select", "sort")  # one GEMM and the operators that the family adds
+            flops = 2.0 * tokens * side**2
             rate = np.interp(np.log(flops), np.log(2.0 * sides**3), 2.0 * sides**3 / seconds)
             dense_s = cubes[tokens] if side == tokens else float(flops / rate)
-        out.append(KernelChart(r["family"], r["part"], tokens, float(r["value"]), dense_s / pruned_s, r["note"]))
+        numbers = {"published": float(r["value"]), "predicted": dense_s / _seconds(pruned, rows_, hw)}
+        out.append({"family": r["family"], "part": r["part"], "size": tokens, **numbers, "note": r["note"]})
     return out
 
 
-def _product(family: str, part: str, m: int, side: int, hw: HardwareProfile) -> float:
-    """Return the time of one pruned GEMM of an MLP with the operators that the family adds for it."""
-    axis, kernel, *groups = part.replace(" groups of ", " ").split()
-    layer = {"layer": 0, "layers": 1, "part": int(Part.MLP), "m": m, "n": side, "k": side}
-    w = Workload.from_rows([{"role": "gate", **layer}, {"role": "down", **layer}])
-    options: dict[str, Any] = {"channel_groups": side // int(groups[0])} if groups else {}
-    pruned = prune(w, family, 0.5, kernel=kernel, **options)
-    around = ("down", "scatter") if axis == "K" else ("gate", "gather")
-    return float(
-        (operator_times(pruned, hw)[0].seconds * pruned.count * pruned.is_role(*around, "select", "sort")).sum()
+def _seconds(w: Workload, rows: NDArray[np.bool_], hw: HardwareProfile) -> float:
+    return float((operator_times(w, hw)[0].seconds * w.count)[rows].sum())
+
+
+HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE = "holds", "does not hold", "undecided", "does not apply"
+CLAIMS: Mapping[str, str] = {
+    "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical "
+    "bound",
+    "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width "
+    "(17-26 %)",
+}
+QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
+BATCH, CLAIM_SEQ, LEVEL = 1, 2048, 0.9
+SPARSITIES = (0.125, 0.25, 0.5)  # tested for (a): whole layers of models with a multiple of eight of them
+GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # places in the order of (b)
+LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, at which (b) places each group on the frontier
+LEAST_GAIN = 0.05  # a family whose roofline bound is a smaller gain is not compared: a share of it would mean little
+TOLERANCE = 0.005  # speedups and shares that differ by less count as equal: papers print two digits
+
+
+@dataclass(frozen=True)
+class ClaimOutcome:
+    """The outcome of one test of a claim."""
+
+    claim: str  # bound or order
+    hardware: str
+    engine: str
+    phase: str
+    batch: int
+    seq: int
+    verdict: str  # holds, does not hold, undecided, does not apply
+    margin: float | None  # of the deciding comparison: from 1 up the claim holds, from -1 down it does not
+    calibrated: bool  # this and the next two as in a result
+    uncalibrated: str
+    uncalibrated_share: float
+    margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin), the claim at that sparsity alone
+    bottleneck: str = ""  # (a): of depth at these sparsities
+    decided_by: str = ""  # the comparison
+    needed: str = ""  # undecided: how well the comparison is known, and how well it must be
+    elsewhere: tuple[str, ...] = ()  # (b): points of the frontier where another family is claimed
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """One family against pruned models (n,) of one device and request; arrays (2, n) have a row per measure: the log
+    ratio of speedups, and the difference of the shares (speedup - 1) / (roofline bound - 1), which count up to 1."""
+
+    models: tuple[tuple[str, float], ...]  # family and sparsity
+    speedups: tuple[simulator.Result, ...]
+    share: FloatArray  # (n,) of the roofline bound's gain that is achieved
+    own: NDArray[np.intp]  # (n,) the family's model at the same sparsity
+    competes: NDArray[np.bool_]  # (n,) whether a model is compared with it
+    difference: FloatArray
+    half_width: FloatArray  # towards 0
+    margin: FloatArray  # infinite for models that do not compete
+
+
+def decided(margin: float) -> str:
+    """Return the verdict on a claim of a margin."""
+    return HOLDS if margin >= 1.0 else FAILS if margin <= -1.0 else UNDECIDED
+
+
+def claim_outcomes(
+    hardware: Sequence[str | HardwareProfile],
+    engine: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ClaimOutcome]:
+    """Test both claims on every device in every engine: (a) in prefill and decode, then (b)."""
+    devices, quality = profiles(hardware), load_quality(QUALITY).of_model(MODEL)
+    axis, places, out = choose_axis(quality), list(itertools.product(engine, ("prefill", "decode"))), []
+    for done, (name, phase) in enumerate(places, start=1):
+        dense = simulator.lower(simulator.load_model(MODEL), phase=phase, batch=BATCH, seq=CLAIM_SEQ, engine=name)
+        pruned = []
+        for family, sparsity in itertools.product(general_families(), SPARSITIES):
+            try:
+                pruned.append((family, sparsity, simulator.prune(dense, family, sparsity)))
+            except InputError:  # 2:4 removes a half
+                continue
+        out += [bound_outcome(dense, pruned, hw) for hw in devices]
+        progress(done, len(places) + 1)
+    shape: dict[str, Any] = {"phase": ["prefill"], "batch": [BATCH], "seq": [CLAIM_SEQ], "engine": engine}
+    out += [order_outcome(front) for front in fronts(MODEL, devices, quality, axis, **shape)[0]]
+    progress(len(places) + 1, len(places) + 1)
+    return out
+
+
+def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile) -> ClaimOutcome:
+    """Claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
+    c = compare_family("depth", dense, pruned, hw)
+    depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
+    of = np.array([sparsity for _, sparsity in c.models])
+    parts = [(s, float(c.margin[:, of == s].min())) for s in SPARSITIES]
+    measure, at = (int(i) for i in np.unravel_index(c.margin.argmin(), c.margin.shape))
+    (other, sparsity), both = c.models[at], (c.own[at], at)
+    margin, bottleneck = float(c.margin[measure, at]), "/".join(dict.fromkeys(s.bottleneck for s in depth))
+    verdict = decided(margin) if bottleneck == "memory" else NOT_APPLICABLE
+    values = " and ".join(f"{s.speedup:.2f}x ({s.lower:.2f}-{s.upper:.2f})" for s in (c.speedups[i] for i in both))
+    if measure:
+        values = " and ".join(f"{100 * min(c.share[i], 1.0):.0f} %" for i in both) + " of the bound's gain"
+    difference, width = float(c.difference[measure, at]) + TOLERANCE, float(c.half_width[measure, at])
+    lacking, share = uncalibrated_of(depth)
+    return ClaimOutcome(
+        *("bound", hw.label, dense.meta.engine, dense.meta.phase, BATCH, CLAIM_SEQ),
+        verdict=verdict,
+        margin=margin,
+        calibrated=share < SMALL_SHARE,
+        uncalibrated=lacking,
+        uncalibrated_share=share,
+        margins=tuple(part for part in parts if math.isfinite(part[1])),
+        bottleneck=bottleneck,
+        decided_by=f"depth against {other} at {percent(sparsity)}: {values}",
+        needed=_needed(difference, width, shares=measure == 1) if verdict == UNDECIDED else "",
     )
 
 
-def _queries(tokens: int, hw: HardwareProfile) -> tuple[float, float]:
-    """Return the time of prefill attention, and of prefill attention with half of its queries and their sorting."""
-    w = lower(load_model(MODEL), phase="prefill", batch=1, seq=tokens, engine=ENGINE)
-    pruned = prune(w, "dynamic_depth", 0.5)
-    own = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
-    times = [operator_times(x, hw)[0].seconds * x.count for x in (w, pruned)]
-    return float(times[0][w.is_role("attention")].sum()), float(times[1][own].sum())
+def _needed(difference: float, half_width: float, shares: bool = False) -> str:
+    """Return the end of the interval of a difference beyond 0, and how well the difference must be known to decide."""
+    unit, reach = "points" if shares else "%", difference - math.copysign(half_width, difference)
+    end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (reach, abs(difference)))
+    within = f"measure both models within {enough:.2g} {unit} to decide"
+    return f"the interval of the difference reaches {end:+.2g} {unit}; {within}"
+
+
+def order_outcome(front: Front) -> ClaimOutcome:
+    """Claim (b) on one frontier, among the dense model and the families that it orders, up to its largest loss."""
+    reached = [i for i, p in enumerate(front.points) if round(100.0 * p.loss) <= LAST_LOSS[-1]]
+    own = [i for i in reached if front.points[i].family in GROUPS]
+    points = [front.points[i] for i in own]
+    below = np.array(front.below or independent(front.points))[np.ix_(own, own)]
+    up, down = np.log([(p.speedup_upper / p.speedup, p.speedup / p.speedup_lower) for p in points]).T
+    margin, at, competitor, difference, half_width = in_order(
+        [0.0, *(p.loss for p in points)],  # the dense model first
+        [-1, *(GROUPS[p.family] for p in points)],
+        [1.0, *(p.speedup for p in points)],
+        np.block([[np.zeros((1, 1)), up[None]], [down[:, None], below]]),
+    )
+
+    def claimed(loss: float) -> int:
+        return next(place for place, last in enumerate(LAST_LOSS) if round(100.0 * loss) <= last)
+
+    def named(p: Point) -> str:
+        return f"{p.family} {percent(p.sparsity)}"
+
+    names, verdict = ["the dense model", *map(named, points)], decided(margin)
+    others = [p for p in (front.points[i] for i in reached) if p.optimal and GROUPS.get(p.family) != claimed(p.loss)]
+    return ClaimOutcome(
+        *("order", front.hardware, front.engine, front.phase, front.batch, front.seq),
+        verdict=verdict,
+        margin=margin,
+        calibrated=front.calibrated,
+        uncalibrated=front.uncalibrated,
+        uncalibrated_share=front.uncalibrated_share,
+        decided_by=f"{names[at]} against {names[competitor]}: {math.exp(difference):.3f} times as fast",
+        needed=_needed(difference, half_width) if verdict == UNDECIDED else "",
+        elsewhere=tuple(f"{named(p)} ({percent(p.loss)} loss)" for p in others),
+    )
+
+
+def compare_family(
+    family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
+) -> Comparisons:
+    """Compare a family with every other at the same sparsity: ``pruned`` are workloads with their family and sparsity,
+    of which those that the device cannot run are excluded."""
+
+    def runs(w: Workload) -> bool:
+        try:
+            simulator.speedup(dense, w, hw)
+        except InputError:
+            return False
+        return True
+
+    try:
+        found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
+    except InputError:
+        pruned = [one for one in pruned if runs(one[2])]
+        found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
+    at = {sparsity: i for i, (name, sparsity, _) in enumerate(pruned) if name == family}
+    own = np.array([at.get(sparsity, i) for i, (_, sparsity, _) in enumerate(pruned)])
+    # log of the speedup of each over the family's: its interval reaches as far above as that of the inverse below
+    stacked = WorkloadBatch.of([dense, *(w for _, _, w in pruned)])
+    behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], LEVEL))
+    s, lower, upper, bound = np.array([(f.speedup, f.lower, f.upper, f.roofline_bound) for f in found]).T
+    gain = np.maximum(bound - 1.0, 1e-9)
+    down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
+
+    def of_shares(of_own: FloatArray, of_other: FloatArray, of_ratio: FloatArray) -> FloatArray:
+        """Half-width of a difference of shares; those of two logs and of their ratio give the covariance."""
+        covariance = 0.5 * (of_own**2 + of_other**2 - of_ratio**2)
+        a, b = slope[own], slope
+        square = (a * of_own) ** 2 + (b * of_other) ** 2 - 2.0 * a * b * covariance
+        return np.asarray(np.sqrt(np.maximum(square, 0.0)))
+
+    difference, to_bound = share[own] - share, share[own] - 1.0
+    width = _towards(difference, of_shares(down[own], up, low), of_shares(up[own], down, high))
+    width_to_bound = _towards(to_bound, slope[own] * down[own], slope[own] * up[own])
+    at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)  # no other model can be closer to it
+    differences = np.stack([-behind, np.where(at_bound, to_bound, difference)])
+    widths = np.stack([_towards(-behind, low, high), np.where(at_bound, width_to_bound, width)])
+    competes = (own != np.arange(len(own))) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
+    margin = np.where(competes, _margin(differences, widths), np.inf)
+    models = tuple((name, sparsity) for name, sparsity, _ in pruned)
+    return Comparisons(models, tuple(found), share, own, competes, differences, widths, margin)
+
+
+def _margin(difference: FloatArray, half_width: FloatArray) -> FloatArray:
+    return np.asarray((difference + TOLERANCE) / np.maximum(half_width, 1e-12))
+
+
+def _towards(difference: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
+    """Return the half-width on the side of 0."""
+    return np.asarray(np.where(difference + TOLERANCE >= 0.0, low, high))
+
+
+def in_order(
+    loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: ArrayLike
+) -> tuple[float, int, int, float, float]:
+    """Compare the points that decide whether every group has a point on the frontier, and groups come in their order.
+    Return the margin, the two points, the log ratio of their speedups, and its half-width towards 0.
+
+    ``loss`` (n,) of quality; ``group`` (n,) place in the claimed order, -1 for a point that only competes; ``speedup``
+    (n,) and ``below`` (n, n) as of :func:`simulator.prediction.pareto.margins`. A point is on the frontier where it is
+    faster than all others at no more loss; of two points whose groups come in the wrong order, one must not be on it.
+    """
+    x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
+    no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)
+    over_each = np.where(no_more, margins(speedup, below), np.inf)
+    competitor, on = over_each.argmin(axis=1), over_each.min(axis=1)
+    best = [max(np.flatnonzero(g == one), key=lambda i: on[i]) for one in np.unique(g[g >= 0])]
+    wrong = np.argwhere((g[:, None] > g) & (g >= 0) & (x[:, None] < x))
+    margin, i = min([(on[i], i) for i in best] + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong])
+    j, width, difference = competitor[i], np.asarray(below, dtype=float), float(log[i] - log[competitor[i]])
+    return float(margin), int(i), int(j), difference, float(width[i, j] if difference >= 0.0 else width[j, i])

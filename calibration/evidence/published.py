@@ -1,21 +1,31 @@
-"""Predict published measurements under their conditions: dense times in engines, speedups, serving runs, GEMM ratios.
+"""Published measurements predicted under their conditions, and the host times of engines that are fitted to them.
 
 The measured values ship as ``calibration/measurements/``; each row has its source, whether engines are fitted or
 evaluated on it, and the assumptions where the source is silent.
+
+Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes
+E = P + o (t_d + h0 + hs c), where P is the time of the prefills of all c requests, of which those that arrive during
+one decode step share a pass, and o are the decode steps. h0 and hs are fitted to E, which does not depend on how the
+load generator spaces requests; then phi, the share of the other requests' prefills before the first token, is fitted to
+the time per output token. Each group of runs (a model on a GPU) has an offset, because a common error is attributed to
+its kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import least_squares
 
-from calibration.evidence.scoring import Comparison
+from calibration.evidence.scoring import Comparison, ScoredRows, score
 from calibration.measurements import published
+from simulator.arrays import FloatArray
 from simulator.capacity import memory
-from simulator.codes import Kernel
+from simulator.codes import Kernel, Phase
 from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
 from simulator.hardware.library import load_hardware
@@ -25,26 +35,24 @@ from simulator.models.lower import lower
 from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.scenario import dense_seconds
+from simulator.prediction.serving import prefill_passes
 from simulator.prediction.table import speedups
 from simulator.pruning import prune
-from simulator.uncertainty.forward import ratio_half
+from simulator.uncertainty.forward import forward_passes, ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
 from simulator.units import parse_fraction
-from simulator.workload import Workload
+from simulator.workload import Workload, WorkloadBatch
 
-MISS = 0.10
-"""Relative error from which the likely reason is printed."""
-NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
-"""Generation assumed for serving runs whose version the source does not state."""
-NOT_USED: Mapping[str, int] = {
+MISS = 0.10  # relative error from which the likely reason is printed
+NO_VERSION: Mapping[str, str] = {"vllm": "v1"}  # generation of serving runs where the source does not state the version
+NOT_USED: Mapping[str, int] = {  # published end-to-end speedups that do not ship, by reason
     "GPU or batch not stated (LLM-Pruner, ShortGPT, FP8 2:4 in vLLM)": 11,
     "share of the attention computed not stated (MInference, A-Shape, InfLLM)": 51,
     "another batch for the pruned model, so no ratio at equal conditions (SliceGPT Table 11)": 2,
     "GPU without a profile (Quadro RTX 6000, RTX 5090 kernels)": 27,
     "not a language model (SAM)": 2,
 }
-"""Published end-to-end speedups that do not ship, by reason."""
 _SCALE = {"s": 1.0, "ms": 1e-3, "s/batch": 1.0}
 
 
@@ -149,9 +157,6 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
         return None
     w, hw = served
     (s,) = speedups(w, [w], hw)
-    assert s.dense_tpot_s is not None
-    assert s.dense_tpot_lower is not None
-    assert s.dense_tpot_upper is not None
     gpu = row["hardware"].partition("_")[0].upper()
     where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
@@ -191,3 +196,150 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     measured = float(row["dense_us"]) / float(row["pruned_us"])
     where = f"{row['gpu']}, {row['dtype']}"
     return _comparison(row, shape, where, measured, ratio, ratio / width, ratio * width)
+
+
+PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # of h0 and hs, s: a scheduler in Python
+OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
+INDEPENDENT_ROWS, FEWEST = 20.0, 10  # rows of a group that count as independent, and that it needs
+NO_HOST = ("trtllm",)  # engines with a compiled step, whose host time is hidden: 0, not fitted
+# Engines that compute all waiting prompts before they resume decoding: requests that arrive together wait for half of
+# the prompts on average. Not fitted.
+PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model on one GPU; times in s."""
+
+    concurrency: FloatArray
+    new_tokens: FloatArray
+    seq: FloatArray
+    step_s: FloatArray  # device time of a decode step of all requests
+    prefill_s: FloatArray  # device time of the prefills of all requests
+    pass_s: FloatArray  # device time until a prompt is computed, once its first pass starts
+    tpot_s: FloatArray  # measured
+    request_s: FloatArray  # measured
+
+    def request(self, h0: float, hs: float) -> FloatArray:
+        return np.asarray(self.prefill_s + self.new_tokens * (self.step_s + h0 + hs * self.concurrency))
+
+    def tpot(self, h0: float, hs: float, phi: float) -> FloatArray:
+        waits = (1.0 - phi) * (self.prefill_s - self.pass_s) / self.new_tokens
+        return np.asarray(self.step_s + h0 + hs * self.concurrency + waits)
+
+
+class HostParameters(NamedTuple):
+    """Host time per pass and per sequence in it, s, and the share of other prefills before a request's first token."""
+
+    each_pass_s: float
+    each_sequence_s: float
+    prefill_wait: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A group of runs whose model was held out of the fit, with its predicted times, s."""
+
+    engine: str
+    model: str
+    hardware: str
+    dtype: str
+    group: Group
+    tpot_s: FloatArray
+    request_s: FloatArray
+
+    @property
+    def experts(self) -> bool:
+        return load_model(self.model).experts > 0
+
+    @property
+    def request_error(self) -> float:
+        return score(ScoredRows(self.group.request_s, self.request_s))["median"]
+
+    @property
+    def ratio(self) -> FloatArray:
+        """Predicted over measured time per token."""
+        return self.tpot_s / self.group.tpot_s
+
+
+def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
+    """Return the scores of the times per token of some rows (default: all) of groups, and their number ("runs")."""
+    ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
+    return {**score(ScoredRows(np.ones(len(ratio)), ratio)), "runs": float(len(ratio))}
+
+
+@lru_cache(maxsize=1)
+def groups() -> Mapping[tuple[str, ...], Group]:
+    """Return the serving runs that fit their memory by engine, version, model, hardware and format of the weights, with
+    the predicted device times."""
+    runs: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+    for row in published("serving"):
+        served = None if row["left_out"] else serving_workload(row)
+        if served is None:
+            continue
+        w, hw = served
+        p = forward_passes(WorkloadBatch.of([w]), hw)
+        phase = p.workloads.groups.segment // 3
+        c, o, seq, tpot, ttft = (float(row[n]) for n in ("concurrency", "new_tokens", "seq", "tpot_s", "ttft_s"))
+        step, prefill = (float(p.group_s[0, phase == at].sum()) for at in (Phase.DECODE, Phase.PREFILL))
+        alone = prefill / min(float(prefill_passes(p.workloads)[0]), c)
+        key = (row["engine"], row["version"], row["model"], row["hardware"], row["weight_dtype"])
+        runs.setdefault(key, []).append((c, o, seq, step / o, prefill, alone, tpot, ttft + o * tpot))
+    return {key: Group(*np.array(values).T) for key, values in runs.items() if len(values) >= FEWEST}
+
+
+def fit_engine(engine: str, without: str = "") -> HostParameters:
+    """Return the parameters of an engine, fitted to its dense models except one, as experts are less certain."""
+    runs = [g for k, g in groups().items() if k[0] == engine and k[2] != without and not load_model(k[2]).experts]
+    return fit_hosts(engine, runs)
+
+
+def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
+    """Return the parameters of an engine, fitted to some groups."""
+    h0 = hs = 0.0
+    if engine not in NO_HOST:
+        prior = np.log(PRIOR)
+
+        def residuals(q: FloatArray) -> FloatArray:
+            out = [(q[:2] - prior) / PRIOR_LOG_SD, q[2:] / OFFSET_LOG_SD]
+            for group, offset in zip(runs, q[2:], strict=True):
+                log = np.log(group.request(*np.exp(q[:2])) / group.request_s) + offset
+                out.append(np.sqrt(INDEPENDENT_ROWS / len(log)) * log / NOISE_LOG_SD)
+            return np.concatenate(out)
+
+        h0, hs = np.exp(least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]).tolist()
+    if engine in PROMPTS_FIRST:
+        return HostParameters(h0, hs, PROMPTS_FIRST[engine])
+
+    def tpot_residuals(q: FloatArray) -> FloatArray:
+        return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
+
+    phi: Any = least_squares(tpot_residuals, [0.1], loss="soft_l1", f_scale=0.01, bounds=([0.0], [1.0])).x[0]
+    return HostParameters(h0, hs, float(phi))
+
+
+@lru_cache(maxsize=1)
+def held_out_models() -> tuple[HeldOut, ...]:
+    """Return every group, predicted with parameters fitted to the runs of other models."""
+    out, hosts = [], dict[tuple[str, str], HostParameters]()
+    for (engine, _, model, hardware, dtype), group in groups().items():
+        if (engine, model) not in hosts:
+            hosts[engine, model] = fit_engine(engine, without=model)
+        p = hosts[engine, model]
+        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p), group.request(*p[:2])))
+    return tuple(out)
+
+
+def host_lines() -> Iterator[str]:
+    """Yield the parameters of every engine, and its errors on held-out models."""
+    for engine in sorted({key[0] for key in groups()}):
+        p = fit_engine(engine)
+        host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
+        held_out = [x for x in held_out_models() if x.engine == engine]
+        error = ratio_scores([x for x in held_out if not x.experts])["median"]
+        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %"
+        for x in held_out:
+            tpot = ratio_scores([x])
+            errors = f"TPOT {100 * tpot['median']:.1f} % (bias {100 * tpot['median bias']:+.1f})"
+            runs = f"{x.model} {x.dtype} on {x.hardware}, {len(x.ratio)} runs"
+            yield f"  {runs}: {errors}, request {100 * x.request_error:.1f} %"

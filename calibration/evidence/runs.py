@@ -1,8 +1,5 @@
-"""The user's own result files of serving benchmarks, each predicted under its own conditions.
-
-What a file (:mod:`simulator.prediction.benchmarks`) does not state is that of :class:`Conditions`; a result whose
-conditions stay unknown is skipped with the reason.
-"""
+"""The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each predicted under its
+own conditions; a result whose conditions stay unknown is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -27,11 +24,8 @@ SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Conditions of results that do not state them; "" and None: not known.
-
-    ``model``, ``batch``, ``seq`` and ``new_tokens`` (decode steps; 0 is a prefill) are used only for results without
-    them; the other values replace those of the files.
-    """
+    """Conditions of results that do not state them ("" and None: not known). ``model``, ``batch``, ``seq`` and
+    ``new_tokens`` (decode steps; 0 is a prefill) are used for results without them; others replace those of files."""
 
     model: str = ""
     hardware: str = ""
@@ -62,7 +56,6 @@ class RunResult:
 
     @property
     def request(self) -> str:
-        """Return phase, batch and lengths as text."""
         new = f" + {self.new_tokens}" if self.new_tokens else ""
         return f"{self.phase}, {self.batch} x {self.seq:,}{new}"
 
@@ -76,10 +69,7 @@ class RunResult:
 
 
 def evaluate(folder: str | Path, given: Conditions) -> list[RunResult]:
-    """Return each result in the JSON files of a folder and its folders, next to its prediction.
-
-    Raises InputError for a folder without JSON files.
-    """
+    """Return each result in the JSON files of a folder and its folders, next to its prediction."""
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")

@@ -1,11 +1,8 @@
-"""The scorer of every set: errors, speedups of pairs, coverage of intervals. Scores are fractions.
-
-Use :func:`score` with :class:`ScoredRows`, or :func:`score_of` with :class:`Comparison` rows.
-"""
+"""The scorer of every set (errors, speedups of pairs, coverage of intervals, as fractions), and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +11,12 @@ from numpy.typing import NDArray
 from calibration.fit.errors import accuracy_of
 from simulator.arrays import FloatArray, IndexArray
 
+# Title, key of a score, and bounds (low, high] of each range of m for which errors are reported
 M_RANGES: tuple[tuple[str, str, float, float], ...] = (
     ("m <= 16", "m<=16", 0.0, 16.0),
     ("m 17-256", "m<=256", 16.0, 256.0),
     ("m > 256", "m>256", 256.0, np.inf),
 )
-"""Title, key of a score, and bounds (low, high] of each range of m for which errors are reported."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +52,10 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction."""
         return self.predicted / self.measured - 1.0
 
     @property
     def inside(self) -> bool:
-        """Whether the measured value lies in the predicted interval."""
         return self.lower <= self.measured <= self.upper
 
 
@@ -96,9 +91,8 @@ def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> 
 
 
 def score(p: ScoredRows) -> dict[str, float]:
-    """Return every score that the rows allow.
-
-    ``width`` is the median distance of the upper end from the prediction, ``half-width`` the geometric half-width."""
+    """Return every score that the rows allow; ``width`` is the median distance of the upper end from the prediction,
+    ``half-width`` the geometric half-width."""
     error = p.predicted / p.measured - 1.0
     ranges = [] if p.m is None else [(f" {key}", rows) for _, key, rows in m_ranges(p.m)]
     out = {**accuracy_of(error), "median bias": np.median(error)}
@@ -120,6 +114,11 @@ def score(p: ScoredRows) -> dict[str, float]:
 
 
 def score_of(rows: Sequence[Comparison]) -> dict[str, float]:
-    """Return :func:`score` of some comparisons."""
     values = np.array([(c.measured, c.predicted, c.lower, c.upper) for c in rows]).T
     return score(ScoredRows(*values))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> str:
+    """Return a Markdown table; the columns ``left`` align left, the others right."""
+    rule = ["---" if i in left else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -1,7 +1,4 @@
-"""The sets of evidence: which rows, what no fit saw of them, how they are predicted, and their targets.
-
-Use :func:`evaluate_sets` for the scores of :data:`SETS`, and :func:`against_targets` for the targets next to them.
-"""
+"""The sets of evidence: which rows, what no fit saw of them, how they are predicted and scored, and their targets."""
 
 from __future__ import annotations
 
@@ -14,36 +11,224 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
 
-from calibration.evidence.hosts import held_out_models, ratio_scores
-from calibration.evidence.measured import (
-    GROUPINGS,
-    MeasuredRows,
-    Row,
-    evaluate_baselines,
-    evaluate_table,
-    evaluate_updates,
-    row,
+from calibration.evidence.published import (
+    compare_dense,
+    compare_serving,
+    compare_speedups,
+    held_out_models,
+    ratio_scores,
 )
-from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.verdict import COVERAGE
-from calibration.fit.attention import calls_of
-from calibration.fit.experts import layers_of
-from calibration.fit.gemm import products_of
+from calibration.evidence.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
+from calibration.fit.attention import SHAPE, AttentionFit, calls_of, fit_attention
+from calibration.fit.errors import LEVEL, neighbours, pairs_along
+from calibration.fit.experts import PART_ROLES, layers_of
+from calibration.fit.gemm import GemmFit, fit_gemm, products_of
+from calibration.fit.local_update import update_profile
 from calibration.fit.predict import predict
+from calibration.fit.section import Fit, fit_section
+from calibration.fit.solver import HUBER
 from calibration.measurements import list_measurements, load_measurements, provenance, published
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
-from simulator.codes import ROLES, STACKS
-from simulator.errors import unknown
+from simulator.arrays import FloatArray, IndexArray
+from simulator.codes import ROLES, STACKS, formats_of
+from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
+from simulator.operators.attention import AttentionCalls
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVE_CONSTANTS
+from simulator.operators.experts import Layers
+from simulator.operators.gemm import Products
+from simulator.uncertainty.forward import ratio_half
+from simulator.uncertainty.posterior import posterior_of
+
+Row = dict[str, Any]
+
+# What is held out of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
+GROUPINGS: tuple[str, ...] = ("heads", "lengths")
+TEST_SHARE = 0.3
+COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
+MOST_ROWS, MOST_PAIRS = 3000, 4000  # held-out rows, and pairs of them, of an update; of more, a random sample
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """Rows of one operator in one table, their number format, and the profile with the datasheet of their device."""
+
+    data: Fit
+    hw: HardwareProfile
+    dtype: str = "bf16"
+
+    def pairs(self, by: str = "") -> IndexArray:
+        """Return pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): for GEMMs any size, for
+        experts their width or number, for attention the KV groups with their query heads ("heads") or the length."""
+        c = self.data.calls
+        if isinstance(c, Products):
+            return neighbours((c.m, c.n, c.k))
+        if isinstance(c, Layers):
+            same = [c.m, c.k, c.active, c.skew, c.part]
+            return np.concatenate([pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])])
+        assert isinstance(c, AttentionCalls)
+        g = c.geometry
+        if by == "lengths":
+            length = g.kv_len if c.phase == "decode" else g.q_len
+            return pairs_along(length, [g.batch, g.heads, g.kv_heads, g.head_dim])
+        if c.latent:
+            return pairs_along(g.heads, [g.batch, g.q_len, g.kv_len])
+        return pairs_along(g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim])
+
+    def take(self, rows: NDArray[Any]) -> MeasuredRows:
+        return replace(self, data=self.data.take(rows))
+
+    def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[MeasuredRows, MeasuredRows]:
+        """Hold out 30 % of the groups (of (n, k) of GEMMs, of models of experts, of "heads" or "lengths" of attention);
+        return ``size`` rows of the others at random (None: all), and every row of the groups held out."""
+        groups = self.data.groups(by)
+        count = int(groups.max()) + 1
+        order = np.random.default_rng(seed).permutation(count)
+        unseen = np.isin(groups, order[: round(TEST_SHARE * count)])
+        train = np.flatnonzero(~unseen)
+        if size is not None and size < len(train):
+            train = np.sort(np.random.default_rng(seed + 100).choice(train, size, replace=False))
+        return self.take(train), self.take(np.flatnonzero(unseen))
+
+    def records(self) -> Records:
+        c, columns = self.data.calls, dict[str, Any]()
+        dtype, weight = formats_of(self.dtype, self.hw.rates)
+        if isinstance(c, Products):
+            cold = np.isinf(c.copies)
+            columns = {"m": c.m, "n": c.n, "k": c.k, "cold": cold, "copies": np.where(cold, 0.0, c.copies)}
+            columns["weight_dtype"] = weight
+        elif isinstance(c, Layers):
+            columns = {name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")}
+            columns |= {"weight_dtype": weight, "cold": ~c.warm, "copies": c.warm, "role": PART_ROLES[c.part]}
+        elif isinstance(c, AttentionCalls):
+            g = c.geometry
+            columns = {name: getattr(g, name) for name in SHAPE}
+            columns |= {"cold": np.broadcast_to(g.warm, len(self.data)) == 0.0}
+            columns["n"] = 0.0 if g.value_dim is None else g.value_dim
+        columns |= {"operator": c.operator, "dtype": dtype, "seconds": self.data.seconds}
+        return Records.from_columns([Source("")], **columns)
+
+    def fit(self, *, seed: int = 0, prior: Section | None = None, fold_by: Sequence[str] = GROUPINGS) -> Section:
+        """Return the section fitted to all rows; ``prior`` applies to GEMMs, ``fold_by`` to attention."""
+        if isinstance(self.data, GemmFit):
+            return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
+        if isinstance(self.data, AttentionFit):
+            return fit_attention(self.data, self.hw.architecture, seed=seed, fold_by=fold_by).section
+        return fit_section(self.data, seed=seed).section
+
+    def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
+        """Return the device with one section, for use on the stack of the fit or (``same_stack`` false) another."""
+        return replace(self.hw.calibrated({(self.data.calls.operator, self.dtype): section}), same_stack=same_stack)
+
+    def timed(self, seconds: FloatArray, pairs: IndexArray) -> ScoredRows:
+        """Return the rows next to predicted times without intervals."""
+        c = self.data.calls
+        return ScoredRows(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
+
+    def predictions(self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False) -> ScoredRows:
+        """Return the rows next to times by a profile, under the rows' protocol (warm or cold weights); ``ratios``: with
+        intervals of the ratios of pairs."""
+        found, half = predict(self.records(), hw), None
+        if ratios and len(pairs) and found.uncertainty is not None:
+            smaller, larger = (found.uncertainty.take(side) for side in pairs.T)
+            half = ratio_half(smaller, larger, LEVEL, posterior_of(hw))
+        time = found.time
+        return replace(self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half)
+
+
+def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
+    """Return the scores of one method on one split of a table, with the number of training rows (0: none) and the
+    requested number ``rows`` (0: all)."""
+    return {"method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **names, **scores}
+
+
+def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
+    """Return the scores of a section on rows of its stack; of GEMMs also bias and coverage of the cold prediction, as
+    in a decoder, for rows with few tokens whose rotated weights take :data:`COLD_L2` times the L2 or more."""
+    hw, calls = table.profile(section), table.data.calls
+    out = score(table.predictions(hw, table.pairs(by), isinstance(calls, Layers)))
+    if isinstance(calls, Products):
+        machine = Machine.of(table.hw, table.dtype)
+        footprint = machine.weight_bytes * calls.n * calls.k * calls.copies
+        rows = (calls.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
+        if rows.any():
+            data = table.take(rows).data
+            cold = replace(data, calls=replace(calls.take(rows), copies=np.full(len(data), np.inf)))
+            found = score(replace(table, data=cold).predictions(hw, np.zeros((0, 2), dtype=np.intp)))
+            out |= {"cold bias": found["bias"], "cold coverage": found["coverage"]}
+    return out
+
+
+def evaluate_table(
+    table: MeasuredRows,
+    size: int | None,
+    seed: int,
+    by: str = "",
+    *,
+    prior: Section | None = None,
+    fold_by: Sequence[str] = GROUPINGS,
+) -> Row:
+    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups; ``prior``
+    and ``fold_by`` as in :meth:`MeasuredRows.fit`."""
+    train, test = table.train_test(size, seed, by)
+    section = train.fit(seed=seed, prior=prior, fold_by=fold_by)
+    return row("prunesim + prior" if prior else "prunesim", seed, len(train.data), evaluate(section, test, by))
+
+
+def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
+    """Return the scores of rooflines without a fit, and with two efficiencies, on the same rows of GEMMs. Simulators in
+    the style of GenZ use two efficiencies; here they are fitted by robust least squares in log time."""
+    train, test = table.train_test(size, seed)
+    machine = Machine.of(table.hw, table.dtype)
+
+    def parts(data: Fit) -> tuple[FloatArray, FloatArray]:
+        c = data.calls
+        assert isinstance(c, Products)
+        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+        return 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
+
+    def log_residual(logs: FloatArray) -> FloatArray:
+        compute, moved = parts(train.data) / np.exp(logs)[:, None]
+        return np.asarray(np.log(np.maximum(compute, moved)) - np.log(train.data.seconds))
+
+    a, b = np.exp(least_squares(log_residual, np.log([0.5, 0.5]), loss="soft_l1", f_scale=HUBER).x)
+    (compute, moved), pairs = parts(test.data), test.pairs()
+    baselines = {
+        "datasheet roofline": np.maximum(compute, moved),
+        "max(flop, bytes/0.8) + 3 us": np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
+        "two efficiencies (GenZ-style)": np.maximum(compute / a, moved / b),
+    }
+    return [row(name, seed, len(train.data), score(test.timed(s, pairs))) for name, s in baselines.items()]
+
+
+def evaluate_updates(
+    hw: HardwareProfile, tables: Mapping[str, MeasuredRows], sizes: Sequence[int], seed: int
+) -> list[Row]:
+    """Evaluate a profile on the test groups of the first table: as shipped, and updated with some of the training rows
+    of each table. The method of a row is the name of the table that updated the profile."""
+    rng, unseen = np.random.default_rng(seed + 50), next(iter(tables.values())).train_test(None, seed)[1]
+    test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
+    pairs = test.pairs()
+    pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
+    out = [row("as shipped", seed, 0, score(test.predictions(hw, pairs, ratios=True)))]
+    for size, (name, source) in ((size, item) for size in sizes for item in tables.items()):
+        records = source.train_test(size, seed)[0].records()
+        try:
+            updated = update_profile(hw, records).profile
+        except InputError:  # the defaults are off by more than an update accepts
+            continue
+        out.append(row(name, seed, size, score(test.predictions(updated, pairs, ratios=True)), rows=size))
+    return out
 
 
 @dataclass(frozen=True)
@@ -137,18 +322,24 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
                 groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
         for name, values in groups.items():
             of: Mapping[str, Any] = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}
-            one = float(of[t.of](values))
-            last, high = max(values) if t.of == "ends" else one, t.high
+            one, high = float(of[t.of](values)), t.high
+            last = max(values) if t.of == "ends" else one
             if isinstance(high, Mapping):
                 high = next((v for key, v in high.items() if name.startswith(key)), None)
-            about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(t.of, "")
-            many = f", {t.of} of {len(values)}{about}" if t.low is None and len(values) > 1 else ""
-            digits, range_ = 2 if t.low is None else 1, f" to {last:.1f}" if len(values) > 1 and t.of == "ends" else ""
-            wanted = "-" if high is None else f"<= {high:g}"
-            if t.low is not None and high is not None:
-                wanted = f"{t.low:g} to {high:g}" if high < 100.0 else f">= {t.low:g}"
+            wanted, measured, several = "-", f"{one:.{2 if t.low is None else 1}f}", len(values) > 1
+            if several and t.low is None:
+                about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(
+                    t.of, ""
+                )
+                name += f", {t.of} of {len(values)}{about}"
+            if several and t.of == "ends":
+                measured += f" to {last:.1f}"
+            if high is not None:
+                wanted = (
+                    f"<= {high:g}" if t.low is None else f"{t.low:g} to {high:g}" if high < 100 else f">= {t.low:g}"
+                )
             met = None if high is None else bool((t.low or 0.0) <= one and last <= high)
-            out.append(Criterion(name + many, wanted, f"{one:.{digits}f}{range_}", met))
+            out.append(Criterion(name, wanted, measured, met))
     return out
 
 
@@ -166,7 +357,6 @@ class TableChoice:
 
     @property
     def parts(self) -> tuple[str, str, str]:
-        """Device, operator and stack."""
         device, operator, stack = self.measurement.split("/")
         return device, operator, stack
 
@@ -184,12 +374,12 @@ class TableChoice:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def fitted(self) -> Section:
-        """Return the section fitted on every row."""
         return self.load().fit()
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def formats(self) -> frozenset[str]:
         """Return the number formats that are evaluated: of a shipped table, those that it was chosen for."""
-        found = _formats(self.measurement, self.wheel)
+        found = frozenset(_records(self.measurement, self.wheel).labels().astype(str))
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
 
@@ -199,11 +389,6 @@ def _records(measurement: str, wheel: Path | None) -> Records:
         return load_measurements(measurement)
     with open_wheel(wheel) as archive:
         return read_choice(archive, CHOICES[measurement])[0]
-
-
-@lru_cache(maxsize=64)
-def _formats(measurement: str, wheel: Path | None) -> frozenset[str]:
-    return frozenset(_records(measurement, wheel).labels().astype(str))
 
 
 GEMMS: Mapping[str, TableChoice] = {
@@ -221,11 +406,10 @@ GEMMS: Mapping[str, TableChoice] = {
 }
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
-UNLISTED = (
+UNLISTED = (  # operators and formats that are evaluated by datasheet alone
     "gemm bf16", "gemm fp8", "gemm fp8_block", "attention_prefill bf16", "attention_decode bf16", "mla_decode bf16",
     "experts bf16", "experts fp8_block",
 )  # fmt: skip
-"""Operators and formats that are evaluated by datasheet alone."""
 FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
 
 
@@ -262,15 +446,6 @@ def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableC
     return [(t, found.get(("gemm bf16", at)) if kind != "gemm bf16" else None) for (kind, at), t in found.items()]
 
 
-def by_datasheet(name: str) -> HardwareProfile:
-    """Return a GPU as if it had no tables: with the defaults of its architecture where another GPU of it was fitted,
-    else with those of no architecture."""
-    hw = datasheet(name)
-    kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
-    kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
-    return hw if kin - {name} else replace(hw, architecture="cdna3")
-
-
 def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
@@ -300,7 +475,11 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> 
 def _unlisted(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
     for table, others in unlisted_tables(o.wheel):
-        (device, operator, stack), hw = table.parts, by_datasheet(SOURCES[table.measurement].hardware)
+        (device, operator, stack), hw = table.parts, datasheet(SOURCES[table.measurement].hardware)
+        # as if it had no tables: the defaults of its architecture must come from another GPU of it
+        kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
+        kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
+        hw = hw if kin - {SOURCES[table.measurement].hardware} else replace(hw, architecture="cdna3")
         sources = {"posterior": table.load()} | ({} if others is None else {"other rows": others.load()})
         for seed in o.seeds if table.load().data.groups().max() > 0 else ():  # one group cannot be split
             for r in evaluate_updates(hw, sources, (20, 100), seed):
@@ -354,32 +533,31 @@ LEAST_BYTES = 1.6e7  # of published rows: below, the overhead of a call, about 4
 def _links(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of systems with tables, and of NVSwitch and A100 joined in pairs, whose rows another laboratory
     published; the defaults, which none of these rows set, predict the latter."""
-    tables: dict[str, tuple[HardwareProfile, list[Records]]] = {}
     for system, (name, *others) in LINKS.items():
-        hw = load_hardware(name)
-        names = [f"{system}/collective/{s}" for s in ("sglang", "trtllm", "vllm", "nccl")]
-        found = {name: load_measurements(name) for name in names if name in list_measurements()}
-        all_reduce = ROLES.index("all_reduce")  # of NCCL's, engines run their own
-        rows = [r.select(r.role != all_reduce) if name.endswith("nccl") else r for name, r in found.items()]
-        hw = _bare(hw.over(hw.link.name if hw.link else ""))
-        tables[system] = hw.calibrated({("collective", "*"): _mean_section(others)}, "held out"), rows
+        hw, rows = load_hardware(name), []
+        for table in (f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")):
+            if table in list_measurements():
+                r = load_measurements(table)
+                # of NCCL's, engines run their own all-reduce
+                rows.append(r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r)
+        hw = hw.over(hw.link.name if hw.link else "")
+        yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
     for system in ("a100_dgx", "a100_pairwise_nvlink"):
-        some = [r for r in published("collectives") if r["system"] == system]
+        some = [r for r in published("collectives") if r["system"] == system and float(r["bytes"]) >= LEAST_BYTES]
         n, devices, seconds = np.array([(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]).T
         columns = {"n": n, "batch": devices, "seconds": seconds, "role": ROLES.index("all_reduce")}
         records = Records.from_columns([Source("")], operator="collective", **columns)
-        hw = _bare(load_hardware(some[0]["hardware"]).over(some[0]["link"]))
-        tables[system] = hw, [records.select(n >= LEAST_BYTES)]
-    for system, (hw, rows) in tables.items():
-        times = [predict(r, hw).time for r in rows]
-        columns_ = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
-        measured = np.concatenate([r.seconds for r in rows])
-        scores = score(ScoredRows(measured, *columns_))
-        yield row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
+        yield _link(system, load_hardware(some[0]["hardware"]).over(some[0]["link"]), [records], {})
 
 
-def _bare(hw: HardwareProfile) -> HardwareProfile:
-    return replace(hw, sections={}, stacks={}, stack="", stacks_of="")
+def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: Mapping[Any, Section]) -> Row:
+    """Return the scores of rows, predicted with some sections instead of those of the profile."""
+    hw = replace(hw, sections={}, stacks={}, stack="", stacks_of="")
+    times = [predict(r, hw.calibrated(sections, "held out") if sections else hw).time for r in rows]
+    predicted = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
+    measured = np.concatenate([r.seconds for r in rows])
+    scores = score(ScoredRows(measured, *predicted))
+    return row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
 
 
 def _mean_section(names: Sequence[str]) -> Section:
@@ -404,10 +582,9 @@ def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOp
 def _serving(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
     for engine in ("vllm", "sglang", "trtllm"):
-        some = [x for x in held_out_models() if x.engine == engine and not x.experts]
-        scores, shipped = ratio_scores(some), score_of(compare_serving(engine, experts=False))
-        scores, rows = scores | {"coverage": shipped["coverage"]}, sum(len(x.ratio) for x in some)
-        yield row(engine, 0, 0, scores, rows, table="serving runs of held-out models", kind="serving")
+        scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
+        scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
+        yield row(engine, 0, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
 
 
 ERRORS = {  # median or mean errors, %
@@ -416,6 +593,7 @@ ERRORS = {  # median or mean errors, %
     "serving, sglang": 7.0, "serving, trtllm": 7.0,
 }  # fmt: skip
 LOW, HIGH = COVERAGE
+_SERVING = "serving, {method} ({rows})"
 TARGETS = (
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
@@ -435,9 +613,7 @@ TARGETS = (
     AccuracyTarget("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
     AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
     AccuracyTarget("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
-    AccuracyTarget(
-        "serving", "serving, {method} ({rows}), held-out dense model: time per token, median error", "median", ERRORS
-    ),
+    AccuracyTarget("serving", f"{_SERVING}, held-out dense model: time per token, median error", "median", ERRORS),
     AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
 )
 SETS: Mapping[str, EvidenceSet] = {
@@ -452,6 +628,5 @@ SETS: Mapping[str, EvidenceSet] = {
     "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), seeded=False),
     "serving": EvidenceSet("a model", _serving, seeded=False),
 }
-"""Every set by name."""
+# Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have
 WHOLE = ("collectives", "dense", "speedups", "serving")
-"""Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have."""

@@ -1,29 +1,47 @@
-"""A profile next to measurements: :func:`validate` predicts every record, :func:`summary` returns all scores."""
+"""A profile next to measurements: predictions of every record, their scores as data and as Markdown, and the verdict
+whether to use the profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.evidence.scoring import errors, m_ranges, speedups
+from calibration.evidence.scoring import errors, m_ranges, speedups, table
 from calibration.fit.errors import LEVEL, accuracy_of, neighbours
 from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.records.screening import work
-from calibration.records.timing_table import Records
+from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPES
+from simulator.display import few, markdown_text
 from simulator.errors import InputError
+from simulator.files.write import check_target, write_whole
 from simulator.hardware.profile import HardwareProfile
+from simulator.units import percent
 
-SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6
-"""Share of the datasheet bandwidth and fixed time of the rule of thumb max(FLOP / peak, bytes / (0.8 bandwidth)) + 3
-us."""
+if TYPE_CHECKING:
+    from calibration.fit.local_update import Updated
+    from calibration.fit.profile import ProfileFit
+
+SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6  # rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
 PAIRS = 200_000  # most pairs of rows for the speedups of a report; of more pairs, a random sample counts
+ENOUGH_TO_DRAW = 10  # rows that an operator needs for a figure
+ERRORS = ("mape", "median", "p95", "bias")
+ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
+USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"  # with the last one a command has the exit status 1
+LEAST_ROWS = 10  # held-out rows below which a profile is not recommended
+DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is for use with care, and not for use
+WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
+COVERAGE = (85.0, 95.0)  # target range of the coverage of 90 % intervals, of times and of ratios, %
+_COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
+_LONGER = "run the command again with a larger --budget"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +66,10 @@ class ReportPart:
 
     @property
     def name(self) -> str:
-        """Operator and format, used in headings and file names."""
         return f"{self.operator} {self.dtype}"
 
     @property
     def error(self) -> FloatArray:
-        """Predicted over measured time, less 1."""
         return self.predicted_s / self.measured_s - 1.0
 
 
@@ -71,11 +87,8 @@ class Report:
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
-    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all, and compare.
-
-    Rows without a valid time, or of an operator that the cost models or the device do not support, are counted in
-    ``skipped``. InputError, with the reasons, when no row can be predicted.
-    """
+    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all. Rows that cannot be
+    predicted are counted in ``skipped``; InputError, with the reasons, when no row can."""
     skipped: dict[str, int] = {}
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
@@ -168,3 +181,269 @@ def summary(report: Report) -> dict[str, Any]:
         "skipped": dict(report.skipped),
         "parts": [part_summary(part) for part in report.parts],
     }
+
+
+def number(value: Any, digits: int = 1) -> str:
+    """Return a fraction in percent for a table; a dash for none."""
+    return "-" if value is None or value != value else f"{100 * value:.{digits}f}"
+
+
+def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line per operator: errors of the model and of two baselines without a fit, speedups, coverage."""
+    header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
+    header += ["speedup median / p95 %", "Spearman", "coverage"]
+    rows = []
+    for p in parts:
+        e, s = p["errors"], p["speedup"]
+        status = "" if p["status"] == "calibrated" else f" ({p['status']})"
+        rank = s.get("spearman")
+        line = [f"{p['operator']} {p['dtype']}{status}" + (" *" if p["fitted_on_these_rows"] else ""), f"{p['rows']:,}"]
+        line += [number(e["mape"], 2), number(e["median"], 2), number(e["p95"]), number(e["bias"], 2)]
+        line += [number(p["roofline"]["mape"]), number(p["simple"]["mape"])]
+        line.append(f"{number(s.get('median'), 2)} / {number(s.get('p95'))}")
+        line.append("-" if rank is None or rank != rank else f"{rank:.3f}")
+        rows.append([*line, f"{number(p['coverage'][0]['coverage'])} %"])
+    return table(header, rows)
+
+
+def markdown(report: Report, figures: Mapping[str, str] | None = None, title: str = "") -> str:
+    """Return the report as Markdown; ``figures``: part ("gemm bf16") -> address of its image."""
+
+    def errors(values: Mapping[str, Any]) -> list[str]:
+        return [number(values.get(name), 2) for name in ERRORS]
+
+    data = summary(report)
+    about = markdown_text(f"Measured on {report.device}; software: {report.software}.")
+    lines = [f"# {markdown_text(title or f'Accuracy of {report.hardware}')}", ""]
+    lines += [f"{about} Errors are predicted over measured time less one, in percent.", ""]
+    lines += [_accuracy_table(data["parts"]), ""]
+    if any(p["fitted_on_these_rows"] for p in data["parts"]):
+        lines += ["\\* fitted on these rows; the errors on held-out shapes are below.", ""]
+    if data["skipped"]:
+        lines += [f"- {count} rows excluded: {markdown_text(reason)}" for reason, count in data["skipped"].items()]
+        lines.append("")
+    if held_out := data["held_out_when_fitted"]:
+        rows = [[name, *errors(values)] for name, values in held_out.items()]
+        lines += ["## Held-out shapes of the fit", "", table(["section", *ERROR_TITLES], rows), ""]
+    covered = f"coverage of the {100 * report.level:.3g} % interval, %"
+    for p in data["parts"]:
+        name = f"{p['operator']} {p['dtype']}"
+        lines += [f"## {name}", ""]
+        if "by_m" in p:
+            rows = [[m, f"{v['rows']:,}", *errors(v)] for m, v in p["by_m"].items()]
+            lines += [table(["m", "rows", *ERROR_TITLES], rows), ""]
+        rows = [[c["bottleneck"], f"{c['rows']:,}", number(c["coverage"]), number(c["width"])] for c in p["coverage"]]
+        lines += [table(["bottleneck", "rows", covered, "half-width %"], rows), ""]
+        if address := (figures or {}).get(name):
+            lines += [f"![{name}: predicted]({address})", "", "Predicted against measured time, and their ratio.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
+    """Write FILE.md and figures of its larger parts (PNG) in the same folder; return all files, the text last."""
+    from simulator.figures.measured import Cloud, scatter_figure
+    from simulator.figures.style import save_figure
+
+    target, written = check_target(path), dict[str, Path]()
+    for part in report.parts:
+        if len(part) >= ENOUGH_TO_DRAW:
+            written[part.name] = target.with_name(f"{target.stem}_{part.name.replace(' ', '_')}_predicted.png")
+            cloud = Cloud(part.name, part.measured_s, part.predicted_s, what="rows")
+            save_figure(scatter_figure([cloud]), written[part.name])
+    write_whole(target, markdown(report, {name: file.name for name, file in written.items()}, title).encode())
+    return (*written.values(), target)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether to use a profile, the reasons against it in a few words, and the sentences of the conclusion."""
+
+    verdict: str  # USE, PARTLY or DO_NOT_USE
+    sentences: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        return int(self.verdict == DO_NOT_USE)
+
+    def as_row(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "reasons": list(self.reasons)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of predictions and of datasheet rooflines on the same measurements, absolute and relative."""
+
+    name: str
+    rows: int
+    median: float
+    mean: float
+    roofline_median: float
+    roofline_mean: float
+    coverage: float
+    level: float
+
+    @property
+    def better(self) -> bool:
+        return self.median < self.roofline_median and self.mean < self.roofline_mean
+
+    @property
+    def covered(self) -> bool:
+        """Whether the coverage reaches its target, within two standard errors of as many rows at the level."""
+        deviation = math.sqrt(self.level * (1.0 - self.level) / self.rows)
+        return self.coverage >= min(COVERAGE[0] / 100.0, self.level - 2.0 * deviation)
+
+    @property
+    def holds(self) -> bool:
+        return self.better and self.covered
+
+    @property
+    def errors(self) -> str:
+        """The median error in words, unless only the mean is above that of a roofline."""
+        if self.median < self.roofline_median and not self.better:
+            return f"mean error {percent(self.mean)} (datasheet roofline {percent(self.roofline_mean)})"
+        return f"median error {percent(self.median)} (datasheet roofline {percent(self.roofline_median)})"
+
+    @property
+    def text(self) -> str:
+        target = "" if self.covered else f", target {COVERAGE[0]:.0f} %"
+        return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(self.level)} interval{target}"
+
+
+def verdict_of(
+    name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any, level: float = 0.9
+) -> Verdict:
+    """Return the verdict on predictions with intervals; all arrays have the shape of ``measured``."""
+    true = np.asarray(measured, dtype=np.float64)
+    error, baseline = (np.abs(np.asarray(x, dtype=np.float64) / true - 1.0) for x in (predicted, roofline))
+    inside = (np.asarray(lower) <= true) & (true <= np.asarray(upper))
+    middle, mean = (tuple(float(f(x)) for x in (error, baseline)) for f in (np.median, np.mean))
+    return Verdict(name, len(true), middle[0], mean[0], middle[1], mean[1], float(inside.mean()), level)
+
+
+def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
+    columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
+    values = {column[:-2]: np.concatenate([getattr(part, column) for part in parts]) for column in columns}
+    return verdict_of(name, **values, level=level)
+
+
+def verdicts(report: Report) -> list[Verdict]:
+    """Return the verdict on each part of a report."""
+    return [_of_parts(part.name, [part], report.level) for part in report.parts]
+
+
+def _whole(report: Report) -> Verdict:
+    """Return the verdict on operators with a fit of their own; a few rows of others must not decide on a profile."""
+    own = [part for part in report.parts if part.operator not in _COMPOSED]
+    return _of_parts("all", own or report.parts, report.level)
+
+
+def disturbed_share(records: Records) -> float:
+    """Return the share of measured times, except drift checks, that are disturbed: the process waited for a CPU, the
+    device throttled, or the interval is wider than :data:`WIDE_INTERVAL` (rows of tables have none)."""
+    kept = records.timed & (records.purpose != PURPOSES.index("drift_check"))
+    if not kept.any():
+        return 0.0
+    flagged = (records.flags & int(Flag.WAITED | Flag.THROTTLED)) != 0
+    return float((flagged | (records.spread > WIDE_INTERVAL))[kept].mean())
+
+
+def of_validation(report: Report) -> Judgement:
+    """Judge a profile by measurements: whether it holds on them, and where it is worst."""
+    found = verdicts(report)
+    every = _of_parts("all", report.parts, report.level)
+    failed = [v for v in found if not v.holds]
+    some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
+    holds = f"does not hold{some}" if failed else "holds"
+    out = [f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."]
+    if len(found) > 1:
+        worst = max(failed or found, key=lambda v: v.median)
+        out.append(f"Worst: {worst.name}, {worst.text}.")
+    if fitted := [part.name for part in report.parts if part.in_fit]:
+        out.append(f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the table.")
+    worse, narrow = [v.name for v in failed if not v.better], [v.name for v in failed if not v.covered]
+    causes = {"worse than a datasheet roofline": worse, "intervals too narrow": narrow}
+    reasons = [f"{cause}: {few(names)}" for cause, names in causes.items() if names]
+    if every.rows < LEAST_ROWS:
+        reasons.append(f"few rows: {every.rows}, expected at least {LEAST_ROWS}")
+    useless = not _whole(report).better or not any(v.better for v in found)
+    verdict = DO_NOT_USE if useless else PARTLY if reasons else USE
+    return Judgement(verdict, tuple(out), tuple(reasons))
+
+
+def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, useless: bool, narrow: bool) -> Judgement:
+    """Judge a new profile by its parts that err more than a datasheet roofline and by intervals that are too narrow."""
+    roofline = "worse than a datasheet roofline"
+    reasons: tuple[str, ...] = (f"{roofline}: {few(worse)}",) if worse else (roofline,) if useless else ()
+    if useless:
+        text = f"Do not use {profile}: it errs more than a datasheet roofline, {fact}; {remedy}."
+        return Judgement(DO_NOT_USE, (text,), reasons)
+    buts = [f"not for passes that spend most time in {few(worse)}, which is {roofline}"] if worse else []
+    if narrow:
+        buts.append("do not rely on its intervals, which are too narrow for its errors")
+        reasons += ("intervals too narrow",)
+    but = f", but {'; '.join(buts)}" if buts else ""
+    return Judgement(PARTLY if buts else USE, (f"Use {profile} as --hardware{but}: {fact}.",), reasons)
+
+
+def of_calibration(
+    report: Report | None, fit: Updated | None, folder: str | Path, hardware: str, disturbed: float = 0.0
+) -> Judgement:
+    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) against the profile before it;
+    ``disturbed`` is that of :func:`disturbed_share`."""
+    profile = Path(folder) / "profile.yaml"
+    if fit is not None and fit.fits:
+        update = of_update(fit, profile, hardware, _LONGER)
+        if update.status or report is None:
+            return with_disturbed(update, profile, disturbed)
+    if report is None:
+        text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
+    found, every = verdicts(report), _whole(report)
+    worse, fact = [v.name for v in found if not v.better], f"on {every.rows} held-out shapes, {every.text}"
+    useless = not every.better or len(worse) == len(found)
+    if every.rows < LEAST_ROWS and not useless:
+        text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {_LONGER}."
+        return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
+    judged = _judged(profile, fact, worse, _LONGER, useless, narrow=not every.covered)
+    return with_disturbed(judged, profile, disturbed)
+
+
+def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judgement:
+    """Return a judgement that takes into account the share of disturbed times."""
+    if judged.status or share <= DISTURBED_PARTLY:
+        return judged
+    fact = f"{percent(share)} of the times were disturbed by other processes or throttling"
+    reasons, idle = (*judged.reasons, f"machine busy: {fact}"), "measure again on an idle machine"
+    if share > DISTURBED_MOST:
+        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {idle}.",), reasons)
+    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {idle}."), reasons)
+
+
+def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:
+    """Judge a local update: the errors of its rows, each predicted from the others, against those before it."""
+    whole = fit.fits[-1]  # all rows, or the only operator
+    errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
+    based = f"of {whole.rows} rows, each predicted from the others"
+    if whole.error_after >= whole.error_before:
+        text = f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based}); {remedy}."
+        return Judgement(DO_NOT_USE, (text,), ("the rows do not improve the profile",))
+    inside = f"{percent(whole.inside_after)} in their 90 % interval"
+    return Judgement(USE, (f"Use {profile} as --hardware: {errors} {based}; {inside}.",))
+
+
+def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
+    """Judge a fit by the errors of its sections on held-out shapes against those of the roofline in ``report``."""
+    rows, many = sum(part.rows for part in fit.parts), f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}"
+    about = f"{many} of {fit.profile.name} fitted on {rows:,} rows"
+    known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
+    if not known:
+        text = f"Do not rely on {output} yet: {about}, too few for held-out shapes; fit more rows."
+        return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
+    best, worst = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+    ends = " to ".join(f"{percent(known[name])} ({name})" for name in dict.fromkeys((best, worst)))
+    fact = f"{about}; mean error on held-out shapes {ends}"
+    roofline = {v.name: v.roofline_mean for v in verdicts(report)}
+    worse = [name for name, error in known.items() if error >= roofline.get(name, math.inf)]
+    judged = _judged(output, fact, worse, "fit more rows", useless=len(worse) == len(known), narrow=False)
+    return with_disturbed(judged, output, disturbed)

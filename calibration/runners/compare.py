@@ -23,7 +23,7 @@ import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device
 from calibration.evidence.scoring import errors, spearman
-from calibration.evidence.verdict import verdict_of
+from calibration.evidence.validate import verdict_of
 from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration.evidence.pages import DOCS, filled
-from calibration.evidence.report import table
+from calibration.evidence.scoring import table
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, fewer_layers, settings_of
 from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
-from calibration.evidence.validate import Report, validate
-from calibration.evidence.verdict import disturbed_share
+from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
@@ -250,7 +249,7 @@ def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
     """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write profile and report."""
-    from calibration.evidence.report import write_markdown
+    from calibration.evidence.validate import write_markdown
 
     path = Path(folder)
     content = read_store(path / RECORDS)

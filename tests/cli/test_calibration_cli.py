@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli.measure import seconds
+from calibration.cli.calibrate import seconds
 from calibration.devices.protocol import LAYER_LAUNCHES, Description
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised

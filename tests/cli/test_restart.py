@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from calibration.cli.measure import MOST_RESTARTS, RESTARTS, restart_if_needed
+from calibration.cli.calibrate import MOST_RESTARTS, RESTARTS, restart_if_needed
 from calibration.measure.run import Counts, Outcome
 
 pytestmark = pytest.mark.quick

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simulator
-from calibration.evidence.claims import (
+from calibration.evidence.paper import (
+    BATCHES,
     FAILS,
     HOLDS,
     NOT_APPLICABLE,
@@ -27,10 +28,13 @@ from calibration.evidence.claims import (
     claim_outcomes,
     compare_family,
     decided,
+    equal_depths,
     in_order,
+    kernel_charts,
     order_outcome,
+    outside_gemms,
+    table_2,
 )
-from calibration.evidence.paper import BATCHES, equal_depths, kernel_charts, outside_gemms, table_2
 from simulator.arrays import FloatArray
 from simulator.cli import run
 from simulator.prediction.pareto import Front, Point, bands, frontier, marked
@@ -136,12 +140,12 @@ def comparisons(family: str = "depth", sparsities: Sequence[float] = (0.25, 0.5)
 
 def test_a_family_meets_every_other_at_its_own_sparsity() -> None:
     c = comparisons()
-    for i, m in enumerate(c.models):
-        own = c.models[c.own[i]]
-        assert (own.family, own.sparsity) == ("depth", m.sparsity)
-        assert c.competes[i] == (m.family != "depth")
-        assert c.difference[0, i] == pytest.approx(np.log(own.speedup.speedup / m.speedup.speedup), abs=1e-12)
-        shares = own.share - m.share, own.share - 1.0  # closer than the other, or at its bound
+    for i, (family, sparsity) in enumerate(c.models):
+        own = c.own[i]
+        assert c.models[own] == ("depth", sparsity)
+        assert c.competes[i] == (family != "depth")
+        assert c.difference[0, i] == pytest.approx(np.log(c.speedups[own].speedup / c.speedups[i].speedup), abs=1e-12)
+        shares = c.share[own] - c.share[i], c.share[own] - 1.0  # closer than the other, or at its bound
         assert any(c.difference[1, i] == pytest.approx(gap, abs=1e-9) for gap in shares)
     assert np.isinf(c.margin[:, ~c.competes]).all()
 
@@ -188,7 +192,7 @@ def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     for family in dict.fromkeys(family for family, _ in timed):
         c = compare_family(family, dense, pruned, hw)
         for i in np.flatnonzero(c.difference[0] >= np.maximum(c.half_width[0], 1e-9)):
-            measured = timed[family, c.models[i].sparsity] / timed[c.models[i].family, c.models[i].sparsity]
+            measured = timed[family, c.models[i][1]] / timed[c.models[i]]
             right, wrong = right + (measured > 1.0), wrong + (measured < 0.99)  # it repeats within 1 %
     assert right >= 30
     assert wrong <= 0.1 * right
@@ -222,21 +226,22 @@ def test_families_come_in_the_published_order_where_it_is_clear() -> None:
 
 def test_equal_depths_are_those_of_batch_one() -> None:
     found = equal_depths()
-    assert {e.family for e in found} == {"low_rank", "width", "width_cross", "dynamic_depth"}
+    assert {e["family"] for e in found} == {"low_rank", "width", "width_cross", "dynamic_depth"}
     for e in found:
-        assert abs(e.batch_1 - e.published) < 0.04, e
-        assert 0.0 < e.mean < 1.0
+        assert abs(e["batch_1"] - e["published"]) < 0.04, e
+        assert 0.0 < e["mean"] < 1.0
 
 
 def test_what_lies_outside_gemms_grows_with_dynamic_depth() -> None:
-    found = {(g.family, g.phase): g for g in outside_gemms()}
+    found = {(g["family"], g["phase"]): g for g in outside_gemms()}
     decode = found["dynamic_depth", "decode"]
-    assert min(decode.by_batch) < decode.published < max(decode.by_batch)
-    assert found["dynamic_depth", "prefill"].by_batch[0] > 1.25
+    assert min(decode["by_batch"]) < decode["published"] < max(decode["by_batch"])
+    assert found["dynamic_depth", "prefill"]["by_batch"][0] > 1.25
 
 
 def test_kernel_charts_are_explained_by_the_kernels_of_the_families() -> None:
-    errors = {(c.part, c.size, c.published): c.error for c in kernel_charts()}
+    charts = kernel_charts()
+    errors = {(c["part"], c["size"], c["published"]): c["predicted"] / c["published"] - 1 for c in charts}
     assert len(errors) == 23
     explained = {key: e for key, e in errors.items() if key[:2] not in OTHER_KERNELS | FUSED_AND_SMALL}
     assert len(explained) == 15

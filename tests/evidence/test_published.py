@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.evidence import hosts
+from calibration.evidence import published as hosts
 from calibration.evidence.pages import engine_tables, filled, loads_table
 from calibration.evidence.published import MISS, compare_dense, compare_gemms, compare_serving, compare_speedups
 from calibration.evidence.scoring import Comparison, score_of

@@ -10,10 +10,22 @@ import numpy as np
 import pytest
 
 from calibration.evidence.__main__ import main
-from calibration.evidence.measured import MeasuredRows, evaluate, evaluate_baselines, evaluate_table, evaluate_updates
 from calibration.evidence.pages import accuracy_page, columns_of_table, filled
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.sets import ATTENTION, GEMMS, SetOptions, against_targets, evaluate_sets, means, stack_pairs
+from calibration.evidence.sets import (
+    ATTENTION,
+    GEMMS,
+    MeasuredRows,
+    SetOptions,
+    against_targets,
+    evaluate,
+    evaluate_baselines,
+    evaluate_sets,
+    evaluate_table,
+    evaluate_updates,
+    means,
+    stack_pairs,
+)
 from calibration.fit.attention import AttentionFit
 from calibration.fit.gemm import GemmFit, products
 from calibration.measurements.wheel import datasheet

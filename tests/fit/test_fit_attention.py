@@ -12,8 +12,7 @@ import pytest
 from operator_times import decode_time, prefill_time
 
 from calibration.build_profiles import rtx_tables
-from calibration.evidence.measured import evaluate_table
-from calibration.evidence.sets import TableChoice
+from calibration.evidence.sets import TableChoice, evaluate_table
 from calibration.fit.attention import AttentionFit, calls_of, fit_attention
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import FittedPart

@@ -11,8 +11,7 @@ from operator_times import elementwise_time
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice
-from calibration.evidence.report import markdown
-from calibration.evidence.validate import validate
+from calibration.evidence.validate import markdown, validate
 from calibration.fit.kernels import fit_sparse24
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile

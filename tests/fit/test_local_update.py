@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.cli.rows import load_rows
+from calibration.cli.fit import load_rows
 from calibration.devices.protocol import LAYER_LAUNCHES, Operator
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.predict import LaunchTime, parts_of, predict

@@ -9,8 +9,8 @@ import pytest
 from operator_times import elementwise_time
 
 from calibration.build_profiles import rtx_tables
-from calibration.evidence.measured import MeasuredRows
 from calibration.evidence.scoring import ScoredRows, score
+from calibration.evidence.sets import MeasuredRows
 from calibration.fit.section import fit_section
 from calibration.fit.transfers import ElementwiseFit
 from simulator.codes import ROLES, role_code
