@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -162,52 +161,6 @@ def problems(capability: int, case: Case, f: Figures) -> list[str]:
     return found
 
 
-TITLES = {"_gathered": "gather_gemm", "_columns": "grouped_columns", "_features": "grouped_features",
-          "_rms_norm": "rms_norm", "_rotary": "rotary", "_gated": "silu x mul"}  # fmt: skip
-HEADER = """# Compiled kernels
-
-Each Triton kernel of the measuring side, compiled for six GPUs by Triton {triton} and the ptxas in its wheel, without a
-GPU. No kernel has been timed here. The tests of
- `tests/devices/test_compiled_kernels.py` assert the limits.
-
-{missing}A case is a tile that the kernel's wrapper can choose (`calibration/devices/skipping.py`), in bf16, fp16,
-fp32 and tf32, with and without optional operands. Its sizes and pointers are multiples of 16 (*all*), only the rows of
-the operands are (*rows*), or none is (*none*).
-
-- Shared memory: the largest per thread block, and its limit (CUDA C++ Programming Guide, compute capabilities).
-- Registers: the largest per thread; the limit is {registers}.
-- Stack: the largest bytes of spilled registers per thread; the limit is {stack}.
-- Buffers: the fewest in shared memory per operand of the loop, in cases that can copy in the background: two overlap a
-  copy with the products. Not in 16-bit rows without alignment (*none*), because `cp.async` copies at least 4 bytes;
-  these load through registers, in smaller tiles.
-
-| GPU | kernel | cases | shared memory, KiB | registers | stack, bytes | buffers |
-| --- | --- | --- | --- | --- | --- | --- |
-"""
-
-
-def page(done: Sequence[tuple[int, Case, Figures]]) -> str:
-    """Return the page of the figures of compiled cases; it says how many are missing."""
-    lines, every = [], Counter(case.kernel for case in cases())
-    for capability, kernel in product(SHARED_KB, TITLES):
-        rows = [(case, f) for arch, case, f in done if (arch, case.kernel) == (capability, kernel)]
-        if not rows:
-            continue
-        buffers = [min(f.buffers, default=0) for case, f in rows if case.prefetched]
-        shared = f"{max(f.shared for _, f in rows) / 1024:.1f} of {SHARED_KB[capability]}"
-        registers, stack = max(f.registers for _, f in rows), max(f.stack for _, f in rows)
-        fewest = str(min(buffers)) if buffers else "no loop"
-        count = str(len(rows)) if len(rows) == every[kernel] else f"{len(rows)} of {every[kernel]}"
-        lines.append(f"| sm_{capability} | {TITLES[kernel]} | {count} | {shared} | {registers} | {stack} | {fewest} |")
-    left = len(SHARED_KB) * every.total() - len(done)
-    missing = f"**Incomplete**: {left} of {left + len(done)} cases are not compiled yet.\n\n" if left else ""
-    return (
-        HEADER.format(triton=version("triton"), registers=REGISTERS, stack=STACK, missing=missing)
-        + "\n".join(lines)
-        + "\n"
-    )
-
-
 def _compiled(case: Case, capability: int) -> Figures:
     """Compile a case; runs in the child."""
     from importlib import import_module
@@ -253,27 +206,16 @@ def _child(cache: Path, asked: Iterable[Any]) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel and write the page of their figures.")
-    parser.add_argument("-o", dest="output", type=Path, help="write the figures to this Markdown file")
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel for six GPUs and print its figures.")
     parser.add_argument("--cache", type=Path, default=ROOT / ".pytest_cache" / "d" / "compiled_kernels")
-    parser.add_argument("--cached", action="store_true", help="compile nothing: only what the cache holds")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         _child(options.child, json.load(sys.stdin))
         return
     wanted = [(capability, case) for capability in SHARED_KB for case in cases()]
-    if options.cached:
-        wanted = [(capability, case) for capability, case in wanted if _path(options.cache, case, capability).is_file()]
-    done = [(*pair, f) for pair, f in zip(wanted, figures(wanted, options.cache), strict=True)]
-    for capability, case, f in done:
-        for problem in problems(capability, case, f):
-            print(f"sm_{capability} {case}: {problem}")
-    if options.output:
-        options.output.parent.mkdir(exist_ok=True)
-        options.output.write_text(page(done), encoding="utf-8")
-    else:
-        print(page(done))
+    for (capability, case), f in zip(wanted, figures(wanted, options.cache), strict=True):
+        print(f"sm_{capability} {case}: {f}", *problems(capability, case, f), sep="\n  ")
 
 
 if __name__ == "__main__":

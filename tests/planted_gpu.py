@@ -55,12 +55,9 @@ L2_BYTES = 4 * 2**20
 # fmt: off
 GPUS: Mapping[str, Gpu] = {
     "H100": Gpu("NVIDIA H100 80GB HBM3", 132, (9, 0), 85e9, 1.98e9, 700.0, 690e12, 3.0e12),
-    "A100": Gpu("NVIDIA A100-SXM4-80GB", 108, (8, 0), 85e9, 1.41e9, 400.0, 260e12, 1.75e12),
     "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", 128, (8, 9), 25e9, 3.1e9, 450.0, 150e12, 0.93e12),
     "A100 3g.40gb": Gpu("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 42, (8, 0), 42e9, 1.41e9, 400.0, 100e12,
                         0.87e12, mig=True),
-    "RTX 4090 Laptop": Gpu("NVIDIA GeForce RTX 4090 Laptop GPU", 76, (8, 9), 17e9, 2.6e9, 150.0, 65e12,
-                           0.52e12),
     "B200": Gpu("NVIDIA B200", 148, (10, 0), 190e9, 1.965e9, 1000.0, 1700e12, 7.0e12),
 }
 # fmt: on

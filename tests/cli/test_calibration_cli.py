@@ -105,24 +105,6 @@ def test_removed_commands_name_their_replacements(cli: Any, monkeypatch: pytest.
     assert "No such option" in cli.refused("hardware list --new")
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("m,n,latency_us\n8,64,2\n", "column k is missing"),
-        ("m,n,k,dtype,latency_us\n8,64,64,bf16,nan\n8,64,64,bf16,0\n", "no usable row"),
-        ("m,n,k,dtype,latency_us\n8192,8192,8192,bf16,1\n", "faster than the arithmetic peak"),
-        ("m,n,k\n8,64,64\n", "expected one column of times"),
-        ("", "expected a header, and rows"),
-    ],
-)
-def test_bad_tables_are_refused_and_nothing_is_written(text: str, reason: str, cli: Any) -> None:
-    Path("t.csv").write_text(text)
-    line = cli.refused("fit t.csv -o o.yaml --hardware h100")
-    assert reason in line
-    assert "t.csv" in line
-    assert files() == {"t.csv"}
-
-
 def test_fit_then_validate(cli: Any) -> None:
     table("r.parquet")
     (fitted,) = cli.json("fit r.parquet -o q.yaml --hardware h100")

@@ -6,7 +6,6 @@ import configparser
 import csv
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -19,7 +18,6 @@ import typer
 
 import simulator
 from simulator.cli import render
-from simulator.cli import speedup as speedup_command
 from simulator.cli.program import COMMANDS, GROUP, program
 from simulator.engines.engine import list_engines
 
@@ -46,41 +44,30 @@ speedup llama-3.1-8c --hardware h100                                 | did you m
 @ --family depht                                                     | did you mean depth
 @ --method shortgtp                                                  | did you mean shortgpt
 @ --method shortgpt --family depth                                   | give no family or option with it
-@ --method shortgpt --option unit=mlp                                | give no family or option with it
 @ --method llm-pruner --sparsity 0.9                                 | less than 0.812, as it prunes 26 of 32 layers
 methods shortgtp                                                     | did you mean shortgpt
 explain llama-3.1-8b --hardware h100                                 | expected a pruning to explain, such as
 explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2
 @ --sparsity 1.0                                                     | sparsity 1: expected a fraction in [0, 1)
-@ --sparsity -0.1                                                    | sparsity -0.1: expected a fraction in [0, 1)
 @ --sparsity 25                                                      | for 25 % write 0.25
 @ --sparsity nan                                                     | expected a fraction such as 0.25 or 25%
-@ --sparsity a                                                       | --sparsity 'a': expected a fraction such as 0.25
 @ --sparsity 0.1,,0.5                                                | separated by single commas
 @ --family semi_structured --sparsity 0.25                           | 0.5
-@ --family semi_structured --sparsity 0.25,0.5                       | 0.5
 @ --batch 0                                                          | batch 0: expected a whole number from 1
-@ --batch 1.5                                                        | --batch '1.5': expected a whole number
-@ --seq 0                                                            | seq 0: expected a whole number from 1
 @ --phase prefill --seq 2147483647 --batch 64                        | expected at most
 @ --phase prefil                                                     | did you mean prefill
-@ --phase generate --new-tokens 0                                    | new tokens 0
 @ --engine graph                                                     | engine 'graph' is unknown
 @ --engine no/such.yaml                                              | no/such.yaml:1:1: file: cannot be read
 @ --family semi_structured --sparsity 0.5                            | vllm has no 2:4 kernels; these engines have
 @ --dense-time 18.6                                                  | --dense-time '18.6': expected a time such as
 @ --dense-time -1ms                                                  | dense time: expected a positive time
 @ --dense-time 18ms --batch 1,2                                      | expected one batch, got 2
-@ --dense-time 18ms --engine vllm,hf                                 | expected one engine, got 2
-@ --dense-tokens-per-s 0                                             | tokens per second 0
 @ --phase serve --batch 8 --seq 128 --new-tokens 0                   | new tokens 0
 @ --dtype bf17                                                       | did you mean bf16
-@ --weight-dtype int5                                                | did you mean int
 @ --devices 0                                                        | devices 0
 @ --devices 2 --parallel data                                        | parallel 'data' is unknown
 @ --figure x.jpg | x.jpg: expected a name that ends in .pdf, .svg or .png
 @ --figure no/such/x.pdf                                             | folder no/such does not exist
-@ --csv no/such/x.csv                                                | folder no/such does not exist
 @ --csv x.csv --json                                                 | expected one of them
 @ --option inner=8810                                                | options belong to a family
 @ --family width --option inner                                      | expected NAME=VALUE
@@ -89,24 +76,19 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --family width --option inner=3 --option inner=4                   | given twice
 @ --dtype int4                                                       | int4
 speedup llama-3.1-8b --hardware a100 --dtype fp8                     | a100_sxm_80gb has no fp8
-@ --devices 7                                                        | devices 7
 @ --link pcie                                                        | --link: expected with --devices of at least 2
 @ --devices 2 --link pci                                             | link 'pci' is unknown
 @ --devices 2 --link bridge                                          | h100_sxm has no such connection; expected one of
 speedup no/such/config.json --hardware h100                          | no/such/config.json
 speedup llama-3.1-8b --hardware no/such.yaml                         | no/such.yaml
-@ --family depth,width,semi_structured --sparsity 1.5                | expected a fraction in [0, 1)
 explain llama-3.1-8b --hardware h100 --family all --sparsity 0.3     | one family
-explain llama-3.1-8b --hardware h100 --family depth,width --sparsity 0 | one family
 explain llama-3.1-8b --hardware h100 --family width --sparsity x=0.3 | x
 gemm 0 1 1 --hardware h100                                           | M 0: expected a whole number
 gemm 1 1 99999999999 --hardware h100                                 | K 99999999999: expected a whole number
-gemm 1 one 1 --hardware h100                                         | N 'one': expected a whole number
 gemm 1 1 1 --hardware h100 --dtype float                             | dtype 'float' is unknown
 gemm 1 1 --hardware h100                                             | Missing argument 'K'
 gemm 1 1 1                                                           | Missing option '--hardware'
 models show llama-9                                                  | llama
-models show llama-2-7b --batch 0                                     | batch 0
 hardware show hundred                                                | 'hundred' is unknown
 hardware                                                             | Missing command
 predict                                                              | No such command 'predict'
@@ -117,12 +99,6 @@ predict                                                              | No such c
 @pytest.mark.parametrize(("line", "says"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")])
 def test_bad_input_is_one_line_and_status_2(line: str, says: str, cli: Any) -> None:
     assert says in cli.refused(re.sub("^@", SPEEDUP, line))
-
-
-def test_a_config_without_a_needed_key_is_one_line(cli: Any) -> None:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 16}
-    Path("config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
-    assert re.search("config.json.*hidden_size", cli.refused("speedup config.json --hardware h100"))
 
 
 @pytest.mark.quick
@@ -151,13 +127,6 @@ def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.
     _, err = cli(SPEEDUP, 1)
     assert err.count("\n") == 1
     assert "ZeroDivisionError: planted" in err
-
-
-@pytest.mark.quick
-def test_json_is_written_in_one_place() -> None:
-    files = [path for folder in ("simulator", "calibration") for path in (ROOT / folder / "cli").glob("*.py")]
-    writers = {path.name for path in files if "json.dump" in path.read_text(encoding="utf-8")}
-    assert writers == {"render.py"}
 
 
 def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> None:
@@ -200,31 +169,11 @@ def test_csv_keeps_every_digit(cli: Any) -> None:
     assert cli.out(f"{line} --csv -") == Path("out.csv").read_text()
 
 
-def test_a_combination_a_family_does_not_support_is_left_out_with_a_note(cli: Any) -> None:
-    out, err = cli(f"{SPEEDUP} --engine reference --json")
-    records = json.loads(out)
-    assert {r["sparsity"] for r in records if r["family"] == "semi_structured"} == {0.5}
-    assert len({r["family"] for r in records}) == 11
-    (line,) = [line for line in err.splitlines() if "semi_structured" in line]
-    assert line.startswith("note: ")
-    assert "0.1, 0.25" in line
-
-
 def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
     out, err = cli("speedup llama-3.1-70b --hardware h100 --family depth --memory")
     assert "too large" in out
     assert "llama-3.1-70b" in err
     assert "too large" not in cli.out("speedup llama-3.1-8b --hardware h100 --family depth --memory")
-
-
-def test_an_assumed_connection_is_noted_unless_it_is_named(cli: Any) -> None:
-    line = "speedup llama-3.1-8b --hardware a6000 --family depth --phase prefill --batch 8 --devices 2"
-    assert "a6000: its devices are assumed to have pcie4 with peer access" in cli(line)[1]
-    assert "are assumed to have" not in cli(f"{line} --link bridge")[1]
-    explained = cli(f"{line.replace('speedup', 'explain')} --sparsity 0.25")[1]
-    assert "are assumed to have" in explained
-    shown = cli.out("hardware show a6000")
-    assert "pcie4 with peer access, 32.0 GB/s one way, 1.60 us; others with --link: bridge, pcie-host" in shown
 
 
 @pytest.mark.parametrize("available", [60, 80, 100, 120, 200])
@@ -236,50 +185,6 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
     assert "…" not in out
     for name in ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "sparse_attention", "kv_cache"):
         assert name in out
-
-
-@pytest.mark.quick
-def test_narrow_layouts_lose_columns_not_devices() -> None:
-    table = simulator.table(["llama-3.1-8b"], ["a100", "h100"], ["depth"], [0.25])
-    layouts = list(speedup_command.speedup_layouts(table.rows))
-    widths = [render.table_width(columns) for columns in layouts]
-    assert widths == sorted(widths, reverse=True)
-    titles = [" ".join(column.title for column in columns) for columns in layouts]
-    assert all("h100_sxm" in row and "a100_sxm_80gb" in row for row in titles)
-
-
-def test_an_odd_inner_width_is_slower_than_its_aligned_neighbour_and_explain_says_alignment(cli: Any) -> None:
-    line = "explain llama-2-7b --family width --sparsity 0.2 --hardware a100,h100,4090 --option inner="
-    odd, aligned = cli.json(f"{line}8810"), cli.json(f"{line}8816")
-    assert len(odd) == 3
-    for slow, fast in zip(odd, aligned, strict=True):
-        assert slow["pruned_s"] > fast["pruned_s"], slow["hardware"]
-        assert "alignment" in slow["conclusion"]
-        assert "alignment" not in fast["conclusion"]
-
-
-@pytest.mark.quick
-def test_the_steps_of_explain_multiply_to_the_speedup_and_one_sentence_begins_it(cli: Any) -> None:
-    (record,) = cli.json("explain llama-3.1-8b --family dynamic_depth --sparsity 0.3 --hardware h100")
-    steps = [step["factor"] for step in record["waterfall"]]
-    assert math.prod(steps) == pytest.approx(record["speedup"], rel=1e-12)
-    assert steps[0] == pytest.approx(1 / 0.7)
-    out = cli.out("explain llama-3.1-8b --prune 'width attention=0.25 mlp=0.5' --hardware h100")
-    assert out.startswith("width attention=0.25 mlp=0.5 (45.2 % removed) of llama-3.1-8b: nominal 1.82x, predicted 1.")
-    assert " ".join(out.partition("\n\n")[0].split()).endswith(").")
-    assert "on h100_sxm in vllm (decode, batch 1, seq 2048), memory-bound; losses: " in " ".join(out.split())
-
-
-def test_gemm_prints_steps_that_end_at_its_time(cli: Any) -> None:
-    line = "gemm 1,2048 4096 4096 --hardware a100,h100"
-    records = cli.json(line)
-    cases = [(m, hardware) for hardware in ("a100_sxm_80gb", "h100_sxm") for m in (1, 2048)]
-    assert [(r["m"], r["hardware"]) for r in records] == cases
-    for r in records:
-        assert list(r["steps_s"]) == ["roofline", "tile", "wave", "alignment", "kernel", "launch"]
-        assert r["steps_s"]["launch"] == r["seconds"]
-        assert r["lower_s"] < r["seconds"] < r["upper_s"]
-    assert cli.out(f"{line} --explain").count("effect") == 4
 
 
 def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
@@ -328,14 +233,6 @@ def test_methods_are_listed_and_predicted_under_their_names(
     assert max(len(row) for row in out.splitlines() if not re.search(r"batch 1|interval;", row)) <= available
     assert out.count("\nminitron-width ") == 6  # answer, speedups, serving, memory, parts, will it run
     assert "sheared-llama at 60 % (width_cross+width)" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
-
-
-@pytest.mark.quick
-def test_a_method_with_a_budget_says_where_its_sparsity_comes_from(cli: Any) -> None:
-    lines = dict(line.split(":", 1) for line in cli.out("methods snapkv-1024").splitlines() if ":" in line[:12])
-    assert lines["sparsities"].strip() == "follow from the length: it keeps 1,024 tokens; give no --sparsity"
-    assert "Mistral-7B" in lines["models"]
-    assert "see the paper" in cli.out("methods slicegpt")
 
 
 @pytest.mark.quick

@@ -215,21 +215,6 @@ def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_script_runs_end_to_end_in_simulated_time(tmp_path: Path) -> None:
-    model, out = tmp_path / "config.json", tmp_path / "run"
-    model.write_text(TINY)
-    settings = {"DEVICE": "replay:planted", "MODEL": str(model), "SEQ": "64", "BUDGET": "60"}
-    done = run(tmp_path, "-m simulator.cli", **settings, PYTHON=python(tmp_path))
-    assert done.returncode == 0, f"{done.stdout}\n{(out / 'log.txt').read_text()[-3000:]}"
-    assert done.stdout.count("skipped, because a replayed device cannot run a model") == 4
-    bounds = list(csv.DictReader((out / "bf16" / "upper_bound.csv").read_text().splitlines()))
-    assert all(float(row["measured_bound"]) > 0 for row in bounds)
-    for dtype in ("bf16", "fp16"):
-        assert load_hardware(out / dtype / "profile.yaml").section("gemm", dtype).status == "calibrated"
-        assert f"run/{dtype}/records.jsonl" in packed(tmp_path)
-
-
-@pytest.mark.slow
 def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     model, out = tmp_path / "config.json", tmp_path / "run"

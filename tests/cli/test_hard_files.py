@@ -19,7 +19,6 @@ import numpy as np
 import numpy.testing  # some versions start lscpu when they are imported, before the guard listens
 import pytest
 
-import simulator
 from calibration.records.importers import import_table
 from simulator.errors import InputError
 from simulator.files import csv as csv_table
@@ -231,8 +230,3 @@ def test_a_file_that_grows_is_read_up_to_the_bound(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="larger than 1e-05 MB"):
         readfile.read_bounded(tmp_path / "t", 10)
     assert readfile.read_bounded(tmp_path / "t", 11) == b"x" * 11
-
-
-def test_a_small_weight_of_too_many_features_is_refused() -> None:
-    with pytest.raises(InputError, match="n: expected whole numbers from 1 to 2147483647"):
-        simulator.gemm_time(1, 2**31, 8, simulator.load_hardware("h100"))

@@ -26,6 +26,7 @@ WRITERS = {
     "csv": f"{DEPTH} --csv out/s.csv",
     "figure": f"{DEPTH} --figure out/s.pdf",
     "figures": "figures llama-3.1-8b --only speedup --hardware h100 --format png -o out",
+    "report": f"report {DEPTH.split(' ', 1)[1]} -o out/r.html",
     "sweep": "sweep grid.yaml -o out/rows",
     "fit": "fit t.csv --hardware h100 -o out/p.yaml",
     "validate": "validate h100 h100_sxm/collective/trtllm --markdown out/v.md",
@@ -177,11 +178,3 @@ def test_two_fits_into_one_file_leave_a_whole_profile(place: Path, prunesim: Any
     _together(prunesim, WRITERS["fit"], WRITERS["fit"].replace("t.csv", "u.csv"), WRITERS["fit"])
     assert load_hardware(place / "out/p.yaml").section("gemm", "bf16").status == "calibrated"
     assert len(list((place / "out").iterdir())) == 2  # the profile and the one set of arrays that it names
-
-
-@pytest.mark.slow
-def test_two_sets_of_figures_into_one_folder_leave_whole_files(place: Path, prunesim: Any) -> None:
-    _together(prunesim, *["figures llama-3.1-8b --only speedup,taxonomy --hardware h100 --format svg -o out"] * 2)
-    texts = {p.name: p.read_text(encoding="utf-8").rstrip() for p in (place / "out").iterdir()}
-    assert texts.keys() == {"captions.md", "speedup.svg", "taxonomy.svg"}
-    assert all(text.endswith("</svg>") for name, text in texts.items() if name != "captions.md")

@@ -102,37 +102,6 @@ def test_kills_of_a_calibration(tmp_path: Path) -> None:
     print(f"{records} records acknowledged before the last kill of each folder: all kept, none doubled")
 
 
-SCORES = "layer,attention,mlp,kl_div\nall,dense,dense,0\nall,none,dense,1\nall,dense,none,2\n"
-HARDWARE = "llama-3.2-1b --hardware h100"
-
-
-@pytest.mark.parametrize(
-    ("line", "files"),
-    [
-        (f"search {HARDWARE} --scores s.csv --target 1.2 --write out", ("plan.yaml", "config.json")),
-        (f"costs {HARDWARE} -o out/costs.csv", ("costs.csv",)),
-    ],
-    ids=["search", "costs"],
-)
-def test_kills_of_a_search_and_of_costs(line: str, files: tuple[str, ...], tmp_path: Path) -> None:
-    """Each file is whole or missing."""
-    (tmp_path / "s.csv").write_text(SCORES)
-    out = tmp_path / "out"
-    out.mkdir()
-    took_s = finished(tmp_path, line)
-    clean = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sorted(clean) == sorted(files)
-    rng, many = random.Random(4), 0
-    while many < KILLS:
-        for name in files:
-            (out / name).unlink(missing_ok=True)
-        many += killed(tmp_path, line, rng.uniform(0.5 * took_s, 1.1 * took_s))
-        assert all(clean[p.name] == p.read_bytes() for p in out.iterdir() if not p.name.endswith(".tmp"))
-    finished(tmp_path, line)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == clean
-    print(f"{line.split()[0]}: {many} killed, no file in part, no temporary file at the end")
-
-
 def still_there(folder: Path, before: bytes) -> bytes:
     """The whole lines of the records, which begin with those that were there before."""
     path = folder / "records.jsonl"

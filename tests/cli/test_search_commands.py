@@ -83,7 +83,7 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
         pytest.param(f"costs {MODEL} --hardware h100 --choices {'x' * 5000}", "cannot be read", id="long choices"),
         (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
         (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
-        (f"search {MODEL} --hardware h100", "at least one of"),
+        (f"search {MODEL} --hardware h100", "expected at least one, such as --target"),
         (f"search {MODEL} --hardware h100 --memory 40 --target 1.2", "--memory '40'"),
         (f"search {MODEL} --hardware h100 --params many --target 1.2", "--params 'many'"),
         (f"search {MODEL} --hardware h100 --target 1.2", "no published loss of depth pruning"),
@@ -123,62 +123,11 @@ def test_a_written_plan_is_a_pruning_with_the_same_speedup(cli: Any, scores: Pat
     assert stored["pruned_s"] == pytest.approx(plan["results"][0]["pruned_s"], rel=1e-9)
 
 
-def test_unreachable_targets_name_the_nearest(cli: Any, scores: Path) -> None:
-    line = cli.refused(f"search {MODEL} --hardware h100 --scores {scores} --target 9 --batch 8")
-    assert "the nearest reaches speedup" in line
-
-
 def test_settings_and_targets_are_listed(cli: Any, scores: Path) -> None:
     targets = "--target 1.1 --memory 60GiB --params 1.2B --confidence 0.8"
     out = cli.out(f"search {MODEL} --hardware h100,a100 --scores {scores} {targets} --batch 8")
     assert out.count("1.10x") == 2
     assert "1.20 B" in out
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("3,dense,4096,0.1", "layer 3 has attention dense, mlp 4096 twice"),
-        ("3,dense,512,nan", "expected a finite number, got nan"),
-        ("16,dense,512,1", "expected numbers from 0 to 15"),
-        ("3,kv=3,dense,1", "divides the 32 query heads"),
-        ("3,dense,512", "expected 4 cells"),
-    ],
-)
-def test_bad_scores_are_one_line(cli: Any, scores: Path, row: str, message: str) -> None:
-    scores.write_text(scores.read_text() + row + "\n")
-    found = cli.refused(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3")
-    assert message in found
-    assert "scores.csv:34" in found
-
-
-def test_the_figure_of_a_plan_is_a_file(cli: Any, scores: Path, tmp_path: Path) -> None:
-    cli.out(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --figure {tmp_path / 'plan.png'}")
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_several_columns_that_could_be_the_metric_are_named(cli: Any, tmp_path: Path) -> None:
-    """Puzzle's library: its sizes and times are no metric, and two of its columns could be."""
-    variants = {"dense": (8, 8192, 0.0), "none": (0, 0, 0.5)}
-    library = {
-        f"layer_{i}": {
-            name: {
-                "stats": {"num_kv_heads": kv, "ffn_intermediate_size": inner, "num_params": inner, "runtime_ms": 1.0},
-                "metrics": {"kl_div": loss, "lm_loss": 2.0 + loss},
-            }
-            for name, (kv, inner, loss) in variants.items()
-        }
-        for i in range(16)
-    }
-    file = tmp_path / "block_library.json"
-    file.write_text(json.dumps(library))
-    line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8"
-    found = cli.refused(line)
-    assert "metric: expected one of kl_div or lm_loss, got none; choose it with --metric" in found
-    assert "metric 'num_params' is unknown" in cli.refused(f"{line} --metric num_params")
-    (plan,) = cli.json(f"{line} --metric kl_div")
-    assert 0 < sum(row["mlp"] == "none" for row in plan["layers"]) < 16
-    assert plan["metric"] == "kl_div"
 
 
 def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) -> None:

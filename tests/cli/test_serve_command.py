@@ -99,26 +99,10 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
     assert {record["point"] for record in everything[9:]} == {"curve"}
 
 
-def test_a_model_without_a_request_has_dashes_and_a_reason(cli: Any) -> None:
-    out = cli.out(f"{LINE} --tpot 6ms")
-    within = out.partition("within limits\n")[2]
-    assert within.split()[:6] == ["dense", "0", *["-"] * 4]
-    assert re.search(r"dense: time per output token 7\.\d\d ms for one request, 1\.\d\dx the limit\.", out)
-
-
-def test_the_figure_is_drawn(cli: Any) -> None:
-    for path in ("one.png", "two.svg"):
-        cli(f"{LINE} --tpot 20ms --engine {'vllm' if path == 'one.png' else 'vllm,sglang'} --figure {path}")
-        assert Path(path).stat().st_size > 5000
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ("--ttft 5", "the unit is missing"),
-        ("--tpot 0ms", "tpot: expected a positive time"),
-        ("--price -1", "price: expected a positive price per GPU-hour"),
-        ("--confidence 2", "confidence 2: expected a number between 0 and 1"),
         ("--seq 1k,2k", "--seq '1k,2k': expected one length"),
         ("--figure a.jpg", "expected a name that ends in .pdf, .svg or .png"),
         ("--phase decode", "No such option"),
@@ -127,10 +111,3 @@ def test_the_figure_is_drawn(cli: Any) -> None:
 )
 def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:
     assert says in cli.refused(f"{LINE} {options}")
-
-
-def test_where_nothing_fits_is_one_line(cli: Any) -> None:
-    line = "serve llama-3.1-70b --hardware h100 --prune 'depth 0.1'"
-    assert "expected more devices (--tp)" in cli.refused(line)
-    out = cli.out("serve llama-3.1-70b --hardware h100 --prune 'depth 0.5'")
-    assert out.startswith("llama-3.1-70b does not fit on h100_sxm in vllm")

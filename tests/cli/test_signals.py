@@ -87,12 +87,6 @@ def test_workers_end_with_the_program_and_without_a_word(
     assert not (tmp_path / "rows").exists()  # nothing to go on with
 
 
-def test_terminated_in_a_command_without_workers(python: Any) -> None:
-    code = "import os, signal, simulator.cli.program as p; from simulator.start import start\n"
-    code += "p.run = lambda words: os.kill(os.getpid(), signal.SIGTERM)\nstart('simulator.cli.program')"
-    assert python(["-c", code]) == (143, b"", ["prunesim: terminated"])
-
-
 HALF_WRITTEN = """
 import os, signal, struct, sys
 from simulator.prediction import sweep

@@ -95,12 +95,3 @@ def test_a_profile_of_other_threads_is_stated_with_what_to_do(cli: Any) -> None:
     assert "threads, but" not in cli("validate two.yaml rows.parquet")[1]
     cli("calibrate cpu -o other --measure-only --dtype fp32 --budget 20s --threads 1")
     assert note in cli("validate two.yaml other", 1)[1]  # it holds for none of them
-
-
-@pytest.mark.quick
-def test_a_profile_of_no_known_threads_has_no_note() -> None:
-    hw = replace(load_hardware("cpu"), sections=MappingProxyType({}))
-    assert thread_notes(hw, "Some CPU (1 threads)")  # its facts are measured with two
-    for name in ("Some CPU", "AMD EPYC (2 threads)"):
-        assert thread_notes(hw, name) == []
-    assert thread_notes(load_hardware("h100"), "Some CPU (1 threads)") == []

@@ -18,11 +18,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if find_spec("triton") is None:  # not imported: that would fix whether this process interprets kernels
     pytest.skip("Triton is not installed; it comes with the extra kernels", allow_module_level=True)
 
-from compiled_kernels import SHARED_KB, Case, Figures, cases, figures, page, problems  # noqa: E402
-from pretended_cuda import kernels  # noqa: E402
+from compiled_kernels import SHARED_KB, Case, cases, figures, problems  # noqa: E402
 
 from calibration.devices import skipping as tile_shapes  # noqa: E402
-from calibration.devices.skipping import TileShape  # noqa: E402
 
 CASES = cases()
 MAIN = [case for case in CASES if case.operands]
@@ -74,55 +72,3 @@ def test_cases_hold_every_tile_that_a_wrapper_chooses() -> None:
         }
         for kernel, tile in tiles.items():
             assert (kernel, dtype, aligned, gated and kernel == "_columns", tile) in known
-
-
-class Launches:
-    """In a kernel's place: keeps the constants that a wrapper launches it with."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, ...]] = []
-
-    def __getitem__(self, grid: object) -> object:
-        return lambda *args, num_warps: self.seen.append((*args[-4:-1], num_warps))
-
-
-@pytest.mark.parametrize("rows", [1, 40, 200])
-@pytest.mark.parametrize("width", [12, 48])
-def test_wrappers_launch_the_tiles_of_their_functions(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, launches = kernels(), Launches()
-    for name in ("_gathered", "_columns", "_features"):
-        monkeypatch.setattr(module, name, launches)
-    groups = 4
-    x, weight = torch.zeros(rows, 48, device="meta"), torch.zeros(2 * groups * width, 48, device="meta")
-    tiles = module.tiles_of(torch.zeros(rows, groups, dtype=torch.bool, device="meta"))
-    module.gather_gemm(x, weight, torch.zeros(rows, dtype=torch.long, device="meta"), torch.zeros(1, device="meta"))
-    y = module.grouped_columns(x, weight, tiles, gated=True)
-    module.grouped_features(y, torch.zeros(groups * width, 48, device="meta"), tiles)
-    wanted = [
-        tile_shapes.gathered(rows, 4, "all"),
-        tile_shapes.grouped_columns(rows, width, 4, "all" if width == 48 else "rows", True),
-        tile_shapes.grouped_features(rows, width, 4, "all" if width == 48 else "none"),
-    ]
-    assert launches.seen == [(tile.m, tile.n, tile.k, tile.warps) for tile in wanted]
-
-
-@pytest.mark.quick
-def test_problems_name_what_exceeds_a_gpu() -> None:
-    case = Case("_features", "bf16", "all", TileShape(64, 128, 64), "ieee")
-    good = Figures(shared=90_000, registers=255, stack=0, buffers=(2, 2))
-    assert problems(89, case, good) == []
-    assert problems(89, case, Figures(110_000, 255, 0, (2, 2))) == [
-        "shared memory: expected at most 101376, got 110000"
-    ]
-    assert problems(80, case, Figures(110_000, 255, 0, (2, 2))) == []
-    assert problems(89, case, Figures(90_000, 255, 40, (1, 2))) == [
-        "bytes of stack: expected at most 32, got 40",
-        "buffers: expected at least two for each of 2 operands, got (1, 2)",
-    ]
-
-
-def test_the_page_has_a_row_for_each_gpu_and_kernel() -> None:
-    text = page([(arch, case, Figures(2048, 64, 8, (2, 3))) for arch in SHARED_KB for case in MAIN[:1]])
-    assert text.count("| sm_") == len(SHARED_KB)
-    assert f"{6 * len(CASES) - 6} of {6 * len(CASES)} cases are not compiled" in text
-    assert "| sm_89 | gather_gemm | 1 of 72 | 2.0 of 99 | 64 | 8 | 2 |" in text

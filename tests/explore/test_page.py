@@ -95,32 +95,34 @@ def test_the_page_answers_at_once() -> None:
     assert address(at) == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "changes"),
-    [
-        ("model", "qwen3-8b", {"models": "qwen3-8b"}),
-        ("hardware", ["h100_sxm", "a100_sxm_80gb"], {"hardware": ["h100", "a100_sxm_80gb"]}),
-        ("engine", ["hf", "vllm"], {"engine": ["hf", "vllm"]}),
-        ("family", ["token"], {"family": ["token"]}),
-        ("sparsity", "25%, 0.5", {"sparsity": [0.25, 0.5]}),
-        ("phase", "serve", {"phase": "serve"}),
-        ("batch", "1, 64", {"batch": [1, 64]}),
-        ("seq", "8k", {"seq": 8192}),
-        ("weight_dtype", "int8", {"scenario": simulator.Scenario(weight_dtype="int8")}),
-        ("kv_dtype", "fp8", {"scenario": simulator.Scenario(kv_dtype="fp8")}),
-        ("dtype", "fp8", {"scenario": simulator.Scenario(dtype="fp8")}),
-        ("devices", "4", {"scenario": simulator.Scenario(devices=4)}),
-        ("dense_time", "8ms", {"scenario": simulator.Scenario(dense_s=0.008)}),
-    ],
-)
-def test_each_widget_changes_the_request_and_the_address(name: str, value: Any, changes: dict[str, Any]) -> None:
+WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"model": "qwen3-8b", "hardware": ["h100_sxm", "a100_sxm_80gb"], "engine": ["hf", "vllm"], "phase": "serve"}
+        | {"sparsity": "25%, 0.5", "batch": "1, 64", "seq": "8k"},
+        {"models": "qwen3-8b", "hardware": ["h100", "a100_sxm_80gb"], "engine": ["hf", "vllm"], "phase": "serve"}
+        | {"sparsity": [0.25, 0.5], "batch": [1, 64], "seq": 8192},
+    ),
+    (
+        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_time": "8ms"},
+        {"family": ["token"]}
+        | {"scenario": simulator.Scenario(weight_dtype="int8", kv_dtype="fp8", devices=4, dense_s=0.008)},
+    ),
+    ({"dtype": "fp8"}, {"scenario": simulator.Scenario(dtype="fp8")}),
+]
+
+
+@pytest.mark.parametrize(("values", "changes"), WIDGETS)
+def test_widgets_change_the_request_and_the_address(values: dict[str, Any], changes: dict[str, Any]) -> None:
     at = page(sparsity="50%")
-    widget = next(w for w in (*at.selectbox, *at.multiselect, *at.text_input) if w.key == name)
-    good(widget.set_value(value).run())
+    for widget in (*at.selectbox, *at.multiselect, *at.text_input):
+        if widget.key in values:
+            widget.set_value(values[widget.key])
+    good(at.run())
     found = expected(**{"sparsity": [0.5], **changes})
     assert shows(at, found)
-    assert address(at)[name] == ([value] if isinstance(value, str) else value)
-    again = page(**address(at))
+    set_there = address(at)
+    assert all(set_there[name] == ([v] if isinstance(v, str) else v) for name, v in values.items())
+    again = page(**set_there)
     assert shows(again, found)
     assert len(again.warning) == 0
 

@@ -154,23 +154,3 @@ def test_a_model_named_with_markup_is_harmless_in_figures_too(hostile_model: Pat
     assert page.harmless
     assert page.elements.count("svg") == 3
     assert hostile_model.name in page.text
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("llama-3.1-8b --hardware h100 -o report.txt", "expected a name that ends in .html"),
-        ("llama-3.1-8b --hardware h100 -o no/report.html", "does not exist"),
-        ("llama-3.1-8b --hardware h10 -o r.html", "did you mean h100"),
-        ("llama-3.1-8b --hardware h100 --prune 'width mlp=x' -o r.html", "expected a fraction"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(
-    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(["report", *shlex.split(words)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []

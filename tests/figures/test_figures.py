@@ -21,7 +21,6 @@ from PIL import Image
 import simulator
 from calibration.cli.figures import shipped_gemms
 from simulator.engines.engine import list_engines
-from simulator.errors import InputError
 from simulator.figures.gemms import Roof, roofline_figure
 from simulator.figures.measured import read_measured_gemms
 from simulator.figures.speedup import speedups_of
@@ -29,7 +28,6 @@ from simulator.figures.style import (
     COLUMN_IN,
     PAGE_IN,
     STYLES,
-    check_figure,
     device_title,
     engine_title,
     in_order,
@@ -233,21 +231,6 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
     (ax,) = waterfall_figure([steps("x", factors)]).axes
     last = ax.patches[-1]
     assert last.get_x() + last.get_width() == pytest.approx(1.333 * np.prod(factors))
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("call", "says"),
-    [
-        (lambda: check_figure("x.jpg"), "x.jpg: expected a name that ends in .pdf, .svg or .png"),
-        (lambda: check_figure("x"), "expected a name that ends in"),
-        (lambda: check_figure("no/such/folder/x.pdf"), "does not exist"),
-    ],
-)
-def test_bad_input_is_one_line(call: Any, says: str) -> None:
-    with pytest.raises(InputError, match=re.escape(says)) as caught:
-        call()
-    assert "\n" not in str(caught.value)
 
 
 def test_a_figure_is_written_whole_or_not_at_all(

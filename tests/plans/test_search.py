@@ -53,15 +53,6 @@ def test_the_cost_of_a_cache_is_that_of_its_heads() -> None:
     assert cache["dense"] == 2 * cache["kv=4"] == 8 * 1001 * 2 * MODEL.kv_heads * MODEL.head_dim * 2
 
 
-def test_intervals_of_a_host_bound_engine_are_wider() -> None:
-    found = {e: costs(MODEL, "h100", engine=e).columns for e in ("trtllm", "hf")}
-    width = {}
-    for engine, columns in found.items():
-        own = (columns["layer"] == 0) & (columns["variant"] == "dense")
-        width[engine] = ((columns["upper"] - columns["lower"])[own] / columns["seconds"][own]).mean()
-    assert width["hf"] > 2 * width["trtllm"]
-
-
 # -- searches ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +183,7 @@ def test_published_depth_losses_are_the_scores_of_last_resort() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({}, "at least one of"),
+        ({}, "expected at least one, such as"),
         ({"speedup": 0.9}, "above 1"),
         ({"latency_s": -1.0}, "positive"),
         ({"parameters": float("nan")}, "positive"),

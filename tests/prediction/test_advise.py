@@ -107,23 +107,3 @@ def test_a_time_and_a_throughput_are_targets() -> None:
 def test_bad_targets_are_refused(target: float) -> None:
     with pytest.raises(InputError, match="expected a speedup above 1"):
         advise(MODEL, [HARDWARE], target)
-
-
-@pytest.mark.parametrize(
-    ("hardware", "phase", "family", "message"),
-    [
-        ([HARDWARE], "prefill", "widht", "did you mean width"),
-        ([HARDWARE], "prefil", "all", "did you mean prefill"),
-        ([], "prefill", "all", "hardware: expected at least one"),
-        ([HARDWARE], "decode", "semi_structured", "vllm has no 2:4 kernels"),
-    ],
-)
-def test_bad_requests_are_refused(hardware: list[str], phase: str, family: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        advise(MODEL, hardware, 1.5, [phase], family=[family])
-
-
-def test_setting_and_engine_are_respected() -> None:
-    (a,) = advise(MODEL, [HARDWARE], 1.4, family=["depth"], scenario=Scenario(engine="hf")).advice
-    assert (a.result.engine, a.result.phase) == ("hf", "decode")
-    assert predicted("depth", a.result.sparsity, "decode", "hf")[0] == pytest.approx(a.result.speedup, rel=1e-9)

@@ -83,8 +83,3 @@ def test_a_grid_has_a_link(tmp_path: Path) -> None:
     path.write_text(f"{axes}link: nvswich\n")
     with pytest.raises(InputError, match=r"grid.yaml:7:7: link: .*did you mean nvswitch"):
         read_grid(path)
-
-
-def test_a_scenario_rejects_an_unknown_link() -> None:
-    with pytest.raises(InputError, match="link 'nvlink' is unknown"):
-        Scenario(devices=2, link="nvlink")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from simulator.cli import run
 from simulator.errors import InputError
 from simulator.prediction.quality import QualityRow, choose_axis, load_quality
 
@@ -93,16 +92,6 @@ def test_the_mean_accuracy_counts_a_group_once_and_is_the_usual_metric(listed: P
     assert (width.dense, width.pruned) == pytest.approx((2.15 / 3, 1.95 / 3))
     assert depth.pruned == pytest.approx(1.15 / 3)
     assert choose_axis(table, "word_perplexity").metric == "wikitext word_perplexity"
-
-
-def test_command(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["pareto", "llama-2-7b", "--hardware", "h100", "--quality", str(listed)]
-    assert run([*where, "--json"]) == 0
-    (front,) = json.loads(capsys.readouterr().out)
-    assert front["axis"].startswith("mean acc of 3 tasks")
-    assert {p["method"]: round(p["loss"], 4) for p in front["points"]} == {"LLM-Pruner": 0.093, "depth": 0.4651}
-    assert run([*where, "--metric", "perplexity"]) == 0
-    assert "wikitext word_perplexity" in capsys.readouterr().out
 
 
 def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path) -> None:

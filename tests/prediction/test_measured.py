@@ -60,19 +60,8 @@ def _load(name: str) -> Any:
         ("genai_perf.json", _scenario("serve", 1, 550, 127), lambda d: 1 / d["request_throughput"]["avg"]),
         # one token of 129 is within the tolerance
         ("genai_perf.json", _scenario("serve", 1, 550, 128), lambda d: 1 / d["request_throughput"]["avg"]),
-        # the mean number in flight per requests/s is the mean time of a request
-        (
-            "trtllm_throughput.json",
-            _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8", kv_dtype="fp8"),
-            lambda d: d["request_info"]["avg_num_concurrent_requests"] / d["performance"]["request_throughput_req_s"],
-        ),
         # one request in flight: prompt, steps and both
         ("trtllm_latency.json", _scenario("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
-        (
-            "trtllm_latency.json",
-            _scenario("decode", 1, 1087, engine="trtllm"),
-            lambda d: d["streaming_metrics"]["avg_tpot_ms"] / 1e3,
-        ),
         ("trtllm_latency.json", _scenario("generate", 1, 1024, 127, engine="trtllm"), lambda d: 0.86),
         ("genai_perf.json", _scenario("prefill", 1, 550), lambda d: d["time_to_first_token"]["avg"] / 1e3),
         ("genai_perf.json", _scenario("decode", 1, 613), lambda d: d["inter_token_latency"]["avg"] / 1e3),
@@ -115,6 +104,7 @@ def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
 
 VLLM = _scenario("serve", 16, 1024)
 TRTLLM = _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
+GENAI, RATE = _scenario("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}
 
 
 @pytest.mark.parametrize(
@@ -124,61 +114,35 @@ TRTLLM = _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
         ("vllm_serve.json", _scenario("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
         ("vllm_serve.json", _scenario("serve", 16, 1024, 256), {}, "output_tokens: expected 257, got 129"),
         ("vllm_serve.json", _scenario("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
-        ("vllm_serve.json", _scenario("prefill", 16, 1024), {}, "concurrency: expected 1 for phase prefill, got 16"),
         ("vllm_serve.json", _scenario("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
         ("vllm_serve.json", _scenario("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),
         ("vllm_serve.json", VLLM, {"request_rate": 4.0}, "request_rate: expected inf"),
         ("vllm_serve.json", VLLM, {"failed": 2}, "failed: expected 0 requests, got 2"),
         ("vllm_serve.json", VLLM, {"max_concurrency": None}, "max_concurrency: expected a value, got null"),
         ("vllm_serve.json", VLLM, {"spec_decode_num_drafts": 4}, "speculative decoding is unsupported"),
-        (
-            "vllm_serve.json",
-            VLLM,
-            {"mean_tpot_ms": 2.0},
-            "requests in flight on average: expected 11.2 to 16.8, got 4.7",
-        ),
+        ("vllm_serve.json", VLLM, {"mean_tpot_ms": 2.0}, "in flight on average: expected 11.2 to 16.8, got 4.7"),
         ("vllm_latency.json", _scenario("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
         ("vllm_throughput.json", _scenario("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
         ("vllm_throughput.json", _scenario("generate", 8, 512, 63), {}, "requests: expected 8, the batch, got 32"),
-        ("sglang.jsonl", VLLM, {"request_rate": "trace"}, "request_rate: expected inf"),
         ("sglang.jsonl", VLLM, {"errors": ["", "timeout"]}, "errors: expected 0 requests, got 1"),
-        ("sglang.jsonl", VLLM, {"accept_length": 2.5}, "speculative decoding is unsupported"),
-        ("sglang.jsonl", VLLM, {"concurrency": 9.0}, "requests in flight on average: expected 11.2 to 16.8, got 9"),
         ("sglang.jsonl", VLLM, {"server_info": {"tp_size": 4}}, "devices: expected 1, got 4"),
-        (
-            "trtllm_throughput.json",
-            TRTLLM,
-            {"decoding_stats": {"mode": "Eagle"}},
-            "speculative decoding is unsupported",
-        ),
+        ("trtllm_throughput.json", TRTLLM, {"decoding_stats": {"mode": "Eagle"}}, "speculative decoding"),
         ("trtllm_throughput.json", VLLM, {}, "dtype: expected bf16, got fp8"),
-        ("trtllm_latency.json", TRTLLM, {}, "dtype: expected fp8, got bf16"),
         ("aiperf.json", VLLM, {"was_cancelled": True}, "was_cancelled: expected false, got true"),
         ("aiperf.json", VLLM, {"error_summary": [{"count": 3}]}, "error_summary: expected 0 requests, got 3"),
-        ("aiperf.json", VLLM, {"error_request_count": {"avg": 2.0}}, "error_summary: expected 0 requests, got 2"),
-        (
-            "aiperf.json",
-            VLLM,
-            {"input_config": {"phases": [{"name": "profiling", "type": "poisson", "rate": 8}]}},
-            "input_config.phases: expected one phase of type concurrency, got poisson",
-        ),
+        ("aiperf.json", VLLM, {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}}, "got poisson"),
         (
             "aiperf.json",
             VLLM,
             {"input_config": {"loadgen": {"request_rate": 5.0}}},
             "loadgen.request_rate: expected inf",
         ),
-        (
-            "genai_perf.json",
-            _scenario("serve", 1, 550, 127),
-            {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}},
-            "perf_analyzer.stimulus: expected concurrency, got request_rate",
-        ),
+        ("genai_perf.json", GENAI, {"input_config": RATE}, "perf_analyzer.stimulus: expected concurrency, got request"),
         (
             "genai_perf.json",
             _scenario("prefill", 1, 550),
             {"time_to_first_token": None},
-            "time to first token: expected in a file of genai-perf, got none; run it with streaming",
+            "time to first token: expected",
         ),
     ],
 )
@@ -200,9 +164,7 @@ def test_what_does_not_match_is_refused(
         ("[1, 2]", "expected a JSON object of vllm bench"),
         ('{"results": []}', "expected a result of vllm bench latency, throughput or serve, SGLang"),
         ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
-        ('{"input_config": 5}', "input_config: expected an object, got 5"),
         ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
-        ('{"performance": {}, "request_info": {}}', "performance.avg_request_latency_ms: expected a value"),
         ('{"median_e2e_latency_ms": 5.0}', "max_concurrency: expected a value, got no such key"),
         ('{"elapsed_time": NaN, "num_requests": 4}', "elapsed_time: expected a positive time in seconds"),
         ('{"input_config": {}, "request_throughput": {"avg": 0.0}}', "request_throughput.avg: expected a positive"),
@@ -218,31 +180,20 @@ def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None
     assert reason in str(caught.value)
 
 
+FEW = {"num_prompts": 48, "completed": 48, "duration": 4.6}
+FEW |= {"total_input_tokens": 48 * 1024, "total_output_tokens": 48 * 129}
+
+
 @pytest.mark.parametrize(
     ("changes", "scenario", "notes"),
     [
         ({}, VLLM, []),
         ({"model_id": "meta-llama/Meta-Llama-3.1-8B"}, VLLM, []),
         ({"model_id": "/models/llama-70b"}, VLLM, ["model /models/llama-70b is not known by name; check that it is"]),
-        ({"model_id": "my-finetune"}, VLLM, ["model my-finetune is not known by name"]),
-        (
-            {"model_id": "nvidia/Llama-3.1-8B-Instruct-FP8"},
-            VLLM,
-            ["is quantised by its name, the prediction is for bf16"],
-        ),
-        ({"model_id": "nvidia/Llama-3.1-8B-Instruct-FP8"}, _scenario("serve", 16, 1024, dtype="fp8"), []),
+        ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, VLLM, ["is quantised by its name, the prediction is for bf16"]),
+        ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, _scenario("serve", 16, 1024, dtype="fp8"), []),
         ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
-        (
-            {
-                "num_prompts": 48,
-                "completed": 48,
-                "duration": 4.6,
-                "total_input_tokens": 48 * 1024,
-                "total_output_tokens": 48 * 129,
-            },
-            VLLM,
-            ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"],
-        ),
+        (FEW, VLLM, ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"]),
     ],
 )
 def test_what_cannot_be_checked_is_a_note(
@@ -253,11 +204,6 @@ def test_what_cannot_be_checked_is_a_note(
     found = measured(file, scenario).notes
     assert len(found) == len(notes)
     assert all(f"{file}: " in one and text in one for one, text in zip(found, notes))
-
-
-def test_an_unknown_phase_is_refused() -> None:
-    with pytest.raises(InputError, match="phase 'decoding' is unknown"):
-        dense_from(FILES / "genai_perf.json", _scenario("decoding", 1, 550))
 
 
 def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
@@ -296,22 +242,3 @@ def test_a_file_instead_of_a_time_on_the_command_line(capsys: pytest.CaptureFixt
     assert after["dense_s"] == pytest.approx(seconds, rel=0.02)
     width = [math.log(r["dense_upper"] / r["dense_lower"]) for r in (before, after)]
     assert width[1] < 0.2 * width[0]
-
-
-def test_notes_and_refusals_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    latency, serve = FILES / "vllm_latency.json", FILES / "vllm_serve.json"
-    explain = f"explain {MODEL} --hardware h100 --prune depth@0.25 --phase generate --batch 8 --seq 1024 --dense-from"
-    status, _, err = _run(f"{explain} {latency}", capsys)
-    assert status == 0
-    assert "check that it ran with --batch-size 8 --input-len 1024 --output-len 129" in " ".join(err.split())
-    advise = f"advise {MODEL} --hardware h100 --target 1.2 --family depth --phase serve --concurrency 16 --seq 1024"
-    assert _run(f"{advise} --dense-from {serve}", capsys)[0] == 0
-    for more, reason in (
-        (f"--dense-from {serve}", "concurrency: expected 1, got 16"),
-        (f"--dense-from {serve} --dense-time 3ms", "--dense-time, --dense-tokens-per-s, --dense-from: expected one"),
-        ("--dense-from none.json", "none.json: cannot be read"),
-        (f"--dense-from {latency}", "phase: expected generate or prefill for vllm bench latency, got decode"),
-    ):
-        status, _, err = _run(f"{WORDS} --phase decode --seq 1088 {more}", capsys)
-        assert (status, len(err.splitlines())) == (2, 1)
-        assert reason in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.library import FOLDER, load_model
+from simulator.models.library import FOLDER
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations
 from simulator.prediction.grid import Grid
@@ -89,10 +88,3 @@ def test_one_engine_or_model_by_two_names_counts_once(engines: list[str], models
     assert [(r.model, r.engine) for r in found] == [("tiny", "hf"), ("tiny", "vllm")]
     with_versions = simulator.table("llama-3.2-1b", "h100", engine=["vllm", "vllm@0.8"], **ONE)
     assert [r.engine for r in with_versions] == ["vllm", "vllm@0.8"]
-
-
-def test_a_loaded_model_of_another_ones_name_is_rejected() -> None:
-    one = load_model("llama-3.2-1b")
-    other = replace(one, layers=12, windows=(0,) * 12)
-    with pytest.raises(InputError, match=r"model: llama-3\.2-1b and an object without a path: two models are called"):
-        simulator.table(["llama-3.2-1b", other], "h100", **ONE)

@@ -18,9 +18,8 @@ from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.config import Block, ModelConfig
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.runnable import Runnable, features, runnable, runnables, will_run
+from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
 from simulator.prediction.scenario import Scenario
-from simulator.prediction.sentences import runs_clause
 from simulator.pruning import FAMILIES
 from simulator.pruning._rows import aligned_up
 
@@ -122,29 +121,6 @@ def test_experts_of_a_fixed_number_are_loaded(options: str, loads: bool) -> None
     found = asked("vllm", Pruning.read(f"experts 0.25 {options}"), "mixtral-8x7b")
     assert found.loadable is loads
     assert loads or found.load_reason.startswith("experts that a map, or a number per token, selects after the router")
-
-
-def test_features_are_those_of_the_rows_by_hand() -> None:
-    dense = simulator.lower(LLAMA, phase="generate", seq=64, new_tokens=4, engine="trtllm")
-
-    def of(w: simulator.Workload) -> list[str]:
-        return list(features(w))
-
-    assert of(dense) == ["uniform"]
-    assert of(simulator.prune(dense, "width", RAMP)) == [
-        *("uniform", "heads", "layer_inner", "layer_heads", "layer_kv_heads")
-    ]
-    both = simulator.prune(simulator.prune(dense, "depth", 0.25, unit="mlp"), "low_rank", 0.5)
-    assert of(both) == ["uniform", "sublayers", "low_rank"]
-    nas = simulator.lower(simulator.load_model("nemotron-super-49b"), engine="trtllm")
-    assert of(nas) == ["uniform", "sublayers", "layer_inner"]
-    blocks = (replace(LLAMA.usual, linear=("mlp",)), *LLAMA.layout[1:])
-    assert of(simulator.lower(replace(LLAMA, blocks=blocks), engine="trtllm")) == ["uniform", "linear"]
-    experts = simulator.load_model("deepseek-v2-lite")  # its first layer has an MLP instead of experts
-    assert of(simulator.prune(simulator.lower(experts), "width", 0.25)) == ["uniform"]
-    moe = simulator.load_model("mixtral-8x7b")
-    fewer = replace(moe, blocks=tuple(replace(b, experts=8 - (i > 3)) for i, b in enumerate(moe.layout)))
-    assert of(simulator.lower(fewer)) == ["uniform", "layer_experts"]
 
 
 @pytest.mark.parametrize("name", simulator.list_models())
@@ -345,16 +321,6 @@ def test_a_file_of_ones_own_that_states_nothing_is_not_known(tmp_path: Path) -> 
         "than in the dense model."
     )
     assert asked(str(path), family("dynamic_depth", 0.25)).works is False  # it names no kernels for it
-
-
-def test_fields_and_line() -> None:
-    found = asked("vllm", family("depth", 0.25))
-    fields = found.to_dict()
-    assert list(fields)[:4] == ["engine", "devices", "works", "loadable"]
-    assert fields["runs"] == found.sentence == "Yes: stock vllm loads it with its shapes in config.json."
-    assert runs_clause(found) == "; stock vllm runs it"
-    assert json.loads(json.dumps(fields, allow_nan=False)) == fields
-    assert repr(found) == f"<Runnable: {found.sentence}>"
 
 
 @pytest.mark.parametrize("name", simulator.list_engines())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, of_service, ranked
-from simulator.prediction.service import OperatingPoint, Service, steps
+from simulator.prediction.service import OperatingPoint, Service
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
@@ -232,19 +231,6 @@ def test_the_sentence_of_equal_memory_multiplies_out() -> None:
     assert "as the cache of each shrinks by 4" in equal_memory(dense, at(service, MEMORY, 1))
 
 
-def test_curves_run_from_one_request_to_all_that_fit() -> None:
-    assert steps(1) == [1]
-    service = one("depth 0.25")
-    for name in ("dense", "depth at 25 %"):
-        curve = [p for p in service.curve if p.name == name]
-        many = [p.concurrency for p in curve]
-        assert (many[0], many[-1]) == (1, curve[0].largest_concurrency)
-        assert max(b / a for a, b in itertools.pairwise(many[1:])) <= 1.5
-        rates, times = ([getattr(p, key) for p in curve] for key in ("tokens_per_s", "tpot_s"))
-        assert rates == sorted(rates)
-        assert times == sorted(times)
-
-
 def test_a_budget_and_a_cached_prefix_reach_the_service() -> None:
     plain, cached = one(seq=4096), one(seq=4096, scenario=replace(NEW, cached_prefix=0.75))
     assert at(cached, MEMORY, 0).tokens_per_s > 1.2 * at(plain, MEMORY, 0).tokens_per_s
@@ -267,19 +253,6 @@ def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -
     ):
         with pytest.raises(InputError, match=message):
             serve(MODEL, "h100", **more)
-
-
-def test_existing_models_and_displays() -> None:
-    found = serve("llama-3.1-8b", "h100", pruned="llama-3.2-3b", scenario=NEW, price=1.0)
-    point = found.points[-1]
-    assert (point.pruning, point.prune) == ("llama-3.2-3b", "")
-    assert point.ratio > 1.5
-    frame = found.to_dict()
-    assert [p["concurrency"] for p in frame["points"]] == [p.concurrency for p in found.points]
-    assert (
-        repr(found.services[0])
-        == "<Service: llama-3.1-8b on h100_sxm in vllm (seq 2048 + 256 new): 4 operating points>"
-    )
 
 
 def test_a_given_concurrency_that_does_not_fit_is_hypothetical() -> None:

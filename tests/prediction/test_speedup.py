@@ -126,14 +126,6 @@ def test_every_family_and_some_pairs(model: str, phase: str, ideal: bool) -> Non
     check_combinations(model, phase, ideal, [(family,) for family in general_families()] + pairs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ideal", [False, True])
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_pair_of_families(model: str, phase: str, ideal: bool) -> None:
-    check_combinations(model, phase, ideal, PAIRS)
-
-
 SETTING = {"model": st.sampled_from(MODELS), "phase": st.sampled_from(PHASES), "batch": st.integers(1, 80)}
 SETTING |= {"seq": st.integers(1, 700), "formats": st.integers(0, len(FORMATS) - 1)}
 SETTING |= {"engine": st.sampled_from(ENGINES)}

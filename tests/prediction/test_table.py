@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.files.write import write_whole
 from simulator.prediction.batch import batch_of
-from simulator.prediction.explain import explanations
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import COLUMNS, Result, Results
@@ -136,15 +135,6 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
         found.to_pandas()
-
-
-@pytest.mark.quick
-def test_a_sparsity_by_part_is_explained() -> None:
-    (e,) = explanations(MODEL[0], ["h100"], prune=["width mlp=0.5"])
-    (whole,) = table(family=["width"], sparsity=[0.5], phase=["prefill"])
-    assert 0.3 < e.result.sparsity < 0.5
-    assert 1.0 < e.result.speedup < whole.speedup
-    assert asdict(e.result).keys() == asdict(whole).keys()
 
 
 @pytest.mark.parametrize("family", list(general_families()))

@@ -18,16 +18,6 @@ DYNAMIC = ["dynamic_depth", "dynamic_width", "sparse_attention", "token", "kv_ca
 TWELVE = [*STATIC[:-1], *DYNAMIC, "experts"]
 
 
-def test_the_registry_is_that_of_the_design() -> None:
-    assert list(FAMILIES) == TWELVE
-    for name, family in FAMILIES.items():
-        assert all((family.axis, family.summary, family.cost, family.realised))
-        assert family.dynamic == (name not in (*STATIC, "experts"))
-    options = {"kernel": "reference", "prune_kv": False, "router": 2, "unit": "sublayer"}
-    assert FAMILIES["dynamic_depth"].options == options
-    assert FAMILIES["semi_structured"].options == {}
-
-
 @pytest.mark.parametrize("family", TWELVE)
 @pytest.mark.parametrize("phase", PHASES)
 def test_zero_is_the_identity(family: str, phase: str) -> None:

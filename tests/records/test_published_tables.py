@@ -13,8 +13,6 @@ import yaml
 
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, published
 from calibration.measurements import build as made
-from simulator.codes import DTYPES
-from simulator.engines.engine import load_engine
 from simulator.engines.generations import split
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -61,43 +59,6 @@ def test_every_row_is_whole_and_names_its_source(name: str) -> None:
 def test_unknown_tables_are_refused() -> None:
     with pytest.raises(InputError, match="published table 'dens' is unknown; did you mean dense"):
         published("dens")
-
-
-def test_dense_rows_are_in_the_tools_terms() -> None:
-    assert len(DENSE) == 88
-    for r in DENSE:
-        assert float(r["value"]) > 0
-        assert r["dtype"] in DTYPES
-        assert r["metric"] in ("time_s", "tokens_per_s", "all_tokens_per_s")
-        assert (r["metric"] == "time_s") <= (r["phase"] in ("prefill", "decode"))
-        assert load_model(r["model"]).layers
-        assert whole(r, "devices", "seq")
-    for r in used(DENSE):
-        assert load_engine(r["engine"]).name == r["engine"]  # with the version that the source states
-        assert r["hardware"]
-        assert whole(r, "batch")
-        assert whole(r, "new_tokens") == (r["phase"] in ("generate", "serve"))
-    assert {split(r["engine"])[0] for r in DENSE} - ENGINES == {"llama.cpp"}
-    assert {r["engine"] for r in DENSE if "vLLM 0.4" in r["reason"]} == {"vllm@0.4"}
-
-
-def test_speedups_are_in_the_tools_terms() -> None:
-    assert len(SPEEDUPS) == 87
-    for r in SPEEDUPS:
-        assert float(r["dense"]) > 0
-        assert float(r["pruned"]) > 0
-        assert r["unit"] in ("s", "ms", "tokens/s") or (r["unit"] == "ratio" and r["left_out"])
-        assert r["own_code"] in ("true", "false")
-        assert r["engine"] in ENGINES
-        assert r["hardware"]
-    for r in used(SPEEDUPS):
-        assert r["scope"] in ("model", "projections")
-        assert r["phase"] in ("prefill", "decode", "generate")
-        assert whole(r, "batch", "seq", "devices")
-        assert whole(r, "new_tokens") == (r["phase"] == "generate")
-        assert r["family"] in FAMILIES
-        if r["own_code"] == "true":
-            assert r["reason"] == "other modelling code"
 
 
 @pytest.mark.parametrize("row", used(SPEEDUPS), ids=lambda r: f"{r['method']}-{r['gpu']}-{r['seq']}-{r['sparsity']}")

@@ -267,19 +267,6 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     assert shape_of({"kind": "launch_eager", "role": "gemm"})["n"] == 64
 
 
-def test_a_gathered_gemm_says_whether_it_was_one_kernel() -> None:
-    gathered, plain = (vars(Operator(kind, m=8, n=64, k=32, rows=4)) for kind in ("gather_gemm", "gemm"))
-    methods = (gathered, "graph, one kernel (Triton)"), (gathered, "graph, a gather, a GEMM and a scatter"), (plain, "")
-    rows = [{"operator": operator, "median_s": 1e-6, "method": method} for operator, method in methods]
-    records = records_of(rows, HEADER)
-    assert records.fused.tolist() == [True, False, False]
-    assert read_records(write_records(records)).fused.tolist() == [True, False, False]
-    # a table without such rows is written as before there were any
-    three = records.select(~records.fused)
-    assert b"fused" in write_records(records)
-    assert b"fused" not in write_records(three)
-
-
 def test_codes_of_operators_that_files_hold_stay_what_they_are() -> None:
     assert OPERATORS[:3] == ("gemm", "gemm_2to4", "low_rank")
     names = ("collective", "layer_eager", "experts", "mla_prefill", "mla_decode", "grouped_gemm")
@@ -322,23 +309,3 @@ def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_
     notes = fit_profile(load_hardware("h100"), planted.replace(m=np.arange(1, len(planted) + 1))).notes
     assert any("flagged WAITED; the fit includes them; measure on an idle machine" in note for note in notes)
     assert not any("power limit" in note for note in notes)
-
-
-@pytest.mark.quick
-def test_columns_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown columns"):
-        Records.from_columns([Source("A")], size_m=1)
-    with pytest.raises(ValueError, match="column source: expected indices into 1 sources"):
-        Records.from_columns([Source("A")], m=1, source=1)
-    refused("dtype 'bf1' is unknown; did you mean", Records.from_rows, [{"dtype": "bf1"}], [Source("A")])
-    refused("dtype 'fp4' is unknown", table().of_dtype, "fp4")
-    with pytest.raises(ValueError, match="read-only"):
-        table().m[0] = 1
-
-
-def test_joined_tables_keep_equal_sources_once() -> None:
-    joined = Records.concat([table(), table().select(np.array([2]))])
-    assert len(joined.sources) == 2
-    assert joined.source.tolist() == [0, 0, 1, 1]
-    assert joined.groups().tolist()[2] == joined.groups().tolist()[3]
-    assert len(table().select(np.array([2])).tidy().sources) == 1

@@ -5,11 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -23,10 +20,9 @@ from decoder_reference import CONFIG  # noqa: E402
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
-from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
-from calibration.runners.cases import Case, fewer_layers, settings_of  # noqa: E402
+from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
@@ -44,7 +40,6 @@ from calibration.runners.pairs import PairTimes  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
-from simulator.models.library import load_model  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
 
@@ -132,16 +127,6 @@ def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, plant
     prefill = by_name["depth", 0.5, "prefill"]
     assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW).speedup
     assert repeatability(found.records) == pytest.approx(0.0, abs=0.03)
-
-
-def test_a_rerun_does_the_rest(tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases()
-    _compare(tmp_path, cases[:4])
-    assert len(planted) == 3  # 2:4 was refused
-    again = _compare(tmp_path, cases[:6])
-    assert len(planted) == 5
-    lines = read_store(tmp_path / "run" / "decoder.jsonl").rows
-    assert len({line["key"] for line in lines}) == len(lines) == len(again.records) == 6
 
 
 TEXTS = ("width mlp=0.3 heads=0.5", "depth 0.25 + width mlp=0.5 layers=1-2", "depth layers=1")
@@ -236,26 +221,6 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
     assert asked == ["cuda_graph"] * 2
     assert sorted(r["status"] for r in again.records) == ["ok", "unsupported"]
     assert not again.needs_new_process
-
-
-def test_refusals_are_one_line_and_write_nothing(tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases()
-    for options, message in (
-        ({"budget_s": 0.0}, "budget"),
-        ({"dtype": "int8"}, "expected one of fp32, bf16, fp16"),
-        ({"device": ReplayDevice()}, "cpu or cuda"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            _compare(tmp_path, cases, **{"device": _device(formats=("fp32", "bf16", "fp16", "int8")), **options})  # type: ignore[arg-type]
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="not a Llama-style"):
-        comparing.compare(tmp_path / "run", _device(), load_model("opt-13b"), cases, budget_s=1.0)
-    assert not (tmp_path / "run").exists()
-    _compare(tmp_path, cases[:1])
-    with pytest.raises(InputError, match="another CPU"):
-        _compare(tmp_path, cases, ReplayDevice(description=Description("cpu", "another CPU")))
-    with pytest.raises(InputError, match="1 to 4"):
-        fewer_layers(CONFIG, 5)
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -390,49 +355,6 @@ def test_bad_input_is_one_line_and_status_2(
 # -- launches of a pass
 
 NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
-
-
-class PlantedCuda:
-    """``torch.cuda`` that captures by noting what ran while a graph was open."""
-
-    def __init__(self, passes: list[str]) -> None:
-        self.passes, self.captured, self.replays = passes, -1, 0
-        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
-        self.stream, self.synchronize = nullcontext, lambda: None
-        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
-
-    def replay(self) -> None:
-        self.replays += 1
-
-    @contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
-        before = len(self.passes)
-        yield
-        self.captured = len(self.passes) - before
-
-
-@pytest.mark.parametrize("family", ["", "low_rank", "token", "kv_cache"])
-def test_prefill_and_decode_are_captured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[str] = []
-
-    def noted(name: str) -> Any:
-        given = getattr(timing, name)
-        return lambda *args, **options: (passes.append(name), given(*args, **options))[1]
-
-    for name in ("prefill", "decode"):
-        monkeypatch.setattr(timing, name, noted(name))
-    made = random_decoder(CONFIG, dtype="fp32")
-    decoder = replace(prune_decoder(made, family, 0.5) if family else made, device="cuda:0")  # its tensors are not
-    for phase in ("prefill", "decode"):
-        planted = PlantedCuda(passes)
-        for name, value in vars(planted).items():
-            monkeypatch.setattr(torch.cuda, name, value, raising=False)
-        monkeypatch.setattr(torch.cuda, "graph", planted.graph)
-        sample = timing._ready(decoder, 1, 8, phase, "cuda_graph", lambda: 0.0)
-        assert (planted.captured, passes[-1]) == (1, phase)  # after warm-up, one pass
-        done = len(passes)
-        sample(5)
-        assert (planted.replays, len(passes)) == (5, done)
 
 
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -425,22 +425,6 @@ def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_
 
 
 @pytest.mark.parametrize(
-    ("family", "sparsity", "options", "message"),
-    [
-        ("deepth", 0.5, {}, "did you mean depth"),
-        ("depth", 0.5, {"align": 8}, "align"),
-        ("token", 0.5, {"block": 8}, "no option 'block'"),
-    ],
-)
-def test_bad_input_is_one_line(
-    dense: Decoder, family: str, sparsity: float, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        prune_decoder(dense, family, sparsity, **options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"gated": False}, "not gated"),

@@ -95,14 +95,6 @@ def test_fewer_and_narrower_experts_are_configured() -> None:
         _built(MOE, "experts 0.5 layers=0-1")
 
 
-@pytest.mark.parametrize("text", ["dynamic_depth 0.5", "token 0.5", "kv_cache 0.5", "sparse_attention 0.5"])
-def test_what_decides_during_a_pass_is_refused_before_a_model_is_made(text: str) -> None:
-    config = load_model(LLAMA)
-    w = prune(lower(config, phase="prefill", seq=256, engine="hf"), text)
-    with pytest.raises(InputError, match="decides during a pass"):
-        check(config, LLAMA, w)
-
-
 def test_what_transformers_cannot_build_is_refused_by_name() -> None:
     phi = {**content_of("phi-3-mini-4k"), **SMALL, "num_attention_heads": 4, "num_key_value_heads": 4}
     with pytest.raises(InputError, match="Phi3DecoderLayer of Transformers has no"):

@@ -19,7 +19,6 @@ import decoder_reference  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
-from calibration.runners.decoder.families import prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
 from calibration.runners.quality import DENSE, changes_of, decoder_of, fewer_heads, logits_of, measure_layers, score  # noqa: E402
 from simulator.cli import run  # noqa: E402
@@ -48,24 +47,6 @@ def test_scores_by_hand() -> None:
     assert found.kl_nats == pytest.approx(0.25 * math.log(2))
 
 
-def test_a_layer_that_does_nothing_scores_as_dense(decoder: Decoder) -> None:
-    """Scores of single layers, as a search over layers needs them."""
-    idle = decoder.layers[2]
-    assert idle.attention is not None
-    assert idle.mlp is not None
-    silent = [replace(p, factors=(p.weight * 0.0,)) for p in (idle.attention.o, idle.mlp.down)]
-    layer = replace(idle, attention=replace(idle.attention, o=silent[0]), mlp=replace(idle.mlp, down=silent[1]))
-    planted = replace(decoder, layers=(*decoder.layers[:2], layer, *decoder.layers[3:]))
-    windows = [torch.arange(80) % CONFIG.vocab]
-
-    def without(number: int) -> quality.Score:
-        kept = replace(planted, layers=(*planted.layers[:number], *planted.layers[number + 1 :]))
-        return score(lambda ids: window_logits(planted, ids), lambda ids: window_logits(kept, ids), windows)
-
-    assert without(2).kl_nats == pytest.approx(0.0, abs=1e-6)
-    assert all(without(number).kl_nats > 0.01 for number in (0, 1, 3, 4))
-
-
 @pytest.mark.quick
 def test_pass_equals_transformers_own_code() -> None:
     pytest.importorskip("transformers", reason="the comparison needs transformers")
@@ -89,8 +70,8 @@ def _tokenizer(text: str, **_: object) -> SimpleNamespace:
 
 @pytest.fixture
 def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders of a dense and a pruned model: random decoders in place of what transformers would load from them."""
-    models = {"Tiny-Llama": decoder, "pruned": prune_decoder(decoder, "width", 0.5)}
+    """A folder of a model: a random decoder in place of what transformers would load from it."""
+    models = {"Tiny-Llama": decoder}
 
     def loaded(what: str, folder: str | Path, **_: object) -> Any:
         return _tokenizer if what == "AutoTokenizer" else models[Path(folder).name]
@@ -133,21 +114,6 @@ def test_command_scores_families_and_writes_a_table_for_pareto(
     assert "largest weights" in capsys.readouterr().out
 
 
-def test_command_scores_a_checkpoint(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "2", "--length", "64"]
-    named = ["--pruned", str(folders / "pruned"), "--family", "width"]
-    assert run(["quality", *where, "--family", "width", "--sparsity", "0.5", "--json"]) == 0
-    (own,) = json.loads(capsys.readouterr().out)
-    assert run(["quality", *where, *named, "--sparsity", "0.5", "--json"]) == 0
-    (read,) = json.loads(capsys.readouterr().out)
-    assert read["kl_nats"] == pytest.approx(own["kl_nats"])
-    assert read["realised_sparsity"] is None
-    assert run(["quality", *where, *named, "--sparsity", "0.2,0.5"]) == 2
-    assert "one --family and one --sparsity" in capsys.readouterr().err
-    assert run(["quality", *where]) == 0
-    assert "Tiny-Llama: dense perplexity" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -157,6 +123,7 @@ def test_command_scores_a_checkpoint(folders: Path, capsys: pytest.CaptureFixtur
         (["--length", "4000"], "too short"),
         (["--text", "none.txt"], "none.txt: cannot be read"),
         (["-o", "no/folder/q.csv"], "no/folder"),
+        (["--pruned", "x", "--family", "width", "--sparsity", "0.2,0.5"], "one --family and one --sparsity"),
     ],
 )
 def test_command_refuses(more: list[str], expected: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

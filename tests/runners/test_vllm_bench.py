@@ -88,33 +88,6 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
     assert newer.samples_s == pytest.approx(run.samples_s)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "run.json:1:1: is not JSON (Expecting value)"),
-        (json.dumps(LATENCY) + "\n" + json.dumps(LATENCY), "run.json:2:1: is not JSON (several results"),
-        ([1], "expected a JSON object of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench"),
-        (
-            {"elapsed_time": 1.0},
-            "expected a result of vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench",
-        ),
-        ({**LATENCY, "latencies": []}, "latencies: expected a list of times, got []"),
-        ({**LATENCY, "latencies": [0.5, -1.0]}, "latencies: expected positive times in seconds, at most 1e9, got"),
-        ({"avg_latency": 0.5}, "latencies: expected a value, got no such key"),
-        (_serve(max_concurrency=None), "max_concurrency: expected a value, got null"),
-        (_serve(request_rate=4.0), "request_rate: expected inf, requests that start when others finish, got 4.0"),
-        (_serve(failed=3), "failed: expected 0 requests, got 3"),
-        (_serve(itls=[[0.1]]), "itls: expected 24 lists, as ttfts, got"),
-    ],
-)
-def test_wrong_files_are_refused_by_file_and_key(tmp_path: Path, content: Any, reason: str) -> None:
-    file = _file(tmp_path, content)
-    with pytest.raises(InputError) as caught:
-        read_bench(file)
-    assert str(caught.value).startswith(str(file))
-    assert reason in str(caught.value)
-
-
 def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
     latency, serve = read_bench(_file(tmp_path, LATENCY)), read_bench(_file(tmp_path, _serve(), "serve.json"))
     assert request_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
