@@ -378,7 +378,11 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
     if useless:
         text = f"Do not use {profile}: it errs more than a datasheet roofline, {fact}; {remedy}."
         return Judgement(DO_NOT_USE, (text,), reasons)
-    buts = [f"not for passes that spend most time in {few(worse)}, which is {roofline}"] if worse else []
+    buts = (
+        [f"not for passes that spend most time in {few(worse)}, where it errs more than a datasheet roofline"]
+        if worse
+        else []
+    )
     if narrow:
         buts.append("do not rely on its intervals, which are too narrow for its errors")
         reasons += ("intervals too narrow",)

@@ -148,11 +148,11 @@ CASES = [
     ([part("gemm", 0.3, 0.4, 0.1)], PARTLY, f"{AS}, but do not rely on its intervals", "0 % in their 90 % interval, t"),
     (
         [part("gemm", 0.05, 0.4), part("grouped_gemm", 80.0, 0.4, rows=2)],
-        *(PARTLY, f"{OTHERS} grouped_gemm bf16, which is", "which is worse than a datasheet roofline: on"),
+        *(PARTLY, f"{OTHERS} grouped_gemm bf16, where", "where it errs more than a datasheet roofline: on"),
     ),
     (
         [part("gemm", 0.1, 0.4), part("elementwise", 0.5, 0.4, 0.9)],
-        *(PARTLY, f"{OTHERS} elementwise bf16", "which is worse than a datasheet roofline: on"),
+        *(PARTLY, f"{OTHERS} elementwise bf16", "where it errs more than a datasheet roofline: on"),
     ),
     ([part("gemm", 0.5, 0.4, 0.9), part("elementwise", 0.5, 0.4, 0.9)], DO_NOT_USE, "Do not", "--budget"),
     (
