@@ -44,7 +44,7 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
 
 
 def compare(old: list[dict[str, object]], new: list[dict[str, object]]) -> float:
-    """Print the largest relative difference by column, and return the largest of all; texts must be equal."""
+    """Print the largest relative difference by column, and return the largest of all; texts must be equal, except the sentence on parts."""
     if len(old) != len(new):
         raise SystemExit(f"{len(old)} and {len(new)} rows")
     worst: dict[str, float] = {}
@@ -56,7 +56,7 @@ def compare(old: list[dict[str, object]], new: list[dict[str, object]]) -> float
             if isinstance(value, float) and isinstance(other, float):
                 difference = 0.0 if value == other else abs(value - other) / max(abs(value), abs(other))
                 worst[name] = max(worst.get(name, 0.0), difference)
-            elif value != other:
+            elif value != other and name != "parts":  # a sentence
                 raise SystemExit(f"{name}: {value} became {other} in {a}")
     for name, difference in worst.items():
         print(f"{name:24s} {difference:.2g}")
