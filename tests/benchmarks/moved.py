@@ -44,7 +44,7 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
 
 
 def compare(old: list[dict[str, object]], new: list[dict[str, object]]) -> float:
-    """Print the largest relative difference by column, and return the largest of all; texts must be equal, except the sentence on parts."""
+    """Print the largest relative difference by column, and return the largest of all; texts must be equal."""
     if len(old) != len(new):
         raise SystemExit(f"{len(old)} and {len(new)} rows")
     worst: dict[str, float] = {}
