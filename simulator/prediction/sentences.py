@@ -651,14 +651,16 @@ def above_bound(
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     """Return a note if GEMMs with a notable share of the time lie far outside the fitted sizes, or ""."""
-    times, served = _timed(w, hw)
-    spent = times.seconds * w.count
+    served = hw.serving(load_engine(w.meta.engine).stacks)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
         found = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
         if found is None:
             continue
         sizes = np.log2([w.m[rows], w.n[rows], w.k[rows]]).T
         octaves = octaves_outside(sizes, *np.asarray(found, dtype=np.float64))
+        if octaves.max(initial=0.0) <= OCTAVES:
+            continue
+        spent = _timed(w, hw)[0].seconds * w.count
         if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():
             m, n, k = (f"{2.0**v:.0f}" for v in sizes[np.argmax(octaves)])
             far = f"{octaves.max():.1f} octaves outside the measured sizes ({m} x {n} x {k})"
