@@ -34,6 +34,13 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
     assert list(pandas.values) == ["kl_div"]
 
 
+def test_shipped_scores_of_another_model_are_refused() -> None:
+    with pytest.raises(
+        InputError, match="^smollm2-135m: has the scores of smollm2-135m; expected those of llama-3.1-8b$"
+    ):
+        read_library("smollm2-135m", load_model("llama-3.1-8b"))
+
+
 def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
     library = read(tmp_path, "layer,mlp,kl_div\nall,768,0.5\n")
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5]
