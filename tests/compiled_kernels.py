@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, with every tile that their wrappers can choose.
 
 Triton lowers a kernel to a cubin without a GPU; its wheel brings ptxas and cuobjdump. :func:`cases` enumerates what
-the functions of :mod:`calibration.devices.skipping` return. :func:`figures` compiles cases in a child process,
+the functions of :mod:`calibration.devices.tile_shapes` return. :func:`figures` compiles cases in a child process,
 because tests interpret kernels in theirs, and caches results by kernel source, Triton's version and case.
 
 ``python tests/compiled_kernels.py`` compiles all cases and prints their figures.
@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from calibration.devices import skipping as tile_shapes  # noqa: E402
-from calibration.devices.skipping import TileShape  # noqa: E402
+from calibration.devices import tile_shapes  # noqa: E402
+from calibration.devices.tile_shapes import TileShape  # noqa: E402
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Maximum shared memory per thread block by compute capability, KiB (CUDA C++ Programming Guide, appendix "Compute

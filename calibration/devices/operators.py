@@ -24,7 +24,8 @@ from torch import nn
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
 from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import MOST_FEATURES, grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
+from calibration.devices.skipping import grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
+from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.codes import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from calibration.devices import skipping
+from calibration.devices import tile_shapes
 
 Tensor = Any
 
@@ -70,7 +70,7 @@ def gather_gemm(
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
-    tile = skipping.gathered(many, x.element_size(), skipping.alignment(k, n))
+    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
     _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
         x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
@@ -91,7 +91,7 @@ class Tiles:
 def tiles_of(mask: Tensor) -> Tiles:
     """Return the tiles of a boolean mask (tokens, groups)."""
     tokens, groups = mask.shape
-    edge = skipping.tokens_per_tile(tokens)
+    edge = tile_shapes.tokens_per_tile(tokens)
     # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts
     order = torch.arange(tokens, device=mask.device)
     for start in reversed(range(0, groups, 62)) if tokens > edge else ():  # one tile needs no order
@@ -147,8 +147,8 @@ def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
-    y, aligned = x.new_zeros(tokens, n), skipping.alignment(k, width)
-    tile = skipping.grouped_columns(tokens, width, x.element_size(), aligned, gated)
+    y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
+    tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
     _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
         x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
         tokens, groups, width, k, bias is not None, gated,
@@ -188,8 +188,8 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     """
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
-    y, aligned = x.new_empty(tokens, n), skipping.alignment(math.gcd(width, n), n)  # both are lengths of rows
-    tile = skipping.grouped_features(tokens, width, x.element_size(), aligned)
+    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
+    tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
         tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
@@ -211,7 +211,7 @@ def _rms_norm(x, weight, y, rows, n, epsilon, BLOCK_M: tl.constexpr, BLOCK_N: tl
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Normalise the last axis by its root mean square; x is contiguous, its last axis at most MOST_FEATURES long."""
     n = x.shape[-1]
-    y, rows, tile = x.new_empty(x.shape), x.numel() // n, skipping.normalised(n)
+    y, rows, tile = x.new_empty(x.shape), x.numel() // n, tile_shapes.normalised(n)
     _rms_norm[(triton.cdiv(rows, tile.m),)](x, weight, y, rows, n, epsilon, tile.m, tile.n, num_warps=tile.warps)
     return y
 
@@ -235,7 +235,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), as contiguous
     cosines and sines."""
     (tokens, heads, width), y = x.shape, x.new_empty(x.shape)
-    tile = skipping.rotated(width // 2)
+    tile = tile_shapes.rotated(width // 2)
     grid = tokens, triton.cdiv(heads, tile.m)
     _rotary[grid](x, cos, sin, y, heads, width // 2, tile.m, tile.n, num_warps=tile.warps)
     return y
@@ -253,5 +253,5 @@ def _gated(gate, up, y, elements, BLOCK_N: tl.constexpr):
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up of contiguous tensors."""
     y, elements = gate.new_empty(gate.shape), gate.numel()
-    _gated[(triton.cdiv(elements, skipping.VECTOR_ELEMENTS),)](gate, up, y, elements, skipping.VECTOR_ELEMENTS)
+    _gated[(triton.cdiv(elements, tile_shapes.VECTOR_ELEMENTS),)](gate, up, y, elements, tile_shapes.VECTOR_ELEMENTS)
     return y

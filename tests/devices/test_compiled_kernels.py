@@ -20,7 +20,7 @@ if find_spec("triton") is None:  # not imported: that would fix whether this pro
 
 from compiled_kernels import SHARED_KB, Case, cases, figures, problems  # noqa: E402
 
-from calibration.devices import skipping as tile_shapes  # noqa: E402
+from calibration.devices import tile_shapes  # noqa: E402
 
 CASES = cases()
 MAIN = [case for case in CASES if case.operands]
