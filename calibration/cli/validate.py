@@ -77,8 +77,8 @@ def command(
         _runs(runs, given, dtype or "", json, verbose)
         return
     if given != Given():
-        reason = f"{profile} is no folder" if profile else "got none"
-        raise InputError(f"--model, --hardware and other conditions: expected a FOLDER of result files, {reason}")
+        got = f"{profile}, which is not a folder" if profile else "none"
+        raise InputError(f"--model, --hardware and other conditions: expected a FOLDER of result files, got {got}")
     if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
         raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")

@@ -48,7 +48,7 @@ REMOVED: Mapping[str, str] = {
     "advise --prune": "use prunesim speedup --prune TEXT",
     "explore --hardware": "type the path of a profile on the page",
     "explore --prune": "type the pruning on the page",
-    "explore --no-browser": "the program opens no browser",
+    "explore --no-browser": "the program does not open a browser",
     "explore --json": "the program prints the address",
     "report --versus": "use --engine FIRST,SECOND",
     "report --over": "use --batch 1:64 or --seq 512:32k",

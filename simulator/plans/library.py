@@ -92,7 +92,7 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
         if load_model(str(source)).layout != model.layout:
-            raise InputError(f"{source}: has the scores of {source}; expected those of {model.name}")
+            raise InputError(f"scores: expected those of {model.name}, got those of {source}")
     if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
     content = read_bounded(path, MOST_BYTES)

@@ -35,7 +35,7 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
 
 
 def test_shipped_scores_of_another_model_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^smollm2-135m: has the scores of smollm2-135m; expected those of llama-3"):
+    with pytest.raises(InputError, match=r"^scores: expected those of llama-3\.1-8b, got those of smollm2-135m$"):
         read_library("smollm2-135m", load_model("llama-3.1-8b"))
 
 
