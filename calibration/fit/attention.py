@@ -312,8 +312,8 @@ def _fit_kernel(
             # start at the solution: a refit changes little, but its change is part of the error of a held-out shape
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
-                search = c.registry, constants.std_errors
-                values |= solver.minimise(rest.log_residual, values, *search, max_nfev=6, **_SEARCH).values
+                free = {name: c.registry[name] for name in constants.std_errors}
+                values |= solver.minimise(rest.log_residual, values, free, max_nfev=6, **_SEARCH).values
             errors_of.append(np.log(left.predict(values, rest.residual(values)) / left.seconds))
             plain.append(left.log_residual(values))
             order.append(test)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
-from calibration.fit.errors import accuracy_of, few_groups
+from calibration.fit.errors import few_groups
 from calibration.fit.residual import ResidualBlock
 from calibration.fit.section import FOLDS, Fit
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
@@ -29,14 +29,12 @@ from simulator.operators.gemm_model import weight_only_constants
 from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 ROWS = 6000  # rows that the constants are fitted on; more do not change them
-# rows from which a CPU's product may rearrange its weights: the value with the smallest residual is used
-PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
+PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)  # rows from which a CPU may rearrange weights: the best value is kept
 STARTS = 3  # additional random starts of the search
-# log standard deviation of a weak prior (architecture defaults), and of the prior of a related GPU or another stack
-WEAK, CLOSE = 1.0, 0.15
+WEAK, CLOSE = 1.0, 0.15  # log standard deviation of priors: an architecture's defaults; a related GPU or another stack
 FEW_FOLDS = 10  # folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits
 REFIT_ROWS = 200  # rows up to which the constants are fitted again for each fold: on more they hardly change
-FIT_ROWS, PRIOR_ROWS = 20, 10
+FIT_ROWS, PRIOR_ROWS = 20, 10  # rows that a fit needs, without and with a prior
 STEP = 0.1  # log time by which more tokens may be faster where a residual comes from another table
 
 
@@ -47,7 +45,6 @@ class GemmFit(Fit):
     calls: Products
     start: Mapping[str, float] = field(default_factory=dict)  # start of the search
     prior: Section | None = None
-    free: tuple[str, ...] | None = None  # constants to fit; by default all that a table can identify
     seed: int = 0
 
     REGULARISATION = ridge.ALONE
@@ -75,19 +72,21 @@ class GemmFit(Fit):
         return np.asarray(np.log(self.calls.seconds_of(many)) - np.log(self.seconds))
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the constants ``free``, by the search with the smallest residual among one from ``start``, which has
-        all constants, and :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
+        """Return the result of the best of several searches: one from ``start``, which has all constants, and
+        :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
-        few = self
-        if len(self) > ROWS:
-            few = self.take(np.sort(np.random.default_rng(self.seed).choice(len(self), ROWS, replace=False)))
-        ranges = {name: CONSTANTS[name] for name in self.free or free_constants(machine)}
+        few = self.sample(ROWS, self.seed)
+        names = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")  # a dense table identifies these
+        if machine.packs:
+            names = ("t0", "e_tc", "e_d", "b_hit", "pack")
+        elif not machine.persistent:
+            names = (*names, "b_l2")
+        ranges = {name: CONSTANTS[name] for name in names}
         unseen = {}
         if self.prior is not None and machine.element_bytes < 2.0 and not self.compute_bound.any():
             unseen = {"e_tc": "no row is compute-bound: that of the prior"}
-        if "b_hit" in ranges:
-            ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
+        ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
 
         def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
             rows = found.rows[: len(few)]
@@ -96,9 +95,8 @@ class GemmFit(Fit):
 
         search: dict[str, Any] = {"prior": prior, "center": start, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
         search["weak"] = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
-        search["together"] = (
-            few.log_residuals if len(few) <= REFIT_ROWS else None
-        )  # more rows leave the processor's caches
+        if len(few) <= REFIT_ROWS:  # more rows leave the processor's caches
+            search["together"] = few.log_residuals
 
         def fit(origin: Mapping[str, float]) -> ConstantsFit:
             return fit_logs(few.log_residual, origin, ranges, covariance, fixed=unseen, **search)
@@ -115,10 +113,11 @@ class GemmFit(Fit):
 
     @property
     def _before(self) -> ResidualGrid | None:
+        """The residual of the prior."""
         return None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
 
     def _blocks(self) -> list[ResidualBlock]:
-        """Return the blank residual: a correction if there is a prior."""
+        """Return the blank residual: with a prior, a correction to the prior's residual."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
@@ -128,7 +127,8 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured of each row by a fit to the other folds; few rows refit the constants."""
+        """Return log predicted over measured of each row by a fit to the other folds. On few rows, each fold fits the
+        constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
@@ -144,15 +144,16 @@ class GemmFit(Fit):
         return out
 
     def limited(self, grid: ResidualGrid, values: Mapping[str, float]) -> ResidualGrid:
-        """Return a residual of another table without steps that these rows do not show: more tokens that take less time
-        (on the RTX 4090, 128 tokens 0.68 of the time of 64), and cold weights read faster than any row reads them."""
+        """Return a residual of another table without steps that these rows do not show. More tokens do not take less
+        time (on the RTX 4090, 128 tokens took 0.68 of the time of 64), and cold weights are not read faster than in
+        any of these rows."""
         axes = [start + step * np.arange(n) for start, step, n in zip(grid.start, grid.step, grid.values.shape)]
         m, n, k = (2.0 ** x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
         cold = Products(self.calls.machine, m, n, k, np.full(len(m), np.inf))
         analytical = np.log(cold.seconds(values)).reshape(grid.values.shape)
         time, read = analytical + grid.values, np.isinf(self.calls.copies)
         best = np.max(_weights_s(self.calls)[read] / self.seconds[read], initial=0.0)
-        if best > 0.5:  # else no row here is held by memory
+        if best > 0.5:  # else no row is memory-bound
             time = np.maximum(time, np.log(_weights_s(cold) / best).reshape(time.shape))
         later = np.minimum.accumulate(time[::-1], axis=0)[::-1]
         return replace(grid, values=np.minimum(time, later + STEP) - analytical)
@@ -164,7 +165,6 @@ class GemmFit(Fit):
         grid = replace(blocks[0].grid, values=nodes[0].reshape(blocks[0].grid.values.shape))
         if (before := self._before) is not None:  # local data add to the prior's residual
             grid = self.limited(replace(grid, values=grid.values + before.values), constants.values)
-        # float32 is precise enough
         arrays = replace(grid, values=grid.values.astype(np.float32)).arrays()
         if len(nodes) > 1:
             known = np.unique(self.calls.m)
@@ -172,13 +172,21 @@ class GemmFit(Fit):
         sizes = np.stack(self.position, axis=1)
         arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
         held_out = self.held_out(blocks, target)
-        known_rows = np.isfinite(held_out)
-        errors, seen, scale = held_out[known_rows], self.take(known_rows), 1.0
+        known_rows, scale, scores = np.isfinite(held_out), 1.0, {}
         if known_rows.any():
+            errors, seen = held_out[known_rows], self.take(known_rows)
             scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
-        scores = accuracy(errors, seen.calls.m)
+            scores = seen.accuracy(errors, constants.values)
         section = Section(constants.fitted(), arrays, scale, scores, provenance, "calibrated")
         return FittedPart(section, constants, len(self), held_out)
+
+    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the scores of the rows, and "mape_..." by range of m."""
+        m = self.calls.m
+        ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
+        size = np.abs(np.expm1(errors))
+        by_range = {f"mape_{name}": float(size[rows].mean()) for name, rows in ranges.items() if rows.any()}
+        return super().accuracy(errors, values) | by_range
 
 
 def _weights_s(c: Products) -> FloatArray:
@@ -186,8 +194,8 @@ def _weights_s(c: Products) -> FloatArray:
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """Return the fit of measured GEMMs; ``copies`` is the number of rotated weights, ``inf`` for cold weights (default:
-    that of the published tables). ValueError for bad sizes or times."""
+    """Return the fit of measured GEMMs. ``copies`` is the number of rotated weights, ``inf`` for cold weights (by
+    default as in the published tables). ValueError for bad sizes or times."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
     bad = ~((m >= 1) & (n >= 1) & (k >= 1) & np.isfinite(seconds) & (seconds > 0))
     if bad.any():
@@ -207,14 +215,6 @@ def products_of(records: Records, machine: Machine) -> GemmFit:
 def weight_copies(records: Records) -> FloatArray:
     """Return the number of rotated weights, infinite where the benchmark kept weights cold."""
     return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
-
-
-def free_constants(machine: Machine) -> tuple[str, ...]:
-    """Return the constants that a dense table can identify on a machine."""
-    if machine.packs:
-        return ("t0", "e_tc", "e_d", "b_hit", "pack")
-    names = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
-    return names if machine.persistent else (*names, "b_l2")
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
@@ -238,19 +238,9 @@ def fit_gemm(
     provenance: Provenance | None = None,
     seed: int = 0,
 ) -> FittedPart:
-    """Calibrate the GEMM model on measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") and the
-    datasheet facts of ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
+    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") on the datasheet facts of
+    ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
     return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section(provenance)
-
-
-def accuracy(log_ratio: FloatArray, m: FloatArray) -> dict[str, float]:
-    """Return scores from log predicted over measured times (see :func:`accuracy_of`), and "mape_..." by range of m."""
-    if not len(log_ratio):
-        return {}
-    error = np.expm1(log_ratio)
-    ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
-    by_range = {f"mape_{name}": float(np.abs(error[rows]).mean()) for name, rows in ranges.items() if rows.any()}
-    return accuracy_of(error) | by_range

@@ -20,7 +20,7 @@ from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.sections import Provenance, Section
-from simulator.operators.base import Calls
+from simulator.operators.base import Calls, Constant
 from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
 
@@ -38,13 +38,19 @@ class Fit(ABC):
 
     FEWEST: ClassVar[int] = 20  # usable rows that a fit needs
     REGULARISATION: ClassVar[Regularisation]
-    ROUNDS: ClassVar[int] = 3  # of robust weights in the residual's fit
+    ROUNDS: ClassVar[int] = 3  # solutions of the residual, with robust weights renewed between them
 
     def __len__(self) -> int:
         return len(self.seconds)
 
     def take(self: FitT, rows: NDArray[Any]) -> FitT:
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
+
+    def sample(self: FitT, count: int, seed: int = 0) -> FitT:
+        """Return at most ``count`` rows at random, in their order."""
+        if len(self) <= count:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
     @abstractmethod
     def groups(self, by: str = "") -> IndexArray:
@@ -69,10 +75,13 @@ class Fit(ABC):
         position = self.calls.estimate(values).position
         return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
 
-    def covariance(self, prior: float) -> solver.Covariance:
-        """Return the covariance of the logs of constants with a ``prior`` standard deviation, as a function."""
+    def search(
+        self, start: Mapping[str, float], ranges: Mapping[str, Constant], prior: float, **options: Any
+    ) -> ConstantsFit:
+        """Fit constants by :func:`~calibration.fit.solver.fit_logs` with a prior, a log standard deviation, around
+        ``start``."""
 
-        def found(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+        def covariance(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
             every = np.concatenate([raw, solver.HUBER / prior * np.eye(len(minimum.names))])
             freedom = max(len(self) - len(minimum.names), 1)
@@ -80,7 +89,7 @@ class Fit(ABC):
             residual_sd = float(np.sqrt(np.sum(squares) / freedom))
             return solver.gauss_newton(every, residual_sd), residual_sd
 
-        return found
+        return solver.fit_logs(self.log_residual, start, ranges, covariance, prior=prior, **options)
 
     def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
         return residual.arrays()
@@ -106,7 +115,8 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
 
 
 def fit_section(fit: Fit, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
-    """Fit the section of one operator; folds, by ``seed``, hold out groups of rows. ValueError for too few rows."""
+    """Fit the section of one operator. Folds, chosen by ``seed``, hold out groups of rows. ValueError for too few
+    rows."""
     rows = fit.usable()
     if len(rows) < fit.FEWEST:
         few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"

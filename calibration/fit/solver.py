@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,14 @@ from simulator.hardware.sections import Fitted, Section
 # log of predicted over measured time of each row, from all constants by name
 LogResidual = Callable[[Mapping[str, float]], FloatArray]
 
-# the same from several sets of constants at once, (sets, rows)
-LogResiduals = Callable[[Sequence[Mapping[str, float]]], FloatArray]
-
 # covariance of the logs of the free constants at a minimum, and the residual sd that it assumes
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
 
 HUBER = 0.05  # log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
-ON_BOUND = 1e-2  # log distance to an end of its range below which a constant is on its bound
-# step of derivatives over the logarithm of a constant, or over 1 if that is larger
-ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)
+ON_BOUND = 1e-2  # a constant is on its bound if the log distance to an end of its range is smaller
+ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)  # relative step of derivatives
 ABSENT = "no rows of its class"
-NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}  # for ``moot``: see fit_logs
+NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}  # for ``moot`` of fit_logs
 
 
 def numbered(*columns: FloatArray) -> NDArray[np.intp]:
@@ -48,11 +43,10 @@ def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Ite
 class ConstantsFit:
     """Constants of an operator, SI, and their errors."""
 
-    values: Mapping[str, float]  # of all constants
-    std_errors: Mapping[str, float]  # of the fitted constants
+    values: Mapping[str, float]  # all constants
+    std_errors: Mapping[str, float]  # only fitted constants
     fixed: Mapping[str, str]  # constants that were not fitted -> why
-    # of the logs of the fitted constants, in their order
-    correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))  # logs of the fitted constants
     residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
@@ -66,8 +60,7 @@ class FittedPart:
     section: Section
     constants: ConstantsFit
     rows: int  # in the fit
-    # log predicted over measured, each row by a fit without it
-    held_out: FloatArray = field(default_factory=lambda: np.zeros(0))
+    held_out: FloatArray = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, fitted without it
     dropped: Mapping[str, int] = field(default_factory=dict)  # excluded rows by reason
     operator: str = ""
     dtype: str = ""
@@ -87,7 +80,7 @@ class FittedPart:
 class Minimum:
     """End of a search: logs of the free constants and of their ranges, residuals and their derivatives."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the free constants
     x: FloatArray
     low: FloatArray
     high: FloatArray
@@ -109,25 +102,24 @@ def minimise(
     log_residual: LogResidual,
     start: Mapping[str, float],
     ranges: Mapping[str, Any],
-    names: Iterable[str],
     *,
     prior: float | None = None,
     center: Mapping[str, float] | None = None,
     data_only: bool = False,
     step: float | None = None,
-    together: LogResiduals | None = None,
+    together: Callable[[Sequence[Mapping[str, float]]], FloatArray] | None = None,
     **search: Any,
 ) -> Minimum:
-    """Search over the constants ``names`` with the soft-L1 loss; the other constants keep the values of ``start``.
+    """Search the constants of ``ranges`` with the soft-L1 loss; the other constants keep the values of ``start``.
 
-    ``prior`` is the log standard deviation of a prior around ``center`` (the start by default), one residual per
-    constant; with ``data_only`` the soft-L1 loss applies to the data only. ``step`` is the step of derivatives, in
-    logs, for residuals in single precision. ``together`` returns the residuals of several sets of constants at once.
+    ``prior`` is the log standard deviation of a prior around ``center`` (by default the start): one residual per
+    constant. With ``data_only`` the loss applies only to the data. ``step`` is the log step of derivatives where
+    residuals have single precision. ``together`` returns the residuals of several sets of constants, (sets, rows).
     ``search`` has further options of :func:`scipy.optimize.least_squares`.
     """
-    names = tuple(names)
-    low = np.log([ranges[n].low or 1e-9 for n in names])
-    high = np.log([ranges[n].high for n in names])
+    names = tuple(ranges)
+    low = np.log([found.low or 1e-9 for found in ranges.values()])
+    high = np.log([found.high for found in ranges.values()])
     middle = np.log([max((center or start)[n], 1e-12) for n in names])
     first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
 
@@ -142,16 +134,17 @@ def minimise(
     def rows(x: FloatArray) -> FloatArray:
         return with_prior(x, log_residual(constants(x)))
 
-    def forward(at_once: LogResiduals, x: FloatArray) -> FloatArray:
-        """The derivatives that least_squares computes by default."""
-        steps = ROOT_EPSILON * np.where(x >= 0, 1.0, -1.0) * np.maximum(1.0, np.abs(x))
-        steps = np.where((x + steps < low) | (x + steps > high), -steps, steps)
-        places = x + np.concatenate([np.zeros((1, len(x))), np.diag(steps)])
-        here, *moved = with_prior(places, at_once([constants(place) for place in places]))
-        return np.asarray(((np.array(moved) - here) / ((x + steps) - x)[:, None]).T)
-
     if together is not None:
-        search["jac"] = partial(forward, together)
+
+        def forward(x: FloatArray) -> FloatArray:
+            """Return the derivatives that least_squares computes by default."""
+            steps = ROOT_EPSILON * np.where(x >= 0, 1.0, -1.0) * np.maximum(1.0, np.abs(x))
+            steps = np.where((x + steps < low) | (x + steps > high), -steps, steps)
+            places = x + np.concatenate([np.zeros((1, len(x))), np.diag(steps)])
+            here, *moved = with_prior(places, together([constants(place) for place in places]))
+            return np.asarray(((np.array(moved) - here) / ((x + steps) - x)[:, None]).T)
+
+        search["jac"] = forward
     if step is not None:
         ways = step * np.eye(len(names))
         search["jac"] = lambda x: np.stack([(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1)
@@ -173,21 +166,21 @@ def fit_logs(
 ) -> ConstantsFit:
     """Repeat the search (:func:`minimise`) until no free constant is on its bound and the data identify every constant.
 
-    ``fixed`` are the constants that are not free, and why. A constant with a log standard error above ``weak`` returns
-    to ``center``; a constant on its bound stays there. ``moot`` maps a constant to another constant, which is fixed
-    when the first is on its lower bound, and why.
+    ``fixed`` maps constants that are not free to the reason. A constant with a log standard error above ``weak``
+    returns to ``center``; a constant on its bound stays there. ``moot`` maps a constant to a second constant with a
+    reason: the second is fixed when the first is on its lower bound.
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
-    while free := [name for name in ranges if name not in kept]:
-        found = minimise(log_residual, values, ranges, free, **search)
-        values = {**values, **found.values}
+    while free := {name: found for name, found in ranges.items() if name not in kept}:
+        minimum = minimise(log_residual, values, free, **search)
+        values = {**values, **minimum.values}
         gone: dict[str, str] = {}
-        for name, side in found.on_bound.items():
+        for name, side in minimum.on_bound.items():
             gone[name] = f"at its {side} bound"
             values[name] = getattr(ranges[name], "low" if side == "lower" else "high")
         if not gone:
-            matrix, residual_sd = covariance(found, values)
+            matrix, residual_sd = covariance(minimum, values)
             errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
             for name, error in zip(free, errors, strict=True):
                 if error > weak:
@@ -199,7 +192,7 @@ def fit_logs(
                 return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), residual_sd)
         kept |= {name: gone[name] for name in free if name in gone}
         for name, (other, why) in (moot or {}).items():
-            if found.on_bound.get(name) == "lower":
+            if minimum.on_bound.get(name) == "lower":
                 values[other], kept[other] = search["center"][other], why
     return ConstantsFit(values, {}, kept)
 

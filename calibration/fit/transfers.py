@@ -23,10 +23,9 @@ from simulator.operators.residual_grid import ResidualGrid
 ELEMENTWISE_PRIOR = 0.7  # log standard deviation of a class's constants around those of all classes
 FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning of their names
 COLLECTIVE_PRIOR = 1.5  # log standard deviation of the constants around their defaults
-OCTAVES = 2.0  # between nodes along log2 bytes: 1 is worse on held-out sizes
-# points between two nodes at which the analytical model is evaluated: no time falls by over 1e-5 with its payload
-WITHIN = 32
-OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)  # payloads to compare as the end of an engine's all-reduce
+OCTAVES = 2.0  # octaves of bytes between nodes: 1 is worse on held-out sizes
+WITHIN = 32  # points between two nodes at which the analytical model is evaluated; with them no time falls by over 1e-5
+OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)  # largest payloads of an engine's all-reduce to compare
 OWN = tuple(name for name in COLLECTIVE_CONSTANTS if name.startswith("own_"))
 ADDED = 1.0  # minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale
 
@@ -35,7 +34,7 @@ ADDED = 1.0  # minimum gain in loss of a variant with an engine's all-reduce, in
 class ElementwiseFit(Fit):
     calls: Moves
 
-    # along (class, log2 bytes); classes are independent; chosen on seeds 10-19 of the protocol
+    # along (class, log2 bytes); classes are independent; chosen on seeds 10-19
     REGULARISATION = Regularisation(0.0, (0.0, 0.1), 0.1)
 
     def groups(self, by: str = "") -> IndexArray:
@@ -53,34 +52,27 @@ class ElementwiseFit(Fit):
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
             moved = {}
-            for name in ELEMENTWISE_CONSTANTS:
+            for name, constant in ELEMENTWISE_CONSTANTS.items():
                 kind = name if name in FACTORS else name.split("_")[0]
-                moved[name] = float(
-                    np.clip(
-                        default[name] * factor[kind], ELEMENTWISE_CONSTANTS[name].low, ELEMENTWISE_CONSTANTS[name].high
-                    )
-                )
+                moved[name] = float(np.clip(default[name] * factor[kind], constant.low, constant.high))
             return moved
 
         one = dict.fromkeys(FACTORS, 1.0)
         wide = dict.fromkeys(FACTORS, SimpleNamespace(low=np.exp(-4.0), high=np.exp(4.0)))
-        common = solver.minimise(lambda x: self.log_residual({**default, **scaled(x)}), one, wide, FACTORS, prior=1.0)
-        center = {**default, **scaled(common.values)}
+        common = solver.minimise(lambda factors: self.log_residual(scaled(factors)), one, wide, prior=1.0)
+        center = scaled(common.values)
         known = [name for i, name in enumerate(CLASSES) if np.any(self.calls.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
         fixed = {n: solver.ABSENT for n in ELEMENTWISE_CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
-        # the common factors are a prior with the weight of one row: a class of three rows must not move far
-        search: dict[str, Any] = {"fixed": fixed, "prior": ELEMENTWISE_PRIOR, "center": center, "max_nfev": 100}
-        return solver.fit_logs(
-            self.log_residual, center, ELEMENTWISE_CONSTANTS, self.covariance(ELEMENTWISE_PRIOR), **search
-        )
+        # the common factors are the prior: a class of three rows must not move far
+        return self.search(center, ELEMENTWISE_CONSTANTS, ELEMENTWISE_PRIOR, fixed=fixed, max_nfev=100)
 
     def blank(self) -> ResidualGrid:
         """Return a grid over log2 bytes by class, nodes an octave apart."""
         octaves = np.log2(np.maximum(self.calls.bytes_, 1.0))
         first, last = float(np.floor(octaves.min())), float(np.ceil(octaves.max()))
-        values = np.zeros((len(CLASSES) + 1, int(last - first) + 1))  # one class more: see class_residual
-        return ResidualGrid((0.0, first), (1.0, 1.0), values)
+        # one class more: see class_residual
+        return ResidualGrid((0.0, first), (1.0, 1.0), np.zeros((len(CLASSES) + 1, int(last - first) + 1)))
 
     def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
         return {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
@@ -97,8 +89,7 @@ class ElementwiseFit(Fit):
 class CollectiveFit(Fit):
     calls: Messages
 
-    # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out sizes and numbers of
-    # devices, over five GPUs and the L40S
+    # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out rows of six GPUs
     REGULARISATION = Regularisation((0.0, 0.1, 0.0), (0.0, 0.0, 0.1), 0.05)
 
     def groups(self, by: str = "") -> IndexArray:
@@ -111,7 +102,7 @@ class CollectiveFit(Fit):
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))
 
     def _variants(self) -> Iterator[dict[str, float]]:
-        """Yield where the engine's all-reduce applies: nowhere, or by size to two devices on PCIe or all on NVLink."""
+        """Yield where the engine's all-reduce applies: nowhere, or up to a size on two devices (NVLink: on all)."""
         yield {"own_devices": 0.0}
         if (self.calls.code == 0).any():
             most = float(self.calls.link.max_devices) if self.calls.link.family == "nvlink" else 2.0
@@ -136,23 +127,16 @@ class CollectiveFit(Fit):
         default = {name: constant.default(self.calls.link.family) for name, constant in COLLECTIVE_CONSTANTS.items()}
         best, least = {"own_devices": 0.0}, np.inf
         for variant in self._variants():
-            free = [name for name in COLLECTIVE_CONSTANTS if name not in self._fixed(variant)]
-            first = {**default, **variant}
+            fixed = self._fixed(variant)
+            free = {name: constant for name, constant in COLLECTIVE_CONSTANTS.items() if name not in fixed}
             found = solver.minimise(
-                self.log_residual, first, COLLECTIVE_CONSTANTS, free, prior=COLLECTIVE_PRIOR, max_nfev=60
+                self.log_residual, {**default, **variant}, free, prior=COLLECTIVE_PRIOR, max_nfev=60
             )
             loss = float(np.sum(np.sqrt(1.0 + (found.rows / solver.HUBER) ** 2) - 1.0))
             if loss < least - ADDED:
                 best, least = variant, loss
-        search: dict[str, Any] = {
-            "fixed": self._fixed(best),
-            "prior": COLLECTIVE_PRIOR,
-            "center": default,
-            "max_nfev": 100,
-        }
-        return solver.fit_logs(
-            self.log_residual, {**default, **best}, COLLECTIVE_CONSTANTS, self.covariance(COLLECTIVE_PRIOR), **search
-        )
+        start = {**default, **best}
+        return self.search(start, COLLECTIVE_CONSTANTS, COLLECTIVE_PRIOR, fixed=self._fixed(best), max_nfev=100)
 
     def blank(self) -> ResidualGrid:
         size, devices = np.log2(np.maximum(self.calls.payload, 1.0)), np.log2(self.calls.devices)
@@ -161,7 +145,7 @@ class CollectiveFit(Fit):
         return ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the nearest grid to the fitted one with times that never fall with bytes."""
+        """Return the grid nearest to the fitted one with which no time falls when bytes grow."""
         grid = super().residual(values)
         kinds, devices, nodes = grid.values.shape
         fine = grid.start[2] + OCTAVES * np.linspace(0.0, nodes - 1.0, (nodes - 1) * WITHIN + 1)
