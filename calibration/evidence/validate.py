@@ -105,7 +105,7 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
 
 def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportPart:
     """Return rows of one operator and format with their prediction and two rooflines."""
-    dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw, LEVEL)
+    dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw)
     time = predicted.time
     flops, weights, others = work(r)
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s

@@ -22,7 +22,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES
-from simulator.hardware.sections import Provenance, Section
+from simulator.hardware.sections import Section
 from simulator.operators import CONSTANTS
 from simulator.operators.attention import AttentionCalls, Geometry, decode_core, decode_work, prefill_work
 from simulator.operators.base import Constant, Machine
@@ -205,7 +205,6 @@ def fit_attention(
     fold_by: Sequence[str] = ("heads", "lengths"),
     seed: int = 0,
     start: Mapping[str, float] | None = None,
-    provenance: Provenance | None = None,
 ) -> FittedPart:
     """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows.
 
@@ -248,7 +247,7 @@ def fit_attention(
     inside = np.concatenate([fit.log_residual for fit in fits])
     scale = section_scale(errors, Uncertainty.joined([fit.uncertainty for fit in fits]))
     accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
-    section = Section(common.fitted(), arrays, scale, accuracy, provenance, "calibrated")
+    section = Section(common.fitted(), arrays, scale, accuracy, status="calibrated")
     return FittedPart(section, common, int(count.sum()), errors, dropped)
 
 

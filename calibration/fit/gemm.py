@@ -21,7 +21,7 @@ from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Provenance, Section
+from simulator.hardware.sections import Section
 from simulator.operators.base import Machine
 from simulator.operators.gemm import EDGE, Products
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
@@ -77,12 +77,10 @@ class GemmFit(Fit):
         start, machine = start or self.start, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
-        names = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")  # a dense table identifies these
-        if machine.packs:
-            names = ("t0", "e_tc", "e_d", "b_hit", "pack")
-        elif not machine.persistent:
-            names = (*names, "b_l2")
-        ranges = {name: CONSTANTS[name] for name in names}
+        names = ["t0", "e_tc", "e_d", "b_hit"]  # constants that a dense table identifies on this machine
+        names += ["pack"] if machine.packs else ["tau", "b_e", "c_l2", "t_s", "b_s"]
+        names += ["b_l2"] if not (machine.packs or machine.persistent) else []
+        ranges = {name: constant for name, constant in CONSTANTS.items() if name in names}
         unseen = {}
         if self.prior is not None and machine.element_bytes < 2.0 and not self.compute_bound.any():
             unseen = {"e_tc": "no row is compute-bound: that of the prior"}
@@ -158,7 +156,7 @@ class GemmFit(Fit):
         later = np.minimum.accumulate(time[::-1], axis=0)[::-1]
         return replace(grid, values=np.minimum(time, later + STEP) - analytical)
 
-    def section(self, provenance: Provenance | None = None) -> FittedPart:
+    def section(self) -> FittedPart:
         constants = self.constants()
         blocks, target = self._blocks(), self.target(constants.values)
         nodes = ridge.solve(blocks, target)
@@ -177,7 +175,7 @@ class GemmFit(Fit):
             errors, seen = held_out[known_rows], self.take(known_rows)
             scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
             scores = seen.accuracy(errors, constants.values)
-        section = Section(constants.fitted(), arrays, scale, scores, provenance, "calibrated")
+        section = Section(constants.fitted(), arrays, scale, scores, status="calibrated")
         return FittedPart(section, constants, len(self), held_out)
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
@@ -230,17 +228,11 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
 
 
 def fit_gemm(
-    data: GemmFit,
-    hw: HardwareProfile,
-    *,
-    dtype: str = "bf16",
-    prior: Section | None = None,
-    provenance: Provenance | None = None,
-    seed: int = 0,
+    data: GemmFit, hw: HardwareProfile, *, dtype: str = "bf16", prior: Section | None = None, seed: int = 0
 ) -> FittedPart:
     """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") on the datasheet facts of
     ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
-    return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section(provenance)
+    return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section()

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
-from calibration.fit.predict import SECTIONS, UNTIMED, parts_of, predict, without_gpu
-from calibration.fit.profile import provenance_of
+from calibration.fit.predict import SECTIONS, parts_of, predict, without_gpu
+from calibration.fit.profile import provenance_of, usable_rows
 from calibration.measure.shapes import spread_order
 from calibration.records.exact_shapes import with_exact, without_exact
 from calibration.records.screening import one_method, too_fast
-from calibration.records.timing_table import PURPOSES, Flag, Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
@@ -86,8 +86,12 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
     records, methods = one_method(records)
     notes += methods
-    excluded: list[str] = []
-    rows = _usable(records if dtype is None else records.select(records.labels().astype(str) == dtype), excluded)
+    if dtype is not None:
+        records = records.select(records.labels().astype(str) == dtype)
+    rows, excluded = usable_rows(records, ("holdout", "drift_check"))
+    if len(rows) < LEAST_ROWS:
+        why = f"{len(rows)} ({'; '.join(excluded)})" if excluded else f"{len(rows)}"
+        raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}")
     _reject_other_device(hw, rows, notes)
     rows, of_part, names, arrays = _compared(base, rows, notes, excluded)
     systematic, log_ratio = arrays["systematic"], arrays["log_ratio"]
@@ -127,18 +131,6 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
 def _section(part: str) -> tuple[str, str]:
     operator, label = part.split()
     return SECTIONS[operator], label.removesuffix("_wo")
-
-
-def _usable(records: Records, left_out: list[str]) -> Records:
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "drift_check")])
-    throttled = (records.flags & int(Flag.THROTTLED)) != 0
-    reasons = {UNTIMED: ~records.timed, "measured under throttling": throttled, "held out, or drift checks": apart}
-    left_out += [f"{int(bad.sum())} rows excluded: {reason}" for reason, bad in reasons.items() if bad.any()]
-    kept = records.select(records.timed & ~throttled & ~apart)
-    if len(kept) < LEAST_ROWS:
-        why = f"{len(kept)} ({'; '.join(left_out)})" if left_out else f"{len(kept)}"
-        raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}")
-    return kept
 
 
 def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,31 +26,22 @@ from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, experts
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order
 from simulator.uncertainty.forward import host_launch
-from simulator.uncertainty.operators import OperatorTimes, gemm_predicted, operator_time, predicted
+from simulator.uncertainty.operators import TIMES, OperatorTimes, gemm_predicted, operator_time, predicted
 from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 
 UNTIMED = "the time is not positive and finite"
 
-# Errors of an eager layer's time, log units. Independent; common to all rows, because the layer of a model differs
-# from the measured one and a pass has more than its layers; common to rows measured without the GPU, whose driver may
-# take as long as the framework. The last two are assumed.
-LAYER_OWN, LAYER_COMMON, LAYER_WITHOUT_GPU = 0.03, 0.10, 0.50
-
-
-@dataclass(frozen=True)
-class RowFormats:
-    """Number formats of rows, and the level of their intervals."""
-
-    dtype: str
-    weight: str  # of weights; for attention, of the cache
-    level: float
+# errors of an eager layer's time, log units
+LAYER_OWN = 0.03  # independent
+LAYER_COMMON = 0.10  # of all rows, assumed: a model's layer differs from the measured one; a pass has more than layers
+LAYER_WITHOUT_GPU = 0.50  # of rows measured without the GPU, assumed: its driver may take as long as the framework
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator with their errors."""
+    """Times of the rows of an operator with their 90 % intervals and errors."""
 
     time: OperatorTimes
     sizes: Mapping[str, Any]  # for errors by size
@@ -62,7 +53,7 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
     timed = records.timed
     if count := int((~timed).sum()):
         skipped[UNTIMED] = count
-    # copies belong to the elementwise operators
+    # copies are predicted as elementwise operators
     operators = np.where(records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator)
     labels = records.labels().astype(str)
     for code, label in sorted(set(zip(operators[timed].tolist(), labels[timed].tolist(), strict=True))):
@@ -82,138 +73,125 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
         skipped[reason] = skipped.get(reason, 0) + len(rows)
 
 
-def predict(r: Records, hw: HardwareProfile, level: float = 0.9) -> Predicted:
+def predict(r: Records, hw: HardwareProfile) -> Predicted:
     """Return the times of the rows of one part as they were measured: warm or cold, with the same rotated weights."""
-    formats = RowFormats(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], level)
-    return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, formats)
+    options = Options(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], copies=weight_copies(r))
+    return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, options)
 
 
-def _each(array: Callable[[str], Any]) -> OperatorTimes:
-    return OperatorTimes(*map(array, ("seconds", "lower", "upper", "roofline_s", "bottleneck")))
+def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
+    """Return the sums of operators in sequence, each of them executed a number of times, with fully correlated errors
+    and the bottleneck of the longest."""
+    longest = np.argmax([count * t.seconds for count, t in parts], axis=0)
+    total = {name: sum(count * getattr(t, name) for count, t in parts) for name in TIMES}
+    return OperatorTimes(**{**total, "bottleneck": np.choose(longest, [t.bottleneck for _, t in parts])})
 
 
-def _summed(times: Sequence[OperatorTimes]) -> OperatorTimes:
-    """Return the sums of operators in sequence, with fully correlated errors and the bottleneck of the longest."""
-    longest = np.argmax([t.seconds for t in times], axis=0)
-    bottleneck = np.choose(longest, [t.bottleneck for t in times])
-    return _each(lambda name: bottleneck if name == "bottleneck" else sum(getattr(t, name) for t in times))
-
-
-def _scaled(time: OperatorTimes, factor: Any) -> OperatorTimes:
-    return _each(lambda name: time.bottleneck if name == "bottleneck" else factor * getattr(time, name))
-
-
-def _gemm(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _gemm(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     kernel = Kernel.SPARSE24 if r.is_operator("gemm_2to4")[0] else Kernel.DENSE
-    options = Options(formats.dtype, formats.weight, int(kernel), copies=weight_copies(r))
-    time, errors = gemm_predicted(r.m, r.n, r.k, hw, options, formats.level)
+    time, errors = gemm_predicted(r.m, r.n, r.k, hw, replace(options, kernel=int(kernel)))
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k}, in_order(errors, len(r)))
 
 
-def _pair(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    options = Options(formats.dtype, formats.weight, copies=weight_copies(r))
+def _pair(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
-    time = _summed([gemm_predicted(*shape, hw, options, formats.level)[0] for shape in shapes])
+    time = _summed([(1.0, gemm_predicted(*shape, hw, options)[0]) for shape in shapes])
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rank": r.rank})
 
 
-def _gathered(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _gathered(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     """Predict a product of some tokens: one kernel, or a dense product between a gather and a scatter."""
-    kernel = np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE)
-    options = Options(formats.dtype, formats.weight, kernel, copies=weight_copies(r))
-    product = gemm_predicted(r.rows, r.n, r.k, hw, options, formats.level)[0]
-    time = _copied(product, r, r.rows, r.n, r.k, hw, formats)
+    options = replace(options, kernel=np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE))
+    time = _fused_or_copied(r, (r.rows, r.n, r.k), 1.0, hw, options)
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rows": r.rows})
 
 
-def _grouped(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     """Predict a product of each token with some groups of features: one kernel, or per group a gather, a dense product
     of its tokens and a scatter."""
     outer = r.role == ROLES.index("up")
     kernel = np.where(r.fused, np.where(outer, Kernel.GROUPS_N, Kernel.GROUPS_K), Kernel.DENSE)
     tokens = np.maximum(np.round(r.m * r.density), 1.0)
     n, k = np.where(outer & ~r.fused, r.block, r.n), np.where(~outer & ~r.fused, r.block, r.k)
-    options = Options(formats.dtype, formats.weight, kernel, copies=weight_copies(r), block=r.block)
-    product = gemm_predicted(tokens, n, k, hw, options, formats.level)[0]
     groups = np.where(r.fused, 1.0, np.where(outer, r.n, r.k) / np.maximum(r.block, 1))
-    time = _scaled(_copied(product, r, tokens, n, k, hw, formats), groups)
+    time = _fused_or_copied(r, (tokens, n, k), groups, hw, replace(options, kernel=kernel, block=r.block))
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "block": r.block, "density": r.density})
 
 
-def _copied(
-    product: OperatorTimes, r: Records, tokens: Any, n: Any, k: Any, hw: HardwareProfile, formats: RowFormats
+def _fused_or_copied(
+    r: Records, shape: tuple[Any, Any, Any], count: Any, hw: HardwareProfile, options: Options
 ) -> OperatorTimes:
-    """Return a product of some tokens, plus gather and scatter where the rows are not a single kernel."""
-    times: list[OperatorTimes] = [product]
+    """Return ``count`` products of some tokens, each with a gather and a scatter where it is not a single kernel."""
+    tokens, n, k = shape
+    parts = [(count, gemm_predicted(*shape, hw, options)[0])]
     for role, width in (("gather", k), ("scatter", n)):
         moved = DTYPE_BYTES[r.dtype] * tokens * width
-        copy = elementwise(moved + INDEX_BYTES * tokens, moved, hw, role=role, dtype=formats.dtype, added=True)
-        times.append(_scaled(operator_time(copy, hw, formats.level), np.where(r.fused, 0.0, 1.0)))
-    return _summed(times)
+        copy = elementwise(moved + INDEX_BYTES * tokens, moved, hw, role=role, dtype=options.dtype, added=True)
+        parts.append((np.where(r.fused, 0.0, count), operator_time(copy, hw)))
+    return _summed(parts)
 
 
 def _heads(r: Records) -> dict[str, Any]:
     return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
 
 
-def _prefill(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _prefill(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     shape = r.batch, r.q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim
-    value_dim = r.n if r.is_operator(*LATENT)[0] else 0
     kind: dict[str, Any] = {"window": r.window, "density": r.density, "block": r.block}
-    e = attention.prefill(*shape, hw, value_dim=value_dim, dtype=formats.dtype, kv_dtype=formats.weight, **kind)
-    time, uncertainty = predicted(e, hw, formats.level)
+    kind["value_dim"] = r.n if r.is_operator(*LATENT)[0] else 0
+    e = attention.prefill(*shape, hw, dtype=options.dtype, kv_dtype=options.weight_dtype, **kind)
+    time, uncertainty = predicted(e, hw)
     return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
 
 
-def _decode(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _decode(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     latent = bool(r.is_operator(*LATENT)[0])
 
     def call(rows: Records) -> Estimate:
         shape = rows.batch, rows.kv_len, rows.heads, rows.kv_heads, rows.head_dim
         kind: dict[str, Any] = {"value_dim": rows.n if latent else 0, "window": rows.window, "density": rows.density}
-        kind |= {"dtype": formats.dtype, "kv_dtype": formats.weight, "latent": latent, "cold": bool(rows.cold[0])}
-        return attention.decode(*shape, hw, **kind)
+        kind |= {"latent": latent, "cold": bool(rows.cold[0])}
+        return attention.decode(*shape, hw, dtype=options.dtype, kv_dtype=options.weight_dtype, **kind)
 
-    # the published tables read one cache repeatedly, measurements of this program do not
-    time, uncertainty = _by(r, r.cold, hw, formats.level, call)
+    # published tables read one cache repeatedly; measurements of this program rotate caches
+    time, uncertainty = _by(r, r.cold, hw, call)
     return Predicted(time, {"kv_len": r.kv_len, **_heads(r)}, uncertainty)
 
 
 def _by(
-    r: Records, key: Any, hw: HardwareProfile, level: float, call: Callable[[Records], Estimate]
+    r: Records, key: Any, hw: HardwareProfile, call: Callable[[Records], Estimate]
 ) -> tuple[OperatorTimes, Uncertainty]:
     """Return the times and errors of one kind of operator, by one call per value of a key."""
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
-    found = [predicted(call(r.select(rows)), hw, level) for rows in groups]
+    found = [predicted(call(r.select(rows)), hw) for rows in groups]
     order = np.argsort(np.concatenate(groups))
-    times = _each(lambda name: np.concatenate([getattr(time, name) for time, _ in found])[order])
-    return times, Uncertainty.joined([error for _, error in found], order)
+    times: dict[str, Any] = {name: np.concatenate([getattr(time, name) for time, _ in found])[order] for name in TIMES}
+    return OperatorTimes(**times), Uncertainty.joined([error for _, error in found], order)
 
 
-def _collective(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _collective(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     def call(rows: Records) -> Estimate:
         return collective(rows.n, rows.batch, hw, kind=ROLES[int(rows.role[0])])
 
-    time, uncertainty = _by(r, r.role, hw, formats.level, call)
+    time, uncertainty = _by(r, r.role, hw, call)
     return Predicted(time, {"bytes": r.n, "devices": r.batch, "role": r.role}, uncertainty)
 
 
-def _elementwise(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _elementwise(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     # copies have the class of cache writes
     role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
-    e = elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=formats.dtype)
-    time, uncertainty = predicted(e, hw, formats.level)
+    time, uncertainty = predicted(elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=options.dtype), hw)
     return Predicted(time, {"bytes": r.read_bytes + r.write_bytes, "role": role}, uncertainty)
 
 
-def _experts(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
+def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     def call(rows: Records) -> Estimate:
         shape = rows.m, rows.n, rows.k, rows.experts, rows.active
         part, warm = PARTS[int(experts_part(rows)[0])], not rows.cold[0]
-        how: dict[str, Any] = {"dtype": formats.dtype, "weight_dtype": formats.weight}
+        how: dict[str, Any] = {"dtype": options.dtype, "weight_dtype": options.weight_dtype}
         return experts(*shape, hw, skew=rows.skew, dealt=True, warm=warm, part=part, **how)
 
-    time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, formats.level, call)
+    time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
     return Predicted(time, shown, uncertainty)
 
@@ -242,8 +220,8 @@ def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
     return np.asarray(on_cpu[r.source] & (hw.architecture != "cpu"))
 
 
-def _layer(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    """Predict eager layers: the host's launches, independent of the length of the cache."""
+def _layer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
+    """Predict eager layers: the host's launches take the same time for any length of the cache."""
     rows, host = len(r), LaunchTime.of(hw)
     nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
     uncertainty = Uncertainty(
@@ -254,14 +232,13 @@ def _layer(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
         coordinates=np.zeros((rows, 3)),
         kind=HOST_KIND,
     )
-    width = math.exp(host.half * level_scale(formats.level))
-    codes = np.full(rows, bottleneck("host"), dtype=np.int8)
+    width, codes = math.exp(host.half), np.full(rows, bottleneck("host"), dtype=np.int8)
     time = OperatorTimes(seconds, seconds / width, seconds * width, nothing, codes)
     return Predicted(time, {"kv_len": r.kv_len}, uncertainty)
 
 
 # operator of a record -> section of a profile that predicts it, and the function that does
-_MODELS: Mapping[str, tuple[str, Callable[[Records, HardwareProfile, RowFormats], Predicted]]] = {
+_MODELS: Mapping[str, tuple[str, Callable[[Records, HardwareProfile, Options], Predicted]]] = {
     "gemm": ("gemm", _gemm),
     "gemm_2to4": ("gemm", _gemm),
     "low_rank": ("gemm", _pair),

@@ -1,13 +1,13 @@
 """Fit a calibrated profile to records and a datasheet, one section per operator and number format.
 
-Fitted values are kept within the ranges of a profile (:func:`within_ranges`), since times of a busy machine can lead a
-fit to values that no device has: every profile that is written can be read again.
+Times of a busy machine can lead a fit to values that no device has. :func:`within_ranges` sets them to the ranges of a
+profile, so every profile that is written can be read again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
+from calibration.fit.predict import UNTIMED
 from calibration.fit.section import fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.fit.transfers import CollectiveFit, ElementwiseFit
@@ -43,6 +44,16 @@ Mask = NDArray[np.bool_]
 
 _BLOCKS = "attention_block_sparse"
 
+# rows that a fit includes although they have a flag -> what the user can do
+REMEDIES: Mapping[Flag, str] = {
+    Flag.NOISY: "measure longer, on an idle machine",
+    Flag.DRIFT: "measure on an idle machine with steady clocks",
+    Flag.CONFLICT: "measure these shapes again",
+    Flag.WAITED: "measure on an idle machine",
+    Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
+}
+_APART: Mapping[str, str] = {"holdout": "held out", "exact": "exact shapes", "drift_check": "drift checks"}
+
 
 @dataclass(frozen=True)
 class ProfileFit:
@@ -53,22 +64,18 @@ class ProfileFit:
 
 @dataclass(frozen=True)
 class _Task:
-    """One fit to run, with the options of all fits."""
+    """One fit to run."""
 
     operator: str
     dtype: str
     rows: Records
     run: Callable[[_Task, HardwareProfile], FittedPart]
     prior: HardwareProfile | None
-    date: str
     seed: int
 
     @property
-    def provenance(self) -> Provenance:
-        return provenance_of(self.rows, self.date)
-
-    @property
     def inherited(self) -> Section | None:
+        """The section of the prior, if it is fitted."""
         if self.prior is None or self.dtype not in labels(self.prior.rates):
             return None
         section = self.prior.section(self.operator, self.dtype)
@@ -89,16 +96,18 @@ def fit_profile(
 
     ``base`` has the datasheet facts; its sections without records are kept. ``exact`` rows are stored with the GEMM
     section. ``prior``, a related GPU or another stack, supports a small sample. ``date`` (ISO 8601) is the date of the
-    provenance, by default the newest in the records. ``progress`` is called with (fits done, fits in all). Sections of
-    rows that a device measured are of the stack torch: engines with other kernels have wider intervals.
+    provenance, by default the newest in the records. ``progress`` is called with (fits done, number of fits). If torch
+    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals.
     """
     records, methods = one_method(records)
-    notes: list[str] = [*methods]
-    excluded: list[str] = []
-    usable = _usable(records, notes, excluded)
+    notes = list(methods)
+    usable, excluded = usable_rows(records, tuple(_APART))
+    for flag, remedy in REMEDIES.items():
+        if count := int(((usable.flags & int(flag)) != 0).sum()):
+            notes += [f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"]
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
-    tasks = _tasks(base, usable, notes, prior, date, seed)
+    tasks = _tasks(base, usable, notes, prior, seed)
     if not tasks:
         why = "; ".join(notes + excluded) or "the records hold no operator that has a fit"
         raise InputError(f"nothing to fit: {why}")
@@ -115,8 +124,9 @@ def fit_profile(
         except ValueError as error:  # too few usable rows: the other operators may still have enough
             notes.append(f"{task.operator} {task.dtype}: {error}")
         else:
-            sections[key] = replace(part.section, stack=own_stack)
-            # constants of other kernels belong to the dense fit of their section
+            origin = part.section.provenance or provenance_of(task.rows, date)
+            sections[key] = replace(part.section, stack=own_stack, provenance=origin)
+            # the part of a section is that of its dense fit, with the fixed constants of all kernels
             first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
             known = replace(first.constants, fixed={**fixed, **part.fixed})
@@ -135,8 +145,8 @@ def fit_profile(
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
     """Return a profile whose fitted sections can be read again, and a note per section that had to change.
 
-    Constants, section scales, errors and arrays are set to the end of their range; a value that is not a number becomes
-    the default of the architecture.
+    A value outside its range is set to the end of the range; a constant that is not finite becomes the default of the
+    architecture.
     """
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
@@ -166,9 +176,9 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
             outside.append(f"{name} {fitted.value:.3g}")
         constants[name] = kept
     low, high = SCALE_RANGE
-    scale = min(max(section.section_scale, low), high) if section.section_scale == section.section_scale else high
+    scale = high if math.isnan(section.section_scale) else min(max(section.section_scale, low), high)
     least, most = ACCURACY_RANGE
-    accuracy = {n: min(max(v, least), most) for n, v in section.accuracy.items() if v == v}
+    accuracy = {n: min(max(v, least), most) for n, v in section.accuracy.items() if not math.isnan(v)}
     arrays = clipped(section.arrays)
     same = constants == dict(section.constants) and accuracy == dict(section.accuracy)
     if same and scale == section.section_scale and arrays is section.arrays:
@@ -181,42 +191,30 @@ def _formats(records: Records) -> NDArray[np.str_]:
     return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
 
 
-REMEDIES: Mapping[Flag, str] = {
-    Flag.NOISY: "measure longer, on an idle machine",
-    Flag.DRIFT: "measure on an idle machine with steady clocks",
-    Flag.CONFLICT: "measure these shapes again",
-    Flag.WAITED: "measure on an idle machine",
-    Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
-}
-
-
-def _usable(records: Records, notes: list[str], left_out: list[str]) -> Records:
-    """Return the rows for the fit; the others are counted in ``left_out``, flags of the rows in ``notes``."""
-    apart = np.isin(records.purpose, [PURPOSES.index(name) for name in ("holdout", "exact", "drift_check")])
-    throttled = (records.flags & int(Flag.THROTTLED)) != 0
-    reasons = {
-        "excluded on purpose (held out, exact shapes, drift checks)": apart & ~throttled,
-        "excluded: measured under throttling": throttled,
-        "excluded: time is not positive and finite": ~records.timed,
-    }
-    left_out += [f"{int(bad.sum())} rows {reason}" for reason, bad in reasons.items() if bad.any()]
-    kept = records.select(~apart & ~throttled & records.timed)
-    for flag, remedy in REMEDIES.items():
-        if count := int(((kept.flags & int(flag)) != 0).sum()):
-            many = f"{count} of {len(kept)} rows are flagged {flag.name}; the fit includes them"
-            notes.append(f"{many}; {remedy}")
-    return kept
+def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
+    """Return the rows that have a valid time, were not throttled and have none of the purposes ``apart``, and a note
+    per reason for which rows are excluded."""
+    bad = {UNTIMED: ~records.timed, "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0}
+    bad |= {_APART[name]: records.purpose == PURPOSES.index(name) for name in apart}
+    excluded = [f"{int(rows.sum())} rows excluded: {reason}" for reason, rows in bad.items() if rows.any()]
+    return records.select(~np.any(list(bad.values()), axis=0)), excluded
 
 
 def _tasks(
-    base: HardwareProfile, records: Records, notes: list[str], prior: HardwareProfile | None, date: str, seed: int
+    base: HardwareProfile, records: Records, notes: list[str], prior: HardwareProfile | None, seed: int
 ) -> list[_Task]:
     """Return the fits for which rows are enough, dense GEMMs first because other fits need them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
     gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     every = np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
-    moved = is_("elementwise", "copy") & np.isin(formats, formats[is_("elementwise")])
+    reduces = messages & (records.role == role_code("all_reduce")[0])
+    library = np.array([source.kernel == "NCCL" for source in records.sources], dtype=bool)[records.source]
+    if (reduces & ~library).any():  # the engine has its own all-reduce, which replaces the library's
+        messages &= ~(reduces & library)
+    # copies are measured cold, activations are warm: they agree only where L2 holds neither
+    copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
+    moved = (is_("elementwise") | copies) & np.isin(formats, formats[is_("elementwise")])
     gathered, blocks = is_("gather_gemm") & records.fused & same, is_(_BLOCKS) & same
     kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
         ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
@@ -239,7 +237,7 @@ def _tasks(
             elif len(rows) < fewest:
                 notes.append(f"{many} are too few; a fit needs {fewest}; measure longer")
             else:
-                out.append(_Task(operator, dtype, rows, run, prior, date, seed))
+                out.append(_Task(operator, dtype, rows, run, prior, seed))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
         if count := int((is_(name) & ~gathered).sum()):
             judged = "validation compares them with the sum of their parts"
@@ -268,7 +266,7 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
     data = products_of(task.rows, Machine.of(hw, task.dtype))
-    return fit_gemm(data, hw, dtype=task.dtype, prior=task.inherited, provenance=task.provenance, seed=task.seed)
+    return fit_gemm(data, hw, dtype=task.dtype, prior=task.inherited, seed=task.seed)
 
 
 def _fit_skipping(task: _Task, hw: HardwareProfile) -> FittedPart:
@@ -279,41 +277,32 @@ def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
     prior = task.inherited
     start = None if prior is None else {name: c.value for name, c in prior.constants.items()}
     calls = calls_of(task.rows, task.operator, Machine.of(hw, task.dtype))
-    return fit_attention(calls, hw.architecture, start=start, seed=task.seed, provenance=task.provenance)
+    return fit_attention(calls, hw.architecture, start=start, seed=task.seed)
 
 
 def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
     r = task.rows
-    # copies are measured cold, activations are warm: they agree only where L2 holds neither
-    r = r.select(~r.is_operator("copy") | (r.read_bytes + r.write_bytes > hw.l2_bytes))
     code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
     moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
-    fit = ElementwiseFit(moves, r.seconds)
-    return fit_section(fit, seed=task.seed, provenance=provenance_of(r, task.date))
+    return fit_section(ElementwiseFit(moves, r.seconds), seed=task.seed)
 
 
 def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Fit collectives, to the engine's all-reduce instead of its library's if the rows have both."""
     r = task.rows
     if hw.link is None:
         raise ValueError(f"{hw.name} has no link to other devices")
-    library = np.array([source.kernel == "NCCL" for source in r.sources])[r.source]
-    reduces = r.role == role_code("all_reduce")[0]
-    if (reduces & ~library).any():
-        r = r.select(~(reduces & library))
     code = np.array([COLLECTIVES.index(ROLES[role]) for role in r.role])
     messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), hw.link)
-    return fit_section(CollectiveFit(messages, r.seconds), seed=task.seed, provenance=provenance_of(r, task.date))
+    return fit_section(CollectiveFit(messages, r.seconds), seed=task.seed)
 
 
 def _fit_experts(task: _Task, hw: HardwareProfile) -> FittedPart:
-    layers = layers_of(task.rows, Machine.of(hw, task.dtype), hw.architecture)
-    return fit_section(layers, seed=task.seed, provenance=task.provenance)
+    return fit_section(layers_of(task.rows, Machine.of(hw, task.dtype), hw.architecture), seed=task.seed)
 
 
 def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
-    """Fit the host time of an eager launch: the median over launches of a decoder layer, with its modules and views;
-    without a timed layer, over launches of a kernel too small to take time itself."""
+    """Fit the host time of an eager launch: the median over launches of a decoder layer. Without a timed layer, it is
+    the median over launches of a kernel that is too small to take time itself."""
     constants, r = dict(hw.section("runtime", "*").constants), task.rows
     bare = r.is_operator("launch_eager")
     small = bare & (r.m == 0)  # the others launch a tiny GEMM
@@ -325,5 +314,4 @@ def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
     if len(bare_s) and hw.architecture == "cpu":
         # a CPU computes nothing while the framework creates the views of an operator
         constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
-    section = Section(constants, provenance=task.provenance, status="calibrated")
-    return FittedPart(section, ConstantsFit({}, {}, {}), len(r))
+    return FittedPart(Section(constants, status="calibrated"), ConstantsFit({}, {}, {}), len(r))

@@ -19,7 +19,7 @@ from calibration.fit.errors import accuracy_of, section_scale
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
-from simulator.hardware.sections import Provenance, Section
+from simulator.hardware.sections import Section
 from simulator.operators.base import Calls, Constant
 from simulator.operators.residual_grid import ResidualGrid
 from simulator.uncertainty.factors import same_stack_scales, uncertainty_of
@@ -114,7 +114,7 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
     return errors
 
 
-def fit_section(fit: Fit, *, seed: int = 0, provenance: Provenance | None = None) -> FittedPart:
+def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
     """Fit the section of one operator. Folds, chosen by ``seed``, hold out groups of rows. ValueError for too few
     rows."""
     rows = fit.usable()
@@ -126,5 +126,5 @@ def fit_section(fit: Fit, *, seed: int = 0, provenance: Provenance | None = None
     errors = held_out(rows, values, seed)
     arrays, scale = rows.arrays(rows.residual(values)), rows.scale(errors, values)
     accuracy = rows.accuracy(errors, values)
-    section = Section(constants.fitted(), arrays, scale, accuracy, provenance, "calibrated")
+    section = Section(constants.fitted(), arrays, scale, accuracy, status="calibrated")
     return FittedPart(section, constants, len(rows), errors)
