@@ -1,8 +1,8 @@
 """Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly.
 
-:func:`base_profile` is used before a plan is measured, :func:`raised` with its records afterwards: no measured time may
-be faster than a measured peak. A GPU's name alone does not identify it, since slices (MIG), laptops and slower editions
-have the name of a faster GPU in theirs: names are compared whole, and the other facts must agree.
+:func:`base_profile` is called before a plan is measured, :func:`raised` with its records afterwards: no measured time
+may be faster than a measured peak. Slices (MIG), laptops and slower editions have names that contain the name of a
+faster GPU: whole names are compared, and the other facts must agree.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MEASURED = "measured on this device by prunesim: the best of its own GEMMs and c
 UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
 
 _THREADS = re.compile(r"\((\d+) threads\)")
-_COLD_SHARE = 1.0 / 16.0
-_MARGIN = 1.05  # over the best of a few shapes: other shapes are slightly faster
+_COLD_SHARE = 1.0 / 16.0  # share of L2 from which rotated weights certainly come from memory
+_MARGIN = 1.05  # factor on the best of a few shapes: other shapes are slightly faster
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
 _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
 
@@ -80,20 +80,18 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def shipped_name(device: str, gpu: Gpu | None = None) -> str:
-    """Return the shipped profile of a GPU by the name that it reports (which may end with the number of SMs), and its
-    facts if they are known; "" for none."""
+    """Return the shipped profile of a GPU by its reported name, which may end with the number of SMs, and by its facts
+    where they are known; "" for none."""
     counted = _SMS.search(device)
     found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")
     if not found:
         return ""
     hw = load_hardware(found)
-    if counted and int(counted[1]) != hw.sm_count:
-        return ""
-    if gpu is None:
-        return found
-    memory = abs(gpu.memory_bytes / hw.memory_bytes - 1.0) <= _MEMORY_TOLERANCE
-    same = gpu.sm_count == hw.sm_count and architecture_of(gpu.capability) == hw.architecture
-    return found if same and memory and not gpu.mig else ""
+    same = counted is None or int(counted[1]) == hw.sm_count
+    if gpu is not None:
+        same &= gpu.sm_count == hw.sm_count and architecture_of(gpu.capability) == hw.architecture and not gpu.mig
+        same &= abs(gpu.memory_bytes / hw.memory_bytes - 1.0) <= _MEMORY_TOLERANCE
+    return found if same else ""
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
@@ -108,8 +106,8 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts for measuring and fitting a device, with a rate for ``dtype``: of the profile ``hardware`` (by
-    default the shipped profile of the GPU), else measured in about a second."""
+    """Return the facts that measurements and fits of a device need, with a rate for ``dtype``: the facts of the profile
+    ``hardware`` (by default the shipped profile of the GPU), else facts measured in about a second."""
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
@@ -137,17 +135,14 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     sources = dict.fromkeys(names, reported) | dict.fromkeys(("bandwidth", f"rates.{dtype}"), MEASURED)
     sources |= {"boost_clock": UNKNOWN} if clock == _CLOCK_HZ else {}
     sources |= {"power": UNKNOWN} if power == _POWER_W else {}
-    device_name = description.device.lower()
-    vendors = (name for name in ("NVIDIA", "Intel", "AMD", "Apple", "ARM") if name.lower() in device_name)
-    if gpu is not None:
-        architecture = architecture_of(gpu.capability)
-    else:
-        architecture = "cpu" if device.name == "cpu" or "threads" in description.stack else "ampere"
+    vendors = ("NVIDIA", "Intel", "AMD", "Apple", "ARM")
+    vendor = next((name for name in vendors if name.lower() in description.device.lower()), "unknown")
+    architecture = "cpu" if device.name == "cpu" or threads else "ampere"
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
         title=description.device,
-        vendor="NVIDIA" if gpu else next(vendors, "unknown"),
-        architecture=architecture,
+        vendor="NVIDIA" if gpu else vendor,
+        architecture=architecture_of(gpu.capability) if gpu else architecture,
         aliases=(),
         sm_count=max(gpu.sm_count if gpu else units, 1),
         boost_clock_hz=clock,
@@ -173,10 +168,8 @@ def _plausible(key: str, reading: Reading) -> float:
 
 
 def _gemm_rate(device: Device, dtype: str) -> Rate:
-    """Return the best arithmetic rate of square GEMMs of growing size, up to one that takes 50 ms, plus a margin.
-
-    Sparse tensor cores have twice the dense rate (NVIDIA, "A100 Tensor Core GPU Architecture", 2020).
-    """
+    """Return the best arithmetic rate of square GEMMs up to one that takes 50 ms, plus a margin. Sparse tensor cores
+    have twice the dense rate (NVIDIA, "A100 Tensor Core GPU Architecture", 2020)."""
     best = 0.0
     for size in (512, 1024, 2048, 3072, 4096, 8192):
         op = Operator("gemm", dtype, m=size, n=size, k=size)
@@ -194,7 +187,7 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
-    """Return the best memory rate, bytes/s, of a copy and of a product with one row, which only reads its weights."""
+    """Return the better memory rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):
@@ -217,7 +210,6 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
             reached = float(np.max(flops[rows] / timed.seconds[rows]))
             rates[dtype] = replace(rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached)))
     speed = base.bandwidth_bytes_per_s
-    # smaller weights may not have been rotated past the cache
     cold = gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
     if base.sources.get("bandwidth") == MEASURED and cold.any():
         fastest = float(np.max((weights + others)[cold] / timed.seconds[cold]))

@@ -23,21 +23,18 @@ from simulator.uncertainty.operators import gemm_time
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
-# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs in addition to
-# the dense fit. Gathered GEMMs count if they are one kernel: a gather, a GEMM and a scatter have no separate
-# constant.
+# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs. A gathered GEMM
+# counts if it is one kernel: a gather, a GEMM and a scatter have no constants of this kind.
 KINDS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
+# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense ones
 STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
-# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense
-# ones
 LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
-FEW_TOKENS = 64  # tokens up to which the bytes of weights are most of the time, so that a ratio tells sparse_load
-# Edge of the blocks of keys. The search uses their cost instead of sparse_block, which may be 0, without a log.
-EDGE = 64.0
+FEW_TOKENS = 64  # up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
+EDGE = 64.0  # keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no log then
 
 
 def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
@@ -88,8 +85,8 @@ def _known(searched: Mapping[str, float]) -> dict[str, float]:
 
 
 def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
-    """Return the GEMM section of a format with ``sparse_step``, and with few tokens ``sparse_load``, fitted to
-    published ratios by least absolute log error; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
+    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios by least absolute log error,
+    also ``sparse_load`` if some ratios have few tokens; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
 
     bf16 and fp16 count as one format, since they run at one rate. "median_2to4" in the accuracy is the median log error
     of rows held out one at a time.

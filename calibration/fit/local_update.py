@@ -33,16 +33,16 @@ from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR
 from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
 
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400  # rows that an update needs, that it should have, that it stores at most
-MOST_FACTOR = 2.5  # median factor between measured and predicted times that no stack explains; also of a row to others
-MOST_ROW_FACTOR = 100.0  # factor of a single row that no measurement explains
-MOST_TOO_FAST = 0.1  # share of rows faster than physics allows, above which all are rejected
-MOST_SDS, MOST_NAMED = 4.0, 3  # effect or error, in standard deviations, that is flagged; most rows that notes name
+MOST_FACTOR = 2.5  # largest factor between measured and predicted times, in the median, that a stack explains
+MOST_ROW_FACTOR = 100.0  # the same for a single row
+MOST_TOO_FAST = 0.1  # if a larger share of the rows is faster than physics allows, the update is rejected
+MOST_SDS, MOST_NAMED = 4.0, 3  # standard deviations of an effect or error that is flagged; rows that notes name
 REPORTED = 0.2  # an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of the rows on one error factor, the sum of an operator's and the machine's factor; log units."""
+    """The effect of the rows on an error factor of an operator and the machine's factor together; log units."""
 
     name: str
     prior_sd: float
@@ -53,7 +53,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class UpdateErrors:
-    """Errors of the rows of one operator: before the update, and after it, each row predicted from the others."""
+    """Errors of the rows of one operator before the update, and after it with each row predicted from the others."""
 
     name: str
     rows: int
@@ -78,8 +78,8 @@ class Updated:
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None, date: str = "") -> Updated:
     """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
 
-    Notes count the excluded rows by reason, and name rows whose time is far from that predicted from the other rows.
-    ``dtype`` selects one number format, ``date`` (ISO 8601) is the date of the provenance. InputError for too few rows,
+    Notes count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
+    ``dtype`` selects one number format; ``date`` (ISO 8601) is the date of the provenance. InputError for too few rows,
     and for times that no difference between software stacks explains.
     """
     base = replace(hw, local_update=None, same_stack=False)
@@ -159,53 +159,51 @@ def _compared(
     parts, and the arrays of a local update: errors of all error factors and log(measured / predicted)."""
     skipped: dict[str, int] = {}
     names: list[str] = []
-    index, parts = list[NDArray[np.intp]](), list[NDArray[np.intp]]()
-    found: list[tuple[FloatArray, Uncertainty]] = []
-    fast = np.logical_or(*too_fast(rows, base))
+    index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()
     for operator, label, at in parts_of(rows, base, skipped):
         own = rows.select(at)
-        found_part = predict(own, base)
-        if found_part.uncertainty is None:
+        found = predict(own, base)
+        if found.uncertainty is None:
             left_out.append(f"{len(at)} rows excluded: {operator} is not a single operator of the model")
             continue
-        ratio = np.log(own.seconds / found_part.time.seconds)
+        ratio = np.log(own.seconds / found.time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
         _reject_factor(f"{operator} {label}", ratio, most, own)
-        error = found_part.uncertainty
-        found.append((ratio, error))
-        parts.append(np.full(len(at), len(names)))
-        index.append(at)
         names.append(f"{operator} {label}")
+        index.append(at)
+        ratios.append(ratio)
+        errors.append(found.uncertainty)
     left_out += [f"{count} rows excluded: {reason}" for reason, count in skipped.items()]
+    fast = np.logical_or(*too_fast(rows, base))
     if fast.mean() > MOST_TOO_FAST:
         share = f"{int(fast.sum())} of {len(fast)} rows are faster than {base.title} can be"
         raise InputError(f"local update: {share}; check that they are from this GPU and in the right unit")
     if fast.any():
         notes.append(f"{int(fast.sum())} rows excluded: faster than {base.title} can be")
-    order = np.concatenate(index) if index else np.zeros(0, dtype=np.intp)
+    order = np.concatenate([np.zeros(0, dtype=np.intp), *index])
     kept = np.flatnonzero(~fast[order])
     if len(kept) < LEAST_ROWS:
         why = f"{len(kept)}: {'; '.join(left_out + notes)}"
         raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, got {why}")
-    part, log_ratio = np.concatenate(parts), np.concatenate([ratio for ratio, _ in found])
-    coordinates = np.concatenate([error.coordinates for _, error in found]).astype(np.float64)
+    sizes = [len(at) for at in index]
+    part, error = np.repeat(np.arange(len(names)), sizes), Uncertainty.joined(errors)
     if len(kept) > MOST_ROWS:
         notes.append(f"of {len(kept)} rows the {MOST_ROWS} that lie farthest apart are kept")
-        sizes = coordinates, np.log2(rows.seconds[order]), 16.0 * part
-        kept = np.sort(kept[spread_order(np.column_stack(sizes)[kept], MOST_ROWS)])
+        places = np.column_stack([error.coordinates, np.log2(rows.seconds[order]), 16.0 * part])
+        kept = np.sort(kept[spread_order(places[kept], MOST_ROWS)])
     arrays = {
-        "systematic": np.concatenate([error.wide() for _, error in found]),
-        "correlated": np.concatenate([error.correlated for _, error in found]).astype(np.float64),
-        "independent": np.concatenate([error.independent for _, error in found]).astype(np.float64),
-        "coordinates": coordinates,
-        "kind": np.concatenate([np.full(len(ratio), error.kind) for ratio, error in found]),
-        "log_ratio": log_ratio,
+        "systematic": error.wide(),
+        "correlated": error.correlated,
+        "independent": error.independent,
+        "coordinates": error.coordinates,
+        "kind": np.repeat([one.kind for one in errors], sizes),
+        "log_ratio": np.concatenate(ratios),
     }
     return rows.select(order[kept]), part[kept], names, {name: values[kept] for name, values in arrays.items()}
 
 
 def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
-    """Return notes on the rows whose times are far from those that the other rows predict, the farthest first."""
+    """Return notes on the rows whose times are far from the times that the other rows predict, the farthest first."""
     rest, sd = posterior.left_out
     rest = rest + log_ratio - np.clip(log_ratio, -MOST_LOG, MOST_LOG)  # the posterior clips them
     far = np.flatnonzero((np.abs(rest) > math.log(MOST_FACTOR)) & (np.abs(rest) > MOST_SDS * sd))
@@ -219,7 +217,7 @@ def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> lis
 
 
 def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records) -> None:
-    """Reject times that no difference between stacks explains: in the median of an operator, or a single one."""
+    """Reject times that no difference between stacks explains: the median of an operator, or a single time."""
     median, worst = float(np.median(log_ratio)), int(np.abs(log_ratio).argmax())
     place = rows.place(worst)
     if abs(median) <= most:
@@ -239,27 +237,25 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 def _fit(
     name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior
 ) -> UpdateErrors:
-    y, sd = log_ratio[at], before[at]
+    y, half_before = log_ratio[at], COVERAGE_FACTOR * before[at]
     rest, after = posterior.left_out[:, at]
     half_after = after * posterior.coverage_factors[posterior.kind[at]]
-    half = float(np.median(sd)) * COVERAGE_FACTOR, float(np.median(half_after))
-    inside = np.abs(y) <= COVERAGE_FACTOR * sd, np.abs(rest) <= half_after
     return UpdateErrors(
         name=name,
         rows=int(at.sum()),
         error_before=float(np.abs(np.expm1(-y)).mean()),
         error_after=float(np.abs(np.expm1(-rest)).mean()),
-        half_before=math.expm1(half[0]),
-        half_after=math.expm1(half[1]),
-        inside_before=float(inside[0].mean()),
-        inside_after=float(inside[1].mean()),
+        half_before=math.expm1(np.median(half_before)),
+        half_after=math.expm1(np.median(half_after)),
+        inside_before=float((np.abs(y) <= half_before).mean()),
+        inside_after=float((np.abs(rest) <= half_after).mean()),
         z=float(np.sqrt(np.mean((rest / after) ** 2))),
     )
 
 
 def effects(posterior: Posterior) -> tuple[Effect, ...]:
-    """Return the error factors that a posterior shifts or narrows. Rows of one operator identify only the sum of the
-    operator's and the machine's factor, which is reported for the operator."""
+    """Return the error factors that a posterior shifts or narrows. Rows of one operator identify only the sum of its
+    factor and the machine's factor: the operator is reported with this sum."""
     names = [name for name in ERROR_FACTORS if name != "machine"]
     weight = np.zeros((len(names), len(ERROR_FACTORS)))
     for row, name in zip(weight, names, strict=True):
@@ -271,8 +267,9 @@ def effects(posterior: Posterior) -> tuple[Effect, ...]:
     mean, variance = posterior.at(every)
     prior, sd = np.sqrt(every.variance), np.sqrt(variance)
     reported = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
-    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), reported.tolist(), strict=True)
-    return tuple(Effect(name, p, m, s, meaning(name, m, s)) for name, p, m, s, kept in rows if kept)
+    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), strict=True)
+    found = [Effect(name, p, m, s, meaning(name, m, s)) for name, p, m, s in rows]
+    return tuple(effect for effect, kept in zip(found, reported, strict=True) if kept)
 
 
 # error factor, or the end of its name -> sentence, and the words for a longer and a shorter time
