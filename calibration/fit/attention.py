@@ -1,7 +1,6 @@
 """Calibration of attention: constants, residual and section scale from measured times of one phase of one stack.
 
-The time of one shape differs by 13 to 82 % between two stacks. Each kernel of a stack (head width, window, format of
-the cache) has separate factors on the constants and a separate residual.
+Each kernel of a stack (head width, window, format of the cache) has separate constants and a separate residual.
 """
 
 from __future__ import annotations
@@ -39,25 +38,25 @@ _STRUCTURE = {
 }
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
-# structures to compare: kernels of latent attention differ in heads per unit, units per SM, and whether they split a
-# cache (errors of the analytical model alone on the A100: 27 % with the registry's, 4 % with the best)
+# Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and in whether they split
+# a cache. On the A100 the analytical model errs by 27 % with the registry's structure, by 4 % with the best.
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
 }
 
-# rows of the tiles of plain decode to compare where products show: on a device with little compute for its bandwidth
+# Rows per tile of plain decode to compare on devices with little compute for their bandwidth: there products of padded
+# rows change the time. They count as visible if, in the median row and with the smallest tiles, they take at least
+# SEEN of the time of reading the cache.
 TILE_ROWS: Sequence[Mapping[str, float]] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
-SEEN = 0.25  # least share of the products in the smallest tiles, over the time of reading the cache, of the median row
+SEEN = 0.25
 
-# Structure of latent decode on Hopper for rows of one number of heads, which do not show it: FlashMLA's tiles of 64
-# heads (docs/20250422-new-kernel-deep-dive.md). Tables of the H100 and H200 with several numbers are not fitted
-# better with such tiles: there the products of fewer heads hide.
+# Latent decode on Hopper where all rows have one number of heads, which do not identify the structure: FlashMLA has
+# tiles of 64 heads (docs/20250422-new-kernel-deep-dive.md).
 LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
 
-MINIMUM_ROWS = 20
-FEW_ROWS = 100  # below these the residual stays only if held-out rows are predicted better with it
-INFORMING_ROWS = 8  # rows that a constant must move to be fitted at all
-SIMPLER = 0.9  # of the error with a term of the sequences: below it the form without is taken
+FEW_ROWS = 100  # with fewer rows the residual is kept only if it improves the prediction of held-out rows
+INFORMING_ROWS = 8  # a constant that changes the times of fewer rows is not fitted
+SIMPLER = 0.9  # the form with a term per sequence is kept if its error is below this share of the error without
 
 # constants by phase that rows of a single head configuration do not identify; they keep the architecture's value
 _LONE = {
@@ -75,10 +74,8 @@ class AttentionFit(Fit):
     """Measured attention calls of one phase on one device."""
 
     calls: AttentionCalls
-    faster: float = 1.0  # highest arithmetic rate over the device's: a narrow cache may be computed in its format
 
-    # along (group, units, length); chosen on seeds 10 and 11 of the protocol (A100 and H100, both phases, 400 and all
-    # rows)
+    # along (group, units, length); chosen on seeds 10 and 11 (A100 and H100, both phases, 400 and all rows)
     REGULARISATION = Regularisation(0.02, (0.03, 0.05, 0.05), 0.02)
     ROUNDS = 4
 
@@ -109,13 +106,13 @@ class AttentionFit(Fit):
         return self.calls.geometry.kv_len if self.decodes else self.calls.geometry.q_len
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the group of each row, held out together: by "heads" (heads, KV heads, features) or "lengths"."""
+        """Return the group of each row by "heads" (heads, KV heads, features) or "lengths"."""
         g = self.calls.geometry
         return solver.numbered(*((self.length,) if by == "lengths" else (g.heads, g.kv_heads, g.head_dim)))
 
     @property
     def kinds(self) -> FloatArray:
-        """Properties that distinguish kernels (n, 3), as in :class:`simulator.operators.attention.Kernels`."""
+        """Properties that distinguish kernels, (rows, 3), as in :class:`simulator.operators.attention.Kernels`."""
         g = self.calls.geometry
         narrow = np.asarray(g.cache_bytes) < np.asarray(g.element_bytes)
         columns = np.log2(g.head_dim), np.asarray(g.window) > 0, narrow
@@ -123,7 +120,8 @@ class AttentionFit(Fit):
 
     def screened(self) -> tuple[AttentionFit, dict[str, int]]:
         """Return the usable rows, and the number of excluded rows by reason. A time below bytes / bandwidth is valid if
-        the bytes fit the L2; FLOP / peak has a tolerance of 5 % for boost clocks."""
+        the bytes fit the L2. FLOP / peak has a tolerance of 5 % for boost clocks, and of 2x for a latent cache, which
+        may be computed in its narrower format."""
         g, machine = self.calls.geometry, self.calls.machine
         if self.decodes:
             read = decode_work(g)
@@ -131,7 +129,7 @@ class AttentionFit(Fit):
         else:
             computed = prefill_work(g, {"pads": 1.0, "packs": 0.0})
             size, flops = computed.moved_bytes, computed.flops
-        shape = [getattr(g, name) for name in SHAPE]
+        shape, faster = [getattr(g, name) for name in SHAPE], 2.0 if self.calls.latent else 1.0
         columns = np.broadcast_arrays(*shape, self.seconds, g.element_bytes, g.cache_bytes, g.window, g.warm)
         beyond_l2 = (size > 1.5 * machine.l2_bytes) & (self.seconds < size / machine.bandwidth_bytes_per_s)
         reasons = {
@@ -140,7 +138,7 @@ class AttentionFit(Fit):
             "a chunk of one query, which decode kernels compute": (g.q_len < 2) & (not self.decodes),
             "heads are not a multiple of KV heads": (g.heads % np.maximum(g.kv_heads, 1.0)) != 0,
             "a length or count is below 1": np.any([column < 1 for column in shape], axis=0),
-            "faster than FLOP / peak": self.seconds * 1.05 * self.faster < flops / machine.peak_flop_per_s,
+            "faster than FLOP / peak": self.seconds * 1.05 * faster < flops / machine.peak_flop_per_s,
             "faster than bytes / bandwidth with more bytes than the L2 holds": beyond_l2,
         }
         good, counts = np.ones(len(self), dtype=bool), {}
@@ -153,11 +151,10 @@ class AttentionFit(Fit):
     def constants(
         self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
     ) -> ConstantsFit:
-        """Return the constants, except those ``fixed`` for a reason."""
-        assert start is not None
-        known, fixed = self.registry, {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
+        """Return the constants; those of ``fixed`` keep the values of ``start``, for a reason."""
+        start, known = start or self.defaults, self.registry
+        fixed = {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in [name for name in known if name not in fixed]:
-            # fix a constant whose whole range changes the times of only a few rows
             low, high = (self.log_residual({**start, name: end}) for end in (known[name].low, known[name].high))
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
                 fixed[name] = "not identified by these rows"
@@ -165,8 +162,8 @@ class AttentionFit(Fit):
         def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             return solver.sandwich(found.rows, solver.slopes(self.log_residual, values, found.names, 1e-3)), 0.0
 
-        search = {**_SEARCH, "weak": 1.0, "max_nfev": 60, "moot": solver.NO_GAIN}
-        return solver.fit_logs(self.log_residual, start, known, covariance, fixed=fixed, **search)
+        search = {**_SEARCH, "weak": 1.0, "max_nfev": 60, "moot": solver.NO_GAIN, "fixed": fixed}
+        return solver.fit_logs(self.log_residual, start, known, covariance, **search)
 
     def blank(self) -> ResidualGrid:
         """Return a blank grid over the smallest box of octaves that contains the rows."""
@@ -195,7 +192,7 @@ def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
         latent=operator == "mla_decode",  # the one phase whose queries absorbed the weights
     )
     calls = AttentionCalls(operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s)
-    return AttentionFit(calls, np.asarray(records.seconds, dtype=np.float64), 2.0 if latent else 1.0)
+    return AttentionFit(calls, np.asarray(records.seconds, dtype=np.float64))
 
 
 def fit_attention(
@@ -208,21 +205,22 @@ def fit_attention(
 ) -> FittedPart:
     """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows.
 
-    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. A fold, by
-    ``seed``, holds out groups by each size of ``fold_by`` and refits everything; the errors of all folds are pooled.
+    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen
+    by ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled.
     """
     c, dropped = calls.screened()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
-    if count.max(initial=0) < MINIMUM_ROWS <= len(c):  # together they are enough for one kernel
+    if count.max(initial=0) < c.FEWEST <= len(c):  # all rows together are enough for one kernel
         most = count.argmax()
         kinds, kind, count = kinds[most : most + 1], np.zeros_like(kind), np.array([len(c)])
-    kinds, count, seen = kinds[count >= MINIMUM_ROWS], count[count >= MINIMUM_ROWS], kinds
-    if not len(kinds):
-        few = f"expected at least {MINIMUM_ROWS} usable rows, got {len(c)} ({dropped or 'none excluded'})"
+    enough = np.flatnonzero(count >= c.FEWEST)
+    if not len(enough):
+        few = f"expected at least {c.FEWEST} usable rows, got {len(c)} ({dropped or 'none excluded'})"
         raise ValueError(f"{c.calls.operator}: {few}")
-    if lost := len(c) - int(count.sum()):
-        dropped |= {f"fewer than {MINIMUM_ROWS} rows of their head width, window and cache": lost}
+    rows = int(count[enough].sum())
+    if rows < len(c):
+        dropped |= {f"fewer than {c.FEWEST} rows of their head width, window and cache": len(c) - rows}
     known = c.registry
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
@@ -230,25 +228,25 @@ def fit_attention(
         keep["regroup"] = "applies to CPUs only"
     if c.calls.operator in FORMS:
         keep["wide_s"] = "only rows of 128 heads identify it, and units have the same effect"
-    # first the kernel whose constants the section lists: no window, no narrow cache, most rows
-    kinds = kinds[np.lexsort((np.abs(kinds[:, 0] - 7.0), -count, kinds[:, 2], kinds[:, 1]))]
+    # the section lists the constants of the first kernel: no window, no narrow cache, most rows
+    width, window, narrow = kinds[enough].T
+    enough = enough[np.lexsort((np.abs(width - 7.0), -count[enough], narrow, window))]
     rng, fits = np.random.default_rng(seed), list[_KernelFit]()
-    for selected in kinds:
-        rows = c.take(kind == np.flatnonzero((seen == selected).all(axis=1))[0])
+    for i in enough:
         starts = [first, *(fit.constants.values for fit in fits[:1])]
-        fits.append(_fit_kernel(rows, starts, keep, fold_by, rng))
+        fits.append(_fit_kernel(c.take(kind == i), starts, keep, fold_by, rng))
     common = fits[0].constants
     constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
     factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
     arrays = _joined([fit.grid for fit in fits])
-    if kinds.tolist() != [[7.0, 0.0, 0.0]]:  # else the section has the one kernel it would have without these arrays
-        arrays |= {"kinds": kinds, "factors": factors}
+    if kinds[enough].tolist() != [[7.0, 0.0, 0.0]]:  # a section without these arrays has this kernel
+        arrays |= {"kinds": kinds[enough], "factors": factors}
     errors = np.concatenate([fit.held_out for fit in fits])
     inside = np.concatenate([fit.log_residual for fit in fits])
     scale = section_scale(errors, Uncertainty.joined([fit.uncertainty for fit in fits]))
     accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
     section = Section(common.fitted(), arrays, scale, accuracy, status="calibrated")
-    return FittedPart(section, common, int(count.sum()), errors, dropped)
+    return FittedPart(section, common, rows, errors, dropped)
 
 
 @dataclass(frozen=True)
@@ -257,14 +255,14 @@ class _KernelFit:
     grid: ResidualGrid | None
     held_out: FloatArray  # log predicted over measured of each row by a fit without it, by each size in turn
     log_residual: FloatArray  # log analytical over measured time of each row
-    uncertainty: Uncertainty  # of the rows, in the order of ``held_out``
+    uncertainty: Uncertainty  # errors of the rows, in the order of ``held_out``
 
 
-def fit_form(
+def _fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
     """Return constants and residual of the calls of one kernel, from the best of the starts; ``keep`` fixes constants.
-    A term per sequence is dropped if the error stays about the same: it would only fit noise."""
+    The term per sequence is dropped if the error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
     if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:
@@ -301,14 +299,14 @@ def _fit_kernel(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
 ) -> _KernelFit:
     """Fit one kernel; return it with its errors on held-out rows."""
-    constants, grid = fit_form(c, starts, keep)
+    constants, grid = _fit_form(c, starts, keep)
     errors_of, plain, order = [], [], []
     for kind in fold_by:
         group = c.groups(kind)
         if group.max() == 0:
             group = np.arange(len(c))  # a single group: hold out rows
         for train, test in solver.folds(group, FOLDS, rng):
-            # start at the solution: a refit changes little, but its change is part of the error of a held-out shape
+            # the search starts at the solution: it moves little, but this is part of the error of a held-out shape
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
                 free = {name: c.registry[name] for name in constants.std_errors}
@@ -326,18 +324,17 @@ def _fit_kernel(
 
 
 def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the residuals of several kernels, joined along the first axis of one box of octaves."""
+    """Return the residuals of several kernels as one grid: one box of octaves per kernel, along the first axis."""
     given = [grid for grid in grids if grid is not None]
     if not given:
         return {}
     low = np.min([grid.start for grid in given], axis=0)
     high = np.max([np.add(grid.start, grid.values.shape) for grid in given], axis=0)
-    size = tuple((high - low).astype(int))
     out = []
     for grid in grids:
         values, start = (np.zeros((1, 1, 1)), low) if grid is None else (grid.values, grid.start)
-        before = np.subtract(start, low).astype(int)
-        after = np.subtract(size, before + values.shape)
-        out.append(np.pad(values, list(zip(before, after, strict=True)), mode="edge"))
+        before = np.subtract(start, low)
+        after = high - low - before - values.shape
+        out.append(np.pad(values, np.stack([before, after], axis=1).astype(int), mode="edge"))
     whole = np.concatenate(out).round(3)
     return ResidualGrid(tuple(low.tolist()), (1.0,) * 3, whole).arrays()

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
-from calibration.fit.attention import MINIMUM_ROWS, calls_of, fit_attention
 from calibration.fit.attention import OPERATORS as ATTENTION
+from calibration.fit.attention import calls_of, fit_attention
 from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
 from calibration.fit.predict import UNTIMED
-from calibration.fit.section import fit_section
+from calibration.fit.section import Fit, fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
@@ -220,11 +220,11 @@ def _tasks(
         ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
         ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1], _fit_skipping),
         ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1], _fit_skipping),
-        *((name, f"{name} {{}}", is_(name), formats, MINIMUM_ROWS, _fit_attention) for name in ATTENTION),
+        *((name, f"{name} {{}}", is_(name), formats, Fit.FEWEST, _fit_attention) for name in ATTENTION),
         ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1], _fit_skipping),
-        ("elementwise", "elementwise {}", moved, formats, MINIMUM_ROWS, _fit_elementwise),
+        ("elementwise", "elementwise {}", moved, formats, Fit.FEWEST, _fit_elementwise),
         ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
-        ("collective", "collectives", messages, every, MINIMUM_ROWS, _fit_collective),
+        ("collective", "collectives", messages, every, Fit.FEWEST, _fit_collective),
         ("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST, _fit_experts),
     )
     out: list[_Task] = []

@@ -249,7 +249,7 @@ def latent_calls(rows: int, form: dict[str, float]) -> AttentionFit:
     geometry = Geometry(*shape, value_dim=512.0 * one, latent=True, warm=one)
     calls = AttentionCalls("decode", True, geometry, Machine.of(A100), Machine.of(A100).peak_flop_per_s)
     truth = {name: constant.default("ampere") for name, constant in CONSTANTS["mla_decode"].items()} | form
-    return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)), 2.0)
+    return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)))
 
 
 @pytest.mark.parametrize(("rows", "split_keys"), [(64.0, 128.0), (16.0, 1e6)])
