@@ -38,8 +38,8 @@ _STRUCTURE = {
 }
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
-# Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and in whether they split
-# a cache. On the A100 the analytical model errs by 27 % with the registry's structure, by 4 % with the best.
+# Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and in whether they
+# split a cache. On the A100 the analytical model errs by 27 % with the registry's structure, by 4 % with the best.
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
 }

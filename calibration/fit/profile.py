@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
-from calibration.records.timing_table import LAUNCHES, PURPOSES, Flag, Records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
@@ -39,8 +38,6 @@ from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
-
-Mask = NDArray[np.bool_]
 
 _BLOCKS = "attention_block_sparse"
 
@@ -60,26 +57,6 @@ class ProfileFit:
     profile: HardwareProfile
     parts: tuple[FittedPart, ...]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One fit to run."""
-
-    operator: str
-    dtype: str
-    rows: Records
-    run: Callable[[_Task, HardwareProfile], FittedPart]
-    prior: HardwareProfile | None
-    seed: int
-
-    @property
-    def inherited(self) -> Section | None:
-        """The section of the prior, if it is fitted."""
-        if self.prior is None or self.dtype not in labels(self.prior.rates):
-            return None
-        section = self.prior.section(self.operator, self.dtype)
-        return None if section.status == "default" else section
 
 
 def fit_profile(
@@ -107,7 +84,7 @@ def fit_profile(
             notes += [f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"]
     if dtype is not None:
         usable = usable.select(np.char.startswith(_formats(usable), dtype))
-    tasks = _tasks(base, usable, notes, prior, seed)
+    tasks = _tasks(base, usable, notes)
     if not tasks:
         why = "; ".join(notes + excluded) or "the records hold no operator that has a fit"
         raise InputError(f"nothing to fit: {why}")
@@ -115,19 +92,19 @@ def fit_profile(
     sources = [usable.sources[i] for i in np.unique(usable.source)]
     own_stack = "torch" if sources and all("torch" in source.stack for source in sources) else ""
     parts: dict[tuple[str, str], FittedPart] = {}
-    for done, task in enumerate(tasks):
-        key = task.operator, task.dtype
+    for done, (operator, label, rows) in enumerate(tasks):
+        key = operator, label
         try:
-            part = task.run(task, replace(base, sections=sections))
+            part = _fit(operator, label, rows, replace(base, sections=sections), prior, seed)
         except InputError:
             raise
         except ValueError as error:  # too few usable rows: the other operators may still have enough
-            notes.append(f"{task.operator} {task.dtype}: {error}")
+            notes.append(f"{operator} {label}: {error}")
         else:
-            origin = part.section.provenance or provenance_of(task.rows, date)
+            origin = part.section.provenance or provenance_of(rows, date)
             sections[key] = replace(part.section, stack=own_stack, provenance=origin)
             # the part of a section is that of its dense fit, with the fixed constants of all kernels
-            first = parts.setdefault(key, replace(part, operator=task.operator, dtype=task.dtype))
+            first = parts.setdefault(key, replace(part, operator=operator, dtype=label))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
             known = replace(first.constants, fixed={**fixed, **part.fixed})
             parts[key] = replace(first, constants=known)
@@ -200,10 +177,9 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
     return records.select(~np.any(list(bad.values()), axis=0)), excluded
 
 
-def _tasks(
-    base: HardwareProfile, records: Records, notes: list[str], prior: HardwareProfile | None, seed: int
-) -> list[_Task]:
-    """Return the fits for which rows are enough, dense GEMMs first because other fits need them."""
+def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
+    """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first because other fits
+    need them."""
     same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
     gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
     every = np.full(len(records), "*")
@@ -216,19 +192,19 @@ def _tasks(
     copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
     moved = (is_("elementwise") | copies) & np.isin(formats, formats[is_("elementwise")])
     gathered, blocks = is_("gather_gemm") & records.fused & same, is_(_BLOCKS) & same
-    kinds: tuple[tuple[str, str, Mask, NDArray[np.str_], int, Any], ...] = (
-        ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS, _fit_gemm),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1], _fit_skipping),
-        ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1], _fit_skipping),
-        *((name, f"{name} {{}}", is_(name), formats, Fit.FEWEST, _fit_attention) for name in ATTENTION),
-        ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1], _fit_skipping),
-        ("elementwise", "elementwise {}", moved, formats, Fit.FEWEST, _fit_elementwise),
-        ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1, _fit_runtime),
-        ("collective", "collectives", messages, every, Fit.FEWEST, _fit_collective),
-        ("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST, _fit_experts),
+    kinds: tuple[tuple[str, str, NDArray[np.bool_], NDArray[np.str_], int], ...] = (
+        ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS),
+        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1]),
+        ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1]),
+        *((name, f"{name} {{}}", is_(name), formats, Fit.FEWEST) for name in ATTENTION),
+        ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1]),
+        ("elementwise", "elementwise {}", moved, formats, Fit.FEWEST),
+        ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1),
+        ("collective", "collectives", messages, every, Fit.FEWEST),
+        ("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST),
     )
-    out: list[_Task] = []
-    for operator, what, mask, names, fewest, run in kinds:
+    out: list[tuple[str, str, Records]] = []
+    for operator, what, mask, names, fewest in kinds:
         for dtype in map(str, np.unique(names[mask])):
             rows = records.select(mask & (names == dtype))
             many = f"{what.format(dtype)}: {len(rows)} rows"
@@ -237,7 +213,7 @@ def _tasks(
             elif len(rows) < fewest:
                 notes.append(f"{many} are too few; a fit needs {fewest}; measure longer")
             else:
-                out.append(_Task(operator, dtype, rows, run, prior, seed))
+                out.append((operator, dtype, rows))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
         if count := int((is_(name) & ~gathered).sum()):
             judged = "validation compares them with the sum of their parts"
@@ -264,46 +240,40 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-def _fit_gemm(task: _Task, hw: HardwareProfile) -> FittedPart:
-    data = products_of(task.rows, Machine.of(hw, task.dtype))
-    return fit_gemm(data, hw, dtype=task.dtype, prior=task.inherited, seed=task.seed)
+def _fit(
+    operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None, seed: int
+) -> FittedPart:
+    """Fit the rows of one operator and number format, or of a kernel that skips work."""
+    if OPERATORS[int(r.operator[0])] in SKIPPING:
+        return fit_skipping(r, hw, dtype)
+    if operator == "runtime":
+        return _fit_runtime(r, hw)
+    if operator == "elementwise":
+        code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
+        moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+        return fit_section(ElementwiseFit(moves, r.seconds), seed=seed)
+    if operator == "collective":
+        if hw.link is None:
+            raise ValueError(f"{hw.name} has no link to other devices")
+        code = np.array([COLLECTIVES.index(ROLES[role]) for role in r.role])
+        messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), hw.link)
+        return fit_section(CollectiveFit(messages, r.seconds), seed=seed)
+    machine = Machine.of(hw, dtype)
+    if operator == "experts":
+        return fit_section(layers_of(r, machine, hw.architecture), seed=seed)
+    inherited = None
+    if prior is not None and dtype in labels(prior.rates) and prior.section(operator, dtype).status != "default":
+        inherited = prior.section(operator, dtype)
+    if operator == "gemm":
+        return fit_gemm(products_of(r, machine), hw, dtype=dtype, prior=inherited, seed=seed)
+    start = None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
+    return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start, seed=seed)
 
 
-def _fit_skipping(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_skipping(task.rows, hw, task.dtype)
-
-
-def _fit_attention(task: _Task, hw: HardwareProfile) -> FittedPart:
-    prior = task.inherited
-    start = None if prior is None else {name: c.value for name, c in prior.constants.items()}
-    calls = calls_of(task.rows, task.operator, Machine.of(hw, task.dtype))
-    return fit_attention(calls, hw.architecture, start=start, seed=task.seed)
-
-
-def _fit_elementwise(task: _Task, hw: HardwareProfile) -> FittedPart:
-    r = task.rows
-    code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
-    moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
-    return fit_section(ElementwiseFit(moves, r.seconds), seed=task.seed)
-
-
-def _fit_collective(task: _Task, hw: HardwareProfile) -> FittedPart:
-    r = task.rows
-    if hw.link is None:
-        raise ValueError(f"{hw.name} has no link to other devices")
-    code = np.array([COLLECTIVES.index(ROLES[role]) for role in r.role])
-    messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), hw.link)
-    return fit_section(CollectiveFit(messages, r.seconds), seed=task.seed)
-
-
-def _fit_experts(task: _Task, hw: HardwareProfile) -> FittedPart:
-    return fit_section(layers_of(task.rows, Machine.of(hw, task.dtype), hw.architecture), seed=task.seed)
-
-
-def _fit_runtime(task: _Task, hw: HardwareProfile) -> FittedPart:
+def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:
     """Fit the host time of an eager launch: the median over launches of a decoder layer. Without a timed layer, it is
     the median over launches of a kernel that is too small to take time itself."""
-    constants, r = dict(hw.section("runtime", "*").constants), task.rows
+    constants = dict(hw.section("runtime", "*").constants)
     bare = r.is_operator("launch_eager")
     small = bare & (r.m == 0)  # the others launch a tiny GEMM
     bare_s = r.seconds[small if small.any() else bare]
