@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fit.errors import accuracy_of
+from calibration.fit.section import accuracy_of
 from simulator.arrays import FloatArray, IndexArray
 
 # Title, key of a score, and bounds (low, high] of each range of m for which errors are reported

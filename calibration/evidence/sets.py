@@ -24,12 +24,11 @@ from calibration.evidence.published import (
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
 from calibration.fit.attention import SHAPE, AttentionFit, calls_of, fit_attention
-from calibration.fit.errors import LEVEL, neighbours, pairs_along
-from calibration.fit.experts import PART_ROLES, layers_of
 from calibration.fit.gemm import GemmFit, fit_gemm, products_of
 from calibration.fit.local_update import update_profile
+from calibration.fit.operators import PART_ROLES, layers_of
 from calibration.fit.predict import predict
-from calibration.fit.section import Fit, fit_section
+from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_along
 from calibration.fit.solver import HUBER
 from calibration.measurements import list_measurements, load_measurements, provenance, published
 from calibration.measurements.infersim import SOURCES

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.evidence.scoring import errors, m_ranges, speedups, table
-from calibration.fit.errors import LEVEL, accuracy_of, neighbours
 from calibration.fit.predict import SECTIONS, parts_of, predict
+from calibration.fit.section import LEVEL, accuracy_of, neighbours
 from calibration.records.screening import work
 from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import FloatArray

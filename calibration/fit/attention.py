@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import solver
-from calibration.fit.errors import accuracy_of, section_scale
 from calibration.fit.residual import Regularisation
-from calibration.fit.section import FOLDS, Fit
+from calibration.fit.section import FOLDS, Fit, accuracy_of, section_scale
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray

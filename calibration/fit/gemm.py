@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
-from calibration.fit.errors import few_groups
 from calibration.fit.residual import ResidualBlock
-from calibration.fit.section import FOLDS, Fit
+from calibration.fit.section import FOLDS, Fit, few_groups
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
 from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records

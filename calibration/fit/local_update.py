@@ -75,12 +75,12 @@ class Updated:
     notes: tuple[str, ...]
 
 
-def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None, date: str = "") -> Updated:
+def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Updated:
     """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
 
     Notes count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
-    ``dtype`` selects one number format; ``date`` (ISO 8601) is the date of the provenance. InputError for too few rows,
-    and for times that no difference between software stacks explains.
+    ``dtype`` selects one number format. InputError for too few rows, and for times that no difference between software
+    stacks explains.
     """
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
@@ -112,7 +112,7 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     used = np.flatnonzero(systematic.any(axis=0))
     arrays["systematic"] = systematic[:, used]
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
-    update = LocalUpdate(provenance_of(rows, date), columns, clipped(MappingProxyType(arrays)))
+    update = LocalUpdate(provenance_of(rows), columns, clipped(MappingProxyType(arrays)))
     # earlier measured shapes would contradict the update
     profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)

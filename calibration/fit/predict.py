@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
-from calibration.fit.experts import experts_part
 from calibration.fit.gemm import weight_copies
+from calibration.fit.operators import experts_part
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records
 from simulator.arrays import IndexArray

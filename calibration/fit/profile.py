@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
 from calibration.fit.attention import OPERATORS as ATTENTION
 from calibration.fit.attention import calls_of, fit_attention
-from calibration.fit.experts import ExpertsFit, layers_of
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
 from calibration.fit.kernels import KINDS as SKIPPING
 from calibration.fit.kernels import fit_skipping
+from calibration.fit.operators import CollectiveFit, ElementwiseFit, ExpertsFit, layers_of
 from calibration.fit.predict import UNTIMED
 from calibration.fit.section import Fit, fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.fit.transfers import CollectiveFit, ElementwiseFit
 from calibration.records.exact_shapes import with_exact
 from calibration.records.screening import one_method
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
@@ -66,7 +65,6 @@ def fit_profile(
     dtype: str | None = None,
     prior: HardwareProfile | None = None,
     date: str = "",
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
     """Fit all operators and number formats of the records; InputError, with the reasons, when nothing can be fitted.
@@ -95,7 +93,7 @@ def fit_profile(
     for done, (operator, label, rows) in enumerate(tasks):
         key = operator, label
         try:
-            part = _fit(operator, label, rows, replace(base, sections=sections), prior, seed)
+            part = _fit(operator, label, rows, replace(base, sections=sections), prior)
         except InputError:
             raise
         except ValueError as error:  # too few usable rows: the other operators may still have enough
@@ -240,9 +238,7 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-def _fit(
-    operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None, seed: int
-) -> FittedPart:
+def _fit(operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None) -> FittedPart:
     """Fit the rows of one operator and number format, or of a kernel that skips work."""
     if OPERATORS[int(r.operator[0])] in SKIPPING:
         return fit_skipping(r, hw, dtype)
@@ -251,23 +247,23 @@ def _fit(
     if operator == "elementwise":
         code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
         moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
-        return fit_section(ElementwiseFit(moves, r.seconds), seed=seed)
+        return fit_section(ElementwiseFit(moves, r.seconds))
     if operator == "collective":
         if hw.link is None:
             raise ValueError(f"{hw.name} has no link to other devices")
         code = np.array([COLLECTIVES.index(ROLES[role]) for role in r.role])
         messages = Messages(code, r.n.astype(np.float64), r.batch.astype(np.float64), hw.link)
-        return fit_section(CollectiveFit(messages, r.seconds), seed=seed)
+        return fit_section(CollectiveFit(messages, r.seconds))
     machine = Machine.of(hw, dtype)
     if operator == "experts":
-        return fit_section(layers_of(r, machine, hw.architecture), seed=seed)
+        return fit_section(layers_of(r, machine, hw.architecture))
     inherited = None
     if prior is not None and dtype in labels(prior.rates) and prior.section(operator, dtype).status != "default":
         inherited = prior.section(operator, dtype)
     if operator == "gemm":
-        return fit_gemm(products_of(r, machine), hw, dtype=dtype, prior=inherited, seed=seed)
+        return fit_gemm(products_of(r, machine), hw, dtype=dtype, prior=inherited)
     start = None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
-    return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start, seed=seed)
+    return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start)
 
 
 def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:

@@ -16,9 +16,9 @@ from planted_rows import HW, SOURCE, bare, check_golden, gemms, golden_records
 
 from calibration.evidence import validate as verdict
 from calibration.evidence.validate import Report, ReportPart, coverage, markdown, part_speedups, summary, validate
-from calibration.fit.errors import accuracy_of
 from calibration.fit.local_update import Updated, UpdateErrors
 from calibration.fit.profile import provenance_of
+from calibration.fit.section import accuracy_of
 from calibration.records.timing_table import PURPOSES, Flag, Records, Source
 from simulator.codes import ROLES
 from simulator.errors import InputError

@@ -10,9 +10,9 @@ import pytest
 from operator_times import collective_time
 
 from calibration.build_profiles import datasheet
+from calibration.fit.operators import CollectiveFit
 from calibration.fit.profile import fit_profile
 from calibration.fit.section import fit_section
-from calibration.fit.transfers import CollectiveFit
 from calibration.records.timing_table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware

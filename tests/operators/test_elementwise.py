@@ -11,8 +11,8 @@ from operator_times import elementwise_time
 from calibration.build_profiles import rtx_tables
 from calibration.evidence.scoring import ScoredRows, score
 from calibration.evidence.sets import MeasuredRows
+from calibration.fit.operators import ElementwiseFit
 from calibration.fit.section import fit_section
-from calibration.fit.transfers import ElementwiseFit
 from simulator.codes import ROLES, role_code
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware

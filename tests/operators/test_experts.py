@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from operator_times import errors_of, experts_time
 
-from calibration.fit.experts import ExpertsFit
+from calibration.fit.operators import ExpertsFit
 from calibration.fit.section import fit_section
 from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import list_hardware, load_hardware
