@@ -99,15 +99,12 @@ class AttentionFit(Fit):
         least = decode_core(work, machine, {**self.defaults, **TILE_ROWS[0]}).by_bottleneck
         return bool(np.median(least["compute"] / least["memory"]) >= SEEN)
 
-    @property
-    def length(self) -> FloatArray:
-        """Query positions of prefill, cached ones of decode."""
-        return self.calls.geometry.kv_len if self.decodes else self.calls.geometry.q_len
-
     def groups(self, by: str = "") -> IndexArray:
-        """Return the group of each row by "heads" (heads, KV heads, features) or "lengths"."""
+        """Return the group of each row by "lengths" (of the cache in decode, else of the queries) or "heads"."""
         g = self.calls.geometry
-        return solver.numbered(*((self.length,) if by == "lengths" else (g.heads, g.kv_heads, g.head_dim)))
+        if by == "lengths":
+            return solver.numbered(g.kv_len if self.decodes else g.q_len)
+        return solver.numbered(g.heads, g.kv_heads, g.head_dim)
 
     @property
     def kinds(self) -> FloatArray:
@@ -271,15 +268,16 @@ def _fit_form(
         starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
     if c.shows_tiles:
         starts = [_best_form(c, starts, keep, TILE_ROWS)]
-    low, why = c.registry["sequence_s"].low, "time follows the work units alone"
+    tried = [(start, keep, 1.0) for start in starts]
+    if len(c) >= FEW_ROWS:
+        simple = {**keep, "sequence_s": "time follows the work units alone"}
+        tried += [({**start, "sequence_s": c.registry["sequence_s"].low}, simple, SIMPLER) for start in starts]
     forms: list[tuple[float, ConstantsFit, ResidualGrid]] = []
-    for simple in (False, True) if len(c) >= FEW_ROWS else (False,):
-        for start in starts:
-            first = {**start, "sequence_s": low} if simple else start
-            constants = c.constants(first, {**keep, "sequence_s": why} if simple else keep)
-            grid = c.residual(constants.values)
-            error = np.abs(np.log(c.predict(constants.values, grid) / c.seconds)).mean()
-            forms.append((float(error) / (SIMPLER if simple else 1.0), constants, grid))
+    for start, fixed, share in tried:
+        constants = c.constants(start, fixed)
+        grid = c.residual(constants.values)
+        error = np.abs(np.log(c.predict(constants.values, grid) / c.seconds)).mean()
+        forms.append((float(error) / share, constants, grid))
     return min(forms, key=lambda form: form[0])[1:]
 
 
@@ -289,7 +287,7 @@ def _best_form(
     keep: Mapping[str, str],
     forms: Sequence[Mapping[str, float]],
 ) -> Mapping[str, float]:
-    """Return the fitted constants with the smallest error without residual, among starts with each structure."""
+    """Return the fitted constants with the smallest error of the analytical model, among starts with each structure."""
     found = [c.constants({**start, **form}, keep).values for start in starts for form in forms]
     return min(found, key=lambda values: float(np.abs(c.log_residual(values)).mean()))
 

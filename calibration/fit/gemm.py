@@ -5,12 +5,11 @@ A ``prior`` is the section of a related GPU or of another stack; with it a small
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit import residual as ridge
 from calibration.fit.residual import ResidualBlock
@@ -59,31 +58,23 @@ class GemmFit(Fit):
         c = self.calls
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
-    @property
-    def compute_bound(self) -> NDArray[np.bool_]:
-        """Rows whose arithmetic takes longer than their weights and activations by the datasheet."""
-        c, machine = self.calls, self.calls.machine
-        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-        return np.asarray(2.0 * c.m * c.n * c.k / machine.peak_flop_per_s > moved / machine.bandwidth_bytes_per_s)
-
-    def log_residuals(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
-        """Return the log residuals for each of several sets of constants, (sets, rows)."""
-        return np.asarray(np.log(self.calls.seconds_of(many)) - np.log(self.seconds))
-
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return the result of the best of several searches: one from ``start``, which has all constants, and
         :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
-        start, machine = start or self.start, self.calls.machine
+        start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
         names = ["t0", "e_tc", "e_d", "b_hit"]  # constants that a dense table identifies on this machine
         names += ["pack"] if machine.packs else ["tau", "b_e", "c_l2", "t_s", "b_s"]
         names += ["b_l2"] if not (machine.packs or machine.persistent) else []
         ranges = {name: constant for name, constant in CONSTANTS.items() if name in names}
-        unseen = {}
-        if self.prior is not None and machine.element_bytes < 2.0 and not self.compute_bound.any():
-            unseen = {"e_tc": "no row is compute-bound: that of the prior"}
         ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
+        unseen = {}
+        if self.prior is not None and machine.element_bytes < 2.0:
+            moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+            compute_s, memory_s = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
+            if not np.any(compute_s > memory_s):
+                unseen = {"e_tc": "no row is compute-bound: that of the prior"}
 
         def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
             rows = found.rows[: len(few)]
@@ -93,7 +84,7 @@ class GemmFit(Fit):
         search: dict[str, Any] = {"prior": prior, "center": start, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
         search["weak"] = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
         if len(few) <= REFIT_ROWS:  # more rows leave the processor's caches
-            search["together"] = few.log_residuals
+            search["together"] = lambda many: np.log(few.calls.seconds_of(many)) - np.log(few.seconds)
 
         def fit(origin: Mapping[str, float]) -> ConstantsFit:
             return fit_logs(few.log_residual, origin, ranges, covariance, fixed=unseen, **search)

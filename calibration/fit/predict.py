@@ -1,5 +1,4 @@
-"""Predict records with a profile: :func:`parts_of` splits records by cost model, :func:`predict` returns the times of a
-part with their errors."""
+"""Predict records with a profile: :func:`parts_of` splits them by cost model, :func:`predict` predicts a part."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
 
-Several grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem), or, on
-few rows, all at once in the dual form of the problem.
+Many rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem).
+Few rows: all grids are fitted at once in the dual form of the problem.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ FEW_ROWS = 1500  # rows up to which the problem is solved by row instead of by n
 
 @dataclass(frozen=True)
 class Regularisation:
-    """Weights of the penalties on first and second differences (one, or one per coordinate) and on size, of a grid of
-    log residuals; a row of data counts 1."""
+    """Weights of the penalties of a grid of log residuals; a row of data has the weight 1."""
 
-    first: float | tuple[float, ...]
-    second: float | tuple[float, ...]
-    size: float
+    first: float | tuple[float, ...]  # first differences; one weight, or one per coordinate
+    second: float | tuple[float, ...]  # second differences
+    size: float  # the values themselves
 
 
-ALONE = Regularisation(0.02, 0.06, 0.01)  # regularisation of the residual of GEMMs
-BY_ROWS = Regularisation(0.1, 0.3, 0.1)  # regularisation of a CPU's residual by the number of rows
-CORRECTION = Regularisation(0.3, 1.0, 0.1)  # regularisation of a correction to another profile's residual
+ALONE = Regularisation(0.02, 0.06, 0.01)  # residual of GEMMs
+BY_ROWS = Regularisation(0.1, 0.3, 0.1)  # a CPU's residual by the number of rows
+CORRECTION = Regularisation(0.3, 1.0, 0.1)  # correction to another profile's residual
 
 
 @lru_cache(maxsize=256)
@@ -100,10 +99,8 @@ class ResidualBlock:
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """Return the matrix in the eigenvectors of the penalty, scaled to a penalty of the identity, and the scale.
-
-        The penalty is a sum over coordinates, so its eigenvectors are products of those of each coordinate.
-        """
+        """Return the matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, and the
+        scale. Eigenvectors are products over coordinates, since the penalty is a sum over coordinates."""
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
         for cell, inside, along in zip(self.cells, self.inside, self.along, strict=True):
@@ -117,13 +114,13 @@ class ResidualBlock:
 
     @cached_property
     def order(self) -> NDArray[np.intp]:
-        """Nodes in an order in which neighbours are near each other: the longest coordinate changes last."""
+        """Nodes in an order that keeps neighbours near each other: the longest coordinate changes last."""
         shape = self.grid.values.shape
         axes = np.argsort([-size for size in shape], kind="stable")
         return np.asarray(np.arange(self.grid.values.size).reshape(shape).transpose(axes).reshape(-1))
 
     def factor(self, normal: sparse.csr_matrix) -> FloatArray:
-        """Return the Cholesky factor of normal equations, as bands: a node meets only nodes up to two steps away."""
+        """Return the Cholesky factor of normal equations, as bands: nodes are coupled up to two steps away."""
         place = np.argsort(self.order)
         found = normal.tocoo()
         row, column = place[found.row], place[found.col]
@@ -160,11 +157,9 @@ def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = A
 def solve(
     parts: Sequence[ResidualBlock], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
-    """Return node values of every grid, fitted to a log target of ``rows`` or all.
-
-    ``rounds`` is the number of solutions of a single grid, with robust weights renewed between them; by default 8
-    sweeps over all grids, with weights renewed before the first, second and fourth.
-    """
+    """Return node values of every grid, fitted to a log target of ``rows`` or all. ``rounds`` is the number of sweeps
+    over the grids with robust weights renewed between them; by default 8 sweeps, with weights renewed before the first,
+    second and fourth."""
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)

@@ -1,4 +1,4 @@
-"""Fit a section of a profile: constants, residual, held-out errors and section scale, written once for every operator.
+"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale; and scores.
 
 An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model, the search for its constants, and the
 blank grid of its residual.
@@ -139,15 +139,15 @@ def accuracy_of(error: FloatArray) -> dict[str, float]:
 
 
 def few_groups(count: int) -> float:
-    """Return the factor that widens intervals fitted on few (n, k) pairs, within which errors are similar: Student's
-    quantile with one degree of freedom per pair, over the normal one."""
+    """Return the factor that widens intervals fitted on few (n, k) pairs, since errors within a pair are similar:
+    Student's quantile with one degree of freedom per pair, over the normal quantile."""
     tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
 def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
     """Return the factor in [0.2, 5] on correlated and independent errors at which 90 % intervals cover nine in ten
-    held-out rows; ``log_ratio`` is log predicted over measured, ``uncertainty`` that of a section scale of 1."""
+    held-out rows. ``log_ratio`` is log predicted over measured; ``uncertainty`` has a section scale of 1."""
     systematic = np.einsum("cn,cn->n", uncertainty.systematic, uncertainty.systematic)
     scaled = np.maximum(uncertainty.variance - systematic, 1e-12)
     needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / scaled
@@ -160,7 +160,7 @@ def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
-    """Return such pairs of rows that are equal in ``others``, ordered by the number of sizes between them."""
+    """Return pairs of rows that differ in ``size`` by a ratio in [0.25, 1) and are equal in ``others``."""
     key = solver.numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)
     order = np.lexsort((size, key))
     key, size = key[order], size[order]
