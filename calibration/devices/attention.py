@@ -1,8 +1,7 @@
-"""Attention in torch, as a fused kernel that skips blocks (flex attention), and of FlashInfer and flash-attn.
+"""Attention in torch, in a fused kernel that skips blocks (flex attention), and in FlashInfer and flash-attn.
 
 Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions, head_dim). Masks and
-indices depend only on the shape and are made once, so the timed functions only launch kernels. (A copy of an index from
-the host would also break the capture of a CUDA graph.)
+indices depend only on the shape and are made once: timed functions only launch kernels, and copy nothing from the host.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from calibration.devices.protocol import Operator, Unsupported
 from simulator.errors import InputError, unknown
 
 Tensor = Any
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, keys and values
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values to results
 
 EDGE = 128  # default edge of the blocks that flex attention skips
-LEAST = 16  # edges are multiples of this, the smallest tile of a tensor core
+LEAST = 16  # edges are multiples of the smallest tile of a tensor core
 _RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
+# library -> positions per page of a decode's cache: vLLM's default, and the smallest that flash-attn 2 supports
 PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256}
-"""Library -> positions per page of a decode's cache: vLLM's default, and the smallest that flash-attn 2 supports."""
 _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 
@@ -44,11 +43,8 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention with a boolean mask (..., queries, keys) that all heads share.
-
-    The query heads of a key/value head become its query rows, because fused kernels do not support a mask with shared
-    heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``).
-    """
+    """Attention with a boolean mask (..., queries, keys) for all heads. The query heads of a key/value head become query
+    rows: fused kernels support no mask with shared heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``)."""
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
     rows = torch.cat([mask] * share, dim=-2)
@@ -100,7 +96,8 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return the key blocks of each query block, booleans: the diagonal and evenly spread earlier ones, by density."""
+    """Return which key blocks each query block sees, booleans: the diagonal block and evenly spread earlier blocks, as
+    many as the density requires."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):
@@ -111,11 +108,8 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
 
 
 def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -> Attend:
-    """Return causal attention over the blocks of a layout, in plain torch; the host reads the table.
-
-    For each block of queries, it gathers the key and value blocks and attends to them densely. ``kv_len - q_len`` is a
-    multiple of ``block``, so the diagonal falls on a block.
-    """
+    """Return causal attention over the blocks of a layout, in plain torch: per block of queries a gather of key and
+    value blocks, and a dense attention. ``kv_len - q_len`` is a multiple of ``block``."""
     rows = []  # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
     for number, kept in enumerate(table):
         last = (kv_len - q_len) // block + number
@@ -156,13 +150,13 @@ def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **options: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask, to check the masks
+    # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask, for tests of masks
     flex: Any = compiled(dynamic) if q.is_cuda else flex_attention
     return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options or None)
 
 
 def tile_options(edge: int) -> dict[str, Any]:
-    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if none do."""
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if no tile does."""
     if edge % LEAST:
         raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
     tile = math.gcd(edge, EDGE)
@@ -206,9 +200,7 @@ def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Att
 
 def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
-
-    Positions of -1, at the end, have no query: their results are finite and meaningless.
-    """
+    Results at positions of -1, which are last and have no query, are finite and meaningless."""
     length, chosen = k.shape[2], q.shape[2]
     columns = -(-length // EDGE)
     tiles = F.pad(positions, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
@@ -224,10 +216,8 @@ def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
 
 
 def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
-    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0.
-
-    It is compiled per shape: flex attention splits a cache among processors only for fixed sequences and heads.
-    """
+    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0. It is
+    compiled per shape: flex attention splits a cache among processors only for fixed sequences and heads."""
     batch, heads, _, width = q.shape
     length, kv_heads = k.shape[2], k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -246,11 +236,9 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLibrary:
-    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim).
-
-    A decode reads a paged cache whose pages are in random order, as after some time of serving. Signatures:
-    docs.flashinfer.ai, and ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2.
-    """
+    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim). A decode reads a paged
+    cache with pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai, and
+    ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2."""
 
     name: str
     module: Any
@@ -306,18 +294,16 @@ def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str
     def ends(length: int) -> Tensor:
         return torch.arange(op.batch + 1, dtype=torch.int32, device=device) * length
 
+    heads = op.heads, op.kv_heads, op.head_dim
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     if op.kind == "attention_prefill":
         prefill = library.module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-        prefill.plan(
-            ends(op.q_len), ends(op.kv_len), op.heads, op.kv_heads, op.head_dim, causal=True, q_data_type=dtype
-        )
+        prefill.plan(ends(op.q_len), ends(op.kv_len), *heads, causal=True, q_data_type=dtype)
         return lambda q, k, v: prefill.run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=op.heads > op.kv_heads
-    )
+    grouped = op.heads > op.kv_heads
+    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=grouped)
     pages = math.ceil(op.kv_len / library.page)
     table = _page_table(library, op, device).flatten()
     last = torch.full((op.batch,), op.kv_len - (pages - 1) * library.page, dtype=torch.int32, device=device)
-    decode.plan(ends(pages), table, last, op.heads, op.kv_heads, op.head_dim, library.page, q_data_type=dtype)
+    decode.plan(ends(pages), table, last, *heads, library.page, q_data_type=dtype)
     return lambda q, k, v: decode.run(q.flatten(0, 1), (k, v))

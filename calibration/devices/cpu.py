@@ -1,8 +1,8 @@
 """The CPU as a device: torch operators, pinned threads, operands rotated past the last-level cache.
 
-Two settings of the process matter as much as the hardware, so this module makes and records them. Each thread is pinned
-to one CPU; OpenMP pins its threads when it is loaded (``OMP_PROC_BIND``), so the setting comes before the import of
-torch. The allocator keeps large blocks, so a GEMM is not timed together with the page faults of its result.
+Two settings of the process matter as much as the hardware; the stack of a run names them. Each thread is pinned to one
+CPU: OpenMP does so when it is loaded (``OMP_PROC_BIND``), so the setting comes before the import of torch. The
+allocator keeps large blocks, so the time of a GEMM does not include the page faults of its result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BOUND = "torch" not in sys.modules and os.environ.setdefault("OMP_PROC_BIND", "
 
 import torch  # noqa: E402
 
-if _BOUND:  # OpenMP has bound this thread to the first CPU; undo that, since it is a side effect of an import
+if _BOUND:  # undo a side effect of the import: OpenMP has bound this thread to the first CPU
     _set_affinity(_ALLOWED)
 
 from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory  # noqa: E402
@@ -77,7 +77,7 @@ def available_memory_bytes(text: str | None = None) -> float:
 
 
 def keep_blocks() -> bool:
-    """Make glibc serve large blocks from the heap and never shrink it; return False without glibc."""
+    """Make glibc take large blocks from the heap and never shrink it; return False without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -86,7 +86,7 @@ def keep_blocks() -> bool:
 
 
 def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
-    """Wrap a function that times launches, so that torch's operators use one thread."""
+    """Wrap a function that times launches: torch's operators use one thread while it runs."""
 
     def alone(loops: int) -> float:
         threads = torch.get_num_threads()
@@ -117,7 +117,7 @@ class CpuDevice(TorchDevice):
             raise InputError(f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}")
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
-        # if OpenMP binds its workers, the calling thread takes the first CPU; otherwise all threads share one mask
+        # OpenMP binds its workers, but not the calling thread, which takes the first CPU; else all share one mask
         self._pinned = _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
         torch.set_num_threads(self.threads)
         self._kept = keep_blocks()
@@ -158,7 +158,7 @@ class CpuDevice(TorchDevice):
         launches = build(operator, "cpu", self._arena)
         method = f"perf_counter_ns around a loop over {launches.copies} rotated copies{launches.how}"
         run = host_loop(launches)
-        if operator.kind in HOST_KINDS:  # a host launches from one thread; tiny operators would wait for the others
+        if operator.kind in HOST_KINDS:  # a host launches from one thread
             return f"{method}, one thread", one_thread(run)
         return method, run
 

@@ -1,10 +1,10 @@
 """An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph with many launches over rotated operands.
 
-A graph excludes host time. The rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
-lines almost at random, and of twice L2 a fifth would still be found there. If a kind of operator cannot be captured,
-which a child process finds out, every launch is timed alone between two events, after a buffer of four times L2 was
-overwritten and while the device waits for the host to prepare the launch (2:4 launches take the host longer than the
-device). The record names the method, the attention backend and the kernels.
+A graph excludes host time. Rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
+lines almost at random, and a fifth of weights of twice its size would still be found there. If a child process finds
+that a kind of operator cannot be captured, each launch is timed between two events, after a buffer of four times L2
+was overwritten. The device waits until the host has prepared the launch: a 2:4 launch takes the host longer than the
+device. The record names the method, the attention backend and the kernels.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from calibration.devices.protocol import (
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot
 from simulator.errors import InputError
 
-# Version of the measuring protocol, a part of the stack, so runs of several versions are never one run. Version 1 (not
-# recorded) rotated over twice L2, without load before a measurement, with torch's attention backend and slow fp8 sums.
+# Version of the measuring protocol. It is part of the stack, so a run has one version. Version 1 (not recorded) rotated
+# over twice L2, without load before a measurement, with torch's choice of attention backend and slow fp8 sums.
 PROTOCOL = "2"
 _REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
 
@@ -42,10 +42,10 @@ _REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
 class CudaDevice(TorchDevice):
     """One CUDA GPU, by torch's number.
 
-    Prefill and decode attention are those of ``attention``: torch, flashinfer or flash_attn. Operands take at most
+    ``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at most
     ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child": in a
-    child process; None: nothing does, and a failed capture ends the process). ``backend`` (``torch.cuda``),
-    ``torch_device`` (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU.
+    child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``), ``torch_device``
+    (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU.
     """
 
     rotation = 4.0
@@ -115,7 +115,7 @@ class CudaDevice(TorchDevice):
         return self.description(f"{p.name} ({p.multi_processor_count} SM)", stack, gpu)
 
     def dtypes(self) -> tuple[str, ...]:
-        """Return the formats of its tensor cores by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
+        """Return the number formats by compute capability (8.0 Ampere, 8.9 Ada, 9.0 Hopper)."""
         ampere = ("tf32", "bf16", "int8") if self.capability >= (8, 0) else ()
         return ("fp32", "fp16", *ampere, *(("fp8",) if self.capability >= (8, 9) else ()))
 
@@ -169,10 +169,8 @@ class CudaDevice(TorchDevice):
         return method, timed
 
     def _capturable(self, operator: Operator) -> Probed:
-        """Return whether operators of this kind and number format can be captured, by the first of them.
-
-        Methods must not differ within a kind: launches that are timed one by one take 8 to 12 % longer.
-        """
+        """Return whether operators of this kind and number format can be captured, by a probe of the first operator.
+        Methods must not differ within a kind: launches that are timed one by one take 8 to 12 % longer."""
         if self._probe is None:
             return Probed()
         key = operator.kind, operator.dtype
@@ -183,8 +181,8 @@ class CudaDevice(TorchDevice):
                 found: Probed | Unsupported = self._probe(operator)
             except Unsupported as error:
                 found = error
-            if found == Probed():  # this operator does not run; the next may
-                return Probed()
+            if found == Probed():  # this operator does not run; the next one may
+                return found
             self._probed[key] = found
         known = self._probed[key]
         if isinstance(known, Unsupported):

@@ -1,17 +1,12 @@
 """Time launches on a GPU by events, under load: around replays of a captured graph, or around single launches.
 
-Four rules make the times of a :class:`GpuTimer` those of a busy GPU:
-
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are steady.
-- A replay is queued before the start event. On an idle GPU the event would be recorded while the host still launches.
-- Readings of clocks, power and throttle reasons are taken while launches run, never between them.
-- A failed capture may leave torch's allocator in capture (``CUDAGraph::capture_end`` skips its cleanup after an error
-  before torch 2.12). Every later capture then fails, so a failed capture is followed by a capture of a trivial kernel,
-  and :class:`CaptureFailed` is raised if that fails too.
-
-Therefore a child process (:class:`CaptureProbe`) attempts the capture first. The child also names the kernels, since a
-profiler slows later launches down. It starts in about ten seconds, answers in less than one, and keeps a CUDA context
-(about 0.5 GB) but no operands. It reads operators and writes answers, one JSON line each.
+- A replay is queued before the start event: an idle GPU would record the event while the host still launches.
+- Clocks, power and throttle reasons are read while launches run, never between them.
+- A failed capture may spoil the process: before torch 2.12 ``CUDAGraph::capture_end`` skips its cleanup after an error,
+  and every later capture fails. Therefore a child process (:class:`CaptureProbe`) attempts the capture first. It also
+  names the kernels, since a profiler slows later launches down. It starts in about ten seconds and answers in less than
+  one; it keeps a CUDA context (about 0.5 GB) but no operands.
 """
 
 from __future__ import annotations
@@ -35,22 +30,21 @@ from calibration.devices.protocol import CaptureFailed, Operator, OutOfMemory, U
 from calibration.devices.telemetry import Snapshot, under_load
 
 PREHEAT_S = 0.3  # load before the first measurement and after a pause
-_PAUSE_S = 0.5  # a GPU without work for longer lowers its clocks
+_PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
-_FEWEST_LAUNCHES = 20  # per graph, so many launches share the gap between replays
-_MOST_LAUNCHES = 1 << 13
+_FEWEST_LAUNCHES, _MOST_LAUNCHES = 20, 1 << 13  # launches per graph; they share the gap between replays
 _GRAPH_SPAN_S = 2e-3
-_LONGEST_LEAD_S = 0.02  # graphs that take longer need no queued replay: the start of the first one does not count
+_LONGEST_LEAD_S = 0.02  # a longer graph needs no queued replay: the start of its first launch does not count
 _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
-_ANSWER_LIMIT_S = 180.0  # of the child: flex attention is compiled first
-_MOST_KERNELS, _MOST_LETTERS = 4, 80
+_ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child, which compiles flex attention first
+_MOST_KERNELS, _MOST_LETTERS = 4, 80  # of the names of kernels in a record
 
 
 class NotCapturable(Unsupported):
-    """The operator cannot be captured in a graph; this process still can capture others."""
+    """The operator cannot be captured in a graph; this process can still capture other operators."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Graph:
 
 
 class GpuTimer:
-    """Times launches through ``cuda`` (``torch.cuda``), with telemetry by ``read``. A flush writes ``flush_bytes``."""
+    """Timer of launches through ``cuda`` (``torch.cuda``), with telemetry by ``read``; a flush writes ``flush_bytes``."""
 
     def __init__(self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]) -> None:
         self._cuda, self._device, self._read, self._flush_bytes = cuda, device, read, int(flush_bytes)
@@ -72,7 +66,7 @@ class GpuTimer:
         self._last_reading_s = self._last_load_s = -math.inf
 
     def snapshot(self) -> Snapshot:
-        """Return the readings since the last call, taken under load, as one; without any, the current readings."""
+        """Return the readings under load since the last call as one; without such readings, the current ones."""
         readings, self._readings, self._last_reading_s = self._readings, [], -math.inf
         return under_load(readings) if readings else self._read()
 
@@ -80,7 +74,7 @@ class GpuTimer:
         self._flush = None
 
     def preheat(self, run: Callable[[int], float]) -> None:
-        """Run launches, for :data:`PREHEAT_S` if the GPU had no work for a while; one sample takes a reading."""
+        """Run launches: for :data:`PREHEAT_S` if the GPU had no work for a while, else once."""
         start = time.monotonic()
         needed_s = PREHEAT_S if start - self._last_load_s >= _PAUSE_S else 0.0
         each = busy_s = run(1)
@@ -91,7 +85,7 @@ class GpuTimer:
             busy_s += each * loops
 
     def capture(self, launches: Launches) -> Graph:
-        """Capture a graph that is long enough to hide the gap between replays, with whole rounds over the copies."""
+        """Capture a graph of whole rounds over the copies that is long enough to hide the gap between replays."""
         once = self.single(launches, 3, flush=False)
         fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
         wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
@@ -121,6 +115,7 @@ class GpuTimer:
         return Graph(graph.replay, length, length * once)
 
     def _captures(self) -> bool:
+        """Return whether a trivial kernel can be captured."""
         try:
             value = torch.zeros(1, device=self._device).add_(1.0)
             with self._cuda.graph(self._cuda.CUDAGraph()):
@@ -145,7 +140,7 @@ class GpuTimer:
         return float(start.elapsed_time(stop)) * 1e-3 / (replays * graph.length)
 
     def _take_reading(self, more: Callable[[], Any], each_s: float) -> None:
-        """Read the telemetry if the last reading is old, while queued work and, if that is short, ``more`` runs."""
+        """Read the telemetry if the last reading is old, while queued work runs; ``more`` queues further work."""
         now = time.monotonic()
         if now - self._last_reading_s >= _READ_EVERY_S:
             for _ in range(min(_EVENTS, int(_READING_S / max(each_s, 1e-7)))):
@@ -154,7 +149,7 @@ class GpuTimer:
             self._last_reading_s = now
 
     def hold(self, launches: Launches) -> int:
-        """Return the cycles that the device waits before a launch: twice the host's time for a launch."""
+        """Return the cycles that the device must wait before a launch: twice the host's time for a launch."""
         took = []
         for i in range(3):
             self._cuda.synchronize()
@@ -164,7 +159,7 @@ class GpuTimer:
         return int(min(2.0 * min(took), _LONGEST_HOLD_S) * _CYCLES_PER_S)
 
     def single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
-        """Return the seconds per launch of launches between two events each, after a flush of the cache if asked."""
+        """Return the seconds per launch, each between two events, after a flush of the cache if ``flush``."""
         if flush and self._flush is None:
             self._flush = torch.empty(self._flush_bytes, dtype=torch.int8, device=self._device)
         total_ms, done = 0.0, 0
@@ -192,7 +187,7 @@ class GpuTimer:
 
 @dataclass(frozen=True)
 class Probed:
-    """Whether an operator can be captured, and the names of its kernels as far as they are known."""
+    """Whether an operator can be captured, and the known names of its kernels."""
 
     captured: bool | None = None  # None: unknown, because no child can be started or the operator does not run
     reason: str = ""  # why it cannot be captured, or why none of its kind is probed
@@ -200,7 +195,8 @@ class Probed:
 
 
 class CaptureProbe:
-    """Answers for operators on one GPU by the child that ``command`` starts."""
+    """A child process, started by ``command``, that captures operators on one GPU: it reads an operator and writes an
+    answer, one JSON line each."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
         self._command, self._limit_s = tuple(command), limit_s
@@ -227,7 +223,7 @@ class CaptureProbe:
             self.close()
             what = f"gave no answer within {self._limit_s:g} s" if ended is None else f"ended with status {ended}"
             raise Unsupported(f"{operator.key}: a child process that captured it {what}")
-        if answer["captured"] is False:  # the child ends, because the failure may have spoiled it
+        if answer["captured"] is False:  # the child has ended, because the failure may have spoiled it
             self.close()
         return Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
 
@@ -242,7 +238,7 @@ class CaptureProbe:
                         stream.close()
 
     def _started(self) -> subprocess.Popen[str] | None:
-        """Return the running child; None if none can open the GPU, such as in the exclusive compute mode."""
+        """Return the running child; None if it cannot open the GPU, as in the exclusive compute mode."""
         if self._child is None and self._usable:
             path = os.pathsep.join(filter(None, sys.path))
             self._child = subprocess.Popen(
@@ -252,7 +248,7 @@ class CaptureProbe:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C ends the measurement between two samples; the child must not die first
+                start_new_session=True,  # the child survives Ctrl-C, which ends a measurement between two samples
             )
             if self._line(self._child) is None:
                 self._usable = False
@@ -263,16 +259,15 @@ class CaptureProbe:
         assert child.stdout is not None
         ready, _, _ = select.select([child.stdout], [], [], self._limit_s)
         line = child.stdout.readline() if ready else ""
-        if not line:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(1.0 if ready else 0.0)
-            return None
-        found: dict[str, Any] = json.loads(line)
-        return found
+        if line:
+            return dict(json.loads(line))
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(1.0 if ready else 0.0)
+        return None
 
 
 def kernel_names(launch: Callable[[], Any], synchronize: Callable[[], Any]) -> tuple[str, ...]:
-    """Return the kernels of a launch by torch's profiler; none if there is no profiler for the GPU."""
+    """Return the names of the kernels of a launch by torch's profiler; none if it cannot profile the GPU."""
     try:
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
@@ -281,7 +276,7 @@ def kernel_names(launch: Callable[[], Any], synchronize: Callable[[], Any]) -> t
             launch()
             synchronize()
         names = [str(event.name) for event in seen.events() if event.device_type == DeviceType.CUDA]
-    except Exception:  # CUPTI may be missing or forbidden; names are not worth a failure
+    except Exception:  # CUPTI may be missing or forbidden
         return ()
     return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
 
@@ -295,7 +290,7 @@ def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
             device.prepare(operator)
         except (CaptureFailed, NotCapturable) as error:
             found = Probed(False, str(error))
-        except Exception:  # the process that asks will have the same error
+        except Exception:  # the measuring process will have the same error
             found = Probed()
         else:
             found = Probed(True, kernels=device.kernels(operator))

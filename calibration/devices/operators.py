@@ -1,11 +1,8 @@
-"""Operators in torch, shared by the CUDA device, the CPU device and the executed decoder; and their common device.
+"""Operators in torch for the CUDA device, the CPU device and the executed decoder; and the common code of both devices.
 
-:func:`build` binds one :class:`Operator` to operands and returns a :class:`Launches`: ``launch(i)`` runs it once with
-the i-th copy of the rotated operand, which comes from memory. :class:`TorchDevice` times them.
-
-Rotated operands are views into one :class:`Arena` of random data of a multiple of the last-level cache, so a round over
-them evicts the first one, without allocations. The data is normal, because values change the power and so the
-clock. Activations stay in the cache, as the previous kernel would leave them.
+:func:`build` binds an :class:`Operator` to operands. Rotated operands are views into one :class:`Arena` of random data
+that exceeds the last-level cache, so a round over them evicts the first one, without allocations. The data is normal,
+because values change the power and so the clock. Activations stay in the cache, as the previous kernel leaves them.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +37,11 @@ MAX_COPIES = 1 << 14
 PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
 _MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
-_ROWS = 8  # rows of activations of a 2:4 weight are a multiple of this, in 16 bits
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128  # of the layer that times the host
-LAYERS = 8  # of them launched in sequence, as in a pass; each has separate modules, weights and cache
+_ROWS = 8  # a 2:4 product in 16 bits needs a multiple of this number of rows
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128  # sizes of the layer that times the host
+LAYERS = 8  # layers launched in sequence, as in a pass; each has separate modules, weights and cache
 
-Algorithm = tuple[Any, ...]  # of cuSPARSELt: number and, if torch can search for it, split of K
+Algorithm = tuple[Any, ...]  # algorithm of cuSPARSELt: its number and, if torch can search for it, the split of K
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Launches:
 
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
     copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
-    how: str = ""  # the implementation, after a comma, if there are several
+    how: str = ""  # a comma and the implementation, if there are several
 
 
 class Arena:
@@ -133,17 +130,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((-high, low), dim=-1), sin)
 
 
-def matmul(x: Tensor, weight: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """Return x[m,k] weight[n,k]^T in a number format; fp8 gives bf16 (scales of one), int8 gives int32."""
-    if dtype == "fp8":
-        return torch._scaled_mm(
-            x, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    if dtype == "int8":
-        return torch._int_mm(x, weight.t())
-    return F.linear(x, weight)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch means out of memory: its own class on CUDA, a RuntimeError on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
@@ -156,9 +142,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SparseWeight:
     """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores.
 
-    torch's own tensor class always uses algorithm 0 of cuSPARSELt and adds its dispatcher to every call. This class
-    uses the fastest algorithm, which the library searches at the first call with a number of rows; the search waits
-    for the device, so it must precede the capture of a CUDA graph.
+    The library searches the fastest algorithm at the first call with a number of rows. The search waits for the device,
+    so it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)
     """
 
     packed: Tensor
@@ -181,13 +166,12 @@ class SparseWeight:
 def sparse_weight(
     weight: Tensor, algorithms: dict[int, Algorithm] | None = None, *, searched: bool = True
 ) -> SparseWeight:
-    """Compress a weight that is 2:4 sparse. Unsupported: torch has no cuSPARSELt."""
+    """Compress a weight that is 2:4 sparse. Unsupported if torch has no cuSPARSELt."""
     library = getattr(torch.backends, "cusparselt", None)
     if library is None or not library.is_available():
         raise Unsupported("2:4: this torch has no cuSPARSELt, or no kernels for this GPU")
-    found = {} if algorithms is None else algorithms
     packed = torch._cslt_compress(weight.contiguous())
-    return SparseWeight(packed, (weight.shape[0], weight.shape[1]), searched, found)
+    return SparseWeight(packed, tuple(weight.shape), searched, {} if algorithms is None else algorithms)
 
 
 def _fastest(packed: Tensor, dense: Tensor, bias: Tensor | None) -> Algorithm:
@@ -218,7 +202,7 @@ class EagerNorm(nn.Module):  # type: ignore[misc]
 
 
 class EagerCache:
-    """Keys and values of earlier positions; an update returns them with the new ones, without storing the new ones."""
+    """Keys and values of earlier positions; an update returns them with the new ones and does not store these."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         self.keys, self.values = torch.randn((2, 1, KV_HEADS, kv_len - 1, HEAD_DIM), **options)
@@ -279,11 +263,9 @@ class EagerMlp(nn.Module):  # type: ignore[misc]
 
 
 class EagerLayer(nn.Module):  # type: ignore[misc]
-    """One decoder layer as Transformers runs it eagerly, with a cache of ``kv_len`` positions, including the new one.
-
-    The operations and their order are those of ``LlamaDecoderLayer`` with "sdpa" attention, for one token of one
-    sequence. The layer is so small that every device is faster than its host.
-    """
+    """One decoder layer with the operations of Transformers' ``LlamaDecoderLayer`` ("sdpa" attention), in their order,
+    for one token of one sequence and a cache of ``kv_len`` positions, including the new one. The layer is so small that
+    every device is faster than its host."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
@@ -300,9 +282,12 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
 
 def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
     """Bind an operator to operands; ``library`` computes prefill and decode attention, by default torch."""
-    if library is not None and op.kind in ("attention_prefill", "attention_decode"):
-        return _library_attention(op, device, arena, library)
-    return _BUILDERS[op.kind](op, device, arena)
+    if library is None or op.kind not in ("attention_prefill", "attention_decode"):
+        return _BUILDERS[op.kind](op, device, arena)
+    q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
+    both, copies = _rotated(arena, op, *library.cache_shape(op))
+    attend = library.bind(op, TORCH_DTYPE[op.dtype], device)
+    return Launches(lambda i: attend(q, *both[i % copies]), copies, f", {library.describe(op)}")
 
 
 def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int]:
@@ -314,10 +299,13 @@ def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int
 def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     weights, copies = _rotated(arena, op, op.n, op.k)
-    scale = torch.ones((), device=device) if op.dtype == "fp8" else None
-    if op.dtype in ("fp8", "int8"):
-        how = ", fast accumulation" if op.dtype == "fp8" else ""
-        return Launches(lambda i: matmul(x, weights[i % copies], op.dtype, scale), copies, how)
+    if op.dtype == "fp8":  # scales of one, results in bf16
+        scale = torch.ones((), device=device)
+        how: dict[str, Any] = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+        scaled = torch._scaled_mm
+        return Launches(lambda i: scaled(x, weights[i % copies].t(), **how), copies, ", fast accumulation")
+    if op.dtype == "int8":
+        return Launches(lambda i: torch._int_mm(x, weights[i % copies].t()), copies)
     linear = F.linear
     return Launches(lambda i: linear(x, weights[i % copies]), copies)
 
@@ -328,7 +316,7 @@ def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
     copies = min(_MOST_PACKED, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, device, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # the choice of two does not matter to the kernel
-    algorithms: dict[int, Any] = {}
+    algorithms: dict[int, Algorithm] = {}
     packed = [sparse_weight(pruned, algorithms) for _ in range(copies)]
     packed[0].linear(x)  # searches the algorithm before anything is timed or captured
     return Launches(lambda i: packed[i % copies].linear(x), copies, f", cuSPARSELt by search {[*algorithms.values()]}")
@@ -338,13 +326,9 @@ def _low_rank(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     flat, copies = arena.cut(op.rank * (op.n + op.k), op.dtype, op.cold)
     split = op.rank * op.k
-    pairs = [(flat(i)[:split].view(op.rank, op.k), flat(i)[split:].view(op.n, op.rank)) for i in range(copies)]
-
-    def launch(i: int) -> Tensor:
-        first, second = pairs[i % copies]
-        return F.linear(F.linear(x, first), second)
-
-    return Launches(launch, copies)
+    first = [flat(i)[:split].view(op.rank, op.k) for i in range(copies)]
+    second = [flat(i)[split:].view(op.n, op.rank) for i in range(copies)]
+    return Launches(lambda i: F.linear(F.linear(x, first[i % copies]), second[i % copies]), copies)
 
 
 def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
@@ -353,14 +337,15 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
     index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(device)
     weights, copies = _rotated(arena, op, op.n, op.k)
     if in_triton(device):
-        # as after a router: room for all tokens, and their number on the device
+        # a router leaves an index with room for all tokens, and their number on the device
         room, count = F.pad(index, (0, op.m - op.rows)), torch.tensor([op.rows], dtype=torch.int32, device=device)
         one = kernels().gather_gemm
         return Launches(lambda i: one(x, weights[i % copies], room, count, out=y), copies, ", one kernel (Triton)")
-    how = ", a gather, a GEMM and a scatter"
-    return Launches(
-        lambda i: y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies])), copies, how
-    )
+
+    def launch(i: int) -> Tensor:
+        return y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies]))
+
+    return Launches(launch, copies, ", a gather, a GEMM and a scatter")
 
 
 def group_masks(op: Operator) -> Tensor:
@@ -421,17 +406,10 @@ def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "
     return Launches(launch, copies, f", SDPA backend {name}{how}")
 
 
-def _library_attention(op: Operator, device: str, arena: Arena, library: AttentionLibrary) -> Launches:
-    q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
-    both, copies = _rotated(arena, op, *library.cache_shape(op))
-    attend = library.bind(op, TORCH_DTYPE[op.dtype], device)
-    return Launches(lambda i: attend(q, *both[i % copies]), copies, f", {library.describe(op)}")
-
-
 def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     inputs, copies = _rotated(arena, op, op.m, op.n)
     other = random_tensor((op.m, op.n), op.dtype, device, 1)
-    # engines have one kernel each for a norm, a gated activation and a rotary embedding
+    # engines fuse a norm, a gated activation and a rotary embedding into one kernel each
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
     one: Any = kernels() if fused else None
     norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
@@ -461,7 +439,7 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
-    """Return launches whose record states on a GPU how many kernels each has."""
+    """Return launches whose record states how many kernels each launch has on a GPU."""
     if not device.startswith("cuda"):
         return Launches(launch, copies)
     return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
@@ -505,14 +483,15 @@ _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
 
 @dataclass(frozen=True)
 class Timed:
-    """A ``Prepared`` whose launches are timed by ``run``; its device translates torch's errors."""
+    """A ``Prepared`` whose launches are timed by ``run``."""
 
     method: str
     run: Callable[[int], float]
-    translated: Callable[[], AbstractContextManager[None]]
+    device: TorchDevice
+    operator: Operator
 
     def sample(self, loops: int) -> float:
-        with self.translated():
+        with self.device.translated(self.operator):
             return self.run(loops)
 
 
@@ -539,7 +518,7 @@ class TorchDevice:
     """A device of torch; subclasses describe it and time launches."""
 
     name: str
-    rotation = 2.0  # multiple of the last-level cache that a round over rotated operands exceeds
+    rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
     eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
@@ -553,11 +532,11 @@ class TorchDevice:
     def refuses(self, operator: Operator) -> str:
         if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:
             return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
-        if operator.kind == "attention_block_sparse" and (operator.kv_len - operator.q_len) % operator.block:
-            return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
-        on_gpu = self.name.startswith("cuda")
-        if operator.kind == "attention_block_sparse" and on_gpu and (needs := triton_needs()):
-            return f"attention_block_sparse: flex attention needs {needs}"
+        if operator.kind == "attention_block_sparse":
+            if (operator.kv_len - operator.q_len) % operator.block:
+                return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
+            if self.name.startswith("cuda") and (needs := triton_needs()):
+                return f"attention_block_sparse: flex attention needs {needs}"
         return ""
 
     def prepare(self, operator: Operator) -> Timed:
@@ -566,16 +545,16 @@ class TorchDevice:
         if operator.footprint_bytes > self.memory_limit_bytes:
             limit = f"limit {self.memory_limit_bytes:.3g}"
             raise OutOfMemory(f"{operator.key} takes {operator.footprint_bytes:.3g} bytes, {limit}")
-        with self._translated(operator):
-            return Timed(*self._bind(operator), lambda: self._translated(operator))
+        with self.translated(operator):
+            return Timed(*self._bind(operator), self, operator)
 
     @contextmanager
-    def _translated(self, operator: Operator) -> Iterator[None]:
+    def translated(self, operator: Operator) -> Iterator[None]:
+        """Raise the errors of torch as errors of the device protocol."""
         try:
             yield
         except Exception as error:
-            known = self._translate(error, operator)
-            if known is None:
+            if (known := self._translate(error, operator)) is None:
                 raise
             raise known from error
 

@@ -13,13 +13,14 @@ from simulator.errors import InputError, unknown
 _GEMM = ("m", "n", "k")
 _ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
+# kinds of operators and their required dimensions
 # fmt: off
 OPERATORS: Mapping[str, tuple[str, ...]] = {
     "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
     "gemm_2to4": _GEMM,  # GEMM with 2:4 sparse weights on sparse tensor cores
     "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
     "gather_gemm": (*_GEMM, "rows"),  # gather `rows` of m tokens, multiply them, scatter the results
-    # each of m tokens uses a `density` share of the groups of `block` output (role `up`) or input features (`down`)
+    # each of m tokens uses a share `density` of the groups of `block` output (role `up`) or input features (`down`)
     "grouped_gemm": (*_GEMM, "block"),
     "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
     "attention_decode": _ATTENTION,  # attention of one query per sequence over a cache of kv_len positions
@@ -31,12 +32,11 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "layer_eager": ("kv_len",),  # a tiny decoder layer as in Transformers, for one token: host time per layer
 }
 # fmt: on
-"""Kinds of operators and their required dimensions."""
 
 HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kernel
+# kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two repeats of KV heads,
+# attention, o, gate, up, silu, product, down, two residual sums
 LAYER_LAUNCHES = 42
-"""Kernels of a ``layer_eager``: two norms of 8, q, k, v, two rotations of 5, two cache updates, two repeats of KV
-heads, attention, o, gate, up, silu, product, down, two residual sums."""
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 _OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
 ELEMENTWISE_ROLES = NORMS + _OTHERS
@@ -56,7 +56,7 @@ class DeviceLost(RuntimeError):
 
 
 class CaptureFailed(DeviceLost):
-    """A failed capture of a CUDA graph spoiled this process: it can capture nothing any more, but a new process can."""
+    """A failed capture of a CUDA graph spoiled this process: only a new process can capture again."""
 
 
 def unknown_device(name: str) -> InputError:
@@ -159,10 +159,8 @@ class Operator:
             return 2.0 * self.m * self.rank * (self.n + self.k)
         if self.kind == "gather_gemm":
             return 2.0 * self.rows * self.n * self.k
-        if self.kind == "grouped_gemm":
+        if self.kind in ("gemm", "gemm_2to4", "grouped_gemm"):
             return 2.0 * self.m * self.n * self.k * self.density
-        if self.kind.startswith("gemm"):
-            return 2.0 * self.m * self.n * self.k
         if self.attention:
             pairs = self.q_len * (self.kv_len - (self.q_len - 1) / 2.0)
             return 4.0 * self.batch * self.heads * self.head_dim * pairs * self.density
@@ -229,7 +227,7 @@ class Gpu:
 
     sm_count: int
     capability: tuple[int, int]  # compute capability
-    memory_bytes: float  # all of it
+    memory_bytes: float  # whole memory
     mig: bool = False  # a slice of a GPU (MIG)
     max_clock_hz: Reading = UNKNOWN  # highest SM clock
     power_limit_w: Reading = UNKNOWN
@@ -240,8 +238,8 @@ class Description:
     """Hardware and software of a device; times of the same hardware differ by 5-15 % between stacks."""
 
     name: str  # name of the opened device (cpu, cuda:0)
-    device: str  # the hardware as it names itself
-    stack: Mapping[str, str] = field(default_factory=dict)  # what changes times: framework, driver, threads, pinning
+    device: str  # the name that the hardware reports
+    stack: Mapping[str, str] = field(default_factory=dict)  # framework, driver, threads, pinning: they change times
     memory_bytes: float = 0.0  # limit for operands
     cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0: unknown
     gpu: Gpu | None = None

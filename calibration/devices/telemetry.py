@@ -1,7 +1,6 @@
 """State of the device during a measurement: clocks, power, temperature, throttle reasons.
 
-An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0 and
-never omitted, so it cannot be taken for a good reading.
+An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ NVML_REASONS = (
 
 POWER_CAP = "sw_power_cap"
 
-# Reasons to repeat a sample. The software power cap is not one: a data-centre GPU is at its power limit in every long
-# GEMM, and a repeat would have it too. Rows that the cap slowed down have a flag.
+# Reasons to repeat a sample. The power cap is not among them: a data-centre GPU is at its power limit in every long
+# GEMM, also in a repeat. Rows that the cap slowed down have a flag.
 THROTTLING: frozenset[str] = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
 )
@@ -65,7 +64,7 @@ def throttle_reasons(bits: int) -> tuple[str, ...]:
 
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
-    """Return the throttle reasons to repeat a measurement between two snapshots; "unknown" if neither has a reading."""
+    """Return the reasons to repeat a measurement between two snapshots; "unknown" if neither has a reading."""
     states = [snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)]
     reasons = {reason for state in states for reason in state}
     events = _known((before.throttle_events, after.throttle_events))
@@ -83,13 +82,11 @@ def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1
 
 
 def under_load(readings: Sequence[Snapshot]) -> Snapshot:
-    """Return several readings as one: the median of each number, and every throttle reason of any reading."""
-
-    def median(name: str) -> Reading:
+    """Return several readings as one: the median of each number, and the throttle reasons of all readings."""
+    numbers: dict[str, Any] = {}
+    for name in (field.name for field in fields(Snapshot) if field.name != "throttle"):
         known = _known(getattr(reading, name) for reading in readings)
-        return statistics.median(known) if known else UNKNOWN
-
-    numbers = {field.name: median(field.name) for field in fields(Snapshot) if field.name != "throttle"}
+        numbers[name] = statistics.median(known) if known else UNKNOWN
     states = [reading.throttle for reading in readings if not isinstance(reading.throttle, str)]
     reasons = tuple(dict.fromkeys(reason for state in states for reason in state))
     return Snapshot(**numbers, throttle=reasons if states else UNKNOWN)
@@ -122,7 +119,7 @@ class NvmlReader:
         if handle is None:
             return Snapshot()
         clock_hz = _read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6)
-        throttle = self._throttle()  # before slower readings: the load that they belong to may be short
+        throttle = self._throttle()  # before slower readings, since the load may be short
         return Snapshot(
             clock_hz=clock_hz,
             memory_clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM), 1e6),
@@ -152,12 +149,12 @@ class NvmlReader:
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
     def default_power_limit_w(self) -> Reading:
-        """Return the power limit that the device has by default, else the enforced one, or "unknown"."""
+        """Return the default power limit of the device, else the enforced limit, or "unknown"."""
         default = _read(lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3)
         return self.power_limit_w() if isinstance(default, str) else default
 
     def max_clock_hz(self) -> Reading:
-        """Return the highest SM clock of the device, or "unknown"; the current clock of an idle device is lower."""
+        """Return the highest SM clock of the device, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM), 1e6)
 
     def sliced(self) -> bool:
