@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from calibration.devices import attention, cuda_timing, operators
+from calibration.devices import attention, operators
 from calibration.devices import cuda as cuda_device
 from calibration.devices.operators import Launches
 from calibration.devices.protocol import Operator
@@ -175,7 +175,7 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(torch, "Generator", Generator)
         patch.setitem(sys.modules, "pynvml", planted_nvml(cuda) if troubles.nvml else None)
         patch.setattr(cuda_device, "build", planted_build(cuda))
-        patch.setattr(cuda_timing.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
+        patch.setattr(cuda_device.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
         patch.setattr(attention, "_attend", _attend)
         for launched in (JITFunction, InterpretedFunction):  # as Triton was imported in this process
             patch.setattr(launched, "run", planted_triton(cuda))
@@ -241,17 +241,17 @@ class PlantedChild:
         self.cuda = cuda
         self.device: Any = None
 
-    def __call__(self, operator: Operator) -> cuda_timing.Probed:
+    def __call__(self, operator: Operator) -> cuda_device.Probed:
         answers = io.StringIO()
         with self.cuda.child():
             if self.device is None:
                 self.cuda.rest(CHILD_S)
                 self.device = cuda_device.CudaDevice(0, probe=None)
-            cuda_timing.serve(self.device, [json.dumps(vars(operator))], answers)
+            cuda_device.serve(self.device, [json.dumps(vars(operator))], answers)
         answer = json.loads(answers.getvalue().splitlines()[-1])
         if answer["captured"] is False:  # such a child ends
             self.device = None
-        return cuda_timing.Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
+        return cuda_device.Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
 
 
 def _attend(q: Any, k: Any, v: Any, mask: Any, dynamic: bool = True, **options: Any) -> Any:

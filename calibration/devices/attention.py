@@ -43,7 +43,7 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention with a boolean mask (..., queries, keys) for all heads. The query heads of a key/value head become query
+    """Attention with a boolean mask (..., queries, keys) for all heads. Query heads of a key/value head become query
     rows: fused kernels support no mask with shared heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``)."""
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
@@ -156,7 +156,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **
 
 
 def tile_options(edge: int) -> dict[str, Any]:
-    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge; Unsupported if no tile does."""
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge, or raise Unsupported."""
     if edge % LEAST:
         raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
     tile = math.gcd(edge, EDGE)
@@ -216,8 +216,8 @@ def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
 
 
 def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
-    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0. It is
-    compiled per shape: flex attention splits a cache among processors only for fixed sequences and heads."""
+    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0. Each
+    shape is compiled: flex attention splits a cache among processors only for fixed sequences and heads."""
     batch, heads, _, width = q.shape
     length, kv_heads = k.shape[2], k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -236,7 +236,7 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLibrary:
-    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim). A decode reads a paged
+    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged
     cache with pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai, and
     ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2."""
 

@@ -57,10 +57,10 @@ def _read_text(path: str | Path) -> str:
         return ""
 
 
-def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> float:
+def last_level_cache_bytes() -> float:
     """Return the size of the largest cache of the first CPU in bytes; 32 MiB if Linux does not report it."""
     sizes = []
-    for path in Path(root).glob("index*/size"):
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = _read_text(path)
         digits = text.rstrip("KMG")
         if digits.isdecimal():
@@ -68,9 +68,9 @@ def last_level_cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> 
     return max(sizes, default=32.0 * 2**20)
 
 
-def available_memory_bytes(text: str | None = None) -> float:
+def available_memory_bytes() -> float:
     """Return the memory available without swapping, from ``/proc/meminfo``; 4 GiB if it is not reported."""
-    for line in (_read_text("/proc/meminfo") if text is None else text).splitlines():
+    for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * float(line.split()[1])
     return 4.0 * 2**30

@@ -1,7 +1,7 @@
-"""A device that replays recorded times, or planted times of known mean and noise, with planted faults.
+"""A device that replays recorded times, or planted times of known mean and noise, with planted faults, for tests.
 
-It runs in simulated time: a sample of L launches of t seconds advances its clock by L t, so the measuring code runs a
-plan of ten minutes in milliseconds. Use it to test code that uses a device, and the handling of each fault.
+It runs in simulated time: a sample of L launches of t seconds advances its clock by L t, so a plan of ten minutes runs
+in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from simulator.files.read import read_bounded
 
 Seconds = Callable[[Operator], float]
 
+_SLOWDOWN = 1.6  # factor on times under throttling
 _PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
 
 
@@ -29,7 +30,6 @@ class Faults:
     """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and repeats."""
 
     throttle: Collection[int] = ()  # preparations with thermal throttling: slower, and reported by the telemetry
-    slowdown: float = 1.6  # factor on times under throttling
     noisy: Collection[int] = ()  # preparations with noise ``noise`` instead of the device's noise
     noise: float = 0.3  # relative standard deviation of noisy preparations
     nan: Collection[int] = ()  # preparations whose third sample is not a number
@@ -40,7 +40,7 @@ class Faults:
 
 
 def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
-    """Return the times of a simple device: a floor per launch plus the 3-norm of arithmetic and memory time."""
+    """Return the times of a simple device: a floor per launch, plus the 3-norm of arithmetic and memory time."""
 
     def seconds(op: Operator) -> float:
         return floor_s * op.launches + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
@@ -72,7 +72,6 @@ class ReplayDevice:
     faults: Faults = field(default_factory=Faults)
     description: Description = _PLANTED
     setup_s: float = 0.05  # simulated time of a preparation
-    warmup: int = 0  # number of slower first samples per preparation: by 50 %, 25 %, ...
     refused: Mapping[str, str] = field(default_factory=dict)  # unsupported kinds of operators, with reasons
     formats: tuple[str, ...] = ("bf16", "fp16", "fp32")
     prepared: list[Operator] = field(default_factory=list)
@@ -115,8 +114,7 @@ class ReplayDevice:
         noise = f.noise if number in f.noisy else self.noise
         value = self.timings[operator.key] if isinstance(self.timings, Mapping) else self.timings(operator)
         value *= 1.0 + f.drift_per_s * self._now
-        value *= f.slowdown if number in f.throttle else 1.0
-        value *= 1.0 + 0.5 * 0.5 ** (sample - 1) if sample <= self.warmup else 1.0
+        value *= _SLOWDOWN if number in f.throttle else 1.0
         value *= math.exp(noise * self._rng.standard_normal()) if noise else 1.0
         self._now += value * loops
         return math.nan if number in f.nan and sample == 3 else value
@@ -125,7 +123,7 @@ class ReplayDevice:
         if not self.faults.nvml:
             return Snapshot()
         if len(self.prepared) - 1 in self.faults.throttle:
-            return Snapshot(1.98e9 / self.faults.slowdown, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
+            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
         return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
 
     def clock(self) -> float:
@@ -139,10 +137,8 @@ class ReplayDevice:
 
 
 def open_named(path: str, **options: Any) -> ReplayDevice:
-    """Open a device with the medians of a file of JSON lines, or (``planted``) with :func:`roofline_timings`.
-
-    Operators without a record are unsupported. Lines without ``operator`` and ``median_s`` are ignored.
-    """
+    """Open a device with the medians of a file of JSON lines, or (``planted``) with :func:`roofline_timings`. Operators
+    without a record are unsupported. Lines without ``operator`` and ``median_s`` are ignored."""
     if not path:
         raise InputError("device: expected replay:FILE or replay:planted, got replay")
     if path == "planted":

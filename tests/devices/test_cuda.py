@@ -19,9 +19,7 @@ from test_telemetry import FakeNvml  # noqa: E402
 
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
-from calibration.devices import cuda_timing as timing  # noqa: E402
-from calibration.devices.cuda import CudaDevice  # noqa: E402
-from calibration.devices.cuda_timing import PREHEAT_S, CaptureProbe, Probed  # noqa: E402
+from calibration.devices.cuda import PREHEAT_S, CaptureProbe, CudaDevice, Probed  # noqa: E402
 from calibration.devices.operators import Launches  # noqa: E402
 from calibration.devices.protocol import OPERATORS  # noqa: E402
 from calibration.measure.plan import Rates, in_order  # noqa: E402
@@ -135,7 +133,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         return Launches(launch, launches.copies, launches.how)
 
     monkeypatch.setattr(module, "build", build)
-    monkeypatch.setattr(timing, "PREHEAT_S", 1e-3)  # the launches are real ones of the CPU
+    monkeypatch.setattr(module, "PREHEAT_S", 1e-3)  # the launches are real ones of the CPU
     return planted
 
 
@@ -222,8 +220,8 @@ def test_load_precedes_the_first_measurement_and_follows_a_pause(
     fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = [100.0]
-    monkeypatch.setattr(timing, "PREHEAT_S", PREHEAT_S)
-    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr(module, "PREHEAT_S", PREHEAT_S)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter))
     device = _device(fake)
 
     def load_s(op: Operator) -> float:
