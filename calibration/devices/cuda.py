@@ -185,10 +185,10 @@ class GpuTimer:
         """Return the seconds per launch, each between two events, after a flush of the cache if ``flush``."""
         if flush and self._flush is None:
             self._flush = torch.empty(self._flush_bytes, dtype=torch.int8, device=self._device)
-        total_ms, done = 0.0, 0
-        while done < loops:
+        total_ms = 0.0
+        for first in range(0, loops, _EVENTS):
             pairs = []
-            for i in range(done, min(loops, done + _EVENTS)):
+            for i in range(first, min(loops, first + _EVENTS)):
                 if flush:
                     self._flush.zero_()
                 if hold:
@@ -204,7 +204,6 @@ class GpuTimer:
             if hold:
                 self._last_load_s = time.monotonic()
             total_ms += sum(float(start.elapsed_time(stop)) for start, stop in pairs)
-            done += len(pairs)
         return total_ms * 1e-3 / loops
 
 
@@ -254,11 +253,8 @@ class CaptureProbe:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
+            with suppress(OSError), child:  # closes its streams and waits for its end
+                pass
 
     def _started(self) -> subprocess.Popen[str] | None:
         """Return the running child; None if it cannot open the GPU, as in the exclusive compute mode."""
@@ -340,14 +336,12 @@ class CudaDevice(TorchDevice):
         self.capability = (int(p.major), int(p.minor))
         free = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
         super().__init__(self._torch_device, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
-        uuid = str(getattr(p, "uuid", "") or "")
-        uuid = f"GPU-{uuid.removeprefix('GPU-')}" if uuid else ""
         if nvml == UNKNOWN:
             try:
                 nvml = import_module("pynvml")
             except ImportError:
                 nvml = None
-        self._reader = NvmlReader(nvml, uuid, index)
+        self._reader = NvmlReader(nvml, str(getattr(p, "uuid", "") or ""), index)
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
         self._library = find_library(attention)

@@ -64,7 +64,7 @@ def unknown_device(name: str) -> InputError:
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Return the bytes read and written on m tokens of n features; ``select`` writes the indices of half of them."""
+    """Return the bytes read and written on m tokens of n features; ``select`` writes indices of half the features."""
     moved = element_bytes * m * n
     if role == "select":
         return moved, INDEX_BYTES * m * selected(n)
@@ -77,7 +77,7 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One thing to time. ``kind`` determines the relevant fields; the others keep their defaults."""
+    """An operator to time. ``kind`` determines the relevant fields; the others keep their defaults."""
 
     kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.codes.DTYPES
@@ -95,7 +95,7 @@ class Operator:
     block: int = 0  # block-sparse attention: edge of a block; grouped GEMMs: width of a group
     density: float = 1.0  # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
     role: str = ""  # elementwise: one of ELEMENTWISE_ROLES; grouped GEMMs: up or down
-    cold: bool = True  # weights (attention: cache; elementwise: input) come from memory rather than from a cache
+    cold: bool = True  # weights (attention: keys and values; elementwise: input) come from memory, not from a cache
 
     def __post_init__(self) -> None:
         if self.kind not in OPERATORS:
@@ -167,21 +167,18 @@ class Operator:
         return 0.0
 
     @property
-    def weight_elements(self) -> int:
-        """Elements of the operand that a cold operator rotates."""
+    def weight_bytes(self) -> float:
+        """Bytes of the operand that a cold operator rotates: weights, or keys and values."""
         if self.kind == "low_rank":
-            return self.rank * (self.n + self.k)
-        if self.kind in ("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"):
-            return self.n * self.k
+            return self.element_bytes * self.rank * (self.n + self.k)
         if self.attention:
-            return 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim
-        return self.m * self.n if self.kind == "elementwise" else 0
+            return self.element_bytes * 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim
+        return self.element_bytes * self.n * self.k  # k of other operators is 0
 
     @property
     def bytes(self) -> float:
         """Minimum bytes moved: operands read once, results written once."""
-        size = self.element_bytes
-        weight = size * self.weight_elements
+        size, weight = self.element_bytes, self.weight_bytes
         if self.kind == "copy":
             return 2.0 * self.n
         if self.kind == "elementwise":
@@ -207,7 +204,7 @@ class Operator:
             return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
             return 4.0 * self.element_bytes * self.m * self.n
-        return max(self.bytes, self.element_bytes * self.weight_elements)
+        return max(self.bytes, self.weight_bytes)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Operator:
@@ -218,7 +215,7 @@ class Operator:
         return cls(**record)
 
 
-_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once: a plan makes a hundred thousand keys
+_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once, since a plan makes 100,000 keys
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,8 @@ def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
 
 
 class NvmlReader:
-    """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is "unknown".
-
-    The UUID (``GPU-...``) identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``.
-    """
+    """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is "unknown". The UUID
+    identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``."""
 
     def __init__(self, nvml: Any, uuid: str = "", index: int = 0) -> None:
         self._nvml = nvml
@@ -112,7 +110,8 @@ class NvmlReader:
         if nvml is not None:
             with suppress(Exception):  # NVML's errors have no public base class
                 nvml.nvmlInit()
-                self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(index)
+                by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+                self._handle = by_uuid(f"GPU-{uuid.removeprefix('GPU-')}") if uuid else by_index(index)
 
     def snapshot(self) -> Snapshot:
         nvml, handle = self._nvml, self._handle
