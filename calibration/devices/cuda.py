@@ -285,21 +285,6 @@ class CaptureProbe:
         return None
 
 
-def kernel_names(launch: Callable[[], Any], synchronize: Callable[[], Any]) -> tuple[str, ...]:
-    """Return the names of the kernels of a launch by torch's profiler; none if it cannot profile the GPU."""
-    try:
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            launch()
-            synchronize()
-        names = [str(event.name) for event in seen.events() if event.device_type == DeviceType.CUDA]
-    except Exception:  # CUPTI may be missing or forbidden
-        return ()
-    return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
-
-
 class CudaDevice(TorchDevice):
     """One CUDA GPU, by torch's number.
 
@@ -449,8 +434,19 @@ class CudaDevice(TorchDevice):
         return known
 
     def kernels(self, operator: Operator) -> tuple[str, ...]:
+        """Return the names of the kernels of a launch by torch's profiler; none if it cannot profile the GPU."""
         launches = build(operator, self._torch_device, self._arena, self._library)
-        return kernel_names(lambda: launches.launch(0), self._cuda.synchronize)
+        try:
+            from torch.autograd import DeviceType
+            from torch.profiler import ProfilerActivity, profile
+
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                launches.launch(0)
+                self._cuda.synchronize()
+            names = [str(event.name) for event in seen.events() if event.device_type == DeviceType.CUDA]
+        except Exception:  # CUPTI may be missing or forbidden
+            return ()
+        return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
