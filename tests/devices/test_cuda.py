@@ -211,7 +211,7 @@ def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refuse
     for _ in range(2):
         with pytest.raises(Unsupported, match="status -11"):
             device.prepare(GEMM)
-    for _ in range(2):  # of a kind that nothing can be known of, once
+    for _ in range(2):  # without a child, a kind is probed once
         assert "graph" in device.prepare(Operator("copy", n=4096)).method
     assert next(answers, None) is None
 
@@ -323,7 +323,6 @@ def test_number_formats_by_compute_capability() -> None:
         (Operator("gemm", "int8", m=16, n=32, k=64), (9, 0), "m above 16"),
         (Operator("gemm", "int8", m=32, n=33, k=64), (9, 0), "multiples of 8"),
         (Operator("low_rank", "fp8", m=32, n=32, k=64, rank=16), (9, 0), "low_rank in fp8"),
-        (Operator("gemm", m=64, n=8192, k=8192), (9, 0), ""),
         (Operator("gemm", "fp8", m=1, n=64, k=64), (9, 0), ""),
         (Operator("gemm", "int8", m=17, n=64, k=64), (9, 0), ""),
         (Operator("gemm_2to4", m=1, n=64, k=64), (9, 0), ""),
@@ -478,13 +477,4 @@ def test_every_operator_on_a_real_gpu() -> None:
     for op in ops:
         if not device.refuses(op):
             assert 0 < device.prepare(op).sample(10) < 1.0, op.key
-    device.close()
-
-
-@needs_gpu
-def test_cold_weights_are_slower_than_hot_ones_on_a_real_gpu() -> None:
-    device: Any = open_device("cuda")
-    ops = [Operator("gemm", cold=state, m=1, n=4096, k=2048) for state in (True, False)]
-    cold, hot = (device.prepare(op).sample(200) for op in ops)
-    assert cold > hot
     device.close()

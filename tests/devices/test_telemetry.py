@@ -53,12 +53,7 @@ def test_without_nvml_everything_is_unknown() -> None:
 def test_nvml_that_does_not_start_is_unknown_and_one_reading_that_fails_leaves_the_others() -> None:
     for broken in ("nvmlInit", "nvmlDeviceGetHandleByUUID"):
         assert NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot() == Snapshot()
-    names = {
-        "PowerUsage": "power_w",
-        "Temperature": "temperature_c",
-        "ClockInfo": "clock_hz",
-        "UtilizationRates": "load",
-    }
+    names = {"PowerUsage": "power_w", "Temperature": "temperature_c", "ClockInfo": "clock_hz"}
     for broken, field in names.items():
         snapshot = NvmlReader(FakeNvml((f"nvmlDeviceGet{broken}",)), "GPU-abc").snapshot()
         assert getattr(snapshot, field) == UNKNOWN

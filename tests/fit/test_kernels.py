@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 from operator_times import elementwise_time
 
-from calibration.devices.protocol import Operator
-from calibration.devices.replay import ReplayDevice
 from calibration.evidence.validate import markdown, validate
 from calibration.fit.kernels import fit_sparse24
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import Rates, in_order
-from calibration.measure.run import run
 from calibration.measurements import published
-from calibration.records.store import Header, records_of, shape_of
 from calibration.records.timing_table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -152,27 +147,6 @@ def test_held_out_rows_of_every_kind_are_in_the_report() -> None:
         assert (part.lower_s < part.predicted_s).all()
         assert (part.predicted_s < part.upper_s).all()
         assert f"## {part.name}" in markdown(found)
-
-
-def test_a_replayed_device_gives_back_what_was_planted() -> None:
-    """Measured by the very code that measures a GPU: planned, timed with noise, written down, read and fitted."""
-    hw = planted("attention_block_sparse", 30.0)
-
-    def seconds(op: Operator) -> float:
-        return float(predict(Records.from_rows([{**shape_of(vars(op)), "seconds": 1.0}], [SOURCE]), hw).time.seconds[0])
-
-    heads = {"heads": 16, "kv_heads": 4, "head_dim": 64, "cold": False}
-    operators = [
-        Operator("attention_block_sparse", batch=1, q_len=n, kv_len=n, block=block, density=density, **heads)  # type: ignore[arg-type]
-        for n in (512, 1024, 2048, 4096)
-        for block, density in ((16, 0.25), (64, 0.5), (128, 0.5))
-    ]
-    kept: list[dict[str, Any]] = []
-    run(in_order(operators, Rates(1e14, 1e12)), ReplayDevice(seconds, noise=0.02), kept.append)
-    records = records_of(kept, Header("planted device", {}, "bf16"))
-    value = constant(fit_profile(HW, records), "attention_block_sparse")
-    assert value.std_error is not None
-    assert abs(value.value - 30.0) < 3.0 * value.std_error < 6.0
 
 
 def ratio_errors(hw: HardwareProfile) -> np.ndarray:

@@ -287,7 +287,7 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     common = systematic @ systematic.T + similar * (kind[:, None] == kind) + np.diag(rows.independent)
 
     def told(chosen: Any) -> float:
-        """Variance of the speedups that measuring some rows takes away."""
+        """Variance of the speedups that a measurement of some rows removes."""
         of = targets[:, chosen]
         return float(np.einsum("ti,ij,tj->", of, np.linalg.inv(common[np.ix_(chosen, chosen)]), of))
 
@@ -295,7 +295,7 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     assert len(set(chosen)) == 20
     every = told(np.arange(len(at)))
     random = [told(np.random.default_rng(seed).choice(len(at), 20, replace=False)) for seed in range(20)]
-    assert every - told(chosen) < 0.5 * (every - np.mean(random))  # of what measuring can take away, what is left
+    assert every - told(chosen) < 0.5 * (every - np.mean(random))
     assert told(chosen) > max(random)
     assert [list(found)[i] for i in chosen] == target_operators([[dense, *pruned]], HW)[:20]
     assert {op.kind for op in target_operators([[dense, *pruned]], HW, every=False)} == {"gemm"}
