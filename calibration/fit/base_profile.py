@@ -132,9 +132,11 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
     reported = "reported by the operating system or driver"
     names = ("sm_count", "boost_clock", "memory", "bandwidth", "l2_cache", "power", f"rates.{dtype}")
-    sources = dict.fromkeys(names, reported) | dict.fromkeys(("bandwidth", f"rates.{dtype}"), MEASURED)
-    sources |= {"boost_clock": UNKNOWN} if clock == _CLOCK_HZ else {}
-    sources |= {"power": UNKNOWN} if power == _POWER_W else {}
+    sources = dict.fromkeys(names, reported) | {"bandwidth": MEASURED, f"rates.{dtype}": MEASURED}
+    if clock == _CLOCK_HZ:
+        sources["boost_clock"] = UNKNOWN
+    if power == _POWER_W:
+        sources["power"] = UNKNOWN
     vendors = ("NVIDIA", "Intel", "AMD", "Apple", "ARM")
     vendor = next((name for name in vendors if name.lower() in description.device.lower()), "unknown")
     architecture = "cpu" if device.name == "cpu" or threads else "ampere"
@@ -163,8 +165,7 @@ def _within(quantity: Quantity, value: float) -> float:
 
 def _plausible(key: str, reading: Reading) -> float:
     quantity = QUANTITIES[key][1]
-    known = isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high
-    return reading if known and isinstance(reading, float) else 0.0
+    return reading if isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high else 0.0
 
 
 def _gemm_rate(device: Device, dtype: str) -> Rate:

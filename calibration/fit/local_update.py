@@ -113,7 +113,7 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     arrays["systematic"] = systematic[:, used]
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
     update = LocalUpdate(provenance_of(rows), columns, clipped(MappingProxyType(arrays)))
-    # earlier measured shapes would contradict the update
+    # shapes that were measured earlier would contradict the update
     profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
     posterior = posterior_of(profile)
     assert posterior is not None

@@ -81,7 +81,7 @@ def fit_profile(
         if count := int(((usable.flags & int(flag)) != 0).sum()):
             notes += [f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"]
     if dtype is not None:
-        usable = usable.select(np.char.startswith(_formats(usable), dtype))
+        usable = usable.select(np.char.startswith(np.array(DTYPES)[usable.dtype], dtype))
     tasks = _tasks(base, usable, notes)
     if not tasks:
         why = "; ".join(notes + excluded) or "the records hold no operator that has a fit"
@@ -161,11 +161,6 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
     return replace(section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays), outside
 
 
-def _formats(records: Records) -> NDArray[np.str_]:
-    """Return the arithmetic format of each row; an empty table has none."""
-    return np.array(DTYPES)[records.dtype] if len(records) else np.zeros(0, dtype=np.str_)
-
-
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
     """Return the rows that have a valid time, were not throttled and have none of the purposes ``apart``, and a note
     per reason for which rows are excluded."""
@@ -178,9 +173,8 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
 def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
     """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first because other fits
     need them."""
-    same, is_, formats = records.dtype == records.weight_dtype, records.is_operator, _formats(records)
-    gemms = records.labels().astype(str) if len(records) else np.zeros(0, dtype=np.str_)
-    every = np.full(len(records), "*")
+    same, is_ = records.dtype == records.weight_dtype, records.is_operator
+    formats, gemms, every = np.array(DTYPES)[records.dtype], records.labels().astype(str), np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
     reduces = messages & (records.role == role_code("all_reduce")[0])
     library = np.array([source.kernel == "NCCL" for source in records.sources], dtype=bool)[records.source]

@@ -78,24 +78,16 @@ class FittedPart:
 
 @dataclass(frozen=True)
 class Minimum:
-    """End of a search: logs of the free constants and of their ranges, residuals and their derivatives."""
+    """End of a search over free constants."""
 
-    names: tuple[str, ...]  # the free constants
-    x: FloatArray
-    low: FloatArray
-    high: FloatArray
-    rows: FloatArray
-    slopes: FloatArray
+    values: Mapping[str, float]
+    on_bound: Mapping[str, str]  # constants on an end of their range -> "lower" or "upper"
+    rows: FloatArray  # residuals
+    slopes: FloatArray  # derivatives of the residuals by the logs of the constants
 
     @property
-    def values(self) -> dict[str, float]:
-        return dict(zip(self.names, np.exp(self.x).tolist(), strict=True))
-
-    @property
-    def on_bound(self) -> dict[str, str]:
-        """Free constants that ended on an end of their range: "lower" or "upper"."""
-        ends = zip(self.names, self.x - self.low, self.high - self.x, strict=True)
-        return {n: "lower" if below < above else "upper" for n, below, above in ends if min(below, above) < ON_BOUND}
+    def names(self) -> list[str]:
+        return list(self.values)
 
 
 def minimise(
@@ -117,9 +109,9 @@ def minimise(
     residuals have single precision. ``together`` returns the residuals of several sets of constants, (sets, rows).
     ``search`` has further options of :func:`scipy.optimize.least_squares`.
     """
-    names = tuple(ranges)
-    low = np.log([found.low or 1e-9 for found in ranges.values()])
-    high = np.log([found.high for found in ranges.values()])
+    names = list(ranges)
+    low = np.log([ends.low or 1e-9 for ends in ranges.values()])
+    high = np.log([ends.high for ends in ranges.values()])
     middle = np.log([max((center or start)[n], 1e-12) for n in names])
     first = np.clip(np.log([max(start[n], 1e-12) for n in names]), low + 1e-3, high - 1e-3)
 
@@ -150,7 +142,10 @@ def minimise(
         search["jac"] = lambda x: np.stack([(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1)
     loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
     found = least_squares(rows, first, bounds=(low, high), **loss, **search)
-    return Minimum(names, found.x, low, high, found.fun, np.asarray(found.jac))
+    ends = zip(names, found.x - low, high - found.x, strict=True)
+    on_bound = {n: "lower" if below < above else "upper" for n, below, above in ends if min(below, above) < ON_BOUND}
+    values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    return Minimum(values, on_bound, found.fun, np.asarray(found.jac))
 
 
 def fit_logs(
@@ -172,7 +167,7 @@ def fit_logs(
     """
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
-    while free := {name: found for name, found in ranges.items() if name not in kept}:
+    while free := {name: ends for name, ends in ranges.items() if name not in kept}:
         minimum = minimise(log_residual, values, free, **search)
         values = {**values, **minimum.values}
         gone: dict[str, str] = {}
@@ -182,15 +177,14 @@ def fit_logs(
         if not gone:
             matrix, residual_sd = covariance(minimum, values)
             errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
-            for name, error in zip(free, errors, strict=True):
-                if error > weak:
-                    gone[name] = "not identified by these rows"
-                    values[name] = search["center"][name]  # a few rows may have moved it far away
+            unknown = [name for name, error in zip(free, errors, strict=True) if error > weak]
+            gone = dict.fromkeys(unknown, "not identified by these rows")
+            values |= {name: search["center"][name] for name in gone}  # a few rows may have moved it far away
             if not gone:
                 scale = np.where(errors > 0, errors, 1.0)
                 known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
                 return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), residual_sd)
-        kept |= {name: gone[name] for name in free if name in gone}
+        kept |= gone
         for name, (other, why) in (moot or {}).items():
             if minimum.on_bound.get(name) == "lower":
                 values[other], kept[other] = search["center"][other], why
