@@ -168,10 +168,6 @@ class AttentionFit(Fit):
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
 
-    def predict(self, values: Mapping[str, float], grid: ResidualGrid | None) -> FloatArray:
-        e = self.calls.estimate(values)
-        return np.asarray(e.time if grid is None else e.time * np.exp(grid(e.position)))
-
 
 def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
     """Return the fit of attention records (an object with columns of these names, seconds in s)."""
@@ -276,7 +272,7 @@ def _fit_form(
     for start, fixed, share in tried:
         constants = c.constants(start, fixed)
         grid = c.residual(constants.values)
-        error = np.abs(np.log(c.predict(constants.values, grid) / c.seconds)).mean()
+        error = np.abs(c.log_error(constants.values, grid)).mean()
         forms.append((float(error) / share, constants, grid))
     return min(forms, key=lambda form: form[0])[1:]
 
@@ -308,7 +304,7 @@ def _fit_kernel(
             if constants.std_errors:
                 free = {name: c.registry[name] for name in constants.std_errors}
                 values |= solver.minimise(rest.log_residual, values, free, max_nfev=6, **_SEARCH).values
-            errors_of.append(np.log(left.predict(values, rest.residual(values)) / left.seconds))
+            errors_of.append(left.log_error(values, rest.residual(values)))
             plain.append(left.log_residual(values))
             order.append(test)
     errors, core_errors, rows = (np.concatenate(parts) for parts in (errors_of, plain, order))

@@ -71,6 +71,10 @@ class Fit(ABC):
     def log_residual(self, values: Mapping[str, float]) -> FloatArray:
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
+    def log_error(self, values: Mapping[str, float], residual: ResidualGrid) -> FloatArray:
+        """Return log predicted over measured of each row, with a residual."""
+        return self.log_residual(values) + residual(self.calls.estimate(values).position)
+
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         """Return the grid fitted to the log residuals of the analytical model."""
         position = self.calls.estimate(values).position
@@ -110,8 +114,7 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
     for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
         rest, held = fit.take(train), fit.take(test)
         values = rest.constants(start).values
-        residual = rest.residual(values)
-        errors[test] = held.log_residual(values) + residual(held.calls.estimate(values).position)
+        errors[test] = held.log_error(values, rest.residual(values))
     return errors
 
 
