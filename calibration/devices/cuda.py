@@ -212,7 +212,7 @@ class Probed:
     """Whether an operator can be captured, and the known names of its kernels."""
 
     captured: bool | None = None  # None: unknown, because no child can be started or the operator does not run
-    reason: str = ""  # why it cannot be captured, or why none of its kind is probed
+    reason: str = ""  # why it cannot be captured, or why its kind is not probed
     kernels: tuple[str, ...] = ()
 
 

@@ -1,17 +1,17 @@
 """Tile shapes of the Triton kernels, as pure functions of sizes: a test compiles every shape that they can return.
 
-The shapes are not tuned on a device. A product of few rows is bound by the read of its weight: its tiles are narrow
-to use more processors, and read longer parts of each row.
+The shapes are not tuned on a device. A product of few rows is bound by reading its weight: its tiles are narrow, to use
+more processors, and read longer parts of each row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FEW_ROWS = 16  # of a tile that is bound by the read of the weight; the minimum of a tensor core's tile
-MOST_TOKENS = 64  # per tile of a grouped GEMM
-MOST_FEATURES = 1 << 14  # of a norm: one program holds a row in registers
-VECTOR_ELEMENTS = 1024  # per program of an elementwise kernel: 8 per thread of four warps
+FEW_ROWS = 16  # rows of a tile that is bound by reading the weight; the minimum of a tensor core
+MOST_TOKENS = 64  # tokens per tile of a grouped GEMM
+MOST_FEATURES = 1 << 14  # features of a norm, which one program holds in registers
+VECTOR_ELEMENTS = 1024  # elements per program of an elementwise kernel: 8 per thread of four warps
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ def power_of_two(size: int, least: int, most: int) -> int:
 
 
 def alignment(rows: int, columns: int) -> str:
-    """Return which sizes are multiples of 16, so that Triton loads and stores 16 bytes: "all", "rows" (of the operands,
-    not the columns of the result) or "none"."""
+    """Return which sizes are multiples of 16, for which Triton loads and stores 16 bytes at once: "all", "rows" (of the
+    operands, not the columns of the result) or "none"."""
     return "none" if rows % 16 else "rows" if columns % 16 else "all"
 
 
 def _most_columns(rows: int, element_bytes: int, aligned: str) -> int:
-    """Return the maximum columns of a tile. They limit its registers: an element that is loaded alone has its own
+    """Return the maximum columns of a tile, which limit its registers: an element that is loaded alone has its own
     address, and fp32 takes twice the space."""
     if rows <= FEW_ROWS or aligned == "none":
         return 32
@@ -60,7 +60,7 @@ def tokens_per_tile(tokens: int) -> int:
 
 
 def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, gated: bool) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; ``gated``: two halves."""
+    """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; a gated group has two halves."""
     form = tokens, element_bytes, aligned
     most = _most_columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
     return TileShape(tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _most_features(*form))

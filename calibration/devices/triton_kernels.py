@@ -1,8 +1,8 @@
-"""Triton kernels: GEMMs that skip rows or groups of channels, and fused elementwise operators. They need Triton.
+"""Triton kernels: GEMMs that skip rows or groups of channels, and fused elementwise operators. All compute in fp32.
 
 The GEMMs read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
-on shapes, so no launch waits for the host and a CUDA graph can hold all launches. Elementwise kernels read their inputs
-once and write their result once, as serving engines fuse them. All compute in fp32.
+on shapes: no launch waits for the host, and a CUDA graph can contain all launches. Elementwise kernels read their
+inputs once and write their result once, as in serving engines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Tensor = Any
 
 
 def precision(x: Tensor) -> str:
-    """Return the precision of fp32 products as in torch's current setting: exact, or tf32 on tensor cores."""
+    """Return the precision of fp32 products in torch's current setting: exact, or tf32 on tensor cores."""
     rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if rounded else "ieee"
 
@@ -106,7 +106,7 @@ def tiles_of(mask: Tensor) -> Tiles:
     return Tiles(users, many, order, ranked.int(), used.sum(1, dtype=torch.int32), edge)
 
 
-# numbers of tokens and groups are neither strides of a read nor its length: no kernel is compiled for 1 or 16 of them
+# the values 1 and multiples of 16 of these sizes need no kernels of their own: no read has them as stride or length
 @triton.jit(do_not_specialize=["tokens", "groups"])
 def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED: tl.constexpr, GATED: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -168,7 +168,7 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
     last = tl.load(used + tile) * steps
-    # the number of the next group is read a step ahead: a copy that waits for it within its step is not double-buffered
+    # the next group's number is read a step ahead: Triton double-buffers no copy that waits for a read in its step
     group = tl.load(chosen + tile * groups)
     for step in range(0, last):
         features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -147,7 +147,7 @@ class AttentionFit(Fit):
     def constants(
         self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
     ) -> ConstantsFit:
-        """Return the constants; those of ``fixed`` keep the values of ``start``, for a reason."""
+        """Return the constants; ``fixed`` maps constants that keep the values of ``start`` to the reason."""
         start, known = start or self.defaults, self.registry
         fixed = {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in [name for name in known if name not in fixed]:
@@ -181,7 +181,7 @@ def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
         window=records.window.astype(np.float64),
         warm=1.0 - records.cold.astype(np.float64),
         value_dim=records.n.astype(np.float64) if latent else None,
-        latent=operator == "mla_decode",  # the one phase whose queries absorbed the weights
+        latent=operator == "mla_decode",  # in prefill the queries do not absorb the weights
     )
     calls = AttentionCalls(operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s)
     return AttentionFit(calls, np.asarray(records.seconds, dtype=np.float64))

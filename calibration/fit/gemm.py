@@ -74,7 +74,7 @@ class GemmFit(Fit):
             moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
             compute_s, memory_s = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
             if not np.any(compute_s > memory_s):
-                unseen = {"e_tc": "no row is compute-bound: that of the prior"}
+                unseen = {"e_tc": "no row is compute-bound; value of the prior"}
 
         def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
             rows = found.rows[: len(few)]

@@ -100,7 +100,7 @@ class CollectiveFit(Fit):
         return solver.numbered(self.calls.payload)
 
     def usable(self) -> CollectiveFit:
-        """Return the rows with a valid time, at least two devices, and a rate below that of the link."""
+        """Return the rows with a valid time, at least two devices, and a rate that the link can reach."""
         m, link = self.calls, self.calls.link
         known = np.isfinite(self.seconds) & (self.seconds > 0) & (m.payload > 0) & (m.devices >= 2)
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))

@@ -101,7 +101,7 @@ def fit_profile(
         else:
             origin = part.section.provenance or provenance_of(rows, date)
             sections[key] = replace(part.section, stack=own_stack, provenance=origin)
-            # the part of a section is that of its dense fit, with the fixed constants of all kernels
+            # a section is reported once: by its dense fit, with the fixed constants of all its kernels
             first = parts.setdefault(key, replace(part, operator=operator, dtype=label))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
             known = replace(first.constants, fixed={**fixed, **part.fixed})
