@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 
+from test_cpu import every_kind  # noqa: E402
 from test_telemetry import FakeNvml  # noqa: E402
 
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
@@ -465,15 +466,10 @@ def test_where_no_child_can_open_the_gpu_nothing_is_known_and_none_is_started_ag
 @needs_gpu
 def test_every_operator_on_a_real_gpu() -> None:
     device: Any = open_device("cuda")
-    attention: dict[str, Any] = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
-    shape = {**attention, "m": 64, "n": 1024, "k": 1024, "rank": 128, "rows": 32, "block": 128}
-    more: dict[str, dict[str, Any]] = {"attention_decode": {"q_len": 1}, "elementwise": {"role": "attention_norm"}}
-    more |= {"attention_block_sparse": {"density": 0.5}, "copy": {"n": 1 << 24}}
-    more |= {"grouped_gemm": {"density": 0.5, "role": "up"}}
-    sizes = {kind: {name: shape[name] for name in names} for kind, names in OPERATORS.items()}
-    ops = [Operator(kind, **{**sizes[kind], **more.get(kind, {})}) for kind in OPERATORS]
+    attention = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
+    ops = every_kind("bf16", **attention, m=64, n=1024, k=1024, rank=128, rows=32, block=128)
     ops += [Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()]
-    ops += [Operator("gemm", m=64, n=1001, k=999), Operator("attention_prefill", **{**attention, "q_len": 128})]
+    ops += [Operator("gemm", m=64, n=1001, k=999), replace(ops[list(OPERATORS).index("attention_prefill")], q_len=128)]
     for op in ops:
         if not device.refuses(op):
             assert 0 < device.prepare(op).sample(10) < 1.0, op.key
