@@ -99,12 +99,7 @@ def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0
         values = torch.randint(-64, 65, (block,), dtype=torch.int8, device=device, generator=generator)
     else:
         values = torch.randn(block, dtype=torch.float32, device=device, generator=generator).to(TORCH_DTYPE[dtype])
-    if block == total:
-        return values.reshape(shape)
-    out = torch.empty(total, dtype=values.dtype, device=device)
-    for start in range(0, total, block):
-        out[start : start + block] = values[: min(block, total - start)]
-    return out.reshape(shape)
+    return values.reshape(shape) if block == total else values.repeat(-(-total // block))[:total].reshape(shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -124,10 +119,14 @@ def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, frequency: Tenso
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+def rotate_half(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last axis of x (..., tokens, head_dim) by the angles of ``rotary_tables``."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-high, low), dim=-1), sin)
+    return torch.addcmul(x * cos, rotate_half(x), sin)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -209,11 +208,6 @@ class EagerCache:
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat((self.keys, keys), dim=-2), torch.cat((self.values, values), dim=-2)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((-high, low), dim=-1)
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
