@@ -98,14 +98,10 @@ class Operator:
     cold: bool = True  # weights (attention: keys and values; elementwise: input) come from memory, not from a cache
 
     def __post_init__(self) -> None:
-        if self.kind not in OPERATORS:
-            raise ValueError(f"operator kind: expected one of {', '.join(OPERATORS)}, got {self.kind!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"operator dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.kind == "elementwise" and self.role not in ELEMENTWISE_ROLES:
-            raise ValueError(f"elementwise role: expected one of {', '.join(ELEMENTWISE_ROLES)}, got {self.role!r}")
-        if self.role and self.role != "gemm" and self.role not in ROLES:
-            raise ValueError(f"operator role: expected one of {', '.join(ROLES)}, got {self.role!r}")
+        roles = {"elementwise": ELEMENTWISE_ROLES, "grouped_gemm": ("up", "down")}.get(self.kind, ("", "gemm", *ROLES))
+        for name, known in (("kind", OPERATORS), ("dtype", DTYPES), ("role", roles)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"operator {name}: expected one of {', '.join(filter(None, known))}, got {value!r}")
         for name in OPERATORS[self.kind]:
             if getattr(self, name) < 1:
                 raise ValueError(f"operator {self.kind}: {name}: expected at least 1, got {getattr(self, name)}")
@@ -117,11 +113,8 @@ class Operator:
             raise ValueError(f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}")
         if self.kind == "gather_gemm" and self.rows > self.m:
             raise ValueError(f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got {self.rows}")
-        if self.kind == "grouped_gemm":
-            if self.role not in ("up", "down"):
-                raise ValueError(f"operator grouped_gemm: role: expected up or down, got {self.role!r}")
-            if self.grouped % self.block:
-                raise ValueError(f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features")
+        if self.kind == "grouped_gemm" and self.grouped % self.block:
+            raise ValueError(f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features")
 
     @property
     def attention(self) -> bool:

@@ -64,9 +64,11 @@ class GemmFit(Fit):
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
-        names = ["t0", "e_tc", "e_d", "b_hit"]  # constants that a dense table identifies on this machine
-        names += ["pack"] if machine.packs else ["tau", "b_e", "c_l2", "t_s", "b_s"]
-        names += ["b_l2"] if not (machine.packs or machine.persistent) else []
+        names = {"t0", "e_tc", "e_d", "b_hit"}  # constants that a dense table identifies on this machine
+        if machine.packs:
+            names |= {"pack"}
+        else:
+            names |= {"tau", "b_e", "c_l2", "t_s", "b_s"} | (set() if machine.persistent else {"b_l2"})
         ranges = {name: constant for name, constant in CONSTANTS.items() if name in names}
         ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
         unseen = {}

@@ -54,7 +54,7 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
         ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
         ("low_rank", {"m": 1, "n": 1, "k": 1}, "rank"),
         ("gather_gemm", {"m": 4, "n": 1, "k": 1, "rows": 5}, "rows: expected at most 4, the tokens, got 5"),
-        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role: expected up or down"),
+        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role: expected one of up, down, got ''"),
         ("grouped_gemm", {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"}, "block: 4 does not divide 9 features"),
         ("elementwise", {"m": 1, "n": 1, "role": "gemm"}, "role"),
         ("attention_decode", {**_ATTENTION, "heads": 3}, "heads: expected a multiple of 2, got 3"),
