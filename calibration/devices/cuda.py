@@ -63,7 +63,7 @@ _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
 _ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child, which compiles flex attention first
-_MOST_KERNELS, _MOST_LETTERS = 4, 80  # of the names of kernels in a record
+_MOST_KERNELS, _MOST_LETTERS = 4, 80  # kernels that a record names, and letters per name
 
 
 class NotCapturable(Unsupported):

@@ -33,9 +33,9 @@ from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 UNTIMED = "the time is not positive and finite"
 
 # errors of an eager layer's time, log units
-LAYER_OWN = 0.03  # independent
-LAYER_COMMON = 0.10  # of all rows, assumed: a model's layer differs from the measured one; a pass has more than layers
-LAYER_WITHOUT_GPU = 0.50  # of rows measured without the GPU, assumed: its driver may take as long as the framework
+LAYER_OWN = 0.03  # independent error
+LAYER_COMMON = 0.10  # common error, assumed: a model's layer differs from the measured one; a pass has more than layers
+LAYER_WITHOUT_GPU = 0.50  # common error without the GPU, assumed: its driver may take as long as the framework
 
 
 @dataclass(frozen=True)
