@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -23,39 +23,38 @@ _Z90, _Z95 = 1.6449, 1.9600
 def repeatability(records: Records) -> float:
     """Return the standard deviation of the log time of a repeated measurement, from three or more drift checks."""
     checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
-    group = checks.groups()
-    deviations: list[float] = []
-    for g in np.unique(group):
-        times = np.log(checks.seconds[group == g])
-        if len(times) >= 3:
-            deviations.extend(np.abs(times - np.median(times)))
+    group, times = checks.groups(), np.log(checks.seconds)
+    same_shape = [times[group == g] for g in np.unique(group)]
+    deviations = [d for found in same_shape if len(found) >= 3 for d in np.abs(found - np.median(found))]
     # the median absolute deviation, which one burst of load does not change
     return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
 
 
-def exact_arrays(records: Records, dtype: str, purposes: Sequence[str] = ("exact",)) -> dict[str, Array]:
-    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section: of a shape
-    measured several times the median, and an interval that contains its times."""
+def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section.
+
+    A shape that was measured several times has the median, and an interval that contains its times.
+    """
     r, code = records, DTYPES.index(dtype)
     cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
-    wanted = np.isin(r.purpose, [PURPOSES.index(p) for p in purposes])
-    rows = r.select(cold_gemm & wanted & r.timed & ((r.flags & Flag.THROTTLED) == 0))
+    exact = r.purpose == PURPOSES.index("exact")
+    rows = r.select(cold_gemm & exact & r.timed & ((r.flags & Flag.THROTTLED) == 0))
     if not len(rows):
         return {}
     again = repeatability(records)
     # an unknown or infinite interval counts as the limit of drift
     spreads = np.where(np.isfinite(rows.spread), rows.spread, _Z95 * UNKNOWN_REPEAT)
     group = rows.groups("n", "k", "m")
-    shapes, seconds, halves = [], [], []
+    found = []
     for g in range(int(group.max()) + 1):
         at = np.flatnonzero(group == g)
         times, first = rows.seconds[at], at[0]
         between = 0.5 * float(np.log(times.max() / times.min()))
         sigma = math.hypot(float(np.median(spreads[at])) / _Z95, again)
-        shapes.append((rows.m[first], rows.n[first], rows.k[first]))
-        seconds.append(np.median(times))
-        halves.append(max(_Z90 * sigma, between))
-    return dict(zip(NAMES, (*np.array(shapes, dtype=np.int64).T, np.array(seconds), np.array(halves)), strict=True))
+        shape = rows.m[first], rows.n[first], rows.k[first]
+        found.append((*shape, np.median(times), max(_Z90 * sigma, between)))
+    m, n, k, seconds, halves = map(np.array, zip(*found, strict=True))
+    return dict(zip(NAMES, (m, n, k, seconds, halves), strict=True))
 
 
 def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,32 +19,16 @@ ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to 
 L2_BYTES_PER_CLOCK = 64.0
 
 
-@dataclass(frozen=True)
-class Refusals(Mapping[str, int]):
-    """Number of refused rows by reason, and their row numbers (1 is the first row of data)."""
+Refusals = dict[str, list[int]]  # reason -> numbers of the refused rows (1 is the first row of data)
 
-    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
-    def __getitem__(self, reason: str) -> int:
-        return len(self.rows[reason])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def total(self) -> int:
-        return sum(self.values())
-
-    def lines(self) -> list[str]:
-        """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
-        out = []
-        for reason, rows in self.rows.items():
-            some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
-            out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
-        return out
+def refusal_lines(refusals: Refusals) -> list[str]:
+    """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
+    out = []
+    for reason, rows in refusals.items():
+        some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
+        out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
+    return out
 
 
 class Screen:
@@ -54,22 +36,21 @@ class Screen:
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
-        self._rows: dict[str, list[int]] = {}
+        self.refusals: Refusals = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
         """Refuse the rows of a mask over all rows, except rows that are refused already."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
-            self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
+            rows = (np.flatnonzero(bad) + 1).tolist()
+            self.refusals[reason] = sorted(self.refusals.get(reason, []) + rows)
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
+        """Refuse the rows of a mask over the rows that are kept so far."""
         full = np.zeros_like(self.kept)
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)
-
-    def refusals(self) -> Refusals:
-        return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:

@@ -22,7 +22,7 @@ from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
-from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source
+from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source, check_texts
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
@@ -51,14 +51,10 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     if found is None or zlib.crc32(body) != int(found[1], 16):
         return None
     try:
-        out = json.loads(body, parse_constant=_refuse)
+        out = json.loads(body)
     except (ValueError, RecursionError):
         return None
     return out if isinstance(out, dict) else None
-
-
-def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _now() -> str:
@@ -95,15 +91,10 @@ class Header:
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
-        for name in names:
-            kind, right = (Mapping, "names and values") if name in ("stack", "extra") else (str, "text")
-            if not isinstance(line[name], kind):
-                raise InputError(f"{label}:1: {name}: expected {right}, got {line[name]!r:.60}")
-        for name, version in line["stack"].items():
-            if not isinstance(version, str):
-                raise InputError(f"{label}:1: stack.{name}: expected text, got {version!r:.60}")
         try:
-            return cls(**{name: line[name] for name in names})
+            found = {name: line[name] for name in names}
+            check_texts(found)
+            return cls(**found)
         except InputError as error:
             raise InputError(f"{label}:1: {error}") from None
 
@@ -133,44 +124,33 @@ def parse(content: bytes, label: str) -> Content | None:
     """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for other damage."""
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: not a store of records (its first line is not a header)")
-    lines = content.split(b"\n")
-    last = max((i for i, line in enumerate(lines) if line), default=-1)
+    lines = content.rstrip(b"\n").split(b"\n") if content else []
     header: Header | None = None
     rows: list[dict[str, Any]] = []
-    numbers: dict[bytes, int] = {}  # line -> the number of its first occurrence
     end = dropped = 0
-    for number, line in enumerate(lines[: last + 1]):
+    for number, line in enumerate(lines, 1):
+        place = f"{label}:{number}"
         if not line:
-            raise InputError(f"{label}:{number + 1}: empty line between records")
+            raise InputError(f"{place}: empty line between records")
         row = decode_line(line)
         if row is None:
-            if number < last or _RUN_ON.search(line):  # a kill damages only the last line
-                damage = "damaged record (its checksum is wrong); restore the file from a copy"
-                raise InputError(f"{label}:{number + 1}: {damage}")
+            if number < len(lines) or _RUN_ON.search(line):  # a kill damages only the last line
+                raise InputError(f"{place}: damaged record (its checksum is wrong); restore the file from a copy")
             dropped = 1
             break
         if header is None:
             header = Header.from_dict(row, label)
-        elif fault := _misplaced(row, number + 1, numbers.setdefault(line, number + 1)):
-            raise InputError(f"{label}:{number + 1}: {fault}")
+        elif "prunesim" in row:
+            raise InputError(f"{place}: second header; keep the runs in separate files: prunesim fit reads several")
+        elif (own := row.pop("line", None)) != number:
+            order = "lines are missing, repeated or in another order; restore the file from a copy"
+            raise InputError(f"{place}: was written as line {own!r:.40}: {order}")
         else:
             rows.append(row)
         end += len(line) + 1
     if header is None:
         return None
     return Content(header, tuple(rows), dropped, min(end, len(content)), label)
-
-
-def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
-    """Return the fault of a line's position, or "", and remove its number; ``first`` is its first occurrence."""
-    own = row.pop("line", None)
-    if "prunesim" in row:
-        return "second header; keep the runs in separate files: prunesim fit reads several"
-    if line != first:
-        return f"repeats line {first}; remove it, or restore the file from a copy"
-    if own != line:
-        return f"was written as line {own!r:.40}: lines are missing or in another order; restore the file from a copy"
-    return ""
 
 
 def read_store(path: str | Path) -> Content:
@@ -200,7 +180,10 @@ class Store:
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
-                self._mend(size)
+                if self._end < size:  # drops an incomplete line
+                    os.ftruncate(self._fd, self._end)
+                if os.pread(self._fd, 1, self._end - 1) != b"\n":
+                    self._put(b"\n")
         except BaseException:
             self.close()
             raise
@@ -239,27 +222,15 @@ class Store:
         try:
             done = 0
             while done < len(line):
-                done += _write(self._fd, line[done:], self._end + done)
-            _sync(self._fd)
+                done += os.pwrite(self._fd, line[done:], self._end + done)
+            os.fsync(self._fd)
         except OSError as error:
             with suppress(OSError):  # if this fails too, readers drop the incomplete line
                 os.ftruncate(self._fd, self._end)
-                _sync(self._fd)
-            raise self._unwritten(error, "; earlier records are safe") from error
+                os.fsync(self._fd)
+            reason = f"cannot be written: {error.strerror}; earlier records are safe"
+            raise OSError(error.errno, reason, str(self.path)) from error
         self._end += len(line)
-
-    def _mend(self, size: int) -> None:
-        try:
-            if self._end < size:
-                os.ftruncate(self._fd, self._end)
-            if os.pread(self._fd, 1, self._end - 1) != b"\n":
-                self._end += _write(self._fd, b"\n", self._end)
-            _sync(self._fd)
-        except OSError as error:
-            raise self._unwritten(error) from error
-
-    def _unwritten(self, error: OSError, more: str = "") -> OSError:
-        return OSError(error.errno, f"cannot be written: {error.strerror}{more}", str(self.path))
 
 
 def _open_locked(path: Path) -> int:
@@ -276,14 +247,6 @@ def _open_locked(path: Path) -> int:
         os.close(fd)
         raise InputError(f"{path}: another process is writing to this file; wait for it or use another file") from error
     return fd
-
-
-def _write(fd: int, data: bytes, offset: int) -> int:
-    return os.pwrite(fd, data, offset)  # a function here, so that a test can fill the disk
-
-
-def _sync(fd: int) -> None:
-    os.fsync(fd)
 
 
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged

@@ -80,12 +80,18 @@ class Source:
         names = {f.name for f in fields(cls) if f.compare}
         if extra := sorted(set(data) - names):
             raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
-        for name, value in data.items():
-            texts = value.values() if name == "stack" and isinstance(value, Mapping) else [value]
-            if not all(isinstance(text, str) for text in texts) or (name == "stack" and isinstance(value, str)):
-                right = "names and versions" if name == "stack" else "text"
-                raise InputError(f"source: {name}: expected {right}, got {value!r:.60}")
+        check_texts(data, "source: ")
         return cls(**{"device": "", **data})
+
+
+def check_texts(data: Mapping[str, Any], place: str = "") -> None:
+    """Check that values are text, except ``stack``, a mapping of text, and ``extra``, a mapping of any values."""
+    for name, value in data.items():
+        expected, right = (Mapping, "names and values") if name in ("stack", "extra") else (str, "text")
+        if not isinstance(value, expected):
+            raise InputError(f"{place}{name}: expected {right}, got {value!r:.60}")
+        if name == "stack":
+            check_texts(dict(value), f"{place}stack.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,11 +171,6 @@ class Records(Table):
         if "dtype" in columns:
             columns.setdefault("weight_dtype", columns["dtype"])
         return super().from_columns(*sources, size=size, **columns)
-
-    @classmethod
-    def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *sources: Any) -> T:
-        full = ({"weight_dtype": row["dtype"], **row} if "dtype" in row else row for row in rows)
-        return super().from_rows(full, *sources)
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from calibration.measurements.wheel import datasheet
-from calibration.records.importers import import_table
-from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, too_fast
+from calibration.records.importers import ImportResult, import_table
+from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, refusal_lines, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
 from simulator.codes import DTYPES, ROLES
@@ -28,6 +28,10 @@ A100 = datasheet("a100_sxm_80gb")
 def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(InputError, match=says):
         call(*arguments, **options)
+
+
+def counts(result: ImportResult) -> dict[str, int]:
+    return {reason: len(rows) for reason, rows in result.refusals.items()}
 
 
 def csv(path: Path, text: str) -> Path:
@@ -71,9 +75,8 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
 )
 def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
     result = import_table(gemms(path, [line, "16,4096,4096,30", line]), hw=H100)
-    assert dict(result.refusals) == {reason: 2}
-    assert result.refusals.rows[reason] == [31, 33]
-    assert result.refusals.lines() == [f"2 rows: {reason} (rows 31, 33)"]
+    assert counts(result) == {reason: 2}
+    assert refusal_lines(result.refusals) == [f"2 rows: {reason} (rows 31, 33)"]
     assert len(result.records) == 30  # the good row repeats the first shape
 
 
@@ -122,7 +125,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Path) -> None:
     lines = ["16,4096,4096,32.5", "32,4096,4096,34", "32,4096,4096,35"]
     result = import_table(gemms(path, lines), hw=H100)
-    assert (len(result.records), result.refusals.total) == (30, 0)
+    assert (len(result.records), result.refusals) == (30, {})
     assert result.records.sources[0].origin == "table.csv"
     assert result.records.seconds[:3] == pytest.approx([31.25e-6, 34e-6, 32e-6])
     assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
@@ -155,8 +158,8 @@ def test_one_of_mixed_number_formats_is_chosen(path: Path) -> None:
     assert set(import_table(path, hw=H100).records.labels()) == {"bf16", "fp8", "int8_wo"}
     chosen = import_table(path, hw=H100, dtype="int8_wo")
     assert set(chosen.records.labels()) == {"int8_wo"}
-    assert dict(chosen.refusals) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
-    assert chosen.refusals.rows["dtype fp8, not int8_wo"][:3] == [2, 5, 8]
+    assert counts(chosen) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
+    assert chosen.refusals["dtype fp8, not int8_wo"][:3] == [2, 5, 8]
     refused("no usable row: 30 rows: dtype bf16, not int4_wo", import_table, path, hw=H100, dtype="int4_wo")
 
 
@@ -184,7 +187,7 @@ def test_attention_and_other_operators_from_csv(path: Path) -> None:
     assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
     heads = ["heads is not a multiple of kv_heads", "q_len exceeds kv_len"]
     reasons = ["operator 'conv' is unknown", "k is missing or not a number", *heads]
-    assert dict(result.refusals) == dict.fromkeys(reasons, 1)
+    assert counts(result) == dict.fromkeys(reasons, 1)
 
 
 def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
         store.append({"operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
     path.write_bytes(path.read_bytes() + b'{"half a')
     result = import_table(path, hw=H100)
-    assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
+    assert counts(result) == {"faster than the arithmetic peak at the highest clock": 1}
     cut = "the last line was incomplete and was dropped"
     assert result.notes == (cut, "1 operators without a time: skipped: out of memory")
     (tmp_path / "records.parquet").write_bytes(write_records(result.records))
@@ -230,7 +233,7 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100)
     unknown = "the time includes a conversion of activations that no narrow row tells"
-    assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
+    assert counts(result) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
     assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "bf16"]
     # weights alone without the 4.7 us of a profiler
     assert result.records.seconds == pytest.approx(np.array([0.05, 0.0253, 0.0153, 0.7]) / 1e3)
@@ -247,7 +250,7 @@ def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_pa
     columns = {"gemm_dtype": ["bfloat16"] * 3, "m": [1, 64, 4096], "n": [8192] * 3, "k": [8192] * 3}
     path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.1, 0.1, 2.0]}, framework="vLLM")
     result = import_table(path, hw=A100)
-    assert dict(result.refusals) == {"compute-bound, on operands that were not random numbers": 1}
+    assert counts(result) == {"compute-bound, on operands that were not random numbers": 1}
     assert result.records.m.tolist() == [1, 64]
     refused("were not random numbers, .* name the hardware", import_table, path)
 
@@ -291,7 +294,7 @@ def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     result = import_table(path, hw=A100)
     records = result.records
     # 512 MiB, of which 7/8 leave the device, in 0.9 ms: 522 GB/s on links of 300
-    assert dict(result.refusals) == {"faster than memory, L2 or link allow": 1}
+    assert counts(result) == {"faster than memory, L2 or link allow": 1}
     assert records.is_operator("collective").all()
     assert [ROLES[code] for code in records.role] == ["all_to_all"] * 2
     assert (records.n.tolist(), records.batch.tolist()) == ([512, 512], [2, 8])  # bytes, devices
@@ -307,7 +310,7 @@ def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -
     path = tmp_path / "t.parquet"
     refused("column k missing; the file has", import_table, aic(path, columns))
     refused("op_name 'mamba' is unknown", import_table, aic(path, {"latency": [0.01]}, op="mamba"))
-    refused("column moe_dtype, num_tokens, .* missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
+    refused("column moe_dtype missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
 
 
 def test_aiconfigurator_experts(tmp_path: Path) -> None:
@@ -331,7 +334,7 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     ]  # fmt: skip
     columns["latency"][0] = 0.01  # 75 MB in 10 us
     again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
-    assert again.refusals["faster than memory, L2 or link allow"] == 1
+    assert counts(again)["faster than memory, L2 or link allow"] == 1
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
@@ -339,7 +342,7 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
     result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100)
     records = result.records
-    assert dict(result.refusals) == {"beam search": 1}
+    assert counts(result) == {"beam search": 1}
     assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
     assert records.window.tolist() == [0, 128, 0]
     assert records.labels().tolist() == ["bf16", "bf16", "fp8_wo"]
@@ -353,7 +356,7 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
     hw = datasheet("rtx_4090")
     gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
-    assert (len(gemm.records), gemm.refusals.total) == (344, 0)
+    assert (len(gemm.records), gemm.refusals) == (344, {})
     assert {ROLES[r] for r in gemm.records.role} == {"qkv", "down", "lm_head"}
     assert gemm.records.cold.all()
     assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
@@ -363,7 +366,7 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
         "attn_prefill_noncausal: attention without a causal mask is not modelled": 1,
         "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
     }
-    assert (len(attention.records), dict(attention.refusals)) == (97, refused)
+    assert (len(attention.records), counts(attention)) == (97, refused)
     decode = attention.records.is_operator("attention_decode")
     assert attention.records.cold.tolist() == decode.tolist()  # a running model's cache comes from memory
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
