@@ -100,7 +100,7 @@ def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
     """Return the RTX 4090's rows; sources name the file and its licence, not the folder, which is private."""
     parts = []
     for name, operators in RTX_FILES.items():
-        records = import_table(folder / name, hw=hw, dtype="bf16").records
+        records = import_table(folder / name, hw=hw).records.of_dtype("bf16").tidy()
         sources = []
         for s in records.sources:
             stack = {"vLLM": "0.19"} if "vLLM 0.19" in s.method else s.stack

@@ -40,8 +40,7 @@ from typing import Any
 
 from calibration.devices.protocol import CaptureFailed, Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
-from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
-from calibration.measure.probe import default_protocol
+from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
 from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
@@ -61,15 +60,12 @@ class Interrupted(Exception):
 class Interrupt:
     """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual.
 
-    Only the main thread receives signals; in other threads only :meth:`set` sets the flag.
+    Only the main thread receives signals.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._old: Any = None
-
-    def set(self, *_: Any) -> None:
-        self.requested = True
 
     def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
         """Wrap a function so that it raises :class:`Interrupted` after an end was requested."""
@@ -277,18 +273,15 @@ def run(
     *,
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
-    budget_s: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-    interrupt: Interrupt | None = None,
 ) -> Outcome:
-    """Measure the items of a plan, by default with :func:`default_protocol` and the plan's budget.
+    """Measure the items of a plan; an item is omitted if it is not expected to end within the plan's budget.
 
     ``append`` stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the
-    same store: their operators are not measured again, and their first drift check stays the reference. An item is
-    omitted if it is not expected to end within ``budget_s``. ``progress`` is called after every visit with the seconds
-    that have passed and the expected total. ``interrupt`` is for callers that stop a run from another thread.
+    same store: their operators are not measured again, and their first drift check stays the reference. ``progress``
+    is called after every visit with the seconds that have passed and the expected total.
     """
-    budget = check_budget(plan.budget_s if budget_s is None else budget_s)
+    budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
     done = {(str(r["key"]), int(r.get("visit", 0))) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
     timed = {str(r["key"]) for r in earlier if r.get("median_s") is not None}
@@ -296,10 +289,9 @@ def run(
     waiting_s = sum(item.cost_s for items in todo for item in items)
     start = device.clock()
     description = device.describe()
-    protocol = protocol or default_protocol(description, min(budget, 600.0))
     stopped, since_check, failures = "", 0, 0
     spent_s = expected_s = 0.0
-    with interrupt or Interrupt() as flag:
+    with Interrupt() as flag:
         threads = description.stack.get("threads", "1")
         state = _Run(device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1)
         counts = state.counts

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
-from calibration.records.screening import (
-    Refusals,
-    Screen,
-    compute_bound,
-    join_repeats,
-    refusal_lines,
-    rotated_copies,
-    too_fast,
-    work,
-)
+from calibration.records import screening
+from calibration.records.screening import Refusals, Screen
 from calibration.records.store import MARK, content_records, parse, untimed
-from calibration.records.timing_table import (
-    COUNTS,
-    LAUNCHES,
-    NEEDED,
-    OPERATORS,
-    Records,
-    Source,
-    is_records,
-    read_records,
-)
+from calibration.records.timing_table import COUNTS, LAUNCHES, NEEDED, OPERATORS, Records, Source, records_of_parquet
 from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.errors import InputError, one_line, unknown
@@ -81,7 +64,6 @@ def import_table(
     *,
     content: bytes | None = None,
     hw: HardwareProfile | None = None,
-    dtype: str = "all",
     column_map: Mapping[str, str] | None = None,
     device: str = "",
     screened: bool = True,
@@ -89,13 +71,13 @@ def import_table(
     """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program.
 
     ``content`` is the content of a file in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if
-    ``screened``. ``dtype`` is the number format to keep. For a CSV, ``column_map`` maps names here to names in the file
-    (``{"m": "M", "latency_us": "time"}``), and ``device`` is the measured device. InputError without a usable row.
+    ``screened``. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``),
+    and ``device`` is the measured device. InputError without a usable row.
     """
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
         draft = _read(raw, Path(path), column_map, device)
-    return finish(draft, label=str(path), hw=hw, dtype=dtype, screened=screened)
+    return finish(draft, label=str(path), hw=hw, screened=screened)
 
 
 def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, device: str) -> Draft:
@@ -107,11 +89,12 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
         lost = ("the last line was incomplete and was dropped",) if stored.dropped else ()
         left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
         return _draft_of_records(content_records(stored), lost + left)
-    if content[:4] == b"PAR1" and is_records(content):
-        return _draft_of_records(read_records(content, str(path)))
     if content[:4] == b"PAR1":
-        columns = parquet_columns(read_parquet(content, str(path)), str(path))
-        return read_aiconfigurator(RawColumns(columns, path), digest)
+        parquet = read_parquet(content, str(path))
+        records = records_of_parquet(parquet, str(path))
+        if records is not None:
+            return _draft_of_records(records)
+        return read_aiconfigurator(RawColumns(parquet_columns(parquet, str(path)), path), digest)
     if path.suffix.lower() == ".parquet":
         raise InputError(f"{path}: not a Parquet file")
     cells = csv.read_csv(content, str(path))
@@ -129,9 +112,7 @@ def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
 
 
-def finish(
-    draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str = "all", screened: bool = True
-) -> ImportResult:
+def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True) -> ImportResult:
     """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
@@ -140,32 +121,28 @@ def finish(
     sources = [replace(source, file=label) for source in draft.sources]
     records = Records.from_columns(sources, size=int(screen.kept.sum()), **kept)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
-        copies = rotated_copies(np.maximum(work(records)[1], 1.0), hw.l2_bytes)
+        copies = screening.rotated_copies(np.maximum(screening.work(records)[1], 1.0), hw.l2_bytes)
         several = records.is_operator("gemm") & (records.copies > 1)
         records = records.replace(copies=np.where(several, copies, records.copies))
     notes = list(draft.notes)
-    for other in np.unique(records.labels()).tolist() if dtype != "all" else ():
-        if other != dtype:
-            screen.refuse_kept(records.labels() == other, f"dtype {other}, not {dtype}")
-            records = records.select(records.labels() != other)
     if draft.still:
         if hw is None:
             why = "its operands were not random numbers, which saves power and raises clocks"
             raise InputError(f"{label}: {why}; name the hardware, to exclude compute-bound rows")
-        unreliable = compute_bound(records, hw)
+        unreliable = screening.compute_bound(records, hw)
         screen.refuse_kept(unreliable, "compute-bound, on operands that were not random numbers")
         records = records.select(~unreliable)
     if hw is None:
         notes.append("no hardware given; times were not checked against a roofline")
     elif screened:
-        compute, memory = too_fast(records, hw)
+        compute, memory = screening.too_fast(records, hw)
         screen.refuse_kept(compute, "faster than the arithmetic peak at the highest clock")
         screen.refuse_kept(memory[~compute], "faster than memory, L2 or link allow")
         records = records.select(~(compute | memory))
     if not len(records):
-        reasons = "; ".join(refusal_lines(screen.refusals)) or "the file has no rows"
+        reasons = "; ".join(screening.refusal_lines(screen.refusals)) or "the file has no rows"
         raise InputError(f"{label}: no usable row: {reasons}")
-    records, joined, conflicts = join_repeats(records)
+    records, joined, conflicts = screening.join_repeats(records)
     if joined:
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
@@ -342,29 +319,26 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
     n = inner / np.maximum(tensor, 1.0)
-    texts = (np.asarray(table["moe_dtype"]).astype(str), kernel)
-    configuration = [k, experts, active, *(np.unique(text, return_inverse=True)[1].reshape(-1) for text in texts)]
-    rows = np.flatnonzero(screen.kept & (n % 16 == 0))
+    seconds = np.asarray(table["latency"], dtype=np.float64)
+    configurations = list(zip(_texts(table["moe_dtype"]), kernel, k, experts, active))
     slow = np.zeros(len(m), dtype=np.bool_)
-    if len(rows):
-        shape = np.stack(configuration, axis=1)[rows]
-        seconds = np.asarray(table["latency"], dtype=np.float64)[rows]
-        group = np.unique(np.column_stack([shape, m[rows]]), axis=0, return_inverse=True)[1].reshape(-1)
-        order = np.argsort(group, kind="stable")
-        position = np.arange(len(rows)) - np.searchsorted(group[order], group[order])
-        at = group[order], position
-        widths = np.ones((group.max() + 1, position.max() + 1))
-        times = np.full(widths.shape, np.inf)
-        widths[at] = n[rows][order]
-        times[at] = seconds[order]
-        wider = widths[:, :, None] / widths[:, None, :]
-        least = (times[:, None, :] * np.where(wider > 1.0, 2.0 * wider, 1.0)).min(axis=2)
-        slow[rows[order]] = times[at] > SLOW * least[at]
-        whole = np.unique(np.column_stack([shape, n[rows], skew[rows]]), axis=0, return_inverse=True)[1].reshape(-1)
-        share = np.bincount(whole, weights=slow[rows]) / np.bincount(whole)
-        slow[rows] |= (share > MANY)[whole]
+    rows = np.flatnonzero(screen.kept & (n % 16 == 0))
+    for at in _grouped(rows, configurations, m):
+        wider = n[at][:, None] / n[at]
+        least = seconds[at] * np.where(wider > 1.0, 2.0 * wider, 1.0)
+        slow[at] = seconds[at] > SLOW * least.min(axis=1)
+    for at in _grouped(rows, configurations, n, skew):
+        slow[at] |= slow[at].mean() > MANY
     screen.refuse(slow, f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel")
     return {"m": m, "n": n, "k": k, "experts": experts, "active": active, "skew": skew}
+
+
+def _grouped(rows: Array, *keys: Any) -> list[Array]:
+    """Return rows in groups of equal keys; each key is a column of the file."""
+    groups = defaultdict(list)
+    for row in rows.tolist():
+        groups[tuple(key[row] for key in keys)].append(row)
+    return [np.array(group) for group in groups.values()]
 
 
 # The collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels convert the 16-bit
@@ -382,38 +356,29 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
     The additional time of few tokens at large k is the main loop of one tile, not the conversion.
     """
     out = np.full(len(seconds), np.nan)
-    sizes = np.stack([m, n, k], axis=1).astype(np.float64)
-    few = n <= NARROW
-    both, at, other = np.intersect1d(_keys(sizes[few & ~wide]), _keys(sizes[few & wide]), return_indices=True)
-    if not len(both):
+    few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
+    in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
+    launch = seconds[wide].min(initial=np.inf)
+    added = defaultdict(list)
+    for row in np.flatnonzero(few & ~wide):
+        tokens, _, inputs = shapes[row]
+        if shapes[row] in in_16_bits:
+            product_s = launch + share * (in_16_bits[shapes[row]] - launch)
+            added[tokens, inputs].append(seconds[row] - product_s)
+    medians = {place: np.median(times) for place, times in added.items()}
+    of_few = defaultdict(list)  # medians of few tokens by input features
+    for (tokens, inputs), time in medians.items():
+        if tokens <= FEW:
+            of_few[inputs].append(time)
+    launches = [time for inputs, times in of_few.items() for time in times if inputs <= SHORT]
+    if not launches:
         return out
-    launch = seconds[wide].min()
-    pair = sizes[few & ~wide][at]
-    added = seconds[few & ~wide][at] - launch - share * (seconds[few & wide][other] - launch)
-    places, group = np.unique(pair[:, [0, 2]], axis=0, return_inverse=True)
-    by_place = _medians(added, group.reshape(-1), len(places))
-    tokens, inputs = places.T
-    start = (tokens <= FEW) & (inputs <= SHORT)
-    if not start.any():
-        return out
-    widths, of_width = np.unique(inputs, return_inverse=True)
-    first = _medians(by_place[tokens <= FEW], of_width[tokens <= FEW], len(widths))
-    found = np.median(by_place[start]) + np.maximum(by_place - first[of_width], 0.0)
-    known = _keys(places)
-    rows = np.flatnonzero(~wide)
-    wanted = _keys(sizes[rows][:, [0, 2]])
-    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    out[rows] = np.where(known[place] == wanted, found[place], np.nan)
+    for row in np.flatnonzero(~wide):
+        tokens, _, inputs = shapes[row]
+        if inputs in of_few and (tokens, inputs) in medians:
+            more = medians[tokens, inputs] - np.median(of_few[inputs])
+            out[row] = np.median(launches) + max(more, 0.0)
     return out
-
-
-def _keys(columns: FloatArray) -> Array:
-    """Return a sortable key per row of whole numbers below 2^21."""
-    return np.asarray(columns.astype(np.int64) @ (2**21) ** np.arange(columns.shape[1])[::-1])
-
-
-def _medians(values: FloatArray, group: Array, count: int) -> FloatArray:
-    return np.asarray(ndimage.labeled_comprehension(values, group, np.arange(count), np.median, np.float64, np.nan))
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:

@@ -1,7 +1,7 @@
 """Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
 The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
-dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error: no kill causes it.
+dropped and counted. A damaged, repeated or misplaced line and a second header are errors, because no kill causes them.
 """
 
 from __future__ import annotations
@@ -253,8 +253,6 @@ DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it 
 CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
 WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 _MOST = 2**40  # largest plausible dimension of an operator
-_FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
-_GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
 
 
 def content_records(content: Content) -> Records:
@@ -265,15 +263,16 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time; of
-    several visits the fastest counts. Rows around a drift check that differs from the first one of the run (from the
-    fastest quarter if operators were visited several times) get ``DRIFT``."""
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time.
+
+    If an operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the
+    first one of the run (after several visits: from the fastest quarter) get ``DRIFT``.
+    """
     rows = list(rows)
     drifted = _drifted(rows)
     capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
     runs: dict[str, int] = {}
-    timings: list[dict[str, Any]] = []
-    visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
+    timings: dict[object, dict[str, Any]] = {}  # by run and operator; by number where an operator has one visit
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
             continue
@@ -281,17 +280,13 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
             run = str(row.get("run", header.run))
             timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs)), "line": number + 1}
             timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
-            index = len(timings)
-            if "visit" in row and "key" in row:
-                index = visited.setdefault((run, str(row["key"])), index)
-            if index == len(timings):
-                timings.append(timing)
-            elif timing["seconds"] < timings[index]["seconds"]:
-                timings[index] = timing
+            key = (run, str(row["key"])) if "visit" in row and "key" in row else number
+            if key not in timings or timing["seconds"] < timings[key]["seconds"]:
+                timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             raise InputError(f"record {number}: not a timing: {reason}") from None
-    return Records.from_rows(timings, [header.source(run) for run in runs])
+    return Records.from_rows(timings.values(), [header.source(run) for run in runs])
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -334,7 +329,7 @@ def _block(row: Mapping[str, Any]) -> tuple[str, int]:
 
 def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
     run, block = _block(row)
-    flags = int(_FLAGS.get(str(row.get("status", "")), 0))
+    flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0))
     if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
@@ -363,30 +358,29 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a measured operator; ValueError if one is invalid."""
     kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
-    shape: dict[str, Any] = {name: operator[name] for name in (*COUNTS, "density", "dtype") if name in operator}
-    shape |= {"operator": kind, "cold": cold, "copies": 0 if cold else 1}
+    if kind not in OPERATORS:
+        raise unknown("operator", kind, OPERATORS)
+    dtype, density = str(operator.get("dtype", "bf16")), operator.get("density", 1.0)
+    element_bytes = float(DTYPE_BYTES[dtype_code(dtype)])
+    if not (isinstance(density, (int, float)) and 0.0 < density <= 1.0):
+        raise ValueError(f"density: expected a share above 0, up to 1, got {density!r:.60}")
+    shape: dict[str, Any] = {"operator": kind, "dtype": dtype, "density": density}
+    shape |= {"cold": cold, "copies": 0 if cold else 1}
+    for name in COUNTS:
+        value = operator.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value <= _MOST:
+            raise ValueError(f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}")
+        shape[name] = value
     if role in ROLES:
         shape["role"] = role
     if kind.startswith("launch") and role == "gemm":
-        shape |= _GEMM_LAUNCH
+        shape |= {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
     if kind == "elementwise":
-        size = float(DTYPE_BYTES[dtype_code(str(operator.get("dtype", "bf16")))])
-        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, operator["m"], operator["n"], size)
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, shape["m"], shape["n"], element_bytes)
     if kind == "copy":
-        shape["read_bytes"] = shape["write_bytes"] = float(operator["n"])
-    shape = {name: value for name, value in shape.items() if value is not None}
-    for name, value in shape.items():
-        right = ""
-        if name == "dtype" and not (isinstance(value, str) and value in DTYPES):
-            right = "one of " + ", ".join(DTYPES)
-        elif name == "density" and not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
-            right = "a share above 0, up to 1"
-        elif name in COUNTS and not (type(value) is int and 0 <= value <= _MOST):
-            right = f"a whole number from 0 to {_MOST}"
-        if right:
-            raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
-    if kind not in OPERATORS:
-        raise unknown("operator", kind, OPERATORS)
+        shape["read_bytes"] = shape["write_bytes"] = float(shape["n"])
     return shape
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from pathlib import Path
 from types import MappingProxyType
@@ -77,9 +77,6 @@ class Source:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Source:
-        names = {f.name for f in fields(cls) if f.compare}
-        if extra := sorted(set(data) - names):
-            raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
         check_texts(data, "source: ")
         return cls(**{"device": "", **data})
 
@@ -87,11 +84,12 @@ class Source:
 def check_texts(data: Mapping[str, Any], place: str = "") -> None:
     """Check that values are text, except ``stack``, a mapping of text, and ``extra``, a mapping of any values."""
     for name, value in data.items():
-        expected, right = (Mapping, "names and values") if name in ("stack", "extra") else (str, "text")
+        expected: Any = Mapping if name in ("stack", "extra") else str
         if not isinstance(value, expected):
+            right = "text" if expected is str else "names and values"
             raise InputError(f"{place}{name}: expected {right}, got {value!r:.60}")
         if name == "stack":
-            check_texts(dict(value), f"{place}stack.")
+            check_texts(value, f"{place}stack.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,6 +246,7 @@ COUNTS: tuple[str, ...] = tuple(name for name in SHAPE if Records.SCHEMA[name][0
 
 SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
@@ -276,29 +275,32 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
     return buffer.getvalue()
 
 
-def read_records(path: str | Path | bytes, label: str = "table") -> Records:
-    """Read a table of :func:`write_records` from a path, or from bytes that ``label`` names."""
-    label = label if isinstance(path, bytes) else str(path)
-    table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
-    head = _head(table.schema.metadata, label)
+def read_records(path: str | Path | bytes) -> Records:
+    """Read a table of :func:`write_records` from a path or from its bytes."""
+    label, content = ("table", path) if isinstance(path, bytes) else (str(path), read_bounded(path))
+    records = records_of_parquet(read_parquet(content, label), label)
+    if records is None:
+        raise InputError(f"{label}: not a table of records by prunesim")
+    return records
+
+
+def records_of_parquet(table: Any, label: str) -> Records | None:
+    """Return the records of a pyarrow table, None for a table by another program; ``label`` names its file."""
+    if _KEY not in (table.schema.metadata or {}):
+        return None
     try:
+        head = json.loads(table.schema.metadata[_KEY])
+        if head["schema"] != SCHEMA_VERSION:
+            raise InputError(f"expected schema {SCHEMA_VERSION}, got {head['schema']!r:.40}")
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
         found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
+    except (*_DAMAGE, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
     # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
     of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
     old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
     return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
-
-
-def is_records(content: bytes) -> bool:
-    pa, pq = load_pyarrow()
-    try:
-        return _KEY in (pq.read_schema(io.BytesIO(content)).metadata or {})
-    except (pa.ArrowException, OSError, ValueError):
-        return False
 
 
 def _narrow(values: Array) -> type:
@@ -307,19 +309,3 @@ def _narrow(values: Array) -> type:
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     kinds = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
     return next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
-
-
-def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
-    if not metadata or _KEY not in metadata:
-        raise InputError(f"{label}: not a table of records by prunesim")
-    damaged = f"{label}: damaged table of records: its metadata"
-    try:
-        head: Any = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{damaged} cannot be read") from error
-    if not isinstance(head, dict):
-        raise InputError(f"{damaged} are not a mapping")
-    if head.get("schema") != SCHEMA_VERSION:
-        schema = head.get("schema")
-        raise InputError(f"{label}: records: expected schema {SCHEMA_VERSION}, got {schema!r:.40}")
-    return head

@@ -54,11 +54,11 @@ def test_an_import_keeps_products_alone(tmp_path: Path) -> None:
     columns |= {"gemm_dtype": np.where(wide, "bfloat16", "fp8").tolist(), "latency": (1e3 * seconds).tolist()}
     columns |= {name: x.astype(int).tolist() for name, x in (("m", m), ("n", n), ("k", k))}
     pq.write_table(pa.table(columns), path := tmp_path / "gemm_perf.parquet")
-    result = import_table(path, hw=load_hardware("h100"), dtype="fp8")
+    result = import_table(path, hw=load_hardware("h100"))
     most = ~wide & (conversion + CHAIN * 768 > MOST * seconds)
     refused = result.refusals["over 65 % of the time is the conversion of activations"]
     assert len(refused) == pytest.approx(most.sum(), abs=3)
-    r = result.records
+    r = result.records.of_dtype("fp8")
     full = {(a, b, c): t - v for a, b, c, w, t, v in zip(m, n, k, wide, seconds, conversion, strict=True) if not w}
     alone = np.array([full[shape] for shape in zip(r.m, r.n, r.k, strict=True)])
     assert r.seconds == pytest.approx(alone - CHAIN * 768, abs=0.4e-6)

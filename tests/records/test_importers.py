@@ -151,16 +151,11 @@ def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_n
     assert write_records(moved) == write_records(csv)
 
 
-def test_one_of_mixed_number_formats_is_chosen(path: Path) -> None:
+def test_a_file_may_mix_number_formats(path: Path) -> None:
     formats = ("bfloat16,bf16", "fp8,fp8", "bf16,int8")
     rows = [f"{m},4096,4096,{names},40" for m in range(1, 31) for names in formats]
     csv(path, "\n".join(["m,n,k,dtype,weight_dtype,latency_us", *rows]))
     assert set(import_table(path, hw=H100).records.labels()) == {"bf16", "fp8", "int8_wo"}
-    chosen = import_table(path, hw=H100, dtype="int8_wo")
-    assert set(chosen.records.labels()) == {"int8_wo"}
-    assert counts(chosen) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
-    assert chosen.refusals["dtype fp8, not int8_wo"][:3] == [2, 5, 8]
-    refused("no usable row: 30 rows: dtype bf16, not int4_wo", import_table, path, hw=H100, dtype="int4_wo")
 
 
 def test_few_rows_and_a_missing_datasheet_are_said(path: Path) -> None:
