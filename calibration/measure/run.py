@@ -1,9 +1,8 @@
 """Run a measurement plan on a device, with one record per operator.
 
-A shape that does not fit in memory is skipped, an invalid time is refused, and a measurement is repeated if the device
-throttles or other processes use the CPU; each case is counted. A lost device, a failed graph capture or an interrupt
-ends the run with a reason, and all earlier records are kept. The operator that lost the device is recorded as failed,
-one whose capture failed as unsupported; a resumed run does not try it again.
+A measurement is repeated if the device throttles or other processes use the CPU. A lost device, a failed graph capture
+or an interrupt ends the run with a reason, and all earlier records are kept. A resumed run does not repeat the operator
+that lost the device (recorded as failed) or whose capture failed (unsupported).
 
 A record is a JSON-ready mapping:
 
@@ -50,18 +49,13 @@ MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
 CAPTURE_FAILED = "capture failed"
 
-Append = Callable[[Mapping[str, Any]], Any]
-
 
 class Interrupted(Exception):
     """The user requested an end; raised between two samples, never inside a write."""
 
 
 class Interrupt:
-    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual.
-
-    Only the main thread receives signals.
-    """
+    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -130,12 +124,12 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether the run succeeded: the plan is done or its time is used."""
+        """Return whether the run succeeded: the plan is done or its time is used."""
         return self.stopped in ("", "budget")
 
     @property
     def needs_new_process(self) -> bool:
-        """Whether this process can measure nothing more, but a new one can."""
+        """Return whether this process can measure nothing more, but a new process can."""
         return self.stopped.startswith(CAPTURE_FAILED)
 
 
@@ -144,7 +138,7 @@ class _Run:
     """State of one run, mutable and internal to :func:`run`."""
 
     device: Device
-    append: Append
+    append: Callable[[Mapping[str, Any]], Any]
     protocol: Protocol
     interrupt: Interrupt
     counts: Counts = field(default_factory=Counts)
@@ -187,10 +181,10 @@ class _Run:
         if reason := self.device.refuses(op):
             raise Unsupported(reason)
         discarded = 0
-        least = 0.0  # smallest share of waiting, that of ``best``
         best: dict[str, Any] = {}  # the attempt that other processes disturbed least
+        least = 0.0  # share of waiting in the best attempt
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            prepared = None  # frees the operands of the last attempt before new ones are made
+            prepared = None  # frees the operands of the last attempt before new operands are made
             prepared = self.device.prepare(op)
             before = self.device.snapshot()
             timing = measure(self.interrupt.watched(prepared.sample), protocol, self.device.clock)
@@ -207,7 +201,7 @@ class _Run:
                 self.waits.append(share)
                 if share <= WAIT_LIMIT:
                     return
-                # a repeat does not help on a machine that is always shared: repeat once, if the share is unusual here
+                # on a machine that is always shared, a repeat does not help: repeat once if the share is unusual
                 if attempt > 1 or share < 2.0 * statistics.median(self.waits):
                     break
                 pause = 0.0
@@ -269,7 +263,7 @@ class _Run:
 def run(
     plan: MeasurementPlan,
     device: Device,
-    append: Append,
+    append: Callable[[Mapping[str, Any]], Any],
     *,
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
@@ -306,14 +300,14 @@ def run(
                     raise Interrupted
                 waiting_s -= item.cost_s
                 if visit and item.operator.key not in timed:
-                    continue  # an operator without a time in the first visit gets none now
+                    continue  # an operator without a time in the first visit has none in later visits
                 elapsed = device.clock() - start
                 # estimates are rough at first and accurate after about 20 items, so both are combined
                 pace = (spent_s + 5.0 * protocol.time_limit_s) / (expected_s + 5.0 * protocol.time_limit_s)
                 expected = max(item.cost_s, 1e-3)
                 if elapsed + pace * expected > budget * (visit + 1) / plan.visits:
                     stopped = "budget"
-                    continue  # a cheaper one may still fit
+                    continue  # a cheaper operator may still fit
                 begin = device.clock()
                 limit_s = min(protocol.time_limit_s, max(budget - elapsed, 0.05))
                 status = state.keep(item, replace(protocol, time_limit_s=limit_s), visit)
