@@ -59,8 +59,10 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row: attention counts the
-    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
+
+    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
+    """
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -111,8 +113,10 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2, which
-    ``c`` rotated weights share. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2."""
+    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
+
+    Rotated weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2.
+    """
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -150,19 +154,14 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     return kept, len(records) - len(kept), int(conflict.sum())
 
 
-OLDEST = "1"  # protocol of CUDA runs that record none (calibration.devices.cuda.PROTOCOL)
-_WORDS = {"graph": "graph replays", "eager": "single launches"}
-
-
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method differs from most rows of their operator and format, with notes.
 
-    The method is how launches were timed and the protocol for CUDA: they differ by 8 to 12 % for short kernels.
+    The method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels.
     Imported tables are not changed.
     """
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
-    protocols = [s.stack.get("protocol", OLDEST) if s.run and "cuda" in s.stack else "" for s in r.sources]
-    protocol = np.array(protocols, dtype=object)[r.source]
+    protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
     for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
         rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
@@ -173,12 +172,10 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
         most = f"the other {counts[best]} by {_method(*best)}; measure them again"
         what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"
         notes += [f"{counts[other]} {what} {_method(*other)}, {most}" for other in sorted(counts) if other != best]
-    if old := int((kept & (protocol == OLDEST)).sum()):
-        what = "weights may be in L2, and clocks not steady"
-        notes.append(f"{old} rows follow protocol {OLDEST} of an older version: {what}; measure again")
     return r.select(kept), tuple(notes)
 
 
 def _method(protocol: str, launch: int) -> str:
     name = LAUNCHES[launch]
-    return _WORDS.get(name, f"a method of launches {name!r}") + (f" (protocol {protocol})" if protocol else "")
+    words = {"graph": "graph replays", "eager": "single launches"}.get(name, f"a method of launches {name!r}")
+    return words + (f" (protocol {protocol})" if protocol else "")

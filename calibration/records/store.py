@@ -106,9 +106,9 @@ class Header:
             if mine != theirs:
                 raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
 
-    def source(self, run: str = "") -> Source:
+    def source(self) -> Source:
         method = str(self.extra.get("method", ""))
-        return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
+        return Source(self.device, dict(self.stack), method=method, date=self.started, run=self.run)
 
 
 @dataclass(frozen=True)
@@ -268,29 +268,31 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     If an operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the
     first one of the run (after several visits: from the fastest quarter) get ``DRIFT``.
     """
-    rows = list(rows)
-    drifted = _drifted(rows)
-    capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
-    runs: dict[str, int] = {}
-    timings: dict[object, dict[str, Any]] = {}  # by run and operator; by number where an operator has one visit
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
-            continue
+    timed = {
+        number: row
+        for number, row in enumerate(rows, 1)
+        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is not None
+    }
+    drifted = _drifted(list(timed.values()))
+    readings = [row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()]
+    # only GPUs have a power limit
+    capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
+    timings: dict[object, dict[str, Any]] = {}  # by operator; by number where an operator has one visit
+    for (number, row), slow in zip(timed.items(), capped, strict=True):
         try:
-            run = str(row.get("run", header.run))
-            timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs)), "line": number + 1}
-            timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
-            key = (run, str(row["key"])) if "visit" in row and "key" in row else number
+            timing = {**_timing(row, drifted), "line": number + 1}
+            timing["flags"] |= Flag.POWER_CAPPED if slow else 0
+            key = str(row["key"]) if "visit" in row and "key" in row else number
             if key not in timings or timing["seconds"] < timings[key]["seconds"]:
                 timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             raise InputError(f"record {number}: not a timing: {reason}") from None
-    return Records.from_rows(timings.values(), [header.source(run) for run in runs])
+    return Records.from_rows(timings.values(), [header.source()])
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest."""
+    """Return which readings of a run, taken under load, show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -299,38 +301,24 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
     ]
 
 
-def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for number, row in enumerate(rows, 1):
-        if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
-            runs.setdefault(str(row.get("run", "")), {})[number] = row["after"]
-    return {n for own in runs.values() for n, slow in zip(own, power_capped([*own.values()]), strict=True) if slow}
+def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the blocks whose drift check differs."""
+    checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
+    if any(row.get("visit") for row in rows):
+        times = sorted(row["median_s"] for row in checks)
+        return {_block(row) for row in checks if row["median_s"] > (1.0 + DRIFT_LIMIT) * times[len(times) // 4]}
+    return {_block(row) for row in checks if row.get("drifted")}
 
 
-def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """Return the blocks whose drift check differs, by run."""
-    visited = {str(row.get("run", "")) for row in rows if row.get("visit")}
-    checks: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("purpose") == "drift_check" and isinstance(row.get("median_s"), float):
-            checks.setdefault(str(row.get("run", "")), []).append(row)
-    out = set()
-    for run, found in checks.items():
-        times = sorted(row["median_s"] for row in found)
-        limit = (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
-        out |= {_block(row) for row in found if (row["median_s"] > limit if run in visited else row.get("drifted"))}
-    return out
-
-
-def _block(row: Mapping[str, Any]) -> tuple[str, int]:
+def _block(row: Mapping[str, Any]) -> int:
     block = row.get("block", 0)
-    return str(row.get("run", "")), block if isinstance(block, int) else 0
+    return block if isinstance(block, int) else 0
 
 
-def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
-    run, block = _block(row)
+def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
+    block = _block(row)
     flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0))
-    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
+    if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
     if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:

@@ -367,10 +367,6 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
     roles = "activation embedding attention_norm final_norm rotary"
     assert {ROLES[r] for r in others.records.role} == set(roles.split())
-    moved = others.records.read_bytes + others.records.write_bytes
-    large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
-    bandwidth = float(moved[large][0] / others.records.seconds[large][0])
-    assert 0.7 < bandwidth / hw.bandwidth_bytes_per_s < 1.3  # 176 MB, more than the L2 holds
 
 
 def one(**columns: Any) -> Records:

@@ -116,20 +116,6 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
         build.build(wheel, tmp_path, tmp_path)
 
 
-def test_times_are_those_of_the_package(wheel_tables: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
-    raw = pq.read_table(wheel_tables / f"{CHOICES['h100_sxm/gemm/trtllm'].path}_perf.parquet").to_pydict()
-    theirs = {
-        (m, n, k): t / 1e3
-        for m, n, k, t, d in zip(raw["m"], raw["n"], raw["k"], raw["latency"], raw["gemm_dtype"])
-        if d == "bfloat16"
-    }
-    ours = load_measurements("h100_sxm/gemm/trtllm", dtype="bf16")
-    assert len(ours) == len(theirs)
-    expected = [theirs[shape] for shape in zip(ours.m.tolist(), ours.n.tolist(), ours.k.tolist())]
-    assert ours.seconds == pytest.approx(np.array(expected), rel=1e-7)
-
-
 def test_a_choice_takes_one_kernel_and_counts_what_it_leaves() -> None:
     sources = [Source("B200", {"SGLang": "0.5.14"}, kernel) for kernel in ("trtllm_mha", "triton")]
     columns = {"operator": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 64, "heads": 8, "kv_heads": 8}
