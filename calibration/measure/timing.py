@@ -2,7 +2,7 @@
 
 The interval of the median is distribution-free. For n independent samples, the order statistics x(l), x(n+1-l) enclose
 the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H. A. David, H. N. Nagaraja, "Order
-Statistics", 3rd edition, section 7.1). Samples are never trimmed: an outlier is real behaviour of the machine.
+Statistics", 3rd edition, section 7.1). Samples are never trimmed, because an outlier is real behaviour of the machine.
 """
 
 from __future__ import annotations

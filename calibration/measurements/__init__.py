@@ -47,8 +47,10 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats;
-    InputError if the file does not match its provenance."""
+    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats.
+
+    InputError if the file does not match its provenance.
+    """
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
     try:

@@ -92,10 +92,10 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
     return in_order(records, by), left, result.refusals
 
 
-def in_order(records: Records, last: Sequence[str]) -> Records:
-    """Return the rows by number format, then by size, with times in single precision; ``last`` are the columns that
-    change last."""
-    by = ("m", "kv_len", "q_len", "batch", "k", "n", *last)
+def in_order(records: Records, columns: Sequence[str]) -> Records:
+    """Return the rows with times in single precision, sorted by number format, by ``columns`` (the last column first)
+    and by size."""
+    by = ("m", "kv_len", "q_len", "batch", "k", "n", *columns)
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
     return records.replace(seconds=records.seconds.astype(np.float32).astype(np.float64))
@@ -116,7 +116,7 @@ def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, 
 
 
 def stalled(records: Records) -> Array:
-    """Return a mask of the rows of latent attention that were delayed: slower than a call with more work."""
+    """Return a mask of the rows of latent attention that were delayed, because a call of more work was faster."""
     out = np.zeros(len(records), dtype=np.bool_)
     rows = np.flatnonzero(records.is_operator(*LATENT))
     sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]

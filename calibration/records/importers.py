@@ -359,7 +359,7 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
     few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
     in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
     launch = seconds[wide].min(initial=np.inf)
-    added = defaultdict(list)
+    added = defaultdict(list)  # time that a narrow product takes in addition, by tokens and input features
     for row in np.flatnonzero(few & ~wide):
         tokens, _, inputs = shapes[row]
         if shapes[row] in in_16_bits:
@@ -373,11 +373,11 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
     launches = [time for inputs, times in of_few.items() for time in times if inputs <= SHORT]
     if not launches:
         return out
+    least, loop = np.median(launches), {inputs: np.median(times) for inputs, times in of_few.items()}
     for row in np.flatnonzero(~wide):
         tokens, _, inputs = shapes[row]
-        if inputs in of_few and (tokens, inputs) in medians:
-            more = medians[tokens, inputs] - np.median(of_few[inputs])
-            out[row] = np.median(launches) + max(more, 0.0)
+        if inputs in loop and (tokens, inputs) in medians:
+            out[row] = least + max(medians[tokens, inputs] - loop[inputs], 0.0)
     return out
 
 

@@ -167,7 +167,7 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
         rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
         methods = list(zip(protocol[rows].tolist(), r.launch[rows].tolist()))
         counts = Counter(methods)
-        best = max(counts, key=lambda method: (counts[method], method))  # of equally many, the newest protocol
+        best = max(counts, key=lambda method: (counts[method], method))  # if equal, the newest protocol
         kept[rows[[method != best for method in methods]]] = False
         most = f"the other {counts[best]} by {_method(*best)}; measure them again"
         what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"

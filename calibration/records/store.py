@@ -162,8 +162,10 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
-    holds records of another device, software or number format."""
+    """The only writer of a file of records; it resumes the run of an existing file.
+
+    InputError if another process writes to the file, or if it has records of another device, software or number format.
+    """
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -196,13 +198,10 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
-        earlier records stay valid, and the store can be used again."""
-        operator, mine = record.get("operator"), self.header.dtype
-        if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
-            theirs = operator.get("dtype", mine)  # copies and launches have none
-            if theirs != mine:
-                raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
+
+        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
+        """
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
@@ -277,7 +276,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
     readings = [row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()]
     # only GPUs have a power limit
     capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
-    timings: dict[object, dict[str, Any]] = {}  # by operator; by number where an operator has one visit
+    timings: dict[object, dict[str, Any]] = {}  # key: the operator; the number if an operator has one visit
     for (number, row), slow in zip(timed.items(), capped, strict=True):
         try:
             timing = {**_timing(row, drifted), "line": number + 1}

@@ -1,7 +1,7 @@
-"""Measured times as a table: one row per timing, and the sources of the rows, which hold the facts they share.
+"""Measured times as a table: one row per timing, and the sources of the rows.
 
-In a Parquet file, constant columns become metadata, and integers take the smallest type that holds them: 36,000 GEMMs
-take 150 kB.
+In a Parquet file, constant columns become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take
+150 kB.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
 _LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
 # names of timed operators; the index is the code in the operator column and in files, so new names come last
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
-# how the launch counts in a time: not in kernel times of a profiler, as a gap in a graph, as host time
+# how the launch counts in a time: excluded (kernel times of a profiler), as a gap in a graph, or as host time (eager)
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # of a measurement; unknown in imports
+PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # imports: unknown
 
 
 class Flag(IntFlag):
@@ -47,14 +47,14 @@ class Flag(IntFlag):
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
-    CONFLICT = 8  # several timings of this shape differ; the row holds their median
+    CONFLICT = 8  # several timings of this shape differ; the row has their median
     POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
     WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
 
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of rows: the facts that many rows share."""
+    """Origin of rows: facts that many rows share."""
 
     device: str  # the hardware as it names itself
     stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
@@ -97,7 +97,7 @@ class Records(Table):
     """Timings as columns of equal length: what was timed, then the time and its quality."""
 
     operator: Array = column(np.int8, 0)
-    # index into workload.ROLES; -1 where the operator has none, and for all products of experts
+    # index into ROLES; -1 where the operator has no role, and for all products of experts together
     role: Array = column(np.int16, -1)
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; dtype by default
@@ -122,7 +122,8 @@ class Records(Table):
     copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
     experts: Array = column(np.int64, 0)  # experts on the device
     active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
-    # experts: exponent of the power law of their tokens; 0: uniform; below: minus the largest share off their mean
+    # experts: exponent of the power law of their tokens; 0: uniform; negative: minus the largest relative deviation
+    # from the mean
     skew: Array = column(np.float64, 0.0)
     fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
     seconds: Array = column(np.float64, np.nan)  # s, median of the samples (the mean, if the source has no median)
@@ -132,7 +133,7 @@ class Records(Table):
     flags: Array = column(np.int32, 0)  # Flag bits
     purpose: Array = column(np.int8, 0)  # index into PURPOSES
     source: Array = column(np.int32, 0)  # index into sources
-    line: Array = column(np.int32, 0)  # of the file that the row was read from, for messages; 0: unknown; never stored
+    line: Array = column(np.int32, 0)  # line of the file, for messages; 0: unknown; never stored
     sources: tuple[Source, ...] = ()
 
     TITLE = "records "
@@ -174,7 +175,7 @@ class Records(Table):
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
         """Join the rows of several tables; equal sources are kept once."""
         sources: list[Source] = []
-        recoded = [cls.from_columns([])]  # so zero tables give an empty table
+        recoded = [cls.from_columns([])]  # without parts, the result is an empty table
         for part in parts:
             for source in part.sources:
                 if source not in sources:
@@ -235,10 +236,10 @@ class Records(Table):
         return sha.hexdigest()
 
 
-# columns that are omitted from files and digests if they are all zero, so older tables keep their digests
+# columns that files and digests omit if they are all zero, because older tables must keep their digests
 LATER = ("experts", "active", "skew", "fused")
 
-# columns of what was timed and how: equal in two timings of one shape
+# columns that are equal in two timings of one shape
 SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
 
 # columns of SHAPE that are dimensions: whole numbers
@@ -250,8 +251,10 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
-    """Return a table as the bytes of a Parquet file; ``extra`` is JSON-ready metadata, ``single`` stores times as
-    float32, whose rounding of 6e-8 is far below the noise of any clock."""
+    """Return a table as the bytes of a Parquet file.
+
+    ``extra`` is JSON-ready metadata; ``single`` stores times as float32, whose rounding is below the noise of clocks.
+    """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}

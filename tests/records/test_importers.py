@@ -145,7 +145,7 @@ def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_n
             store.append({"operator": {"kind": "gemm", "m": m, "n": 8, "k": 8}, "median_s": 1.0})
     assert import_table(run).records.place(1) == f"{run}:3: gemm bf16 m=2 n=8 k=8"
     both = Records.concat([csv, csv.replace(sources=(replace(csv.sources[0], file="other.csv"),))])
-    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # of one of two files
+    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # two files have it: none is named
     moved = csv.replace(line=0, sources=(replace(csv.sources[0], file=""),))
     assert moved.digest() == csv.digest()
     assert write_records(moved) == write_records(csv)
@@ -278,7 +278,7 @@ def test_latent_attention_is_held_against_physics() -> None:
     r = Records.from_columns([Source("H100")], **shape, weight_dtype=["bf16", "fp8"])
     compute, memory = least_seconds(r, H100)
     flop, peaks = 2.0 * 1088 * 64 * 128 * 8192, [H100.peak_flop_per_s(dtype) for dtype in ("bf16", "fp8")]
-    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # of the cache's format
+    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # in the cache's format
     moved = 64 * 8192 * 576 * 2 + 64 * 128 * 1088 * 2 - H100.l2_bytes  # the cache, queries and outputs, but for the L2
     assert memory[0] == pytest.approx(moved / H100.bandwidth_bytes_per_s)
 
@@ -380,7 +380,7 @@ def test_what_no_run_can_beat() -> None:
     assert cold == pytest.approx(2 * 16384**2 / 3.35e12, rel=1e-3)
     warm = least_seconds(one(m=1, n=4096, k=4096, copies=1, cold=False), H100)[1][0]  # 32 MiB stay in the L2
     assert warm == pytest.approx((2 * 4096**2 + 2 * 8192) / (L2_BYTES_PER_CLOCK * 132 * 1.98e9), rel=1e-3)
-    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # of two, at most one half is there
+    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # at most one stays in the L2
     assert rotated == pytest.approx((2 * 4096**2 - 25 * 2**20) / 3.35e12, rel=1e-3)
     sparse = least_seconds(one(m=4096, n=4096, k=4096, operator=np.array(["gemm_2to4"])), H100)[0][0]
     assert sparse == pytest.approx(compute[0] / 2)

@@ -1,5 +1,4 @@
-"""What was measured of whole models: every row is well formed, in the tool's terms, from a named source, and can be
-lowered and pruned as it says."""
+"""Published measurements of whole models: every row is well formed, names its source, and can be lowered and pruned."""
 
 from __future__ import annotations
 
@@ -80,7 +79,7 @@ def test_a_source_is_fitted_on_or_judged_on_never_both() -> None:
     assert judge
     assert not fit & judge
     assert {r["split"] for r in rows} == {"fit", "judge"}
-    # of sglang the only source has chosen a default of Hopper's; its serving runs judge it
+    # sglang's only source determined a default for Hopper; its serving runs judge it
     assert {split(r["engine"])[0] for r in used(DENSE) if r["split"] == "judge"} == ENGINES - {"reference", "sglang"}
 
 

@@ -47,7 +47,7 @@ def test_kernel_names_in_a_method_do_not_change_how_launches_count() -> None:
 def test_runs_of_two_protocols_are_not_mixed() -> None:
     old, new = records_of(_rows(GRAPH, 3), OLD), records_of(_rows(GRAPH, 3, start=10), GPU)
     kept, notes = one_method(Records.concat([old, new]))
-    assert [source.run for source in kept.tidy().sources] == ["new"]  # of equally many, the newest
+    assert [source.run for source in kept.tidy().sources] == ["new"]  # as many rows: the newest protocol is kept
     assert "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays (protocol 2)" in notes[0]
     assert one_method(old)[1] == ()
 
