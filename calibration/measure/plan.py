@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import HOST_KINDS, Description, Device, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import HOST_KINDS, Device, Operator, OutOfMemory, Unsupported
 from calibration.measure.shapes import gemm_stream, other_streams
 from calibration.measure.timing import WARM_VALUES, Protocol, measure
 from simulator.arrays import FloatArray, IndexArray
@@ -79,18 +79,6 @@ def compilation(op: Operator) -> tuple[Any, ...] | None:
 
 # time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU
 FLEX_COMPILE_S = 15.0
-
-
-def default_protocol(description: Description, budget_s: float) -> Protocol:
-    """Return the protocol for a device; a short budget gives each shape less time, to measure enough for a fit."""
-    check_budget(budget_s)
-    limit = min(2.0, max(0.25, budget_s / 400.0))
-    return Protocol(time_limit_s=limit / default_visits(description))
-
-
-def default_visits(description: Description) -> int:
-    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are not."""
-    return 3 if description.name == "cpu" else 1
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
@@ -239,7 +227,6 @@ def base_plan(
     enough attention calls of one head width for a fit come before the next width.
     """
     protocol = protocol or Protocol()
-    check_budget(budget_s)
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
     left = shares["gemm"] * budget_s

@@ -15,6 +15,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.devices.protocol import Description
+
 OK = "ok"
 NOISY = "noisy"
 WARM_VALUES = 6  # length of the steady stretch that ends the warm-up
@@ -36,6 +38,17 @@ class Protocol:
     min_samples: int = 8  # the interval needs at least 6
     max_samples: int = 400
     time_limit_s: float = 2.0  # the measurement then ends; it is noisy if it missed the precision
+
+
+def default_protocol(description: Description, budget_s: float) -> Protocol:
+    """Return the protocol for a device; a short budget gives each shape less time, to measure enough for a fit."""
+    limit = min(2.0, max(0.25, budget_s / 400.0))
+    return Protocol(time_limit_s=limit / default_visits(description))
+
+
+def default_visits(description: Description) -> int:
+    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are not."""
+    return 3 if description.name == "cpu" else 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -119,10 +118,7 @@ def test_shapes_too_slow_or_too_large_are_left_out() -> None:
     assert max(item.operator.footprint_bytes for item in made.items) <= 1e8
 
 
-def test_a_budget_of_nothing_or_for_not_one_gemm_is_refused() -> None:
-    for budget in (0, -1.0, math.nan):
-        with pytest.raises(InputError, match="budget: expected a time above zero"):
-            base_plan(CPU, budget_s=budget)
+def test_a_budget_for_not_one_gemm_is_refused() -> None:
     with pytest.raises(InputError, match="too short for one GEMM in bf16"):
         base_plan(CPU, budget_s=0.01)
 
