@@ -20,7 +20,7 @@ from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
 from calibration.measure.plan import DRIFT_CHECK, base_plan, probe
 from calibration.measure.run import run
-from calibration.records.store import Header, Store, parse, read_store
+from calibration.records.store import parse, read_store
 
 ALL = len(SHAPES)
 
@@ -82,17 +82,6 @@ def test_a_store_that_cannot_write_ends_the_run_and_the_error_says_so() -> None:
     with pytest.raises(OSError, match="No space left"):
         run(plan_of(), ReplayDevice(), kept, protocol=PROTOCOL)
     assert len(kept) == 6
-
-
-def test_a_real_store_takes_the_records(tmp_path: Path) -> None:
-    path, header = tmp_path / "records.jsonl", Header("planted")
-    outcomes = []
-    for _ in range(2):
-        with Store(path, header) as store:
-            device = ReplayDevice(noise=0.002, faults=Faults(nan={2}))
-            outcomes.append(run(plan_of(), device, store.append, previous=store.rows, protocol=PROTOCOL))
-        assert len(read_store(path).rows) == ALL + outcomes[0].counts.drift_checks
-    assert outcomes[1].counts.resumed == ALL
 
 
 MANY = [(m, 256, 512) for m in range(1, 201)]

@@ -26,11 +26,6 @@ build = pytest.importorskip("calibration.measurements.build")
 def test_what_is_promised_is_there_and_small() -> None:
     tables = list_measurements()
     assert set(tables) == {name for name, choice in SOURCES.items() if choice.ships}
-    for device in ("a100_sxm", "h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"):
-        for operator in ("gemm", "attention_prefill", "attention_decode", "collective"):
-            expected = {f"{device}/{operator}/{stack}" for stack in ("sglang", "trtllm")}
-            assert expected - {"a100_sxm/attention_decode/trtllm"} <= set(tables)  # faster than its memory
-        assert f"{device}/collective/nccl" in tables
     sizes = {path.name: path.stat().st_size for path in FOLDER.glob("*.parquet")}
     assert set(sizes) == {file_name(name) for name in tables}
     assert sum(sizes.values()) < 3e6

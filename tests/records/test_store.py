@@ -30,12 +30,6 @@ def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
         call(*arguments, **options)
 
 
-def unwritten(says: str, call: Any, *arguments: Any) -> None:
-    """A failure, not invalid input: exit status 1."""
-    with pytest.raises(OSError, match=says):
-        call(*arguments)
-
-
 def row(number: int, **more: object) -> dict[str, object]:
     operator = {"kind": "gemm", "dtype": "bf16", "m": number + 1, "n": 64, "k": 32, "cold": True}
     timing = {"median_s": 1e-6 * (number + 1), "status": "ok", "purpose": "fit"}
@@ -211,7 +205,8 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, where, full)
-        unwritten("No space left", Store, path, HEADER)
+        with pytest.raises(OSError, match="No space left"):
+            Store(path, HEADER)
     rows = written(path)
     whole = path.read_bytes()
     with Store(path, HEADER) as store:
@@ -219,7 +214,8 @@ def test_a_full_disk_loses_nothing(
             patch.setattr(os, where, full)
             if truncate_fails:
                 patch.setattr(os, "ftruncate", full)
-            unwritten("No space left on device; earlier records are safe", store.append, row(3))
+            with pytest.raises(OSError, match="No space left on device; earlier records are safe"):
+                store.append(row(3))
         if not truncate_fails:
             assert path.read_bytes() == whole
         elif where == "pwrite":
