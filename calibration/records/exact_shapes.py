@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -63,7 +62,7 @@ def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
     for (operator, dtype), section in profile.sections.items():
         fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
         if fitted and (arrays := _allowed(exact_arrays(records, dtype), profile, dtype)):
-            sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**_others(section.arrays), **arrays}))
+            sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**section.arrays, **arrays}))
     return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
 
 
@@ -71,16 +70,13 @@ def without_exact(profile: HardwareProfile) -> HardwareProfile:
     sections = dict(profile.sections)
     for key, section in sections.items():
         if "exact_m" in section.arrays:
-            sections[key] = replace(section, arrays=MappingProxyType(_others(section.arrays)))
+            others = {name: values for name, values in section.arrays.items() if name not in NAMES}
+            sections[key] = replace(section, arrays=MappingProxyType(others))
     return replace(profile, sections=MappingProxyType(sections))
 
 
-def _others(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: values for name, values in arrays.items() if name not in NAMES}
-
-
 def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
-    """Exclude times below the datasheet's arithmetic limit at the highest clock: such measurements are invalid."""
+    """Exclude times below the datasheet's arithmetic limit at the highest clock, because they are invalid."""
     if not arrays or dtype not in profile.rates:
         return {}
     flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]

@@ -492,12 +492,11 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
         else:
             columns[name] = _number(text)
     columns.setdefault("operator", np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object))
-    missing = [name for name in _ATTENTION_SHAPE if name not in columns]
-    if missing and any(str(o).startswith("attention") for o in set(columns["operator"])):
-        raise InputError(f"{path}: attention needs the columns {', '.join(missing)}; {has}")
-    missing = [name for name in ("m", "n", "k") if name not in columns]
-    if missing and "gemm" in columns["operator"]:
-        raise InputError(f"{path}: column {missing[0]} is missing; {has} (name them with a column map)")
+    for kind, needed in (("attention", _ATTENTION_SHAPE), ("gemm", ("m", "n", "k"))):
+        missing = [name for name in needed if name not in columns]
+        if missing and any(str(operator).startswith(kind) for operator in set(columns["operator"])):
+            names = ", ".join(missing)
+            raise InputError(f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)")
     columns.setdefault("dtype", np.full(size, "bf16", dtype=object))
     columns.setdefault("weight_dtype", columns["dtype"])
     columns["cold"] = columns["cold"] != 0 if "cold" in columns else np.ones(size, np.bool_)

@@ -160,7 +160,7 @@ class Records(Table):
             most = len(cls.CODES[name]) - 1 if name in cls.CODES else int(np.iinfo(kind).max)
             least = -1 if name == "role" else 0 if name in cls.CODES else int(np.iinfo(kind).min)
             low, high = given.min(), given.max()
-            if not (least <= low and high <= most):  # also true for NaN
+            if not (least <= low and high <= most):  # NaN is refused too
                 right = f"expected whole numbers from {least} to {most}"
                 raise ValueError(f"records column {name}: {right}, got {low} to {high}")
         return given

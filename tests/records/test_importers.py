@@ -89,7 +89,7 @@ def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "columns", "reason"),
     [
-        ("m,n,latency_us\n1,2,3\n", None, "column k is missing; the file has m, n, latency_us"),
+        ("m,n,latency_us\n1,2,3\n", None, "gemm needs the columns k; the file has m, n, latency_us"),
         ("m,n,k,time\n1,2,3,4\n", None, "expected one column of times, named or mapped to one of seconds"),
         ("m,n,k,latency_us,latency_ms\n1,2,3,4,5\n", None, "one column of times.*; found latency_ms, latency_us"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
