@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -139,19 +139,20 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 def join_repeats(records: Records) -> tuple[Records, int, int]:
     """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
-    group = records.groups(*(name for name in records.SCHEMA if name not in timing))
-    _, first, counts = np.unique(group, return_index=True, return_counts=True)
-    if len(first) == len(records):
-        return records, 0, 0
-    order = np.lexsort((records.seconds, group))
-    times = records.seconds[order]
-    start = np.cumsum(counts) - counts
-    median = 0.5 * times[start + (counts - 1) // 2] + 0.5 * times[start + counts // 2]
-    conflict = times[start + counts - 1] > DISAGREE * times[start]
-    flags = np.bitwise_or.reduceat(records.flags[order], start) | np.where(conflict, int(Flag.CONFLICT), 0)
-    appearance = np.argsort(first)
-    kept = records.select(first[appearance]).replace(seconds=median[appearance], flags=flags[appearance])
-    return kept, len(records) - len(kept), int(conflict.sum())
+    rows_of = defaultdict(list)
+    for row, shape in enumerate(records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()):
+        rows_of[shape].append(row)
+    seconds, flags, conflicts = records.seconds.copy(), records.flags.copy(), 0
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            times, first = seconds[rows], rows[0]
+            seconds[first] = np.median(times)
+            flags[first] = np.bitwise_or.reduce(flags[rows])
+            if times.max() > DISAGREE * times.min():
+                flags[first] |= Flag.CONFLICT
+                conflicts += 1
+    kept = np.array([rows[0] for rows in rows_of.values()], dtype=np.int64)
+    return records.replace(seconds=seconds, flags=flags).select(kept), len(records) - len(kept), conflicts
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
