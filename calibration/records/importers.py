@@ -443,7 +443,7 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
     # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
     columns["cold"] = kernel_time & np.isin(columns["operator"], ("gemm", "attention_decode"))
-    columns["dtype"] = columns["weight_dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
+    columns["dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
     keys = np.stack([table[name] for name in ("gpu", "source", "note")], axis=1).astype(str)
     distinct, columns["source"] = _unique_rows(keys)
     sources = tuple(Source(device=g, method=n, origin=s, digest=digest) for g, s, n in distinct)
@@ -481,9 +481,8 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
         if name == "weight_dtype" and "dtype" in taken:
             text = np.where(text == "", table[taken["dtype"]], text)
         if name == "role":
-            columns[name] = np.array([-1.0 if v == "" else ROLES.index(v) if v in ROLES else np.nan for v in text])
-            screen.refuse(np.isnan(columns[name]), "role is unknown")
-            columns[name] = np.nan_to_num(columns[name], nan=-1.0)
+            roles = _chosen(screen, name, text, ("", *ROLES), "")
+            columns[name] = np.array([ROLES.index(role) if role else -1.0 for role in roles])
         elif name in _NAMES:
             spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
             columns[name] = _chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
@@ -497,9 +496,8 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
         if missing and any(str(operator).startswith(kind) for operator in set(columns["operator"])):
             names = ", ".join(missing)
             raise InputError(f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)")
-    columns.setdefault("dtype", np.full(size, "bf16", dtype=object))
-    columns.setdefault("weight_dtype", columns["dtype"])
-    columns["cold"] = columns["cold"] != 0 if "cold" in columns else np.ones(size, np.bool_)
+    if "cold" in columns:
+        columns["cold"] = columns["cold"] != 0
     for name in ("density", "sample_count", "read_bytes", "write_bytes"):
         if name in columns:
             columns[name] = np.where(np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1])
